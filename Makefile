@@ -1,0 +1,44 @@
+# make demo and make test are all the set-up there is: every target makes .venv first when it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f) setup.py
+TORCH := 2.13.0
+
+.PHONY: install demo test test-all lint format bench clean
+
+install: $(STAMP)
+
+# The editable install compiles camkd_fast._C; any change under csrc/ makes it stale.
+$(STAMP): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/camkd-fast demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_logit_loss
+
+clean:
+	rm -rf build dist runs *.egg-info $(VENV) camkd_fast/*.so

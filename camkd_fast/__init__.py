@@ -1,0 +1,16 @@
+"""Fast multi-teacher knowledge distillation for PyTorch: CA-MKD as fused CPU and Triton kernels."""
+
+from .feature_loss import CAMKDFeatureLoss, confidence_weights, weighted_feature_loss
+from .logit_loss import CAMKDLoss, camkd_loss, camkd_loss_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CAMKDFeatureLoss",
+    "CAMKDLoss",
+    "__version__",
+    "camkd_loss",
+    "camkd_loss_and_grad",
+    "confidence_weights",
+    "weighted_feature_loss",
+]

@@ -1,0 +1,154 @@
+"""The only list of backends, and the only place that chooses one.
+
+A backend is a module with the six functions of `camkd_fast.reference` that the `Backend` protocol names; it supplies
+numbers, while checks, reductions and autograd exist once, above it. `auto` takes the fastest that can run the tensors
+and `explain` says why; a backend asked for by name that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .reference import RowLoss
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TEACHERS = 16
+
+
+class Backend(Protocol):
+    """What a backend module provides; contracts in `camkd_fast.reference`."""
+
+    def row_loss(self, student: Tensor, teachers: Sequence[Tensor], target: Tensor, **options: Any) -> RowLoss: ...
+    def scale_rows(self, residual: Tensor, factor: Tensor, out: Tensor) -> Tensor: ...
+    def confidence_forward(
+        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def confidence_backward(
+        self, logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor
+    ) -> list[Tensor]: ...
+    def feature_forward(self, student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor: ...
+    def feature_backward(
+        self, student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor
+    ) -> list[Tensor]: ...
+
+
+class Availability(NamedTuple):
+    """Whether a backend can be loaded in this process; `reason` says why not, or what it is."""
+
+    usable: bool
+    reason: str
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run on CPU tensors through its interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def availability(name: str) -> Availability:
+    """Can backend `name` be loaded here? Nothing is loaded that `import torch` has not, except on success."""
+    if name == "reference":
+        return Availability(True, "plain PyTorch")
+    if name == "cuda":
+        return Availability(False, "this build has no CUDA C++ kernels")
+    try:
+        module = importlib.import_module("camkd_fast.native" if name == "cpu" else "triton")
+    except ImportError as error:
+        failure = Path(__file__).with_name("_build_failure.txt")
+        why = f"; the build said: {failure.read_text().strip()}" if name == "cpu" and failure.exists() else ""
+        return Availability(False, f"{error}{why}")
+    if name == "cpu":
+        return Availability(True, f"compiled module, {module.instruction_set()} instructions")
+    if not torch.cuda.is_available() and not interpreting():
+        return Availability(False, f"triton {module.__version__} is there, but there is no GPU")
+    return Availability(True, f"triton {module.__version__}" + (", interpreted" if interpreting() else ""))
+
+
+def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why backend `name` cannot take these tensors, or None when it can."""
+    if name == "reference":
+        return None
+    state = availability(name)
+    if not state.usable:
+        return state.reason
+    device = tensors[0].device.type
+    wanted = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",), "cuda": ("cuda",)}[name]
+    if device not in wanted:
+        return f"it takes {' or '.join(wanted)} tensors, got {device}"
+    for tensor in tensors:
+        if tensor.dtype not in COMPILED_DTYPES:
+            return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"camkd_fast runs on plain PyTorch here, several times slower: {reason}", stacklevel=4)
+
+
+def _candidates(device: str) -> tuple[str, ...]:
+    return {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}.get(device, ("reference",))
+
+
+def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
+    """The backend for these tensors and the reason.
+
+    Raises:
+        ValueError: `requested` is no backend's name.
+        NotImplementedError: the named backend cannot take these tensors.
+    """
+    if requested != "auto":
+        if requested not in BACKENDS:
+            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
+        refusal = _refusal(requested, tensors)
+        if refusal is not None:
+            raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
+        return requested, "asked for"
+    reasons = []
+    for name in _candidates(tensors[0].device.type):
+        refusal = _refusal(name, tensors)
+        if refusal is None:
+            break
+        reasons.append(f"{name}: {refusal}")
+        if not availability(name).usable:
+            _warn_once(reasons[-1])
+    return name, "; ".join(reasons) if reasons else f"fastest for {tensors[0].device.type} tensors"
+
+
+def explain(*tensors: Tensor, backend: str = "auto") -> str:
+    """One line: which backend these tensors would use, and why.
+
+    >>> explain(torch.zeros(4, 10, dtype=torch.float64))
+    'reference (cpu: it takes float32, bfloat16 and float16, got float64)'
+    """
+    name, reason = choose(backend, tensors)
+    return f"{name} ({reason})"
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    path = {"reference": "camkd_fast.reference", "cpu": "camkd_fast.native", "triton": "camkd_fast.kernels"}[name]
+    return importlib.import_module(path)
+
+
+def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:
+    """The module that runs these tensors; raises as `choose` does."""
+    if requested == "auto" and tensors[0].device.type == "cpu" and _all_native(tensors):
+        return cast(Backend, _module("cpu"))
+    return cast(Backend, _module(choose(requested, tensors)[0]))
+
+
+def _all_native(tensors: Sequence[Tensor]) -> bool:
+    """The common case of `choose` without its strings: a compiled module and dtypes that it takes."""
+    return availability("cpu").usable and all(tensor.dtype in COMPILED_DTYPES for tensor in tensors)

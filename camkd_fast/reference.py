@@ -1,0 +1,290 @@
+"""The specification of every op in plain PyTorch, and the backend of last resort.
+
+Source: Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", ICASSP 2022 (arXiv 2201.00007).
+
+Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all of width C, a label y and a temperature T.
+
+    p_k  = softmax(z_k / T)                    q = softmax(s / T)
+    CE_k = -log softmax(z_k)[y]                teacher cross-entropy, always at temperature 1        (eq. 2)
+    H_k  = -sum_c softmax(z_k)_c log softmax(z_k)_c
+    w_k  = (1 - softmax_k(CE_k)) / (K - 1)     confidence weight, the softmax running over K          (eq. 3)
+    KL_k = sum_c p_kc (log p_kc - log q_c)
+    hard = -log softmax(s)[y]                  soft = T^2 sum_k w_k KL_k                              (eq. 4)
+    loss = hard_weight * hard + soft_weight * soft
+
+Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enough whatever K is:
+
+    d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   ("residual")
+    d loss / dw_k = soft_weight * T^2 * KL_k
+
+Feature loss (eq. 6): error_k = mean over the M values of one sample of (F_k - r_k)^2, loss = sum_k w_k error_k;
+d loss / dr_k = w_k * 2 (r_k - F_k) / M.
+
+Conventions at the edges, which every backend shares:
+
+    -inf logits           p_kc = 0 contributes 0 whatever q_c is; p_kc > 0 with q_c = 0 makes KL_k = +inf
+    weight 0              a term of weight 0 contributes 0, even when it is infinite
+    infinite CE_k         those teachers share the softmax mass equally (one of them: weight 0; all: uniform)
+    K = 1                 w = 1 for "confidence" and "entropy"
+    all H_k = 0           each ratio H_k / sum_j H_j is 1/K
+    target = ignore_index every output of that row is exactly 0, even if its logits are NaN
+    label outside [0, C)  loss, hard, CE_k and residual of that row are NaN (refused beforehand for CPU tensors)
+
+Layouts: logits are (N, C) or, for rows that no single stride can describe, (B, S, C) with N = B * S; target is (N,) int64.
+Arithmetic is float64 for float64 logits and float32 for everything else. Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RowLoss(NamedTuple):
+    """What a backend returns for N rows and K teachers, before any reduction."""
+
+    rows: Tensor  # (3, N): loss, hard, soft
+    divergence: Tensor  # (K, N): KL_k
+    teacher_ce: Tensor  # (K, N): CE_k
+    weights: Tensor  # (K, N): w_k
+    residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every narrower type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(logits: Tensor) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])
+    return flat.to(accumulation_dtype(logits.dtype))
+
+
+def softmax_over_teachers(ce: Tensor) -> Tensor:
+    """softmax over dim 0 of (K, N), infinite entries sharing the mass equally. Differentiable."""
+    infinite = ce.detach().isposinf()
+    top = ce.detach().amax(0, keepdim=True)
+    gap = ce.masked_fill(infinite, 0.0) - top.masked_fill(top.isposinf(), 0.0)
+    return gap.masked_fill(top.isposinf() & ~infinite, float("-inf")).softmax(0)
+
+
+def weights_from_ce(ce: Tensor) -> Tensor:
+    """Confidence weights (K, N) from teacher cross-entropies (K, N): eq. 3. Differentiable."""
+    K = ce.shape[0]
+    return torch.ones_like(ce) if K == 1 else (1.0 - softmax_over_teachers(ce)) / (K - 1)
+
+
+def weights_from_entropy(entropy: Tensor) -> Tensor:
+    """EBKD weights (K, N) = 1 - H_k / sum_j H_j; they sum to K - 1 (K = 1: to 1)."""
+    K = entropy.shape[0]
+    if K == 1:
+        return torch.ones_like(entropy)
+    total = entropy.sum(0, keepdim=True)
+    return 1.0 - torch.where(total > 0, entropy / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0 / K)
+
+
+def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
+    """log_prob[n, target[n]] of (N, C); NaN where the label is outside [0, C)."""
+    C = log_prob.shape[-1]
+    inside = (target >= 0) & (target < C)
+    picked = log_prob.gather(-1, target.clamp(0, C - 1).unsqueeze(-1)).squeeze(-1)
+    return picked.masked_fill(~inside, float("nan"))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_c p (log p - log q), terms with p = 0 counting 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
+    return torch.where(weights == 0, 0.0, weights * terms).sum(0)
+
+
+def loss_terms(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    ignore_index: int,
+) -> RowLoss:
+    """The formulas above as a differentiable expression, without the residual. Ignored rows give 0."""
+    kept = (target != ignore_index).unsqueeze(-1)
+    # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
+    label = torch.where(kept.squeeze(-1), target, 0)
+    s = _rows(student).where(kept, 0.0)
+    zs = [_rows(z).to(s.dtype).where(kept, 0.0) for z in teachers]
+
+    log_q = F.log_softmax(s / temperature, dim=-1)
+    divergence = torch.stack([_kl(F.log_softmax(z / temperature, dim=-1), log_q) for z in zs])
+    teacher_log_prob = [F.log_softmax(z, dim=-1) for z in zs]
+    teacher_ce = torch.stack([-_label_log_prob(log_prob, label) for log_prob in teacher_log_prob])
+    if isinstance(weighting, Tensor):
+        weights = weighting.to(s.dtype)
+    elif weighting == "confidence":
+        weights = weights_from_ce(teacher_ce)
+    elif weighting == "entropy":
+        weights = weights_from_entropy(torch.stack([torch.special.entr(lp.exp()).sum(-1) for lp in teacher_log_prob]))
+    else:
+        weights = torch.full_like(teacher_ce, 1.0 / len(zs))
+
+    hard = -_label_log_prob(F.log_softmax(s, dim=-1), label)
+    soft = temperature**2 * _weighted_sum(weights, divergence)
+    coefficients = torch.tensor([hard_weight, soft_weight], dtype=s.dtype, device=s.device).unsqueeze(-1)
+    loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
+    # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
+    loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))
+    mask = kept.squeeze(-1)
+    rows = torch.stack([loss, hard, soft]).where(mask, 0.0)
+    return RowLoss(rows, divergence.where(mask, 0.0), teacher_ce.where(mask, 0.0), weights.where(mask, 0.0), None)
+
+
+def residual(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    ignore_index: int,
+) -> Tensor:
+    """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
+    C = student.shape[-1]
+    s = _rows(student)
+    w = weights.to(s.dtype).unsqueeze(-1)
+    mixture = torch.zeros_like(s)
+    for w_k, z in zip(w, teachers, strict=True):
+        mixture += torch.where(w_k == 0, 0.0, w_k * (_rows(z).to(s.dtype) / temperature).softmax(-1))
+    out = soft_weight * temperature * (w.sum(0) * (s / temperature).softmax(-1) - mixture)
+    onehot = F.one_hot(target.clamp(0, C - 1), C).to(s.dtype)
+    out += hard_weight * (s.softmax(-1) - onehot)
+    out.masked_fill_(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
+    return out.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
+
+
+def row_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    ignore_index: int,
+    needs_grad: bool,
+    residual_scale: Tensor | None,
+) -> RowLoss:
+    """The backend contract: every row's numbers, and with `needs_grad` the residual.
+
+    Args:
+        student: (N, C) or (B, S, C), any floating dtype.
+        teachers: K tensors of the student's shape; dtypes may differ.
+        target: (N,) int64, contiguous.
+        weighting: "confidence" | "uniform" | "entropy" | weights (K, N) in the accumulation dtype.
+        residual_scale: one-element tensor on the student's device that multiplies the residual, or None for 1.
+    """
+    numbers = loss_terms(
+        student,
+        teachers,
+        target,
+        temperature=temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        weighting=weighting,
+        ignore_index=ignore_index,
+    )
+    if not needs_grad:
+        return numbers
+    gradient = residual(
+        student,
+        teachers,
+        target,
+        numbers.weights,
+        temperature=temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        ignore_index=ignore_index,
+    )
+    if residual_scale is not None:
+        gradient = gradient * residual_scale
+    return numbers._replace(residual=gradient.to(student.dtype))
+
+
+def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out = residual * factor with the product formed in the accumulation dtype; `out` may be `residual` itself.
+
+    residual, out: (N, C) contiguous, one dtype. factor: (1,) or (N,) in the accumulation dtype.
+    """
+    return out.copy_(residual.to(factor.dtype) * factor.unsqueeze(-1))
+
+
+def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence weights w (K, N), teacher cross-entropies CE (K, N) and log-sum-exps at T = 1 (K, N)."""
+    kept = (target != ignore_index).unsqueeze(-1)
+    label = torch.where(kept.squeeze(-1), target, 0)
+    lse, ce = [], []
+    for z in logits:
+        rows = _rows(z).where(kept, 0.0)
+        lse.append(rows.logsumexp(-1))
+        ce.append(-_label_log_prob(rows.log_softmax(-1), label))
+    mask = kept.squeeze(-1)
+    teacher_ce = torch.stack(ce)
+    return weights_from_ce(teacher_ce).where(mask, 0.0), teacher_ce.where(mask, 0.0), torch.stack(lse).where(mask, 0.0)
+
+
+def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+    """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)), each (N, C) in its logits' dtype.
+
+    grad_ce (K, N) already holds d loss / d CE_k in full, and 0 on ignored rows, whose logits are not looked at.
+    """
+    gradients = []
+    for z, lse_k, g in zip(logits, lse, grad_ce, strict=True):
+        rows = _rows(z)
+        onehot = F.one_hot(target.clamp(0, rows.shape[-1] - 1), rows.shape[-1]).to(rows.dtype)
+        gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - onehot)
+        gradients.append(gradient.masked_fill_((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
+    return gradients
+
+
+def ce_gradient(weights: Tensor, grad_weights: Tensor, grad_ce: Tensor) -> Tensor:
+    """Chain d loss / d w and d loss / d CE, both (K, N), into the total d loss / d CE (K, N).
+
+    With sigma = softmax_k(CE): w_k = (1 - sigma_k) / (K - 1), so
+    d w_k / d CE_j = -sigma_k (delta_kj - sigma_j) / (K - 1), and sigma_k = 1 - (K - 1) w_k.
+    """
+    K = weights.shape[0]
+    if K == 1:
+        return grad_ce
+    sigma = 1.0 - (K - 1) * weights
+    mean = (sigma * grad_weights).sum(0, keepdim=True)
+    return grad_ce - sigma * (grad_weights - mean) / (K - 1)
+
+
+def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """error (K, N): mean over M_k of (F_k - r_k)^2, from K pairs of (N, M_k) matrices."""
+    errors = []
+    for r, f in zip(student, teachers, strict=True):
+        dtype = accumulation_dtype(r.dtype)
+        errors.append((r.to(dtype) - f.to(dtype)).square().mean(-1))
+    return torch.stack(errors)
+
+
+def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
+    """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k, each (N, M_k) in its student feature's dtype."""
+    gradients = []
+    for r, f, g in zip(student, teachers, grad_error, strict=True):
+        dtype = accumulation_dtype(r.dtype)
+        gradient = (g * (2.0 / max(r.shape[-1], 1))).unsqueeze(-1) * (r.to(dtype) - f.to(dtype))
+        gradients.append(gradient.to(r.dtype))
+    return gradients
