@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        package = ROOT / "camkd_fast" if self.inplace else module.parent
+        package = ROOT / "camkd_fast" if self.inplace or self.editable_mode else module.parent
         failure = package / "_build_failure.txt"
         failure.unlink(missing_ok=True)
         build = Path(self.build_temp).resolve() / "cmake"

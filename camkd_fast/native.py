@@ -1,0 +1,153 @@
+"""The `cpu` backend: turns tensors into addresses, strides and dtype codes for the compiled module `_C`.
+
+Contracts of the six functions: `camkd_fast.reference`. Importing this module fails where `_C` was not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C  # after torch, whose OpenMP runtime it shares
+from .reference import RowLoss
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
+_GIVEN = 3
+
+_Matrix = tuple[int, int, int, int]
+
+
+def instruction_set() -> str:
+    """The instruction set chosen for this processor (or by CAMKD_FAST_ISA): "baseline", "avx2" or "avx512"."""
+    return str(_C.instruction_set())
+
+
+def _matrix(logits: Tensor) -> _Matrix:
+    strides = logits.stride()
+    return logits.data_ptr(), strides[0], strides[-2], _DTYPE_CODES[logits.dtype]
+
+
+def _sizes(logits: Tensor) -> tuple[int, int, int]:
+    """N, C and the number of rows that share the inner stride, of (N, C) or (B, S, C) logits."""
+    shape = logits.shape
+    inner = shape[-2]
+    return (inner if len(shape) == 2 else shape[0] * inner), shape[-1], max(inner, 1)
+
+
+def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
+    """How many of the labels (N,) are not `ignore_index`, and the first one outside [0, C), if any."""
+    valid, offends, offender = _C.count_labels(target.data_ptr(), target.numel(), C, ignore_index)
+    return valid, offender if offends else None
+
+
+def row_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    ignore_index: int,
+    needs_grad: bool,
+    residual_scale: float | Tensor,
+) -> RowLoss:
+    N, C, inner = _sizes(student)
+    K = len(teachers)
+    numbers = torch.empty((3 + 3 * K, N), dtype=torch.float32)
+    residual = torch.empty((N, C), dtype=student.dtype) if needs_grad else None
+    if isinstance(weighting, Tensor):
+        code, weights = _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
+    else:
+        code, weights = _WEIGHTING_CODES[weighting], (0, 0, 0)
+    _C.row_loss(
+        N,
+        C,
+        inner,
+        _matrix(student),
+        [_matrix(teacher) for teacher in teachers],
+        target.data_ptr(),
+        ignore_index,
+        temperature,
+        hard_weight,
+        soft_weight,
+        code,
+        weights,
+        numbers.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        float(residual_scale),
+        torch.get_num_threads(),
+    )
+    return RowLoss(*numbers.split([3, K, K, K]), residual)
+
+
+def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    N, C = residual.shape
+    factor = factor.contiguous()
+    _C.scale_rows(
+        N,
+        C,
+        residual.data_ptr(),
+        out.data_ptr(),
+        _DTYPE_CODES[residual.dtype],
+        factor.data_ptr(),
+        0 if factor.numel() == 1 else 1,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    N, C, inner = _sizes(logits[0])
+    weights, ce, lse = (torch.empty((len(logits), N), dtype=torch.float32) for _ in range(3))
+    _C.confidence_forward(
+        N,
+        C,
+        inner,
+        [_matrix(z) for z in logits],
+        target.data_ptr(),
+        ignore_index,
+        weights.data_ptr(),
+        ce.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weights, ce, lse
+
+
+def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+    N, C, inner = _sizes(logits[0])
+    grads = [torch.empty((N, C), dtype=z.dtype) for z in logits]
+    grad_ce = grad_ce.contiguous()
+    _C.confidence_backward(
+        N,
+        C,
+        inner,
+        [_matrix(z) for z in logits],
+        target.data_ptr(),
+        lse.data_ptr(),
+        grad_ce.data_ptr(),
+        [grad.data_ptr() for grad in grads],
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32)
+    for r, f, row in zip(student, teachers, error, strict=True):
+        _C.feature_forward(*r.shape, _matrix(r), _matrix(f), row.data_ptr(), torch.get_num_threads())
+    return error
+
+
+def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
+    grads = [torch.empty(r.shape, dtype=r.dtype) for r in student]
+    for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
+        _C.feature_backward(
+            *r.shape, _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
+        )
+    return grads

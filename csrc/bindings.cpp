@@ -1,0 +1,148 @@
+// The Python module: addresses and sizes in, kernels called without the GIL. No maths and no framework header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "cpu/api.h"
+
+namespace py = pybind11;
+using namespace camkd;
+using namespace camkd::cpu;
+
+namespace {
+
+// (address, outer row stride, inner row stride, dtype code)
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Matrix matrix(const MatrixTuple& m) {
+    return {pointer<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), static_cast<DType>(std::get<3>(m))};
+}
+
+int fill(const std::vector<MatrixTuple>& from, Matrix* to) {
+    if (from.size() > kMaxTeachers) throw std::invalid_argument("more than 16 teachers");
+    for (size_t k = 0; k < from.size(); ++k) to[k] = matrix(from[k]);
+    return int(from.size());
+}
+
+void row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student, const std::vector<MatrixTuple>& teachers,
+              uintptr_t target, int64_t ignore_index, float temperature, float hard_weight, float soft_weight,
+              int weighting, std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers, uintptr_t residual,
+              float residual_scale, int threads) {
+    RowLossArgs args{};
+    args.N = N;
+    args.C = C;
+    args.inner = inner;
+    args.student = matrix(student);
+    args.K = fill(teachers, args.teachers);
+    args.target = pointer<const int64_t>(target);
+    args.ignore_index = ignore_index;
+    args.formula = {temperature, hard_weight, soft_weight, static_cast<Weighting>(weighting)};
+    args.weights = pointer<const float>(std::get<0>(weights));
+    args.weight_stride_k = std::get<1>(weights);
+    args.weight_stride_n = std::get<2>(weights);
+    args.rows = pointer<float>(numbers);
+    args.divergence = args.rows + 3 * N;
+    args.teacher_ce = args.divergence + args.K * N;
+    args.weights_out = args.teacher_ce + args.K * N;
+    args.residual = pointer<void>(residual);
+    args.residual_scale = residual_scale;
+    args.threads = threads;
+    py::gil_scoped_release release;
+    kernels().row_loss(args);
+}
+
+void scale_rows(int64_t N, int64_t C, uintptr_t residual, uintptr_t out, int dtype, uintptr_t factor,
+                int64_t factor_stride, int threads) {
+    ScaleRowsArgs args{N,
+                       C,
+                       pointer<const void>(residual),
+                       pointer<void>(out),
+                       static_cast<DType>(dtype),
+                       pointer<const float>(factor),
+                       factor_stride,
+                       threads};
+    py::gil_scoped_release release;
+    kernels().scale_rows(args);
+}
+
+ConfidenceArgs confidence_args(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits,
+                               uintptr_t target, int threads) {
+    ConfidenceArgs args{};
+    args.N = N;
+    args.C = C;
+    args.inner = inner;
+    args.K = fill(logits, args.logits);
+    args.target = pointer<const int64_t>(target);
+    args.threads = threads;
+    return args;
+}
+
+void confidence_forward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                        int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse, int threads) {
+    ConfidenceArgs args = confidence_args(N, C, inner, logits, target, threads);
+    args.ignore_index = ignore_index;
+    args.weights = pointer<float>(weights);
+    args.ce = pointer<float>(ce);
+    args.lse = pointer<float>(lse);
+    py::gil_scoped_release release;
+    kernels().confidence_forward(args);
+}
+
+void confidence_backward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                         uintptr_t lse, uintptr_t grad_ce, const std::vector<uintptr_t>& grads, int threads) {
+    ConfidenceArgs args = confidence_args(N, C, inner, logits, target, threads);
+    args.lse = pointer<float>(lse);
+    args.grad_ce = pointer<const float>(grad_ce);
+    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
+    py::gil_scoped_release release;
+    kernels().confidence_backward(args);
+}
+
+void feature_forward(int64_t N, int64_t M, const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t error,
+                     int threads) {
+    FeatureArgs args{N, M, matrix(student), matrix(teacher), pointer<float>(error), nullptr, nullptr, threads};
+    py::gil_scoped_release release;
+    kernels().feature_forward(args);
+}
+
+void feature_backward(int64_t N, int64_t M, const MatrixTuple& student, const MatrixTuple& teacher,
+                      uintptr_t grad_error, uintptr_t grad, int threads) {
+    FeatureArgs args{N,       M,      matrix(student), matrix(teacher), nullptr, pointer<const float>(grad_error),
+                     pointer<void>(grad), threads};
+    py::gil_scoped_release release;
+    kernels().feature_backward(args);
+}
+
+// (labels that are not ignore_index, whether one of them is outside [0, C), that label)
+std::tuple<int64_t, bool, int64_t> count_labels(uintptr_t target, int64_t N, int64_t C, int64_t ignore_index) {
+    const int64_t* labels = pointer<const int64_t>(target);
+    int64_t valid = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        if (labels[n] == ignore_index) continue;
+        if (labels[n] < 0 || labels[n] >= C) return {valid, true, labels[n]};
+        ++valid;
+    }
+    return {valid, false, 0};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled kernels of camkd_fast; called by camkd_fast.native only.";
+    m.def("row_loss", &row_loss);
+    m.def("scale_rows", &scale_rows);
+    m.def("confidence_forward", &confidence_forward);
+    m.def("confidence_backward", &confidence_backward);
+    m.def("feature_forward", &feature_forward);
+    m.def("feature_backward", &feature_backward);
+    m.def("count_labels", &count_labels);
+    m.def("instruction_set", [] { return kernels().name; });
+}

@@ -1,0 +1,99 @@
+// Confidence weights of K sets of logits on a CPU: cross-entropies at T = 1 forward, softmax - onehot backward.
+#pragma once
+
+#include "row_blocks.h"
+
+namespace camkd::cpu {
+namespace {
+
+template <class T>
+float exp_sum(const T* z, int n, float reference, const Exp& exp) {
+    const Vec ref = Vec::set(reference);
+    Vec a = Vec::zero(), b = Vec::zero();
+    int i = 0;
+    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
+        a = a + exp(load(z + i) - ref);
+        b = b + exp(load(z + i + Vec::width) - ref);
+    }
+    for (; i + Vec::width <= n; i += Vec::width) a = a + exp(load(z + i) - ref);
+    if (i < n) b = b + exp(load_tail(z + i, n - i, -INFINITY) - ref);
+    return (a + b).sum();
+}
+
+// Maximum and sum of exponentials of a whole row.
+template <class T>
+StreamState<double> row_exp_sum(const T* z, int64_t C, const Exp& exp) {
+    StreamState<double> state;
+    for (int64_t c = 0; c < C; c += kBlock) {
+        const int n = int(std::min<int64_t>(kBlock, C - c));
+        const float max = std::max(state.max, block_max(z + c, n));
+        state.sum_1 *= shift_factor(state.max, max, 1.0);
+        state.max = max;
+        state.sum_1 += exp_sum(z + c, n, max == -INFINITY ? 0.0f : max, exp);
+    }
+    return state;
+}
+
+void confidence_forward(const ConfidenceArgs& args) {
+    const int K = args.K;
+    const int threads = useful_threads(args.N * args.C * K, args.threads);
+    const Exp exp(1.0f);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t n = 0; n < args.N; ++n) {
+        const int64_t y = args.target[n];
+        float ce[kMaxTeachers] = {}, weights[kMaxTeachers] = {}, lse[kMaxTeachers] = {};
+        if (y != args.ignore_index) {
+            for (int k = 0; k < K; ++k) {
+                with_dtype(args.logits[k].dtype, [&](auto t) {
+                    const auto* z = row_start<decltype(t)>(args.logits[k], args.inner, n);
+                    StreamState<double> state = row_exp_sum(z, args.C, exp);
+                    float log_sum = float(state.sum_1);
+                    ArrayMath::log(&log_sum, 1);
+                    lse[k] = state.max + log_sum;
+                    ce[k] = log_sum - (y >= 0 && y < args.C ? load_one(z + y) - state.max : NAN);
+                });
+            }
+            confidence_weights<ArrayMath>(ce, K, weights);
+        }
+        for (int k = 0; k < K; ++k) {
+            args.ce[k * args.N + n] = ce[k];
+            args.weights[k * args.N + n] = weights[k];
+            args.lse[k * args.N + n] = lse[k];
+        }
+    }
+}
+
+template <class T>
+void softmax_gradient(const T* z, int64_t C, float lse, float scale, int64_t y, const Exp& exp, T* out) {
+    const Vec shift = Vec::set(lse), factor = Vec::set(scale);
+    auto value = [&](Vec x) { return factor * exp(x - shift); };
+    int64_t i = 0;
+    for (; i + Vec::width <= C; i += Vec::width) store(out + i, value(load(z + i)));
+    if (i < C) store_tail(out + i, value(load_tail(z + i, int(C - i), -INFINITY)), int(C - i));
+    if (y >= 0 && y < C) store_tail(out + y, value(load_tail(z + y, 1, 0.0f)) - factor, 1);
+}
+
+void confidence_backward(const ConfidenceArgs& args) {
+    const int threads = useful_threads(args.N * args.C * args.K, args.threads);
+    const Exp exp(1.0f);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
+    for (int k = 0; k < args.K; ++k) {
+        for (int64_t n = 0; n < args.N; ++n) {
+            const float scale = args.grad_ce[k * args.N + n];
+            with_dtype(args.logits[k].dtype, [&](auto t) {
+                using T = decltype(t);
+                T* out = static_cast<T*>(args.grads[k]) + n * args.C;
+                // Ignored rows have gradient 0, and their logits may be NaN.
+                if (scale == 0) {
+                    std::memset(out, 0, args.C * sizeof(T));
+                    return;
+                }
+                const T* z = row_start<T>(args.logits[k], args.inner, n);
+                softmax_gradient(z, args.C, args.lse[k * args.N + n], scale, args.target[n], exp, out);
+            });
+        }
+    }
+}
+
+}  // namespace
+}  // namespace camkd::cpu

@@ -1,0 +1,163 @@
+// The three passes over one block of columns: maximum, statistics, residual. All else about a row is in row_loss.h.
+// `Power`: e^x = (e^{x/T})^Power for T = 1, 2, 4; Power 0 is any other T, at a second exponential per element.
+#pragma once
+
+#include <type_traits>
+
+#include "vec_math.h"
+
+namespace camkd::cpu {
+namespace {
+
+// Columns per block: the d and e blocks of a stream (2 x 8 KB) and its input stay in a 32 KB L1.
+constexpr int kBlock = 2048;
+
+template <int Power>
+inline Vec power(Vec e) {
+    if constexpr (Power == 2) return e * e;
+    if constexpr (Power == 4) {
+        Vec square = e * e;
+        return square * square;
+    }
+    return e;
+}
+
+template <class T>
+float block_max(const T* x, int n) {
+    Vec a = Vec::set(-INFINITY), b = a, c = a, d = a;
+    int i = 0;
+    for (; i + 4 * Vec::width <= n; i += 4 * Vec::width) {
+        a = Vec::max(load(x + i), a);
+        b = Vec::max(load(x + i + Vec::width), b);
+        c = Vec::max(load(x + i + 2 * Vec::width), c);
+        d = Vec::max(load(x + i + 3 * Vec::width), d);
+    }
+    for (; i + Vec::width <= n; i += Vec::width) a = Vec::max(load(x + i), a);
+    if (i < n) b = Vec::max(load_tail(x + i, n - i, -INFINITY), b);
+    return Vec::max(Vec::max(a, b), Vec::max(c, d)).max();
+}
+
+// What the statistics pass of a block adds to a StreamState.
+struct BlockSums {
+    float sum_t, sum_1, cross, entropy;
+};
+
+struct Exps {
+    Exp at_t, at_1;
+};
+
+// d = s - reference, e = e^{d/T} (and e1 = e^d where Power is 0), each n long rounded up to whole vectors.
+template <class T, int Power>
+BlockSums student_block(const T* s, int n, float reference, const Exps& exps, float* d_out, float* e_out,
+                        float* e1_out) {
+    const Vec ref = Vec::set(reference);
+    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
+    auto step = [&](Vec x, int i, int lane) {
+        Vec d = x - ref;
+        Vec e = exps.at_t(d);
+        Vec e1 = power<Power>(e);
+        if constexpr (Power == 0) {
+            e1 = exps.at_1(d);
+            e1.store(e1_out + i);
+        }
+        d.store(d_out + i);
+        e.store(e_out + i);
+        sum_t[lane] = sum_t[lane] + e;
+        sum_1[lane] = sum_1[lane] + e1;
+    };
+    int i = 0;
+    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
+        step(load(s + i), i, 0);
+        step(load(s + i + Vec::width), i + Vec::width, 1);
+    }
+    for (; i + Vec::width <= n; i += Vec::width) step(load(s + i), i, 0);
+    if (i < n) step(load_tail(s + i, n - i, -INFINITY), i, 1);
+    return {(sum_t[0] + sum_t[1]).sum(), (sum_1[0] + sum_1[1]).sum(), 0.0f, 0.0f};
+}
+
+// `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf.
+template <class T, int Power, bool Entropy, bool Masked>
+BlockSums teacher_block_pass(const T* z, int n, float reference, const Exps& exps, const float* student_d,
+                             float* e_out) {
+    const Vec ref = Vec::set(reference);
+    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
+    Vec cross[2] = {Vec::zero(), Vec::zero()}, entropy[2] = {Vec::zero(), Vec::zero()};
+    auto step = [&](Vec x, int i, int lane, auto masked) {
+        Vec d = x - ref;
+        Vec e = exps.at_t(d);
+        Vec difference = d - Vec::load(student_d + i);
+        if constexpr (decltype(masked)::value) difference = Vec::zero_where_zero(difference, e);
+        Vec e1 = power<Power>(e);
+        if constexpr (Power == 0) e1 = exps.at_1(d);
+        e.store(e_out + i);
+        sum_t[lane] = sum_t[lane] + e;
+        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + e1;
+        cross[lane] = Vec::fma(e, difference, cross[lane]);
+        if constexpr (Entropy) {
+            if constexpr (decltype(masked)::value) d = Vec::zero_where_zero(d, e1);
+            entropy[lane] = Vec::fma(e1, d, entropy[lane]);
+        }
+    };
+    constexpr std::bool_constant<Masked> as_asked{};
+    int i = 0;
+    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
+        step(load(z + i), i, 0, as_asked);
+        step(load(z + i + Vec::width), i + Vec::width, 1, as_asked);
+    }
+    for (; i + Vec::width <= n; i += Vec::width) step(load(z + i), i, 0, as_asked);
+    if (i < n) step(load_tail(z + i, n - i, -INFINITY), i, 1, std::true_type{});
+    float total_t = (sum_t[0] + sum_t[1]).sum();
+    float total_1 = Power == 1 ? total_t : (sum_1[0] + sum_1[1]).sum();
+    return {total_t, total_1, (cross[0] + cross[1]).sum(), Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f};
+}
+
+template <class T, int Power, bool Entropy>
+BlockSums teacher_block(const T* z, int n, float reference, const Exps& exps, const float* student_d, float* e_out) {
+    BlockSums sums = teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, student_d, e_out);
+    // -inf logits are rare; only a block whose sums show one is read again.
+    if (!std::isfinite(sums.cross) || !std::isfinite(sums.entropy))
+        sums = teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, student_d, e_out);
+    return sums;
+}
+
+// One term of the residual: a coefficient and the exponentials that it multiplies.
+struct Term {
+    float coefficient;
+    const float* e;
+};
+
+// out = student_t e_s + student_1 e1_s - sum of terms, for n columns.
+template <class T, int Power>
+void residual_block(const float* e_s, const float* e1_s, float student_t, float student_1, const Term* terms,
+                    int n_terms, T* out, int n, bool streaming) {
+    const Vec a = Vec::set(student_t), b = Vec::set(student_1);
+    auto value = [&](int i) {
+        Vec e = Vec::load(e_s + i);
+        Vec e1 = Power == 0 ? Vec::load(e1_s + i) : power<Power>(e);
+        Vec r = Vec::fma(a, e, b * e1);
+        for (int k = 0; k < n_terms; ++k) r = Vec::fnma(Vec::set(terms[k].coefficient), Vec::load(terms[k].e + i), r);
+        return r;
+    };
+    int i = 0;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (streaming) {
+            // Past the cache, whose lines the next row needs: aligned stores after an unaligned first vector.
+            int misaligned = int(reinterpret_cast<uintptr_t>(out) % sizeof(Vec) / sizeof(float));
+            if (misaligned != 0 && n >= Vec::width) {
+                store(out, value(0));
+                i = Vec::width - misaligned;
+            }
+            for (; i + Vec::width <= n; i += Vec::width) value(i).stream(out + i);
+        }
+    }
+    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
+        Vec first = value(i), second = value(i + Vec::width);
+        store(out + i, first);
+        store(out + i + Vec::width, second);
+    }
+    for (; i + Vec::width <= n; i += Vec::width) store(out + i, value(i));
+    if (i < n) store_tail(out + i, value(i), n - i);
+}
+
+}  // namespace
+}  // namespace camkd::cpu

@@ -1,0 +1,338 @@
+// The logit loss on a CPU: one read of the K+1 rows leaves their exponentials in scratch, one pass over the scratch
+// writes the residual. Rows run in parallel; when there are few of them and they are wide, columns do.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "row_blocks.h"
+
+namespace camkd::cpu {
+namespace {
+
+using State = StreamState<double>;
+
+constexpr int kStreams = kMaxTeachers + 1;            // the student is stream 0
+constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; wider rows are shared by all threads
+constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
+
+// Scratch floats that survive from call to call, so that a step does not fault in fresh pages.
+class Scratch {
+  public:
+    ~Scratch() { release(); }
+    float* reserve(int64_t floats) {
+        if (floats > capacity_) {
+            release();
+            data_ = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
+            capacity_ = floats;
+        }
+        return data_;
+    }
+
+  private:
+    void release() {
+        if (data_) ::operator delete(data_, std::align_val_t(64));
+    }
+    float* data_ = nullptr;
+    int64_t capacity_ = 0;
+};
+
+// The typed functions of one call, chosen once.
+struct RowFunctions {
+    using Max = float (*)(const void*, int64_t, int);
+    using Student = BlockSums (*)(const void*, int64_t, int, float, const Exps&, float*, float*, float*);
+    using Teacher = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const float*, float*);
+    using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
+    Max max[kStreams];
+    Student student;
+    Teacher teachers[kMaxTeachers];
+    Residual residual;
+    int power;
+};
+
+template <int Power, bool Entropy>
+RowFunctions choose_functions(const RowLossArgs& args) {
+    RowFunctions f{};
+    f.power = Power;
+    auto max_of = [](DType dtype) {
+        return with_dtype(dtype, [](auto t) -> RowFunctions::Max {
+            using T = decltype(t);
+            return [](const void* x, int64_t c, int n) { return block_max(static_cast<const T*>(x) + c, n); };
+        });
+    };
+    f.max[0] = max_of(args.student.dtype);
+    f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
+        using T = decltype(t);
+        return [](const void* s, int64_t c, int n, float ref, const Exps& exps, float* d, float* e, float* e1) {
+            return student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, d, e, e1);
+        };
+    });
+    f.residual = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Residual {
+        using T = decltype(t);
+        return [](const float* e, const float* e1, float at, float a1, const Term* terms, int count, void* out,
+                  int64_t c, int n, bool streaming) {
+            residual_block<T, Power>(e, e1, at, a1, terms, count, static_cast<T*>(out) + c, n, streaming);
+        };
+    });
+    for (int k = 0; k < args.K; ++k) {
+        f.max[k + 1] = max_of(args.teachers[k].dtype);
+        f.teachers[k] = with_dtype(args.teachers[k].dtype, [](auto t) -> RowFunctions::Teacher {
+            using T = decltype(t);
+            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const float* d, float* e) {
+                return teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, d, e);
+            };
+        });
+    }
+    return f;
+}
+
+inline RowFunctions choose_functions(const RowLossArgs& args) {
+    auto with_entropy = [&](auto power) {
+        constexpr int P = decltype(power)::value;
+        return args.formula.weighting == Weighting::entropy ? choose_functions<P, true>(args)
+                                                            : choose_functions<P, false>(args);
+    };
+    const float T = args.formula.temperature;
+    if (T == 1) return with_entropy(std::integral_constant<int, 1>{});
+    if (T == 2) return with_entropy(std::integral_constant<int, 2>{});
+    if (T == 4) return with_entropy(std::integral_constant<int, 4>{});
+    return with_entropy(std::integral_constant<int, 0>{});
+}
+
+// Where the exponentials of one row lie: K+1 streams (K+2 when e^s is kept too), and each block's reference maxima.
+struct RowScratch {
+    float* e;           // [stream][padded]
+    float* references;  // [block][stream]
+    int64_t padded;
+
+    static int64_t pad(int64_t C) { return (C + 2 * Vec::width + 15) / 16 * 16; }
+    static int64_t floats(int64_t C, int streams, int64_t blocks) { return streams * pad(C) + blocks * streams; }
+    RowScratch(float* memory, int64_t C, int streams) : e(memory), references(memory + streams * pad(C)), padded(pad(C)) {}
+    float* stream(int k) const { return e + k * padded; }
+};
+
+// One row of one call: pointers and the passes over its blocks.
+struct Row {
+    const RowLossArgs& args;
+    const RowFunctions& functions;
+    const Exps& exps;
+    RowScratch scratch;
+    const void* data[kStreams];
+    int64_t offset[kStreams];
+    int64_t index;
+
+    Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s) : args(a), functions(f), exps(x), scratch(s) {}
+
+    void start(int64_t n) {
+        index = n;
+        int64_t outer = n / args.inner, inner = n - outer * args.inner;
+        auto locate = [&](const Matrix& m, int k) {
+            data[k] = m.data;
+            offset[k] = outer * m.stride_outer + inner * m.stride_inner;
+        };
+        locate(args.student, 0);
+        for (int k = 0; k < args.K; ++k) locate(args.teachers[k], k + 1);
+    }
+    bool keeps_e1() const { return functions.power == 0; }
+    int streams() const { return args.K + 1 + (keeps_e1() ? 1 : 0); }
+
+    // Adds block b to the states of the streams; the running maxima are the references of its exponentials.
+    void add_block(int64_t b, State* states, float* student_d) const {
+        const int64_t c = b * kBlock;
+        const int n = int(std::min<int64_t>(kBlock, args.C - c));
+        float* references = scratch.references + b * (args.K + 1);
+        auto reference = [&](int k) {
+            float max = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
+            references[k] = max;
+            return max;
+        };
+        auto add = [](State& state, const BlockSums& sums) {
+            state.sum_t += sums.sum_t;
+            state.sum_1 += sums.sum_1;
+            state.cross += sums.cross;
+            state.entropy += sums.entropy;
+        };
+        // With no finite logit yet any reference will do: every exponential is 0.
+        auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
+        const double inverse_t = 1.0 / args.formula.temperature;
+        const float old_student = states[0].max, student = reference(0);
+        move_student(states[0], student, inverse_t);
+        float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
+        add(states[0], functions.student(data[0], offset[0] + c, n, finite(student), exps, student_d,
+                                         scratch.stream(0) + c, e1));
+        for (int k = 1; k <= args.K; ++k) {
+            const float max = reference(k);
+            move_teacher(states[k], max, old_student, student, inverse_t);
+            add(states[k], functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, student_d,
+                                                     scratch.stream(k) + c));
+        }
+    }
+
+    float logit(const Matrix& matrix, int k, int64_t c) const {
+        return with_dtype(matrix.dtype, [&](auto t) {
+            return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c);
+        });
+    }
+
+    bool label_fits() const { return args.target[index] >= 0 && args.target[index] < args.C; }
+
+    // Writes the row's numbers and returns the coefficients of its residual.
+    ResidualCoefficients finish(const State* states) const {
+        const int K = args.K;
+        const int64_t y = args.target[index], N = args.N;
+        float student_label = NAN, teacher_label[kMaxTeachers];
+        RowResult result;
+        ResidualCoefficients coefficients;
+        if (label_fits()) student_label = logit(args.student, 0, y);
+        for (int k = 0; k < K; ++k) {
+            teacher_label[k] = label_fits() ? logit(args.teachers[k], k + 1, y) : NAN;
+            if (args.formula.weighting == Weighting::given)
+                result.weights[k] = args.weights[k * args.weight_stride_k + index * args.weight_stride_n];
+        }
+        finish_row<ArrayMath>(args.formula, K, states[0], states + 1, student_label, teacher_label,
+                              args.residual_scale, result, coefficients);
+        if (!label_fits()) coefficients.student_t = NAN;
+        args.rows[index] = result.loss;
+        args.rows[N + index] = result.hard;
+        args.rows[2 * N + index] = result.soft;
+        for (int k = 0; k < K; ++k) {
+            args.divergence[k * N + index] = result.divergence[k];
+            args.teacher_ce[k * N + index] = result.teacher_ce[k];
+            args.weights_out[k * N + index] = result.weights[k];
+        }
+        return coefficients;
+    }
+
+    void write_block(int64_t b, const State* states, const ResidualCoefficients& coefficients, bool streaming) const {
+        const int K = args.K;
+        const int64_t c = b * kBlock;
+        const int n = int(std::min<int64_t>(kBlock, args.C - c));
+        const float* references = scratch.references + b * (K + 1);
+        const double inverse_t = 1.0 / args.formula.temperature;
+        Term terms[kMaxTeachers];
+        int count = 0;
+        for (int k = 0; k < K; ++k) {
+            // Weight 0 drops the teacher, even one whose logits are NaN.
+            if (coefficients.teacher[k] == 0) continue;
+            double factor = shift_factor(references[k + 1], states[k + 1].max, inverse_t);
+            terms[count++] = {float(coefficients.teacher[k] * factor), scratch.stream(k + 1) + c};
+        }
+        const float* e = scratch.stream(0) + c;
+        const float* e1 = keeps_e1() ? scratch.stream(K + 1) + c : e;
+        const float at = float(coefficients.student_t * shift_factor(references[0], states[0].max, inverse_t));
+        const float a1 = float(coefficients.student_1 * shift_factor(references[0], states[0].max, 1.0));
+        functions.residual(e, e1, at, a1, terms, count, args.residual, index * args.C + c, n, streaming);
+        const int64_t y = args.target[index] - c;
+        if (label_fits() && y >= 0 && y < n) {
+            float e1_y = keeps_e1() ? e1[y] : std::pow(e[y], float(functions.power));
+            float value = at * e[y] + a1 * e1_y - coefficients.label;
+            for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
+            with_dtype(args.student.dtype, [&](auto t) {
+                store_tail(static_cast<decltype(t)*>(args.residual) + index * args.C + c + y, Vec::set(value), 1);
+            });
+        }
+    }
+
+    void clear(int64_t n) const {
+        const int K = args.K;
+        for (int i = 0; i < 3; ++i) args.rows[i * args.N + n] = 0.0f;
+        for (int k = 0; k < K; ++k) {
+            args.divergence[k * args.N + n] = args.teacher_ce[k * args.N + n] = args.weights_out[k * args.N + n] = 0.0f;
+        }
+        if (args.residual) {
+            int64_t size = args.student.dtype == DType::f32 ? 4 : 2;
+            std::memset(static_cast<char*>(args.residual) + n * args.C * size, 0, args.C * size);
+        }
+    }
+};
+
+inline int64_t block_count(int64_t C) { return (C + kBlock - 1) / kBlock; }
+
+inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
+                             bool streaming) {
+    const int64_t blocks = block_count(args.C);
+    const int streams = args.K + 1 + (functions.power == 0 ? 1 : 0);
+    const int64_t chunk = std::max<int64_t>(1, args.N / (threads * 8));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        static thread_local Scratch memory;
+        float* base = memory.reserve(RowScratch::floats(args.C, streams, blocks) + kBlock + 2 * Vec::width);
+        float* student_d = base + RowScratch::floats(args.C, streams, blocks);
+        Row row(args, functions, exps, RowScratch(base, args.C, streams));
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t n = 0; n < args.N; ++n) {
+            if (args.target[n] == args.ignore_index) {
+                row.clear(n);
+                continue;
+            }
+            State states[kStreams];
+            row.start(n);
+            for (int64_t b = 0; b < blocks; ++b) row.add_block(b, states, student_d);
+            ResidualCoefficients coefficients = row.finish(states);
+            if (args.residual)
+                for (int64_t b = 0; b < blocks; ++b) row.write_block(b, states, coefficients, streaming);
+        }
+    }
+}
+
+// All threads share a row: each takes a contiguous range of its blocks, the partial states are merged in order.
+inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
+                                bool streaming) {
+    const int64_t blocks = block_count(args.C);
+    const int streams = args.K + 1 + (functions.power == 0 ? 1 : 0);
+    threads = int(std::min<int64_t>(threads, blocks));
+    const int64_t row_floats = RowScratch::floats(args.C, streams, blocks);
+    Scratch memory;
+    float* base = memory.reserve(row_floats + threads * (kBlock + 2 * Vec::width));
+    const double inverse_t = 1.0 / args.formula.temperature;
+    std::unique_ptr<State[]> partial(new State[threads * kStreams]);
+    ResidualCoefficients coefficients;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int team = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t begin = blocks * me / team, end = blocks * (me + 1) / team;
+        float* student_d = base + row_floats + me * (kBlock + 2 * Vec::width);
+        State* mine = partial.get() + me * kStreams;
+        Row row(args, functions, exps, RowScratch(base, args.C, streams));
+        for (int64_t n = 0; n < args.N; ++n) {
+            if (args.target[n] == args.ignore_index) {
+#pragma omp single
+                row.clear(n);
+                continue;
+            }
+            row.start(n);
+            for (int k = 0; k <= args.K; ++k) mine[k] = State();
+            for (int64_t b = begin; b < end; ++b) row.add_block(b, mine, student_d);
+#pragma omp barrier
+#pragma omp single
+            {
+                for (int t = 1; t < team; ++t) merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
+                coefficients = row.finish(partial.get());
+            }
+            if (args.residual)
+                for (int64_t b = begin; b < end; ++b) row.write_block(b, partial.get(), coefficients, streaming);
+#pragma omp barrier
+        }
+    }
+}
+
+void row_loss(const RowLossArgs& args) {
+    const RowFunctions functions = choose_functions(args);
+    const Exps exps{Exp(1.0f / args.formula.temperature), Exp(1.0f)};
+    const int threads = useful_threads(args.N * args.C * (args.K + 1), args.threads);
+    const int64_t scratch = (args.K + 2) * args.C * int64_t(sizeof(float));
+    const int64_t bytes = args.N * args.C * (args.student.dtype == DType::f32 ? 4 : 2);
+    const bool streaming = bytes > kStreamingBytes;
+    if (args.residual) prefer_huge_pages(args.residual, bytes);
+    if (threads > 1 && (args.N < threads || scratch > kRowScratch)) {
+        columns_in_parallel(args, functions, exps, threads, streaming);
+    } else {
+        rows_in_parallel(args, functions, exps, threads, streaming);
+    }
+}
+
+}  // namespace
+}  // namespace camkd::cpu

@@ -1,0 +1,137 @@
+// Element types, exponentials and logarithms on top of one instruction set's Vec.
+// Everything has internal linkage: this header is compiled once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "api.h"
+
+namespace camkd::cpu {
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline Vec load(const float* p) { return Vec::load(p); }
+inline Vec load(const bf16* p) { return Vec::load_bf16(&p->bits); }
+inline Vec load(const f16* p) { return Vec::load_f16(&p->bits); }
+inline void store(float* p, Vec x) { x.store(p); }
+inline void store(bf16* p, Vec x) { x.store_bf16(&p->bits); }
+inline void store(f16* p, Vec x) { x.store_f16(&p->bits); }
+
+// The first n < width elements; the others are `fill`.
+template <class T>
+inline Vec load_tail(const T* p, int n, float fill) {
+    T buffer[Vec::width];
+    store(buffer, Vec::set(fill));
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
+}
+
+template <class T>
+inline void store_tail(T* p, Vec x, int n) {
+    T buffer[Vec::width];
+    store(buffer, x);
+    std::memcpy(p, buffer, n * sizeof(T));
+}
+
+template <class T>
+inline float load_one(const T* p) {
+    float buffer[Vec::width];
+    load_tail(p, 1, 0.0f).store(buffer);
+    return buffer[0];
+}
+
+// e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder, relative error 1.3e-7, exactly 1 at d = 0 and
+// exactly 0 below 2^-127. d = -inf gives 0 and NaN stays NaN.
+struct Exp {
+    Vec scale, floor;
+
+    explicit Exp(float inverse_t) {
+        float c = inverse_t * 1.44269504f;
+        scale = Vec::set(c);
+        floor = Vec::set(-127.0f / c);
+    }
+
+    Vec operator()(Vec d) const {
+        // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves n + 127 in the low bits, n's biased exponent.
+        const Vec magic = Vec::set(12582912.0f + 127.0f);
+        d = Vec::max(floor, d);
+        Vec shifted = Vec::fma(d, scale, magic);
+        Vec f = Vec::fma(d, scale, magic - shifted);
+        // Minimax for 2^f / 1 on [-1/2, 1/2] with the constant fixed at 1 (linear programme on 8001 points).
+        Vec p = Vec::fma(Vec::set(1.326472824e-3f), f, Vec::set(9.671512637e-3f));
+        p = Vec::fma(p, f, Vec::set(5.550733740e-2f));
+        p = Vec::fma(p, f, Vec::set(2.402224209e-1f));
+        p = Vec::fma(p, f, Vec::set(6.931469776e-1f));
+        p = Vec::fma(p, f, Vec::set(1.0f));
+        return p * Vec::exponent(shifted);
+    }
+};
+
+// Math policy of row_math.h: branch-free scalar code that the compiler turns into vectors.
+struct ArrayMath {
+    static void exp(float* x, int n) {
+        const Exp exp(1.0f);
+        for (int i = 0; i < n; i += Vec::width) {
+            int count = n - i < Vec::width ? n - i : Vec::width;
+            store_tail(x + i, exp(load_tail(x + i, count, 0.0f)), count);
+        }
+    }
+
+    // ln(m 2^e) = 2 atanh(s) + e ln 2 with s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)).
+    static void log(float* x, int n) {
+#pragma omp simd
+        for (int i = 0; i < n; ++i) {
+            float value = x[i];
+            int32_t bits;
+            std::memcpy(&bits, &value, 4);
+            int32_t exponent = (bits - 0x3f3504f3) >> 23;
+            int32_t mantissa_bits = bits - (exponent << 23);
+            float m;
+            std::memcpy(&m, &mantissa_bits, 4);
+            float s = (m - 1.0f) / (m + 1.0f);
+            float q = s * s;
+            float tail = q * (0.33333333f + q * (0.2f + q * (0.14285714f + q * 0.11111111f)));
+            float result = float(exponent) * 1.9046542e-9f + (s + s) * tail;
+            result = (s + s) + result;
+            result += float(exponent) * 0.693147179f;
+            // Sums of exponentials are 0 (a row of -inf) or at least 1, or not finite.
+            x[i] = value > 0 && value < INFINITY ? result : (value == 0 ? -INFINITY : value);
+        }
+    }
+};
+
+template <class T>
+inline const T* row_start(const Matrix& matrix, int64_t inner, int64_t row) {
+    int64_t outer = row / inner;
+    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner;
+}
+
+constexpr int64_t kWorkPerThread = 32 * 1024;  // elements that pay for waking a thread
+
+inline int useful_threads(int64_t elements, int threads) {
+    return int(std::clamp<int64_t>(elements / kWorkPerThread, 1, std::max(threads, 1)));
+}
+
+// Calls f(T{}) with the element type that `dtype` names.
+template <class F>
+inline auto with_dtype(DType dtype, F f) {
+    switch (dtype) {
+        case DType::bf16:
+            return f(bf16{});
+        case DType::f16:
+            return f(f16{});
+        default:
+            return f(float{});
+    }
+}
+
+}  // namespace
+}  // namespace camkd::cpu
