@@ -1,0 +1,146 @@
+"""Confidence weights of K sets of logits, and the gradient through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import confidence_launch, elementwise_launch, vector_width
+from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units
+from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, weights_from_scores
+
+
+@triton.jit(do_not_specialize=["stride_zo", "stride_zi", "N", "S", "C_units", "ignore_index"])
+def confidence_fwd_kernel(
+    logits,  # K pointers to (N, C)
+    target,  # (N,) int64
+    weights, ce, lse,  # (K, N) fp32 each
+    stride_zo, stride_zi,  # K each
+    N, S, C_units,
+    ignore_index,
+    K: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DEBUG: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows per program, one set of logits after the other, in steps of BLOCK_C columns and lanes of VEC."""
+    R: tl.constexpr = BLOCK_C // VEC
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_range = n < N
+    C = C_units * ALIGN
+    y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
+    scores = ()
+    for k in tl.static_range(K):
+        row = logits[k] + row_offset(n, S, stride_zo[k], stride_zi[k], ALIGN, TWO_LEVEL)
+        lane = tl.full((BLOCK_N, R), LOWEST, tl.float32)
+        sums = tl.zeros((BLOCK_N, R), tl.float32)
+        for start in range(0, C, BLOCK_C):
+            cols = start + tl.arange(0, BLOCK_C)
+            mask = kept[:, None] & (cols < C)[None, :]
+            z = tl.load(row[:, None] + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+            z = z.reshape(BLOCK_N, R, VEC)
+            lane, drop = lane_max(lane, z)
+            sums = sums * tl.exp2(drop * LOG2E) + tl.sum(tl.exp2((z - lane[:, :, None]) * LOG2E), axis=2)
+        top = tl.max(lane, axis=1)
+        log_sum = tl.log(tl.sum(sums * tl.exp2((lane - top[:, None]) * LOG2E), axis=1))
+        score = log_sum - (label_logit(row, y, kept & inside) - top)
+        tl.store(ce + k * tl.cast(N, tl.int64) + n, tl.where(kept, score, 0.0), mask=in_range)
+        tl.store(lse + k * tl.cast(N, tl.int64) + n, tl.where(kept, log_sum + top, 0.0), mask=in_range)
+        scores += (score,)
+    if K == 1:
+        tl.store(weights + n, tl.where(kept, 1.0, 0.0), mask=in_range)
+    else:
+        w = weights_from_scores(scores, K, "confidence")
+        for k in tl.static_range(K):
+            tl.store(weights + k * tl.cast(N, tl.int64) + n, tl.where(kept, w[k], 0.0), mask=in_range)
+
+
+@triton.jit(do_not_specialize=["stride_zo", "stride_zi", "stride_gk", "stride_gn", "N", "S", "C_units"])
+def confidence_bwd_kernel(
+    logits,  # K pointers to (N, C)
+    target,  # (N,) int64
+    lse,  # (K, N) fp32, contiguous
+    grad_ce,  # (K, N) fp32
+    grads,  # K pointers to (N, C), contiguous
+    stride_zo, stride_zi,  # K each
+    stride_gk, stride_gn,
+    N, S, C_units,
+    K: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_N, BLOCK_C) tile of all K gradients per program; rows without a gradient are not read."""
+    C = C_units * ALIGN
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(C, BLOCK_C)
+    n = (pid // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (pid % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_range = n < N
+    tile = in_range[:, None] & (cols < C)[None, :]
+    y = tl.load(target + n, mask=in_range, other=0)
+    for k in tl.static_range(K):
+        g = tl.load(grad_ce + k * tl.cast(stride_gk, tl.int64) + n * stride_gn, mask=in_range, other=0.0)
+        log_sum = tl.load(lse + k * tl.cast(N, tl.int64) + n, mask=in_range, other=0.0)
+        row = logits[k] + row_offset(n, S, stride_zo[k], stride_zi[k], ALIGN, TWO_LEVEL)
+        mask = tile & (g != 0)[:, None]
+        z = tl.load(row[:, None] + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp2((z - log_sum[:, None]) * LOG2E)
+        out = g[:, None] * (p - tl.where(cols[None, :] == y[:, None], 1.0, 0.0))
+        out = tl.where((g == 0)[:, None], 0.0, out)
+        pointers = grads[k] + n[:, None] * C + cols[None, :]
+        tl.store(pointers, out.to(grads[k].dtype.element_ty), mask=tile)
+
+
+def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights w, cross-entropies CE and log-sum-exps at T = 1 of K tensors (N, C) or (B, S, C): (K, N) fp32 each.
+
+    target: (N,) int64, contiguous. Ignored rows give 0, labels outside [0, C) NaN.
+    """
+    N, S, C = row_shape(logits[0])
+    K = len(logits)
+    weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
+    if N == 0:
+        return weights, ce, lse
+    ALIGN = alignment(logits)
+    itemsize = max(z.element_size() for z in logits)
+    BLOCK_N, BLOCK_C, num_warps = confidence_launch(C, itemsize)
+    with on_device_of(target):
+        confidence_fwd_kernel[(-(-N // BLOCK_N),)](
+            *(tuple(logits), target, weights, ce, lse, *stride_units(logits, ALIGN)),
+            *(N, S, C // ALIGN, ignore_index),
+            **{"K": K, "TWO_LEVEL": logits[0].dim() == 3, "ALIGN": ALIGN, "DEBUG": DEBUG, "debug": DEBUG},
+            **{"BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "VEC": vector_width(itemsize), "num_warps": num_warps},
+        )
+    return weights, ce, lse
+
+
+def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+    """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)), K tensors (N, C) in their logits' dtypes.
+
+    target: (N,) int64; lse, grad_ce: (K, N) fp32. Rows with grad_ce 0 give 0 and their logits are not read.
+    """
+    N, S, C = row_shape(logits[0])
+    K = len(logits)
+    grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
+    if N == 0:
+        return grads
+    ALIGN = alignment(logits)
+    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, max(z.element_size() for z in logits))
+    grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
+    with on_device_of(target):
+        confidence_bwd_kernel[grid](
+            *(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads), *stride_units(logits, ALIGN)),
+            *(*grad_ce.stride(), N, S, C // ALIGN),
+            **{"K": K, "TWO_LEVEL": logits[0].dim() == 3, "ALIGN": ALIGN},
+            **{"BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "num_warps": num_warps},
+        )
+    return grads

@@ -1,0 +1,62 @@
+"""Host side of every launch: strides, alignment, the device guard and the debug switch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Device-side assertions on labels (they stop the context, and cost registers).
+DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
+
+# 8 elements are 16 bytes in the narrowest dtype; more alignment than one access buys nothing.
+_MAX_ALIGN = 8
+
+
+class Rows(NamedTuple):
+    """The row addressing of (N, C) or (B, S, C) tensors: row n starts at (n // S) * outer + (n % S) * inner."""
+
+    N: int
+    S: int
+    C: int
+
+
+def row_shape(logits: Tensor) -> Rows:
+    S = logits.shape[1] if logits.dim() == 3 else 1
+    return Rows(logits.shape[0] * S, S, logits.shape[-1])
+
+
+def _row_strides(logits: Tensor) -> tuple[int, int]:
+    """(outer, inner) in elements. The stride of a dimension of size 1 is arbitrary in torch, so it counts as 0."""
+    strides = [stride if size > 1 else 0 for size, stride in zip(logits.shape[:-1], logits.stride(), strict=False)]
+    return (strides[0], strides[1]) if logits.dim() == 3 else (strides[0], 0)
+
+
+def alignment(tensors: Sequence[Tensor]) -> int:
+    """The largest power of 2, up to 8, that divides the width and every row stride of these tensors.
+
+    Kernels get widths and strides in units of it. The compiler then knows that rows start, and the column mask ends,
+    on such a multiple, which is what wide loads need; Triton's own specialisation looks for multiples of 16 only, so
+    that C = 100 or C = 1000 would be read one element at a time. An odd C leaves rows that start at every address:
+    those are read by the element, and a padded row stride (an aligned slice) does not help as the mask still ends odd.
+    """
+    bits = _MAX_ALIGN
+    for tensor in tensors:
+        outer, inner = _row_strides(tensor)
+        bits |= outer | inner | tensor.shape[-1]
+    return min(bits & -bits, _MAX_ALIGN)
+
+
+def stride_units(tensors: Sequence[Tensor], ALIGN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Outer and inner row strides of these tensors, in units of ALIGN."""
+    strides = [_row_strides(tensor) for tensor in tensors]
+    return tuple(outer // ALIGN for outer, _ in strides), tuple(inner // ALIGN for _, inner in strides)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the tensor's device and its current stream; CPU tensors (the interpreter) have none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,98 @@
+"""`row_loss`: every row's numbers and, with them, the gradient, in one launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import on_chip, onchip_launch, streaming_launch, vector_width
+from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units
+from .row_loss_onchip import row_loss_onchip_fwd_kernel
+from .row_loss_streaming import row_loss_streaming_fwd_kernel
+
+# Temperatures whose e^x the kernels get from e^{x/T} by one or two multiplications.
+_T_POWERS = (1, 2, 4)
+
+
+class RowLoss(NamedTuple):
+    """What a backend returns for N rows and K teachers, before any reduction. Numbers are fp32."""
+
+    rows: Tensor  # (3, N): loss, hard, soft
+    divergence: Tensor  # (K, N): KL_k
+    teacher_ce: Tensor  # (K, N): CE_k
+    weights: Tensor  # (K, N): w_k
+    residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
+
+
+def row_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    ignore_index: int,
+    needs_grad: bool,
+    residual_scale: float | Tensor | None,
+) -> RowLoss:
+    """Every row's numbers, and with `needs_grad` the residual.
+
+    Args:
+        student: (N, C) or (B, S, C), fp32 | bf16 | fp16, unit column stride, any row strides.
+        teachers: K tensors of the student's shape; dtypes and strides may differ.
+        target: (N,) int64, contiguous.
+        weighting: "confidence" | "uniform" | "entropy" | fp32 weights (K, N), possibly expanded.
+        residual_scale: multiplies the residual: a number, or a one-element fp32 tensor on the student's device.
+    """
+    N, S, C = row_shape(student)
+    K = len(teachers)
+    stats = torch.empty((3 + 3 * K, N), dtype=torch.float32, device=student.device)
+    residual = torch.empty((N, C), dtype=student.dtype, device=student.device) if needs_grad else None
+    if N > 0:
+        tensors = [student, *teachers]
+        ALIGN = alignment(tensors)
+        stride_o, stride_i = stride_units(tensors, ALIGN)
+        given = weighting if isinstance(weighting, Tensor) else None
+        kind = "given" if isinstance(weighting, Tensor) else weighting
+        if K == 1 and kind in ("confidence", "entropy"):
+            kind = "uniform"
+        if residual_scale is None:
+            residual_scale = 1.0
+        arguments = (
+            *(student, tuple(teachers), target, given, stats, residual, residual_scale),
+            *(stride_o[0], stride_i[0], stride_o[1:], stride_i[1:]),
+            *((0, 0) if given is None else given.stride()),
+            *(N, S, C // ALIGN, ignore_index),
+            *(float(temperature), math.log2(math.e) / temperature, float(hard_weight), float(soft_weight)),
+        )
+        flags: dict[str, Any] = {
+            "K": K,
+            "WEIGHTING": kind,
+            "T_POWER": int(temperature) if temperature in _T_POWERS else 0,
+            "SCALE_ON_DEVICE": isinstance(residual_scale, Tensor),
+            "TWO_LEVEL": student.dim() == 3,
+            "ALIGN": ALIGN,
+            "DEBUG": DEBUG,
+            "debug": DEBUG,
+        }
+        with on_device_of(student):
+            if on_chip(C):
+                BLOCK_N, BLOCK_C, num_warps = onchip_launch(C)
+                grid = (-(-N // BLOCK_N),)
+                row_loss_onchip_fwd_kernel[grid](
+                    *arguments, **flags, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps
+                )
+            else:
+                itemsize = max(tensor.element_size() for tensor in tensors)
+                _, BLOCK_C, num_warps = streaming_launch(K, itemsize)
+                row_loss_streaming_fwd_kernel[(N,)](
+                    *arguments, **flags, BLOCK_C=BLOCK_C, VEC=vector_width(itemsize), num_warps=num_warps
+                )
+    rows, divergence, teacher_ce, weights = stats.split([3, K, K, K])
+    return RowLoss(rows, divergence, teacher_ce, weights, residual)

@@ -1,0 +1,144 @@
+"""Row loss for rows that fit in one program: statistics and gradient from a single read."""
+
+import triton
+import triton.language as tl
+
+from .softmax import (
+    exp_at_one,
+    finite_max,
+    label_logit,
+    load_labels,
+    relative_share,
+    row_offset,
+    store_row_numbers,
+    weights_from_scores,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_so", "stride_si", "stride_to", "stride_ti", "stride_wk", "stride_wn",
+        "N", "S", "C_units", "ignore_index",
+    ]
+)  # fmt: skip
+def row_loss_onchip_fwd_kernel(
+    student,  # (N, C)
+    teachers,  # K pointers to (N, C)
+    target,  # (N,) int64
+    given,  # (K, N) fp32 weights, or None
+    stats,  # (3 + 3K, N) fp32
+    residual,  # (N, C) contiguous, or None
+    residual_scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
+    stride_so, stride_si,
+    stride_to, stride_ti,  # K each
+    stride_wk, stride_wn,
+    N, S, C_units,
+    ignore_index,
+    temperature, exp2_scale,  # T and log2(e) / T
+    hard_weight, soft_weight,
+    K: tl.constexpr,
+    WEIGHTING: tl.constexpr,
+    T_POWER: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DEBUG: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N whole rows of all K + 1 tensors per program.
+
+    The weights depend on every teacher's statistics, but holding K tiles of exponentials until they are known would
+    cost K tiles of registers. Two suffice: with e_k the (rescaled) shares of `relative_share`, w_k is proportional to
+    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `plain` = sum_k p_k
+    and the total of the e_k. Every term is positive: nothing cancels.
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_range = n < N
+    cols = tl.arange(0, BLOCK_C)
+    C = C_units * ALIGN
+    tile = in_range[:, None] & (cols < C)[None, :]
+    y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
+
+    s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
+    s = tl.load(s_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
+    s_label = label_logit(s_row, y, kept & inside)
+    s_max = finite_max(s)
+    s -= s_max[:, None]
+    e = tl.exp2(s * exp2_scale)
+    s_sumT = tl.sum(e, axis=1)
+    s_sum1 = tl.sum(exp_at_one(e, s, T_POWER), axis=1)
+    hard = tl.log(s_sum1) - (s_label - s_max)
+
+    divergence = ()
+    ce = ()
+    scores = ()
+    weights = ()
+    mixed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    plain = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf") if WEIGHTING == "confidence" else 0.0, tl.float32)
+    for k in tl.static_range(K):
+        z_row = teachers[k] + row_offset(n, S, stride_to[k], stride_ti[k], ALIGN, TWO_LEVEL)
+        z = tl.load(z_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
+        z_label = label_logit(z_row, y, kept & inside)
+        z_max = finite_max(z)
+        z -= z_max[:, None]
+        e = tl.exp2(z * exp2_scale)
+        z_sumT = tl.sum(e, axis=1)
+        e1 = exp_at_one(e, z, T_POWER)
+        z_sum1 = tl.sum(e1, axis=1)
+        gap = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
+        # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
+        divergence += (gap / (z_sumT * temperature) + tl.log(s_sumT / z_sumT),)
+        log_sum = tl.log(z_sum1)
+        ce_k = log_sum - (z_label - z_max)
+        ce += (ce_k,)
+        inverse = 1.0 / z_sumT
+        if WEIGHTING == "confidence" or WEIGHTING == "entropy":
+            if WEIGHTING == "confidence":
+                score = ce_k
+            else:
+                # Both terms are positive: no cancellation, and never below 0.
+                score = log_sum - tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1) / z_sum1
+            scores += (score,)
+            if residual is not None:
+                new_top = tl.maximum(top, score)
+                decay = relative_share(top, new_top, WEIGHTING)
+                share = relative_share(score, new_top, WEIGHTING)
+                mixed = mixed * decay[:, None] + plain * share[:, None] + e * (total * decay * inverse)[:, None]
+                plain += e * inverse[:, None]
+                total = total * decay + share
+                top = new_top
+        else:
+            if WEIGHTING == "given":
+                weight = tl.load(given + k * stride_wk + n * stride_wn, mask=in_range, other=0.0)
+            else:
+                weight = tl.full((BLOCK_N,), 1.0 / K, tl.float32)
+            weights += (weight,)
+            if residual is not None:
+                mixed += tl.where((weight == 0)[:, None], 0.0, e * (weight * inverse)[:, None])
+
+    if WEIGHTING == "confidence" or WEIGHTING == "entropy":
+        weights = weights_from_scores(scores, K, WEIGHTING)
+    weight_sum = store_row_numbers(
+        stats, n, N, in_range, kept, inside, hard, divergence, ce, weights, temperature, hard_weight, soft_weight, K
+    )
+    if residual is not None:
+        if WEIGHTING == "confidence":
+            mixed *= (1.0 / (total * (K - 1)))[:, None]
+        elif WEIGHTING == "entropy":
+            mixed *= (1.0 / total)[:, None]
+        e = tl.exp2(s * exp2_scale)
+        soft_part = e * (weight_sum / s_sumT)[:, None] - mixed
+        hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_sum1)[:, None]
+        hard_part -= tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
+        out = soft_weight * temperature * soft_part + hard_weight * hard_part
+        if SCALE_ON_DEVICE:
+            out *= tl.load(residual_scale)
+        else:
+            out *= residual_scale
+        out = tl.where(inside[:, None], out, float("nan"))
+        out = tl.where(kept[:, None], out, 0.0)
+        pointers = residual + n[:, None] * C + cols[None, :]
+        tl.store(pointers, out.to(residual.dtype.element_ty), mask=tile)

@@ -1,0 +1,128 @@
+"""Device functions shared by the kernels: row addressing, exponentials, running softmax statistics, teacher weights.
+
+A softmax statistic is kept relative to a maximum that is subtracted *before* the scale by log2(e) / T, so that a large
+common offset of a row costs no accuracy.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# The running maximum of a lane that has seen nothing: finite, so that differences of maxima are never inf - inf, and no
+# larger than any finite logit, so that rows masked with finfo.min stay exact.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def row_offset(n, S, stride_outer, stride_inner, ALIGN: tl.constexpr, TWO_LEVEL: tl.constexpr):
+    """First element of row n (int64), strides in units of ALIGN."""
+    if TWO_LEVEL:
+        return ((n // S) * stride_outer + (n % S) * stride_inner) * ALIGN
+    else:
+        return n * stride_outer * ALIGN
+
+
+@triton.jit
+def load_labels(target, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
+    """label, kept (the row counts) and inside (0 <= label < C) of rows n; rows out of range count as ignored."""
+    y = tl.load(target + n, mask=in_range, other=0)
+    kept = in_range & (y != ignore_index)
+    inside = (y >= 0) & (y < C)
+    if DEBUG:
+        tl.device_assert(inside | (kept == 0), "camkd_fast: a label lies outside [0, C)")
+    return y, kept, inside
+
+
+@triton.jit
+def label_logit(row, y, readable):
+    """The logit at the label; NaN where there is none, which then spreads to everything that depends on it."""
+    return tl.load(row + y, mask=readable, other=0.0).to(tl.float32) + tl.where(readable, 0.0, float("nan"))
+
+
+@triton.jit
+def exp_at_one(e, x, T_POWER: tl.constexpr):
+    """e^x from e = e^{x/T}: by multiplications when T is T_POWER, by another exponential when T_POWER is 0."""
+    if T_POWER == 1:
+        return e
+    elif T_POWER == 2:
+        return e * e
+    elif T_POWER == 4:
+        square = e * e
+        return square * square
+    else:
+        return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def lane_max(top, x):
+    """The new running maximum of lanes (..., R) after x (..., R, V), and how far the old one lies below it."""
+    new = tl.maximum(top, tl.max(x, axis=-1))
+    return new, top - new
+
+
+@triton.jit
+def lane_rescale(value, decay):
+    """A running sum after its maximum moved; where the decay underflows nothing is left, not even of an infinity."""
+    return tl.where(decay > 0, value * decay, 0.0)
+
+
+@triton.jit
+def finite_max(x):
+    """Row maxima of (BLOCK_N, BLOCK_C); 0 for a row that is -inf throughout, whose sums are then 0, not NaN."""
+    top = tl.max(x, axis=1)
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def relative_share(score, top, WEIGHTING: tl.constexpr):
+    """A teacher's unnormalised share of the mass over teachers, 1 for the one with the `top` score.
+
+    "confidence": e^{CE_k}, infinite ones sharing equally; "entropy": H_k, all zero sharing equally.
+    """
+    if WEIGHTING == "confidence":
+        return tl.where(score == top, 1.0, tl.exp(score - top))
+    else:
+        return tl.where(top > 0, score / top, 1.0)
+
+
+@triton.jit
+def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
+    """K weights from K scores, K >= 2: (1 - softmax_k) / (K - 1) or 1 - ratio_k."""
+    top = scores[0]
+    for k in tl.static_range(1, K):
+        top = tl.maximum(top, scores[k])
+    total = tl.zeros_like(top)
+    for k in tl.static_range(K):
+        total += relative_share(scores[k], top, WEIGHTING)
+    weights = ()
+    for k in tl.static_range(K):
+        weight = 1.0 - relative_share(scores[k], top, WEIGHTING) / total
+        if WEIGHTING == "confidence":
+            weight = weight / (K - 1)
+        weights += (weight,)
+    return weights
+
+
+@triton.jit
+def store_row_numbers(
+    stats, n, N, mask, kept, inside, hard, divergence, ce, weights,
+    temperature, hard_weight, soft_weight, K: tl.constexpr,
+):  # fmt: skip
+    """Loss, hard, soft, KL_k, CE_k, w_k of rows n into stats (3 + 3K, N); ignored rows get 0. Returns W = sum_k w_k."""
+    N = tl.cast(N, tl.int64)
+    soft = tl.zeros_like(hard)
+    total = tl.zeros_like(hard)
+    for k in tl.static_range(K):
+        soft += tl.where(weights[k] == 0, 0.0, weights[k] * divergence[k])
+        total += weights[k]
+        column = stats + (3 + k) * N + n
+        tl.store(column, tl.where(kept, divergence[k], 0.0), mask=mask)
+        tl.store(column + K * N, tl.where(kept, ce[k], 0.0), mask=mask)
+        tl.store(column + 2 * K * N, tl.where(kept, weights[k], 0.0), mask=mask)
+    soft *= temperature * temperature
+    loss = tl.where(hard_weight == 0, 0.0, hard_weight * hard) + tl.where(soft_weight == 0, 0.0, soft_weight * soft)
+    loss = tl.where(inside, loss, float("nan"))
+    tl.store(stats + n, tl.where(kept, loss, 0.0), mask=mask)
+    tl.store(stats + N + n, tl.where(kept, hard, 0.0), mask=mask)
+    tl.store(stats + 2 * N + n, tl.where(kept, soft, 0.0), mask=mask)
+    return total
