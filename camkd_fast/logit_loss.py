@@ -49,16 +49,16 @@ class _Evaluation(NamedTuple):
 
 
 def _inverse_count(
-    labels: Tensor, num_items: float | Tensor | None, valid: int | None, ignore_index: int
+    labels: Tensor, num_items: float | Tensor | None, valid: int | None, ignore_index: int, dtype: torch.dtype
 ) -> float | Tensor:
-    """1 / the divisor of reduction="mean": a float where the host knows it, else a one-element tensor."""
+    """1 / the divisor of reduction="mean": a float where the host knows it, else a one-element tensor of `dtype`."""
     if isinstance(num_items, Tensor):
-        return num_items.to(labels.device).reshape(1).reciprocal()
+        return num_items.to(labels.device, dtype).reshape(1).reciprocal()
     if num_items is not None:
         return 1.0 / num_items
     if valid is not None:
         return 1.0 / max(valid, 1)
-    return (labels != ignore_index).sum().clamp(min=1).reciprocal().reshape(1)
+    return (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal().reshape(1)
 
 
 def _as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,7 @@ def _evaluate(
         valid = checks.count_labels(labels, student.shape[-1], formula.ignore_index)
     inverse: float | Tensor = 1.0
     if reduction == "mean":
-        inverse = _inverse_count(labels, num_items, valid, formula.ignore_index)
+        inverse = _inverse_count(labels, num_items, valid, formula.ignore_index, dtype)
 
     scale: float | Tensor = 1.0
     if loss_scale is not None:

@@ -172,6 +172,7 @@ def residual(
     return out.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
 
 
+@torch.no_grad()
 def row_loss(
     student: Tensor,
     teachers: Sequence[Tensor],
