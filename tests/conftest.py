@@ -1,0 +1,35 @@
+"""Conditions of the whole suite: poisoned memory, interpreted Triton without a GPU, fixed threads, backends to test."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Before anything imports triton, which reads it once.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import pytest
+
+# torch.empty and its relatives return NaN: a kernel that leaves an element unwritten cannot pass by luck.
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True)
+torch.set_num_threads(2)
+
+hypothesis.settings.register_profile("camkd", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("camkd")
+
+# CAMKD_FAST_CPU=0 is a build without the compiled module; otherwise a missing module fails its tests.
+BACKENDS = ("reference",) if os.environ.get("CAMKD_FAST_CPU") == "0" else ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20220100)
