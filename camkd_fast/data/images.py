@@ -1,0 +1,69 @@
+"""A labelled set of images in memory, and what may be done to its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images as they are stored, normalised only when they are used."""
+
+    pixels: Tensor  # (N, channels, H, W) uint8
+    labels: Tensor  # (N,) int64 in [0, num_classes)
+    num_classes: int
+    mean: tuple[float, ...]  # per channel, in pixel levels
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    def take(self, index: Tensor) -> LabelledImages:
+        """The images at `index` (M,) int64."""
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(M, channels, H, W) levels as float32 with the set's mean 0 and deviation 1."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() - mean) / std
+
+
+def stratified_parts(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """Disjoint index sets of the given sizes, each with every class in proportion (within one image).
+
+    Images are dealt in an order in which any stretch has the classes evenly spread, so nested sizes give nested parts.
+
+    Raises:
+        ValueError: the sizes ask for more images than there are labels.
+    """
+    if sum(sizes) > labels.numel():
+        raise ValueError(f"parts of {sum(sizes)} images were asked for, but there are {labels.numel()}")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(labels.numel(), generator=generator)
+    position = torch.empty(labels.numel(), dtype=torch.float64)
+    for label in range(int(labels.max()) + 1):
+        members = shuffled[labels[shuffled] == label]
+        position[members] = (torch.arange(members.numel(), dtype=torch.float64) + 0.5) / members.numel()
+    dealt = shuffled[position[shuffled].argsort(stable=True)]
+    return list(torch.split(dealt[: sum(sizes)], list(sizes)))
+
+
+def corrupt_labels(labels: Tensor, num_classes: int, fraction: float, seed: int, neighbour: bool = False) -> Tensor:
+    """Labels (N,) of which exactly round(fraction * N) are wrong.
+
+    Args:
+        fraction: share of wrong labels, 0 to 1.
+        neighbour: take the next class (y + 1 mod num_classes) rather than any other class with equal chance.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(labels.numel(), generator=generator)[: round(fraction * labels.numel())]
+    offset = torch.randint(1, num_classes, (wrong.numel(),), generator=generator)
+    corrupted = labels.clone()
+    corrupted[wrong] = (labels[wrong] + (1 if neighbour else offset)) % num_classes
+    return corrupted
