@@ -1,0 +1,192 @@
+"""The demonstration: three teachers, one of them poor, and what a small student makes of them, on real digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..data import LabelledImages, ResidentBatches, corrupt_labels, stratified_parts
+from ..data.digits import DigitSplits, load_digits
+from ..feature_loss import confidence_weights
+from .config import TrainConfig
+from .loop import EpochRecord, History, accuracy, fit
+from .loss_speed import LossSpeed, measure_loss_speed
+from .strategies import CAMKD, HardLabels, LogitDistillation, Strategy
+from .teachers import Teachers
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    name: str
+    model: str
+    epochs: int
+    wrong_labels: float = 0.0  # share of its training labels that were replaced
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings, chosen on the validation part; the test part is looked at once, after the last epoch."""
+
+    teachers: tuple[TeacherSpec, ...] = (
+        TeacherSpec("teacher A", "resnet20", epochs=10),
+        TeacherSpec("teacher B", "resnet8x4", epochs=6),
+        TeacherSpec("poor teacher", "resnet20", epochs=10, wrong_labels=0.8),
+    )
+    student: str = "resnet8"
+    # Few images, or cross-entropy alone leaves nothing to gain on digits.
+    student_images: int = 100
+    student_epochs: int = 40
+    student_batch_size: int = 32
+    alpha: float = 1.0
+    beta: float = 5.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    speed_shape: tuple[int, int, int] = (1024, 1000, 3)  # rows, classes, teachers
+    compiled: bool = True  # compare with torch.compile too, some 10 to 20 s of compilation
+
+
+@dataclass(frozen=True)
+class TeacherResult:
+    spec: TeacherSpec
+    test_accuracy: float
+    history: History
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """One strategy over all seeds."""
+
+    strategy: str
+    test_accuracy: list[float]  # per seed
+    histories: list[History]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.test_accuracy)
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over seeds; 0 for a single one."""
+        return stdev(self.test_accuracy) if len(self.test_accuracy) > 1 else 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return sum(h.images for h in self.histories) / sum(h.seconds for h in self.histories)
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    config: DemoConfig
+    sizes: tuple[int, int, int]  # images in the training, validation and test part
+    teachers: list[TeacherResult]
+    students: list[StudentResult]
+    weights: Tensor  # (K, views): confidence weights on augmented views of the student's images
+    speed: LossSpeed
+
+
+class Progress:
+    """A tqdm bar that counts training images, so that its rate means the same for every run."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit="img", desc="starting", dynamic_ncols=True)
+
+    def run(self, name: str, images: int) -> Callable[[EpochRecord], None]:
+        """A callback for one training run over `images` images per epoch."""
+        self._bar.set_description(name)
+
+        def on_epoch(record: EpochRecord) -> None:
+            self._bar.set_postfix_str(f"loss {record.loss:.3f}, validation {100 * record.validation_accuracy:.1f} %")
+            self._bar.update(images)
+
+        return on_epoch
+
+    def close(self) -> None:
+        self._bar.set_description("trained")
+        self._bar.close()
+
+
+def seeded_model(name: str, data: LabelledImages, seed: int) -> nn.Module:
+    """A new model whose parameters depend on `seed` only; torch's global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.create(name, data.num_classes, data.pixels.shape[1])
+
+
+def train_teacher(spec: TeacherSpec, seed: int, data: DigitSplits, progress: Progress) -> tuple[nn.Module, History]:
+    train = data.train
+    if spec.wrong_labels:
+        train = replace(train, labels=corrupt_labels(train.labels, train.num_classes, spec.wrong_labels, seed))
+    model = seeded_model(spec.model, train, seed)
+    on_epoch = progress.run(spec.name, len(train))
+    history = fit(model, HardLabels(), train, data.validation, TrainConfig(spec.epochs, seed), on_epoch)
+    return model, history
+
+
+# Name -> what makes the strategy for a student with that many feature channels.
+STRATEGIES: dict[str, Callable[[DemoConfig, Teachers, int], Strategy]] = {
+    "CE only": lambda config, teachers, features: HardLabels(),
+    "AVER": lambda config, teachers, features: LogitDistillation(teachers, "uniform", config.alpha),
+    "CA-MKD": lambda config, teachers, features: CAMKD(teachers, features, config.alpha, config.beta),
+}
+
+
+def train_students(
+    name: str,
+    config: DemoConfig,
+    teachers: Teachers,
+    train: LabelledImages,
+    data: DigitSplits,
+    progress: Progress,
+) -> StudentResult:
+    """The same student from every seed; a seed fixes its first parameters, the order and the shifts."""
+    histories, test_accuracy = [], []
+    for seed in config.seeds:
+        student = seeded_model(config.student, train, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            strategy = STRATEGIES[name](config, teachers, student.num_features)  # type: ignore[arg-type]
+        settings = TrainConfig(config.student_epochs, seed, config.student_batch_size)
+        on_epoch = progress.run(f"{name}, seed {seed}", len(train))
+        histories.append(fit(student, strategy, train, data.validation, settings, on_epoch))
+        test_accuracy.append(accuracy(student, data.test))
+    return StudentResult(name, test_accuracy, histories)
+
+
+@torch.no_grad()
+def weights_on_views(teachers: Teachers, train: LabelledImages, epochs: int = 5) -> Tensor:
+    """Confidence weights (K, epochs * N) on the shifted images that a student sees."""
+    batches = ResidentBatches(train, batch_size=256, seed=0, shift=TrainConfig.shift)
+    weights = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for images, target in batches:
+            weights.append(confidence_weights([taught.logits for taught in teachers(images)], target)[0])
+    return torch.cat(weights, dim=1)
+
+
+def run(config: DemoConfig) -> DemoResults:
+    """Train everything, one model after the other, and time the loss."""
+    data = load_digits()
+    few = data.train.take(stratified_parts(data.train.labels, [config.student_images], seed=0)[0])
+    teacher_images = sum(spec.epochs for spec in config.teachers) * len(data.train)
+    student_images = len(STRATEGIES) * len(config.seeds) * config.student_epochs * len(few)
+    progress = Progress(teacher_images + student_images)
+
+    trained, teacher_results = [], []
+    for seed, spec in enumerate(config.teachers):
+        model, history = train_teacher(spec, seed, data, progress)
+        trained.append(model)
+        teacher_results.append(TeacherResult(spec, accuracy(model, data.test), history))
+    teachers = Teachers(trained)
+    students = [train_students(name, config, teachers, few, data, progress) for name in STRATEGIES]
+    progress.close()
+    weights = weights_on_views(teachers, few)
+    speed = measure_loss_speed(*config.speed_shape, compiled=config.compiled)
+    sizes = (len(data.train), len(data.validation), len(data.test))
+    return DemoResults(config, sizes, teacher_results, students, weights, speed)

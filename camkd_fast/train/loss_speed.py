@@ -1,0 +1,66 @@
+"""How fast the fused loss is beside the same formulas in eager PyTorch and under torch.compile: one quick shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..baselines import compiled_loss, eager_loss
+from ..logit_loss import camkd_loss
+
+
+@dataclass(frozen=True)
+class LossSpeed:
+    """Medians of forward + backward at one shape, float32."""
+
+    rows: int
+    classes: int
+    teachers: int
+    milliseconds: dict[str, float]  # "fused", "eager" and, where it works, "torch.compile"
+    compile_seconds: float | None  # first forward + backward under torch.compile
+    note: str  # why torch.compile is missing, or empty
+
+    def speedup(self, other: str) -> float:
+        """How many times faster the fused loss is than `other`."""
+        return self.milliseconds[other] / self.milliseconds["fused"]
+
+
+def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25, compiled: bool = True) -> LossSpeed:
+    """Time all contenders in turn within each round, so that a busy machine slows them alike."""
+    generator = torch.Generator().manual_seed(0)
+    student, *zs = (3 * torch.randn(teachers + 1, rows, classes, generator=generator)).unbind()
+    target = torch.randint(classes, (rows,), generator=generator)
+    student.requires_grad_()
+
+    def fused(student: Tensor, zs: list[Tensor], target: Tensor) -> Tensor:
+        return camkd_loss(student, zs, target).loss
+
+    def seconds(loss: Callable[..., Tensor]) -> float:
+        student.grad = None
+        started = time.perf_counter()
+        torch.autograd.backward(loss(student, zs, target))
+        return time.perf_counter() - started
+
+    contenders: dict[str, Callable[..., Tensor]] = {"fused": fused, "eager": eager_loss}
+    for loss in contenders.values():
+        seconds(loss)
+    compile_seconds, note = None, ""
+    if compiled:
+        loss = compiled_loss()
+        try:
+            compile_seconds = seconds(loss)
+            contenders["torch.compile"] = loss
+        except RuntimeError as error:
+            # It needs a C++ compiler; without one the other two still say something.
+            note = f"torch.compile does not work here: {str(error).splitlines()[0]}"
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, loss in contenders.items():
+            times[name].append(seconds(loss))
+    milliseconds = {name: 1e3 * median(values[rounds // 5 :]) for name, values in times.items()}
+    return LossSpeed(rows, classes, teachers, milliseconds, compile_seconds, note)
