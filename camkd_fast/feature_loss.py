@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks
 from .dispatch import backend_for
 from .reference import accumulation_dtype, ce_gradient
-from .rows import contiguous_labels, row_view
+from .rows import contiguous_labels, first_order, row_view
 
 
 # --- confidence weights ----------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.mark_non_differentiable(lse)
 
 
-@torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+@first_order
 def _confidence_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
     *logits, target, weights, lse = ctx.saved_tensors
     total = ce_gradient(weights, grad_weights, grad_ce)
@@ -151,7 +151,7 @@ def _feature_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.backend = backend
 
 
-@torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+@first_order
 def _feature_backward(ctx: Any, grad_error: Tensor) -> tuple[Any, ...]:
     K = len(ctx.saved_tensors) // 2
     student, teachers = ctx.saved_tensors[:K], ctx.saved_tensors[K:]

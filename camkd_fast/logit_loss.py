@@ -16,7 +16,7 @@ from . import checks
 from .dispatch import BACKENDS, backend_for
 from .logit_op import Formula, run_rows, traced_rows
 from .reference import RowLoss, accumulation_dtype
-from .rows import contiguous_labels, keeps_graph
+from .rows import contiguous_labels, first_order, keeps_graph
 
 
 class CAMKDOutput(NamedTuple):
@@ -132,7 +132,7 @@ class _ResidualGradient(torch.autograd.Function):
         return evaluation.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         residual, divergence = ctx.saved_tensors
         grad = grad_output.reshape(-1)

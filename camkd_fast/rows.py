@@ -1,6 +1,10 @@
-"""How tensors of any layout become rows, and one question to the autograd engine. Shared by both losses."""
+"""How tensors of any layout become rows, and two dealings with the autograd engine. Shared by both losses."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,3 +35,29 @@ _engine_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_
 def keeps_graph() -> bool:
     """Inside a backward: will the graph survive it (`retain_graph=True`), so that saved tensors must stay intact?"""
     return True if _engine_keeps_graph is None else bool(_engine_keeps_graph())
+
+
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Wraps a backward whose gradients may not be differentiated again; entries may be lists of gradients.
+
+    torch's `once_differentiable` refuses only where grad_output has a graph. Our gradients depend on the inputs too, so
+    under create_graph=True a gradient penalty would silently miss its term.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, *grad_outputs)
+        return tuple(_refusing(grad) for grad in grads) if torch.is_grad_enabled() else grads
+
+    return wrapper
+
+
+def _refusing(grad: Any) -> Any:
+    """`grad` with a graph that raises when it is differentiated."""
+    if isinstance(grad, list):
+        return [_refusing(entry) for entry in grad]
+    if grad is None:
+        return None
+    refusal = torch._C._functions.DelayedError("camkd_fast: double backward through the loss is not supported", 1)
+    return refusal(grad.detach().requires_grad_())
