@@ -51,7 +51,9 @@ def test_student_equal_to_every_teacher_has_no_loss_and_no_gradient(C, temperatu
     result = run(case, backend)
     assert abs(float(result.loss)) <= 1e-6
     # Zero up to float32: the two probabilities that cancel are each rounded once.
-    probabilities = temperature * (logits / temperature).softmax(1) / 5 * (max(K - 1, 1) if weighting == "entropy" else 1)
+    probabilities = (
+        temperature * (logits / temperature).softmax(1) / 5 * (max(K - 1, 1) if weighting == "entropy" else 1)
+    )
     assert rms(result.grad) <= 4 * torch.finfo(torch.float32).eps * rms(probabilities)
 
 
