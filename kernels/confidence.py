@@ -117,8 +117,15 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
         confidence_fwd_kernel[(-(-N // BLOCK_N),)](
             *(tuple(logits), target, weights, ce, lse, *stride_units(logits, ALIGN)),
             *(N, S, C // ALIGN, ignore_index),
-            **{"K": K, "TWO_LEVEL": logits[0].dim() == 3, "ALIGN": ALIGN, "DEBUG": DEBUG, "debug": DEBUG},
-            **{"BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "VEC": vector_width(itemsize), "num_warps": num_warps},
+            K=K,
+            TWO_LEVEL=logits[0].dim() == 3,
+            ALIGN=ALIGN,
+            DEBUG=DEBUG,
+            debug=DEBUG,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            VEC=vector_width(itemsize),
+            num_warps=num_warps,
         )
     return weights, ce, lse
 
@@ -140,7 +147,11 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
         confidence_bwd_kernel[grid](
             *(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads), *stride_units(logits, ALIGN)),
             *(*grad_ce.stride(), N, S, C // ALIGN),
-            **{"K": K, "TWO_LEVEL": logits[0].dim() == 3, "ALIGN": ALIGN},
-            **{"BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "num_warps": num_warps},
+            K=K,
+            TWO_LEVEL=logits[0].dim() == 3,
+            ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            num_warps=num_warps,
         )
     return grads

@@ -75,7 +75,9 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
             _, BLOCK_M, num_warps = feature_launch(max(r.element_size(), f.element_size()))
             feature_fwd_kernel[(N,)](
                 *(r, f, error_k, stride_sn, stride_tn, r.shape[1] // ALIGN),
-                **{"ALIGN": ALIGN, "BLOCK_M": BLOCK_M, "num_warps": num_warps},
+                ALIGN=ALIGN,
+                BLOCK_M=BLOCK_M,
+                num_warps=num_warps,
             )
     return error
 
@@ -98,6 +100,9 @@ def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad
             BLOCK_N, BLOCK_M, num_warps = elementwise_launch(M, max(r.element_size(), f.element_size()))
             feature_bwd_kernel[(-(-N // BLOCK_N) * -(-M // BLOCK_M),)](
                 *(r, f, g, grad, stride_sn, stride_tn, g.stride(0), N, M // ALIGN),
-                **{"ALIGN": ALIGN, "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "num_warps": num_warps},
+                ALIGN=ALIGN,
+                BLOCK_N=BLOCK_N,
+                BLOCK_M=BLOCK_M,
+                num_warps=num_warps,
             )
     return grads

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 # One 128-bit access per thread: the widest there is, and what DRAM bandwidth needs.
 ACCESS_BYTES = 16
-# Wider rows are streamed: at 16 elements per thread a whole row of more columns would need over 512 threads.
-ON_CHIP_COLUMNS = 8192
+# Elements of a row of all K + 1 tensors, padded, up to which rows stay on chip: beyond, the tiles that are live at once
+# leave room for a single program per SM, with nothing to do while it loads; a second read, which L2 serves, is cheaper.
+ON_CHIP_ELEMENTS = 16384
+# With more teachers the compiler, which issues their loads together, runs out of registers and spills.
+ON_CHIP_TEACHERS = 8
 
 
 class Launch(NamedTuple):
@@ -26,20 +29,19 @@ def _power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def on_chip(C: int) -> bool:
-    """Does a whole row fit in one program? About five tiles live at once whatever K is (see `row_loss_onchip`)."""
-    return C <= ON_CHIP_COLUMNS
+def on_chip(K: int, C: int) -> bool:
+    """Is the row loss of K teachers computed with whole rows on chip?"""
+    return K <= ON_CHIP_TEACHERS and (K + 1) * _power_of_2(C) <= ON_CHIP_ELEMENTS
 
 
 def onchip_launch(C: int) -> Launch:
-    """Row loss, rows on chip. Five live tiles of 8 or 16 elements are 40 or 80 registers of each thread."""
+    """Row loss, rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C <= 1024:
-        # 8 elements per thread: one 128-bit load in 16-bit types. Rows of up to 256 columns stay inside one warp, so
-        # that their reductions are shuffles without a barrier.
-        return Launch(1024 // BLOCK_C, BLOCK_C, 4)
-    # 16 elements per thread: fewer threads meet at the barriers of each row's reductions.
-    return Launch(1, BLOCK_C, BLOCK_C // 512)
+        # Up to 256 columns a warp owns whole rows: their reductions are shuffles without a barrier. At most 2 rows per
+        # thread, however narrow its loads: a row takes 3 registers per teacher.
+        return Launch(max(256 // BLOCK_C, min(1024 // BLOCK_C, 4)), BLOCK_C, 4)
+    return Launch(1, BLOCK_C, BLOCK_C // 256)
 
 
 def vector_width(itemsize: int) -> int:
@@ -47,15 +49,25 @@ def vector_width(itemsize: int) -> int:
     return ACCESS_BYTES // itemsize
 
 
-def streaming_launch(K: int, itemsize: int) -> Launch:
+class StreamingLaunch(NamedTuple):
+    """One row per program in steps of BLOCK_C columns, GROUP teachers at a time."""
+
+    BLOCK_C: int
+    GROUP: int
+    num_warps: int
+
+
+def streaming_launch(K: int, C: int, itemsize: int) -> StreamingLaunch:
     """Row loss, rows in column blocks: one 128-bit access per thread, tensor and step, and one lane of statistics.
 
-    A lane holds 3 + 4 K running numbers. 512 threads may have 128 registers each: enough for K = 8 with the loads of a
-    step in flight; K = 16 needs about 200, hence half the threads. Large programs rather than many: the fewer rows are
-    under way at once, the more of a row is still in L2 when it is read again.
+    A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
+    registers that each of 512 threads may have. More need 7 K registers for their totals, so half the threads, and
+    groups of 4, which read the student once each. Large programs rather than many: the fewer rows are under way at
+    once, the more of a row is still in L2 when it is read again. Narrow rows take no more warps than they can feed.
     """
-    num_warps = 16 if K <= 8 else 8
-    return Launch(1, 32 * num_warps * vector_width(itemsize), num_warps)
+    GROUP, widest = (8, 16) if K <= 8 else (4, 8)
+    num_warps = max(1, min(_power_of_2(C) // (32 * vector_width(itemsize)), widest))
+    return StreamingLaunch(32 * num_warps * vector_width(itemsize), GROUP, num_warps)
 
 
 def confidence_launch(C: int, itemsize: int) -> Launch:

@@ -82,17 +82,12 @@ def row_loss(
             "debug": DEBUG,
         }
         with on_device_of(student):
-            if on_chip(C):
-                BLOCK_N, BLOCK_C, num_warps = onchip_launch(C)
-                grid = (-(-N // BLOCK_N),)
-                row_loss_onchip_fwd_kernel[grid](
-                    *arguments, **flags, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps
-                )
+            if on_chip(K, C):
+                launch = onchip_launch(C)
+                row_loss_onchip_fwd_kernel[(-(-N // launch.BLOCK_N),)](*arguments, **flags, **launch._asdict())
             else:
                 itemsize = max(tensor.element_size() for tensor in tensors)
-                _, BLOCK_C, num_warps = streaming_launch(K, itemsize)
-                row_loss_streaming_fwd_kernel[(N,)](
-                    *arguments, **flags, BLOCK_C=BLOCK_C, VEC=vector_width(itemsize), num_warps=num_warps
-                )
+                step = streaming_launch(K, C, itemsize)
+                row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, VEC=vector_width(itemsize), **step._asdict())
     rows, divergence, teacher_ce, weights = stats.split([3, K, K, K])
     return RowLoss(rows, divergence, teacher_ce, weights, residual)

@@ -10,7 +10,8 @@ from .softmax import (
     load_labels,
     relative_share,
     row_offset,
-    store_row_numbers,
+    store_loss,
+    store_teacher,
     weights_from_scores,
 )
 
@@ -70,10 +71,7 @@ def row_loss_onchip_fwd_kernel(
     s_sum1 = tl.sum(exp_at_one(e, s, T_POWER), axis=1)
     hard = tl.log(s_sum1) - (s_label - s_max)
 
-    divergence = ()
-    ce = ()
-    scores = ()
-    weights = ()
+    divergence, scores, weights = (), (), ()
     mixed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     plain = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -90,14 +88,15 @@ def row_loss_onchip_fwd_kernel(
         z_sum1 = tl.sum(e1, axis=1)
         gap = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
         # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
-        divergence += (gap / (z_sumT * temperature) + tl.log(s_sumT / z_sumT),)
+        kl = gap / (z_sumT * temperature) + tl.log(s_sumT / z_sumT)
         log_sum = tl.log(z_sum1)
-        ce_k = log_sum - (z_label - z_max)
-        ce += (ce_k,)
+        ce = log_sum - (z_label - z_max)
+        store_teacher(stats, k, N, n, kl, ce, kept, in_range, K)
+        divergence += (kl,)
         inverse = 1.0 / z_sumT
         if WEIGHTING == "confidence" or WEIGHTING == "entropy":
             if WEIGHTING == "confidence":
-                score = ce_k
+                score = ce
             else:
                 # Both terms are positive: no cancellation, and never below 0.
                 score = log_sum - tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1) / z_sum1
@@ -117,12 +116,13 @@ def row_loss_onchip_fwd_kernel(
                 weight = tl.full((BLOCK_N,), 1.0 / K, tl.float32)
             weights += (weight,)
             if residual is not None:
+                # A weight of 0 silences even a NaN.
                 mixed += tl.where((weight == 0)[:, None], 0.0, e * (weight * inverse)[:, None])
 
     if WEIGHTING == "confidence" or WEIGHTING == "entropy":
         weights = weights_from_scores(scores, K, WEIGHTING)
-    weight_sum = store_row_numbers(
-        stats, n, N, in_range, kept, inside, hard, divergence, ce, weights, temperature, hard_weight, soft_weight, K
+    weight_sum = store_loss(
+        stats, N, n, hard, divergence, weights, kept, inside, in_range, temperature, hard_weight, soft_weight, K
     )
     if residual is not None:
         if WEIGHTING == "confidence":

@@ -49,6 +49,9 @@ def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     with on_device_of(residual):
         scale_rows_kernel[grid](
             *(residual, factor, out, factor.stride(0), N, C // ALIGN),
-            **{"ALIGN": ALIGN, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "num_warps": num_warps},
+            ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            num_warps=num_warps,
         )
     return out

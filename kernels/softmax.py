@@ -104,25 +104,34 @@ def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
 
 
 @triton.jit
-def store_row_numbers(
-    stats, n, N, mask, kept, inside, hard, divergence, ce, weights,
+def store_numbers(stats, row, N, n, value, kept, in_range):
+    """stats[row, n] = value, 0 on ignored rows; stats is (3 + 3K, N)."""
+    pointers = stats + row * tl.cast(N, tl.int64) + n
+    tl.store(pointers, tl.where(kept, value, 0.0), mask=in_range)
+
+
+@triton.jit
+def store_teacher(stats, k, N, n, divergence, ce, kept, in_range, K: tl.constexpr):
+    """KL_k and CE_k of rows n."""
+    store_numbers(stats, 3 + k, N, n, divergence, kept, in_range)
+    store_numbers(stats, 3 + K + k, N, n, ce, kept, in_range)
+
+
+@triton.jit
+def store_loss(
+    stats, N, n, hard, divergence, weights, kept, inside, in_range,
     temperature, hard_weight, soft_weight, K: tl.constexpr,
 ):  # fmt: skip
-    """Loss, hard, soft, KL_k, CE_k, w_k of rows n into stats (3 + 3K, N); ignored rows get 0. Returns W = sum_k w_k."""
-    N = tl.cast(N, tl.int64)
+    """w_k, loss, hard and soft of rows n. Returns W = sum_k w_k."""
     soft = tl.zeros_like(hard)
-    total = tl.zeros_like(hard)
+    weight_sum = tl.zeros_like(hard)
     for k in tl.static_range(K):
+        store_numbers(stats, 3 + 2 * K + k, N, n, weights[k], kept, in_range)
         soft += tl.where(weights[k] == 0, 0.0, weights[k] * divergence[k])
-        total += weights[k]
-        column = stats + (3 + k) * N + n
-        tl.store(column, tl.where(kept, divergence[k], 0.0), mask=mask)
-        tl.store(column + K * N, tl.where(kept, ce[k], 0.0), mask=mask)
-        tl.store(column + 2 * K * N, tl.where(kept, weights[k], 0.0), mask=mask)
+        weight_sum += weights[k]
     soft *= temperature * temperature
     loss = tl.where(hard_weight == 0, 0.0, hard_weight * hard) + tl.where(soft_weight == 0, 0.0, soft_weight * soft)
-    loss = tl.where(inside, loss, float("nan"))
-    tl.store(stats + n, tl.where(kept, loss, 0.0), mask=mask)
-    tl.store(stats + N + n, tl.where(kept, hard, 0.0), mask=mask)
-    tl.store(stats + 2 * N + n, tl.where(kept, soft, 0.0), mask=mask)
-    return total
+    store_numbers(stats, 0, N, n, tl.where(inside, loss, float("nan")), kept, in_range)
+    store_numbers(stats, 1, N, n, hard, kept, in_range)
+    store_numbers(stats, 2, N, n, soft, kept, in_range)
+    return weight_sum

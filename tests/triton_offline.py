@@ -1,0 +1,165 @@
+"""Compiles what the Triton launchers would launch, for GPUs that are not here. A program of its own: see `main`.
+
+The launchers run on CPU tensors with `JITFunction.run` replaced: arguments go through Triton's own specialisation, as
+on a GPU, and the kernel is compiled instead of launched. So whatever ships is what is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
+
+
+class Shape(NamedTuple):
+    """One call of one launcher. `layout`: contiguous | sliced (rows of a wider, aligned tensor) | 3d."""
+
+    op: str
+    C: int
+    K: int = 3
+    dtype: str = "bfloat16"
+    weighting: str = "confidence"
+    temperature: float = 4.0
+    N: int = 4
+    teacher_dtype: str = ""
+    layout: str = "contiguous"
+    needs_grad: bool = True
+    scale_on_device: bool = False
+
+
+class Kernel(NamedTuple):
+    """What the compiler made of it."""
+
+    name: str
+    registers: int
+    stack: int  # bytes of local memory per thread: spills
+    threads: int
+    loads: dict[str, int]  # PTX global loads by width in bits
+    stores: dict[str, int]
+    key: str  # Triton's cache key: two launches of one key share a compilation
+
+
+def _logits(shape: Shape, dtype: str) -> Any:
+    import torch
+
+    kind = getattr(torch, dtype)
+    if shape.layout == "3d":
+        return torch.zeros(2, shape.N, shape.C, dtype=kind)[:, :-1]
+    if shape.layout == "sliced":
+        return torch.zeros(shape.N, shape.C + 64, dtype=kind)[:, : shape.C]
+    return torch.zeros(shape.N, shape.C, dtype=kind)
+
+
+def _call(shape: Shape) -> None:
+    import camkd_fast.kernels as kernels
+    import torch
+
+    student = _logits(shape, shape.dtype)
+    teachers = [_logits(shape, shape.teacher_dtype or shape.dtype) for _ in range(shape.K)]
+    N = student.numel() // shape.C
+    target = torch.zeros(N, dtype=torch.int64)
+    numbers = torch.zeros(shape.K, N)
+    given = torch.ones(shape.K, 1).expand(shape.K, N)
+    calls: dict[str, Callable[[], object]] = {
+        "row_loss": lambda: kernels.row_loss(
+            student, teachers, target, temperature=shape.temperature, hard_weight=1.0, soft_weight=1.0,
+            weighting=given if shape.weighting == "given" else shape.weighting, ignore_index=-100,
+            needs_grad=shape.needs_grad, residual_scale=torch.ones(1) if shape.scale_on_device else 1.0,
+        ),
+        "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100),
+        "confidence_backward": lambda: kernels.confidence_backward(teachers, target, numbers, numbers),
+        "feature_forward": lambda: kernels.feature_forward(teachers[:1], teachers[:1]),
+        "feature_backward": lambda: kernels.feature_backward(teachers[:1], teachers[:1], numbers[:1]),
+        "scale_rows": lambda: kernels.scale_rows(student, numbers[0], student),
+        "scale_all": lambda: kernels.scale_rows(student, numbers[0, :1], student),
+    }  # fmt: skip
+    calls[shape.op]()
+
+
+def _widths(ptx: str, instruction: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for vector, bits in re.findall(rf"\b{instruction}\.global[\w:.]*?(?:\.v(\d))?\.[bfus](\d+) ", ptx):
+        width = str(int(vector or 1) * int(bits))
+        found[width] = found.get(width, 0) + 1
+    return found
+
+
+def compile_shape(shape: Shape, arch: int) -> Kernel:
+    """The kernel that `shape` launches, compiled for sm_<arch>."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime import jit
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    results: list[Kernel] = []
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kwargs.setdefault("debug", False)
+        bind = jit.create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        key = jit.compute_cache_key({}, specialization, options)
+        options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
+        compiled = triton.compile(
+            ASTSource(self, signature, constexprs, attrs), target=target, options=options.__dict__
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).parent / CUOBJDUMP
+            command = [str(tool), "--dump-resource-usage", cubin.name]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
+        ptx = compiled.asm["ptx"]
+        results.append(
+            Kernel(
+                self.__name__,
+                int(registers),
+                int(stack) + int(local),
+                32 * compiled.metadata.num_warps,
+                _widths(ptx, "ld"),
+                _widths(ptx, "st"),
+                str(key),
+            )
+        )
+
+    jit.JITFunction.run = compile_instead
+    _call(shape)
+    (kernel,) = results
+    return kernel
+
+
+def _job(job: tuple[list[Any], int]) -> list[Any]:
+    return list(compile_shape(Shape(*job[0]), job[1]))
+
+
+def main() -> None:
+    """Reads [[shape, arch], ...] as JSON from stdin, writes the kernels as JSON to stdout."""
+    jobs = json.load(sys.stdin)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        json.dump(list(pool.map(_job, jobs, chunksize=4)), sys.stdout)
+
+
+def compile_all(shapes: list[Shape], archs: list[int]) -> list[tuple[Shape, int, Kernel]]:
+    """Every shape for every architecture, in a process where Triton is not interpreted (it reads that flag once)."""
+    jobs = [(list(shape), arch) for shape in shapes for arch in archs]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(jobs), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = (Kernel(*fields) for fields in json.loads(result.stdout))
+    return [(Shape(*fields), arch, kernel) for (fields, arch), kernel in zip(jobs, kernels, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
