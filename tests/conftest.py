@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before torch loads OpenMP: threads that spin between regions make the suite ten times slower on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Before anything imports triton, which reads it once.
