@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data import LabelledImages, ResidentBatches, corrupt_labels, stratified_parts
+from ..data import LabelledImages, corrupt_labels, stratified_parts
 from ..data.digits import DigitSplits, load_digits
 from ..feature_loss import confidence_weights
 from .config import TrainConfig
@@ -25,25 +25,29 @@ class TeacherSpec:
     name: str
     model: str
     epochs: int
+    images: int | None = None  # of the training part; None: all
     wrong_labels: float = 0.0  # share of its training labels that were replaced
+    shift: int = 1  # augmentation in pixels; 0 lets a model learn its images by heart
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings, chosen on the validation part; the test part is looked at once, after the last epoch."""
 
+    # The poor teacher knows few images by heart, most under a wrong label, and is sure of them. Those images include
+    # the students', so on some of them it is right and on most wrong: what per-sample weights are made for.
     teachers: tuple[TeacherSpec, ...] = (
-        TeacherSpec("teacher A", "resnet20", epochs=10),
-        TeacherSpec("teacher B", "resnet8x4", epochs=6),
-        TeacherSpec("poor teacher", "resnet20", epochs=10, wrong_labels=0.8),
+        TeacherSpec("teacher A", "resnet20", epochs=8),
+        TeacherSpec("teacher B", "resnet8x4", epochs=5),
+        TeacherSpec("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, shift=0),
     )
     student: str = "resnet8"
     # Few images, or cross-entropy alone leaves nothing to gain on digits.
     student_images: int = 100
     student_epochs: int = 40
-    student_batch_size: int = 32
+    batch_size: int = 32
     alpha: float = 1.0
-    beta: float = 5.0
+    beta: float = 50 / 3  # what the official code's 50 amounts to, as it divides by the number of teachers
     seeds: tuple[int, ...] = (0, 1, 2)
     speed_shape: tuple[int, int, int] = (1024, 1000, 3)  # rows, classes, teachers
     compiled: bool = True  # compare with torch.compile too, some 10 to 20 s of compilation
@@ -84,7 +88,7 @@ class DemoResults:
     sizes: tuple[int, int, int]  # images in the training, validation and test part
     teachers: list[TeacherResult]
     students: list[StudentResult]
-    weights: Tensor  # (K, views): confidence weights on augmented views of the student's images
+    weights: Tensor  # (K, N): confidence weights on the students' training images
     speed: LossSpeed
 
 
@@ -118,13 +122,21 @@ def seeded_model(name: str, data: LabelledImages, seed: int) -> nn.Module:
         return models.create(name, data.num_classes, data.pixels.shape[1])
 
 
-def train_teacher(spec: TeacherSpec, seed: int, data: DigitSplits, progress: Progress) -> tuple[nn.Module, History]:
-    train = data.train
+def first_images(data: LabelledImages, count: int) -> LabelledImages:
+    """`count` images with every class in proportion; a smaller count takes a part of what a larger one takes."""
+    return data.take(stratified_parts(data.labels, [count], seed=0)[0])
+
+
+def train_teacher(
+    spec: TeacherSpec, seed: int, batch_size: int, data: DigitSplits, progress: Progress
+) -> tuple[nn.Module, History]:
+    train = data.train if spec.images is None else first_images(data.train, spec.images)
     if spec.wrong_labels:
         train = replace(train, labels=corrupt_labels(train.labels, train.num_classes, spec.wrong_labels, seed))
     model = seeded_model(spec.model, train, seed)
     on_epoch = progress.run(spec.name, len(train))
-    history = fit(model, HardLabels(), train, data.validation, TrainConfig(spec.epochs, seed), on_epoch)
+    config = TrainConfig(spec.epochs, seed, batch_size, shift=spec.shift)
+    history = fit(model, HardLabels(), train, data.validation, config, on_epoch)
     return model, history
 
 
@@ -144,49 +156,38 @@ def train_students(
     data: DigitSplits,
     progress: Progress,
 ) -> StudentResult:
-    """The same student from every seed; a seed fixes its first parameters, the order and the shifts."""
+    """The same student from every seed, which fixes its first parameters and the order of the images."""
     histories, test_accuracy = [], []
     for seed in config.seeds:
         student = seeded_model(config.student, train, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             strategy = STRATEGIES[name](config, teachers, student.num_features)  # type: ignore[arg-type]
-        settings = TrainConfig(config.student_epochs, seed, config.student_batch_size)
+        settings = TrainConfig(config.student_epochs, seed, config.batch_size, shift=0)
         on_epoch = progress.run(f"{name}, seed {seed}", len(train))
         histories.append(fit(student, strategy, train, data.validation, settings, on_epoch))
         test_accuracy.append(accuracy(student, data.test))
     return StudentResult(name, test_accuracy, histories)
 
 
-@torch.no_grad()
-def weights_on_views(teachers: Teachers, train: LabelledImages, epochs: int = 5) -> Tensor:
-    """Confidence weights (K, epochs * N) on the shifted images that a student sees."""
-    batches = ResidentBatches(train, batch_size=256, seed=0, shift=TrainConfig.shift)
-    weights = []
-    for epoch in range(epochs):
-        batches.set_epoch(epoch)
-        for images, target in batches:
-            weights.append(confidence_weights([taught.logits for taught in teachers(images)], target)[0])
-    return torch.cat(weights, dim=1)
-
-
 def run(config: DemoConfig) -> DemoResults:
     """Train everything, one model after the other, and time the loss."""
     data = load_digits()
-    few = data.train.take(stratified_parts(data.train.labels, [config.student_images], seed=0)[0])
-    teacher_images = sum(spec.epochs for spec in config.teachers) * len(data.train)
+    few = first_images(data.train, config.student_images)
+    teacher_images = sum(spec.epochs * (spec.images or len(data.train)) for spec in config.teachers)
     student_images = len(STRATEGIES) * len(config.seeds) * config.student_epochs * len(few)
     progress = Progress(teacher_images + student_images)
 
     trained, teacher_results = [], []
     for seed, spec in enumerate(config.teachers):
-        model, history = train_teacher(spec, seed, data, progress)
+        model, history = train_teacher(spec, seed, config.batch_size, data, progress)
         trained.append(model)
         teacher_results.append(TeacherResult(spec, accuracy(model, data.test), history))
     teachers = Teachers(trained)
     students = [train_students(name, config, teachers, few, data, progress) for name in STRATEGIES]
     progress.close()
-    weights = weights_on_views(teachers, few)
+    logits = [taught.logits for taught in teachers(few.normalise(few.pixels))]
+    weights, _ = confidence_weights(logits, few.labels)
     speed = measure_loss_speed(*config.speed_shape, compiled=config.compiled)
     sizes = (len(data.train), len(data.validation), len(data.test))
     return DemoResults(config, sizes, teacher_results, students, weights, speed)

@@ -37,13 +37,14 @@ def teacher_table(results: DemoResults) -> Table:
         rows.append(
             (
                 f"{spec.name} ({spec.model})",
+                f"{spec.images or results.sizes[0]}",
                 f"{100 * spec.wrong_labels:.0f} %",
                 f"{100 * teacher.test_accuracy:.1f} %",
                 f"{weights.mean().item():.3f}",
                 f"{teacher.history.images_per_second:,.0f}",
             )
         )
-    return Table(("teacher", "wrong labels", "held-out accuracy", "mean weight", "images/s"), rows)
+    return Table(("teacher", "trained on", "wrong labels", "held-out accuracy", "mean weight", "images/s"), rows)
 
 
 def student_table(results: DemoResults) -> Table:
@@ -53,12 +54,12 @@ def student_table(results: DemoResults) -> Table:
             (
                 student.strategy,
                 f"{100 * student.mean:.1f} %",
-                f"{100 * student.spread:.1f}",
+                f"{100 * student.spread:.1f} points",
                 ", ".join(f"{100 * accuracy:.1f}" for accuracy in student.test_accuracy),
                 f"{student.images_per_second:,.0f}",
             )
         )
-    return Table(("student", "held-out accuracy", "std over seeds", "each seed", "images/s"), rows)
+    return Table(("student", "held-out accuracy", "deviation", "each seed", "images/s"), rows)
 
 
 def speed_table(results: DemoResults) -> Table:
@@ -73,9 +74,10 @@ def speed_table(results: DemoResults) -> Table:
 def _setting(results: DemoResults) -> str:
     config, (train, validation, test) = results.config, results.sizes
     return (
-        f"scikit-learn's handwritten digits, 8x8 pixels: {train} images train the teachers, {config.student_images} of "
-        f"them train every {config.student}, {validation} served to choose settings, {test} are held out for the "
-        "numbers below."
+        f"scikit-learn's handwritten digits, 8x8 pixels. Teachers learn from up to {train} labelled images; every "
+        f"student, a {config.student}, from {config.student_images} of them for {config.student_epochs} epochs, so "
+        f"that there is something to gain. {validation} images served to choose settings, {test} others are held out "
+        "for the accuracies below."
     )
 
 
@@ -168,7 +170,7 @@ def _sections(results: DemoResults) -> list[Section]:
         Section(
             "Whom CA-MKD believes",
             "The confidence weight of each teacher on the images that the students learn from. With three teachers no "
-            "weight exceeds 1/2; a teacher that contradicts the label loses its weight to the others.",
+            "weight exceeds 1/2; a teacher that is sure of a class other than the label loses its weight.",
             (weight_histograms(weights),),
         ),
         Section(
