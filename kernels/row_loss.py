@@ -26,6 +26,7 @@ class RowLoss(NamedTuple):
     teacher_ce: Tensor  # (K, N): CE_k
     weights: Tensor  # (K, N): w_k
     residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
+    sums: tuple[float, float, float] | None = None  # only a backend on the host adds up; here it would synchronise
 
 
 def row_loss(
