@@ -179,13 +179,14 @@ def row_loss_streaming_fwd_kernel(
             e = tl.exp2(s * exp2_scale)
             mixed = tl.zeros((BLOCK_C,), tl.float32)
             for k in tl.static_range(K):
-                wanted = limit
+                wanted, top = limit, z_top[k]
                 coefficient = weights[k] / z_totalT[k]
                 if WEIGHTING == "given":
                     # A teacher of weight 0 is not read: not even its NaN may count.
                     wanted = tl.where(weights[k] == 0, 0, limit_units) * ALIGN
+                    top = tl.where(weights[k] == 0, 0.0, top)
                     coefficient = tl.where(weights[k] == 0, 0.0, coefficient)
-                z = tl.load(z_rows[k] + cols, mask=cols < wanted, other=float("-inf")).to(tl.float32) - z_top[k]
+                z = tl.load(z_rows[k] + cols, mask=cols < wanted, other=float("-inf")).to(tl.float32) - top
                 mixed += tl.exp2(z * exp2_scale) * coefficient
             soft_part = e * (weight_sum / s_totalT) - mixed
             hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_total1) - tl.where(cols == y, 1.0, 0.0)
