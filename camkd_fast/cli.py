@@ -73,15 +73,16 @@ def info() -> int:
 def demo(out: Path) -> int:
     missing = [package for module, package in _TRAIN_EXTRA.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(
-            f"camkd-fast demo needs {', '.join(missing)}: pip install 'camkd-fast[train]'",
-            file=sys.stderr,
-        )
+        print(f"camkd-fast demo needs {', '.join(missing)}: pip install 'camkd-fast[train]'", file=sys.stderr)
         return 1
     from .train import demo_report
     from .train.demo import DemoConfig, run
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"camkd-fast demo cannot write to {out}: {error.strerror}", file=sys.stderr)
+        return 1
     results = run(DemoConfig())
     page = demo_report.write(results, out, environment())
     print(f"\n{demo_report.summary(results)}\n\n{page}")

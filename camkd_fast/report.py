@@ -138,7 +138,8 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
 
     for row, sample in enumerate(groups[-1]):
         zoom.plot([mean(sample.values)] * 2, [row - 0.3, row + 0.3], color=sample.color, linewidth=3)
-        rows = [row] * len(sample.values)
+        # A little apart, so that equal values stay two dots.
+        rows = [row + 0.16 * (i - (len(sample.values) - 1) / 2) for i in range(len(sample.values))]
         zoom.scatter(sample.values, rows, s=55, color=sample.color, edgecolor="white", linewidth=0.8, zorder=3)
     zoom.set_yticks(range(len(groups[-1])), [sample.label for sample in groups[-1]])
     zoom.set_ylim(len(groups[-1]) - 0.5, -0.5)

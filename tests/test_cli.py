@@ -41,6 +41,12 @@ def test_bad_command_line_exits_2_with_usage(arguments: list[str], capsys: pytes
     assert "usage: camkd-fast" in capsys.readouterr().err
 
 
+def test_demo_into_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert "cannot write to" in capsys.readouterr().err
+
+
 def test_demo_without_the_extra_names_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

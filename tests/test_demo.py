@@ -67,6 +67,11 @@ def test_models_follow_the_protocol(size: int, channels: int) -> None:
     assert model(images).shape == (2, 7)
 
 
+def test_a_model_without_the_protocol_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear cannot teach"):
+        Teachers([nn.Linear(2, 2)])
+
+
 def test_unknown_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"resnet20.*'resnet21'"):
         models.create("resnet21", 10)

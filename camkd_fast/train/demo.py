@@ -44,7 +44,7 @@ class DemoConfig:
     student: str = "resnet8"
     # Few images, or cross-entropy alone leaves nothing to gain on digits.
     student_images: int = 100
-    student_epochs: int = 40
+    student_epochs: int = 30
     batch_size: int = 32
     alpha: float = 1.0
     beta: float = 50 / 3  # what the official code's 50 amounts to, as it divides by the number of teachers
@@ -115,7 +115,7 @@ class Progress:
         self._bar.close()
 
 
-def seeded_model(name: str, data: LabelledImages, seed: int) -> nn.Module:
+def seeded_model(name: str, data: LabelledImages, seed: int) -> models.ResNet:
     """A new model whose parameters depend on `seed` only; torch's global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -162,7 +162,7 @@ def train_students(
         student = seeded_model(config.student, train, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            strategy = STRATEGIES[name](config, teachers, student.num_features)  # type: ignore[arg-type]
+            strategy = STRATEGIES[name](config, teachers, student.num_features)
         settings = TrainConfig(config.student_epochs, seed, config.batch_size, shift=0)
         on_epoch = progress.run(f"{name}, seed {seed}", len(train))
         histories.append(fit(student, strategy, train, data.validation, settings, on_epoch))

@@ -119,6 +119,17 @@ def summary(results: DemoResults) -> str:
     )
 
 
+def _histogram_note(results: DemoResults) -> str:
+    config = results.config
+    poor = max(config.teachers, key=lambda spec: spec.wrong_labels)
+    return (
+        f"The confidence weight of each teacher on the {config.student_images} images that the students learn from. "
+        f"The {poor.name} learned {poor.images or results.sizes[0]} images, these among them, with "
+        f"{100 * poor.wrong_labels:.0f} % of the labels wrong. Where all agree with the label each weighs 1/3; where "
+        "one is sure of another class it loses its weight and the other two share it, 1/2 each."
+    )
+
+
 def _validation(history: History) -> list[float]:
     return [100 * record.validation_accuracy for record in history.epochs]
 
@@ -169,8 +180,7 @@ def _sections(results: DemoResults) -> list[Section]:
         ),
         Section(
             "Whom CA-MKD believes",
-            "The confidence weight of each teacher on the images that the students learn from. With three teachers no "
-            "weight exceeds 1/2; a teacher that is sure of a class other than the label loses its weight.",
+            _histogram_note(results),
             (weight_histograms(weights),),
         ),
         Section(

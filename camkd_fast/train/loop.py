@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import LabelledImages, ResidentBatches
+from ..models.protocol import FeatureModel, feature_model, predict
 from .config import TrainConfig
 from .strategies import Strategy
-from .teachers import FeatureModel, predict
 
 
 class NonFiniteLossError(RuntimeError):
@@ -93,8 +93,10 @@ def fit(
     """Train `student` in place and leave it in evaluation mode after the last epoch (no epoch is selected).
 
     Raises:
+        TypeError: the student does not follow the protocol of `camkd_fast.models.protocol`.
         NonFiniteLossError: an epoch's mean loss is NaN or infinite.
     """
+    model = feature_model(student)
     batches = ResidentBatches(train, config.batch_size, config.seed, config.shift)
     parameters = [*student.parameters(), *strategy.parameters()]
     optimizer = torch.optim.SGD(
@@ -115,7 +117,7 @@ def fit(
         sums = EpochSums()
         started = time.perf_counter()
         for images, target in batches:
-            train_step(student, strategy, optimizer, images, target, sums)  # type: ignore[arg-type]
+            train_step(model, strategy, optimizer, images, target, sums)
             schedule.step()
         loss = float(sums.loss) / sums.images
         history.seconds += time.perf_counter() - started

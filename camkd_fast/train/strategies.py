@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..feature_loss import CAMKDFeatureLoss
 from ..logit_loss import camkd_loss
-from .teachers import Prediction, Teachers
+from ..models.protocol import Prediction
+from .teachers import Teachers
 
 
 class Objective(NamedTuple):

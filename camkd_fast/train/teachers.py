@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-
-class FeatureModel(Protocol):
-    """timm's protocol, which the model zoo follows."""
-
-    num_features: int
-
-    def forward_features(self, x: Tensor) -> Tensor: ...
-    def forward_head(self, features: Tensor) -> Tensor: ...
-
-
-class Prediction(NamedTuple):
-    """What a model says about one batch."""
-
-    features: Tensor  # last feature map (N, D, H, W)
-    logits: Tensor  # (N, C)
-
-
-def predict(model: FeatureModel, images: Tensor) -> Prediction:
-    features = model.forward_features(images)
-    return Prediction(features, model.forward_head(features))
+from ..models.protocol import Prediction, feature_model, predict
 
 
 class Teachers:
     """K trained models in evaluation mode, whose parameters no gradient reaches."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._models: list[FeatureModel] = []
-        for model in models:
-            model.eval().requires_grad_(False)
-            self._models.append(model)  # type: ignore[arg-type]  # nn.Module hides the protocol's members
+        self._models = [feature_model(model.eval().requires_grad_(False)) for model in models]
 
     @property
     def num_features(self) -> list[int]:
