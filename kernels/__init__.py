@@ -6,11 +6,10 @@ the host, writes an input or uses an atomic, so every call can be captured in a 
 
 from .confidence import confidence_backward, confidence_forward
 from .features import feature_backward, feature_forward
-from .row_loss import RowLoss, row_loss
+from .row_loss import row_loss
 from .scale import scale_rows
 
 __all__ = [
-    "RowLoss",
     "confidence_backward",
     "confidence_forward",
     "feature_backward",

@@ -10,16 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import confidence_launch, elementwise_launch, vector_width
-from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units
-from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, weights_from_scores
+from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
+from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
 
 
-@triton.jit(do_not_specialize=["stride_zo", "stride_zi", "N", "S", "C_units", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "S", "C_units", "ignore_index"])
 def confidence_fwd_kernel(
     logits,  # K pointers to (N, C)
     target,  # (N,) int64
     weights, ce, lse,  # (K, N) fp32 each
-    stride_zo, stride_zi,  # K each
+    stride_zo, stride_zi,  # K each, `unspecialised`
     N, S, C_units,
     ignore_index,
     K: tl.constexpr,
@@ -38,7 +38,7 @@ def confidence_fwd_kernel(
     y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
     scores = ()
     for k in tl.static_range(K):
-        row = logits[k] + row_offset(n, S, stride_zo[k], stride_zi[k], ALIGN, TWO_LEVEL)
+        row = logits[k] + row_offset(n, S, stride(stride_zo[k]), stride(stride_zi[k]), ALIGN, TWO_LEVEL)
         lane = tl.full((BLOCK_N, R), LOWEST, tl.float32)
         sums = tl.zeros((BLOCK_N, R), tl.float32)
         for start in range(0, C, BLOCK_C):
@@ -62,14 +62,14 @@ def confidence_fwd_kernel(
             tl.store(weights + k * tl.cast(N, tl.int64) + n, tl.where(kept, w[k], 0.0), mask=in_range)
 
 
-@triton.jit(do_not_specialize=["stride_zo", "stride_zi", "stride_gk", "stride_gn", "N", "S", "C_units"])
+@triton.jit(do_not_specialize=["stride_gk", "stride_gn", "N", "S", "C_units"])
 def confidence_bwd_kernel(
     logits,  # K pointers to (N, C)
     target,  # (N,) int64
     lse,  # (K, N) fp32, contiguous
     grad_ce,  # (K, N) fp32
     grads,  # K pointers to (N, C), contiguous
-    stride_zo, stride_zi,  # K each
+    stride_zo, stride_zi,  # K each, `unspecialised`
     stride_gk, stride_gn,
     N, S, C_units,
     K: tl.constexpr,
@@ -90,7 +90,7 @@ def confidence_bwd_kernel(
     for k in tl.static_range(K):
         g = tl.load(grad_ce + k * tl.cast(stride_gk, tl.int64) + n * stride_gn, mask=in_range, other=0.0)
         log_sum = tl.load(lse + k * tl.cast(N, tl.int64) + n, mask=in_range, other=0.0)
-        row = logits[k] + row_offset(n, S, stride_zo[k], stride_zi[k], ALIGN, TWO_LEVEL)
+        row = logits[k] + row_offset(n, S, stride(stride_zo[k]), stride(stride_zi[k]), ALIGN, TWO_LEVEL)
         mask = tile & (g != 0)[:, None]
         z = tl.load(row[:, None] + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)
         p = tl.exp2((z - log_sum[:, None]) * LOG2E)
@@ -111,11 +111,12 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
     if N == 0:
         return weights, ce, lse
     ALIGN = alignment(logits)
+    strides = map(unspecialised, stride_units(logits, ALIGN))
     itemsize = max(z.element_size() for z in logits)
     BLOCK_N, BLOCK_C, num_warps = confidence_launch(C, itemsize)
     with on_device_of(target):
         confidence_fwd_kernel[(-(-N // BLOCK_N),)](
-            *(tuple(logits), target, weights, ce, lse, *stride_units(logits, ALIGN)),
+            *(tuple(logits), target, weights, ce, lse, *strides),
             *(N, S, C // ALIGN, ignore_index),
             K=K,
             TWO_LEVEL=logits[0].dim() == 3,
@@ -141,11 +142,19 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     if N == 0:
         return grads
     ALIGN = alignment(logits)
+    strides = map(unspecialised, stride_units(logits, ALIGN))
     BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, max(z.element_size() for z in logits))
     grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
     with on_device_of(target):
         confidence_bwd_kernel[grid](
-            *(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads), *stride_units(logits, ALIGN)),
+            *(
+                tuple(logits),
+                target,
+                lse.contiguous(),
+                grad_ce,
+                tuple(grads),
+                *strides,
+            ),
             *(*grad_ce.stride(), N, S, C // ALIGN),
             K=K,
             TWO_LEVEL=logits[0].dim() == 3,

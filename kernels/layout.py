@@ -57,6 +57,15 @@ def stride_units(tensors: Sequence[Tensor], ALIGN: int) -> tuple[tuple[int, ...]
     return tuple(outer // ALIGN for outer, _ in strides), tuple(inner // ALIGN for _, inner in strides)
 
 
+def unspecialised(strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides as a tuple argument; the kernel takes them back with `softmax.stride`.
+
+    Inside a tuple Triton compiles anew for numbers that are 1 or divisible by 16, whatever `do_not_specialize` says,
+    and a new batch size would change strides from one kind to the other. 2 * stride + 3 is never either.
+    """
+    return tuple(2 * stride + 3 for stride in strides)
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launches go to the tensor's device and its current stream; CPU tensors (the interpreter) have none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .launch import on_chip, onchip_launch, streaming_launch, vector_width
-from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units
+from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
 
 # Temperatures whose e^x the kernels get from e^{x/T} by one or two multiplications.
 _T_POWERS = (1, 2, 4)
-
-
-class RowLoss(NamedTuple):
-    """What a backend returns for N rows and K teachers, before any reduction. Numbers are fp32."""
-
-    rows: Tensor  # (3, N): loss, hard, soft
-    divergence: Tensor  # (K, N): KL_k
-    teacher_ce: Tensor  # (K, N): CE_k
-    weights: Tensor  # (K, N): w_k
-    residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
-    sums: tuple[float, float, float] | None = None  # only a backend on the host adds up; here it would synchronise
 
 
 def row_loss(
@@ -41,8 +30,8 @@ def row_loss(
     ignore_index: int,
     needs_grad: bool,
     residual_scale: float | Tensor | None,
-) -> RowLoss:
-    """Every row's numbers, and with `needs_grad` the residual.
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 numbers (3 + 3K, N): loss, hard, soft, then KL_k, CE_k, w_k; and with `needs_grad` the residual (N, C).
 
     Args:
         student: (N, C) or (B, S, C), fp32 | bf16 | fp16, unit column stride, any row strides.
@@ -67,7 +56,7 @@ def row_loss(
             residual_scale = 1.0
         arguments = (
             *(student, tuple(teachers), target, given, stats, residual, residual_scale),
-            *(stride_o[0], stride_i[0], stride_o[1:], stride_i[1:]),
+            *(stride_o[0], stride_i[0], unspecialised(stride_o[1:]), unspecialised(stride_i[1:])),
             *((0, 0) if given is None else given.stride()),
             *(N, S, C // ALIGN, ignore_index),
             *(float(temperature), math.log2(math.e) / temperature, float(hard_weight), float(soft_weight)),
@@ -90,5 +79,4 @@ def row_loss(
                 itemsize = max(tensor.element_size() for tensor in tensors)
                 step = streaming_launch(K, C, itemsize)
                 row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, VEC=vector_width(itemsize), **step._asdict())
-    rows, divergence, teacher_ce, weights = stats.split([3, K, K, K])
-    return RowLoss(rows, divergence, teacher_ce, weights, residual)
+    return stats, residual

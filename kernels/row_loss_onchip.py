@@ -12,13 +12,14 @@ from .softmax import (
     row_offset,
     store_loss,
     store_teacher,
+    stride,
     weights_from_scores,
 )
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_so", "stride_si", "stride_to", "stride_ti", "stride_wk", "stride_wn",
+        "stride_so", "stride_si", "stride_wk", "stride_wn",
         "N", "S", "C_units", "ignore_index",
     ]
 )  # fmt: skip
@@ -31,7 +32,7 @@ def row_loss_onchip_fwd_kernel(
     residual,  # (N, C) contiguous, or None
     residual_scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
     stride_so, stride_si,
-    stride_to, stride_ti,  # K each
+    stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
     N, S, C_units,
     ignore_index,
@@ -77,7 +78,7 @@ def row_loss_onchip_fwd_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.full((BLOCK_N,), float("-inf") if WEIGHTING == "confidence" else 0.0, tl.float32)
     for k in tl.static_range(K):
-        z_row = teachers[k] + row_offset(n, S, stride_to[k], stride_ti[k], ALIGN, TWO_LEVEL)
+        z_row = teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL)
         z = tl.load(z_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
         z_label = label_logit(z_row, y, kept & inside)
         z_max = finite_max(z)

@@ -13,6 +13,7 @@ from .softmax import (
     row_offset,
     store_loss,
     store_teacher,
+    stride,
     weights_from_scores,
 )
 
@@ -54,7 +55,7 @@ def teacher_total(lanes, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: t
 
 @triton.jit(
     do_not_specialize=[
-        "stride_so", "stride_si", "stride_to", "stride_ti", "stride_wk", "stride_wn",
+        "stride_so", "stride_si", "stride_wk", "stride_wn",
         "N", "S", "C_units", "ignore_index",
     ]
 )  # fmt: skip
@@ -67,7 +68,7 @@ def row_loss_streaming_fwd_kernel(
     residual,  # (N, C) contiguous, or None
     residual_scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
     stride_so, stride_si,
-    stride_to, stride_ti,  # K each
+    stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
     N, S, C_units,
     ignore_index,
@@ -100,7 +101,7 @@ def row_loss_streaming_fwd_kernel(
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
     z_rows = ()
     for k in tl.static_range(K):
-        z_rows += (teachers[k] + row_offset(n, S, stride_to[k], stride_ti[k], ALIGN, TWO_LEVEL),)
+        z_rows += (teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL),)
 
     z_top, z_totalT, divergence, scores = (), (), (), ()
     for first in tl.static_range(0, K, GROUP):

@@ -14,6 +14,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
+def stride(argument):
+    """The inverse of `layout.unspecialised`, for one stride."""
+    return (argument - 3) >> 1
+
+
+@triton.jit
 def row_offset(n, S, stride_outer, stride_inner, ALIGN: tl.constexpr, TWO_LEVEL: tl.constexpr):
     """First element of row n (int64), strides in units of ALIGN."""
     if TWO_LEVEL:
