@@ -168,6 +168,11 @@ def naive(case: Case, grad_output: Tensor | None = None) -> Result:
 # --- what is under test ----------------------------------------------------------------------------------------------
 
 
+def fields(out: Any) -> list[Tensor]:
+    """The numbers of an output by their public names."""
+    return [getattr(out, name) for name in ("loss", "hard", "soft", "weights", "teacher_ce", "divergence")]
+
+
 def run(case: Case, backend: str, grad_output: Tensor | None = None) -> Result:
     """camkd_loss and one backward."""
     student = case.student.detach().requires_grad_()
@@ -178,8 +183,9 @@ def run(case: Case, backend: str, grad_output: Tensor | None = None) -> Result:
     out = camkd_loss(student, case.teachers, case.target, backend=backend, **options)
     out.loss.backward(grad_output if case.reduction == "none" or grad_output is not None else None)
     assert student.grad is not None
-    values = (x.detach() for x in out)
-    return Result(*values, grad=student.grad, grad_weighting=None if learned is None else learned.grad)
+    return Result(
+        *(x.detach() for x in fields(out)), grad=student.grad, grad_weighting=None if learned is None else learned.grad
+    )
 
 
 def run_value_and_grad(case: Case, backend: str, loss_scale: float | Tensor = 1.0) -> Result:
@@ -187,7 +193,7 @@ def run_value_and_grad(case: Case, backend: str, loss_scale: float | Tensor = 1.
     out, grad = camkd_loss_and_grad(
         case.student, case.teachers, case.target, backend=backend, loss_scale=loss_scale, **case.options()
     )
-    return Result(*out, grad=grad)
+    return Result(*fields(out), grad=grad)
 
 
 # --- the tolerance rule ----------------------------------------------------------------------------------------------

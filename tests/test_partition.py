@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
-from tests.helpers import Case, assert_accurate, make_case, naive, truth
+from tests.helpers import Case, assert_accurate, fields, make_case, naive, truth
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,9 +55,8 @@ def test_rows_do_not_see_each_other(pieces, backend):
     case = ragged().with_(reduction="none")
     whole = camkd_loss(case.student, case.teachers, case.target, reduction="none", backend=backend)
     cut = [camkd_loss(p.student, p.teachers, p.target, reduction="none", backend=backend) for p in parts(case, pieces)]
-    for name in whole._fields:
-        joined = torch.cat([getattr(out, name) for out in cut], dim=-1)
-        torch.testing.assert_close(joined, getattr(whole, name))
+    for expected, *pieces_of_it in zip(fields(whole), *map(fields, cut), strict=True):
+        torch.testing.assert_close(torch.cat(pieces_of_it, dim=-1), expected)
 
 
 def test_data_parallel_in_simulation(backend):
