@@ -1,0 +1,145 @@
+"""CAMKDFeatureLoss: the regressors, the resizing to any teacher, detached and attached weights (eq. 5 and 6)."""
+
+import pytest
+import torch
+from torch import nn
+
+from camkd_fast import CAMKDFeatureLoss
+
+# H x W of the teachers against the student's 4 x 4: equal, larger, smaller, one side each way.
+TEACHERS = [(6, 4, 4), (8, 7, 7), (5, 2, 2), (7, 2, 6)]
+
+
+class Head(nn.Module):
+    """A frozen teacher head: pooling and a classifier."""
+
+    def __init__(self, channels: int, classes: int = 10) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(channels, classes).requires_grad_(False)
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        return self.classifier(feature.mean((2, 3)))
+
+
+def build(backend: str, shapes=TEACHERS, **options):
+    torch.manual_seed(3)
+    module = CAMKDFeatureLoss(3, [s[0] for s in shapes], backend=backend, **options)
+    heads = [Head(s[0]) for s in shapes]
+    student = torch.randn(5, 3, 4, 4)
+    teachers = [torch.rand(5, *s) for s in shapes]
+    return module, heads, student, teachers, torch.tensor([1, 0, 9, 3, 3])
+
+
+def plain(module, heads, student, teachers, target, detach=True):
+    """The published formulas in plain PyTorch, with the module's own regressors."""
+    kept = target != -100
+    total, ces, regressed = 0.0, [], []
+    for regressor, teacher in zip(module.regressors, teachers, strict=True):
+        H, W = teacher.shape[-2:]
+        resized = nn.functional.adaptive_avg_pool2d(student, (min(H, 4), min(W, 4)))
+        resized = nn.functional.interpolate(resized, size=(H, W), mode="nearest")
+        regressed.append(regressor(resized))
+    for head, r in zip(heads, regressed, strict=True):
+        ces.append(nn.functional.cross_entropy(head(r), target.clamp(min=0), reduction="none"))
+    ce = torch.stack(ces)
+    weights = ((1 - ce.softmax(0)) / (len(heads) - 1) if len(heads) > 1 else 1 + 0 * ce) * kept
+    for w, r, f in zip(weights.detach() if detach else weights, regressed, teachers, strict=True):
+        total = total + (w * (f - r).square().mean((1, 2, 3))).sum()
+    return total / kept.sum().clamp(min=1), weights, ce * kept
+
+
+def double(*items):
+    return [
+        item.double() if isinstance(item, (nn.Module, torch.Tensor)) else [x.double() for x in item] for item in items
+    ]
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
+@pytest.mark.parametrize("K", [1, 4])
+def test_loss_and_gradients(K, detach, backend):
+    module, heads, student, teachers, target = build(backend, TEACHERS[:K], detach_weights=detach)
+    target[2] = -100
+    student.requires_grad_()
+    out = module(student, teachers, heads, target)
+    out.loss.backward()
+    ours = [student.grad, *(p.grad for p in module.parameters())]
+    assert out.weights.requires_grad is not detach or K == 1
+    if detach:
+        assert not out.weights.requires_grad and not out.teacher_ce.requires_grad
+
+    twin, exact_heads, exact_student, exact_teachers, _ = build(backend, TEACHERS[:K], detach_weights=detach)
+    twin, exact_student, exact_teachers = double(twin, exact_student, exact_teachers)
+    exact_student.requires_grad_()
+    loss, weights, ce = plain(twin, double(*exact_heads), exact_student, exact_teachers, target, detach)
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss.float())
+    torch.testing.assert_close(out.weights, weights.float())
+    torch.testing.assert_close(out.teacher_ce, ce.float())
+    for actual, expected in zip(ours, [exact_student.grad, *(p.grad for p in twin.parameters())], strict=True):
+        # Batch normalisation over 20 to 245 values amplifies float32 rounding; relative to the tensor's own size.
+        error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error <= 1e-4
+
+
+def test_attached_weights_change_the_gradient(backend):
+    gradients = []
+    for detach in (True, False):
+        module, heads, student, teachers, target = build(backend, detach_weights=detach)
+        module(student, teachers, heads, target).loss.backward()
+        gradients.append(module.regressors[0][0].weight.grad)
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+def test_resizing_starts_from_the_original_map_each_time(backend):
+    # The official code resizes the resized: then the order of the teachers would matter.
+    shapes = [TEACHERS[2], TEACHERS[0]]
+    module, heads, student, teachers, target = build(backend, shapes)
+    forwards = module(student, teachers, heads, target).loss
+    module.regressors = nn.ModuleList(reversed(module.regressors))
+    backwards = module(student, teachers[::-1], heads[::-1], target).loss
+    torch.testing.assert_close(forwards, backwards)
+
+
+def test_channels_last_and_bfloat16_autocast(backend):
+    module, heads, student, teachers, target = build(backend)
+    expected = module(student, teachers, heads, target)
+    last = torch.channels_last
+    module = module.to(memory_format=last)
+    out = module(student.to(memory_format=last), [f.to(memory_format=last) for f in teachers], heads, target)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.weights, expected.weights)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = module(student, [f.bfloat16() for f in teachers], heads, target)
+    narrow.loss.backward()
+    torch.testing.assert_close(narrow.loss, expected.loss, rtol=0.02, atol=0)
+
+
+def test_ignored_rows(backend):
+    module, heads, student, teachers, target = build(backend)
+    module.eval()
+    target[1:] = -100
+    out = module(student, teachers, heads, target)
+    alone = module(student[:1], [f[:1] for f in teachers], heads, target[:1])
+    torch.testing.assert_close(out.loss, alone.loss)
+    assert (out.weights[:, 1:] == 0).all()
+    target[:] = -100
+    out = module(student, teachers, heads, target)
+    out.loss.backward()
+    assert out.loss == 0 and all((p.grad == 0).all() for p in module.parameters())
+
+
+def test_a_few_steps_reduce_the_loss_and_leave_the_heads_alone(backend):
+    module, heads, student, teachers, target = build(backend, detach_weights=False)
+    before = [head.classifier.weight.clone() for head in heads]
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    losses = []
+    for _ in range(30):
+        loss = module(student, teachers, heads, target).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(head.classifier.weight, old) for head, old in zip(heads, before, strict=True))
