@@ -37,6 +37,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {_dtype(tensor)}")
 
 
+def check_classes(name: str, logits: Tensor) -> None:
+    check_floating(name, logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be (..., C) with C >= 1, got shape {_shape(logits)}")
+
+
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}")
@@ -95,11 +101,18 @@ def check_target(target: Tensor, logits: Tensor, logits_name: str) -> None:
 
 def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
     """The tensors of the logit loss; returns the K teachers as a list."""
-    check_floating("student_logits", student)
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student_logits must be (..., C) with C >= 1, got shape {_shape(student)}")
+    check_classes("student_logits", student)
     teacher_list = as_teacher_list("teacher_logits", teachers)
+    shape, device, gradless = student.shape, student.device, not torch.is_grad_enabled()
     for k, teacher in enumerate(teacher_list):
+        if (  # accepted at a glance; the checks below are for the words of the refusal
+            isinstance(teacher, Tensor)
+            and teacher.shape == shape
+            and teacher.dtype.is_floating_point
+            and teacher.device == device
+            and (gradless or not teacher.requires_grad)
+        ):
+            continue
         name = f"teacher_logits[{k}]"
         check_floating(name, teacher)
         check_same_logits(name, teacher, "student_logits", student)

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from .reference import RowLoss
-
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TEACHERS = 16
@@ -29,7 +27,9 @@ MAX_TEACHERS = 16
 class Backend(Protocol):
     """What a backend module provides; contracts in `camkd_fast.reference`."""
 
-    def row_loss(self, student: Tensor, teachers: Sequence[Tensor], target: Tensor, **options: Any) -> RowLoss: ...
+    def row_loss(
+        self, student: Tensor, teachers: Sequence[Tensor], target: Tensor, **options: Any
+    ) -> tuple[Any, ...]: ...
     def scale_rows(self, residual: Tensor, factor: Tensor, out: Tensor) -> Tensor: ...
     def confidence_forward(
         self, logits: Sequence[Tensor], target: Tensor, ignore_index: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ def confidence_weights(
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
     tensors = checks.as_teacher_list("logits", logits)
+    checks.check_classes("logits[0]", tensors[0])
     for k, tensor in enumerate(tensors):
         checks.check_floating(f"logits[{k}]", tensor)
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
@@ -104,7 +106,7 @@ def _sample_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student.dim() == 4 and not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last)
     )
     order = (0, 2, 3, 1) if channels_last else tuple(range(student.dim()))
-    s, t = (x.permute(order).reshape(x.shape[0], -1) for x in (student, teacher))
+    s, t = (x.permute(order).flatten(1) for x in (student, teacher))
     return row_view(s), row_view(t)
 
 
@@ -142,7 +144,7 @@ def _like_feature(rows: Tensor, feature: Tensor) -> Tensor:
 
 @_feature_backward_op.register_fake
 def _(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str) -> list[Tensor]:
-    return [_like_feature(r.new_empty((r.shape[0], r[0].numel())), r) for r in student]
+    return [_like_feature(r.new_empty((r.shape[0], math.prod(r.shape[1:]))), r) for r in student]
 
 
 def _feature_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

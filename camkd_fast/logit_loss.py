@@ -19,33 +19,70 @@ from .reference import RowLoss, accumulation_dtype
 from .rows import contiguous_labels, first_order, keeps_graph
 
 
-class CAMKDOutput(NamedTuple):
-    """What the logit loss returns, in the accumulation dtype. Only `loss` is differentiable."""
+class CAMKDOutput:
+    """What the logit loss returns, in the accumulation dtype. Only `loss` is differentiable.
 
-    loss: Tensor  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
-    hard: Tensor  # cross-entropy of the student, reduced like `loss`
-    soft: Tensor  # T^2 sum_k w_k KL_k, reduced like `loss`
-    weights: Tensor  # (K, ...): w_k, 0 on ignored rows
-    teacher_ce: Tensor  # (K, ...): CE_k at temperature 1, 0 on ignored rows
-    divergence: Tensor  # (K, ...): KL_k at temperature T, 0 on ignored rows
+    Everything but the loss is cut out of the kernel's numbers when it is asked for.
+    """
+
+    def __init__(
+        self, loss: Tensor, rows: RowLoss, inverse: float | Tensor | None, lead: torch.Size
+    ) -> None:
+        self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
+        self._numbers, self._sums = rows.numbers, rows.sums
+        self._inverse, self._lead = inverse, lead
+
+    @property
+    def hard(self) -> Tensor:
+        """Cross-entropy of the student, reduced like `loss`."""
+        return _reduce(self._rows, 1, self._inverse, self._lead).detach()
+
+    @property
+    def soft(self) -> Tensor:
+        """T^2 sum_k w_k KL_k, reduced like `loss`."""
+        return _reduce(self._rows, 2, self._inverse, self._lead).detach()
+
+    @property
+    def weights(self) -> Tensor:
+        """w_k as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._rows.weights)
+
+    @property
+    def teacher_ce(self) -> Tensor:
+        """CE_k at temperature 1 as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._rows.teacher_ce)
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL_k at temperature T as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._rows.divergence)
+
+    @property
+    def _rows(self) -> RowLoss:
+        return RowLoss(self._numbers, None, self._sums)
+
+    def _per_teacher(self, numbers: Tensor) -> Tensor:
+        return numbers.detach().view(numbers.shape[0], *self._lead)
+
+
+def _reduce(rows: RowLoss, i: int, inverse: float | Tensor | None, lead: torch.Size) -> Tensor:
+    """Row i of the numbers (0 loss, 1 hard, 2 soft), summed and times `inverse`, or as (...) where that is None."""
+    if inverse is None:
+        return rows.numbers[i].view(lead)
+    if rows.sums is not None and isinstance(inverse, float):
+        return torch.scalar_tensor(rows.sums[i] * inverse, dtype=rows.numbers.dtype)
+    total = rows.numbers[i].sum()
+    return total * inverse if isinstance(inverse, float) else total * inverse.squeeze(0)
 
 
 class _Evaluation(NamedTuple):
     """The loss of a batch before it is part of a graph."""
 
-    loss: Tensor
-    hard: Tensor
-    soft: Tensor
-    rows: RowLoss
+    output: CAMKDOutput
+    residual: Tensor | None
     weights: Tensor | None  # the caller's weights as (K, N), when given
     remaining: float | Tensor  # what the residual still lacks on the way to d loss / d student
-    inverse: float | Tensor  # 1 / divisor of the reduction
-
-    def output(self, loss: Tensor, lead: torch.Size) -> CAMKDOutput:
-        per_teacher = [self.rows.weights, self.rows.teacher_ce, self.rows.divergence]
-        if len(lead) != 1:
-            per_teacher = [numbers.view(-1, *lead) for numbers in per_teacher]
-        return CAMKDOutput(loss, self.hard.detach(), self.soft.detach(), *per_teacher)
+    divergence_scale: float | Tensor  # what KL_k still lacks on the way to d loss / d w_k
 
 
 def _inverse_count(
@@ -111,12 +148,9 @@ def _evaluate(
     needs_residual = loss_scale is not None or (torch.is_grad_enabled() and student.requires_grad)
     run = traced_rows if tracing else run_rows
     rows = run(student, teachers, labels, weighting, formula, needs_residual, scale, backend)
-    if reduction == "none":
-        loss, hard, soft = rows.rows.view(3, *target.shape).unbind()
-    else:
-        sums = rows.rows.sum(1)
-        loss, hard, soft = (sums if reduction == "sum" else sums * inverse).unbind()
-    return _Evaluation(loss, hard, soft, rows, weights, remaining, inverse)
+    reduced = None if reduction == "none" else inverse
+    output = CAMKDOutput(_reduce(rows, 0, reduced, target.shape), rows, reduced, target.shape)
+    return _Evaluation(output, rows.residual, weights, remaining, inverse * formula.divergence_scale)
 
 
 class _ResidualGradient(torch.autograd.Function):
@@ -124,29 +158,36 @@ class _ResidualGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: _Evaluation, formula: Formula, backend: str
+        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: _Evaluation, backend: str
     ) -> Tensor:
-        ctx.save_for_backward(evaluation.rows.residual, None if weights is None else evaluation.rows.divergence)
+        ctx.save_for_backward(evaluation.residual, None if weights is None else evaluation.output._rows.divergence)
         ctx.shape, ctx.remaining, ctx.backend = student.shape, evaluation.remaining, backend
-        ctx.divergence_scale = evaluation.inverse * formula.divergence_scale
-        return evaluation.loss
+        ctx.divergence_scale = evaluation.divergence_scale
+        return evaluation.output.loss
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         residual, divergence = ctx.saved_tensors
-        grad = grad_output.reshape(-1)
-        grad_weights = divergence * (grad * ctx.divergence_scale) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weights, None, None, None
-        factor = grad * ctx.remaining
+        wants_student, wants_weights = ctx.needs_input_grad[:2]
+        grad_weights = None
+        if wants_weights:
+            grad_weights = divergence * (grad_output.reshape(-1) * ctx.divergence_scale)
+        if not wants_student:
+            return None, grad_weights, None, None
         retained = keeps_graph()
-        # Reading the factor costs nothing on a CPU; on a GPU it would be a synchronisation.
-        if retained or residual.is_cuda or factor.numel() != 1 or factor.item() != 1.0:
+        if retained or not _is_one(grad_output, ctx.remaining):
             # Unless it is retained, the graph dies with this call and the residual with it: scale in place.
             out = torch.empty_like(residual) if retained else residual
+            factor = grad_output.reshape(-1) * ctx.remaining
             residual = backend_for(ctx.backend, [residual]).scale_rows(residual, factor, out)
-        return residual.view(ctx.shape), grad_weights, None, None, None
+        return residual.view(ctx.shape), grad_weights, None, None
+
+
+def _is_one(grad_output: Tensor, remaining: float | Tensor) -> bool:
+    """Is the factor 1, as in a plain `loss.backward()`? Only asked on a CPU: on a GPU the answer is a synchronisation."""
+    on_host = grad_output.device.type == "cpu" and isinstance(remaining, float)
+    return on_host and grad_output.dim() == 0 and bool(grad_output.item() * remaining == 1.0)
 
 
 def camkd_loss(
@@ -188,11 +229,11 @@ def camkd_loss(
     """
     formula = Formula(temperature, hard_weight, soft_weight, ignore_index)
     result = _evaluate(student_logits, teacher_logits, target, formula, weighting, reduction, num_items, backend, None)
-    loss, weights = result.loss, result.weights
+    output, weights = result.output, result.weights
     wants_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
     if wants_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        loss = _ResidualGradient.apply(student_logits, weights, result, formula, backend)
-    return result.output(loss, target.shape)
+        output.loss = _ResidualGradient.apply(student_logits, weights, result, backend)
+    return output
 
 
 def camkd_loss_and_grad(
@@ -223,13 +264,13 @@ def camkd_loss_and_grad(
     """
     formula = Formula(temperature, hard_weight, soft_weight, ignore_index)
     checks.check_scale("loss_scale", loss_scale)
-    with torch.no_grad():
-        result = _evaluate(
-            student_logits, teacher_logits, target, formula, weighting, reduction, num_items, backend, loss_scale
-        )
-        assert result.rows.residual is not None  # a loss_scale asks for it
-        grad = result.rows.residual.view(student_logits.shape)
-        return result.output(result.loss.detach(), target.shape), grad
+    # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
+    student = student_logits.detach() if isinstance(student_logits, Tensor) else student_logits
+    if isinstance(weighting, Tensor):
+        weighting = weighting.detach()
+    result = _evaluate(student, teacher_logits, target, formula, weighting, reduction, num_items, backend, loss_scale)
+    assert result.residual is not None  # a loss_scale asks for it
+    return result.output, result.residual.view(student.shape)
 
 
 class CAMKDLoss(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checks
 from .dispatch import backend_for
 from .reference import RowLoss, accumulation_dtype
-from .rows import contiguous_labels, row_view
+from .rows import contiguous_labels, first_order, row_view
 
 
 class Formula(NamedTuple):
@@ -49,7 +49,7 @@ def run_rows(
     backend: str,
 ) -> RowLoss:
     """The backend's numbers for tensors of any layout; labels are already checked."""
-    return backend_for(backend, [student, *teachers]).row_loss(
+    result = backend_for(backend, [student, *teachers]).row_loss(
         row_view(student),
         [row_view(teacher) for teacher in teachers],
         target,
@@ -58,6 +58,7 @@ def run_rows(
         residual_scale=residual_scale,
         **formula._asdict(),
     )
+    return RowLoss(*result)
 
 
 @torch.library.custom_op("camkd_fast::row_loss", mutates_args=())
@@ -75,11 +76,11 @@ def _row_loss_op(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(3 + 3K, N): loss, hard, soft, then KL_k, CE_k, w_k for each teacher; and the residual (N, C), or (0, C)."""
+    """The numbers of a RowLoss, and the residual (N, C), or (0, C)."""
     labels = contiguous_labels(target)
     if not target.is_cuda:
         checks.count_labels(labels, student.shape[-1], ignore_index)
-    numbers = run_rows(
+    result = run_rows(
         student,
         teachers,
         labels,
@@ -89,8 +90,8 @@ def _row_loss_op(
         1.0 if residual_scale is None else residual_scale,
         backend,
     )
-    residual = student.new_empty((0, student.shape[-1])) if numbers.residual is None else numbers.residual
-    return torch.cat([numbers.rows, numbers.divergence, numbers.teacher_ce, numbers.weights]), residual
+    residual = student.new_empty((0, student.shape[-1])) if result.residual is None else result.residual
+    return result.numbers, residual
 
 
 @_row_loss_op.register_fake
@@ -120,14 +121,11 @@ def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(residual, packed[3 : 3 + K])
     ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
     ctx.divergence_scale = soft_weight * temperature**2
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(residual)
 
 
-def _op_backward(ctx: Any, grad_packed: Tensor | None, grad_residual: Tensor | None) -> tuple[Any, ...]:
-    if grad_residual is not None:
-        raise RuntimeError("camkd_fast: double backward through the loss is not supported")
-    if grad_packed is None:
-        return (None,) * 12
+@first_order
+def _op_backward(ctx: Any, grad_packed: Tensor, _: Tensor) -> tuple[Any, ...]:
     residual, divergence = ctx.saved_tensors
     factor = grad_packed[0]
     grad_student = (residual.to(factor.dtype) * factor.unsqueeze(-1)).to(residual.dtype).view(ctx.shape)
@@ -150,7 +148,7 @@ def traced_rows(
 ) -> RowLoss:
     """`run_rows` as one opaque, differentiable op, for torch.compile."""
     given = isinstance(weighting, Tensor)
-    packed, residual = _row_loss_op(
+    numbers, residual = _row_loss_op(
         student,
         list(teachers),
         target,
@@ -164,9 +162,7 @@ def traced_rows(
         needs_grad,
         backend,
     )
-    K = len(teachers)
-    rows, divergence, teacher_ce, weights = packed.split([3, K, K, K])
-    return RowLoss(rows, divergence.detach(), teacher_ce.detach(), weights.detach(), residual)
+    return RowLoss(numbers, residual)
 
 
 def _scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor | None:

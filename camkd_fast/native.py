@@ -64,7 +64,7 @@ def row_loss(
         code, weights = _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
     else:
         code, weights = _WEIGHTING_CODES[weighting], (0, 0, 0)
-    _C.row_loss(
+    sums = _C.row_loss(
         N,
         C,
         inner,
@@ -82,7 +82,7 @@ def row_loss(
         float(residual_scale),
         torch.get_num_threads(),
     )
-    return RowLoss(*numbers.split([3, K, K, K]), residual)
+    return RowLoss(numbers, residual, sums)
 
 
 def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:

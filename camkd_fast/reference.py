@@ -45,13 +45,35 @@ from torch import Tensor
 
 
 class RowLoss(NamedTuple):
-    """What a backend returns for N rows and K teachers, before any reduction."""
+    """What a backend returns for N rows and K teachers, before any reduction (a plain tuple in this order will do)."""
 
-    rows: Tensor  # (3, N): loss, hard, soft
-    divergence: Tensor  # (K, N): KL_k
-    teacher_ce: Tensor  # (K, N): CE_k
-    weights: Tensor  # (K, N): w_k
+    numbers: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
     residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
+    sums: tuple[float, float, float] | None = None  # of loss, hard and soft, from a backend that adds up on the host
+
+    @property
+    def rows(self) -> Tensor:
+        """(3, N): loss, hard, soft."""
+        return self.numbers[:3]
+
+    @property
+    def divergence(self) -> Tensor:
+        """(K, N): KL_k."""
+        return self._per_teacher(0)
+
+    @property
+    def teacher_ce(self) -> Tensor:
+        """(K, N): CE_k."""
+        return self._per_teacher(1)
+
+    @property
+    def weights(self) -> Tensor:
+        """(K, N): w_k."""
+        return self._per_teacher(2)
+
+    def _per_teacher(self, i: int) -> Tensor:
+        K = (self.numbers.shape[0] - 3) // 3
+        return self.numbers[3 + i * K : 3 + (i + 1) * K]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -143,8 +165,8 @@ def loss_terms(
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
     loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))
     mask = kept.squeeze(-1)
-    rows = torch.stack([loss, hard, soft]).where(mask, 0.0)
-    return RowLoss(rows, divergence.where(mask, 0.0), teacher_ce.where(mask, 0.0), weights.where(mask, 0.0), None)
+    numbers = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
+    return RowLoss(numbers.where(mask, 0.0), None)
 
 
 def residual(
@@ -195,7 +217,7 @@ def row_loss(
         weighting: "confidence" | "uniform" | "entropy" | weights (K, N) in the accumulation dtype.
         residual_scale: one-element tensor on the student's device that multiplies the residual, or None for 1.
     """
-    numbers = loss_terms(
+    result = loss_terms(
         student,
         teachers,
         target,
@@ -206,12 +228,12 @@ def row_loss(
         ignore_index=ignore_index,
     )
     if not needs_grad:
-        return numbers
+        return result
     gradient = residual(
         student,
         teachers,
         target,
-        numbers.weights,
+        result.weights,
         temperature=temperature,
         hard_weight=hard_weight,
         soft_weight=soft_weight,
@@ -219,7 +241,7 @@ def row_loss(
     )
     if residual_scale is not None:
         gradient = gradient * residual_scale
-    return numbers._replace(residual=gradient.to(student.dtype))
+    return result._replace(residual=gradient.to(student.dtype))
 
 
 def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():  # create_graph=False
+            return backward(ctx, *grad_outputs)
         with torch.no_grad():
             grads = backward(ctx, *grad_outputs)
-        return tuple(_refusing(grad) for grad in grads) if torch.is_grad_enabled() else grads
+        return tuple(_refusing(grad) for grad in grads)
 
     return wrapper
 

@@ -32,7 +32,8 @@ int fill(const std::vector<MatrixTuple>& from, Matrix* to) {
     return int(from.size());
 }
 
-void row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student, const std::vector<MatrixTuple>& teachers,
+// Returns the sums of loss, hard and soft over the rows, added in order.
+std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student, const std::vector<MatrixTuple>& teachers,
               uintptr_t target, int64_t ignore_index, float temperature, float hard_weight, float soft_weight,
               int weighting, std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers, uintptr_t residual,
               float residual_scale, int threads) {
@@ -57,6 +58,10 @@ void row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student, c
     args.threads = threads;
     py::gil_scoped_release release;
     kernels().row_loss(args);
+    double sums[3] = {0, 0, 0};
+    for (int i = 0; i < 3; ++i)
+        for (int64_t n = 0; n < N; ++n) sums[i] += args.rows[i * N + n];
+    return {sums[0], sums[1], sums[2]};
 }
 
 void scale_rows(int64_t N, int64_t C, uintptr_t residual, uintptr_t out, int dtype, uintptr_t factor,

@@ -2,7 +2,7 @@
 // weights, the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py.
 //
 // Exponentials and logarithms of K-sized arrays come from a `Math` policy (`Math::exp(x, n)`, `Math::log(x, n)`, both
-// in place), so that a CPU kernel does all of a row's in one vector.
+// in place), so that a CPU kernel does all of a row's in one vector; the arrays are padded to whole vectors for it.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 
 namespace camkd {
 
-constexpr int kMaxTeachers = 16;
+constexpr int kMaxTeachers = 16;  // also a multiple of every vector width
 
 enum class Weighting : int { confidence = 0, uniform = 1, entropy = 2, given = 3 };
 
@@ -108,11 +108,13 @@ CAMKD_HD void confidence_weights(const float* ce, int K, float* w) {
     for (int k = 0; k < K; ++k) share[k] = ce[k] == top ? 0.0f : ce[k] - top;
     Math::exp(share, K);
     for (int k = 0; k < K; ++k) sum += share[k];
+    const float inverse = K == 1 ? 1.0f : 1.0f / (sum * float(K - 1));
     for (int k = 0; k < K; ++k) {
         // The sum of the others rather than 1 - softmax_k: exact for a teacher that is by far the worst.
-        float others = 0;
-        for (int j = 0; j < K; ++j) others += j == k ? 0.0f : share[j];
-        w[k] = K == 1 ? 1.0f : others / (sum * float(K - 1));
+        float others = K == 1 ? 1.0f : 0.0f;
+        for (int j = 0; j < k; ++j) others += share[j];
+        for (int j = k + 1; j < K; ++j) others += share[j];
+        w[k] = others * inverse;
     }
 }
 
@@ -143,7 +145,7 @@ CAMKD_HD void finish_row(const Formula& formula, int K, const StreamState<Real>&
                          const StreamState<Real>* teachers, float student_label, const float* teacher_label,
                          float residual_scale, RowResult& result, ResidualCoefficients& coefficients) {
     const float T = formula.temperature;
-    float logs[2 * (kMaxTeachers + 1)];
+    float logs[3 * kMaxTeachers];
     logs[0] = float(student.sum_t);
     logs[1] = float(student.sum_1);
     for (int k = 0; k < K; ++k) {

@@ -42,16 +42,21 @@ void confidence_forward(const ConfidenceArgs& args) {
     for (int64_t n = 0; n < args.N; ++n) {
         const int64_t y = args.target[n];
         float ce[kMaxTeachers] = {}, weights[kMaxTeachers] = {}, lse[kMaxTeachers] = {};
+        float log_sum[kMaxTeachers] = {}, max[kMaxTeachers], label[kMaxTeachers];
         if (y != args.ignore_index) {
             for (int k = 0; k < K; ++k) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
                     const auto* z = row_start<decltype(t)>(args.logits[k], args.inner, n);
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
-                    float log_sum = float(state.sum_1);
-                    ArrayMath::log(&log_sum, 1);
-                    lse[k] = state.max + log_sum;
-                    ce[k] = log_sum - (y >= 0 && y < args.C ? load_one(z + y) - state.max : NAN);
+                    log_sum[k] = float(state.sum_1);
+                    max[k] = state.max;
+                    label[k] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
                 });
+            }
+            ArrayMath::log(log_sum, K);
+            for (int k = 0; k < K; ++k) {
+                lse[k] = max[k] + log_sum[k];
+                ce[k] = log_sum[k] - (label[k] - max[k]);
             }
             confidence_weights<ArrayMath>(ce, K, weights);
         }

@@ -22,19 +22,52 @@ inline Vec power(Vec e) {
     return e;
 }
 
+// Starts the load of the block that comes next while this one computes: `stream` walks along `bytes` per vector.
+template <class T>
+inline void prefetch_along(const char* next, int i) {
+    if (i * int(sizeof(T)) % 64 == 0) __builtin_prefetch(next + i * sizeof(T));
+}
+
 template <class T>
 float block_max(const T* x, int n) {
+    constexpr int W = Vec::width;
+    if (n < W) return load_tail(x, n, -INFINITY).max();
     Vec a = Vec::set(-INFINITY), b = a, c = a, d = a;
     int i = 0;
-    for (; i + 4 * Vec::width <= n; i += 4 * Vec::width) {
+    for (; i + 4 * W <= n; i += 4 * W) {
         a = Vec::max(load(x + i), a);
-        b = Vec::max(load(x + i + Vec::width), b);
-        c = Vec::max(load(x + i + 2 * Vec::width), c);
-        d = Vec::max(load(x + i + 3 * Vec::width), d);
+        b = Vec::max(load(x + i + W), b);
+        c = Vec::max(load(x + i + 2 * W), c);
+        d = Vec::max(load(x + i + 3 * W), d);
     }
-    for (; i + Vec::width <= n; i += Vec::width) a = Vec::max(load(x + i), a);
-    if (i < n) b = Vec::max(load_tail(x + i, n - i, -INFINITY), b);
+    for (; i + W <= n; i += W) a = Vec::max(load(x + i), a);
+    b = Vec::max(load(x + n - W), b);
     return Vec::max(Vec::max(a, b), Vec::max(c, d)).max();
+}
+
+// Runs step(x, i, lane, counts) over a block of n columns in vectors at offset i, on two sets of accumulators. The last
+// vector overlaps its predecessor: `counts` masks the columns already summed, while stores repeat the same values.
+template <class T, class Step>
+inline void over_block(const T* x, int n, const char* next, Step step) {
+    constexpr int W = Vec::width;
+    constexpr auto all = [](Vec v) { return v; };
+    int i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        prefetch_along<T>(next, i);
+        step(load(x + i), i, 0, all);
+        prefetch_along<T>(next, i + W);
+        step(load(x + i + W), i + W, 1, all);
+    }
+    for (; i + W <= n; i += W) step(load(x + i), i, 0, all);
+    if (i == n) return;
+    if (n < W) {
+        // The columns behind the end take the first one's logit, so that nothing that is not finite comes in.
+        const Vec mask = first_lanes(n);
+        step(load_tail(x, n, load_one(x)), 0, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
+    } else {
+        const Vec mask = last_lanes(n - i);
+        step(load(x + n - W), n - W, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
+    }
 }
 
 // What the statistics pass of a block adds to a StreamState.
@@ -46,13 +79,14 @@ struct Exps {
     Exp at_t, at_1;
 };
 
-// d = s - reference, e = e^{d/T} (and e1 = e^d where Power is 0), each n long rounded up to whole vectors.
+// d = s - reference, e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
 template <class T, int Power>
-BlockSums student_block(const T* s, int n, float reference, const Exps& exps, float* d_out, float* e_out,
-                        float* e1_out) {
+BlockSums student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
+                        float* e_out, float* e1_out) {
+    const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
-    auto step = [&](Vec x, int i, int lane) {
+    over_block(s, n, next, [&](Vec x, int i, int lane, auto counts) {
         Vec d = x - ref;
         Vec e = exps.at_t(d);
         Vec e1 = power<Power>(e);
@@ -62,61 +96,51 @@ BlockSums student_block(const T* s, int n, float reference, const Exps& exps, fl
         }
         d.store(d_out + i);
         e.store(e_out + i);
-        sum_t[lane] = sum_t[lane] + e;
-        sum_1[lane] = sum_1[lane] + e1;
-    };
-    int i = 0;
-    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
-        step(load(s + i), i, 0);
-        step(load(s + i + Vec::width), i + Vec::width, 1);
-    }
-    for (; i + Vec::width <= n; i += Vec::width) step(load(s + i), i, 0);
-    if (i < n) step(load_tail(s + i, n - i, -INFINITY), i, 1);
-    return {(sum_t[0] + sum_t[1]).sum(), (sum_1[0] + sum_1[1]).sum(), 0.0f, 0.0f};
+        sum_t[lane] = sum_t[lane] + counts(e);
+        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + counts(e1);
+    });
+    const float total = (sum_t[0] + sum_t[1]).sum();
+    return {total, Power == 1 ? total : (sum_1[0] + sum_1[1]).sum(), 0.0f, 0.0f};
 }
 
 // `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf.
 template <class T, int Power, bool Entropy, bool Masked>
-BlockSums teacher_block_pass(const T* z, int n, float reference, const Exps& exps, const float* student_d,
-                             float* e_out) {
+BlockSums teacher_block_pass(const T* z, int n, float reference, const Exps& exponentials, const char* next,
+                             const float* student_d, float* e_out) {
+    const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
     Vec cross[2] = {Vec::zero(), Vec::zero()}, entropy[2] = {Vec::zero(), Vec::zero()};
-    auto step = [&](Vec x, int i, int lane, auto masked) {
+    over_block(z, n, next, [&](Vec x, int i, int lane, auto counts) {
         Vec d = x - ref;
         Vec e = exps.at_t(d);
         Vec difference = d - Vec::load(student_d + i);
-        if constexpr (decltype(masked)::value) difference = Vec::zero_where_zero(difference, e);
+        if constexpr (Masked) difference = Vec::zero_where_zero(difference, e);
         Vec e1 = power<Power>(e);
         if constexpr (Power == 0) e1 = exps.at_1(d);
         e.store(e_out + i);
+        e = counts(e);
         sum_t[lane] = sum_t[lane] + e;
-        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + e1;
         cross[lane] = Vec::fma(e, difference, cross[lane]);
+        if constexpr (Power != 1 || Entropy) e1 = counts(e1);
+        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + e1;
         if constexpr (Entropy) {
-            if constexpr (decltype(masked)::value) d = Vec::zero_where_zero(d, e1);
+            if constexpr (Masked) d = Vec::zero_where_zero(d, e1);
             entropy[lane] = Vec::fma(e1, d, entropy[lane]);
         }
-    };
-    constexpr std::bool_constant<Masked> as_asked{};
-    int i = 0;
-    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
-        step(load(z + i), i, 0, as_asked);
-        step(load(z + i + Vec::width), i + Vec::width, 1, as_asked);
-    }
-    for (; i + Vec::width <= n; i += Vec::width) step(load(z + i), i, 0, as_asked);
-    if (i < n) step(load_tail(z + i, n - i, -INFINITY), i, 1, std::true_type{});
-    float total_t = (sum_t[0] + sum_t[1]).sum();
-    float total_1 = Power == 1 ? total_t : (sum_1[0] + sum_1[1]).sum();
-    return {total_t, total_1, (cross[0] + cross[1]).sum(), Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f};
+    });
+    const float total = (sum_t[0] + sum_t[1]).sum();
+    return {total, Power == 1 ? total : (sum_1[0] + sum_1[1]).sum(), (cross[0] + cross[1]).sum(),
+            Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f};
 }
 
 template <class T, int Power, bool Entropy>
-BlockSums teacher_block(const T* z, int n, float reference, const Exps& exps, const float* student_d, float* e_out) {
-    BlockSums sums = teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, student_d, e_out);
+BlockSums teacher_block(const T* z, int n, float reference, const Exps& exps, const char* next, const float* student_d,
+                        float* e_out) {
+    BlockSums sums = teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, next, student_d, e_out);
     // -inf logits are rare; only a block whose sums show one is read again.
     if (!std::isfinite(sums.cross) || !std::isfinite(sums.entropy))
-        sums = teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, student_d, e_out);
+        sums = teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, next, student_d, e_out);
     return sums;
 }
 
@@ -156,7 +180,12 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
         store(out + i + Vec::width, second);
     }
     for (; i + Vec::width <= n; i += Vec::width) store(out + i, value(i));
-    if (i < n) store_tail(out + i, value(i), n - i);
+    if (i == n) return;
+    if (n < Vec::width) {
+        store_tail(out, value(0), n);
+    } else {
+        store(out + n - Vec::width, value(n - Vec::width));  // overlaps its predecessor with the same values
+    }
 }
 
 }  // namespace

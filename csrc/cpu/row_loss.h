@@ -43,8 +43,8 @@ class Scratch {
 // The typed functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
-    using Student = BlockSums (*)(const void*, int64_t, int, float, const Exps&, float*, float*, float*);
-    using Teacher = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const float*, float*);
+    using Student = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*);
+    using Teacher = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*);
     using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
     Max max[kStreams];
     Student student;
@@ -66,8 +66,9 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     f.max[0] = max_of(args.student.dtype);
     f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
         using T = decltype(t);
-        return [](const void* s, int64_t c, int n, float ref, const Exps& exps, float* d, float* e, float* e1) {
-            return student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, d, e, e1);
+        return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d,
+                  float* e, float* e1) {
+            return student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1);
         };
     });
     f.residual = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Residual {
@@ -81,8 +82,9 @@ RowFunctions choose_functions(const RowLossArgs& args) {
         f.max[k + 1] = max_of(args.teachers[k].dtype);
         f.teachers[k] = with_dtype(args.teachers[k].dtype, [](auto t) -> RowFunctions::Teacher {
             using T = decltype(t);
-            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const float* d, float* e) {
-                return teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, d, e);
+            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next,
+                      const float* d, float* e) {
+                return teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e);
             };
         });
     }
@@ -136,6 +138,11 @@ struct Row {
         locate(args.student, 0);
         for (int k = 0; k < args.K; ++k) locate(args.teachers[k], k + 1);
     }
+    // Where stream k's columns from c on lie in memory.
+    const char* address(int k, int64_t c) const {
+        const DType dtype = k == 0 ? args.student.dtype : args.teachers[k - 1].dtype;
+        return static_cast<const char*>(data[k]) + (offset[k] + c) * (dtype == DType::f32 ? 4 : 2);
+    }
     bool keeps_e1() const { return functions.power == 0; }
     int streams() const { return args.K + 1 + (keeps_e1() ? 1 : 0); }
 
@@ -161,12 +168,14 @@ struct Row {
         const float old_student = states[0].max, student = reference(0);
         move_student(states[0], student, inverse_t);
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        add(states[0], functions.student(data[0], offset[0] + c, n, finite(student), exps, student_d,
-                                         scratch.stream(0) + c, e1));
+        add(states[0], functions.student(data[0], offset[0] + c, n, finite(student), exps,
+                                         address(1, c), student_d, scratch.stream(0) + c, e1));
         for (int k = 1; k <= args.K; ++k) {
             const float max = reference(k);
+            // After the last teacher the student's next block, or the row behind this one where rows are dense.
+            const char* next = k < args.K ? address(k + 1, c) : address(0, c + n);
             move_teacher(states[k], max, old_student, student, inverse_t);
-            add(states[k], functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, student_d,
+            add(states[k], functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, next, student_d,
                                                      scratch.stream(k) + c));
         }
     }
@@ -227,7 +236,8 @@ struct Row {
         functions.residual(e, e1, at, a1, terms, count, args.residual, index * args.C + c, n, streaming);
         const int64_t y = args.target[index] - c;
         if (label_fits() && y >= 0 && y < n) {
-            float e1_y = keeps_e1() ? e1[y] : std::pow(e[y], float(functions.power));
+            float e1_y = keeps_e1() ? e1[y] : e[y];
+            for (int p = functions.power; p > 1; p /= 2) e1_y *= e1_y;
             float value = at * e[y] + a1 * e1_y - coefficients.label;
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
             with_dtype(args.student.dtype, [&](auto t) {
@@ -262,14 +272,15 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
         float* base = memory.reserve(RowScratch::floats(args.C, streams, blocks) + kBlock + 2 * Vec::width);
         float* student_d = base + RowScratch::floats(args.C, streams, blocks);
         Row row(args, functions, exps, RowScratch(base, args.C, streams));
+        State states[kStreams];
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t n = 0; n < args.N; ++n) {
             if (args.target[n] == args.ignore_index) {
                 row.clear(n);
                 continue;
             }
-            State states[kStreams];
             row.start(n);
+            for (int k = 0; k <= args.K; ++k) states[k] = State();
             for (int64_t b = 0; b < blocks; ++b) row.add_block(b, states, student_d);
             ResidualCoefficients coefficients = row.finish(states);
             if (args.residual)

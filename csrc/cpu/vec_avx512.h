@@ -42,15 +42,25 @@ struct Vec {
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
     // The second operand where one is NaN.
     static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+    static Vec bit_and(Vec x, Vec mask) { return {_mm512_and_ps(x.v, mask.v)}; }
     static Vec zero_where_zero(Vec x, Vec where) {
         return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
     }
     // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
     static Vec exponent(Vec x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))}; }
+
+    // x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)), for positive normal x.
+    void split(Vec& mantissa, Vec& exponent) const {
+        __m512i bits = _mm512_castps_si512(v);
+        __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+        mantissa.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
+        exponent.v = _mm512_cvtepi32_ps(e);
+    }
 
     float sum() const { return _mm512_reduce_add_ps(v); }
     float max() const { return _mm512_reduce_max_ps(v); }

@@ -60,6 +60,7 @@ struct Vec {
     friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
     friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
     friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+    friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
     static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
     static Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }  // c - a * b
     // The second operand where one is NaN.
@@ -67,9 +68,17 @@ struct Vec {
         Bits greater = (Bits)(a.v > b.v);
         return {(Floats)(((Bits)a.v & greater) | ((Bits)b.v & ~greater))};
     }
+    static Vec bit_and(Vec x, Vec mask) { return {(Floats)((Bits)x.v & (Bits)mask.v)}; }
     static Vec zero_where_zero(Vec x, Vec where) { return {(Floats)((Bits)x.v & (Bits)(where.v != zero().v))}; }
     // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
     static Vec exponent(Vec x) { return {(Floats)((Bits)x.v << 23)}; }
+
+    // x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)), for positive normal x.
+    void split(Vec& mantissa, Vec& exponent) const {
+        Ints e = ((Ints)v - (Ints)splat(0x3f3504f3)) >> 23;
+        mantissa.v = (Floats)((Ints)v - (e << 23));
+        exponent.v = Floats{float(e[0]), float(e[1]), float(e[2]), float(e[3])};
+    }
 
     float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
     float max() const {

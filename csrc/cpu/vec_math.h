@@ -41,12 +41,26 @@ inline void store_tail(T* p, Vec x, int n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-template <class T>
-inline float load_one(const T* p) {
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const bf16* p) {
+    uint32_t bits = uint32_t(p->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+inline float load_one(const f16* p) {
     float buffer[Vec::width];
     load_tail(p, 1, 0.0f).store(buffer);
     return buffer[0];
 }
+
+alignas(64) const int32_t kLaneMasks[48] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                            -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                            0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
+
+// All bits set in the last (first) `count` lanes, none in the others.
+inline Vec last_lanes(int count) { return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 16 - Vec::width + count)); }
+inline Vec first_lanes(int count) { return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 32 - count)); }
 
 // e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder, relative error 1.3e-7, exactly 1 at d = 0 and
 // exactly 0 below 2^-127. d = -inf gives 0 and NaN stays NaN.
@@ -75,35 +89,33 @@ struct Exp {
     }
 };
 
-// Math policy of row_math.h: branch-free scalar code that the compiler turns into vectors.
+// Math policy of row_math.h, in whole vectors.
 struct ArrayMath {
     static void exp(float* x, int n) {
         const Exp exp(1.0f);
-        for (int i = 0; i < n; i += Vec::width) {
-            int count = n - i < Vec::width ? n - i : Vec::width;
-            store_tail(x + i, exp(load_tail(x + i, count, 0.0f)), count);
-        }
+        for (int i = 0; i < n; i += Vec::width) exp(Vec::load(x + i)).store(x + i);
     }
 
     // ln(m 2^e) = 2 atanh(s) + e ln 2 with s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)).
     static void log(float* x, int n) {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) {
-            float value = x[i];
-            int32_t bits;
-            std::memcpy(&bits, &value, 4);
-            int32_t exponent = (bits - 0x3f3504f3) >> 23;
-            int32_t mantissa_bits = bits - (exponent << 23);
-            float m;
-            std::memcpy(&m, &mantissa_bits, 4);
-            float s = (m - 1.0f) / (m + 1.0f);
-            float q = s * s;
-            float tail = q * (0.33333333f + q * (0.2f + q * (0.14285714f + q * 0.11111111f)));
-            float result = float(exponent) * 1.9046542e-9f + (s + s) * tail;
-            result = (s + s) + result;
-            result += float(exponent) * 0.693147179f;
-            // Sums of exponentials are 0 (a row of -inf) or at least 1, or not finite.
-            x[i] = value > 0 && value < INFINITY ? result : (value == 0 ? -INFINITY : value);
+        // Sums of exponentials are 0 (a row of -inf), at least 1, or not finite.
+        bool ordinary = true;
+        for (int i = 0; i < n; ++i) ordinary &= (x[i] >= 1.0f) & (x[i] < INFINITY);
+        if (!ordinary) {
+            for (int i = 0; i < n; ++i) x[i] = std::log(x[i]);
+            return;
+        }
+        const Vec one = Vec::set(1.0f);
+        for (int i = 0; i < n; i += Vec::width) {
+            Vec m, e;
+            Vec::load(x + i).split(m, e);
+            const Vec s = (m - one) / (m + one), q = s * s, twice = s + s;
+            Vec tail = Vec::fma(q, Vec::set(0.11111111f), Vec::set(0.14285714f));
+            tail = Vec::fma(q, tail, Vec::set(0.2f));
+            tail = q * Vec::fma(q, tail, Vec::set(0.33333333f));
+            // ln 2 as a float and the float of what is left of it.
+            const Vec low = Vec::fma(e, Vec::set(-1.9046543e-9f), twice * tail);
+            Vec::fma(e, Vec::set(0.693147182f), twice + low).store(x + i);
         }
     }
 };
