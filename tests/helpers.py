@@ -148,7 +148,7 @@ def eager(case: Case, dtype: torch.dtype, grad_output: Tensor | None = None) -> 
     wanted = [student] if learned is None else [student, learned]
     grads = torch.autograd.grad(loss, wanted, cotangent, allow_unused=True)
     for name in ("weights", "teacher_ce", "divergence"):
-        numbers[name] = numbers[name].view(-1, *lead)
+        numbers[name] = numbers[name].view(len(teachers), *lead)
     detached = {name: value.detach() for name, value in numbers.items()}
     return Result(
         **detached, grad=grads[0].view(case.student.shape), grad_weighting=None if learned is None else grads[1]
