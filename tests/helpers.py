@@ -120,7 +120,8 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
         weights = (1 - ce.softmax(0)) / (K - 1)
     else:
         entropy = torch.stack([-(z.softmax(1) * z.log_softmax(1)).sum(1) for z in teachers])
-        weights = 1 - entropy / entropy.sum(0)
+        total = entropy.sum(0)
+        weights = 1 - torch.where(total > 0, entropy / total, 1 / K)
     hard = F.cross_entropy(student, label, reduction="none")
     soft = T**2 * (weights * divergence).sum(0)
     loss = case.hard_weight * hard + case.soft_weight * soft
