@@ -52,8 +52,8 @@ def row_loss(
         kind = "given" if isinstance(weighting, Tensor) else weighting
         if K == 1 and kind in ("confidence", "entropy"):
             kind = "uniform"
-        if residual_scale is None:
-            residual_scale = 1.0
+        if not isinstance(residual_scale, Tensor):
+            residual_scale = 1.0 if residual_scale is None else float(residual_scale)
         arguments = (
             *(student, tuple(teachers), target, given, stats, residual, residual_scale),
             *(stride_o[0], stride_i[0], unspecialised(stride_o[1:]), unspecialised(stride_i[1:])),

@@ -45,9 +45,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways through the same small rows; streamed rows then take several column blocks of one warp."""
     if request.param == "streaming":
-        row_loss = importlib.import_module("camkd_fast.kernels.row_loss")
-        monkeypatch.setattr(row_loss, "on_chip", lambda K, C: False)
-        monkeypatch.setattr(row_loss, "streaming_launch", lambda K, C, size: launch.StreamingLaunch(32, min(K, 2), 1))
+        module = importlib.import_module("camkd_fast.kernels.row_loss")
+        monkeypatch.setattr(module, "on_chip", lambda K, C: False)
+        monkeypatch.setattr(module, "streaming_launch", lambda K, C, size: launch.StreamingLaunch(32, min(K, 2), 1))
     return str(request.param)
 
 
@@ -238,8 +238,8 @@ def test_large_offsets_do_not_cancel(regime: str, rows: tuple, offset: float) ->
     student, *teachers = ((32 * tensor).round() / 32 for tensor in (student, *teachers))
     plain = triton_rows(student, teachers, target, **options())
     moved = triton_rows(student + offset, [z + offset for z in teachers], target, **options())
-    for name, left, right in zip(plain._fields[:5], plain[:5], moved[:5], strict=True):
-        assert torch.equal(left, right), name
+    assert torch.equal(plain.numbers, moved.numbers)
+    assert torch.equal(plain.residual, moved.residual)
 
 
 @pytest.mark.parametrize("weighting", ["confidence", "uniform"])
@@ -257,13 +257,13 @@ def test_residual_scale_and_no_residual(regime: str, rows: tuple) -> None:
         torch.testing.assert_close(scaled.residual, one.residual * 0.125)
     bare = triton_rows(*rows, **options(needs_grad=False))
     assert bare.residual is None
-    assert all(torch.equal(left, right) for left, right in zip(bare[:4], one[:4], strict=True))
+    assert torch.equal(bare.numbers, one.numbers)
 
 
 def test_no_rows() -> None:
     empty = torch.empty(0, 7)
     result = triton_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
-    assert [tuple(tensor.shape) for tensor in result[:5]] == [(3, 0), (2, 0), (2, 0), (2, 0), (0, 7)]
+    assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
     assert kernels.feature_forward([empty], [empty]).shape == (1, 0)
     assert kernels.scale_rows(empty, torch.ones(1), empty) is empty
 
@@ -272,7 +272,7 @@ def test_repeats_bit_for_bit_and_writes_no_input(regime: str, rows: tuple) -> No
     student, teachers, target = rows
     before = [tensor.clone() for tensor in (student, *teachers, target)]
     first, second = (triton_rows(*rows, **options()) for _ in range(2))
-    assert all(torch.equal(left, right) for left, right in zip(first[:5], second[:5], strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(first[:2], second[:2], strict=True))
     assert all(torch.equal(old, new) for old, new in zip(before, (student, *teachers, target), strict=True))
 
 

@@ -107,6 +107,13 @@ def test_batch_size_and_width_do_not_recompile() -> None:
     assert len(set(keys)) == 3
 
 
+def test_debug_mode_asserts_on_labels() -> None:
+    """Only with CAMKD_FAST_DEBUG=1. (The interpreter, which could run it, leaves assertions out.)"""
+    shapes = [Shape("row_loss", 100, 1, temperature=1.0), Shape("confidence_forward", 100, 1)]
+    for debug in (False, True):
+        assert [kernel.asserts for _, _, kernel in compile_all(shapes, [90], debug)] == [debug, debug]
+
+
 def test_limits() -> None:
     """No block wider than 8192 columns, and geometries that are powers of 2."""
     for C in (1, 2, 10, 100, 1000, 8192, 8193, 262144):

@@ -45,6 +45,7 @@ class Kernel(NamedTuple):
     threads: int
     loads: dict[str, int]  # PTX global loads by width in bits
     stores: dict[str, int]
+    asserts: bool  # device-side assertions
     key: str  # Triton's cache key: two launches of one key share a compilation
 
 
@@ -128,6 +129,7 @@ def compile_shape(shape: Shape, arch: int) -> Kernel:
                 32 * compiled.metadata.num_warps,
                 _widths(ptx, "ld"),
                 _widths(ptx, "st"),
+                "__assertfail" in ptx,
                 str(key),
             )
         )
@@ -149,10 +151,11 @@ def main() -> None:
         json.dump(list(pool.map(_job, jobs, chunksize=4)), sys.stdout)
 
 
-def compile_all(shapes: list[Shape], archs: list[int]) -> list[tuple[Shape, int, Kernel]]:
+def compile_all(shapes: list[Shape], archs: list[int], debug: bool = False) -> list[tuple[Shape, int, Kernel]]:
     """Every shape for every architecture, in a process where Triton is not interpreted (it reads that flag once)."""
     jobs = [(list(shape), arch) for shape in shapes for arch in archs]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CAMKD_FAST_DEBUG"] = str(int(debug))
     result = subprocess.run(
         [sys.executable, __file__], input=json.dumps(jobs), env=environment, capture_output=True, text=True
     )
