@@ -1,0 +1,55 @@
+"""Which backend runs, and the reason that is given."""
+
+import pytest
+import torch
+
+from camkd_fast import camkd_loss, dispatch
+from tests.conftest import BACKENDS
+from tests.helpers import make_case, run
+
+
+@pytest.mark.parametrize("dtype", dispatch.COMPILED_DTYPES, ids=str)
+def test_auto_takes_the_fastest_backend_of_a_cpu(dtype):
+    tensors = [torch.zeros(2, 3, dtype=dtype)]
+    assert dispatch.choose("auto", tensors)[0] == BACKENDS[-1]
+    assert dispatch.backend_for("auto", tensors) is dispatch.backend_for(BACKENDS[-1], tensors)
+
+
+def test_auto_takes_the_reference_for_float64_and_says_why():
+    student, double = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)
+    for tensors in ([double], [student, double]):
+        assert dispatch.choose("auto", tensors)[0] == "reference"
+        assert "float64" in dispatch.explain(*tensors)
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_every_backend_is_available_or_says_why_not(name):
+    state = dispatch.availability(name)
+    assert state.reason and "\n" not in state.reason
+    if not state.usable:
+        with pytest.raises(NotImplementedError, match="cannot run here"):
+            dispatch.choose(name, [torch.zeros(2, 3)])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
+    case = make_case(4, 10)
+    module = dispatch.backend_for(name, [case.student])
+    calls = []
+    original = module.row_loss
+    monkeypatch.setattr(module, "row_loss", lambda *a, **k: calls.append(name) or original(*a, **k))
+    camkd_loss(case.student, case.teachers, case.target, backend=name)
+    assert calls == [name]
+
+
+def test_auto_is_bitwise_the_backend_that_it_names():
+    case = make_case(33, 129)
+    name = dispatch.explain(case.student).split(" ")[0]
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "auto")[:-1], run(case, name)[:-1], strict=True))
+
+
+def test_interpreted_triton_agrees_through_the_public_function():
+    # A smoke test of the path; the kernels have a suite of their own.
+    case = make_case(3, 33, ignored=0.2)
+    for ours, expected in zip(run(case, "triton")[:-1], run(case, "reference")[:-1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
