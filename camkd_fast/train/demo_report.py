@@ -77,7 +77,7 @@ def _setting(results: DemoResults) -> str:
         f"scikit-learn's handwritten digits, 8x8 pixels. Teachers learn from up to {train} labelled images; every "
         f"student, a {config.student}, from {config.student_images} of them for {config.student_epochs} epochs, so "
         f"that there is something to gain. {validation} images served to choose settings, {test} others are held out "
-        "for the accuracies below."
+        "for the accuracies below. Training runs on one thread."
     )
 
 

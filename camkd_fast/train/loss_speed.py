@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,18 @@ class LossSpeed:
     teachers: int
     milliseconds: dict[str, float]  # "fused", "eager" and, where it works, "torch.compile"
     compile_seconds: float | None  # first forward + backward under torch.compile
-    note: str  # why torch.compile is missing, or empty
+    note: str  # what a reader must know: no torch.compile, a busy machine; or empty
 
     def speedup(self, other: str) -> float:
         """How many times faster the fused loss is than `other`."""
         return self.milliseconds[other] / self.milliseconds["fused"]
+
+
+def _busy() -> str:
+    """A warning when other work fills the processor, for then times and ratios mean little."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"The machine was busy with other work: load {load:.1f} on {cores} cores." if load > 1.5 * cores else ""
 
 
 def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25, compiled: bool = True) -> LossSpeed:
@@ -49,7 +57,7 @@ def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25,
     contenders: dict[str, Callable[..., Tensor]] = {"fused": fused, "eager": eager_loss}
     for loss in contenders.values():
         seconds(loss)
-    compile_seconds, note = None, ""
+    compile_seconds, notes = None, [_busy()]
     if compiled:
         loss = compiled_loss()
         try:
@@ -57,10 +65,10 @@ def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25,
             contenders["torch.compile"] = loss
         except RuntimeError as error:
             # It needs a C++ compiler; without one the other two still say something.
-            note = f"torch.compile does not work here: {str(error).splitlines()[0]}"
+            notes.append(f"torch.compile does not work here: {str(error).splitlines()[0]}")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, loss in contenders.items():
             times[name].append(seconds(loss))
     milliseconds = {name: 1e3 * median(values[rounds // 5 :]) for name, values in times.items()}
-    return LossSpeed(rows, classes, teachers, milliseconds, compile_seconds, note)
+    return LossSpeed(rows, classes, teachers, milliseconds, compile_seconds, " ".join(filter(None, notes)))
