@@ -70,19 +70,18 @@ inline void over_block(const T* x, int n, const char* next, Step step) {
     }
 }
 
-// What the statistics pass of a block adds to a StreamState.
-struct BlockSums {
-    float sum_t, sum_1, cross, entropy;
-};
+// Sums over rows of up to kBlock columns are float; over blocks they are double.
+using State = StreamState<double>;
 
 struct Exps {
     Exp at_t, at_1;
 };
 
-// d = s - reference, e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
+// Adds the block to `state` and keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and
+// at least one vector.
 template <class T, int Power>
-BlockSums student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
-                        float* e_out, float* e1_out) {
+void student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
+                   float* e_out, float* e1_out, State& state) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
@@ -100,13 +99,14 @@ BlockSums student_block(const T* s, int n, float reference, const Exps& exponent
         if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + counts(e1);
     });
     const float total = (sum_t[0] + sum_t[1]).sum();
-    return {total, Power == 1 ? total : (sum_1[0] + sum_1[1]).sum(), 0.0f, 0.0f};
+    state.sum_t += total;
+    state.sum_1 += Power == 1 ? total : (sum_1[0] + sum_1[1]).sum();
 }
 
-// `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf.
+// False, with nothing added to `state`, where a sum is not finite. `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf.
 template <class T, int Power, bool Entropy, bool Masked>
-BlockSums teacher_block_pass(const T* z, int n, float reference, const Exps& exponentials, const char* next,
-                             const float* student_d, float* e_out) {
+bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponentials, const char* next,
+                        const float* student_d, float* e_out, State& state) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
@@ -129,19 +129,23 @@ BlockSums teacher_block_pass(const T* z, int n, float reference, const Exps& exp
             entropy[lane] = Vec::fma(e1, d, entropy[lane]);
         }
     });
+    const float total_cross = (cross[0] + cross[1]).sum();
+    const float total_entropy = Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f;
+    if (!Masked && !(std::isfinite(total_cross) && std::isfinite(total_entropy))) return false;
     const float total = (sum_t[0] + sum_t[1]).sum();
-    return {total, Power == 1 ? total : (sum_1[0] + sum_1[1]).sum(), (cross[0] + cross[1]).sum(),
-            Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f};
+    state.sum_t += total;
+    state.sum_1 += Power == 1 ? total : (sum_1[0] + sum_1[1]).sum();
+    state.cross += total_cross;
+    state.entropy += total_entropy;
+    return true;
 }
 
 template <class T, int Power, bool Entropy>
-BlockSums teacher_block(const T* z, int n, float reference, const Exps& exps, const char* next, const float* student_d,
-                        float* e_out) {
-    BlockSums sums = teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, next, student_d, e_out);
+void teacher_block(const T* z, int n, float reference, const Exps& exps, const char* next, const float* student_d,
+                   float* e_out, State& state) {
     // -inf logits are rare; only a block whose sums show one is read again.
-    if (!std::isfinite(sums.cross) || !std::isfinite(sums.entropy))
-        sums = teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, next, student_d, e_out);
-    return sums;
+    if (!teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, next, student_d, e_out, state))
+        teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, next, student_d, e_out, state);
 }
 
 // One term of the residual: a coefficient and the exponentials that it multiplies.

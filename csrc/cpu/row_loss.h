@@ -13,8 +13,6 @@
 namespace camkd::cpu {
 namespace {
 
-using State = StreamState<double>;
-
 constexpr int kStreams = kMaxTeachers + 1;            // the student is stream 0
 constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; wider rows are shared by all threads
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
@@ -43,8 +41,8 @@ class Scratch {
 // The typed functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
-    using Student = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*);
-    using Teacher = BlockSums (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*);
+    using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*, State&);
+    using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*, State&);
     using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
     Max max[kStreams];
     Student student;
@@ -67,8 +65,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
         using T = decltype(t);
         return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d,
-                  float* e, float* e1) {
-            return student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1);
+                  float* e, float* e1, State& state) {
+            student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, state);
         };
     });
     f.residual = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Residual {
@@ -83,8 +81,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
         f.teachers[k] = with_dtype(args.teachers[k].dtype, [](auto t) -> RowFunctions::Teacher {
             using T = decltype(t);
             return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next,
-                      const float* d, float* e) {
-                return teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e);
+                      const float* d, float* e, State& state) {
+                teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e, state);
             };
         });
     }
@@ -156,27 +154,21 @@ struct Row {
             references[k] = max;
             return max;
         };
-        auto add = [](State& state, const BlockSums& sums) {
-            state.sum_t += sums.sum_t;
-            state.sum_1 += sums.sum_1;
-            state.cross += sums.cross;
-            state.entropy += sums.entropy;
-        };
         // With no finite logit yet any reference will do: every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
         const double inverse_t = 1.0 / args.formula.temperature;
         const float old_student = states[0].max, student = reference(0);
         move_student(states[0], student, inverse_t);
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        add(states[0], functions.student(data[0], offset[0] + c, n, finite(student), exps,
-                                         address(1, c), student_d, scratch.stream(0) + c, e1));
+        functions.student(data[0], offset[0] + c, n, finite(student), exps, address(1, c), student_d,
+                          scratch.stream(0) + c, e1, states[0]);
         for (int k = 1; k <= args.K; ++k) {
             const float max = reference(k);
             // After the last teacher the student's next block, or the row behind this one where rows are dense.
             const char* next = k < args.K ? address(k + 1, c) : address(0, c + n);
             move_teacher(states[k], max, old_student, student, inverse_t);
-            add(states[k], functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, next, student_d,
-                                                     scratch.stream(k) + c));
+            functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, next, student_d,
+                                      scratch.stream(k) + c, states[k]);
         }
     }
 

@@ -1,0 +1,1 @@
+"""Speed measurements; they import the package, never the reverse."""
