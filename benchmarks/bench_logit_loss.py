@@ -2,7 +2,8 @@
 
 Two ways to use the fused kernel are timed: `camkd_loss(...).loss.backward()`, the swap-in for any loop, and
 `camkd_loss_and_grad`, which training loops call for the gradient with respect to the logits without an autograd node.
-Every ratio is a median over rounds in which all subjects ran in turn. Writes benchmarks/results/<device>/logit_loss.json.
+Every ratio is a median over rounds in which all subjects ran in turn.
+Writes benchmarks/results/<device>/logit_loss.json.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def line(row: dict[str, object], bandwidth: float) -> str:
     return (
         f"{size:>14} {row['K']:>2} {str(row['dtype']).removeprefix('torch.'):>8} | "
         f"{ms('eager')} {ms('compile')} {ms('autograd')} {ms('value_and_grad')}    | "
-        f"{ratios[0]:6.1f}x {ratios[1]:7.1f}x | {ratios[2]:6.1f}x {ratios[3]:7.1f}x | {rate:6.1f} {rate / bandwidth:4.0%}"
+        f"{ratios[0]:6.1f}x {ratios[1]:7.1f}x | {ratios[2]:6.1f}x {ratios[3]:7.1f}x | "
+        f"{rate:6.1f} {rate / bandwidth:4.0%}"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+
 def interleaved(
     subjects: Mapping[str, Callable[[], object]], *, seconds: float, rounds: tuple[int, int] = (9, 400)
 ) -> dict[str, list[float]]:

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import backend_for
+from .dispatch import MAX_TEACHERS, backend_for
 from .reference import accumulation_dtype, ce_gradient
 from .rows import contiguous_labels, first_order, row_view
-
 
 # --- confidence weights ----------------------------------------------------------------------------------------------
 
@@ -194,7 +193,7 @@ def weighted_feature_loss(
     if weights.shape != expected:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")
     checks.check_device("weights", weights, "student_features[0]", student[0])
-    error = _feature_op(student, teachers, backend)
+    error: Tensor = _feature_op(student, teachers, backend)
     loss = (weights.to(error.dtype) * error).sum(0)
     if reduction == "none":
         return loss
@@ -230,8 +229,8 @@ class CAMKDFeatureLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not 1 <= len(teacher_channels) <= checks.MAX_TEACHERS:
-            raise ValueError(f"teacher_channels must hold 1 to {checks.MAX_TEACHERS}, got {len(teacher_channels)}")
+        if not 1 <= len(teacher_channels) <= MAX_TEACHERS:
+            raise ValueError(f"teacher_channels must hold 1 to {MAX_TEACHERS}, got {len(teacher_channels)}")
         self.detach_weights, self.ignore_index, self.backend = detach_weights, ignore_index, backend
         self.regressors = nn.ModuleList(
             nn.Sequential(

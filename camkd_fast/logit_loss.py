@@ -25,9 +25,7 @@ class CAMKDOutput:
     Everything but the loss is cut out of the kernel's numbers when it is asked for.
     """
 
-    def __init__(
-        self, loss: Tensor, rows: RowLoss, inverse: float | Tensor | None, lead: torch.Size
-    ) -> None:
+    def __init__(self, loss: Tensor, rows: RowLoss, inverse: float | Tensor | None, lead: torch.Size) -> None:
         self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
         self._numbers, self._sums = rows.numbers, rows.sums
         self._inverse, self._lead = inverse, lead
@@ -157,9 +155,7 @@ class _ResidualGradient(torch.autograd.Function):
     """Gives a finished loss value the gradient that the kernel already wrote."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: _Evaluation, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, evaluation: _Evaluation, backend: str) -> Tensor:
         ctx.save_for_backward(evaluation.residual, None if weights is None else evaluation.output._rows.divergence)
         ctx.shape, ctx.remaining, ctx.backend = student.shape, evaluation.remaining, backend
         ctx.divergence_scale = evaluation.divergence_scale
@@ -185,7 +181,7 @@ class _ResidualGradient(torch.autograd.Function):
 
 
 def _is_one(grad_output: Tensor, remaining: float | Tensor) -> bool:
-    """Is the factor 1, as in a plain `loss.backward()`? Only asked on a CPU: on a GPU the answer is a synchronisation."""
+    """Is the factor 1, as in a plain `loss.backward()`? Not asked on a GPU, where the answer is a synchronisation."""
     on_host = grad_output.device.type == "cpu" and isinstance(remaining, float)
     return on_host and grad_output.dim() == 0 and bool(grad_output.item() * remaining == 1.0)
 
@@ -232,7 +228,7 @@ def camkd_loss(
     output, weights = result.output, result.weights
     wants_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
     if wants_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        output.loss = _ResidualGradient.apply(student_logits, weights, result, backend)
+        output.loss = _ResidualGradient.apply(student_logits, weights, result, backend)  # type: ignore[no-untyped-call]
     return output
 
 

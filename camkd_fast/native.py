@@ -147,7 +147,5 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     grads = [torch.empty(r.shape, dtype=r.dtype) for r in student]
     for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
-        _C.feature_backward(
-            *r.shape, _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
-        )
+        _C.feature_backward(*r.shape, _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads())
     return grads

@@ -2,7 +2,7 @@
 
 Source: Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", ICASSP 2022 (arXiv 2201.00007).
 
-Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all of width C, a label y and a temperature T.
+Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all of width C, a label y, a temperature T.
 
     p_k  = softmax(z_k / T)                    q = softmax(s / T)
     CE_k = -log softmax(z_k)[y]                teacher cross-entropy, always at temperature 1        (eq. 2)
@@ -30,8 +30,8 @@ Conventions at the edges, which every backend shares:
     target = ignore_index every output of that row is exactly 0, even if its logits are NaN
     label outside [0, C)  loss, hard, CE_k and residual of that row are NaN (refused beforehand for CPU tensors)
 
-Layouts: logits are (N, C) or, for rows that no single stride can describe, (B, S, C) with N = B * S; target is (N,) int64.
-Arithmetic is float64 for float64 logits and float32 for everything else. Imports nothing of this package.
+Layouts: logits are (N, C) or, for rows that no single stride can describe, (B, S, C) with N = B * S; target is (N,)
+int64. Arithmetic is float64 for float64 logits and float32 for everything else. Imports nothing of this package.
 """
 
 from __future__ import annotations

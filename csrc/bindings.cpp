@@ -33,10 +33,12 @@ int fill(const std::vector<MatrixTuple>& from, Matrix* to) {
 }
 
 // Returns the sums of loss, hard and soft over the rows, added in order.
-std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student, const std::vector<MatrixTuple>& teachers,
-              uintptr_t target, int64_t ignore_index, float temperature, float hard_weight, float soft_weight,
-              int weighting, std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers, uintptr_t residual,
-              float residual_scale, int threads) {
+std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student,
+                                            const std::vector<MatrixTuple>& teachers, uintptr_t target,
+                                            int64_t ignore_index, float temperature, float hard_weight,
+                                            float soft_weight, int weighting,
+                                            std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers,
+                                            uintptr_t residual, float residual_scale, int threads) {
     RowLossArgs args{};
     args.N = N;
     args.C = C;
@@ -120,8 +122,9 @@ void feature_forward(int64_t N, int64_t M, const MatrixTuple& student, const Mat
 
 void feature_backward(int64_t N, int64_t M, const MatrixTuple& student, const MatrixTuple& teacher,
                       uintptr_t grad_error, uintptr_t grad, int threads) {
-    FeatureArgs args{N,       M,      matrix(student), matrix(teacher), nullptr, pointer<const float>(grad_error),
-                     pointer<void>(grad), threads};
+    FeatureArgs args{
+        N,      M, matrix(student), matrix(teacher), nullptr, pointer<const float>(grad_error), pointer<void>(grad),
+        threads};
     py::gil_scoped_release release;
     kernels().feature_backward(args);
 }

@@ -96,7 +96,9 @@ CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Re
     }
 }
 
-CAMKD_HD float product_or_zero(float weight, float term) { return weight == 0 ? 0.0f : weight * term; }
+CAMKD_HD float product_or_zero(float weight, float term) {
+    return weight == 0 ? 0.0f : weight * term;
+}
 
 // w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally.
 template <class Math>
@@ -122,7 +124,8 @@ CAMKD_HD void confidence_weights(const float* ce, int K, float* w) {
 CAMKD_HD void entropy_weights(const float* entropy, int K, float* w) {
     float sum = 0;
     for (int k = 0; k < K; ++k) sum += entropy[k];
-    for (int k = 0; k < K; ++k) w[k] = K == 1 ? 1.0f : 1.0f - (sum > 0 ? entropy[k] / sum : (sum == 0 ? 1.0f / K : sum));
+    for (int k = 0; k < K; ++k)
+        w[k] = K == 1 ? 1.0f : 1.0f - (sum > 0 ? entropy[k] / sum : (sum == 0 ? 1.0f / K : sum));
 }
 
 struct RowResult {
@@ -132,7 +135,8 @@ struct RowResult {
     float weights[kMaxTeachers];
 };
 
-// residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c = y]
+// residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
+// y]
 struct ResidualCoefficients {
     float student_t, student_1, label;
     float teacher[kMaxTeachers];

@@ -1,4 +1,5 @@
-// What the CPU kernels take and which of them there are. Raw pointers, sizes and strides in elements: no framework type.
+// What the CPU kernels take and which of them there are. Raw pointers, sizes and strides in elements: no framework
+// type.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +27,11 @@ struct RowLossArgs {
     Formula formula;
     const float* weights;  // (K, N) when formula.weighting is `given`
     int64_t weight_stride_k, weight_stride_n;
-    float* rows;        // (3, N): loss, hard, soft
-    float* divergence;  // (K, N)
-    float* teacher_ce;  // (K, N)
+    float* rows;         // (3, N): loss, hard, soft
+    float* divergence;   // (K, N)
+    float* teacher_ce;   // (K, N)
     float* weights_out;  // (K, N)
-    void* residual;     // (N, C) contiguous in the student's type, or null
+    void* residual;      // (N, C) contiguous in the student's type, or null
     float residual_scale;
     int threads;
 };
@@ -51,11 +52,11 @@ struct ConfidenceArgs {
     Matrix logits[kMaxTeachers];
     const int64_t* target;
     int64_t ignore_index;
-    float* weights;  // (K, N), forward only
-    float* ce;       // (K, N), forward only
-    float* lse;      // (K, N): written by forward, read by backward
-    const float* grad_ce;        // (K, N), backward only
-    void* grads[kMaxTeachers];   // (N, C) contiguous each, backward only
+    float* weights;             // (K, N), forward only
+    float* ce;                  // (K, N), forward only
+    float* lse;                 // (K, N): written by forward, read by backward
+    const float* grad_ce;       // (K, N), backward only
+    void* grads[kMaxTeachers];  // (N, C) contiguous each, backward only
     int threads;
 };
 

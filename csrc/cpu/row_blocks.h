@@ -77,8 +77,8 @@ struct Exps {
     Exp at_t, at_1;
 };
 
-// Adds the block to `state` and keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and
-// at least one vector.
+// Adds the block to `state` and keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long
+// and at least one vector.
 template <class T, int Power>
 void student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
                    float* e_out, float* e1_out, State& state) {
@@ -103,7 +103,8 @@ void student_block(const T* s, int n, float reference, const Exps& exponentials,
     state.sum_1 += Power == 1 ? total : (sum_1[0] + sum_1[1]).sum();
 }
 
-// False, with nothing added to `state`, where a sum is not finite. `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf.
+// False, with nothing added to `state`, where a sum is not finite. `Masked` counts columns of probability 0 as 0 where
+// the plain product would be 0 * inf.
 template <class T, int Power, bool Entropy, bool Masked>
 bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponentials, const char* next,
                         const float* student_d, float* e_out, State& state) {
@@ -115,11 +116,12 @@ bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponent
         Vec d = x - ref;
         Vec e = exps.at_t(d);
         Vec difference = d - Vec::load(student_d + i);
-        if constexpr (Masked) difference = Vec::zero_where_zero(difference, e);
         Vec e1 = power<Power>(e);
         if constexpr (Power == 0) e1 = exps.at_1(d);
         e.store(e_out + i);
         e = counts(e);
+        // After `counts`: a column that is not counted here may be infinite as well.
+        if constexpr (Masked) difference = Vec::zero_where_zero(difference, e);
         sum_t[lane] = sum_t[lane] + e;
         cross[lane] = Vec::fma(e, difference, cross[lane]);
         if constexpr (Power != 1 || Entropy) e1 = counts(e1);

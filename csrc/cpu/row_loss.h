@@ -41,7 +41,8 @@ class Scratch {
 // The typed functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
-    using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*, State&);
+    using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*,
+                             State&);
     using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*, State&);
     using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
     Max max[kStreams];
@@ -64,8 +65,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     f.max[0] = max_of(args.student.dtype);
     f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
         using T = decltype(t);
-        return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d,
-                  float* e, float* e1, State& state) {
+        return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d, float* e,
+                  float* e1, State& state) {
             student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, state);
         };
     });
@@ -80,8 +81,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
         f.max[k + 1] = max_of(args.teachers[k].dtype);
         f.teachers[k] = with_dtype(args.teachers[k].dtype, [](auto t) -> RowFunctions::Teacher {
             using T = decltype(t);
-            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next,
-                      const float* d, float* e, State& state) {
+            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next, const float* d,
+                      float* e, State& state) {
                 teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e, state);
             };
         });
@@ -110,7 +111,8 @@ struct RowScratch {
 
     static int64_t pad(int64_t C) { return (C + 2 * Vec::width + 15) / 16 * 16; }
     static int64_t floats(int64_t C, int streams, int64_t blocks) { return streams * pad(C) + blocks * streams; }
-    RowScratch(float* memory, int64_t C, int streams) : e(memory), references(memory + streams * pad(C)), padded(pad(C)) {}
+    RowScratch(float* memory, int64_t C, int streams)
+        : e(memory), references(memory + streams * pad(C)), padded(pad(C)) {}
     float* stream(int k) const { return e + k * padded; }
 };
 
@@ -124,7 +126,8 @@ struct Row {
     int64_t offset[kStreams];
     int64_t index;
 
-    Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s) : args(a), functions(f), exps(x), scratch(s) {}
+    Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s)
+        : args(a), functions(f), exps(x), scratch(s) {}
 
     void start(int64_t n) {
         index = n;
@@ -173,9 +176,8 @@ struct Row {
     }
 
     float logit(const Matrix& matrix, int k, int64_t c) const {
-        return with_dtype(matrix.dtype, [&](auto t) {
-            return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c);
-        });
+        return with_dtype(matrix.dtype,
+                          [&](auto t) { return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c); });
     }
 
     bool label_fits() const { return args.target[index] >= 0 && args.target[index] < args.C; }
@@ -193,8 +195,8 @@ struct Row {
             if (args.formula.weighting == Weighting::given)
                 result.weights[k] = args.weights[k * args.weight_stride_k + index * args.weight_stride_n];
         }
-        finish_row<ArrayMath>(args.formula, K, states[0], states + 1, student_label, teacher_label,
-                              args.residual_scale, result, coefficients);
+        finish_row<ArrayMath>(args.formula, K, states[0], states + 1, student_label, teacher_label, args.residual_scale,
+                              result, coefficients);
         if (!label_fits()) coefficients.student_t = NAN;
         args.rows[index] = result.loss;
         args.rows[N + index] = result.hard;
@@ -251,7 +253,9 @@ struct Row {
     }
 };
 
-inline int64_t block_count(int64_t C) { return (C + kBlock - 1) / kBlock; }
+inline int64_t block_count(int64_t C) {
+    return (C + kBlock - 1) / kBlock;
+}
 
 inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
                              bool streaming) {
@@ -312,7 +316,8 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
 #pragma omp barrier
 #pragma omp single
             {
-                for (int t = 1; t < team; ++t) merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
+                for (int t = 1; t < team; ++t)
+                    merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
                 coefficients = row.finish(partial.get());
             }
             if (args.residual)

@@ -34,7 +34,8 @@ const Kernels& select() {
     for (const Kernels* candidate : candidates) {
         if (wanted && std::string(wanted) != candidate->name) continue;
         if (runs(*candidate)) return *candidate;
-        if (wanted) throw std::runtime_error(std::string("CAMKD_FAST_ISA=") + wanted + " does not run on this processor");
+        if (wanted)
+            throw std::runtime_error(std::string("CAMKD_FAST_ISA=") + wanted + " does not run on this processor");
     }
     throw std::runtime_error(std::string("CAMKD_FAST_ISA must be baseline, avx2 or avx512, got ") + wanted);
 }

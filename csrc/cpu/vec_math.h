@@ -18,12 +18,24 @@ struct f16 {
     uint16_t bits;
 };
 
-inline Vec load(const float* p) { return Vec::load(p); }
-inline Vec load(const bf16* p) { return Vec::load_bf16(&p->bits); }
-inline Vec load(const f16* p) { return Vec::load_f16(&p->bits); }
-inline void store(float* p, Vec x) { x.store(p); }
-inline void store(bf16* p, Vec x) { x.store_bf16(&p->bits); }
-inline void store(f16* p, Vec x) { x.store_f16(&p->bits); }
+inline Vec load(const float* p) {
+    return Vec::load(p);
+}
+inline Vec load(const bf16* p) {
+    return Vec::load_bf16(&p->bits);
+}
+inline Vec load(const f16* p) {
+    return Vec::load_f16(&p->bits);
+}
+inline void store(float* p, Vec x) {
+    x.store(p);
+}
+inline void store(bf16* p, Vec x) {
+    x.store_bf16(&p->bits);
+}
+inline void store(f16* p, Vec x) {
+    x.store_f16(&p->bits);
+}
 
 // The first n < width elements; the others are `fill`.
 template <class T>
@@ -41,7 +53,9 @@ inline void store_tail(T* p, Vec x, int n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-inline float load_one(const float* p) { return *p; }
+inline float load_one(const float* p) {
+    return *p;
+}
 inline float load_one(const bf16* p) {
     uint32_t bits = uint32_t(p->bits) << 16;
     float value;
@@ -59,8 +73,12 @@ alignas(64) const int32_t kLaneMasks[48] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  
                                             0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
 
 // All bits set in the last (first) `count` lanes, none in the others.
-inline Vec last_lanes(int count) { return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 16 - Vec::width + count)); }
-inline Vec first_lanes(int count) { return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 32 - count)); }
+inline Vec last_lanes(int count) {
+    return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 16 - Vec::width + count));
+}
+inline Vec first_lanes(int count) {
+    return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 32 - count));
+}
 
 // e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder, relative error 1.3e-7, exactly 1 at d = 0 and
 // exactly 0 below 2^-127. d = -inf gives 0 and NaN stays NaN.
@@ -123,7 +141,8 @@ struct ArrayMath {
 template <class T>
 inline const T* row_start(const Matrix& matrix, int64_t inner, int64_t row) {
     int64_t outer = row / inner;
-    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner;
+    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer +
+           (row - outer * inner) * matrix.stride_inner;
 }
 
 constexpr int64_t kWorkPerThread = 32 * 1024;  // elements that pay for waking a thread

@@ -1,0 +1,57 @@
+"""Signatures of the compiled module; sizes and strides count elements, pointers are addresses."""
+
+Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
+
+def instruction_set() -> str: ...
+def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
+def row_loss(
+    N: int,
+    C: int,
+    inner: int,
+    student: Matrix,
+    teachers: list[Matrix],
+    target: int,
+    ignore_index: int,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: int,
+    weights: tuple[int, int, int],
+    numbers: int,
+    residual: int,
+    residual_scale: float,
+    threads: int,
+    /,
+) -> tuple[float, float, float]: ...
+def scale_rows(
+    N: int, C: int, residual: int, out: int, dtype: int, factor: int, factor_stride: int, threads: int, /
+) -> None: ...
+def confidence_forward(
+    N: int,
+    C: int,
+    inner: int,
+    logits: list[Matrix],
+    target: int,
+    ignore_index: int,
+    weights: int,
+    ce: int,
+    lse: int,
+    threads: int,
+    /,
+) -> None: ...
+def confidence_backward(
+    N: int,
+    C: int,
+    inner: int,
+    logits: list[Matrix],
+    target: int,
+    lse: int,
+    grad_ce: int,
+    grads: list[int],
+    threads: int,
+    /,
+) -> None: ...
+def feature_forward(N: int, M: int, student: Matrix, teacher: Matrix, error: int, threads: int, /) -> None: ...
+def feature_backward(
+    N: int, M: int, student: Matrix, teacher: Matrix, grad_error: int, grad: int, threads: int, /
+) -> None: ...
