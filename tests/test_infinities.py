@@ -74,6 +74,22 @@ def test_student_that_excludes_what_a_teacher_allows_has_infinite_loss_in_that_r
     assert total.loss == INF and total.hard.isfinite() and not total.grad.isnan().any()
 
 
+@pytest.mark.parametrize("C", [2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 2049])
+def test_an_excluded_class_is_seen_in_every_column(C, backend):
+    # Row i excludes column i alone, so that every place of a vector, its tail and its overlaps is met.
+    rows = min(C, 150)
+    columns = torch.arange(C - rows, C)
+    case = make_case(rows, C, 2, reduction="none", temperature=3.0 if C % 4 == 1 else 4.0)
+    student = case.student.scatter(1, columns.unsqueeze(1), -INF)
+    case = case.with_(student=student, target=(columns + 1) % C)
+    result = run(case, backend, torch.ones(rows))
+    assert (result.divergence == INF).all() and (result.loss == INF).all()
+    assert result.hard.isfinite().all() and result.grad.isfinite().all()
+    # The same class excluded by the teachers too costs nothing.
+    both = case.with_(teachers=tuple(z.scatter(1, columns.unsqueeze(1), -INF) for z in case.teachers))
+    assert_result(run(both, backend, torch.ones(rows)), both, truth(both), naive(both))
+
+
 def test_masked_label_has_infinite_hard_loss(backend):
     case = make_case(9, 33, reduction="none")
     student, teachers = case.student.clone(), [z.clone() for z in case.teachers]
