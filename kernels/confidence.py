@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import confidence_launch, elementwise_launch, vector_width
+from .launch import access_width, confidence_launch, elementwise_launch
 from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
 from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
 
@@ -113,7 +113,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
     ALIGN = alignment(logits)
     strides = map(unspecialised, stride_units(logits, ALIGN))
     itemsize = max(z.element_size() for z in logits)
-    BLOCK_N, BLOCK_C, num_warps = confidence_launch(C, itemsize)
+    BLOCK_N, BLOCK_C, num_warps = confidence_launch(C, itemsize, ALIGN)
     with on_device_of(target):
         confidence_fwd_kernel[(-(-N // BLOCK_N),)](
             *(tuple(logits), target, weights, ce, lse, *strides),
@@ -125,7 +125,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
             debug=DEBUG,
             BLOCK_N=BLOCK_N,
             BLOCK_C=BLOCK_C,
-            VEC=vector_width(itemsize),
+            VEC=access_width(itemsize, ALIGN),
             num_warps=num_warps,
         )
     return weights, ce, lse

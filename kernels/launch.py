@@ -13,6 +13,9 @@ ACCESS_BYTES = 16
 # Elements of a row of all K + 1 tensors, padded, up to which rows stay on chip: beyond, the tiles that are live at once
 # leave room for a single program per SM, with nothing to do while it loads; a second read, which L2 serves, is cheaper.
 ON_CHIP_ELEMENTS = 16384
+# Named, ptxas keeps to it; left alone, it may prefer a spill to a register more, for the sake of occupancy. It seldom
+# does for 3 teachers or fewer, whose choice of registers is better left to it.
+MOST_REGISTERS = 255
 # With more teachers the compiler, which issues their loads together, runs out of registers and spills.
 ON_CHIP_TEACHERS = 8
 
@@ -34,59 +37,79 @@ def on_chip(K: int, C: int) -> bool:
     return K <= ON_CHIP_TEACHERS and (K + 1) * _power_of_2(C) <= ON_CHIP_ELEMENTS
 
 
-def onchip_launch(C: int) -> Launch:
+def access_width(itemsize: int, ALIGN: int) -> int:
+    """Elements of one access, 128 bits where rows are aligned; of the widest dtype when they differ."""
+    return min(ACCESS_BYTES // itemsize, ALIGN)
+
+
+def _register_limit(K: int, num_warps: int) -> int | None:
+    return None if K <= 3 else min(MOST_REGISTERS, 65536 // (32 * num_warps))
+
+
+class OnChipLaunch(NamedTuple):
+    """BLOCK_N whole rows of BLOCK_C padded columns per program."""
+
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+    maxnreg: int | None
+
+
+def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int) -> OnChipLaunch:
     """Row loss, rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
-    if BLOCK_C <= 1024:
-        # Up to 256 columns a warp owns whole rows: their reductions are shuffles without a barrier. At most 2 rows per
-        # thread, however narrow its loads: a row takes 3 registers per teacher.
-        return Launch(max(256 // BLOCK_C, min(1024 // BLOCK_C, 4)), BLOCK_C, 4)
-    return Launch(1, BLOCK_C, BLOCK_C // 256)
-
-
-def vector_width(itemsize: int) -> int:
-    """Elements of one 128-bit access; of the widest dtype when they differ."""
-    return ACCESS_BYTES // itemsize
+    if BLOCK_C > 1024:
+        num_warps = BLOCK_C // 256
+        return OnChipLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps))
+    # A warp owns whole rows up to 256 columns: their reductions are shuffles without a barrier. Narrow rows share it,
+    # few enough that a thread works on 2 at most however narrow its loads are: a row takes 3 registers per teacher.
+    BLOCK_N = max(256 // BLOCK_C, min(1024 // BLOCK_C, 4))
+    num_warps = min(BLOCK_N * BLOCK_C // (32 * access_width(itemsize, ALIGN)), 4)
+    return OnChipLaunch(BLOCK_N, BLOCK_C, num_warps, _register_limit(K, num_warps))
 
 
 class StreamingLaunch(NamedTuple):
-    """One row per program in steps of BLOCK_C columns, GROUP teachers at a time."""
+    """One row per program in steps of BLOCK_C columns, GROUP teachers at a time; VEC columns are a lane."""
 
     BLOCK_C: int
+    VEC: int
     GROUP: int
     num_warps: int
+    maxnreg: int | None
 
 
-def streaming_launch(K: int, C: int, itemsize: int) -> StreamingLaunch:
-    """Row loss, rows in column blocks: one 128-bit access per thread, tensor and step, and one lane of statistics.
+def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaunch:
+    """Row loss, rows in column blocks: one access per thread, tensor and step, and one lane of statistics.
 
     A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
     registers that each of 512 threads may have. More need 7 K registers for their totals, so half the threads, and
     groups of 4, which read the student once each. Large programs rather than many: the fewer rows are under way at
     once, the more of a row is still in L2 when it is read again. Narrow rows take no more warps than they can feed.
     """
+    # An odd width is read by the element, 4 per thread: its lanes are made of columns that lie BLOCK_C / 4 apart.
+    VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
     GROUP, widest = (8, 16) if K <= 8 else (4, 8)
-    num_warps = max(1, min(_power_of_2(C) // (32 * vector_width(itemsize)), widest))
-    return StreamingLaunch(32 * num_warps * vector_width(itemsize), GROUP, num_warps)
+    num_warps = max(1, min(_power_of_2(C) // (32 * VEC), widest))
+    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
 
 
-def confidence_launch(C: int, itemsize: int) -> Launch:
+def confidence_launch(C: int, itemsize: int, ALIGN: int) -> Launch:
     """Confidence weights: statistics only, so one geometry serves any C; narrow rows share a program.
 
-    4 warps and one 128-bit access per thread and step: a lane holds 3 running numbers of one teacher at a time.
+    4 warps and one access per thread and step: a lane holds 3 running numbers of one teacher at a time.
     """
-    tile = 128 * vector_width(itemsize)
+    tile = 128 * access_width(itemsize, ALIGN)
     BLOCK_C = min(_power_of_2(max(C, 16)), tile)
     return Launch(tile // BLOCK_C, BLOCK_C, 4)
 
 
 def elementwise_launch(C: int, itemsize: int) -> Launch:
     """Kernels without a reduction: two 128-bit accesses per thread and tensor keep enough bytes in flight."""
-    tile = 2 * 128 * vector_width(itemsize)
+    tile = 2 * 128 * ACCESS_BYTES // itemsize
     BLOCK_C = min(_power_of_2(max(C, 16)), tile)
     return Launch(tile // BLOCK_C, BLOCK_C, 4)
 
 
 def feature_launch(itemsize: int) -> Launch:
     """Feature error: one program per sample walks its M values; 8 warps, two 128-bit accesses per thread and step."""
-    return Launch(1, 2 * 256 * vector_width(itemsize), 8)
+    return Launch(1, 2 * 256 * ACCESS_BYTES // itemsize, 8)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import on_chip, onchip_launch, streaming_launch, vector_width
+from .launch import on_chip, onchip_launch, streaming_launch
 from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
@@ -71,12 +71,12 @@ def row_loss(
             "DEBUG": DEBUG,
             "debug": DEBUG,
         }
+        itemsize = max(tensor.element_size() for tensor in tensors)
         with on_device_of(student):
             if on_chip(K, C):
-                launch = onchip_launch(C)
+                launch = onchip_launch(K, C, itemsize, ALIGN)
                 row_loss_onchip_fwd_kernel[(-(-N // launch.BLOCK_N),)](*arguments, **flags, **launch._asdict())
             else:
-                itemsize = max(tensor.element_size() for tensor in tensors)
-                step = streaming_launch(K, C, itemsize)
-                row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, VEC=vector_width(itemsize), **step._asdict())
+                step = streaming_launch(K, C, itemsize, ALIGN)
+                row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, **step._asdict())
     return stats, residual

@@ -19,6 +19,19 @@ from .softmax import (
 
 
 @triton.jit
+def in_lanes(x, R: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
+    """Columns as fp32 lanes (R, VEC), such that a lane is what one thread has loaded.
+
+    Aligned rows are loaded VEC neighbours at a time; the others by the element, a thread's columns lying R apart.
+    """
+    x = x.to(tl.float32)
+    if ALIGN == 1:
+        return tl.trans(x.reshape(VEC, R))
+    else:
+        return x.reshape(R, VEC)
+
+
+@triton.jit
 def teacher_step(lanes, z, s, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
     """A teacher's lanes (R,) after its columns z (R, VEC).
 
@@ -87,9 +100,9 @@ def row_loss_streaming_fwd_kernel(
 ):  # fmt: skip
     """One row per program, in steps of BLOCK_C columns.
 
-    Each group of VEC adjacent columns, which one thread loads in one access, is a lane with maxima and sums of its own.
-    So the loop exchanges nothing between threads, at the price of one more exponential per VEC elements. Teachers go
-    through it GROUP at a time, for the sake of registers.
+    The VEC columns of a step that one thread loads are a lane with maxima and sums of its own. So the loop exchanges
+    nothing between threads, at the price of one more exponential per VEC elements. Teachers go through it GROUP at a
+    time, for the sake of registers.
     """
     R: tl.constexpr = BLOCK_C // VEC
     n = tl.program_id(0).to(tl.int64)
@@ -114,7 +127,7 @@ def row_loss_streaming_fwd_kernel(
                 lanes += ((s_max, s_sumT, s_sumT, s_sumT, s_sumT),)
         for start in range(0, limit, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
-            s = tl.load(s_row + cols, mask=cols < limit, other=float("-inf")).to(tl.float32).reshape(R, VEC)
+            s = in_lanes(tl.load(s_row + cols, mask=cols < limit, other=float("-inf")), R, VEC, ALIGN)
             s_max, s_drop = lane_max(s_max, s)
             s -= s_max[:, None]
             e = tl.exp2(s * exp2_scale)
@@ -125,7 +138,7 @@ def row_loss_streaming_fwd_kernel(
             for k in tl.static_range(first, first + GROUP):
                 if k < K:
                     z = tl.load(z_rows[k] + cols, mask=cols < limit, other=float("-inf"))
-                    z = z.to(tl.float32).reshape(R, VEC)
+                    z = in_lanes(z, R, VEC, ALIGN)
                     updated += (teacher_step(lanes[k - first], z, s, s_drop, exp2_scale, T_POWER, WEIGHTING),)
             lanes = updated
 

@@ -45,9 +45,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways through the same small rows; streamed rows then take several column blocks of one warp."""
     if request.param == "streaming":
+
+        def narrow(K: int, C: int, itemsize: int, ALIGN: int) -> launch.StreamingLaunch:
+            return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
+
         module = importlib.import_module("camkd_fast.kernels.row_loss")
         monkeypatch.setattr(module, "on_chip", lambda K, C: False)
-        monkeypatch.setattr(module, "streaming_launch", lambda K, C, size: launch.StreamingLaunch(32, min(K, 2), 1))
+        monkeypatch.setattr(module, "streaming_launch", narrow)
     return str(request.param)
 
 
