@@ -140,12 +140,14 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32)
     for r, f, row in zip(student, teachers, error, strict=True):
-        _C.feature_forward(*r.shape, _matrix(r), _matrix(f), row.data_ptr(), torch.get_num_threads())
+        _C.feature_forward(r.shape[0], r.shape[1], _matrix(r), _matrix(f), row.data_ptr(), torch.get_num_threads())
     return error
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     grads = [torch.empty(r.shape, dtype=r.dtype) for r in student]
     for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
-        _C.feature_backward(*r.shape, _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads())
+        _C.feature_backward(
+            r.shape[0], r.shape[1], _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
+        )
     return grads

@@ -1,12 +1,15 @@
 // The CPU kernels for one instruction set; CMakeLists.txt sets its flags for this file alone.
+#include "vec_avx512.h"
+
+// The kernels are written on Vec, so it comes first.
 #include "confidence.h"
 #include "elementwise.h"
 #include "row_loss.h"
-#include "vec_avx512.h"
 
 namespace camkd::cpu {
 
-const Kernels kernels_avx512 = {Vec::name,           row_loss,        scale_rows,      confidence_forward,
-                                confidence_backward, feature_forward, feature_backward};
+const Kernels kernels_avx512 = {
+    Vec::name, row_loss, scale_rows, confidence_forward, confidence_backward, feature_forward, feature_backward,
+};
 
 }  // namespace camkd::cpu
