@@ -141,7 +141,10 @@ def main() -> None:
     arguments = parser.parse_args()
     where = environment.describe()
     bandwidth = timer.copy_bandwidth()
-    print(f"{where['device']}, {where['threads']} threads, {where['cpu_backend']}, torch {where['torch']}, ", end="")
+    print(
+        f"{where['processor']}, {where['instruction set']}, {where['threads']} threads, torch {where['torch']}, ",
+        end="",
+    )
     print(f"commit {where['commit']}, copy {bandwidth:.1f} GB/s\n{HEADER}")
     rows = []
     for shape in SHAPES:
