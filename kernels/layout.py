@@ -37,7 +37,8 @@ def _row_strides(logits: Tensor) -> tuple[int, int]:
 
 
 def alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of 2, up to 8, that divides the width and every row stride of these tensors.
+    """The largest power of 2, up to 8, that divides the width and every row stride of these tensors; 1 where one of
+    them does not begin at a multiple of 16 bytes.
 
     Kernels get widths and strides in units of it. The compiler then knows that rows start, and the column mask ends,
     on such a multiple, which is what wide loads need; Triton's own specialisation looks for multiples of 16 only, so
@@ -46,6 +47,8 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     """
     bits = _MAX_ALIGN
     for tensor in tensors:
+        if tensor.data_ptr() % 16 != 0:
+            return 1
         outer, inner = _row_strides(tensor)
         bits |= outer | inner | tensor.shape[-1]
     return min(bits & -bits, _MAX_ALIGN)

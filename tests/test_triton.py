@@ -104,7 +104,9 @@ def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype
 )
 def test_wide_rows_match_truth(C: int, K: int, temperature: float, weighting: str, dtype: torch.dtype) -> None:
     assert not launch.on_chip(K, C)
-    check(make_case(2, C, K, dtype, peaked=True, temperature=temperature, weighting=weighting), f"C={C}")
+    options = {"temperature": temperature, "weighting": weighting}
+    # Padded, the tensors begin at odd addresses and are read by the element.
+    check(make_case(2, C, K, dtype, peaked=True, padded=C % 8 != 0, **options), f"C={C}")
 
 
 @pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
@@ -124,6 +126,12 @@ def test_reductions(regime: str, reduction: str) -> None:
 
 def test_mixed_dtypes(regime: str) -> None:
     check(make_case(3, 72, 3, BF16, teacher_dtypes=(F32, F16, BF16), peaked=True), regime)
+
+
+@pytest.mark.parametrize("C", [40, 44, 42])
+def test_alignments(regime: str, C: int) -> None:
+    """Rows that are multiples of 8, 4 and 2 elements apart; the other tests mostly read by the element."""
+    check(make_case(3, C, 2, BF16, peaked=True, padded=False), f"{regime} C={C}")
 
 
 @pytest.mark.parametrize("K", [1, 2, 5, 16])

@@ -47,6 +47,7 @@ def _exhaustive() -> list[Shape]:
                 shapes += [Shape("row_loss", C, 3, dtype, weighting, T, layout="3d") for T in (1.0, 2.0)]
             shapes.append(Shape("row_loss", C, 3, dtype, needs_grad=False))
             shapes.append(Shape("row_loss", C, 3, dtype, teacher_dtype="float32"))
+            shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
             shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5))
             for op in ("confidence_forward", "confidence_backward"):
                 shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
@@ -66,7 +67,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
     # Of mixed dtypes the widest sets the number of elements per access.
     bits = 32 if "float32" in (shape.dtype, shape.teacher_dtype) else 16
     # The widest access that the width allows: C = 100 is 4 elements, so 64 bits in 16-bit types.
-    aligned = min(shape.C & -shape.C, 8)
+    aligned = 1 if shape.layout == "shifted" else min(shape.C & -shape.C, 8)
     expected = min(128, aligned * bits)
     tensors = shape.K + 1 if shape.op == "row_loss" else shape.K if shape.op.startswith("confidence") else 1
     if shape.op == "scale_all" or (shape.op == "scale_rows" and shape.N == 1):

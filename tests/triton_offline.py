@@ -21,7 +21,7 @@ CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
 
 
 class Shape(NamedTuple):
-    """One call of one launcher. `layout`: contiguous | sliced (rows of a wider, aligned tensor) | 3d."""
+    """One call of one launcher. `layout`: contiguous | sliced (from a wider tensor) | shifted (odd address) | 3d."""
 
     op: str
     C: int
@@ -57,6 +57,8 @@ def _logits(shape: Shape, dtype: str) -> Any:
         return torch.zeros(2, shape.N, shape.C, dtype=kind)[:, :-1]
     if shape.layout == "sliced":
         return torch.zeros(shape.N, shape.C + 64, dtype=kind)[:, : shape.C]
+    if shape.layout == "shifted":
+        return torch.zeros(shape.N, shape.C + 64, dtype=kind)[:, 1 : 1 + shape.C]
     return torch.zeros(shape.N, shape.C, dtype=kind)
 
 
