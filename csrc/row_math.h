@@ -150,20 +150,20 @@ CAMKD_HD void finish_row(const Formula& formula, int K, const StreamState<Real>&
                          float residual_scale, RowResult& result, ResidualCoefficients& coefficients) {
     const float T = formula.temperature;
     float logs[3 * kMaxTeachers];
-    logs[0] = float(student.sum_t);
-    logs[1] = float(student.sum_1);
+    logs[0] = float(student.sum_1);
     for (int k = 0; k < K; ++k) {
-        logs[2 + 2 * k] = float(teachers[k].sum_t);
-        logs[3 + 2 * k] = float(teachers[k].sum_1);
+        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
+        logs[1 + 2 * k] = float(student.sum_t / teachers[k].sum_t);
+        logs[2 + 2 * k] = float(teachers[k].sum_1);
     }
-    Math::log(logs, 2 * (K + 1));
+    Math::log(logs, 2 * K + 1);
 
     float entropy[kMaxTeachers];
     for (int k = 0; k < K; ++k) {
         const StreamState<Real>& z = teachers[k];
-        result.divergence[k] = float(z.cross / (z.sum_t * Real(T))) + (logs[0] - logs[2 + 2 * k]);
-        result.teacher_ce[k] = logs[3 + 2 * k] - (teacher_label[k] - z.max);
-        entropy[k] = logs[3 + 2 * k] - float(z.entropy / z.sum_1);
+        result.divergence[k] = float(z.cross / (z.sum_t * Real(T))) + logs[1 + 2 * k];
+        result.teacher_ce[k] = logs[2 + 2 * k] - (teacher_label[k] - z.max);
+        entropy[k] = logs[2 + 2 * k] - float(z.entropy / z.sum_1);
     }
     float* w = result.weights;
     if (formula.weighting == Weighting::confidence) {
@@ -179,7 +179,7 @@ CAMKD_HD void finish_row(const Formula& formula, int K, const StreamState<Real>&
         total += w[k];
         soft += product_or_zero(w[k], result.divergence[k]);
     }
-    result.hard = logs[1] - (student_label - student.max);
+    result.hard = logs[0] - (student_label - student.max);
     result.soft = T * T * soft;
     result.loss = product_or_zero(formula.hard_weight, result.hard) + product_or_zero(formula.soft_weight, result.soft);
 

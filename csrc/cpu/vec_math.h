@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -116,9 +117,9 @@ struct ArrayMath {
 
     // ln(m 2^e) = 2 atanh(s) + e ln 2 with s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)).
     static void log(float* x, int n) {
-        // Sums of exponentials are 0 (a row of -inf), at least 1, or not finite.
+        // Sums of exponentials are at least 1, and 0 or not finite only where logits are infinite or NaN.
         bool ordinary = true;
-        for (int i = 0; i < n; ++i) ordinary &= (x[i] >= 1.0f) & (x[i] < INFINITY);
+        for (int i = 0; i < n; ++i) ordinary &= (x[i] > FLT_MIN) & (x[i] < INFINITY);
         if (!ordinary) {
             for (int i = 0; i < n; ++i) x[i] = std::log(x[i]);
             return;
