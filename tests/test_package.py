@@ -82,8 +82,14 @@ def test_without_the_compiled_module_auto_falls_back_and_warns_once():
         "print(explain(student))\n"
         "try: camkd_loss(student, teachers, target, backend='cpu')\n"
         "except NotImplementedError as error: print(error)\n"
+        "try: camkd_loss(student, teachers, torch.tensor([0, -100, 10, 3]))\n"
+        "except ValueError as error: print(error)\n"
+        "print(camkd_loss(student, teachers, torch.tensor([0, -100, -100, -100])).loss.item())\n"
+        "print(camkd_loss(student[:1], [z[:1] for z in teachers], torch.tensor([0])).loss.item())\n"
     )
-    warning, explanation, refusal = python(code, absent=("camkd_fast._C",)).splitlines()
+    warning, explanation, refusal, label, one_kept, one = python(code, absent=("camkd_fast._C",)).splitlines()
+    assert "label 10, but there are 10 classes" in label
+    assert float(one_kept) == pytest.approx(float(one), rel=1e-5)
     assert "plain PyTorch" in warning and "cpu" in warning
     assert explanation.startswith("reference (cpu:")
     assert "'cpu' cannot run here" in refusal and "_C" in refusal
