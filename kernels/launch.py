@@ -13,11 +13,10 @@ ACCESS_BYTES = 16
 # Elements of a row of all K + 1 tensors, padded, up to which rows stay on chip: beyond, the tiles that are live at once
 # leave room for a single program per SM, with nothing to do while it loads; a second read, which L2 serves, is cheaper.
 ON_CHIP_ELEMENTS = 16384
-# Named, ptxas keeps to it; left alone, it may prefer a spill to a register more, for the sake of occupancy. It seldom
-# does for 3 teachers or fewer, whose choice of registers is better left to it.
+# Named, ptxas keeps to it; left alone, it may prefer a spill to a register more, for the sake of occupancy.
 MOST_REGISTERS = 255
 # With more teachers the compiler, which issues their loads together, runs out of registers and spills.
-ON_CHIP_TEACHERS = 8
+ON_CHIP_TEACHERS = 6
 
 
 class Launch(NamedTuple):
@@ -42,8 +41,8 @@ def access_width(itemsize: int, ALIGN: int) -> int:
     return min(ACCESS_BYTES // itemsize, ALIGN)
 
 
-def _register_limit(K: int, num_warps: int) -> int | None:
-    return None if K <= 3 else min(MOST_REGISTERS, 65536 // (32 * num_warps))
+def _register_limit(num_warps: int) -> int:
+    return min(MOST_REGISTERS, 65536 // (32 * num_warps))
 
 
 class OnChipLaunch(NamedTuple):
@@ -52,20 +51,20 @@ class OnChipLaunch(NamedTuple):
     BLOCK_N: int
     BLOCK_C: int
     num_warps: int
-    maxnreg: int | None
+    maxnreg: int
 
 
-def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int) -> OnChipLaunch:
+def onchip_launch(C: int, itemsize: int, ALIGN: int) -> OnChipLaunch:
     """Row loss, rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C > 1024:
         num_warps = BLOCK_C // 256
-        return OnChipLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps))
+        return OnChipLaunch(1, BLOCK_C, num_warps, _register_limit(num_warps))
     # A warp owns whole rows up to 256 columns: their reductions are shuffles without a barrier. Narrow rows share it,
     # few enough that a thread works on 2 at most however narrow its loads are: a row takes 3 registers per teacher.
     BLOCK_N = max(256 // BLOCK_C, min(1024 // BLOCK_C, 4))
     num_warps = min(BLOCK_N * BLOCK_C // (32 * access_width(itemsize, ALIGN)), 4)
-    return OnChipLaunch(BLOCK_N, BLOCK_C, num_warps, _register_limit(K, num_warps))
+    return OnChipLaunch(BLOCK_N, BLOCK_C, num_warps, _register_limit(num_warps))
 
 
 class StreamingLaunch(NamedTuple):
@@ -90,7 +89,9 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
     VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
     GROUP, widest = (8, 16) if K <= 8 else (4, 8)
     num_warps = max(1, min(_power_of_2(C) // (32 * VEC), widest))
-    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
+    # Up to 3 teachers two programs fit on an SM if ptxas may choose.
+    maxnreg = None if K <= 3 else _register_limit(num_warps)
+    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, maxnreg)
 
 
 def confidence_launch(C: int, itemsize: int, ALIGN: int) -> Launch:
