@@ -74,7 +74,7 @@ def row_loss(
         itemsize = max(tensor.element_size() for tensor in tensors)
         with on_device_of(student):
             if on_chip(K, C):
-                launch = onchip_launch(C, itemsize, ALIGN)
+                launch = onchip_launch(K, C, itemsize, ALIGN)
                 row_loss_onchip_fwd_kernel[(-(-N // launch.BLOCK_N),)](*arguments, **flags, **launch._asdict())
             else:
                 step = streaming_launch(K, C, itemsize, ALIGN)
