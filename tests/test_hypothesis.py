@@ -158,7 +158,8 @@ def test_random_cases(backend, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @settings(CHECKS, max_examples=2500)
 @given(case=cases())
-def test_thousands_of_random_cases_on_cpu(case):
-    check(case, "cpu")
+def test_thousands_of_random_cases(backend, case):
+    check(case, backend)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import BACKENDS
+
 ROOT = Path(__file__).parent.parent
 MB = 2**20
 
@@ -56,8 +58,9 @@ def measure(entry: str, backend: str, N: int, C: int, K: int, dtype: str) -> dic
 @pytest.mark.parametrize(
     ("N", "C", "K", "dtype"), [(2048, 32000, 3, "float32"), (512, 128256, 3, "bfloat16"), (65536, 100, 5, "float32")]
 )
-def test_one_gradient_and_16_mb(N, C, K, dtype, entry):
-    used = measure(entry, "cpu", N, C, K, dtype)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_one_gradient_and_16_mb(backend, N, C, K, dtype, entry):
+    used = measure(entry, backend, N, C, K, dtype)
     numbers = 4 * (3 + 3 * K) * N
     assert used["beyond"] >= used["gradient"] / 2, "the measurement sees nothing"
     assert used["beyond"] <= used["gradient"] + numbers + 16 * MB, f"{used['beyond'] / MB:.1f} MB"

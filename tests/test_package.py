@@ -112,25 +112,6 @@ def test_with_triton_but_no_gpu_the_reason_is_the_gpu():
     assert "GPU" in python(code)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_that_this_machine_has_is_right(isa):
-    # The kernels of narrower sets are the ones that users run and that this suite otherwise does not.
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    code = """
-import torch
-from camkd_fast import native
-from tests.helpers import assert_result, make_case, naive, run, truth
-for C in (1, 5, 33, 100, 1128, 33000):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for weighting in ("confidence", "entropy"):
-            case = make_case(40 if C < 2000 else 3, C, 3, dtype, peaked=C % 2 == 0, weighting=weighting, ignored=0.1)
-            assert_result(run(case, "cpu"), case, truth(case), naive(case), f"{C} {dtype}")
-print(native.instruction_set())
-"""
-    expected = isa if isa == "baseline" or "avx2" in flags else "baseline"
-    assert python(code, CAMKD_FAST_ISA=isa) == expected
-
-
 def test_public_names():
     import camkd_fast
 
