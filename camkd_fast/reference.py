@@ -120,7 +120,7 @@ def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), terms with p = 0 counting 0."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
 
 
 def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ inline Vec power(Vec e) {
     return e;
 }
 
-// Starts the load of the block that comes next while this one computes: `stream` walks along `bytes` per vector.
-template <class T>
-inline void prefetch_along(const char* next, int i) {
-    if (i * int(sizeof(T)) % 64 == 0) __builtin_prefetch(next + i * sizeof(T));
+// sum + e^Power, the last multiplication fused with the addition.
+template <int Power>
+inline Vec add_power(Vec sum, Vec e) {
+    if constexpr (Power == 4) e = e * e;
+    return Power == 1 ? sum + e : Vec::fma(e, e, sum);
 }
 
 template <class T>
@@ -47,15 +48,15 @@ float block_max(const T* x, int n) {
 
 // Runs step(x, i, lane, counts) over a block of n columns in vectors at offset i, on two sets of accumulators. The last
 // vector overlaps its predecessor: `counts` masks the columns already summed, while stores repeat the same values.
+// Meanwhile the block that comes next is on its way from memory.
 template <class T, class Step>
 inline void over_block(const T* x, int n, const char* next, Step step) {
     constexpr int W = Vec::width;
     constexpr auto all = [](Vec v) { return v; };
     int i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        prefetch_along<T>(next, i);
+        for (int byte = 0; byte < 2 * W * int(sizeof(T)); byte += 64) __builtin_prefetch(next + i * sizeof(T) + byte);
         step(load(x + i), i, 0, all);
-        prefetch_along<T>(next, i + W);
         step(load(x + i + W), i + W, 1, all);
     }
     for (; i + W <= n; i += W) step(load(x + i), i, 0, all);
@@ -88,15 +89,17 @@ void student_block(const T* s, int n, float reference, const Exps& exponentials,
     over_block(s, n, next, [&](Vec x, int i, int lane, auto counts) {
         Vec d = x - ref;
         Vec e = exps.at_t(d);
-        Vec e1 = power<Power>(e);
-        if constexpr (Power == 0) {
-            e1 = exps.at_1(d);
-            e1.store(e1_out + i);
-        }
         d.store(d_out + i);
         e.store(e_out + i);
-        sum_t[lane] = sum_t[lane] + counts(e);
-        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + counts(e1);
+        e = counts(e);
+        sum_t[lane] = sum_t[lane] + e;
+        if constexpr (Power == 0) {
+            Vec e1 = exps.at_1(d);
+            e1.store(e1_out + i);
+            sum_1[lane] = sum_1[lane] + counts(e1);
+        } else if constexpr (Power != 1) {
+            sum_1[lane] = add_power<Power>(sum_1[lane], e);
+        }
     });
     const float total = (sum_t[0] + sum_t[1]).sum();
     state.sum_t += total;
@@ -160,37 +163,63 @@ struct Term {
 template <class T, int Power>
 void residual_block(const float* e_s, const float* e1_s, float student_t, float student_1, const Term* terms,
                     int n_terms, T* out, int n, bool streaming) {
+    constexpr int W = Vec::width;
     const Vec a = Vec::set(student_t), b = Vec::set(student_1);
-    auto value = [&](int i) {
-        Vec e = Vec::load(e_s + i);
-        Vec e1 = Power == 0 ? Vec::load(e1_s + i) : power<Power>(e);
-        Vec r = Vec::fma(a, e, b * e1);
-        for (int k = 0; k < n_terms; ++k) r = Vec::fnma(Vec::set(terms[k].coefficient), Vec::load(terms[k].e + i), r);
-        return r;
+    // `Count` neighbouring vectors at once, which share the coefficients' loads.
+    auto values = [&](auto count, int i, Vec* r) {
+        constexpr int Count = decltype(count)::value;
+
+#pragma GCC unroll 4
+        for (int j = 0; j < Count; ++j) {
+            Vec e = Vec::load(e_s + i + j * W);
+            r[j] = Vec::fma(a, e, b * (Power == 0 ? Vec::load(e1_s + i + j * W) : power<Power>(e)));
+        }
+        for (int k = 0; k < n_terms; ++k) {
+            const Vec coefficient = Vec::set(terms[k].coefficient);
+            const float* e = terms[k].e + i;
+
+#pragma GCC unroll 4
+            for (int j = 0; j < Count; ++j) r[j] = Vec::fnma(coefficient, Vec::load(e + j * W), r[j]);
+        }
     };
+    constexpr std::integral_constant<int, 1> one{};
+    constexpr std::integral_constant<int, 4> four{};
+    Vec r[4];
     int i = 0;
     if constexpr (sizeof(T) == sizeof(float)) {
-        if (streaming) {
+        if (streaming && n >= W) {
             // Past the cache, whose lines the next row needs: aligned stores after an unaligned first vector.
-            int misaligned = int(reinterpret_cast<uintptr_t>(out) % sizeof(Vec) / sizeof(float));
-            if (misaligned != 0 && n >= Vec::width) {
-                store(out, value(0));
-                i = Vec::width - misaligned;
+            const int misaligned = int(reinterpret_cast<uintptr_t>(out) % sizeof(Vec) / sizeof(float));
+            if (misaligned != 0) {
+                values(one, 0, r);
+                store(out, r[0]);
+                i = W - misaligned;
             }
-            for (; i + Vec::width <= n; i += Vec::width) value(i).stream(out + i);
+            for (; i + 4 * W <= n; i += 4 * W) {
+                values(four, i, r);
+
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) r[j].stream(out + i + j * W);
+            }
         }
     }
-    for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
-        Vec first = value(i), second = value(i + Vec::width);
-        store(out + i, first);
-        store(out + i + Vec::width, second);
+    for (; i + 4 * W <= n; i += 4 * W) {
+        values(four, i, r);
+
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store(out + i + j * W, r[j]);
     }
-    for (; i + Vec::width <= n; i += Vec::width) store(out + i, value(i));
+    for (; i + W <= n; i += W) {
+        values(one, i, r);
+        store(out + i, r[0]);
+    }
     if (i == n) return;
-    if (n < Vec::width) {
-        store_tail(out, value(0), n);
+    if (n < W) {
+        values(one, 0, r);
+        store_tail(out, r[0], n);
     } else {
-        store(out + n - Vec::width, value(n - Vec::width));  // overlaps its predecessor with the same values
+        values(one, n - W, r);
+        store(out + n - W, r[0]);  // overlaps its predecessor with the same values
     }
 }
 
