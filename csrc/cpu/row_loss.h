@@ -232,8 +232,10 @@ struct Row {
         if (label_fits() && y >= 0 && y < n) {
             float e1_y = keeps_e1() ? e1[y] : e[y];
             for (int p = functions.power; p > 1; p /= 2) e1_y *= e1_y;
-            float value = at * e[y] + a1 * e1_y - coefficients.label;
+            // The two differences apart: beside a label's 1 each of K small terms would be rounded to its scale.
+            float value = at * e[y];
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
+            value += a1 * e1_y - coefficients.label;
             with_dtype(args.student.dtype, [&](auto t) {
                 store_tail(static_cast<decltype(t)*>(args.residual) + index * args.C + c + y, Vec::set(value), 1);
             });
