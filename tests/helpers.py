@@ -19,7 +19,7 @@ from camkd_fast import camkd_loss, camkd_loss_and_grad
 MASKED = -1e6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """Inputs and options of one evaluation."""
 
@@ -37,6 +37,14 @@ class Case:
     def options(self) -> dict[str, Any]:
         names = ("temperature", "hard_weight", "soft_weight", "weighting", "reduction", "ignore_index", "num_items")
         return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        """Shapes rather than values: a failing case is reproduced from its seed."""
+        tensors = [f"{z.dtype}{list(z.shape)} strides {z.stride()}" for z in (self.student, *self.teachers)]
+        return f"Case({', '.join(tensors)}, target {self.target.flatten().tolist()[:8]}, {self.options()})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what hypothesis asks for
+        printer.text(repr(self))
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
