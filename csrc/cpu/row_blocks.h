@@ -119,19 +119,19 @@ bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponent
         Vec d = x - ref;
         Vec e = exps.at_t(d);
         Vec difference = d - Vec::load(student_d + i);
-        Vec e1 = power<Power>(e);
-        if constexpr (Power == 0) e1 = exps.at_1(d);
         e.store(e_out + i);
         e = counts(e);
         // After `counts`: a column that is not counted here may be infinite as well.
         if constexpr (Masked) difference = Vec::zero_where_zero(difference, e);
         sum_t[lane] = sum_t[lane] + e;
         cross[lane] = Vec::fma(e, difference, cross[lane]);
-        if constexpr (Power != 1 || Entropy) e1 = counts(e1);
-        if constexpr (Power != 1) sum_1[lane] = sum_1[lane] + e1;
-        if constexpr (Entropy) {
+        if constexpr (Power == 0 || Entropy) {
+            Vec e1 = Power == 0 ? counts(exps.at_1(d)) : power<Power>(e);
+            sum_1[lane] = sum_1[lane] + e1;
             if constexpr (Masked) d = Vec::zero_where_zero(d, e1);
-            entropy[lane] = Vec::fma(e1, d, entropy[lane]);
+            if constexpr (Entropy) entropy[lane] = Vec::fma(e1, d, entropy[lane]);
+        } else if constexpr (Power != 1) {
+            sum_1[lane] = add_power<Power>(sum_1[lane], e);
         }
     });
     const float total_cross = (cross[0] + cross[1]).sum();
