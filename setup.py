@@ -35,7 +35,9 @@ class CMakeBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             log = getattr(error, "output", None) or str(error)
             lines = [line.strip() for line in log.splitlines() if line.strip()]
-            reason = next((line for line in lines if "error" in line.lower()), lines[0] if lines else str(error))
+            at = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+            # A compiler says what is wrong in that line, CMake in the sentence that starts on the next one.
+            reason = " ".join(lines[at + 1 : at + 4]) if lines[at].startswith("CMake Error") else lines[at]
             failure.write_text(reason + "\n")
             if os.environ.get("CAMKD_FAST_CPU") == "1":
                 raise RuntimeError(f"camkd_fast._C could not be built:\n{log}") from error

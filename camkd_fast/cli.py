@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def info() -> int:
     for name in BACKENDS:
         state = availability(name)
         print(f"  {name:<14} {'usable ' if state.usable else 'missing'}  {state.reason}")
-    print(f"  {'auto':<14} {explain(torch.zeros(1, 1))}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lines above say it already
+        print(f"  {'auto':<14} {explain(torch.zeros(1, 1))}")
     return 0
 
 
