@@ -85,12 +85,12 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
 
     A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
     registers that each of 512 threads may have. More need 7 K registers for their totals, so half the threads, and
-    groups of 4, which read the student once each. Large programs rather than many: the fewer rows are under way at
+    groups of 2, which read the student once each: of 4, ptxas spills. Large programs rather than many: the fewer rows are under way at
     once, the more of a row is still in L2 when it is read again. Narrow rows take no more warps than they can feed.
     """
     # An odd width is read by the element, 4 per thread: its lanes are made of columns that lie BLOCK_C / 4 apart.
     VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
-    GROUP, widest = (8, 16) if K <= 8 else (4, 8)
+    GROUP, widest = (8, 16) if K <= 8 else (2, 8)
     num_warps = max(1, min(_power_of_2(C) // (32 * VEC), widest))
     return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
 
