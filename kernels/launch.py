@@ -85,8 +85,9 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
 
     A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
     registers that each of 512 threads may have. More need 7 K registers for their totals, so half the threads, and
-    groups of 2, which read the student once each: of 4, ptxas spills. Large programs rather than many: the fewer rows are under way at
-    once, the more of a row is still in L2 when it is read again. Narrow rows take no more warps than they can feed.
+    groups of 2, which read the student once each: with groups of 4 ptxas spills. Large programs rather than many: the
+    fewer rows are under way at once, the more of a row is still in L2 when it is read again. Narrow rows take no more
+    warps than they can feed.
     """
     # An odd width is read by the element, 4 per thread: its lanes are made of columns that lie BLOCK_C / 4 apart.
     VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
