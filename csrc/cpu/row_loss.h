@@ -145,7 +145,6 @@ struct Row {
         return static_cast<const char*>(data[k]) + (offset[k] + c) * (dtype == DType::f32 ? 4 : 2);
     }
     bool keeps_e1() const { return functions.power == 0; }
-    int streams() const { return args.K + 1 + (keeps_e1() ? 1 : 0); }
 
     // Adds block b to the states of the streams; the running maxima are the references of its exponentials.
     void add_block(int64_t b, State* states, float* student_d) const {
