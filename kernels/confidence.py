@@ -113,9 +113,9 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
     ALIGN = alignment(logits)
     strides = map(unspecialised, stride_units(logits, ALIGN))
     itemsize = max(z.element_size() for z in logits)
-    BLOCK_N, BLOCK_C, num_warps = confidence_launch(C, itemsize, ALIGN)
+    launch = confidence_launch(K, C, itemsize, ALIGN)
     with on_device_of(target):
-        confidence_fwd_kernel[(-(-N // BLOCK_N),)](
+        confidence_fwd_kernel[(-(-N // launch.BLOCK_N),)](
             *(tuple(logits), target, weights, ce, lse, *strides),
             *(N, S, C // ALIGN, ignore_index),
             K=K,
@@ -123,10 +123,8 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
             ALIGN=ALIGN,
             DEBUG=DEBUG,
             debug=DEBUG,
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=BLOCK_C,
             VEC=access_width(itemsize, ALIGN),
-            num_warps=num_warps,
+            **launch._asdict(),
         )
     return weights, ce, lse
 

@@ -46,8 +46,8 @@ def _register_limit(K: int, num_warps: int) -> int | None:
     return None if K <= 3 else min(MOST_REGISTERS, 65536 // (32 * num_warps))
 
 
-class OnChipLaunch(NamedTuple):
-    """BLOCK_N whole rows of BLOCK_C padded columns per program."""
+class RowLaunch(NamedTuple):
+    """BLOCK_N rows per program, BLOCK_C columns of them at a time, and the register limit if it is named."""
 
     BLOCK_N: int
     BLOCK_C: int
@@ -55,19 +55,19 @@ class OnChipLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int) -> OnChipLaunch:
+def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int) -> RowLaunch:
     """Row loss, rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C > 1024:
         num_warps = BLOCK_C // 256
-        return OnChipLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps))
+        return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps))
     # A warp owns whole rows up to 256 columns: their reductions are shuffles without a barrier. Narrow rows share it,
     # few enough that a thread works on 2 at most however narrow its loads are: a row takes 3 registers per teacher.
     BLOCK_N = max(256 // BLOCK_C, min(1024 // BLOCK_C, 4))
     num_warps = min(BLOCK_N * BLOCK_C // (32 * access_width(itemsize, ALIGN)), 4)
     # Rows of up to 128 columns are over before occupancy matters.
     maxnreg = MOST_REGISTERS if BLOCK_C <= 128 else _register_limit(K, num_warps)
-    return OnChipLaunch(BLOCK_N, BLOCK_C, num_warps, maxnreg)
+    return RowLaunch(BLOCK_N, BLOCK_C, num_warps, maxnreg)
 
 
 class StreamingLaunch(NamedTuple):
@@ -96,14 +96,14 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
     return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
 
 
-def confidence_launch(C: int, itemsize: int, ALIGN: int) -> Launch:
+def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int) -> RowLaunch:
     """Confidence weights: statistics only, so one geometry serves any C; narrow rows share a program.
 
     4 warps and one access per thread and step: a lane holds 3 running numbers of one teacher at a time.
     """
     tile = 128 * access_width(itemsize, ALIGN)
     BLOCK_C = min(_power_of_2(max(C, 16)), tile)
-    return Launch(tile // BLOCK_C, BLOCK_C, 4)
+    return RowLaunch(tile // BLOCK_C, BLOCK_C, 4, _register_limit(K, 4))
 
 
 def elementwise_launch(C: int, itemsize: int) -> Launch:

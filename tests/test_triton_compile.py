@@ -119,7 +119,7 @@ def test_limits() -> None:
                 for ALIGN in (1, 2, 4, 8):
                     blocks = [launch.onchip_launch(K, C, itemsize, ALIGN)[:2]] if launch.on_chip(K, C) else []
                     blocks.append((1, launch.streaming_launch(K, C, itemsize, ALIGN).BLOCK_C))
-                    blocks.append(launch.confidence_launch(C, itemsize, ALIGN)[:2])
+                    blocks.append(launch.confidence_launch(K, C, itemsize, ALIGN)[:2])
                     blocks.append(launch.elementwise_launch(C, itemsize)[:2])
                     for BLOCK_N, BLOCK_C in blocks:
                         assert 1 <= BLOCK_C <= 8192 and BLOCK_N >= 1
