@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +24,31 @@ class LabelledImages:
     def __len__(self) -> int:
         return self.labels.numel()
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, H, W) of every image."""
+        _, channels, H, W = self.pixels.shape
+        return channels, H, W
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of all that a model can see of the set: pixels, labels, their order, normalisation.
+
+        Computed once (some 1 to 2 GB/s); the tensors must not change afterwards.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = (tuple(self.pixels.shape), self.num_classes, self.mean, self.std)
+        digest = hashlib.sha256(repr(settings).encode())
+        for tensor in (self.pixels, self.labels):
+            digest.update(tensor.cpu().contiguous().view(-1).numpy().data)
+        return digest.hexdigest()
+
     def take(self, index: Tensor) -> LabelledImages:
         """The images at `index` (M,) int64."""
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
@@ -30,6 +57,18 @@ class LabelledImages:
         """(M, channels, H, W) levels as float32 with the set's mean 0 and deviation 1."""
         mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() - mean) / std
+
+
+def check_labels(labels: Tensor, num_classes: int, source: object) -> None:
+    """Refuse labels outside [0, num_classes).
+
+    Raises:
+        ValueError: names the first such label, its position and `source`, where the labels were read.
+    """
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(outside):
+        position = int(outside[0])
+        raise ValueError(f"{source}: label {int(labels[position])} of image {position} lies outside [0, {num_classes})")
 
 
 def stratified_parts(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:

@@ -1,0 +1,74 @@
+"""A labelled set of image files: paths rather than pixels, so that a set of any size takes little memory."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from .images import LabelledImages
+
+# Over the ImageNet training set, in pixel levels: what every ImageNet model was trained with.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """JPEG or PNG files with labels. Loaders decode them to RGB and deliver squares of `size` pixels."""
+
+    paths: tuple[Path, ...]  # length N
+    labels: Tensor  # (N,) int64 in [0, num_classes)
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]  # per channel, in pixel levels
+    std: tuple[float, ...]
+    size: int  # side of the images that loaders deliver, pixels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, H, W) of every image as delivered."""
+        return self.channels, self.size, self.size
+
+    @property
+    def channels(self) -> int:
+        return 3
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of the files' bytes, labels, their order, normalisation and size; not of their paths.
+
+        A set keeps it when it is moved. Computed once: reads every file.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = (len(self), self.num_classes, self.mean, self.std, self.size)
+        digest = hashlib.sha256(repr(settings).encode())
+        # Threads hide the latency of opening files; hashing releases the interpreter lock.
+        with ThreadPoolExecutor(8) as pool:
+            for content in pool.map(_sha256, self.paths):
+                digest.update(content)
+        digest.update(self.labels.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def take(self, index: Tensor) -> ImageFiles:
+        """The files at `index` (M,) int64."""
+        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
+
+
+def _sha256(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+ImageSet = LabelledImages | ImageFiles
