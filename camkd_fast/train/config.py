@@ -1,8 +1,19 @@
-"""How one model is trained."""
+"""What determines a run: frozen dataclasses, which the command line shows field by field, and their YAML files.
+
+Field names are unique over all classes here, so that the command line can drop the prefixes. Defaults marked "paper"
+are the recipe of arXiv 2201.00007.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -23,3 +34,313 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images: which, how they are split, loaded and augmented."""
+
+    data: str = "digits"
+    """Data set: a name of the catalogue, or "folder" for a class-per-folder tree at --root."""
+    root: Path | None = None
+    """Folder of the data set; None: where the data set's own fetch or package puts it."""
+    split_seed: int = 0
+    """Seed of the stratified split that holds validation images out of the training part."""
+    validation: float = 0.1
+    """Share of the training images held out for validation."""
+    size: int | None = None
+    """Side in pixels to which files are resized; None: the data set's own."""
+    images: int | None = None
+    """Train on this many images only, every class in proportion; None: all."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Loader: images resident on the device, DALI, or torch's DataLoader; auto picks and says why."""
+    workers: int = 2
+    """Threads or processes that decode files."""
+    augmentation: Literal["auto", "none", "crop", "resized-crop"] = "auto"
+    """Training augmentation; auto: shifted crops up to 64 pixels (paper: CIFAR-100), resized crops above."""
+    padding: int | None = None
+    """Pixels of zero padding around shifted crops; None: an eighth of the side (paper: 4 of 32)."""
+    flip: bool | None = None
+    """Mirror images at random; None: yes, except for digits."""
+    views: int | None = None
+    """Repeat this many augmented views of every image instead of new ones each epoch; a teacher cache needs it."""
+    skip_bad: int = 0
+    """Unreadable image files to leave out before the run stops."""
+
+    def __post_init__(self) -> None:
+        _share("validation", self.validation)
+        for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
+            _at_least(name, getattr(self, name), low)
+        _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
+        _one_of("augmentation", self.augmentation, ("auto", "none", "crop", "resized-crop"))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with Nesterov momentum and its learning rate over time."""
+
+    epochs: int = 240
+    """Passes over the training images (paper: 240)."""
+    batch_size: int = 64
+    """Images per step over all processes (paper: 64)."""
+    learning_rate: float | None = None
+    """Highest learning rate; None: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (paper)."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning rate over time (paper: step)."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Shares of the run after which a step schedule drops (paper: epochs 150, 180 and 210 of 240)."""
+    drop: float = 0.1
+    """Factor of each drop of a step schedule (paper: 0.1)."""
+    warmup: float = 0.0
+    """Epochs over which the rate first rises linearly (paper: none)."""
+    momentum: float = 0.9
+    """Nesterov momentum (paper: 0.9)."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter (paper: 5e-4)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        _one_of("schedule", self.schedule, ("step", "cosine", "constant"))
+        if list(self.milestones) != sorted(self.milestones) or not all(0.0 < share < 1.0 for share in self.milestones):
+            raise ValueError(f"milestones must be rising shares between 0 and 1, got {self.milestones}")
+        if not 0.0 < self.drop <= 1.0:
+            raise ValueError(f"drop must lie in (0, 1], got {self.drop}")
+        if not 0.0 <= self.warmup < self.epochs:
+            raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
+        if not 0.0 < self.momentum < 1.0:
+            raise ValueError(f"momentum must lie in (0, 1), got {self.momentum}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Where and how a step is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto: a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of activations (autocast) and of the teachers; parameters stay float32, float16 scales the loss."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last memory order."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of student, loss and teachers; auto: on a GPU only."""
+    cuda_graphs: bool = False
+    """Compile with mode="reduce-overhead" (CUDA graphs); untested, as no GPU was at hand."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all GPUs instead of each process's own."""
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """Only algorithms that repeat bit for bit; auto: on a CPU, where they cost nothing."""
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for name in ("compile", "deterministic"):
+            _one_of(name, getattr(self, name), ("auto", "on", "off"))
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes while it trains. Nothing here changes its result."""
+
+    log_every: int = 50
+    """Steps between two log lines, each of which reads a few numbers from the device and checks the loss."""
+    validate_every: int = 1
+    """Epochs between two evaluations on the validation images; the last epoch is always evaluated."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: at the end of every epoch and by the clock only."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which the next log line writes a checkpoint too; 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("log_every", 1), ("validate_every", 1), ("checkpoint_every", 0), ("checkpoint_minutes", 0)):
+            _at_least(name, getattr(self, name), low)
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Train one model on labels, to become a teacher."""
+
+    model: str = "resnet32x4"
+    """Model (paper: ResNet-32x4, ResNet-56, WRN-40-2, VGG-13 as teachers)."""
+    seed: int = 0
+    """Seed of first parameters, image order and augmentation."""
+    out: Path = Path("runs/teach")
+    """Run directory to write."""
+    wrong_labels: float = 0.0
+    """Share of training labels replaced by wrong ones, for a deliberately poor teacher."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _share("wrong_labels", self.wrong_labels)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Train a student from the labels and from trained teachers."""
+
+    student: str = "vgg8"
+    """Model of the student."""
+    teachers: tuple[Path, ...] = ()
+    """Run directories of the teachers."""
+    strategy: str = "ca-mkd"
+    """How the teachers are combined: ce, kd, aver, ebkd, aekd, fitnet-mkd, ca-mkd-logits or ca-mkd."""
+    alpha: float = 1.0
+    """Weight of the distillation loss beside the cross-entropy (paper: 1)."""
+    beta: float | None = None
+    """Weight of the feature loss; None: the strategy's own (paper: 50 for ca-mkd, 100 for fitnet-mkd)."""
+    temperature: float = 4.0
+    """Temperature of the distillation loss (paper: 4)."""
+    official_scale: bool = False
+    """Divide the losses by the number of teachers as the official code does, which the paper does not."""
+    detach: bool = True
+    """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
+    teacher_cache: Path | None = None
+    """Folder in which the teachers' answers are kept, so that later epochs run no teacher; needs --views."""
+    seed: int = 0
+    """Seed of first parameters, image order and augmentation."""
+    out: Path = Path("runs/distill")
+    """Run directory to write."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            _at_least(name, getattr(self, name), 0)
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.teacher_cache is not None and self.data.views is None:
+            raise ValueError(f"teacher_cache {self.teacher_cache} needs a fixed number of views, got views None")
+
+
+JobConfig = TeachConfig | DistillConfig
+JOBS: dict[str, type[TeachConfig] | type[DistillConfig]] = {"teach": TeachConfig, "distill": DistillConfig}
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
+def save(config: JobConfig, path: Path) -> None:
+    """Write `config` as YAML, first of all which job it is for."""
+    import yaml
+
+    job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
+    path.write_text(yaml.safe_dump({"job": job, **_plain(config)}, sort_keys=False), encoding="utf-8")
+
+
+def load(path: Path) -> JobConfig:
+    """The config that `save` wrote, or one written by hand; fields left out have their defaults.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no YAML, names an unknown job or field, or a value is unfit; file and field are named.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or content.get("job") not in JOBS:
+        job = content.get("job") if isinstance(content, dict) else None
+        raise ValueError(f"{path}: job must be one of {', '.join(JOBS)}, got {job!r}")
+    kind = JOBS[content.pop("job")]
+    try:
+        return _build(kind, content, "")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
+    """Dotted name of each field that differs -> its two values."""
+    one, two = _flat(_plain(first)), _flat(_plain(second))
+    return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as what YAML can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in plain.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+_Config = TypeVar("_Config")
+
+
+def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Config:
+    """An instance of the dataclass `kind` from a mapping; `prefix` is where the mapping stands in the file."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')} must be a mapping, got {content!r}")
+    hints = get_type_hints(kind)
+    for name in content:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
+            raise ValueError(f"unknown field {prefix}{name}; {hint}")
+    return kind(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """`value` as YAML gave it, as the annotated type."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+        return _value(hint, value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(get_args(hint)[0], item, name) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 5e-4 for a string
+        except ValueError:
+            pass
+    if origin is Literal and value in get_args(hint):
+        return value
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = ", ".join(map(repr, get_args(hint))) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and not low <= value < math.inf:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
