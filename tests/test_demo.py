@@ -19,7 +19,7 @@ from camkd_fast.data import LabelledImages, ResidentBatches, corrupt_labels, str
 from camkd_fast.train.config import TrainConfig
 from camkd_fast.train.loop import NonFiniteLossError, accuracy, fit
 from camkd_fast.train.strategies import CAMKD, HardLabels, LogitDistillation
-from camkd_fast.train.teachers import Teachers
+from camkd_fast.train.teachers import ImageTeachers as Teachers
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .loop import EpochRecord, History, accuracy, fit
 from .loss_speed import LossSpeed, measure_loss_speed
 from .strategies import CAMKD, HardLabels, LogitDistillation, Strategy
-from .teachers import Teachers
+from .teachers import ImageTeachers as Teachers
 
 
 @dataclass(frozen=True)
