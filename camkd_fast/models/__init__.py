@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from .resnet import ARCHITECTURES, ResNet
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+from torch import nn
+
+from . import resnet, timm_models, vgg, wide_resnet
+from .frozen import freeze
+from .mobilenet import MobileNetV2
+from .shufflenet import ShuffleNetV1, ShuffleNetV2
+
+# name -> (num_classes, in_channels) -> model
+_ZOO: dict[str, Callable[[int, int], nn.Module]] = {
+    **{name: partial(resnet.ResNet, shape) for name, shape in resnet.ARCHITECTURES.items()},
+    **{name: partial(wide_resnet.WideResNet, shape) for name, shape in wide_resnet.ARCHITECTURES.items()},
+    **{name: partial(vgg.VGG, blocks) for name, blocks in vgg.ARCHITECTURES.items()},
+    "mobilenetv2": MobileNetV2,
+    "shufflenetv1": ShuffleNetV1,
+    "shufflenetv2": ShuffleNetV2,
+}
 
 
-def create(name: str, num_classes: int, in_channels: int = 3) -> ResNet:
+def names() -> tuple[str, ...]:
+    """The zoo's own models; timm's are not listed."""
+    return tuple(_ZOO)
+
+
+def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """A freshly initialised model from torch's global generator.
 
+    It has `num_features`, `num_classes`, `forward_features` (N, in_channels, H, W) -> (N, num_features, h, w),
+    `forward_head` of that -> (N, num_classes), and `forward`. The zoo's own take 8x8 pixels and more.
+
     Args:
-        name: "resnet8", "resnet20", "resnet8x4", ... (`camkd_fast.models.resnet.ARCHITECTURES`).
+        name: one of `names()`, "timm:NAME", or a name that only timm knows, when timm is installed.
 
     Raises:
-        ValueError: no model has that name.
+        ValueError: a count below 1; no model has that name (the nearest are named); timm is asked for and not
+            installed; or the timm model has no feature map.
     """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
-    return ResNet(ARCHITECTURES[name], num_classes, in_channels)
+    for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if count < 1:
+            raise ValueError(f"{what} must be at least 1, got {count}")
+    if name in _ZOO:
+        return _ZOO[name](num_classes, in_channels)
+    if name.startswith(timm_models.PREFIX) or timm_models.knows(name):
+        return timm_models.create(name.removeprefix(timm_models.PREFIX), num_classes, in_channels)
+    nearest = get_close_matches(name, [*_ZOO, *timm_models.names()], n=5) or names()
+    raise ValueError(f"no model is called {name!r}; nearest: {', '.join(nearest)}")
 
 
-__all__ = ["ResNet", "create"]
+__all__ = ["create", "freeze", "names"]

@@ -14,6 +14,7 @@ from .. import models
 from ..data import LabelledImages, corrupt_labels, stratified_parts
 from ..data.digits import TEST, TRAIN, VALIDATION, DigitSplits, load_digits
 from ..feature_loss import confidence_weights
+from ..models.protocol import feature_model
 from .config import TrainConfig
 from .loop import EpochRecord, History, accuracy, fit
 from .loss_speed import LossSpeed, measure_loss_speed
@@ -116,7 +117,7 @@ class Progress:
         self._bar.close()
 
 
-def seeded_model(name: str, data: LabelledImages, seed: int) -> models.ResNet:
+def seeded_model(name: str, data: LabelledImages, seed: int) -> nn.Module:
     """A new model whose parameters depend on `seed` only; torch's global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -174,7 +175,7 @@ def train_students(
         student = seeded_model(config.student, train, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            strategy = STRATEGIES[name](config, teachers, student.num_features)
+            strategy = STRATEGIES[name](config, teachers, feature_model(student).num_features)
         settings = TrainConfig(config.student_epochs, seed, config.batch_size, shift=0)
         on_epoch = progress.run(f"{name}, seed {seed}", len(train))
         histories.append(fit(student, strategy, train, data.validation, settings, on_epoch))

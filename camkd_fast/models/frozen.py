@@ -1,0 +1,130 @@
+"""Frozen teachers: evaluation mode, no gradients, batch norm folded into the convolution in front of it.
+
+In evaluation mode a batch norm is one scale and one offset per channel, a (x - m) / sqrt(v + eps) + b, and a
+convolution whose output nothing else reads can carry both. That saves a pass over each activation map. What feeds what
+is read from a torch.fx trace, as the order of definition says nothing about the order of use.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from itertools import chain
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .protocol import FeatureModel
+
+Model = TypeVar("Model", bound=nn.Module)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool = False) -> Model:
+    """A copy of `model` for inference: evaluation mode, no parameter requires a gradient, batch norms folded.
+
+    The protocol stays (`forward_features`, `forward_head`); outputs agree up to rounding. Folding happens in float64
+    before any cast. A batch norm stays where folding would be wrong: behind anything but a plain convolution, or where
+    the convolution's output or either module is used elsewhere too. A model that torch.fx cannot trace keeps them all
+    and warns. Parameter names differ from the original's: folded convolutions have a bias.
+
+    Args:
+        model: follows the protocol; left as it is.
+        dtype: of parameters and images from then on; None keeps the model's.
+        channels_last: convolutions with weights in that memory format.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for conv, norm in _foldable(frozen):
+        _fold(frozen, conv, norm)
+    if dtype is not None:
+        _cast(frozen, dtype)
+    if channels_last:
+        frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return frozen
+
+
+class _Passes(nn.Module):
+    """Both passes of the protocol in one graph, so that a module used by each is seen twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        model = cast(FeatureModel, self.model)
+        features = model.forward_features(x)
+        return features, model.forward_head(features)
+
+
+class _Tracer(fx.Tracer):
+    """Enters a module only if there is something to fold inside: elsewhere control flow may depend on shapes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kinds = (nn.Conv2d, *_NORMS)
+        return isinstance(m, kinds) or not any(isinstance(inner, kinds) for inner in m.modules())
+
+
+def _foldable(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each convolution and of the batch norm that alone reads its output."""
+    if not any(isinstance(module, _NORMS) for module in model.modules()):
+        return []  # nothing to fold, and transformers often do not trace
+    passes = _Passes(model)
+    try:
+        graph = _Tracer().trace(passes)
+    except Exception as error:  # tracing runs the model's own Python on symbols: anything can come out of it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"{type(model).__name__} keeps its batch norms, torch.fx cannot trace it: {reason}", stacklevel=3)
+        return []
+    # A weight read directly (get_attr) is a use of its module as well.
+    uses = Counter(
+        str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr")
+    )
+
+    def called_once(node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module" or uses[str(node.target)] != 1:
+            return None
+        module = passes.get_submodule(str(node.target))
+        return None if module._forward_hooks or module._forward_pre_hooks else module
+
+    pairs = []
+    for norm in graph.nodes:
+        if _can_give(called_once(norm)):
+            (conv,) = norm.all_input_nodes
+            # Exactly Conv2d: a subclass may standardise its weights or pad in its own way.
+            if type(called_once(conv)) is nn.Conv2d and len(conv.users) == 1:
+                pairs.append((str(conv.target).removeprefix("model."), str(norm.target).removeprefix("model.")))
+    return pairs
+
+
+def _can_give(norm: nn.Module | None) -> bool:
+    """Whether this is a batch norm of known arithmetic with statistics of its own."""
+    known = type(norm) in _NORMS or _has_activation(norm)
+    return known and cast(nn.BatchNorm2d, norm).running_mean is not None
+
+
+def _has_activation(norm: nn.Module | None) -> bool:
+    """timm's BatchNormAct2d: a batch norm, then its own `drop` and `act`."""
+    return isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d"
+
+
+def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
+    """The convolution takes over the batch norm's arithmetic; in its place stays an identity, or its activation."""
+    conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), cast(Any, model.get_submodule(norm_name))
+    dtype = conv.weight.dtype
+    model.set_submodule(conv_name, fuse_conv_bn_eval(conv.double(), norm.double()).to(dtype))
+    model.set_submodule(norm_name, nn.Sequential(norm.drop, norm.act) if _has_activation(norm) else nn.Identity())
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Everything to `dtype`, but no batch norm below float32: its statistics have range and cost nothing to keep."""
+    for module in model.modules():
+        if isinstance(module, _NORMS) and dtype.itemsize < 4:
+            continue
+        for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
