@@ -22,17 +22,17 @@ class Splits(NamedTuple):
 
 
 def hold_out(images: AnySet, fraction: float, seed: int) -> tuple[AnySet, AnySet]:
-    """The set without a part of it, and that part: round(fraction * N) images, every class in proportion.
+    """The set without a part of it, and that part: every class in proportion, both in the set's order.
 
-    Both keep the set's order. A fraction of 0 gives an empty second part.
+    The part has round(fraction * N) images, but one at least unless the fraction is 0.
 
     Raises:
-        ValueError: the fraction lies outside [0, 1), or leaves one of the parts empty although it is not 0.
+        ValueError: the fraction lies outside [0, 1) or leaves nothing of the set.
     """
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"the fraction to hold out must lie in [0, 1), got {fraction}")
-    held = round(fraction * len(images))
-    if fraction and not 0 < held < len(images):
-        raise ValueError(f"a fraction of {fraction} of {len(images)} images leaves {held} held out of them")
+    held = max(1, round(fraction * len(images))) if fraction else 0
+    if held >= len(images):
+        raise ValueError(f"holding out {held} of {len(images)} images leaves none")
     kept, out = stratified_parts(images.labels, (len(images) - held, held), seed)
     return images.take(kept.sort().values), images.take(out.sort().values)

@@ -1,0 +1,75 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from .cifar import load_cifar10, load_cifar100
+from .digits import TRAIN, VALIDATION, load_digits
+from .fashion_mnist import load_fashion_mnist
+from .fetch import default_folder
+from .files import ImageFiles
+from .folders import load_folder, load_stanford_dogs, load_tiny_imagenet
+from .images import LabelledImages
+from .splits import Splits, hold_out
+
+ARRAYS: dict[str, Callable[[Path | None], tuple[LabelledImages, LabelledImages]]] = {
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": lambda root: load_cifar10(root or default_folder("cifar10")),
+    "cifar100": lambda root: load_cifar100(root or default_folder("cifar100")),
+}
+FILES: dict[str, Callable[[Path, int], tuple[ImageFiles, ImageFiles]]] = {
+    "tiny-imagenet": load_tiny_imagenet,
+    "stanford-dogs": load_stanford_dogs,
+}
+# Side of the delivered images in pixels, unless asked otherwise.
+SIZES = {"tiny-imagenet": 64, "stanford-dogs": 224, "folder": 224}
+NAMES: tuple[str, ...] = ("digits", *ARRAYS, *FILES, "folder")
+
+
+def load(
+    name: str, root: Path | None = None, *, split_seed: int = 0, validation: float = 0.1, size: int | None = None
+) -> Splits:
+    """The training, validation and test part of a data set.
+
+    The validation part is held out of the published training images, every class in proportion; the test part is the
+    published one.
+
+    Args:
+        name: one of `NAMES`. "digits" has fixed parts of 900, 300 and 597 images, all of which the seed chooses.
+        root: the folder of the files, `fetch.default_folder(name)` if None; "folder" must be told.
+        split_seed: chooses the images of the validation part.
+        validation: share of the training images in the validation part; 0 makes it empty.
+        size: side of the delivered images in pixels, for sets of image files. None: 64 for "tiny-imagenet", else 224.
+
+    Raises:
+        ValueError: an unknown name, for which the nearest ones are named; an option that the data set does not have;
+            unfit files, see the loader of each set.
+        FileNotFoundError: the files are not there.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
+        hint = f" (nearest: {', '.join(near)})" if near else ""
+        raise ValueError(f"the data set must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    if size is not None and (name not in SIZES or size < 1):
+        what = "at least 1" if name in SIZES else f"left out for {name}, whose images have one size"
+        raise ValueError(f"size must be {what}, got {size}")
+    if name == "digits":
+        if root is not None or validation != 0.1:
+            raise ValueError(
+                f"digits come with scikit-learn in {TRAIN} + {VALIDATION} images: root {root} and "
+                f"validation {validation} do not apply"
+            )
+        return Splits(*load_digits(split_seed))
+    if name in ARRAYS:
+        train, test = ARRAYS[name](root)
+        return Splits(*hold_out(train, validation, split_seed), test)
+    side = size or SIZES[name]
+    if name == "folder":
+        if root is None:
+            raise ValueError("the data set 'folder' needs its root, got None")
+        return load_folder(root, side, validation, split_seed)
+    listed, test_files = FILES[name](root or default_folder(name), side)
+    return Splits(*hold_out(listed, validation, split_seed), test_files)

@@ -1,0 +1,232 @@
+"""CIFAR-10 and CIFAR-100 from their published python archives, without running what a pickle may ask for."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fetch import SOURCES
+from .images import LabelledImages, check_labels
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What an archive holds."""
+
+    name: str  # in the catalogue
+    folder: str
+    train: tuple[str, ...]
+    test: str
+    labels: str  # key of the labels in each pickled dict
+    num_classes: int
+    mean: tuple[float, ...]  # per channel, in pixel levels
+    std: tuple[float, ...]
+
+
+def _levels(*shares: float) -> tuple[float, ...]:
+    return tuple(255 * share for share in shares)
+
+
+CIFAR10 = _Layout(
+    "cifar10",
+    "cifar-10-batches-py",
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    "labels",
+    10,
+    _levels(0.4914, 0.4822, 0.4465),
+    _levels(0.2470, 0.2435, 0.2616),
+)
+CIFAR100 = _Layout(
+    "cifar100",
+    "cifar-100-python",
+    ("train",),
+    "test",
+    "fine_labels",
+    100,
+    _levels(0.5071, 0.4867, 0.4408),
+    _levels(0.2675, 0.2565, 0.2761),
+)
+
+
+def load_cifar10(root: Path) -> tuple[LabelledImages, LabelledImages]:
+    """The 50,000 training and 10,000 test images, pixels (N, 3, 32, 32).
+
+    Args:
+        root: the archive, the folder it is in, the folder it was extracted into, or that folder's parent.
+
+    Raises:
+        FileNotFoundError: neither archive nor extracted files are there.
+        ValueError: a truncated archive, a pickle of anything but arrays and plain values, unfit sizes or labels.
+    """
+    return _load(CIFAR10, root)
+
+
+def load_cifar100(root: Path) -> tuple[LabelledImages, LabelledImages]:
+    """Like `load_cifar10`, with the 100 fine classes."""
+    return _load(CIFAR100, root)
+
+
+def _load(layout: _Layout, root: Path) -> tuple[LabelledImages, LabelledImages]:
+    wanted = (*layout.train, layout.test)
+    contents = _find(layout, root, wanted)
+    parts = [_read_batch(contents[name], layout) for name in wanted]
+
+    def images(batches: Iterable[tuple[Tensor, Tensor]]) -> LabelledImages:
+        pixels, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        return LabelledImages(pixels, labels, layout.num_classes, layout.mean, layout.std)
+
+    return images(parts[:-1]), images(parts[-1:])
+
+
+@dataclass(frozen=True)
+class _Content:
+    source: str  # for messages
+    data: bytes
+
+
+def _find(layout: _Layout, root: Path, wanted: tuple[str, ...]) -> dict[str, _Content]:
+    """Contents of the wanted files: of an extracted folder, which is faster, or else of the archive."""
+    (published,) = SOURCES[layout.name].files
+    for folder in (root, root / layout.folder):
+        if all((folder / name).is_file() for name in wanted):
+            return {name: _Content(str(folder / name), (folder / name).read_bytes()) for name in wanted}
+    archive = root if root.is_file() else root / published.name
+    if not archive.is_file():
+        raise FileNotFoundError(
+            f"neither {published.name} nor {layout.folder} is in {root}: "
+            f"`camkd-fast data fetch {layout.name}` brings the archive"
+        )
+    found = {}
+    try:
+        with tarfile.open(archive, "r|gz") as tar:  # as a stream: what is in front of a truncation is not enough
+            for member in tar:
+                path = PurePosixPath(member.name)
+                file = tar.extractfile(member) if path.name in wanted and path.parent.name == layout.folder else None
+                if file is not None:
+                    found[path.name] = _Content(f"{path.name} of {archive}", file.read())
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{archive} is truncated or damaged ({error}): "
+            f"{archive.stat().st_size} bytes, the published one has {published.size}"
+        ) from error
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{archive} lacks {', '.join(f'{layout.folder}/{name}' for name in missing)}")
+    return found
+
+
+def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """Pixels (n, 3, 32, 32) uint8 and labels (n,) int64 of one pickled dict."""
+    batch = read_pickle(content.data, content.source)
+    if not isinstance(batch, dict):
+        raise ValueError(f"{content.source} holds a {type(batch).__name__}, expected a dict")
+    # Python 2 strings arrive as bytes; a file pickled again by Python 3 has text.
+    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    pixels, classes = fields.get("data"), fields.get(layout.labels)
+    if not isinstance(pixels, Tensor) or pixels.dim() != 2 or pixels.shape[1] != 3 * 32 * 32:
+        found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"{content.source}: data must be an array (n, 3072), got {found}")
+    if not isinstance(classes, list) or not all(type(label) is int for label in classes):
+        raise ValueError(f"{content.source}: {layout.labels} must be a list of int, got {type(classes).__name__}")
+    if len(pixels) != len(classes):
+        raise ValueError(f"{content.source} holds {len(pixels)} images and {len(classes)} labels")
+    labels = torch.tensor(classes, dtype=torch.int64)
+    check_labels(labels, layout.num_classes, content.source)
+    return pixels.view(-1, 3, 32, 32), labels
+
+
+class RefusedPickleError(ValueError):
+    """A pickle asked for something that reading data does not need."""
+
+
+def read_pickle(data: bytes, source: str) -> Any:
+    """Unpickle plain values and numpy arrays of uint8. An array, or one that a dict holds, becomes a uint8 tensor.
+
+    No global that the pickle names is imported or called, not even numpy's: stand-ins take their place.
+
+    Raises:
+        RefusedPickleError: the pickle names any other global, or an array of another type.
+        ValueError: the pickle is damaged.
+    """
+    try:
+        return _unwrapped(_Unpickler(data, source).load())
+    except RefusedPickleError:
+        raise
+    except Exception as error:  # damaged opcodes raise nearly anything
+        raise ValueError(f"{source} is no readable pickle: {error}") from error
+
+
+class _StandIn:
+    """A name that array pickles mention. The method keeps the opcode BUILD from setting attributes of this class."""
+
+    def __setstate__(self, state: object) -> None:
+        raise RefusedPickleError(f"a pickle gives {type(self).__name__} a state of type {type(state).__name__}")
+
+
+class _Bytes(_StandIn):
+    """In place of _codecs.encode, with which Python 3 writes bytes for Python 2."""
+
+    def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
+        return text.encode("latin1")
+
+
+class _Dtype(_StandIn):
+    def __init__(self, code: bytes | str, *_: object) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and alignment, which a byte has not."""
+
+
+class _Array(_StandIn):
+    tensor: Tensor
+
+    def __init__(self, *_: object) -> None:
+        """The arguments describe the empty array that numpy would fill."""
+
+    def __setstate__(self, state: Any) -> None:
+        _version, shape, dtype, fortran, content = state
+        code = dtype.code if isinstance(dtype, _Dtype) else type(dtype).__name__
+        if code not in ("u1", "|u1") or fortran:
+            raise RefusedPickleError(
+                f"arrays must be uint8 (u1) in C order, got {code!r}{' in Fortran order' * fortran}"
+            )
+        if len(content) != math.prod(shape):
+            raise ValueError(f"an array of shape {shape} has {len(content)} bytes")
+        self.tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
+
+
+STAND_INS = {
+    ("numpy", "ndarray"): _StandIn,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,  # numpy 2
+    ("_codecs", "encode"): _Bytes,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, source: str) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._source = source
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in STAND_INS:
+            raise RefusedPickleError(f"{self._source}: the pickle asks for {module}.{name}, which is refused")
+        return STAND_INS[module, name]
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: item.tensor if isinstance(item, _Array) else item for key, item in value.items()}
+    return value.tensor if isinstance(value, _Array) else value
