@@ -1,0 +1,145 @@
+"""AEKD's weights: the solver against brute force, against scikit-learn, and against the optimality conditions."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from camkd_fast.train.min_norm import min_norm_weights
+
+TOLERANCE = 1e-9  # of the largest g_k . g_k, as the docstring promises
+
+
+def vectors(K: int, D: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(K, D, dtype=torch.float64, generator=generator)
+
+
+def squared_norm(gram: Tensor, weights: Tensor) -> float:
+    return float(weights @ gram @ weights)
+
+
+def brute_force(gram: Tensor, cap: float) -> float:
+    """The least squared norm over every choice of weights at 0, at the cap and in between."""
+    K = gram.shape[0]
+    best = float("inf")
+    for places in itertools.product(("zero", "free", "cap"), repeat=K):
+        free = [k for k in range(K) if places[k] == "free"]
+        weights = torch.tensor([cap if place == "cap" else 0.0 for place in places], dtype=torch.float64)
+        rest = 1.0 - float(weights.sum())
+        if free:
+            # Stationary on the free weights, whose sum is what is left.
+            n = len(free)
+            system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+            system[:n, :n] = gram[free][:, free]
+            system[:n, n] = -1.0
+            system[n, :n] = 1.0
+            right = torch.cat([-(gram[free] @ weights), torch.tensor([rest], dtype=torch.float64)])
+            solution = torch.linalg.lstsq(system, right.unsqueeze(1), driver="gelsd").solution[:n, 0]
+            weights[free] = solution
+        if weights.min() >= -1e-9 and weights.max() <= cap + 1e-9 and abs(float(weights.sum()) - 1.0) < 1e-9:
+            best = min(best, squared_norm(gram, weights))
+    return best
+
+
+def optimality_gap(gram: Tensor, weights: Tensor, cap: float) -> float:
+    """How far the squared norm can at most be above the least one: the linear program of its slope at `weights`."""
+    slope = 2 * gram @ weights
+    least, rest = 0.0, 1.0
+    for k in slope.argsort().tolist():
+        part = min(cap, rest)
+        least += part * float(slope[k])
+        rest -= part
+    return float(weights @ slope) - least
+
+
+@pytest.mark.parametrize("cap", [1.0, 0.6, 0.5, 0.35])
+@pytest.mark.parametrize(("K", "D"), [(2, 3), (3, 50), (4, 2), (5, 1), (5, 8)])
+def test_brute_force_finds_nothing_shorter(K: int, D: int, cap: float) -> None:
+    for seed in range(5):
+        g = vectors(K, D, seed) + seed * vectors(1, D, 99)  # more and more of one mind
+        gram = g @ g.T
+        cap_k = max(cap, 1 / K)
+        weights = min_norm_weights(gram, cap)
+        assert weights.min() >= 0 and weights.max() <= cap_k + 1e-12
+        assert float(weights.sum()) == pytest.approx(1.0, abs=1e-12)
+        excess = squared_norm(gram, weights) - brute_force(gram, cap_k)
+        assert -TOLERANCE <= excess / float(gram.diagonal().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("K", "cap"), [(3, 0.6), (2, 0.6), (5, 0.6), (8, 0.2), (16, 0.1)])
+def test_scikit_learn_agrees(K: int, cap: float) -> None:
+    """The dual of a one-class SVM with nu = 1 / (K cap) is this problem, its coefficients being w / cap."""
+    svm = pytest.importorskip("sklearn.svm")
+    for seed in range(6):
+        g = vectors(K, K + 4, seed)
+        gram = g @ g.T
+        model = svm.OneClassSVM(kernel="precomputed", nu=1 / (K * cap), tol=1e-12).fit(gram.numpy())
+        theirs = torch.zeros(K, dtype=torch.float64)
+        theirs[model.support_] = torch.from_numpy(model.dual_coef_[0])
+        theirs /= theirs.sum()
+        torch.testing.assert_close(min_norm_weights(gram, cap), theirs, atol=1e-6, rtol=0)
+
+
+@given(
+    K=st.integers(2, 16),
+    D=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.0, 2.0, 6.0, 12.0]),
+    cap=st.sampled_from([1.0, 0.6, 0.5, 0.3, 0.0]),
+    shape=st.sampled_from(["free", "twins", "zeros", "one direction", "nearly equal", "float32"]),
+)
+def test_no_gram_matrix_defeats_it(K: int, D: int, seed: int, spread: float, cap: float, shape: str) -> None:
+    g = vectors(K, D, seed) * 10 ** (spread * (torch.rand(K, 1, dtype=torch.float64) - 0.5))
+    if shape == "twins":
+        g[0] = g[-1]
+    elif shape == "zeros":
+        g[: K // 2] = 0
+    elif shape == "one direction":
+        g = g[:, :1] * vectors(1, D, 1)
+    elif shape == "nearly equal":
+        g = vectors(1, D, 2) + 1e-7 * g / g.abs().max()
+    gram = g @ g.T
+    if shape == "float32":
+        gram = gram.float()
+    weights = min_norm_weights(gram, cap)
+    cap = max(cap, 1 / K)
+    assert weights.dtype == torch.float64 and weights.shape == (K,)
+    assert weights.min() >= 0 and weights.max() <= cap + 1e-9
+    assert float(weights.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert optimality_gap(gram.double(), weights, cap) <= TOLERANCE * float(gram.diagonal().max())
+
+
+@pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.ones(3, 3), 1e30 * torch.ones(3, 3), torch.eye(3)])
+def test_exchangeable_vectors_weigh_the_same(gram: Tensor) -> None:
+    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def test_known_answers() -> None:
+    # Orthogonal vectors: w_k is proportional to 1 / |g_k|^2, until the cap binds.
+    gram = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+    torch.testing.assert_close(min_norm_weights(gram), torch.tensor([0.8, 0.2], dtype=torch.float64))
+    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4], dtype=torch.float64))
+    assert min_norm_weights(torch.tensor([[7.0]]), 0.6).tolist() == [1.0]
+
+
+def test_a_gradient_that_is_not_finite_cannot_pass_unnoticed() -> None:
+    gram = torch.eye(3)
+    gram[1, 1] = float("nan")
+    assert min_norm_weights(gram, 0.6).isnan().all()
+
+
+def test_it_compiles_into_one_graph_and_records_no_gradient() -> None:
+    g = vectors(3, 7, 0).requires_grad_()
+    compiled = torch.compile(lambda gram: min_norm_weights(gram, 0.6), fullgraph=True, backend="aot_eager")
+    gram = g @ g.T
+    weights = compiled(gram)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, min_norm_weights(gram, 0.6), rtol=0, atol=0)
+    assert not min_norm_weights(gram, 0.6).requires_grad
+    torch.library.opcheck(torch.ops.camkd_fast.min_norm_weights.default, (gram.detach(), 0.6))
