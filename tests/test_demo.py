@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from camkd_fast import camkd_loss, models
+from camkd_fast import camkd_loss
 from camkd_fast.baselines import eager_loss
 from camkd_fast.data import LabelledImages, ResidentBatches, corrupt_labels, stratified_parts
 from camkd_fast.train.config import TrainConfig
@@ -43,38 +43,9 @@ def digits() -> DigitSplits:
     return load_digits()
 
 
-# Millions of parameters with 100 classes and 3 channels, as published with the distillation benchmark
-# (arXiv 1910.10699) and in its repository.
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        *(("resnet8", 0.08), ("resnet14", 0.18), ("resnet20", 0.28), ("resnet32", 0.47), ("resnet56", 0.86)),
-        *(("resnet8x4", 1.23), ("resnet32x4", 7.43)),
-    ],
-)
-def test_parameter_counts(name: str, millions: float) -> None:
-    count = sum(p.numel() for p in models.create(name, 100, 3).parameters())
-    assert round(count / 1e6, 2) == millions
-
-
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (64, 3)])
-def test_models_follow_the_protocol(size: int, channels: int) -> None:
-    model = models.create("resnet20", 7, channels).eval()
-    images = torch.randn(2, channels, size, size)
-    features = model.forward_features(images)
-    assert features.shape == (2, model.num_features, size // 4, size // 4)
-    assert torch.equal(model.forward_head(features), model(images))
-    assert model(images).shape == (2, 7)
-
-
 def test_a_model_without_the_protocol_is_refused() -> None:
     with pytest.raises(TypeError, match="Linear cannot teach"):
         Teachers([nn.Linear(2, 2)])
-
-
-def test_unknown_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"resnet20.*'resnet21'"):
-        models.create("resnet21", 10)
 
 
 def test_split_is_disjoint_stratified_and_repeatable(digits: DigitSplits) -> None:

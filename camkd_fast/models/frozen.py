@@ -43,7 +43,7 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
         _cast(frozen, dtype)
     if channels_last:
         frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return frozen
+    return frozen.eval()  # the modules put in place of batch norms as well
 
 
 class _Passes(nn.Module):

@@ -1,0 +1,303 @@
+"""Frozen teachers: what is folded, what is not, and that outputs and protocol stay."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from camkd_fast import models
+from camkd_fast.models.protocol import Prediction, feature_model, predict
+
+ONE_A_FAMILY = ("resnet8", "wrn-16-2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Batch norms as training leaves them, every number its own; in training mode, as a student ends."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.3, 2.0)
+    return model.train()
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, images: Tensor) -> Prediction:
+    return predict(feature_model(model.eval()), images)
+
+
+def error(got: Prediction, exact: Prediction) -> float:
+    """The larger relative error of the two, in norm."""
+    return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_folding_is_exact_up_to_rounding(name: str) -> None:
+    model = settled(models.create(name, 10)).double()
+    images = torch.randn(3, 3, 16, 16).double()
+    frozen = models.freeze(model)
+    # Wide ResNets fold the norm behind each block's first convolution and the one behind the stem.
+    left = {"wrn-16-2": 6, "wrn-40-2": 18}.get(name, 0)
+    assert norms(frozen) == left
+    exact = evaluated(model, images)
+    assert error(evaluated(frozen, images), exact) <= 1e-12
+    # In float32 the folded model errs about as much as the original does.
+    plain = evaluated(model.float(), images.float())
+    folded = evaluated(models.freeze(model), images.float())
+    assert folded.logits.dtype == torch.float32
+    assert error(folded, exact) <= 2 * error(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_the_original_is_left_alone(name: str) -> None:
+    model = settled(models.create(name, 10))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    frozen = models.freeze(model, torch.bfloat16, channels_last=True)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) and after[key].dtype == before[key].dtype for key in before)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    theirs = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not any(parameter.data_ptr() in theirs for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_frozen_means_evaluation_mode_without_gradients_of_its_own(name: str) -> None:
+    frozen = models.freeze(settled(models.create(name, 10, 1)))
+    assert not any(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert (frozen.num_classes, type(frozen)) == (10, type(models.create(name, 10, 1)))
+    assert not frozen(torch.randn(2, 1, 16, 16)).requires_grad
+    # The head passes a gradient on to its input: the student's regressed features learn through it.
+    features = frozen.forward_features(torch.randn(2, 1, 16, 16)).clone().requires_grad_()
+    feature_model(frozen).forward_head(features).square().sum().backward()
+    assert features.grad is not None and features.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_low_precision_costs_no_more_than_a_plain_cast(name: str) -> None:
+    model = settled(models.create(name, 10))
+    images = torch.randn(4, 3, 32, 32)
+    exact = evaluated(models.freeze(model, torch.float64), images.double())
+    frozen = models.freeze(model, torch.bfloat16, channels_last=True)
+    folded = evaluated(frozen, images.bfloat16().to(memory_format=torch.channels_last))
+    assert folded.logits.dtype == folded.features.dtype == torch.bfloat16
+    assert folded.features.is_contiguous(memory_format=torch.channels_last)
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_var.dtype == torch.float32
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = evaluated(model.bfloat16(), images.bfloat16())
+    assert error(folded, exact) <= 1.5 * error(plain, exact)
+
+
+def test_a_frozen_model_compiles_in_one_graph() -> None:
+    frozen = models.freeze(settled(models.create("wrn-16-2", 10)))
+    images = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(frozen, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), frozen(images))
+
+
+class Plain(nn.Module):
+    """Two convolutions with a batch norm each, wired by subclasses: images (N, 3, H, W), 4 classes."""
+
+    num_features, num_classes = 6, 4
+
+    def __init__(self, **conv: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, **conv)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = features.mean((2, 3))
+        return pooled if pre_logits else self.fc(pooled)
+
+
+class OutputUsedTwice(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        return self.bn2(self.conv2(F.relu(self.bn1(y) + y)))
+
+
+class ConvolutionUsedTwice(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(self.conv2(y)))
+
+
+class NormUsedTwice(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+
+class HeadUsesIt(Plain):
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(self.conv2(features), pre_logits)
+
+
+class WeightReadDirectly(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(x) * self.conv2.weight.mean()
+
+
+class ReluBetween(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.bn2(F.relu(self.conv2(self.bn1(F.relu(self.conv1(x))))))
+
+
+class NormOfFeatures(Plain):
+    """The feature map itself is a convolution's output; its norm belongs to the head."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(self.bn2(features), pre_logits)
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).square()
+
+
+class Subclassed(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = ScaledConv(3, 6, 3, padding=1)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's layer of that name: batch norm, then `drop`, then `act`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class WithActivation(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = BatchNormAct2d(6)
+
+
+class OtherNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+class UnknownNorm(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = OtherNorm(6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        *((Plain, 0), (OutputUsedTwice, 1), (ConvolutionUsedTwice, 1), (NormUsedTwice, 2), (HeadUsesIt, 1)),
+        *((WeightReadDirectly, 1), (ReluBetween, 2), (NormOfFeatures, 1), (Subclassed, 1), (WithActivation, 0)),
+        (UnknownNorm, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_only_a_convolution_that_feeds_a_norm_alone_is_folded(kind: type[Plain], left: int) -> None:
+    model = settled(kind()).double()
+    images = torch.randn(3, 3, 9, 9).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frozen = models.freeze(model)
+    # bn2 of NormUsedTwice is never called; it stays, as nobody knows what would feed it.
+    assert norms(frozen) == left
+    assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
+
+
+def test_a_hooked_convolution_is_not_folded() -> None:
+    model = settled(Plain()).double()
+    model.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    images = torch.randn(3, 3, 9, 9).double()
+    frozen = models.freeze(model)
+    assert norms(frozen) == 1
+    assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
+
+
+def test_norms_without_statistics_or_scales() -> None:
+    model = settled(Plain())
+    model.bn1 = nn.BatchNorm2d(6, track_running_stats=False)
+    model.bn2 = nn.BatchNorm2d(6, affine=False)
+    images = torch.randn(3, 3, 9, 9).double()
+    frozen = models.freeze(model.double())
+    assert isinstance(frozen.bn1, nn.BatchNorm2d) and isinstance(frozen.bn2, nn.Identity)
+    assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
+
+
+@settings(max_examples=20)
+@given(
+    groups=st.sampled_from([1, 3]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    bias=st.booleans(),
+    mode=st.sampled_from(["zeros", "reflect", "circular"]),
+)
+def test_any_convolution_folds(groups: int, stride: int, dilation: int, bias: bool, mode: str) -> None:
+    model = settled(Plain(groups=groups, stride=stride, dilation=dilation, bias=bias, padding_mode=mode)).double()
+    images = torch.randn(2, 3, 12, 10).double()
+    frozen = models.freeze(model)
+    assert norms(frozen) == 0
+    assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
+
+
+class Untraceable(Plain):
+    def forward_features(self, x: Tensor) -> Tensor:
+        if x.mean() > 100:
+            return x
+        return super().forward_features(x)
+
+
+def test_a_model_that_cannot_be_traced_is_frozen_with_its_norms() -> None:
+    model = settled(Untraceable())
+    images = torch.randn(3, 3, 9, 9)
+    with pytest.warns(UserWarning, match="Untraceable keeps its batch norms, torch.fx cannot trace it: .*control flow"):
+        frozen = models.freeze(model)
+    assert norms(frozen) == 2 and not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert torch.equal(evaluated(frozen, images).logits, evaluated(model, images).logits)
+
+
+def test_control_flow_without_norms_below_it_does_not_hinder() -> None:
+    # VGG's last pool looks at the map's size; both branches must survive in the one frozen model.
+    model = settled(models.create("vgg8", 10)).double()
+    frozen = models.freeze(model)
+    for size in (32, 64):
+        images = torch.randn(2, 3, size, size).double()
+        assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
