@@ -1,0 +1,146 @@
+"""What all loaders have in common: order, position, labels, normalisation, and the count of unreadable files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import BadImageError, Batch, LoaderConfig
+from .files import ImageFiles, ImageSet
+from .order import epoch_batches, rank_sizes
+
+log = logging.getLogger(__name__)
+
+
+class EpochLoader(ABC):
+    """A `Loader` whose kinds differ in how they turn indices into images."""
+
+    def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
+        self.data, self.config = data, config
+        self._shuffle = config.augmentation is not None
+        self._sizes = rank_sizes(len(data), config.batch_size, config.world, config.rank, self._shuffle)
+        self.num_samples = sum(self._sizes)
+        self._labels = data.labels.to(config.device)
+        self._epoch = self._position = 0
+        self._bad: set[int] = set()  # samples whose file cannot be read
+        self._running: Generator[Batch, None, None] | None = None
+        mean, std = (torch.tensor(v, device=config.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
+        self._mean, self._factor = mean, 1 / std
+
+    @abstractmethod
+    def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """For each batch of indices (n,): normalised images (m, channels, H, W) and the m indices that were readable.
+
+        Closing the generator must leave the loader ready for another one.
+        """
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._stop()
+            self._epoch, self._position = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._stop()
+        self._running = self._run()
+        return self._running
+
+    def _run(self) -> Generator[Batch, None, None]:
+        c = self.config
+        view = c.view(self._epoch)
+        batches = epoch_batches(len(self.data), c.batch_size, c.world, c.rank, c.seed, self._epoch, self._shuffle)
+        images = self._images(batches[self._position :], view)
+        try:
+            for pixels, index in images:
+                self._position += 1  # before the batch is used: a state taken meanwhile continues after it
+                yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
+        finally:
+            images.close()
+        self._position = 0
+
+    def _stop(self) -> None:
+        """End an iteration that was left early."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def close(self) -> None:
+        self._stop()
+
+    def _normalised(self, levels: Tensor) -> Tensor:
+        """uint8 levels (n, channels, H, W) as float32 in one affine map; keeps the memory format.
+
+        A product with the reciprocal rather than a quotient: DALI's arithmetic, bit by bit.
+        """
+        return torch.sub(levels, self._mean).mul_(self._factor)
+
+    def _readable(self, index: Tensor) -> Tensor:
+        """`index` without the samples that are known to be unreadable.
+
+        Raises:
+            BadImageError: none is left.
+        """
+        if not self._bad:
+            return index
+        kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
+        if not len(kept):
+            raise BadImageError(
+                f"no image of a batch of {len(index)} can be read, among them {self._path(int(index[0]))}"
+            )
+        return kept
+
+    def _reject(self, sample: int, reason: str) -> None:
+        """Leave a sample out from now on.
+
+        Raises:
+            BadImageError: names the file, if `skip_bad` others were left out already.
+        """
+        if sample in self._bad:
+            return
+        problem = f"{self._path(sample)} cannot be read as an image: {reason}"
+        if len(self._bad) == self.config.skip_bad:
+            raise BadImageError(
+                f"{problem} ({len(self._bad)} unreadable files before it, skip_bad={self.config.skip_bad})"
+            )
+        self._bad.add(sample)
+        log.warning("left out: %s (%d of skip_bad=%d)", problem, len(self._bad), self.config.skip_bad)
+
+    def _path(self, sample: int) -> str:
+        return str(self.data.paths[sample]) if isinstance(self.data, ImageFiles) else f"image {sample}"
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a position to mean the same samples and pixels."""
+        c = self.config
+        labels = self.data.labels.cpu().contiguous().numpy()
+        return {
+            "samples": len(self.data),
+            "labels": hashlib.sha256(labels.data).hexdigest()[:16],
+            "seed": c.seed,
+            "global batch": c.batch_size * c.world,
+            "augmentation": str(c.augmentation),
+            "views": c.views,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "batch": self._position,
+            "bad": sorted(self._bad),
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved = state["settings"]
+        for name, value in self._settings().items():
+            if saved[name] != value:
+                raise ValueError(f"the saved position belongs to {name} {saved[name]!r}, this loader has {value!r}")
+        self._stop()
+        self._epoch, self._position, self._bad = state["epoch"], state["batch"], set(state["bad"])
