@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cifar import load_cifar10, load_cifar100
-from .digits import TRAIN, VALIDATION, load_digits
+from .digits import VALIDATION, load_digits
 from .fashion_mnist import load_fashion_mnist
 from .fetch import default_folder
 from .files import ImageFiles
@@ -59,8 +59,8 @@ def load(
     if name == "digits":
         if root is not None or validation != 0.1:
             raise ValueError(
-                f"digits come with scikit-learn in {TRAIN} + {VALIDATION} images: root {root} and "
-                f"validation {validation} do not apply"
+                f"digits come with scikit-learn and have {VALIDATION} validation images: "
+                f"leave out root and validation, got {root} and {validation}"
             )
         return Splits(*load_digits(split_seed))
     if name in ARRAYS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import pickle
@@ -109,13 +110,14 @@ def _find(layout: _Layout, root: Path, wanted: tuple[str, ...]) -> dict[str, _Co
         )
     found = {}
     try:
-        with tarfile.open(archive, "r|gz") as tar:  # as a stream: what is in front of a truncation is not enough
+        # Unlike tarfile's own gzip, this one tells a truncated file from one that ends.
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 file = tar.extractfile(member) if path.name in wanted and path.parent.name == layout.folder else None
                 if file is not None:
                     found[path.name] = _Content(f"{path.name} of {archive}", file.read())
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{archive} is truncated or damaged ({error}): "
             f"{archive.stat().st_size} bytes, the published one has {published.size}"
@@ -142,7 +144,7 @@ def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{content.source} holds {len(pixels)} images and {len(classes)} labels")
     labels = torch.tensor(classes, dtype=torch.int64)
     check_labels(labels, layout.num_classes, content.source)
-    return pixels.view(-1, 3, 32, 32), labels
+    return pixels.reshape(-1, 3, 32, 32), labels
 
 
 class RefusedPickleError(ValueError):
@@ -197,13 +199,12 @@ class _Array(_StandIn):
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, content = state
         code = dtype.code if isinstance(dtype, _Dtype) else type(dtype).__name__
-        if code not in ("u1", "|u1") or fortran:
-            raise RefusedPickleError(
-                f"arrays must be uint8 (u1) in C order, got {code!r}{' in Fortran order' * fortran}"
-            )
+        if code not in ("u1", "|u1"):
+            raise RefusedPickleError(f"the pickle holds an array of type {code!r}, which is refused: expected 'u1'")
         if len(content) != math.prod(shape):
             raise ValueError(f"an array of shape {shape} has {len(content)} bytes")
-        self.tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
+        tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self.tensor = tensor.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran else tensor.view(shape)
 
 
 STAND_INS = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .fetch import default_folder
+from .fetch import SOURCES, default_folder
 from .images import LabelledImages, check_labels
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+FILES = tuple(file.name for file in SOURCES["fashion-mnist"].files)
 NUM_CLASSES = 10
 # Over the 60,000 training images, in pixel levels.
 MEAN, STD = (72.94035,), (90.02118,)

@@ -90,18 +90,18 @@ def load_stanford_dogs(root: Path, size: int = 224) -> tuple[ImageFiles, ImageFi
     return train, test
 
 
-def class_folders(root: Path) -> list[Path]:
+def class_folders(root: Path, least: int = 2) -> list[Path]:
     """The folders in `root` that are not hidden, sorted by name.
 
     Raises:
         FileNotFoundError: there is no folder `root`.
-        ValueError: it holds fewer than two folders.
+        ValueError: it holds fewer than `least` folders.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     folders = _visible_folders(root)
-    if len(folders) < 2:
-        raise ValueError(f"{root} has {len(folders)} class folders, at least 2 are needed")
+    if len(folders) < least:
+        raise ValueError(f"{root} has {len(folders)} class folders, at least {least} must be there")
     return folders
 
 
@@ -124,7 +124,7 @@ def _visible_folders(root: Path) -> list[Path]:
 
 def _read_tree(root: Path, size: int, names: Sequence[str] | None = None) -> ImageFiles:
     """ROOT/CLASS/IMAGE. With `names` the classes are those, of which some may be missing here."""
-    folders = class_folders(root)
+    folders = class_folders(root, least=1 if names else 2)
     found = [folder.name for folder in folders]
     if names and (unknown := sorted(set(found) - set(names))):
         raise ValueError(f"{root} has a class {unknown[0]} that is not among the {len(names)} of the training images")

@@ -1,0 +1,216 @@
+"""Trees of image files in every layout that is read. Nothing decodes them here: their content need not be an image."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from camkd_fast.data import ImageFiles, catalogue
+from camkd_fast.data.fetch import default_folder
+from camkd_fast.data.folders import load_folder, load_stanford_dogs, load_tiny_imagenet
+
+
+@pytest.fixture(autouse=True)
+def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(str(path.relative_to(path.parents[2])).encode())
+    return path
+
+
+def tree(root: Path, classes: tuple[str, ...], count: int) -> Path:
+    for name in classes:
+        for n in range(count):
+            image(root / name / f"{n:03}{('.jpg', '.JPEG', '.png')[n % 3]}")
+    return root
+
+
+def names(data: ImageFiles) -> list[tuple[str, str]]:
+    return [(path.parent.name, data.class_names[label]) for path, label in zip(data.paths, data.labels, strict=True)]
+
+
+def test_a_flat_tree_is_split_and_its_test_part_never_changes(tmp_path: Path) -> None:
+    tree(tmp_path, ("cat", "ant", "Bee"), 20)
+    image(tmp_path / "cat" / ".hidden.jpg")
+    image(tmp_path / ".cache" / "x.jpg")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "labels.csv").write_text("no folder")
+    splits, other = (catalogue.load("folder", tmp_path, split_seed=seed, size=48) for seed in (0, 1))
+    assert [len(part) for part in splits] == [43, 5, 12]
+    assert splits.train.shape == (3, 48, 48) and splits.train.channels == 3
+    everything: set[Path] = set()
+    for part in splits:
+        assert isinstance(part, ImageFiles) and part.class_names == ("Bee", "ant", "cat") and part.num_classes == 3
+        assert all(folder == name for folder, name in names(part))
+        everything |= set(part.paths)
+    assert len(everything) == 60
+    assert splits.test.labels.bincount().tolist() == [4, 4, 4]
+    assert other.test.paths == splits.test.paths and other.validation.paths != splits.validation.paths
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_single_folder_beside_train_is_the_test_part(tmp_path: Path, part: str) -> None:
+    tree(tmp_path / "train", ("a", "b"), 10)
+    tree(tmp_path / part, ("b",), 3)
+    splits = load_folder(tmp_path, size=32)
+    assert [len(p) for p in splits] == [18, 2, 3]
+    assert splits.test.labels.tolist() == [1, 1, 1] and splits.test.num_classes == 2
+
+
+def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("val", 3), ("test", 2)):
+        tree(tmp_path / part, ("a", "b"), count)
+    splits = load_folder(tmp_path, size=32)
+    assert [len(part) for part in splits] == [8, 6, 4]
+    assert {path.parents[1].name for path in splits.validation.paths} == {"val"}
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    tree(tmp_path, ("train", "plane"), 10)
+    assert load_folder(tmp_path, size=32).train.class_names == ("plane", "train")
+
+
+def test_unfit_trees_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        load_folder(tmp_path / "nowhere", size=32)
+    with pytest.raises(ValueError, match="has 0 class folders, at least 2"):
+        load_folder(tmp_path, size=32)
+    tree(tmp_path, ("cat", "dog"), 10)
+    empty = tmp_path / "eel"
+    empty.mkdir()
+    image(empty / ".hidden.png")
+    with pytest.raises(ValueError, match="eel holds no JPEG or PNG file"):
+        load_folder(tmp_path, size=32)
+    shutil.rmtree(empty)
+    load_folder(tmp_path, size=32)
+    tree(tmp_path / "train", ("cat", "dog"), 10)
+    with pytest.raises(FileNotFoundError, match="folder train, but neither val nor test"):
+        load_folder(tmp_path, size=32)
+    tree(tmp_path / "test", ("cat", "cow"), 10)
+    with pytest.raises(ValueError, match="test has a class cow that is not among the 2"):
+        load_folder(tmp_path, size=32)
+
+
+def tiny_imagenet(root: Path, classes: tuple[str, ...] = ("n02", "n01", "n03"), count: int = 5) -> Path:
+    for name in classes:
+        for n in range(count):
+            image(root / "train" / name / "images" / f"{name}_{n}.JPEG")
+        (root / "train" / name / f"{name}_boxes.txt").write_text("boxes")
+    lines = []
+    for n, name in enumerate(classes):
+        image(root / "val" / "images" / f"val_{n}.JPEG")
+        lines.append(f"val_{n}.JPEG\t{name}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    image(root / "test" / "images" / "test_0.JPEG")
+    (root / "wnids.txt").write_text("\n".join(classes))
+    return root
+
+
+def test_tiny_imagenet_takes_its_labelled_validation_part_as_test(tmp_path: Path) -> None:
+    tiny_imagenet(default_folder("tiny-imagenet") / "tiny-imagenet-200")
+    splits = catalogue.load("tiny-imagenet", validation=0.2)
+    assert [len(part) for part in splits] == [12, 3, 3]
+    assert splits.train.class_names == ("n01", "n02", "n03") and splits.train.shape == (3, 64, 64)
+    assert splits.test.labels.tolist() == [1, 0, 2]
+    assert all(
+        path.parts[-3] == name for path, name in zip(splits.train.paths, _class_names(splits.train), strict=True)
+    )
+    assert splits.train.mean == splits.test.mean
+
+
+def _class_names(data: ImageFiles) -> list[str]:
+    return [data.class_names[label] for label in data.labels]
+
+
+def test_unfit_tiny_imagenet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*tiny-imagenet-200/train"):
+        load_tiny_imagenet(tmp_path)
+    annotations = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
+    text = annotations.read_text()
+    annotations.write_text(text + "val_9.JPEG\tn01\t0\t0\t1\t1\n")
+    with pytest.raises(FileNotFoundError, match=r"lists .*val_9\.JPEG, which is missing \(1 of 4"):
+        load_tiny_imagenet(tmp_path)
+    annotations.write_text(text.replace("n03", "n04"))
+    with pytest.raises(ValueError, match=r"val_2\.JPEG is of class 'n04', which is not among the 3"):
+        load_tiny_imagenet(tmp_path)
+    annotations.write_text(text + "val_0.JPEG")
+    with pytest.raises(ValueError, match=r"val_0\.JPEG is of class ''"):
+        load_tiny_imagenet(tmp_path)
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt is missing"):
+        load_tiny_imagenet(tmp_path)
+    shutil.rmtree(tmp_path / "train" / "n02" / "images")
+    with pytest.raises(ValueError, match=r"n02/images holds no JPEG"):
+        load_tiny_imagenet(tmp_path)
+
+
+DOGS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel")
+
+
+def stanford_dogs(root: Path, lists: Path) -> Path:
+    from scipy.io import savemat
+
+    lists.mkdir(parents=True, exist_ok=True)
+    for part, range_ in (("train", range(3)), ("test", range(3, 5))):
+        files = [f"{name}/{name}_{n}.jpg" for name in DOGS for n in range_]
+        for file in files:
+            image(root / "Images" / file)
+        cells = np.empty((len(files), 1), dtype=object)
+        cells[:, 0] = files
+        labels = np.array([[1 + DOGS.index(file.split("/")[0])] for file in files], dtype=np.uint8)
+        savemat(lists / f"{part}_list.mat", {"file_list": cells, "annotation_list": cells, "labels": labels})
+    return root
+
+
+@pytest.mark.parametrize("inside", [".", "lists"])
+def test_stanford_dogs_follow_their_lists(tmp_path: Path, inside: str) -> None:
+    pytest.importorskip("scipy")
+    train, test = load_stanford_dogs(stanford_dogs(tmp_path, tmp_path / inside))
+    assert train.class_names == DOGS and train.shape == (3, 224, 224)
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
+    assert [path.name for path in test.paths[:2]] == [f"{DOGS[0]}_3.jpg", f"{DOGS[0]}_4.jpg"]
+    splits = catalogue.load("stanford-dogs", tmp_path, validation=1 / 3, size=96)
+    assert [len(part) for part in splits] == [4, 2, 4] and splits.test.shape == (3, 96, 96)
+
+
+def test_unfit_stanford_dogs_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*Images"):
+        load_stanford_dogs(tmp_path)
+    stanford_dogs(tmp_path, tmp_path)
+    image_file = tmp_path / "Images" / DOGS[0] / f"{DOGS[0]}_0.jpg"
+    image_file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_list\.mat lists .*_0\.jpg, which is missing \(1 of 6"):
+        load_stanford_dogs(tmp_path)
+    image(image_file)
+    path = tmp_path / "test_list.mat"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"test_list\.mat is no readable list"):
+        load_stanford_dogs(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_list\.mat is neither in"):
+        load_stanford_dogs(tmp_path)
+    (tmp_path / "Images" / "n03-empty").mkdir()
+    with pytest.raises(ValueError, match="n03-empty holds no JPEG"):
+        load_stanford_dogs(tmp_path)
+
+
+def test_fingerprints_of_files_follow_their_bytes_and_not_their_place(tmp_path: Path) -> None:
+    here = load_folder(tree(tmp_path / "a" / "set", ("x", "y"), 10), size=32)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    there = load_folder(tmp_path / "b" / "set", size=32)
+    assert here.train.fingerprint() == there.train.fingerprint()
+    assert here.train.fingerprint() != load_folder(tmp_path / "a" / "set", size=33).train.fingerprint()
+    assert here.train.fingerprint() != here.train.take(torch.arange(len(here.train)).flip(0)).fingerprint()
+    there.train.paths[0].write_bytes(b"changed")
+    changed = load_folder(tmp_path / "b" / "set", size=32)
+    assert changed.train.fingerprint() != here.train.fingerprint()
+    assert there.train.fingerprint() == here.train.fingerprint()  # computed once
+    assert there.train.take(torch.tensor([0])).paths == there.train.paths[:1]
