@@ -203,7 +203,7 @@ def weighted_feature_loss(
 class FeatureLossOutput(NamedTuple):
     """What CAMKDFeatureLoss returns."""
 
-    loss: Tensor  # mean over the samples that are not ignored; a scalar, differentiable
+    loss: Tensor  # mean over the samples that are not ignored, or sum / num_items; a scalar, differentiable
     weights: Tensor  # (K, N): w_k^inter; detached unless detach_weights=False
     teacher_ce: Tensor  # (K, N): CE(head_k(r_k(F_s)), y), detached like `weights`
 
@@ -252,6 +252,7 @@ class CAMKDFeatureLoss(nn.Module):
         teacher_features: Sequence[Tensor],
         teacher_heads: Sequence[Callable[[Tensor], Tensor]],
         target: Tensor,
+        num_items: float | Tensor | None = None,
     ) -> FeatureLossOutput:
         """
         Args:
@@ -259,6 +260,7 @@ class CAMKDFeatureLoss(nn.Module):
             teacher_features: K tensors (N, D_k, H_k, W_k), no gradient.
             teacher_heads: K frozen callables (N, D_k, H_k, W_k) -> logits (N, C).
             target: (N,) int64 labels or `ignore_index`, whose rows have weight 0.
+            num_items: divisor of the mean instead of the number of rows, as in `camkd_loss`.
 
         Raises:
             ValueError: another number of teachers than at construction, and as `weighted_feature_loss`.
@@ -272,7 +274,7 @@ class CAMKDFeatureLoss(nn.Module):
             logits = [head(feature) for head, feature in zip(teacher_heads, regressed, strict=True)]
             weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend)
         total = weighted_feature_loss(regressed, teacher_features, weights, reduction="sum", backend=self.backend)
-        loss = total / (target != self.ignore_index).sum().clamp(min=1)
+        loss = total / ((target != self.ignore_index).sum().clamp(min=1) if num_items is None else num_items)
         return FeatureLossOutput(loss, weights, ce)
 
 
