@@ -203,6 +203,8 @@ class DistillConfig:
     """Temperature of the distillation loss (paper: 4)."""
     official_scale: bool = False
     """Divide the losses by the number of teachers as the official code does, which the paper does not."""
+    teacher_index: int = 0
+    """Which teacher the strategy kd learns from, from 0."""
     detach: bool = True
     """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
     teacher_cache: Path | None = None

@@ -1,0 +1,117 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard events and a progress bar, all by rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from .checkpoint import write_atomically
+from .config import LogConfig
+
+METRICS = "metrics.jsonl"
+Record = Mapping[str, Any]
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl in order: those of one kind ("steps", "epoch", "test"), or all.
+
+    Every record has "kind", "step" and "epoch", counted from 1. A last line that a kill cut short is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line before the last is no JSON; file and line are named.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+class Journal:
+    """Writes records as they come.
+
+    Args:
+        out: the run directory.
+        steps: of the whole run, for the progress bar.
+        step: at which the run is resumed; later records, which the run will write again, are dropped.
+        title: of the progress bar.
+    """
+
+    def __init__(self, out: Path, log: LogConfig, steps: int, step: int, title: str) -> None:
+        path = out / METRICS
+        if path.exists():
+            kept = [r for r in read_metrics(path) if r["step"] <= step and r["kind"] != "test"]
+            write_atomically(path, "".join(map(_line, kept)).encode())
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._bar: Any = None
+        self._events: Any = None
+        if log.progress:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, unit="step", desc=title, dynamic_ncols=True)
+        if log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """A line of metrics.jsonl, its numbers as TensorBoard scalars, the loss and accuracy beside the bar."""
+        self._file.write(_line(record))
+        self._file.flush()
+        step = record["step"]
+        if self._events is not None:
+            for name, value in _scalars(record):
+                self._events.add_scalar(f"{record['kind']}/{name}", value, step)
+            self._events.flush()
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            shown = ("loss", "validation_accuracy", "images_per_second")
+            self._bar.set_postfix({name: f"{record[name]:,.4g}" for name in shown if name in record})
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches; it goes above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Silence:
+    """The journal of every process but rank 0."""
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _scalars(record: Record) -> list[tuple[str, float]]:
+    """Every number by name; one of a list by its position as well."""
+    out: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            out += [(f"{name}/{k}", number) for k, number in enumerate(value)]
+        elif isinstance(value, (int, float)) and name != "step":
+            out.append((name, value))
+    return out

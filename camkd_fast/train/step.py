@@ -1,0 +1,194 @@
+"""One training step, for labels alone and for any strategy. It knows no strategy's name and never waits for the device.
+
+forward of teachers and student -> loss and its gradient in one pass (`camkd_loss_and_grad`) -> one backward -> SGD.
+Student and loss are one graph under torch.compile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..logit_loss import camkd_loss_and_grad
+from ..models.protocol import Prediction, feature_model, predict
+from .config import OptimConfig, PrecisionConfig
+from .distributed import World, replicate
+from .strategies import Strategy
+from .sums import Sums
+from .teachers import Teachers
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Objective(NamedTuple):
+    """One batch's loss, ready for `torch.autograd.backward(roots, gradients)`."""
+
+    roots: list[Tensor]  # logits (n, C) and, where there is one, the feature loss
+    gradients: list[Tensor]  # d(scale * loss) / d root
+    numbers: Tensor  # float32, sums over the batch: loss, cross-entropy, distillation, feature loss, correct
+    weights: Tensor | None  # (K,) sum of the teachers' logit weights
+    feature_weights: Tensor | None  # (K,) likewise of their feature maps
+
+
+class Pupil(nn.Module):
+    """The student with all that the strategy trains beside it, so that DDP and the optimiser see every parameter."""
+
+    def __init__(self, student: nn.Module, strategy: Strategy, precision: PrecisionConfig, full_batch: int) -> None:
+        super().__init__()
+        feature_model(student)
+        self.student, self.strategy = student, strategy
+        self._dtype = DTYPES[precision.dtype]
+        self._full_batch = full_batch
+        self._compiled: Callable[..., Objective] = self._objective
+        if precision.compile == "on":
+            mode = "reduce-overhead" if precision.cuda_graphs else None
+            self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
+
+    def forward(
+        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+    ) -> Objective:
+        """
+        Args:
+            images: (n, channels, H, W), of which student and teachers get the same batch.
+            target: (n,) int64.
+            taught: K predictions, or none.
+            num_items: images of this step over all processes; the loss is a sum over them divided by this.
+            scale: one-element float32 tensor that multiplies all gradients.
+        """
+        # A last, smaller batch would cost a second compilation: it runs as it is.
+        run = self._compiled if images.shape[0] == self._full_batch else self._objective
+        return run(images, target, taught, num_items, scale)
+
+    def _objective(
+        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+    ) -> Objective:
+        strategy = self.strategy
+        with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            student = predict(feature_model(self.student), images)
+            term = strategy.feature_term(student, taught, target, num_items) if taught else None
+        logits = student.logits.detach()
+        weights = feature_weights = None
+        feature = torch.zeros((), device=images.device)
+        if taught:
+            teacher_logits = [teacher.logits for teacher in taught]
+            out, gradient = camkd_loss_and_grad(
+                logits,
+                teacher_logits,
+                target,
+                temperature=strategy.temperature,
+                hard_weight=strategy.hard_weight,
+                soft_weight=strategy.soft_weight,
+                weighting=strategy.weighting(logits, taught, target),
+                num_items=num_items,
+                loss_scale=scale,
+            )
+            loss, hard, soft = out.loss, out.hard, out.soft
+            weights = out.weights.sum(1)
+            roots, gradients = [student.logits], [gradient]
+        else:
+            root = F.cross_entropy(student.logits.float(), target, reduction="sum") / num_items
+            loss = hard = root.detach()
+            soft = torch.zeros_like(hard)
+            roots, gradients = [root], [scale.reshape(())]
+        if term is not None:
+            roots.append(term.loss)
+            gradients.append(scale.reshape(()).to(term.loss.dtype))
+            feature = term.loss.detach()
+            feature_weights = None if term.weights is None else term.weights.sum(1)
+        losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
+        correct = (logits.argmax(1) == target).sum().float()
+        return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
+
+
+class TrainStep:
+    """Callable that trains on one batch.
+
+    Args:
+        full_batch: images per batch of this process, which is what gets compiled.
+        seed: of the random numbers that student or strategy draw (dropout): each step has its own, a function of
+            seed, rank and step alone, so a resumed run draws what the uninterrupted one would have drawn.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        strategy: Strategy,
+        teachers: Teachers | None,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        world: World,
+        full_batch: int,
+        seed: int,
+    ) -> None:
+        self.pupil = Pupil(student, strategy, precision, full_batch)
+        if precision.sync_batchnorm:
+            self.pupil = nn.SyncBatchNorm.convert_sync_batchnorm(self.pupil)  # type: ignore[no-untyped-call]
+        self.student, self.strategy, self.teachers = self.pupil.student, self.pupil.strategy, teachers
+        self._forward = replicate(self.pupil, world)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.pupil.parameters() if p.requires_grad],
+            lr=1.0,  # set by every call
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=True,
+            fused=True,
+        )
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                # torch leaves the momentum uninitialised when the scaler skips the first fused step.
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
+        self.sums = Sums()
+        self.first_steps = 3 if precision.compile == "on" else 1  # compilation of both passes, recording of graphs
+        self._graphs = precision.cuda_graphs
+        self._world, self._seed = world, seed
+        self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP takes the mean over processes
+
+    def __call__(self, batch: Batch, num_items: int, rate: float, number: int) -> None:
+        """Train on `batch` with learning rate `rate` as step `number` (from 0) of the run.
+
+        Args:
+            num_items: images of this step over all processes.
+        """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        seed_generators(self._world.device, self._seed, self._world.rank, number)
+        taught = self.teachers(batch) if self.teachers is not None else []
+        scale = self.scaler.scale(self._scale)
+        objective = self._forward(batch.images, batch.target, taught, num_items, scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(objective.roots, objective.gradients)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.sums.add(objective, batch.target.numel(), number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the student: the strategy's own parameters, the optimiser, the scaler."""
+        return {
+            "strategy": self.strategy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.strategy.load_state_dict(state["strategy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def seed_generators(device: torch.device, *key: int) -> None:
+    """Seed the generators that layers draw from with a hash of `key`; 100 us faster than torch.manual_seed."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

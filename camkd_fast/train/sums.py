@@ -1,0 +1,122 @@
+"""What steps leave behind, summed on the device, and the one place where the host reads it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .distributed import World
+
+LOSSES = ("loss", "hard", "soft", "feature")
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged."""
+
+
+class BatchNumbers(Protocol):
+    """What `Sums.add` takes of a step's objective."""
+
+    @property
+    def numbers(self) -> Tensor: ...  # (5,) sums over the batch: the LOSSES, then correct answers
+    @property
+    def weights(self) -> Tensor | None: ...  # (K,) sums over the batch
+    @property
+    def feature_weights(self) -> Tensor | None: ...
+
+
+class Totals(NamedTuple):
+    """Sums over images, on the host and over all processes."""
+
+    images: int
+    losses: list[float]  # in the order of LOSSES
+    correct: int
+    weights: list[float]  # K, or none where nobody weighs teachers
+    feature_weights: list[float]
+
+    def plus(self, other: Totals | None, factor: int = 1) -> Totals:
+        """These and `factor` times the others."""
+        if other is None:
+            return self
+
+        def add(one: list[float], two: list[float]) -> list[float]:
+            return [a + factor * b for a, b in zip(one, two, strict=True)]
+
+        return Totals(
+            self.images + factor * other.images,
+            add(self.losses, other.losses),
+            self.correct + factor * other.correct,
+            add(self.weights, other.weights),
+            add(self.feature_weights, other.feature_weights),
+        )
+
+    def means(self) -> dict[str, Any]:
+        """Means over images, by name, ready for JSON."""
+        images = max(self.images, 1)
+        return {
+            **{name: total / images for name, total in zip(LOSSES, self.losses, strict=True)},
+            "train_accuracy": self.correct / images,
+            "weights": [total / images for total in self.weights],
+            "feature_weights": [total / images for total in self.feature_weights],
+        }
+
+
+class Reading(NamedTuple):
+    totals: Totals
+    flag: bool  # what rank 0 gave to `read`
+
+
+class Sums:
+    """Sums over the steps since `reset`, and the first step whose loss was not finite.
+
+    `base` is what a resumed epoch starts from: the sums that its checkpoint holds, over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.base: Totals | None = None
+        self._images = 0
+        self._total: Tensor | None = None  # float64: the numbers, the weights, the feature weights
+        self._num_weights = 0
+        self._bad_step = self._bad_losses = torch.empty(0)
+
+    def add(self, batch: BatchNumbers, images: int, step: int) -> None:
+        """Add one step's numbers; nothing is read."""
+        weights = [w for w in (batch.weights, batch.feature_weights) if w is not None]
+        numbers = torch.cat([batch.numbers, *weights]).double()
+        if self._total is None:
+            self._num_weights = 0 if batch.weights is None else batch.weights.numel()
+            self._total = torch.zeros_like(numbers)
+        if self._bad_step.numel() == 0:
+            self._bad_step = numbers.new_full((1,), -1.0)
+            self._bad_losses = numbers.new_zeros(len(LOSSES))
+        first = (self._bad_step < 0) & ~numbers[0].isfinite()
+        self._bad_step = torch.where(first, float(step), self._bad_step)
+        self._bad_losses = torch.where(first, numbers[: len(LOSSES)] / images, self._bad_losses)
+        self._total += numbers
+        self._images += images
+
+    def read(self, world: World, flag: bool = False) -> Reading:
+        """The sums over all processes: one collective, one read from the device.
+
+        Raises:
+            NonFiniteLossError: a loss since the last reset was NaN or infinite; step and parts are named.
+        """
+        if self._total is None:
+            raise RuntimeError("no step was taken since the sums were reset")
+        host = self._total.new_tensor([float(self._images), float(flag)])
+        mine = torch.cat([self._bad_step, self._bad_losses, host, self._total])
+        rows = world.gather(mine).tolist()
+        diverged = [row for row in rows if row[0] >= 0]
+        if diverged:
+            step, *losses = min(diverged)[: 1 + len(LOSSES)]
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(LOSSES, losses, strict=True))
+            raise NonFiniteLossError(f"the loss is not finite at step {int(step)}: {parts}")
+        images, _, *total = (sum(column) for column in list(zip(*rows, strict=True))[1 + len(LOSSES) :])
+        losses, correct, rest = total[: len(LOSSES)], total[len(LOSSES)], total[len(LOSSES) + 1 :]
+        totals = Totals(int(images), losses, int(correct), rest[: self._num_weights], rest[self._num_weights :])
+        return Reading(totals.plus(self.base), bool(rows[0][2 + len(LOSSES)]))

@@ -1,0 +1,249 @@
+"""The loop: epochs of steps, evaluation, log lines and checkpoints. It knows no strategy and no data set by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checkpoint import Checkpoint, Checkpoints, model_bytes
+from .config import LogConfig, OptimConfig
+from .distributed import World, items_in_step
+from .journal import Journal, Silence
+from .schedule import learning_rate
+from .step import TrainStep
+from .sums import NonFiniteLossError, Totals
+
+if TYPE_CHECKING:
+    from ..data.batch import Loader
+
+
+class Evaluation(NamedTuple):
+    """A model's answers on a set of images, each counted once."""
+
+    images: int
+    accuracy: float
+    loss: float  # mean cross-entropy
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
+    """Evaluate in float32, over all processes; leaves the model in evaluation mode.
+
+    Args:
+        loader: in evaluation order, this process's share.
+    """
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for batch in loader:
+        logits = model(batch.images)
+        loss = F.cross_entropy(logits, batch.target, reduction="sum")
+        correct = (logits.argmax(1) == batch.target).sum()
+        sums += torch.stack([torch.full_like(loss, batch.target.numel()), correct.to(loss.dtype), loss])
+    images, correct_total, loss_total = world.sum(sums).tolist()
+    return Evaluation(int(images), correct_total / max(images, 1), loss_total / max(images, 1))
+
+
+class Clock:
+    """Images per second of this process's steps, its first ones apart: they compile, allocate and start workers.
+
+    Args:
+        device: waited for once, after the first steps.
+        first: how many steps those are.
+    """
+
+    def __init__(self, device: torch.device, first: int) -> None:
+        self._device, self._first = device, first
+        self.start_seconds = self.seconds = 0.0  # in the first steps, in the others
+        self.images = 0  # in the others
+        self._lap = (0.0, 0)
+        self._started = 0.0
+
+    def go(self) -> None:
+        self._started = time.perf_counter()
+
+    def count(self, images: int) -> None:
+        """One step was issued."""
+        if self._first == 0:
+            self.images += images
+            return
+        self._first -= 1
+        if self._first == 0:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.start_seconds, self._started = self._since_go(self.start_seconds)
+
+    def pause(self) -> None:
+        """Stop until `go`; the device must have finished."""
+        if self._first:
+            self.start_seconds, _ = self._since_go(self.start_seconds)
+        else:
+            self.seconds, _ = self._since_go(self.seconds)
+
+    def _since_go(self, total: float) -> tuple[float, float]:
+        now = time.perf_counter()
+        return total + now - self._started, now
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def lap(self) -> float:
+        """Images per second since the last lap."""
+        seconds, images = self.seconds - self._lap[0], self.images - self._lap[1]
+        self._lap = self.seconds, self.images
+        return images / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is left when a run's last epoch is over."""
+
+    images_per_second: float  # over all processes, first steps and evaluation apart
+    start_seconds: float  # this process's first steps: compilation, if any, and start of loaders
+
+
+class Trainer:
+    """Trains until the last epoch, from wherever it stands.
+
+    Args:
+        train: this process's share of the training images, in a new order every epoch.
+        validation: this process's share, in evaluation order; None where no images are held out.
+        images: training images of all processes.
+        peak: highest learning rate.
+        checkpoints: written by rank 0 alone.
+        metadata: of the model files.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        train: Loader,
+        validation: Loader | None,
+        images: int,
+        optim: OptimConfig,
+        peak: float,
+        log: LogConfig,
+        checkpoints: Checkpoints,
+        metadata: dict[str, Any],
+        world: World,
+    ) -> None:
+        self.step, self.train, self.validation, self.images = step, train, validation, images
+        self.optim, self.peak, self.log = optim, peak, log
+        self.checkpoints, self.metadata, self.world = checkpoints, metadata, world
+        self.position = 0  # steps that are done
+        self.steps_per_epoch = len(train)
+        self.steps = optim.epochs * self.steps_per_epoch
+        self._logged: Totals | None = None  # of this epoch, as the last log line read them
+        self._clock = Clock(world.device, step.first_steps)
+        self._saved_at = time.monotonic()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Stand where the run stood when it wrote `checkpoint`, on this or another number of processes.
+
+        Raises:
+            ValueError: the loader's settings are others than then.
+        """
+        state = checkpoint.state
+        self.step.student.load_state_dict(checkpoint.model)
+        self.step.load_state_dict(state["training"])
+        self.train.load_state_dict(state["loader"])
+        self.step.sums.base = None if state["totals"] is None else Totals(*state["totals"])
+        self._logged = None if state["logged"] is None else Totals(*state["logged"])
+        self.position = checkpoint.step
+
+    def run(self, journal: Journal | Silence) -> Outcome:
+        """
+        Raises:
+            NonFiniteLossError: a loss or a parameter is NaN or infinite; step, parts of the loss and the last good
+                checkpoint are named. Nothing was saved since.
+            OSError: a checkpoint could not be written.
+        """
+        try:
+            for epoch in range(self.position // self.steps_per_epoch, self.optim.epochs):
+                self._epoch(epoch, journal)
+        except NonFiniteLossError as error:
+            rate, last = self._rate(self.position - 1), next(iter(self.checkpoints.paths()), "none")
+            raise NonFiniteLossError(f"{error}; learning rate {rate:.4g}; last good checkpoint: {last}") from None
+        return Outcome(self._clock.images_per_second * self.world.size, self._clock.start_seconds)
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.optim, self.peak, step, self.steps_per_epoch)
+
+    def _epoch(self, epoch: int, journal: Journal | Silence) -> None:
+        first, last = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        if self.position == first:
+            self.train.set_epoch(epoch)
+        self.step.pupil.train()
+        self._clock.go()
+        for batch in self.train:
+            items = items_in_step(self.position - first, self.steps_per_epoch, self.images, self.optim.batch_size)
+            self.step(batch, items, self._rate(self.position), self.position)
+            self.position += 1
+            self._clock.count(batch.target.numel())
+            if self.position < last:
+                self._pause(epoch, journal)
+        if self.position != last:
+            raise RuntimeError(f"epoch {epoch + 1} ended at step {self.position}, but {last} were promised")
+
+        totals, _ = self.step.sums.read(self.world)
+        self._clock.pause()
+        self.step.sums.reset()
+        self._logged = None
+        record = {**self._record("epoch", epoch), **totals.means(), "start_seconds": self._clock.start_seconds}
+        if self.validation is not None and ((epoch + 1) % self.log.validate_every == 0 or last == self.steps):
+            self.world.copy_buffers(self.step.student)
+            validation = evaluate(self.step.student, self.validation, self.world)
+            if not math.isfinite(validation.loss):
+                raise NonFiniteLossError(f"the validation loss is {validation.loss} after step {self.position}")
+            record |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
+        journal.write(record)
+        self._save(None)
+
+    def _pause(self, epoch: int, journal: Journal | Silence) -> None:
+        """Between two steps: a log line, which checks the loss, and a checkpoint, where they are due."""
+        every = self.log.checkpoint_every
+        log = self.position % self.log.log_every == 0
+        save = every > 0 and self.position % every == 0
+        if not log and not save:
+            return
+        minutes = self.log.checkpoint_minutes
+        overdue = minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+        totals, overdue = self.step.sums.read(self.world, overdue)
+        self._clock.pause()
+        if log:
+            journal.write({**self._record("steps", epoch), **totals.plus(self._logged, -1).means()})
+            self._logged = totals
+        if save or overdue:
+            self._save(totals)
+        self._clock.go()
+
+    def _record(self, kind: str, epoch: int) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "step": self.position,
+            "epoch": epoch + 1,
+            "learning_rate": self._rate(self.position - 1),
+            "images_per_second": self._clock.lap() * self.world.size,
+        }
+
+    def _save(self, totals: Totals | None) -> None:
+        """A checkpoint by rank 0; `totals` are those of an unfinished epoch."""
+        norms = torch._foreach_norm([p.detach() for p in self.step.pupil.parameters()])
+        if not torch.stack(norms).isfinite().all():
+            raise NonFiniteLossError(f"a parameter is not finite after step {self.position}")
+        self._saved_at = time.monotonic()
+        if not self.world.is_main:
+            return
+        state = {
+            "training": self.step.state_dict(),
+            "loader": self.train.state_dict(),
+            "totals": None if totals is None else list(totals),
+            "logged": None if self._logged is None else list(self._logged),
+        }
+        self.checkpoints.save(self.position, model_bytes(self.step.student, self.metadata), state)
