@@ -22,7 +22,7 @@ V2_LAST = 1024
 class ChannelShuffle(nn.Module):
     """Channel i of group j becomes channel j of group i, in one copy that keeps the memory format.
 
-    (F.channel_shuffle and a plain view-permute-reshape leave channels_last on CUDA: a second copy at each convolution.)
+    The reshape alone would return channels_last input in the default format, and the next convolution copy it back.
     """
 
     def __init__(self, groups: int) -> None:
