@@ -1,4 +1,4 @@
-"""Files that survive a kill: atomic writes, models as safetensors, and checkpoints of a run.
+"""Models as safetensors, and checkpoints of a run.
 
 A checkpoint is a folder `step-00001234` with `model.safetensors`, `state.pt` (a dict that torch.load reads with
 weights_only=True) and `manifest.json`, the sha256 of both. It is written under another name and renamed, so it is there
@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .atomic import sync_folder, write_synced
+from .atomic import write_atomically as write_atomically
+
 FORMAT = 1
 KEEP = 2  # checkpoints of a run that stay on the disk
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -29,41 +32,6 @@ _METADATA = "camkd_fast"  # safetensors writes several keys in random order; one
 
 class CheckpointError(RuntimeError):
     """A checkpoint or model file is damaged or not ours."""
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds `data` in full, or what it held before.
-
-    Raises:
-        OSError: the folder is not writable or the disk is full; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """A rename is on the disk only once its folder is."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -166,13 +134,13 @@ class Checkpoints:
             self._remove_unfinished()
             temporary.mkdir(parents=True)
             for name, data in {**files, MANIFEST: json.dumps(manifest).encode()}.items():
-                _write(temporary / name, data)
-            _sync_folder(temporary)
+                write_synced(temporary / name, data)
+            sync_folder(temporary)
             for passed in self.paths():
                 if passed >= path:  # damaged: the run was resumed from one before it
                     shutil.rmtree(passed)
             os.rename(temporary, path)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = next(iter(self.paths()), "none")

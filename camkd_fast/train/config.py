@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .atomic import write_atomically
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -141,6 +143,10 @@ class PrecisionConfig:
         for name in ("compile", "deterministic"):
             _one_of(name, getattr(self, name), ("auto", "on", "off"))
 
+    def compiles(self, device: str) -> bool:
+        """What `compile` means on a device of that type."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -239,7 +245,7 @@ def save(config: JobConfig, path: Path) -> None:
     import yaml
 
     job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
-    path.write_text(yaml.safe_dump({"job": job, **_plain(config)}, sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump({"job": job, **_plain(config)}, sort_keys=False).encode())
 
 
 def load(path: Path) -> JobConfig:

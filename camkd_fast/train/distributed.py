@@ -104,11 +104,6 @@ def share_of_batch(batch_size: int, world: World) -> int:
     return batch_size // world.size
 
 
-def items_in_step(step: int, steps: int, images: int, batch_size: int) -> int:
-    """Images of all processes in step `step` of an epoch of `steps`; the last step has what is left of `images`."""
-    return batch_size if step < steps - 1 else images - (steps - 1) * batch_size
-
-
 def replicate(module: nn.Module, world: World) -> nn.Module:
     """The module under DDP, which averages gradients over the processes; the module itself when there is one."""
     if world.size == 1:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import write_atomically
+from .atomic import write_atomically
 from .config import LogConfig
 
 METRICS = "metrics.jsonl"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.batch import Batch
 from ..logit_loss import camkd_loss_and_grad
 from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
@@ -21,9 +22,6 @@ from .distributed import World, replicate
 from .strategies import Strategy
 from .sums import Sums
 from .teachers import Teachers
-
-if TYPE_CHECKING:
-    from ..data.batch import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,16 +39,18 @@ class Objective(NamedTuple):
 class Pupil(nn.Module):
     """The student with all that the strategy trains beside it, so that DDP and the optimiser see every parameter."""
 
-    def __init__(self, student: nn.Module, strategy: Strategy, precision: PrecisionConfig, full_batch: int) -> None:
+    def __init__(self, student: nn.Module, strategy: Strategy, dtype: torch.dtype) -> None:
         super().__init__()
         feature_model(student)
-        self.student, self.strategy = student, strategy
-        self._dtype = DTYPES[precision.dtype]
-        self._full_batch = full_batch
+        self.student, self.strategy, self._dtype = student, strategy, dtype
+        self._compiled_size = -1
         self._compiled: Callable[..., Objective] = self._objective
-        if precision.compile == "on":
-            mode = "reduce-overhead" if precision.cuda_graphs else None
-            self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
+
+    def compile_for(self, batch_size: int, graphs: bool) -> None:
+        """Run batches of that size compiled. Others, like an epoch's last one, would each cost another compilation."""
+        self._compiled_size = batch_size
+        mode = "reduce-overhead" if graphs else None
+        self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
 
     def forward(
         self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
@@ -63,8 +63,7 @@ class Pupil(nn.Module):
             num_items: images of this step over all processes; the loss is a sum over them divided by this.
             scale: one-element float32 tensor that multiplies all gradients.
         """
-        # A last, smaller batch would cost a second compilation: it runs as it is.
-        run = self._compiled if images.shape[0] == self._full_batch else self._objective
+        run = self._compiled if images.shape[0] == self._compiled_size else self._objective
         return run(images, target, taught, num_items, scale)
 
     def _objective(
@@ -128,9 +127,16 @@ class TrainStep:
         full_batch: int,
         seed: int,
     ) -> None:
-        self.pupil = Pupil(student, strategy, precision, full_batch)
+        self.pupil = Pupil(student, strategy, DTYPES[precision.dtype]).to(world.device)
+        if precision.channels_last:
+            self.pupil.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if precision.sync_batchnorm:
+            if world.device.type == "cpu":
+                raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
             self.pupil = nn.SyncBatchNorm.convert_sync_batchnorm(self.pupil)  # type: ignore[no-untyped-call]
+        compiled = precision.compiles(world.device.type)
+        if compiled:
+            self.pupil.compile_for(full_batch, precision.cuda_graphs)
         self.student, self.strategy, self.teachers = self.pupil.student, self.pupil.strategy, teachers
         self._forward = replicate(self.pupil, world)
         self.optimizer = torch.optim.SGD(
@@ -147,7 +153,7 @@ class TrainStep:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
         self.sums = Sums()
-        self.first_steps = 3 if precision.compile == "on" else 1  # compilation of both passes, recording of graphs
+        self.first_steps = 3 if compiled else 1  # compilation of both passes, recording of graphs
         self._graphs = precision.cuda_graphs
         self._world, self._seed = world, seed
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP takes the mean over processes

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.batch import Loader
+from ..data.order import step_sizes
 from .checkpoint import Checkpoint, Checkpoints, model_bytes
 from .config import LogConfig, OptimConfig
-from .distributed import World, items_in_step
+from .distributed import World
 from .journal import Journal, Silence
 from .schedule import learning_rate
 from .step import TrainStep
 from .sums import NonFiniteLossError, Totals
-
-if TYPE_CHECKING:
-    from ..data.batch import Loader
 
 
 class Evaluation(NamedTuple):
@@ -100,8 +98,7 @@ class Clock:
         return images / seconds if seconds else 0.0
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What is left when a run's last epoch is over."""
 
     images_per_second: float  # over all processes, first steps and evaluation apart
@@ -114,7 +111,7 @@ class Trainer:
     Args:
         train: this process's share of the training images, in a new order every epoch.
         validation: this process's share, in evaluation order; None where no images are held out.
-        images: training images of all processes.
+        images: how many training images all processes share.
         peak: highest learning rate.
         checkpoints: written by rank 0 alone.
         metadata: of the model files.
@@ -133,10 +130,11 @@ class Trainer:
         metadata: dict[str, Any],
         world: World,
     ) -> None:
-        self.step, self.train, self.validation, self.images = step, train, validation, images
+        self.step, self.train, self.validation = step, train, validation
         self.optim, self.peak, self.log = optim, peak, log
         self.checkpoints, self.metadata, self.world = checkpoints, metadata, world
         self.position = 0  # steps that are done
+        self._sizes = step_sizes(images, optim.batch_size // world.size, world.size, shuffle=True)
         self.steps_per_epoch = len(train)
         self.steps = optim.epochs * self.steps_per_epoch
         self._logged: Totals | None = None  # of this epoch, as the last log line read them
@@ -182,8 +180,7 @@ class Trainer:
         self.step.pupil.train()
         self._clock.go()
         for batch in self.train:
-            items = items_in_step(self.position - first, self.steps_per_epoch, self.images, self.optim.batch_size)
-            self.step(batch, items, self._rate(self.position), self.position)
+            self.step(batch, self._sizes[self.position - first], self._rate(self.position), self.position)
             self.position += 1
             self._clock.count(batch.target.numel())
             if self.position < last:

@@ -1,0 +1,298 @@
+"""The jobs: teach a model, distill a student, evaluate what came out. Each writes or reads a run folder."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import models
+from ..data import catalogue, choose
+from ..data.augment import Augmentation
+from ..data.batch import Loader, LoaderConfig
+from ..data.files import ImageSet
+from ..data.images import corrupt_labels, stratified_parts
+from ..data.splits import Splits
+from ..models.protocol import feature_model
+from . import config as configs
+from . import run_folder, strategies
+from .atomic import write_atomically
+from .checkpoint import Checkpoints, model_bytes
+from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
+from .distributed import World, processes, share_of_batch
+from .journal import METRICS, Journal, Silence, read_metrics
+from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model, model_metadata
+from .schedule import peak_rate
+from .step import DTYPES, TrainStep
+from .teachers import LiveTeachers, Teachers
+from .trainer import Evaluation, Trainer
+from .trainer import evaluate as evaluate_model
+
+EVALUATION_BATCH = 256  # images per process
+LARGEST_CROPPED = 64  # pixels a side, up to which images are shifted rather than resized at random
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run says; all else is in its metrics.jsonl."""
+
+    out: Path
+    test: Evaluation  # the last epoch's model, on the only look at the test images
+    images_per_second: float  # training, over all processes, in the process that finished the run
+    start_seconds: float  # its first steps, compilation included
+    seconds: float  # of that process, everything included
+
+
+def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Train a model on labels.
+
+    Args:
+        resume: go on from the last intact checkpoint in `config.out`, if there is one.
+        overwrite: remove a run that is there.
+
+    Raises:
+        RunExistsError: `config.out` holds a run, and neither was asked for.
+        NonFiniteLossError: training diverged.
+        CheckpointError: every checkpoint is damaged.
+        ValueError, OSError: an unfit setting or file, named.
+    """
+    return _run(config, config.model, resume, overwrite)
+
+
+def distill(config: DistillConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Train a student from labels and the teachers that `teach` left; arguments and errors as `teach`."""
+    return _run(config, config.student, resume, overwrite)
+
+
+def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation:
+    """The model of a finished run on the "train", "validation" or "test" images of its own data set, unaugmented.
+
+    Raises:
+        ValueError: an unknown split, or one without images.
+        FileNotFoundError, CheckpointError, OSError: as `load_model`.
+    """
+    if split not in Splits._fields:
+        raise ValueError(f"split must be one of {', '.join(Splits._fields)}, got {split!r}")
+    model = load_model(run)
+    config = configs.load(run / CONFIG)
+    images: ImageSet = getattr(load_splits(config.data), split)
+    if not len(images):
+        raise ValueError(f"the {split} part of {config.data.data} is empty")
+    with processes(device) as world:
+        settings = _loader_config(config, world, EVALUATION_BATCH, None)
+        with closing(choose.loader(images, settings, config.data.loader)) as loader:
+            return evaluate_model(model.to(world.device), loader, world)
+
+
+def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunResult:
+    """Both jobs: they differ in the training images' labels and in who teaches."""
+    started = time.perf_counter()
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other, but both were asked for")
+    with ExitStack() as stack:
+        world = stack.enter_context(processes(config.precision.device))
+        stack.enter_context(_repeatable(config.precision, world.device))
+        if world.is_main:
+            run_folder.check_free(config, resume, overwrite)
+        if world.share(resume and is_finished(config.out)):
+            return _result(config.out)
+
+        share = share_of_batch(config.optim.batch_size, world)
+        parts = load_splits(config.data)
+        train = _training_images(config, parts.train)
+        teachers = _teachers(config, train, world)
+        torch.manual_seed(config.seed)
+        student = models.create(model, train.num_classes, train.channels)
+        strategy = _strategy(config, teachers, feature_model(student).num_features)
+        step = TrainStep(student, strategy, teachers, config.optim, config.precision, world, share, config.seed)
+
+        def loader(images: ImageSet, batch_size: int, augmentation: Augmentation | None = None) -> Loader:
+            made = choose.loader(images, _loader_config(config, world, batch_size, augmentation), config.data.loader)
+            return stack.enter_context(closing(made))
+
+        trainer = Trainer(
+            step,
+            loader(train, share, training_augmentation(config.data, train)),
+            loader(parts.validation, EVALUATION_BATCH) if len(parts.validation) else None,
+            len(train),
+            config.optim,
+            peak_rate(config.optim, model),
+            config.log,
+            Checkpoints(config.out / CHECKPOINTS),
+            _metadata(model, config.data.data, train),
+            world,
+        )
+        if world.is_main:
+            run_folder.prepare(config, resume)
+        world.wait()  # until the folder holds this run and no other
+        checkpoint = trainer.checkpoints.latest()
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        journal: Journal | Silence = Silence()
+        if world.is_main:
+            title = f"{model} on {config.data.data}"
+            journal = Journal(config.out, config.log, trainer.steps, trainer.position, title)
+        stack.enter_context(closing(journal))
+        outcome = trainer.run(journal)
+
+        world.copy_buffers(step.student)
+        test = evaluate_model(step.student, loader(parts.test, EVALUATION_BATCH), world)
+        speed, start = outcome
+        result = RunResult(config.out, test, speed, start, time.perf_counter() - started)
+        if world.is_main:
+            journal.write(_record(result, trainer.position, config.optim.epochs))
+            write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
+        world.wait()
+        return result
+
+
+def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
+    """The last line of metrics.jsonl."""
+    return {
+        "kind": "test",
+        "step": step,
+        "epoch": epoch,
+        "test_images": result.test.images,
+        "test_accuracy": result.test.accuracy,
+        "test_loss": result.test.loss,
+        "images_per_second": result.images_per_second,
+        "start_seconds": result.start_seconds,
+        "seconds": result.seconds,
+    }
+
+
+def _result(out: Path) -> RunResult:
+    """Of a finished run."""
+    record = read_metrics(out / METRICS, "test")[-1]
+    test = Evaluation(record["test_images"], record["test_accuracy"], record["test_loss"])
+    return RunResult(out, test, record["images_per_second"], record["start_seconds"], record["seconds"])
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """The data set's three parts; errors as `catalogue.load`."""
+    return catalogue.load(
+        config.data, config.root, split_seed=config.split_seed, validation=config.validation, size=config.size
+    )
+
+
+def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
+    """As many as configured, every class in proportion, and with as many wrong labels."""
+    if config.data.images is not None:
+        (kept,) = stratified_parts(train.labels, [config.data.images], config.data.split_seed)
+        train = train.take(kept)
+    if isinstance(config, TeachConfig) and config.wrong_labels:
+        labels = corrupt_labels(train.labels, train.num_classes, config.wrong_labels, config.seed)
+        train = replace(train, labels=labels)
+    return train
+
+
+def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
+    """The one that the config names; "auto" goes by the images' size."""
+    side = max(images.shape[1:])
+    kind = config.augmentation
+    if kind == "auto":
+        kind = "crop" if side <= LARGEST_CROPPED else "resized-crop"
+    if kind == "none":
+        return Augmentation(padding=0, flip=False)
+    flip = config.data != "digits" if config.flip is None else config.flip
+    padding = side // 8 if config.padding is None else config.padding
+    return Augmentation(kind, padding if kind == "crop" else 0, flip)
+
+
+def _loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
+    return LoaderConfig(
+        batch_size=batch_size,
+        seed=config.seed,
+        augmentation=augmentation,
+        views=config.data.views,
+        rank=world.rank,
+        world=world.size,
+        workers=config.data.workers,
+        device=world.device,
+        channels_last=config.precision.channels_last,
+        skip_bad=config.data.skip_bad,
+    )
+
+
+# --- who teaches -----------------------------------------------------------------------------------------------------
+
+
+def _teachers(config: JobConfig, train: ImageSet, world: World) -> Teachers | None:
+    if isinstance(config, TeachConfig) or not config.teachers or config.strategy == "ce":
+        return None
+    dtype = None if config.precision.dtype == "float32" else DTYPES[config.precision.dtype]
+    frozen = []
+    for path in config.teachers:
+        _check_teacher(path, train)
+        frozen.append(models.freeze(load_model(path), dtype, config.precision.channels_last).to(world.device))
+    return LiveTeachers(frozen, train.num_classes)
+
+
+def _check_teacher(path: Path, train: ImageSet) -> None:
+    metadata = model_metadata(path)
+    for name, mine in (("num_classes", train.num_classes), ("in_channels", train.channels)):
+        if metadata[name] != mine:
+            words = name.replace("_", " ")
+            raise ValueError(f"teacher {path} has {words} {metadata[name]}, but the student's images have {mine}")
+    seen = tuple(metadata["mean"]), tuple(metadata["std"])
+    if seen != (train.mean, train.std):
+        theirs, ours = (f"mean {mean}, deviation {std}" for mean, std in (seen, (train.mean, train.std)))
+        warnings.warn(f"teacher {path} was trained on pixels of {theirs}; the student's have {ours}", stacklevel=2)
+
+
+def _strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
+    if isinstance(config, TeachConfig):
+        return strategies.create("ce", None, num_features)
+    return strategies.create(
+        config.strategy,
+        teachers,
+        num_features,
+        alpha=config.alpha,
+        beta=config.beta,
+        temperature=config.temperature,
+        official_scale=config.official_scale,
+        teacher_index=config.teacher_index,
+        detach_weights=config.detach,
+    )
+
+
+def _metadata(model: str, data: str, images: ImageSet) -> dict[str, Any]:
+    """What a model file says about its model."""
+    return {
+        "model": model,
+        "num_classes": images.num_classes,
+        "in_channels": images.channels,
+        "data": data,
+        "size": images.shape[1:],
+        "mean": images.mean,
+        "std": images.std,
+    }
+
+
+@contextmanager
+def _repeatable(precision: PrecisionConfig, device: torch.device) -> Iterator[None]:
+    """Random numbers of the caller are left alone, and algorithms are those that repeat bit for bit where asked for."""
+    wanted = precision.deterministic == "on" or (precision.deterministic == "auto" and device.type == "cpu")
+    already = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if wanted and not already:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            memory.fill_uninitialized_memory = False  # costs a pass over every new tensor
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            memory.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(already)

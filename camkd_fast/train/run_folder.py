@@ -1,0 +1,109 @@
+"""A run's folder: what lies in it, who may write to it, and the model that came out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import models
+from . import config as configs
+from .checkpoint import CheckpointError, read_model
+from .config import JobConfig
+from .journal import METRICS
+
+CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+# What a resumed run may change: where things lie and what is written meanwhile, nothing that trains.
+_FREE = ("out", "teacher_cache", "data.root", "data.workers", "precision.device", "log.")
+
+
+class RunExistsError(RuntimeError):
+    """The folder holds a run that nobody asked to resume or to overwrite."""
+
+
+def is_finished(out: Path) -> bool:
+    """Did a run end here? Its model is the last thing that it writes."""
+    return (out / MODEL).exists()
+
+
+def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
+    """May a run with this config write to `config.out`? Nothing is written yet.
+
+    Raises:
+        RunExistsError: there is a run already, or one with another config is to be resumed.
+        ValueError, OSError: the config of the run that is there cannot be read.
+    """
+    out = config.out
+    if overwrite or not (out / CONFIG).exists():
+        return
+    if not resume:
+        state, ways = "an unfinished", "resume or overwrite it"
+        if is_finished(out):
+            state, ways = "a finished", "overwrite it"
+        raise RunExistsError(f"{out} holds {state} run: choose another folder, or {ways}")
+    saved = configs.load(out / CONFIG)
+    changed = configs.differences(saved, config)
+    changed = {name: values for name, values in changed.items() if not name.startswith(_FREE)}
+    if changed:
+        words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
+        raise RunExistsError(f"{out} cannot be resumed, as it was begun with {words}")
+
+
+def prepare(config: JobConfig, resume: bool) -> None:
+    """Make `config.out` ready: a folder with the config and, unless one is to be resumed, no earlier run.
+
+    Raises:
+        OSError: the folder cannot be written; it is named.
+    """
+    out = config.out
+    try:
+        if not (resume and (out / CONFIG).exists()):
+            _remove(out)
+            out.mkdir(parents=True, exist_ok=True)
+            configs.save(config, out / CONFIG)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the run folder {out}: {error.strerror}") from error
+
+
+def _remove(out: Path) -> None:
+    """A run's files, and nothing else that may lie beside them."""
+    for name in (MODEL, METRICS, REPORT):  # the model first: without it the rest is no finished run
+        (out / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    (out / CONFIG).unlink(missing_ok=True)
+
+
+def model_metadata(run: Path) -> dict[str, Any]:
+    """Of a finished run's model: model, num_classes, in_channels, data, size (H, W), mean and std in pixel levels."""
+    return _read(run)[1]
+
+
+def load_model(run: Path) -> nn.Module:
+    """The trained model of a finished run (or of a model file), on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no model; the folder is named.
+        CheckpointError: the file is damaged, or its tensors do not fit the model that it names.
+        ValueError: it names an unknown model.
+    """
+    tensors, metadata = _read(run)
+    model = models.create(metadata["model"], metadata["num_classes"], metadata["in_channels"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the model of {run} does not fit {metadata['model']}: {reason}") from error
+    return model.eval()
+
+
+def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = run / MODEL if run.is_dir() else run
+    if not path.exists():
+        state = "an unfinished run" if (run / CONFIG).exists() else "no run"
+        raise FileNotFoundError(f"{path} does not exist: {run} holds {state}")
+    return read_model(path)
