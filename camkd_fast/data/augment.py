@@ -66,6 +66,7 @@ def records(augmentation: Augmentation | None, seed: int, view: int, index: Inte
         sizes: (n, 2) or (1, 2) height and width of the images.
     """
     n = len(index)
+    sizes = np.broadcast_to(sizes, (n, 2))
     if augmentation is None:
         return Records(central_squares(sizes), np.zeros((n, 2), np.int64), np.zeros(n, np.bool_))
     numbers = uniforms(key(_AUGMENTATION, seed, view), index, _LANES)
@@ -86,7 +87,6 @@ def central_squares(sizes: Integers) -> Integers:
 def _random_windows(augmentation: Augmentation, numbers: NDArray[np.float64], sizes: Integers) -> Integers:
     """The first of several random windows that fits; if none does, the largest central one of a legal ratio."""
     place, area, ratio = numbers[:, :2], numbers[:, 2 : 2 + _TRIES], numbers[:, 2 + _TRIES :]
-    sizes = np.broadcast_to(sizes, place.shape)
     H, W = sizes[:, :1], sizes[:, 1:]
     low, high = augmentation.scale
     area = H * W * (low + (high - low) * area)
@@ -99,7 +99,7 @@ def _random_windows(augmentation: Augmentation, numbers: NDArray[np.float64], si
     corner = np.floor(place * (sizes - window + 1))
 
     legal = np.concatenate([np.minimum(H, np.rint(W / narrow)), np.minimum(W, np.rint(H * wide))], 1)
-    found = fits.any(1, keepdims=True)
+    found = np.take_along_axis(fits, first[:, None], 1)
     window = np.where(found, window, np.maximum(legal, 1))
     corner = np.where(found, corner, (sizes - window) // 2)
     return np.concatenate([corner, window], 1).astype(np.int64)

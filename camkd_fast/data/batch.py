@@ -19,7 +19,8 @@ class Batch(NamedTuple):
 
     images: Tensor  # (n, channels, H, W) float32 on the device, normalised
     target: Tensor  # (n,) int64 on the device
-    index: Tensor  # (n,) int64 on the CPU: positions of the samples in the data set
+    # Positions of the samples in the data set: (n,) int64 on the CPU. Hides the method of tuples, which nobody needs.
+    index: Tensor  # type: ignore[assignment]
     view: int  # with which number the samples were augmented
 
 

@@ -30,8 +30,12 @@ class EpochLoader(ABC):
         self._epoch = self._position = 0
         self._bad: set[int] = set()  # samples whose file cannot be read
         self._running: Generator[Batch, None, None] | None = None
-        mean, std = (torch.tensor(v, device=config.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
-        self._mean, self._factor = mean, 1 / std
+        mean, std = (torch.tensor(v, device=config.device).view(-1, 1, 1) for v in (data.mean, data.std))
+        factor = 1 / std
+        if config.channels_last:
+            # Lines of W * C numbers: a last dimension of C = 3 alone is too short for vector instructions.
+            mean, factor = (v.view(-1).repeat(data.shape[2]) for v in (mean, factor))
+        self._mean, self._factor = mean, factor
 
     @abstractmethod
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -76,11 +80,15 @@ class EpochLoader(ABC):
         self._stop()
 
     def _normalised(self, levels: Tensor) -> Tensor:
-        """uint8 levels (n, channels, H, W) as float32 in one affine map; keeps the memory format.
+        """uint8 levels (n, channels, H, W), in the memory format that was asked for, as float32: one affine map.
 
         A product with the reciprocal rather than a quotient: DALI's arithmetic, bit by bit.
         """
-        return torch.sub(levels, self._mean).mul_(self._factor)
+        if not self.config.channels_last:
+            return levels.float().sub_(self._mean).mul_(self._factor)
+        lines = levels.permute(0, 2, 3, 1).flatten(2)
+        n, C, H, W = levels.shape
+        return lines.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
 
     def _readable(self, index: Tensor) -> Tensor:
         """`index` without the samples that are known to be unreadable.
@@ -106,12 +114,11 @@ class EpochLoader(ABC):
         if sample in self._bad:
             return
         problem = f"{self._path(sample)} cannot be read as an image: {reason}"
-        if len(self._bad) == self.config.skip_bad:
-            raise BadImageError(
-                f"{problem} ({len(self._bad)} unreadable files before it, skip_bad={self.config.skip_bad})"
-            )
+        allowed = self.config.skip_bad
+        if len(self._bad) == allowed:
+            raise BadImageError(f"{problem} (skip_bad={allowed} such files may be left out)")
         self._bad.add(sample)
-        log.warning("left out: %s (%d of skip_bad=%d)", problem, len(self._bad), self.config.skip_bad)
+        log.warning("left out: %s (%d of skip_bad=%d)", problem, len(self._bad), allowed)
 
     def _path(self, sample: int) -> str:
         return str(self.data.paths[sample]) if isinstance(self.data, ImageFiles) else f"image {sample}"

@@ -28,7 +28,7 @@ def epoch_batches(N: int, batch_size: int, world: int, rank: int, seed: int, epo
         raise ValueError(f"rank must lie in [0, {world}), got {rank}")
     # The hashes differ, so that sorting them has one outcome.
     order = np.argsort(hashes(key(_ORDER, seed, epoch), np.arange(N))) if shuffle else np.arange(N)
-    steps = torch.from_numpy(order).split(step_sizes(N, batch_size, world, shuffle))
+    steps = torch.split(torch.from_numpy(order), step_sizes(N, batch_size, world, shuffle))
     return [part for step in steps if len(part := step.tensor_split(world)[rank])]
 
 

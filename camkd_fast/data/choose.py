@@ -1,0 +1,102 @@
+"""The only list of loaders, and the only place that chooses one; `explain` says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from .batch import Loader, LoaderConfig
+from .files import ImageSet
+from .images import LabelledImages
+
+KINDS = ("resident", "dali", "torch")
+_SHARE = 0.5  # of the device's free memory that resident images may take: models and activations need the rest
+
+
+def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
+    """A loader of the given kind, or of the one that suits the data and the machine.
+
+    Args:
+        kind: "auto", "resident" (arrays on the device), "dali" or "torch" (DataLoader).
+
+    Raises:
+        ValueError: an unknown kind, or settings that do not fit the data.
+        NotImplementedError: the kind cannot run here; says why.
+    """
+    if kind == "auto":
+        kind, _ = _choice(data, config)
+    elif kind not in KINDS:
+        raise ValueError(f"loader must be one of {('auto', *KINDS)}, got {kind!r}")
+    elif refusal := _refusal(kind, data, config):
+        raise NotImplementedError(f"loader {kind!r} cannot run here: {refusal}")
+    if kind == "resident" and isinstance(data, LabelledImages):
+        from .resident import ResidentLoader
+
+        return ResidentLoader(data, config)
+    if kind == "dali":
+        from .dali_loader import DaliLoader
+
+        return DaliLoader(data, config)
+    from .torch_loader import TorchLoader
+
+    return TorchLoader(data, config)
+
+
+def explain(data: ImageSet, config: LoaderConfig) -> str:
+    """Which loader "auto" picks and why, in one line."""
+    return "{}: {}".format(*_choice(data, config))
+
+
+def _choice(data: ImageSet, config: LoaderConfig) -> tuple[str, str]:
+    if isinstance(data, LabelledImages):
+        need, free = _resident_bytes(data, config), free_bytes(config.device)
+        sizes = f"{need / 1e6:.0f} MB of images, {free / 1e6:.0f} MB free on {config.device}"
+        if need <= _SHARE * free:
+            return "resident", sizes
+        return "torch", f"{sizes}, of which resident images may take {_SHARE:.0%}"
+    refusal = _refusal("dali", data, config)
+    return ("torch", refusal) if refusal else ("dali", f"{len(data)} image files to decode")
+
+
+def _refusal(kind: str, data: ImageSet, config: LoaderConfig) -> str | None:
+    """Why a kind cannot run here; None if it can."""
+    if kind == "resident":
+        if not isinstance(data, LabelledImages):
+            return f"{len(data)} image files are not in memory"
+        need, free = _resident_bytes(data, config), free_bytes(config.device)
+        return f"{need} bytes of images, {free} bytes free on {config.device}" if need > free else None
+    if kind == "dali":
+        if config.device.type not in ("cpu", "cuda"):
+            return f"DALI knows cpu and cuda, not {config.device.type}"
+        if not _installed("nvidia.dali"):
+            return "NVIDIA DALI is not installed (pip install 'camkd-fast[dali]')"
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not installed
+        return False
+
+
+def _resident_bytes(data: LabelledImages, config: LoaderConfig) -> int:
+    """Of the copy that the resident loader makes on the device."""
+    a = config.augmentation
+    border = 2 * a.padding if a is not None and a.kind == "crop" else 0
+    C, H, W = data.shape
+    return len(data) * C * (H + border) * (W + border)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, in bytes; on other devices than CUDA's the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,0 +1,245 @@
+"""Batches decoded, cropped, flipped and normalised by NVIDIA DALI, on a GPU or on the CPU.
+
+DALI's own checkpoints are not used: the graph has neither a reader nor a random operator, as order and augmentation
+are fed to it as numbers, so that its checkpoint would hold the count of batches and nothing else. `state_dict` holds
+that count as (epoch, batch), which any loader on any number of ranks can continue from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakMethod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from .augment import records
+from .batch import LoaderConfig
+from .epoch_loader import EpochLoader
+from .files import ImageFiles, ImageSet
+
+_AHEAD = 2  # batches in the making while one is used
+
+
+class DaliLoader(EpochLoader):
+    """Files: read, decoded (only the window, where the format allows) and resized; arrays: cropped. Flip, normalise.
+
+    Decoded pixels equal Pillow's on the CPU; on a GPU (`mixed`) they lie within a few levels. Resizing is linear with
+    antialiasing. A file counts as unreadable if its header or DALI's decoder says so.
+
+    Raises:
+        NotImplementedError: DALI is not installed.
+    """
+
+    def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
+        super().__init__(data, config)
+        _import_dali()
+        a = config.augmentation
+        self._files = isinstance(data, ImageFiles)
+        self._shifts = a is not None and a.kind == "crop" and a.padding > 0
+        self._resizes = self._files or (a is not None and a.kind == "resized-crop")
+        flips = a is not None and a.flip
+        windows = ("start", "shape")
+        self._inputs = ("source", *windows * self._resizes, *("shift",) * self._shifts, *("mirror",) * flips)
+        # Of a file: 0 until its header is read, which happens once.
+        self._image_sizes = np.zeros((len(data), 2), np.int64) if self._files else np.array([data.shape[1:]])
+        self._view = 0
+        self._waiting: deque[Tensor] = deque()  # batches that DALI has not asked for
+        self._making: deque[Tensor] = deque()  # batches that it has asked for and not delivered
+        self._pipeline: Any = None  # built when it is needed
+
+    def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        self._rewind()
+        self._view = view
+        self._waiting.extend(batches)
+        while self._waiting or self._making:
+            try:
+                images = self._deliver()
+            except RuntimeError as error:
+                self._leave_out_undecodable(error)
+            else:
+                yield images, self._making.popleft()
+
+    def _build(self) -> Any:
+        """The graph. Its input is `_feed`, its output (n, channels, H, W) or (n, H, W, channels) float32."""
+        dali = _import_dali()
+        fn, types = dali.fn, dali.types
+        c = self.config
+        feed: Any = WeakMethod(self._feed)  # a cycle would keep threads and memory of an unused loader for some time
+        gpu = c.device.type == "cuda"
+        _, H, W = self.data.shape
+        pipeline = dali.Pipeline(max(self._sizes), max(c.workers, 1), _device_id(c.device), prefetch_queue_depth=_AHEAD)
+        with pipeline:
+            fed = fn.external_source(
+                lambda: feed()(),
+                num_outputs=len(self._inputs),
+                dtype=[types.UINT8, *[types.INT32] * (len(self._inputs) - 1)],
+                layout=[None if self._files else "CHW"],
+            )
+            inputs = dict(zip(self._inputs, fed, strict=True))
+            levels = inputs["source"]
+            if self._files:
+                encoded = fn.io.file.read(levels)
+                window = {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
+                levels = fn.decoders.image_slice(encoded, **window, **_decoding(types, gpu))
+            elif gpu:
+                levels = levels.gpu()
+            if self._resizes:
+                if not self._files:
+                    levels = fn.slice(levels, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
+                levels = fn.resize(levels, size=(H, W), interp_type=types.INTERP_TRIANGULAR, antialias=True)
+            if self._shifts:
+                edge = {"out_of_bounds_policy": "pad", "fill_values": 0}
+                levels = fn.slice(levels, start=inputs["shift"], shape=(H, W), axis_names="HW", **edge)
+            images = fn.crop_mirror_normalize(
+                levels,
+                mirror=inputs.get("mirror", 0),
+                mean=list(self.data.mean),
+                std=list(self.data.std),
+                dtype=types.FLOAT,
+                output_layout="HWC" if c.channels_last else "CHW",
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _feed(self) -> tuple[Any, ...]:
+        """What DALI needs for its next batch; called ahead of its delivery.
+
+        Raises:
+            StopIteration: no batch is waiting.
+        """
+        if not self._waiting:
+            raise StopIteration
+        index = self._waiting[0]
+        source: Any
+        if isinstance(self.data, ImageFiles):
+            index = self._with_headers(self._readable(index), self.data.paths)
+            source = [np.frombuffer(os.fsencode(self.data.paths[i]), np.uint8) for i in index.tolist()]
+            sizes = self._image_sizes[index.numpy()]
+        else:
+            source, sizes = self.data.pixels[index.to(self.data.pixels.device)].cpu().numpy(), self._image_sizes
+        made = records(self.config.augmentation, self.config.seed, self._view, index.numpy(), sizes)
+        self._waiting.popleft()
+        self._making.append(index)
+        numbers = {
+            "start": made.windows[:, :2],
+            "shape": made.windows[:, 2:],
+            "shift": made.shifts,
+            "mirror": made.mirrored,
+        }
+        return source, *(numbers[name].astype(np.int32, order="C") for name in self._inputs[1:])
+
+    def _with_headers(self, index: Tensor, paths: Sequence[Path]) -> Tensor:
+        """`index` without files that are no images or cut off; the size of every other is known then."""
+        from .decode import image_size
+
+        samples = index.numpy()
+        for sample in samples[self._image_sizes[samples, 0] == 0].tolist():
+            try:
+                self._image_sizes[sample] = image_size(paths[sample])
+            except ValueError as error:
+                self._reject(sample, str(error))
+        return self._readable(index)
+
+    def _deliver(self) -> Tensor:
+        """The oldest batch in the making, without a copy. RuntimeError: DALI failed on one in the making."""
+        device = self.config.device
+        # With a stream the output is ordered on it, and the host does not wait.
+        stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
+        (images,) = self._pipeline.run(*stream)
+        tensor = from_dlpack(images.as_tensor())
+        return tensor.permute(0, 3, 1, 2) if self.config.channels_last else tensor
+
+    def _leave_out_undecodable(self, error: RuntimeError) -> None:
+        """After a failure, which leaves the pipeline unusable: find the files that caused it and start another.
+
+        DALI does not say which file failed, so each one in the making is decoded by itself.
+        """
+        batches = list(self._making)
+        self._making.clear()
+        self._pipeline = None
+        problems = {}
+        if isinstance(self.data, ImageFiles):
+            for sample in torch.cat(batches).tolist():
+                problem = _decoding_problem(self.data.paths[sample], self.config.device)
+                if problem is not None:
+                    problems[sample] = problem
+        if not problems:
+            raise error
+        for sample, problem in problems.items():
+            self._reject(sample, problem)
+        self._waiting.extendleft(reversed(batches))
+        self._pipeline = self._build()
+
+    def _rewind(self) -> None:
+        """Drop what an iteration that ended early left in the making, and make the pipeline ready for other batches."""
+        self._waiting.clear()
+        try:
+            while self._pipeline is not None:
+                self._pipeline.run()
+        except StopIteration:
+            self._pipeline.reset()
+        except RuntimeError:  # one of those batches could not be decoded
+            self._pipeline = None
+        self._making.clear()
+        self._pipeline = self._pipeline or self._build()
+
+    def close(self) -> None:
+        super().close()
+        self._pipeline = None
+
+
+def _import_dali() -> Any:
+    """The module, with its operators loaded.
+
+    Raises:
+        NotImplementedError: it cannot be imported.
+    """
+    try:
+        import nvidia.dali
+        import nvidia.dali.fn
+    except ImportError as error:
+        raise NotImplementedError(f"loader 'dali' cannot run here: {error} (pip install 'camkd-fast[dali]')") from error
+    return nvidia.dali
+
+
+def _device_id(device: torch.device) -> int | None:
+    """DALI's name of a device; None is the CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _decoding(types: Any, gpu: bool) -> dict[str, Any]:
+    """How files become pixels: as Pillow does it, the orientation tag left alone."""
+    return {
+        "device": "mixed" if gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+
+
+def _decoding_problem(path: Path, device: torch.device) -> str | None:
+    """What DALI says about one file in one line; None if it can decode it."""
+    dali = _import_dali()
+    pipeline = dali.Pipeline(1, 1, _device_id(device), prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
+    with pipeline:
+        name = dali.fn.external_source(name="name", dtype=dali.types.UINT8, ndim=1)
+        decoding = _decoding(dali.types, device.type == "cuda")
+        pipeline.set_outputs(dali.fn.decoders.image(dali.fn.io.file.read(name), **decoding))
+    pipeline.build()
+    pipeline.feed_input("name", [np.frombuffer(os.fsencode(path), np.uint8)])
+    try:
+        pipeline.run()
+    except RuntimeError as error:
+        told = str(error).partition("encountered:")[2].split("\n")
+        return next((line.strip() for line in told if line.strip()), "DALI cannot decode it")
+    return None
