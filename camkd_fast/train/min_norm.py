@@ -40,7 +40,8 @@ def _solve(gram: Tensor, cap: float) -> Tensor:
     G = gram.double()
     largest = G.diagonal().amax()
     G = G / torch.where(largest > 0, largest, 1.0)
-    sign = torch.tensor([[1.0], [-1.0]], dtype=G.dtype, device=G.device)
+    one = torch.ones_like(G[:1, :1])
+    sign = torch.cat([one, -one])  # made on the device: a tensor from Python numbers waits for it
     slack = torch.stack([uniform, cap - uniform])  # (2, K): to the bounds w >= 0 and w <= cap
     dual = 1.0 / slack
     for _ in range(STEPS):

@@ -1,0 +1,184 @@
+"""The teacher cache: what teachers say about every sample and view, asked once and replayed ever after.
+
+Logits replay bit by bit as they were kept, whatever the batch. (A live teacher may round a sample differently beside
+others.) Feature maps are kept as their averages over height and width and replayed as (n, D_k, 1, 1) maps, so a feature
+term then compares averages: the student's map is averaged before r_k, and heads that pool see the teacher's own pooled
+features. That is another feature loss than the live one, and a far smaller cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..models.protocol import Prediction
+from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
+from .cache_writer import SHARD_BYTES, decode, write_missing
+from .distributed import World
+from .teachers import Head, Teachers
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch, Loader
+
+__all__ = ["CacheError", "CacheKey", "CachedTeachers", "Storage", "TeacherCache"]
+
+CPU = torch.device("cpu")
+MEMORY_LIMIT = 4 << 30  # bytes of a cache that is held in memory; a larger one is read from its mapped files
+
+
+class TeacherCache:
+    """The answers in a folder; made by `open` or `build`.
+
+    Attributes:
+        key: what they are answers to.
+        classes, channels: C, and D_k of each teacher (0 without features).
+        errors: per writing rank, what the truncation does to the loss (`truncation.loss_error`); zeros without one.
+        resident: whether they are held in memory, on the device.
+    """
+
+    def __init__(self, folder: Path, key: CacheKey, storage: Storage, device: torch.device, memory_limit: int) -> None:
+        found = manifests(folder, key, storage)
+        if not found:
+            raise CacheError(f"{folder} holds no teacher cache: there is no {MANIFESTS}")
+        self.folder, self.key, self._device = folder, key, device
+        self.classes, self.channels = found[0].classes, found[0].channels
+        self.errors: list[dict[str, Any]] = [manifest.error for manifest in found]
+        total = key.views * key.samples
+        self._covered = torch.zeros(total, dtype=torch.bool)
+        self._shard = torch.zeros(total, dtype=torch.int64)  # which shard holds a row, and where in it
+        self._place = torch.zeros(total, dtype=torch.int64)
+        self._shards: list[dict[str, Tensor]] = []
+        for manifest in found:
+            for shard in shards(folder, manifest):
+                rows = shard.pop("rows")
+                self._covered[rows] = True
+                self._shard[rows], self._place[rows] = len(self._shards), torch.arange(len(rows))
+                self._shards.append(shard)
+        size = sum(tensor.nbytes for shard in self._shards for tensor in shard.values())
+        self.resident = size <= memory_limit
+        if self.resident:
+            merged = self._gather(torch.arange(total))
+            self._shards = [{name: tensor.to(device) for name, tensor in merged.items()}]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        key: CacheKey,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
+        *,
+        unreadable: int = 0,
+        device: torch.device = CPU,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> TeacherCache:
+        """The complete cache in `folder`.
+
+        Args:
+            unreadable: samples per view that may be missing, as the loader leaves out as many bad files.
+            device: of the replayed tensors.
+            memory_limit: bytes up to which the answers are held on the device; beyond, each batch is read from the
+                mapped files.
+
+        Raises:
+            CacheError: no cache, one of something else, an incomplete or a damaged one.
+        """
+        cache = cls(folder, key, storage, device, memory_limit)
+        there, total = int(cache._covered.sum()), cache._covered.numel()
+        if total - there > unreadable * key.views:
+            raise CacheError(f"teacher cache {folder} holds {there} of {total} answers: writing it was not finished")
+        return cache
+
+    @classmethod
+    def build(
+        cls,
+        folder: Path,
+        teachers: Teachers,
+        loader: Loader,
+        key: CacheKey,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
+        *,
+        world: World = World(0, 1, CPU),  # noqa: B008 - frozen
+        unreadable: int = 0,
+        memory_limit: int = MEMORY_LIMIT,
+        shard_bytes: int = SHARD_BYTES,
+        progress: Callable[[int], None] = lambda samples: None,
+    ) -> TeacherCache:
+        """Ask `teachers` whatever `folder` does not answer yet, then open it. No teacher runs if it is complete.
+
+        Every rank calls this with its own loader and writes its own shards into the one folder, which all ranks see.
+
+        Args:
+            loader: for this alone, at the start of an epoch, with the settings of `key`; epoch v is to be view v.
+            progress: called with the number of samples of every batch.
+
+        Raises:
+            CacheError: `folder` holds a cache of something else or a damaged one.
+            OSError: a shard cannot be written; those before it are kept, and another call goes on from there.
+        """
+        write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
+        return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
+
+    def answers(self, view: int, index: Tensor) -> list[Prediction]:
+        """What each teacher said about the samples `index` (n,) int64 on the CPU in a view.
+
+        Returns:
+            K predictions: features (n, D_k, 1, 1), logits (n, C), views of common tensors.
+
+        Raises:
+            CacheError: the view or a sample is not in the cache.
+        """
+        views, N = self.key.views, self.key.samples
+        if not 0 <= view < views:
+            raise CacheError(f"view {view} is asked for, but teacher cache {self.folder} holds {views} views")
+        rows = view * N + index
+        if not self._covered[rows].all():
+            sample = int(index[~self._covered[rows]][0])
+            raise CacheError(f"teacher cache {self.folder} has no answer for sample {sample} in view {view}")
+        if self.resident:
+            rows = rows.to(self._device, non_blocking=True)
+            kept = {name: tensor.index_select(0, rows) for name, tensor in self._shards[0].items()}
+        else:
+            kept = {name: tensor.to(self._device) for name, tensor in self._gather(rows).items()}
+        logits = decode(kept, self.classes).unbind(1)
+        if 0 in self.channels:
+            maps = [logits[0].new_empty((len(rows), 0, 1, 1))] * len(logits)
+        else:
+            maps = [f[:, :, None, None] for f in torch.split(kept["features"], self.channels, 1)]
+        return [Prediction(features, z) for features, z in zip(maps, logits, strict=True)]
+
+    def _gather(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows (n,) of every tensor, from the shards that hold them; a row that none holds is any."""
+        shard, place = self._shard[rows], self._place[rows]
+        out = {name: t.new_empty((len(rows), *t.shape[1:])) for name, t in self._shards[0].items()}
+        for i in torch.unique(shard).tolist():
+            here = (shard == i).nonzero().squeeze(1)
+            for name, tensor in self._shards[i].items():
+                out[name][here] = tensor[place[here]]
+        return out
+
+
+class CachedTeachers:
+    """Teachers that replay a cache; the `Teachers` of `train.teachers`.
+
+    Args:
+        heads: of the teachers that the cache was made with, which a student's regressed maps are still given to.
+
+    Raises:
+        ValueError: another number of heads than of teachers in the cache.
+    """
+
+    def __init__(self, cache: TeacherCache, heads: Sequence[Head]) -> None:
+        K = len(cache.key.teachers)
+        if len(heads) != K:
+            raise ValueError(f"{len(heads)} heads were given, but the cache holds the answers of {K} teachers")
+        self.cache = cache
+        self.heads = list(heads)
+        self.num_features = list(cache.channels)
+        self.hashes = list(cache.key.teachers)
+
+    def __call__(self, batch: Batch) -> list[Prediction]:
+        return self.cache.answers(batch.view, batch.index)

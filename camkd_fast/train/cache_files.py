@@ -1,0 +1,195 @@
+"""What lies in the folder of a teacher cache: shards of answers, and per writing rank a manifest that vouches for them.
+
+    manifest.000.json       what the answers are of (`CacheKey`), how they are kept (`Storage`), and rank 0's shards
+    000-00000.safetensors   "rows" (R,) int64 = view * samples + position in the data set, and for each of them
+                            "logits" (R, K, C), or "ids", "values" (R, K, k) and "tail" (R, K), see `truncation`
+                            "features" (R, D_1 + ... + D_K) the feature maps' averages over height and width
+
+Every file is written under another name and renamed. A shard counts once its manifest lists it, so a killed writer
+loses what it had not listed, and writers never share a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .checkpoint import write_atomically
+from .teachers import LiveTeachers
+
+if TYPE_CHECKING:
+    from ..data.batch import LoaderConfig
+    from ..data.files import ImageFiles
+    from ..data.images import LabelledImages
+
+FORMAT = 1
+MANIFESTS = "manifest.*.json"
+
+
+class CacheError(ValueError):
+    """A teacher cache is of something else, incomplete or damaged."""
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """All that the teachers' answers depend on."""
+
+    data: str  # fingerprint of the images
+    split: str
+    samples: int
+    shape: tuple[int, ...]  # channels, height, width that the loader delivers
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: str
+    seed: int  # of the augmentation
+    views: int
+    loader: str  # kind: where files are decoded and resized, two kinds may differ by a level
+    teachers: tuple[str, ...]  # hashes
+    autocast: str  # dtype of the teachers' autocast, or "None"
+
+    @classmethod
+    def of(
+        cls,
+        data: LabelledImages | ImageFiles,
+        split: str,
+        config: LoaderConfig,
+        loader: str,
+        teachers: LiveTeachers,
+    ) -> CacheKey:
+        """The key of what `teachers` say about `data` as a loader with `config` delivers it.
+
+        Args:
+            split: "train", for instance.
+            loader: the kind that was chosen, "resident", "dali" or "torch".
+
+        Raises:
+            ValueError: the config has no fixed number of views.
+        """
+        if config.views is None and config.augmentation is not None:
+            raise ValueError("a teacher cache needs a fixed number of views, got views None")
+        return cls(
+            data=data.fingerprint(),
+            split=split,
+            samples=len(data),
+            shape=tuple(data.shape),
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            augmentation=str(config.augmentation),
+            seed=config.seed,
+            views=config.views or 1,
+            loader=loader,
+            teachers=tuple(teachers.hashes),
+            autocast=str(teachers.autocast),
+        )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How answers are kept.
+
+    Raises:
+        ValueError: another dtype, a `top_k` below 1 or a temperature that is not positive.
+    """
+
+    dtype: str = "float32"  # of logits and features; "float32" replays bit by bit what float32 teachers said
+    top_k: int | None = None  # keep that many logits of each row and a bucket for the rest; None: all
+    temperature: float = 4.0  # at which the bucket's mass is exact: that of the distillation
+    features: bool = True  # keep pooled feature maps too
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+@dataclass
+class Manifest:
+    """What one rank wrote."""
+
+    key: CacheKey
+    storage: Storage
+    classes: int
+    channels: list[int]  # D_k; 0 where feature maps are not kept
+    error: dict[str, Any]  # `truncation.loss_error` of the first rows written, and how many
+    shards: list[dict[str, Any]] = field(default_factory=list)  # file, rows, sha256
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        try:
+            content = json.loads(path.read_bytes())
+            if (found := content.pop("format")) != FORMAT:
+                raise CacheError(f"{path} has format {found}, but this version reads format {FORMAT}")
+            key: dict[str, Any] = content.pop("key")
+            key.update({name: tuple(value) for name, value in key.items() if isinstance(value, list)})
+            return cls(CacheKey(**key), Storage(**content.pop("storage")), **content)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CacheError(f"{path} is damaged: {error}") from error
+
+
+def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
+    """Those of all ranks that ever wrote into `folder`, once they are known to be of `key` and `storage`.
+
+    Raises:
+        CacheError: one is damaged or of something else; every difference is named with both values.
+    """
+    found = []
+    for path in sorted(folder.glob(MANIFESTS)):
+        manifest = Manifest.read(path)
+        there, here = _settings(manifest.key, manifest.storage), _settings(key, storage)
+        if manifest.storage.features and not storage.features:
+            here["features"] = True  # more than was asked for
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        if names:
+            differences = "; ".join(f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names)
+            raise CacheError(f"teacher cache {folder} does not fit: {differences}")
+        found.append(manifest)
+    return found
+
+
+def _settings(key: CacheKey, storage: Storage) -> dict[str, Any]:
+    """Everything that two caches may differ in, by name."""
+    settings = {**asdict(key), **asdict(storage)}
+    settings.update({f"teacher {k}": digest for k, digest in enumerate(settings.pop("teachers"))})
+    if storage.top_k is None:
+        del settings["temperature"]
+    return settings
+
+
+def shards(folder: Path, manifest: Manifest) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each shard, mapped from their file, once its bytes are known to be those that were written.
+
+    Raises:
+        CacheError: a shard is missing, truncated or changed.
+    """
+    from safetensors.torch import load_file
+
+    for shard in manifest.shards:
+        path = folder / shard["file"]
+        try:
+            digest = _sha256(path)
+        except OSError as error:
+            raise CacheError(f"shard {path} cannot be read: {error.strerror}") from error
+        if digest != shard["sha256"]:
+            size = path.stat().st_size
+            raise CacheError(f"shard {path} is damaged: its {size} bytes have sha256 {digest}, not {shard['sha256']}")
+        yield load_file(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
