@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast.train.min_norm import min_norm_weights
 
@@ -132,6 +133,12 @@ def test_a_gradient_that_is_not_finite_cannot_pass_unnoticed() -> None:
     gram = torch.eye(3)
     gram[1, 1] = float("nan")
     assert min_norm_weights(gram, 0.6).isnan().all()
+
+
+def test_no_number_is_read_back_from_the_device() -> None:
+    """Tensors without data: whatever asks for a value, as a host synchronisation does, fails."""
+    with FakeTensorMode():
+        assert min_norm_weights(torch.ones(3, 3), 0.6).shape == (3,)
 
 
 def test_it_compiles_into_one_graph_and_records_no_gradient() -> None:
