@@ -151,4 +151,7 @@ def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:
 
 def _all_native(tensors: Sequence[Tensor]) -> bool:
     """The common case of `choose` without its strings: a compiled module and dtypes that it takes."""
-    return availability("cpu").usable and all(tensor.dtype in COMPILED_DTYPES for tensor in tensors)
+    for tensor in tensors:
+        if tensor.dtype not in COMPILED_DTYPES:
+            return False
+    return availability("cpu").usable

@@ -177,7 +177,12 @@ class _ResidualGradient(torch.autograd.Function):
             out = torch.empty_like(residual) if retained else residual
             factor = grad_output.reshape(-1) * ctx.remaining
             residual = backend_for(ctx.backend, [residual]).scale_rows(residual, factor, out)
-        return residual.view(ctx.shape), grad_weights, None, None
+        return _shaped(residual, ctx.shape), grad_weights, None, None
+
+
+def _shaped(residual: Tensor, shape: torch.Size) -> Tensor:
+    """The residual (N, C) as the student's (..., C); a view costs more than this question."""
+    return residual if residual.shape == shape else residual.view(shape)
 
 
 def _is_one(grad_output: Tensor, remaining: float | Tensor) -> bool:
@@ -266,7 +271,7 @@ def camkd_loss_and_grad(
         weighting = weighting.detach()
     result = _evaluate(student, teacher_logits, target, formula, weighting, reduction, num_items, backend, loss_scale)
     assert result.residual is not None  # a loss_scale asks for it
-    return result.output, result.residual.view(student.shape)
+    return result.output, _shaped(result.residual, student.shape)
 
 
 class CAMKDLoss(nn.Module):

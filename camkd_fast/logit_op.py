@@ -49,14 +49,18 @@ def run_rows(
     backend: str,
 ) -> RowLoss:
     """The backend's numbers for tensors of any layout; labels are already checked."""
+    temperature, hard_weight, soft_weight, ignore_index = formula
     result = backend_for(backend, [student, *teachers]).row_loss(
         row_view(student),
         [row_view(teacher) for teacher in teachers],
         target,
+        temperature=temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
         weighting=weighting,
+        ignore_index=ignore_index,
         needs_grad=needs_grad,
         residual_scale=residual_scale,
-        **formula._asdict(),
     )
     return RowLoss(*result)
 

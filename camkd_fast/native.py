@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import _C  # after torch, whose OpenMP runtime it shares
-from .reference import RowLoss
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
@@ -55,11 +54,11 @@ def row_loss(
     ignore_index: int,
     needs_grad: bool,
     residual_scale: float | Tensor,
-) -> RowLoss:
+) -> tuple[Tensor, Tensor | None, tuple[float, float, float]]:
     N, C, inner = _sizes(student)
     K = len(teachers)
-    numbers = torch.empty((3 + 3 * K, N), dtype=torch.float32)
-    residual = torch.empty((N, C), dtype=student.dtype) if needs_grad else None
+    numbers = torch.empty(3 + 3 * K, N, dtype=torch.float32)
+    residual = torch.empty(N, C, dtype=student.dtype) if needs_grad else None
     if isinstance(weighting, Tensor):
         code, weights = _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
     else:
@@ -82,7 +81,7 @@ def row_loss(
         float(residual_scale),
         torch.get_num_threads(),
     )
-    return RowLoss(numbers, residual, sums)
+    return numbers, residual, sums
 
 
 def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ def row_view(logits: Tensor) -> Tensor:
     A view wherever two row strides describe the layout: padded rows, slices such as `logits[:, :-1]`, expanded rows.
     Only strided columns (a transposed matrix) and four or more non-collapsible dimensions are copied.
     """
-    if logits.dim() > 3:
+    dimensions = logits.dim()
+    if dimensions > 3:
         logits = logits.flatten(0, -2)
-    elif logits.dim() == 1:
+    elif dimensions == 1:
         logits = logits.unsqueeze(0)
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 

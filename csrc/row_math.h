@@ -1,8 +1,9 @@
 // The per-row formulas, once, for every compiled kernel (host and device): online merge of column blocks, confidence
 // weights, the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py.
 //
-// Exponentials and logarithms of K-sized arrays come from a `Math` policy (`Math::exp(x, n)`, `Math::log(x, n)`, both
-// in place), so that a CPU kernel does all of a row's in one vector; the arrays are padded to whole vectors for it.
+// What is K wide is written for a number `F`: a float, or a vector that holds several rows, one to a lane. Its `Math`
+// policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b, infinities
+// too), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
 #pragma once
 
 #include <cmath>
@@ -96,101 +97,109 @@ CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Re
     }
 }
 
-CAMKD_HD float product_or_zero(float weight, float term) {
-    return weight == 0 ? 0.0f : weight * term;
+template <class Math, class F>
+CAMKD_HD F product_or_zero(F weight, F term) {
+    return weight * Math::zero_where_zero(term, weight);
 }
 
 // w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally.
-template <class Math>
-CAMKD_HD void confidence_weights(const float* ce, int K, float* w) {
-    float top = -INFINITY;
-    for (int k = 0; k < K; ++k) top = ce[k] > top ? ce[k] : top;
-    float share[kMaxTeachers];
-    float sum = 0;
-    for (int k = 0; k < K; ++k) share[k] = ce[k] == top ? 0.0f : ce[k] - top;
-    Math::exp(share, K);
-    for (int k = 0; k < K; ++k) sum += share[k];
-    const float inverse = K == 1 ? 1.0f : 1.0f / (sum * float(K - 1));
+template <class Math, class F>
+CAMKD_HD void confidence_weights(const F* ce, int K, F* w) {
+    if (K == 1) {
+        w[0] = Math::set(1.0f);
+        return;
+    }
+    F top = Math::set(-INFINITY), sum = Math::set(0.0f);
+    for (int k = 0; k < K; ++k) top = Math::max(ce[k], top);
+    F share[kMaxTeachers];
+    for (int k = 0; k < K; ++k) {
+        share[k] = Math::exp(Math::difference(ce[k], top));
+        sum = sum + share[k];
+    }
+    const F inverse = Math::set(1.0f) / (sum * Math::set(float(K - 1)));
     for (int k = 0; k < K; ++k) {
         // The sum of the others rather than 1 - softmax_k: exact for a teacher that is by far the worst.
-        float others = K == 1 ? 1.0f : 0.0f;
-        for (int j = 0; j < k; ++j) others += share[j];
-        for (int j = k + 1; j < K; ++j) others += share[j];
+        F others = Math::set(0.0f);
+        for (int j = 0; j < K; ++j)
+            if (j != k) others = others + share[j];
         w[k] = others * inverse;
     }
 }
 
 // w_k = 1 - H_k / sum_j H_j.
-CAMKD_HD void entropy_weights(const float* entropy, int K, float* w) {
-    float sum = 0;
-    for (int k = 0; k < K; ++k) sum += entropy[k];
-    for (int k = 0; k < K; ++k)
-        w[k] = K == 1 ? 1.0f : 1.0f - (sum > 0 ? entropy[k] / sum : (sum == 0 ? 1.0f / K : sum));
+template <class Math, class F>
+CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
+    const F one = Math::set(1.0f), equal = Math::set(1.0f / float(K));
+    F sum = Math::set(0.0f);
+    for (int k = 0; k < K; ++k) sum = sum + entropy[k];
+    for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
 }
 
+// The finished sums of a stream (StreamState) and its logit at the label, which is NaN for a label outside [0, C).
+template <class F>
+struct RowSums {
+    F max, sum_t, sum_1, cross, entropy, label;
+};
+
+template <class F>
 struct RowResult {
-    float loss, hard, soft;
-    float divergence[kMaxTeachers];
-    float teacher_ce[kMaxTeachers];
-    float weights[kMaxTeachers];
+    F loss, hard, soft;
+    F divergence[kMaxTeachers];
+    F teacher_ce[kMaxTeachers];
+    F weights[kMaxTeachers];
 };
 
 // residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
 // y]
+template <class F>
 struct ResidualCoefficients {
-    float student_t, student_1, label;
-    float teacher[kMaxTeachers];
+    F student_t, student_1;
+    F teacher[kMaxTeachers];
 };
 
-// Everything of a row that is not C wide. `student_label` and `teacher_label` are the logits at the label (NaN for a
-// label outside [0, C)); `result.weights` holds the weights on entry when they are given.
-template <class Math, class Real>
-CAMKD_HD void finish_row(const Formula& formula, int K, const StreamState<Real>& student,
-                         const StreamState<Real>* teachers, float student_label, const float* teacher_label,
-                         float residual_scale, RowResult& result, ResidualCoefficients& coefficients) {
-    const float T = formula.temperature;
-    float logs[3 * kMaxTeachers];
-    logs[0] = float(student.sum_1);
-    for (int k = 0; k < K; ++k) {
-        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-        logs[1 + 2 * k] = float(student.sum_t / teachers[k].sum_t);
-        logs[2 + 2 * k] = float(teachers[k].sum_1);
-    }
-    Math::log(logs, 2 * K + 1);
+CAMKD_HD float label_coefficient(const Formula& formula, float residual_scale) {
+    return formula.hard_weight * residual_scale;
+}
 
-    float entropy[kMaxTeachers];
+// Everything of a row that is not C wide. `unfit` is NaN for a label outside [0, C) and else 0; `result.weights` holds
+// the weights on entry when they are given.
+template <class Math, class F>
+CAMKD_HD void finish_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
+                         float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
+    const float T = formula.temperature;
+    F entropy[kMaxTeachers];
     for (int k = 0; k < K; ++k) {
-        const StreamState<Real>& z = teachers[k];
-        result.divergence[k] = float(z.cross / (z.sum_t * Real(T))) + logs[1 + 2 * k];
-        result.teacher_ce[k] = logs[2 + 2 * k] - (teacher_label[k] - z.max);
-        entropy[k] = logs[2 + 2 * k] - float(z.entropy / z.sum_1);
+        const RowSums<F>& z = teachers[k];
+        const F log_1 = Math::log(z.sum_1);
+        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
+        result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
+        result.teacher_ce[k] = log_1 - (z.label - z.max);
+        entropy[k] = log_1 - z.entropy / z.sum_1;
     }
-    float* w = result.weights;
+    F* w = result.weights;
     if (formula.weighting == Weighting::confidence) {
         confidence_weights<Math>(result.teacher_ce, K, w);
     } else if (formula.weighting == Weighting::entropy) {
-        entropy_weights(entropy, K, w);
+        entropy_weights<Math>(entropy, K, w);
     } else if (formula.weighting == Weighting::uniform) {
-        for (int k = 0; k < K; ++k) w[k] = 1.0f / float(K);
+        for (int k = 0; k < K; ++k) w[k] = Math::set(1.0f / float(K));
     }
 
-    float total = 0, soft = 0;
+    F total = Math::set(0.0f), soft = Math::set(0.0f);
     for (int k = 0; k < K; ++k) {
-        total += w[k];
-        soft += product_or_zero(w[k], result.divergence[k]);
+        total = total + w[k];
+        soft = soft + product_or_zero<Math>(w[k], result.divergence[k]);
     }
-    result.hard = logs[0] - (student_label - student.max);
-    result.soft = T * T * soft;
-    result.loss = product_or_zero(formula.hard_weight, result.hard) + product_or_zero(formula.soft_weight, result.soft);
-
-    const float soft_scale = formula.soft_weight * T * residual_scale;
+    result.hard = Math::log(student.sum_1) - (student.label - student.max);
+    result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
-    const float unfit = student_label != student_label ? student_label : 0.0f;
-    result.loss += unfit;
-    coefficients.label = formula.hard_weight * residual_scale;
-    coefficients.student_t = soft_scale * total / float(student.sum_t) + unfit;
-    coefficients.student_1 = coefficients.label / float(student.sum_1);
-    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero(w[k], soft_scale / float(teachers[k].sum_t));
+    result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +
+                  product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + unfit;
+
+    const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
+    coefficients.student_t = soft_scale * total / student.sum_t + unfit;
+    coefficients.student_1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum_1;
+    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sum_t);
 }
 
 }  // namespace camkd

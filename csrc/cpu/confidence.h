@@ -35,36 +35,44 @@ StreamState<double> row_exp_sum(const T* z, int64_t C, const Exp& exp) {
 }
 
 void confidence_forward(const ConfidenceArgs& args) {
+    constexpr int W = Vec::width;
     const int K = args.K;
     const int threads = useful_threads(args.N * args.C * K, args.threads);
     const Exp exp(1.0f);
+    // One row to a lane.
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t n = 0; n < args.N; ++n) {
-        const int64_t y = args.target[n];
-        float ce[kMaxTeachers] = {}, weights[kMaxTeachers] = {}, lse[kMaxTeachers] = {};
-        float log_sum[kMaxTeachers] = {}, max[kMaxTeachers], label[kMaxTeachers];
-        if (y != args.ignore_index) {
+    for (int64_t begin = 0; begin < args.N; begin += W) {
+        const int count = int(std::min<int64_t>(W, args.N - begin));
+        float sum[kMaxTeachers][W], max[kMaxTeachers][W] = {}, label[kMaxTeachers][W] = {};
+        int32_t kept[W] = {};
+        for (auto& lanes : sum) std::fill_n(lanes, W, 1.0f);
+        for (int lane = 0; lane < count; ++lane) {
+            const int64_t y = args.target[begin + lane];
+            if (y == args.ignore_index) continue;
+            kept[lane] = -1;
             for (int k = 0; k < K; ++k) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
-                    const auto* z = row_start<decltype(t)>(args.logits[k], args.inner, n);
+                    const auto* z = row_start<decltype(t)>(args.logits[k], args.inner, begin + lane);
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
-                    log_sum[k] = float(state.sum_1);
-                    max[k] = state.max;
-                    label[k] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
+                    sum[k][lane] = float(state.sum_1);
+                    max[k][lane] = state.max;
+                    label[k][lane] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
                 });
             }
-            ArrayMath::log(log_sum, K);
-            for (int k = 0; k < K; ++k) {
-                lse[k] = max[k] + log_sum[k];
-                ce[k] = log_sum[k] - (label[k] - max[k]);
-            }
-            confidence_weights<ArrayMath>(ce, K, weights);
         }
+        Vec ce[kMaxTeachers], weights[kMaxTeachers];
+        const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
+        auto put = [&](float* rows, int k, Vec x) {
+            store_lanes(rows + k * args.N + begin, Vec::bit_and(x, mask), count);
+        };
         for (int k = 0; k < K; ++k) {
-            args.ce[k * args.N + n] = ce[k];
-            args.weights[k * args.N + n] = weights[k];
-            args.lse[k * args.N + n] = lse[k];
+            const Vec log_sum = LaneMath::log(Vec::load(sum[k])), top = Vec::load(max[k]);
+            ce[k] = log_sum - (Vec::load(label[k]) - top);
+            put(args.lse, k, top + log_sum);
+            put(args.ce, k, ce[k]);
         }
+        confidence_weights<LaneMath>(ce, K, weights);
+        for (int k = 0; k < K; ++k) put(args.weights, k, weights[k]);
     }
 }
 

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kStreams = kMaxTeachers + 1;            // the student is stream 0
 constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; wider rows are shared by all threads
+constexpr int64_t kGroupScratch = 32 * 1024;          // bytes of rows that finish together
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
 
 // Scratch floats that survive from call to call, so that a step does not fault in fresh pages.
@@ -116,6 +117,67 @@ struct RowScratch {
     float* stream(int k) const { return e + k * padded; }
 };
 
+// What is K wide of up to Vec::width consecutive rows, one row to a lane. Lanes of ignored rows hold harmless numbers
+// and come out as 0.
+struct Lanes {
+    static constexpr int W = Vec::width;
+    struct Stream {
+        float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
+    };
+    alignas(64) Stream streams[kStreams];
+    float unfit[W];
+    int32_t kept[W];
+    float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
+
+    void reset(int K) {
+        std::fill_n(kept, W, 0);
+        std::fill_n(unfit, W, 0.0f);
+        for (int k = 0; k <= K; ++k) {
+            Stream& stream = streams[k];
+            for (float* zeros : {stream.max, stream.cross, stream.entropy, stream.label}) std::fill_n(zeros, W, 0.0f);
+            for (float* ones : {stream.sum_t, stream.sum_1}) std::fill_n(ones, W, 1.0f);
+        }
+    }
+
+    // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
+    void finish(const RowLossArgs& args, int64_t begin, int count) {
+        const int K = args.K;
+        RowSums<Vec> sums[kStreams];
+        RowResult<Vec> result;
+        ResidualCoefficients<Vec> coefficients;
+        for (int k = 0; k <= K; ++k) {
+            const Stream& s = streams[k];
+            sums[k] = {Vec::load(s.max),   Vec::load(s.sum_t),   Vec::load(s.sum_1),
+                       Vec::load(s.cross), Vec::load(s.entropy), Vec::load(s.label)};
+        }
+        if (args.formula.weighting == Weighting::given) {
+            for (int k = 0; k < K; ++k) {
+                float given[W] = {};
+                for (int lane = 0; lane < count; ++lane)
+                    given[lane] = args.weights[k * args.weight_stride_k + (begin + lane) * args.weight_stride_n];
+                result.weights[k] = Vec::load(given);
+            }
+        }
+        finish_row<LaneMath>(args.formula, K, sums[0], sums + 1, Vec::load(unfit), args.residual_scale, result,
+                             coefficients);
+        const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
+        auto put = [&](float* rows, int i, Vec x) {
+            store_lanes(rows + i * args.N + begin, Vec::bit_and(x, mask), count);
+        };
+        put(args.rows, 0, result.loss);
+        put(args.rows, 1, result.hard);
+        put(args.rows, 2, result.soft);
+        for (int k = 0; k < K; ++k) {
+            put(args.divergence, k, result.divergence[k]);
+            put(args.teacher_ce, k, result.teacher_ce[k]);
+            put(args.weights_out, k, result.weights[k]);
+            coefficients.teacher[k].store(teacher[k]);
+        }
+        coefficients.student_t.store(student_t);
+        coefficients.student_1.store(student_1);
+    }
+};
+
 // One row of one call: pointers and the passes over its blocks.
 struct Row {
     const RowLossArgs& args;
@@ -126,12 +188,14 @@ struct Row {
     int64_t offset[kStreams];
     int64_t index;
 
-    Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s)
-        : args(a), functions(f), exps(x), scratch(s) {}
+    Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s, int64_t n)
+        : args(a), functions(f), exps(x), scratch(s), index(n) {}
 
-    void start(int64_t n) {
-        index = n;
-        int64_t outer = n / args.inner, inner = n - outer * args.inner;
+    bool ignored() const { return args.target[index] == args.ignore_index; }
+
+    // Finds the row's logits, which add_block and put read.
+    void start() {
+        const int64_t outer = index / args.inner, inner = index - outer * args.inner;
         auto locate = [&](const Matrix& m, int k) {
             data[k] = m.data;
             offset[k] = outer * m.stride_outer + inner * m.stride_inner;
@@ -152,9 +216,7 @@ struct Row {
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         float* references = scratch.references + b * (args.K + 1);
         auto reference = [&](int k) {
-            float max = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
-            references[k] = max;
-            return max;
+            return references[k] = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
         };
         // With no finite logit yet any reference will do: every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
@@ -181,34 +243,24 @@ struct Row {
 
     bool label_fits() const { return args.target[index] >= 0 && args.target[index] < args.C; }
 
-    // Writes the row's numbers and returns the coefficients of its residual.
-    ResidualCoefficients finish(const State* states) const {
-        const int K = args.K;
-        const int64_t y = args.target[index], N = args.N;
-        float student_label = NAN, teacher_label[kMaxTeachers];
-        RowResult result;
-        ResidualCoefficients coefficients;
-        if (label_fits()) student_label = logit(args.student, 0, y);
-        for (int k = 0; k < K; ++k) {
-            teacher_label[k] = label_fits() ? logit(args.teachers[k], k + 1, y) : NAN;
-            if (args.formula.weighting == Weighting::given)
-                result.weights[k] = args.weights[k * args.weight_stride_k + index * args.weight_stride_n];
+    // The row's finished sums as one lane of `rows`.
+    void put(const State* states, Lanes& rows, int lane) const {
+        const bool fits = label_fits();
+        rows.kept[lane] = -1;
+        rows.unfit[lane] = fits ? 0.0f : NAN;
+        for (int k = 0; k <= args.K; ++k) {
+            Lanes::Stream& stream = rows.streams[k];
+            stream.max[lane] = states[k].max;
+            stream.sum_t[lane] = float(states[k].sum_t);
+            stream.sum_1[lane] = float(states[k].sum_1);
+            stream.cross[lane] = float(states[k].cross);
+            stream.entropy[lane] = float(states[k].entropy);
+            stream.label[lane] =
+                fits ? logit(k == 0 ? args.student : args.teachers[k - 1], k, args.target[index]) : NAN;
         }
-        finish_row<ArrayMath>(args.formula, K, states[0], states + 1, student_label, teacher_label, args.residual_scale,
-                              result, coefficients);
-        if (!label_fits()) coefficients.student_t = NAN;
-        args.rows[index] = result.loss;
-        args.rows[N + index] = result.hard;
-        args.rows[2 * N + index] = result.soft;
-        for (int k = 0; k < K; ++k) {
-            args.divergence[k * N + index] = result.divergence[k];
-            args.teacher_ce[k * N + index] = result.teacher_ce[k];
-            args.weights_out[k * N + index] = result.weights[k];
-        }
-        return coefficients;
     }
 
-    void write_block(int64_t b, const State* states, const ResidualCoefficients& coefficients, bool streaming) const {
+    void write_block(int64_t b, const Lanes& rows, int lane, bool streaming) const {
         const int K = args.K;
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
@@ -217,15 +269,17 @@ struct Row {
         Term terms[kMaxTeachers];
         int count = 0;
         for (int k = 0; k < K; ++k) {
+            const float coefficient = rows.teacher[k][lane];
             // Weight 0 drops the teacher, even one whose logits are NaN.
-            if (coefficients.teacher[k] == 0) continue;
-            double factor = shift_factor(references[k + 1], states[k + 1].max, inverse_t);
-            terms[count++] = {float(coefficients.teacher[k] * factor), scratch.stream(k + 1) + c};
+            if (coefficient == 0) continue;
+            double factor = shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverse_t);
+            terms[count++] = {float(coefficient * factor), scratch.stream(k + 1) + c};
         }
         const float* e = scratch.stream(0) + c;
         const float* e1 = keeps_e1() ? scratch.stream(K + 1) + c : e;
-        const float at = float(coefficients.student_t * shift_factor(references[0], states[0].max, inverse_t));
-        const float a1 = float(coefficients.student_1 * shift_factor(references[0], states[0].max, 1.0));
+        const float max = rows.streams[0].max[lane];
+        const float at = float(rows.student_t[lane] * shift_factor(references[0], max, inverse_t));
+        const float a1 = float(rows.student_1[lane] * shift_factor(references[0], max, 1.0));
         functions.residual(e, e1, at, a1, terms, count, args.residual, index * args.C + c, n, streaming);
         const int64_t y = args.target[index] - c;
         if (label_fits() && y >= 0 && y < n) {
@@ -234,23 +288,16 @@ struct Row {
             // The two differences apart: beside a label's 1 each of K small terms would be rounded to its scale.
             float value = at * e[y];
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
-            value += a1 * e1_y - coefficients.label;
+            value += a1 * e1_y - label_coefficient(args.formula, args.residual_scale);
             with_dtype(args.student.dtype, [&](auto t) {
                 store_tail(static_cast<decltype(t)*>(args.residual) + index * args.C + c + y, Vec::set(value), 1);
             });
         }
     }
 
-    void clear(int64_t n) const {
-        const int K = args.K;
-        for (int i = 0; i < 3; ++i) args.rows[i * args.N + n] = 0.0f;
-        for (int k = 0; k < K; ++k) {
-            args.divergence[k * args.N + n] = args.teacher_ce[k * args.N + n] = args.weights_out[k * args.N + n] = 0.0f;
-        }
-        if (args.residual) {
-            int64_t size = args.student.dtype == DType::f32 ? 4 : 2;
-            std::memset(static_cast<char*>(args.residual) + n * args.C * size, 0, args.C * size);
-        }
+    void clear_residual() const {
+        const int64_t bytes = args.C * (args.student.dtype == DType::f32 ? 4 : 2);
+        std::memset(static_cast<char*>(args.residual) + index * bytes, 0, bytes);
     }
 };
 
@@ -258,30 +305,51 @@ inline int64_t block_count(int64_t C) {
     return (C + kBlock - 1) / kBlock;
 }
 
+// How many rows finish together: as many as there are lanes, while their scratch stays near and every thread has some.
+inline int rows_per_group(int64_t N, int64_t row_bytes, int threads) {
+    const int64_t near = std::max<int64_t>(1, kGroupScratch / row_bytes), each = (N + threads - 1) / threads;
+    return int(std::min<int64_t>({Vec::width, near, std::max<int64_t>(each, 1)}));
+}
+
 inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
                              bool streaming) {
     const int64_t blocks = block_count(args.C);
     const int streams = args.K + 1 + (functions.power == 0 ? 1 : 0);
-    const int64_t chunk = std::max<int64_t>(1, args.N / (threads * 8));
+    const int64_t row_floats = RowScratch::floats(args.C, streams, blocks);
+    const int group = rows_per_group(args.N, row_floats * int64_t(sizeof(float)), threads);
+    const int64_t groups = (args.N + group - 1) / group;
+    const int64_t chunk = std::max<int64_t>(1, groups / (threads * 8));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         static thread_local Scratch memory;
-        float* base = memory.reserve(RowScratch::floats(args.C, streams, blocks) + kBlock + 2 * Vec::width);
-        float* student_d = base + RowScratch::floats(args.C, streams, blocks);
-        Row row(args, functions, exps, RowScratch(base, args.C, streams));
+        float* base = memory.reserve(group * row_floats + kBlock + 2 * Vec::width);
+        float* student_d = base + group * row_floats;
         State states[kStreams];
+        Lanes rows;
 #pragma omp for schedule(dynamic, chunk)
-        for (int64_t n = 0; n < args.N; ++n) {
-            if (args.target[n] == args.ignore_index) {
-                row.clear(n);
-                continue;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t begin = g * group;
+            const int count = int(std::min<int64_t>(group, args.N - begin));
+            rows.reset(args.K);
+            auto at = [&](int lane) {
+                return Row(args, functions, exps, RowScratch(base + lane * row_floats, args.C, streams), begin + lane);
+            };
+            for (int lane = 0; lane < count; ++lane) {
+                Row row = at(lane);
+                if (row.ignored()) continue;
+                row.start();
+                for (int k = 0; k <= args.K; ++k) states[k] = State();
+                for (int64_t b = 0; b < blocks; ++b) row.add_block(b, states, student_d);
+                row.put(states, rows, lane);
             }
-            row.start(n);
-            for (int k = 0; k <= args.K; ++k) states[k] = State();
-            for (int64_t b = 0; b < blocks; ++b) row.add_block(b, states, student_d);
-            ResidualCoefficients coefficients = row.finish(states);
-            if (args.residual)
-                for (int64_t b = 0; b < blocks; ++b) row.write_block(b, states, coefficients, streaming);
+            rows.finish(args, begin, count);
+            for (int lane = 0; args.residual && lane < count; ++lane) {
+                const Row row = at(lane);
+                if (row.ignored())
+                    row.clear_residual();
+                else
+                    for (int64_t b = 0; b < blocks; ++b) row.write_block(b, rows, lane, streaming);
+            }
         }
     }
 }
@@ -297,32 +365,35 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
     float* base = memory.reserve(row_floats + threads * (kBlock + 2 * Vec::width));
     const double inverse_t = 1.0 / args.formula.temperature;
     std::unique_ptr<State[]> partial(new State[threads * kStreams]);
-    ResidualCoefficients coefficients;
+    Lanes shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int team = omp_get_num_threads(), me = omp_get_thread_num();
         const int64_t begin = blocks * me / team, end = blocks * (me + 1) / team;
         float* student_d = base + row_floats + me * (kBlock + 2 * Vec::width);
         State* mine = partial.get() + me * kStreams;
-        Row row(args, functions, exps, RowScratch(base, args.C, streams));
         for (int64_t n = 0; n < args.N; ++n) {
-            if (args.target[n] == args.ignore_index) {
-#pragma omp single
-                row.clear(n);
-                continue;
+            Row row(args, functions, exps, RowScratch(base, args.C, streams), n);
+            const bool ignored = row.ignored();
+            if (!ignored) {
+                row.start();
+                for (int k = 0; k <= args.K; ++k) mine[k] = State();
+                for (int64_t b = begin; b < end; ++b) row.add_block(b, mine, student_d);
             }
-            row.start(n);
-            for (int k = 0; k <= args.K; ++k) mine[k] = State();
-            for (int64_t b = begin; b < end; ++b) row.add_block(b, mine, student_d);
 #pragma omp barrier
 #pragma omp single
             {
-                for (int t = 1; t < team; ++t)
-                    merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
-                coefficients = row.finish(partial.get());
+                shared.reset(args.K);
+                if (!ignored) {
+                    for (int t = 1; t < team; ++t)
+                        merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
+                    row.put(partial.get(), shared, 0);
+                }
+                shared.finish(args, n, 1);
+                if (ignored && args.residual) row.clear_residual();
             }
-            if (args.residual)
-                for (int64_t b = begin; b < end; ++b) row.write_block(b, partial.get(), coefficients, streaming);
+            if (args.residual && !ignored)
+                for (int64_t b = begin; b < end; ++b) row.write_block(b, shared, 0, streaming);
 #pragma omp barrier
         }
     }

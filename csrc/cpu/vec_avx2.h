@@ -52,6 +52,16 @@ struct Vec {
     static Vec zero_where_zero(Vec x, Vec where) {
         return {_mm256_and_ps(x.v, _mm256_cmp_ps(where.v, _mm256_setzero_ps(), _CMP_NEQ_UQ))};
     }
+    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+        return {_mm256_and_ps(_mm256_sub_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ))};
+    }
+    static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
+        return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
+    }
+    bool all_between(float low, float high) const {
+        return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(v, _mm256_set1_ps(low), _CMP_GT_OQ),
+                                                _mm256_cmp_ps(v, _mm256_set1_ps(high), _CMP_LT_OQ))) == 0xff;
+    }
     // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
     static Vec exponent(Vec x) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))}; }
 

@@ -51,6 +51,16 @@ struct Vec {
     static Vec zero_where_zero(Vec x, Vec where) {
         return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
     }
+    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+        return {_mm512_maskz_sub_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ), a.v, b.v)};
+    }
+    static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
+        return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), b.v, a.v)};
+    }
+    bool all_between(float low, float high) const {
+        return (_mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GT_OQ) &
+                _mm512_cmp_ps_mask(v, _mm512_set1_ps(high), _CMP_LT_OQ)) == 0xffff;
+    }
     // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
     static Vec exponent(Vec x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))}; }
 

@@ -70,6 +70,17 @@ struct Vec {
     }
     static Vec bit_and(Vec x, Vec mask) { return {(Floats)((Bits)x.v & (Bits)mask.v)}; }
     static Vec zero_where_zero(Vec x, Vec where) { return {(Floats)((Bits)x.v & (Bits)(where.v != zero().v))}; }
+    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+        return {(Floats)((Bits)(a.v - b.v) & (Bits)(a.v != b.v))};
+    }
+    static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
+        Bits at_most = (Bits)(x.v <= zero().v);
+        return {(Floats)(((Bits)b.v & at_most) | ((Bits)a.v & ~at_most))};
+    }
+    bool all_between(float low, float high) const {
+        Ints inside = (v > set(low).v) & (v < set(high).v);
+        return (inside[0] & inside[1] & inside[2] & inside[3]) != 0;
+    }
     // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
     static Vec exponent(Vec x) { return {(Floats)((Bits)x.v << 23)}; }
 

@@ -108,36 +108,50 @@ struct Exp {
     }
 };
 
-// Math policy of row_math.h, in whole vectors.
-struct ArrayMath {
-    static void exp(float* x, int n) {
-        const Exp exp(1.0f);
-        for (int i = 0; i < n; i += Vec::width) exp(Vec::load(x + i)).store(x + i);
-    }
+// Math policy of row_math.h for rows in the lanes of a Vec.
+struct LaneMath {
+    static Vec set(float x) { return Vec::set(x); }
+    static Vec max(Vec a, Vec b) { return Vec::max(a, b); }
+    static Vec difference(Vec a, Vec b) { return Vec::difference(a, b); }
+    static Vec zero_where_zero(Vec x, Vec where) { return Vec::zero_where_zero(x, where); }
+    static Vec where_positive(Vec x, Vec a, Vec b) { return Vec::where_positive(x, a, b); }
+    static Vec exp(Vec x) { return Exp(1.0f)(x); }
 
     // ln(m 2^e) = 2 atanh(s) + e ln 2 with s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)).
-    static void log(float* x, int n) {
-        // Sums of exponentials are at least 1, and 0 or not finite only where logits are infinite or NaN.
-        bool ordinary = true;
-        for (int i = 0; i < n; ++i) ordinary &= (x[i] > FLT_MIN) & (x[i] < INFINITY);
-        if (!ordinary) {
-            for (int i = 0; i < n; ++i) x[i] = std::log(x[i]);
-            return;
-        }
+    static Vec log(Vec x) {
         const Vec one = Vec::set(1.0f);
-        for (int i = 0; i < n; i += Vec::width) {
-            Vec m, e;
-            Vec::load(x + i).split(m, e);
-            const Vec s = (m - one) / (m + one), q = s * s, twice = s + s;
-            Vec tail = Vec::fma(q, Vec::set(0.11111111f), Vec::set(0.14285714f));
-            tail = Vec::fma(q, tail, Vec::set(0.2f));
-            tail = q * Vec::fma(q, tail, Vec::set(0.33333333f));
-            // ln 2 as a float and the float of what is left of it.
-            const Vec low = Vec::fma(e, Vec::set(-1.9046543e-9f), twice * tail);
-            Vec::fma(e, Vec::set(0.693147182f), twice + low).store(x + i);
-        }
+        Vec m, e;
+        x.split(m, e);
+        const Vec s = (m - one) / (m + one), q = s * s, twice = s + s;
+        Vec tail = Vec::fma(q, Vec::set(0.11111111f), Vec::set(0.14285714f));
+        tail = Vec::fma(q, tail, Vec::set(0.2f));
+        tail = q * Vec::fma(q, tail, Vec::set(0.33333333f));
+        // ln 2 as a float and the float of what is left of it.
+        const Vec low = Vec::fma(e, Vec::set(-1.9046543e-9f), twice * tail);
+        const Vec result = Vec::fma(e, Vec::set(0.693147182f), twice + low);
+        return x.all_between(FLT_MIN, INFINITY) ? result : extremes(x, result);
+    }
+
+  private:
+    // Sums of exponentials are at least 1, and 0 or not finite only where logits are infinite or NaN. Such a lane must
+    // not change its neighbours' bits.
+    static Vec extremes(Vec x, Vec result) {
+        float argument[Vec::width], value[Vec::width];
+        x.store(argument);
+        result.store(value);
+        for (int i = 0; i < Vec::width; ++i)
+            if (!(argument[i] > FLT_MIN && argument[i] < INFINITY)) value[i] = std::log(argument[i]);
+        return Vec::load(value);
     }
 };
+
+// The first n lanes to p[0 .. n).
+inline void store_lanes(float* p, Vec x, int n) {
+    if (n == Vec::width)
+        x.store(p);
+    else
+        store_tail(p, x, n);
+}
 
 template <class T>
 inline const T* row_start(const Matrix& matrix, int64_t inner, int64_t row) {
