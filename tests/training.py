@@ -1,29 +1,33 @@
-"""Small parts for the tests of the training loop: a model without batch norm, a loader without augmentation."""
+"""Small parts for the tests of the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camkd_fast.data import LabelledImages
+from camkd_fast.data.augment import Augmentation
+from camkd_fast.data.batch import Batch, LoaderConfig
+from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.train import strategies
 from camkd_fast.train.checkpoint import Checkpoints
 from camkd_fast.train.config import LogConfig, OptimConfig, PrecisionConfig
-from camkd_fast.train.distributed import World, share_of_batch
+from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.teachers import LiveTeachers
 from camkd_fast.train.trainer import Trainer
 
 CLASSES, CHANNELS, SIDE = 10, 3, 8
 ONE = World(0, 1, torch.device("cpu"))
+EAGER = PrecisionConfig(compile="off")
+OPTIM = OptimConfig(epochs=3, batch_size=32)
 
 
 class SmallNet(nn.Module):
-    """Two convolutions and a classifier; dropout, where asked for, draws from torch's generator."""
+    """Two convolutions and a classifier, whose first parameters depend on `seed` alone."""
 
     def __init__(self, width: int = 8, batch_norm: bool = False, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
@@ -46,52 +50,26 @@ class SmallNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random images (count, CHANNELS, SIDE, SIDE) and labels that a model can learn from them."""
+def images(count: int, seed: int = 0) -> LabelledImages:
+    """Noisy images (count, CHANNELS, SIDE, SIDE) of a pattern per class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=generator)
-    pattern = torch.randn(CLASSES, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(99))
-    return torch.randn(count, CHANNELS, SIDE, SIDE, generator=generator) + pattern[labels], labels
+    patterns = torch.rand(CLASSES, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(99))
+    noise = torch.rand(count, CHANNELS, SIDE, SIDE, generator=generator)
+    pixels = ((patterns[labels] + noise) * 127).to(torch.uint8)
+    return LabelledImages(pixels, labels, CLASSES, (127.0,) * CHANNELS, (50.0,) * CHANNELS)
 
 
-class PlainLoader:
-    """The loader contract over tensors: exact shards, an order that depends on seed and epoch alone, a position."""
+def batch(count: int = 32, seed: int = 0) -> Batch:
+    data = images(count, seed)
+    return Batch(data.normalise(data.pixels), data.labels, torch.arange(count), 0)
 
-    def __init__(
-        self, data: tuple[Tensor, Tensor], global_batch: int, seed: int = 0, shuffle: bool = True, world: World = ONE
-    ) -> None:
-        self.pixels, self.labels = data
-        self.seed, self.shuffle, self.world = seed, shuffle, world
-        self.bounds = list(range(0, len(self.labels), global_batch))
-        self.bounds.append(len(self.labels))
-        self.epoch = self.batch = 0
-        self.seen: list[Tensor] = []  # indices of each batch that was given out
 
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.batch = epoch, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        order = torch.arange(len(self.labels))
-        if self.shuffle:
-            order = torch.randperm(
-                len(self.labels), generator=torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-            )
-        while self.batch < len(self):
-            start, end = self.bounds[self.batch : self.batch + 2]
-            index = torch.tensor_split(order[start:end], self.world.size)[self.world.rank]
-            self.batch += 1
-            self.seen.append(index)
-            yield SimpleNamespace(images=self.pixels[index], target=self.labels[index], index=index, view=self.epoch)
-        self.batch = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
+def loader(data: LabelledImages, batch_size: int, world: World = ONE, train: bool = True) -> ResidentLoader:
+    """This rank's share of steps of `batch_size` images over all ranks."""
+    augmentation = Augmentation(padding=1) if train else None
+    config = LoaderConfig(batch_size // world.size, augmentation=augmentation, rank=world.rank, world=world.size)
+    return ResidentLoader(data, config)
 
 
 def teachers(count: int = 2) -> LiveTeachers:
@@ -101,10 +79,9 @@ def teachers(count: int = 2) -> LiveTeachers:
 def train_step(
     strategy: str = "ca-mkd",
     student: nn.Module | None = None,
-    optim: OptimConfig | None = None,
-    precision: PrecisionConfig | None = None,
+    precision: PrecisionConfig = EAGER,
     world: World = ONE,
-    full_batch: int = 64,
+    full_batch: int = 32,
     seed: int = 0,
 ) -> TrainStep:
     """A step for a small student, seeded throughout."""
@@ -113,30 +90,32 @@ def train_step(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = strategies.create(strategy, taught, student.num_features)
-    precision = PrecisionConfig(compile="off") if precision is None else precision
-    return TrainStep(student, parts, taught, optim or OptimConfig(), precision, world, full_batch, seed)
+    return TrainStep(student, parts, taught, OPTIM, precision, world, full_batch, seed)
 
 
 def trainer(
-    step: TrainStep,
-    out: Any,
+    out: Path,
+    step: TrainStep | None = None,
     count: int = 150,
-    optim: OptimConfig | None = None,
+    optim: OptimConfig = OPTIM,
     log: LogConfig | None = None,
     world: World = ONE,
 ) -> Trainer:
     """`step` over `count` images."""
-    optim = optim or OptimConfig(epochs=2, batch_size=32)
-    share_of_batch(optim.batch_size, world)
     return Trainer(
-        step,
-        PlainLoader(images(count), optim.batch_size, world=world),
-        PlainLoader(images(70, seed=5), 32, shuffle=False, world=world),
+        train_step(world=world) if step is None else step,
+        loader(images(count), optim.batch_size, world),
+        loader(images(70, seed=5), 32, world, train=False),
         count,
         optim,
-        0.05,
+        0.02,
         log or LogConfig(),
         Checkpoints(out / "checkpoints"),
         {"model": "small"},
         world,
     )
+
+
+def parameters(step: TrainStep) -> Tensor:
+    """Everything that the step trains, flat."""
+    return torch.cat([p.detach().flatten() for p in step.pupil.parameters()])
