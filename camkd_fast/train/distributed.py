@@ -34,9 +34,9 @@ class World:
         """Every process's (L,) vector as (size, L), on all of them."""
         if self.size == 1:
             return vector.unsqueeze(0)
-        rows = vector.new_empty((self.size, vector.numel()))
-        dist.all_gather_into_tensor(rows, vector)
-        return rows
+        rows = [torch.empty_like(vector) for _ in range(self.size)]
+        dist.all_gather(rows, vector)
+        return torch.stack(rows)
 
     def sum(self, vector: Tensor) -> Tensor:
         """The sum over processes of a (L,) vector, on all of them."""
@@ -110,4 +110,7 @@ def replicate(module: nn.Module, world: World) -> nn.Module:
         return module
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    # See World.copy_buffers. As an argument it has another name in another torch; either way buffers start equal.
+    replica.broadcast_buffers = False
+    return replica

@@ -1,0 +1,190 @@
+"""Data parallel over gloo: gradients, sample counts and sums equal one process's; a killed rank; resuming."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from camkd_fast.train.checkpoint import Checkpoints, read_model
+from camkd_fast.train.distributed import World, processes, share_of_batch
+from camkd_fast.train.journal import METRICS, read_metrics
+from tests.test_checkpoint import ROOT, lines
+from tests.training import ONE
+from tests.training_worker import STRATEGIES, gradients, run, seen
+
+TIMEOUT = 100
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(job: str, folder: Path, size: int = 2) -> list[subprocess.Popen[str]]:
+    """The processes of a job, each told who it is as torchrun does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-m", "tests.training_worker", job, str(folder)]
+        ranks.append(subprocess.Popen(command, text=True, stderr=subprocess.PIPE, cwd=ROOT, env=environment))
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> None:
+    for process in ranks:
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found: check.pt, and an uninterrupted run in `whole`."""
+    folder = tmp_path_factory.mktemp("two")
+    finish(start("check", folder))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_have_the_gradient_and_the_sums_of_one(two: Path, strategy: str) -> None:
+    theirs = torch.load(two / "check.pt", weights_only=True)["gradients"][strategy].double()
+    ours = gradients(strategy, ONE).double()
+    assert ours.shape == theirs.shape and ours.norm() > 0
+    assert (ours - theirs).norm() <= 1e-6 * ours.norm()
+
+
+def test_compiled_processes_have_the_same_gradient(two: Path) -> None:
+    found = torch.load(two / "check.pt", weights_only=True)
+    eager, compiled = found["gradients"]["ca-mkd"], found["compiled"]
+    assert not torch.equal(eager, torch.zeros_like(eager))
+    assert (eager - compiled).norm() <= 1e-5 * eager.norm()
+
+
+def test_every_image_is_seen_once_and_every_step_sees_the_same_ones(two: Path) -> None:
+    found = torch.load(two / "check.pt", weights_only=True)
+    for train in (True, False):
+        first, second = found["train" if train else "test"]
+        assert sorted(first + second) == list(range(101)) and abs(len(first) - len(second)) <= 5
+    (alone,) = seen(ONE, train=True)
+    first, second = found["train"]
+    for step in range(6):  # of 16 images, 8 for each
+        assert sorted(first[8 * step : 8 * step + 8] + second[8 * step : 8 * step + 8]) == sorted(
+            alone[16 * step : 16 * step + 16]
+        )
+
+
+def test_only_rank_0_writes_and_evaluation_counts_all_images(two: Path) -> None:
+    whole = two / "whole"
+    assert {path.name for path in whole.iterdir()} == {"checkpoints", METRICS, "model.safetensors"}
+    records = read_metrics(whole / METRICS)
+    assert len([r for r in records if r["kind"] == "epoch"]) == 3
+    steps = [record["step"] for record in records]
+    assert steps == sorted(set(steps))
+    for record in records:
+        assert sum(record["weights"]) == pytest.approx(1, rel=1e-4)
+        if "validation_accuracy" in record:
+            assert (70 * record["validation_accuracy"]) == pytest.approx(round(70 * record["validation_accuracy"]))
+
+
+def test_resuming_on_another_number_of_processes(two: Path, tmp_path: Path) -> None:
+    import shutil
+
+    # The same images at every step; batch norm and dropout differ between 2 x 8 and 1 x 16, so only near.
+    shutil.copytree(two / "whole" / "checkpoints", tmp_path / "checkpoints")
+    newest = Checkpoints(tmp_path / "checkpoints").paths()[0]
+    shutil.rmtree(newest)
+    before = Checkpoints(tmp_path / "checkpoints").latest()
+    run(tmp_path, ONE)
+    (epoch,) = read_metrics(tmp_path / METRICS, "epoch")
+    expected = read_metrics(two / "whole" / METRICS, "epoch")[-1]
+    assert epoch["step"] == expected["step"] == before.step + 1
+    assert epoch["loss"] == pytest.approx(expected["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(two: Path, tmp_path: Path, victim: int) -> None:
+    expected, _ = read_model_bytes(two / "whole")
+    ranks = start("run", tmp_path)
+    goal = random.Random(victim).randint(6, 20)
+    while lines(tmp_path) < goal:
+        try:
+            ranks[0].wait(timeout=0.005)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(ranks[0].communicate()[1])
+    ranks[victim].kill()
+    for rank, process in enumerate(ranks):
+        _, errors = process.communicate(timeout=TIMEOUT)
+        if rank == victim:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 1 and "RuntimeError" in errors
+    assert not (tmp_path / "model.safetensors").exists()
+    finish(start("run", tmp_path))
+    assert read_model_bytes(tmp_path)[0] == expected
+
+
+def read_model_bytes(out: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
+    tensors, _ = read_model(out / "model.safetensors")
+    return (out / "model.safetensors").read_bytes(), tensors
+
+
+def test_one_process_needs_no_torchrun() -> None:
+    with processes("cpu") as world:
+        assert world == World(0, 1, torch.device("cpu")) and world.is_main
+        assert not torch.distributed.is_initialized()
+        assert torch.equal(world.gather(torch.arange(3)), torch.arange(3)[None]) and world.share(5) == 5
+        world.wait()
+
+
+def test_unfit_worlds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="batch_size 64 cannot be shared evenly by 3 processes"):
+        share_of_batch(64, World(0, 3, torch.device("cpu")))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 3 of this machine needs a GPU of its own, but torch sees 2"):
+        processes().__enter__()
+
+
+TORCHRUN_JOB = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from camkd_fast.train.config import DataConfig, OptimConfig, TeachConfig
+from camkd_fast.train.run import teach
+out = Path(sys.argv[1])
+teach(TeachConfig(model="resnet8", out=out, data=DataConfig(images=120), optim=OptimConfig(epochs=3, batch_size=40)))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "job.py").write_text(TORCHRUN_JOB)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "job.py"), str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert "resnet8 on digits: 100%" in done.stderr
+    (record,) = read_metrics(tmp_path / "run" / METRICS, "test")
+    assert record["test_images"] == 597
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    failed = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=TIMEOUT)
+    assert failed.returncode != 0 and "holds a finished run" in failed.stderr
