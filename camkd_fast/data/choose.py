@@ -26,7 +26,7 @@ def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
         NotImplementedError: the kind cannot run here; says why.
     """
     if kind == "auto":
-        kind, _ = _choice(data, config)
+        kind, _ = pick(data, config)
     elif kind not in KINDS:
         raise ValueError(f"loader must be one of {('auto', *KINDS)}, got {kind!r}")
     elif refusal := _refusal(kind, data, config):
@@ -46,10 +46,11 @@ def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
 
 def explain(data: ImageSet, config: LoaderConfig) -> str:
     """Which loader "auto" picks and why, in one line."""
-    return "{}: {}".format(*_choice(data, config))
+    return "{}: {}".format(*pick(data, config))
 
 
-def _choice(data: ImageSet, config: LoaderConfig) -> tuple[str, str]:
+def pick(data: ImageSet, config: LoaderConfig) -> tuple[str, str]:
+    """What "auto" stands for here, and why."""
     if isinstance(data, LabelledImages):
         need, free = _resident_bytes(data, config), free_bytes(config.device)
         sizes = f"{need / 1e6:.0f} MB of images, {free / 1e6:.0f} MB free on {config.device}"

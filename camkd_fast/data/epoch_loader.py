@@ -140,6 +140,7 @@ class EpochLoader(ABC):
         return {
             "epoch": self._epoch,
             "batch": self._position,
+            "batches": len(self),
             "bad": sorted(self._bad),
             "settings": self._settings(),
         }
@@ -149,5 +150,10 @@ class EpochLoader(ABC):
         for name, value in self._settings().items():
             if saved[name] != value:
                 raise ValueError(f"the saved position belongs to {name} {saved[name]!r}, this loader has {value!r}")
+        done, planned = state["batch"], state["batches"]
+        if done < planned and done >= len(self) and self._shuffle:
+            # A rest of some samples can be a step of its own for few ranks, but too little for many (see order.py).
+            raise ValueError(f"the saved position is before batch {done} of {planned}, this loader has {len(self)}")
         self._stop()
-        self._epoch, self._position, self._bad = state["epoch"], state["batch"], set(state["bad"])
+        self._epoch, self._bad = state["epoch"], set(state["bad"])
+        self._position = len(self) if done == planned else min(done, len(self))
