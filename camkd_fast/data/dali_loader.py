@@ -167,7 +167,7 @@ class DaliLoader(EpochLoader):
         self._pipeline = None
         problems = {}
         if isinstance(self.data, ImageFiles):
-            for sample in torch.cat(batches).tolist():
+            for sample in (sample for batch in batches for sample in batch.tolist()):
                 problem = _decoding_problem(self.data.paths[sample], self.config.device)
                 if problem is not None:
                     problems[sample] = problem

@@ -41,7 +41,7 @@ class EpochLoader(ABC):
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """For each batch of indices (n,): normalised images (m, channels, H, W) and the m indices that were readable.
 
-        Closing the generator must leave the loader ready for another one.
+        It may be closed early; the next one starts afresh.
         """
 
     def __len__(self) -> int:
