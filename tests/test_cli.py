@@ -1,9 +1,12 @@
-"""The command line: info, bad commands, missing extras."""
+"""The command line: help, typical commands from end to end, bad input as one line, what is missing."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,51 @@ import torch
 
 from camkd_fast import __version__, cli
 from camkd_fast.dispatch import BACKENDS, availability
+
+SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
+COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(line: str, capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
+    """Run a command line in this process; what it printed on stdout, or on stderr if it is to fail."""
+    capsys.readouterr()
+    assert cli.main(line.split()) == status
+    printed = capsys.readouterr()
+    if status:
+        assert printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed.err
+        return printed.err
+    return printed.out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two teachers and a student, by the README's commands with small settings."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for k in (0, 1):
+            assert cli.main(f"teach {SMALL} --model resnet8 --seed {k} --out runs/t{k}".split()) == 0
+        line = f"distill {SMALL} --student resnet8 --teachers runs/t0 runs/t1 --strategy ca-mkd --seed 0 --out runs/s0"
+        assert cli.main(line.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --- info, help ------------------------------------------------------------------------------------------------------
 
 
 def test_info_names_versions_backends_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,33 +73,228 @@ def test_info_names_versions_backends_and_machine(capsys: pytest.CaptureFixture[
         assert ("usable" if state.usable else "missing") in line and state.reason in line
 
 
-def test_info_imports_no_training_dependency() -> None:
+def test_info_imports_nothing_but_torch() -> None:
     check = (
         "import sys; from camkd_fast.cli import main; main(['info']);"
-        "sys.exit(bool({'sklearn', 'matplotlib', 'camkd_fast.train'} & set(sys.modules)))"
+        "sys.exit(bool({'sklearn', 'matplotlib', 'tyro', 'yaml', 'camkd_fast.train'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["no-such-command"], [], ["demo", "--no-such-option"]])
-def test_bad_command_line_exits_2_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The help of a command, without its frames and colours."""
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
+        cli.main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    return " ".join(re.sub("[─│╭╮╰╯]", " ", text).split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown([], capsys)
+    assert all(f"• {command} " in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*((c,) for c in COMMANDS if c != "data"), ("data", "fetch"), ("data", "list")])
+def test_help_has_every_option_with_its_default(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(list(command), capsys).partition(" options ")[2]
+    # An option begins with its name and what it takes, and is described up to the next one.
+    options = re.split(r" (?=--(?!no-)[a-z][a-z-]*(?:, --no-| [A-Z{\[]))", text)[1:]
+    if command[-1] in ("teach", "distill", "compare"):
+        assert len(options) > 30
+    for option in options:
+        assert "(default: " in option, option
+    assert not re.search(r"--(settings|optim|data)\.", text)
+
+
+def test_help_names_the_source_of_a_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(["distill"], capsys)
+    assert "--temperature FLOAT Temperature of the distillation loss (paper: 4). (default: 4.0)" in text
+    assert "--epochs INT Passes over the training images (paper: 240). (default: 240)" in text
+
+
+# --- typical commands ------------------------------------------------------------------------------------------------
+
+
+def test_runs_leave_their_files(here: Path) -> None:
+    for run in ("t0", "t1", "s0"):
+        for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"):
+            assert (here / "runs" / run / name).exists()
+
+
+def test_a_config_repeats_a_run_byte_by_byte(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = call("distill --config runs/s0/config.yaml --out runs/again", capsys)
+    assert re.match(r"test accuracy \d+\.\d\d % on 597 images, [\d,]+ images/s, ", printed)
+    assert printed.splitlines()[1] == "runs/again/report.html"
+    first, again = (here / "runs" / run / "model.safetensors" for run in ("s0", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_options_override_the_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("distill --config=runs/s0/config.yaml --seed 5 --strategy aver --out runs/other", capsys)
+    config = (here / "runs/other/config.yaml").read_text()
+    assert "seed: 5" in config and "strategy: aver" in config and "student: resnet8" in config
+    assert (here / "runs/other/model.safetensors").read_bytes() != (here / "runs/s0/model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_kept_resumed_or_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"teach {SMALL} --model resnet8 --seed 3 --out runs/kept"
+    call(line, capsys)
+    model = here / "runs/kept/model.safetensors"
+    before = model.stat().st_mtime_ns, model.read_bytes()
+    assert "runs/kept holds a finished run" in call(line, capsys, status=1)
+    call(f"{line} --resume", capsys)
+    assert (model.stat().st_mtime_ns, model.read_bytes()) == before
+    assert "data.images 60 instead of 50" in call(f"{line} --images 50 --resume", capsys, status=1)
+    call(f"{line} --images 50 --overwrite", capsys)
+    assert model.read_bytes() != before[1]
+
+
+def test_evaluate_report_and_export_of_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = call("evaluate runs/s0", capsys)
+    test = json.loads((here / "runs/s0/metrics.jsonl").read_text().splitlines()[-1])
+    assert f"597 test images: accuracy {100 * test['test_accuracy']:.2f} %" in printed
+    assert "300 validation images" in call("evaluate runs/s0 --split validation", capsys)
+
+    (here / "runs/s0/report.html").unlink()
+    assert call("report runs/s0", capsys) == "runs/s0/report.html\n"
+    assert "<h2>Weights of the teachers</h2>" in (here / "runs/s0/report.html").read_text()
+
+    pytest.importorskip("onnxruntime")
+    printed = call("export runs/s0 --out exported", capsys)
+    assert all(f"exported/student.{kind}  differs" in printed for kind in ("onnx", "pt2"))
+
+
+def test_data_sets_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path))
+    (tmp_path / "cifar100").mkdir()
+    (tmp_path / "cifar100" / "cifar-100-python.tar.gz").touch()
+    lines = dict(line.split(maxsplit=1) for line in call("data list", capsys).splitlines())
+    assert lines["cifar100"] == str(tmp_path / "cifar100")
+    assert lines["cifar10"] == f"nothing in {tmp_path / 'cifar10'}: camkd-fast data fetch cifar10"
+    assert lines["digits"] == "comes with scikit-learn" and "folder" in lines
+
+
+def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = call("bench --shapes 8x10x2 --rounds 3 --no-compiled", capsys)
+    assert re.search(r"^8 x 10 x 2 .* ms +[\d.]+x$", printed, re.MULTILINE)
+    assert "got '8x10'" in call("bench --shapes 8x10", capsys, status=1)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"teach {SMALL} --model resnt8 --out runs/x", "no model is called 'resnt8'; nearest: resnet8,"),
+        (f"teach {SMALL} --data digit --out runs/x", "got 'digit' (nearest: digits)"),
+        (f"teach {SMALL} --root /nowhere --out runs/x", "digits come with scikit-learn"),
+        ("teach --data folder --root nowhere --out runs/x", "nowhere"),
+        (f"distill {SMALL} --strategy camkd --teachers runs/t0 --out runs/x", "no strategy is named 'camkd'; nearest:"),
+        (f"distill {SMALL} --out runs/x", "ca-mkd learns from teachers, but none were given"),
+        (f"distill {SMALL} --teachers runs/nobody --out runs/x", "runs/nobody holds no run"),
+        (f"distill {SMALL} --teachers runs/t0 --teacher-cache cache --out runs/x", "views"),
+        ("teach --config runs/s0/config.yaml", "is the config of a distill run, but teach was asked for"),
+        ("teach --config nowhere.yaml", "nowhere.yaml: No such file or directory"),
+        ("distill --config broken.yaml", "broken.yaml is not YAML"),
+        ("distill --config unknown.yaml", "unknown.yaml: unknown field optim.epoch; did you mean optim.epochs?"),
+        ("evaluate runs/nobody", "runs/nobody holds no run"),
+        ("evaluate unfinished", "unfinished holds an unfinished run"),
+        ("report runs/nobody", "runs/nobody/config.yaml: No such file or directory"),
+        ("report unfinished", "unfinished/metrics.jsonl has no finished epoch to report"),
+        ("export runs/nobody", "runs/nobody holds no run"),
+        ("compare --strategies aver camkd", "no strategy is named 'camkd'"),
+        ("compare --seeds 1 1", "seeds must be one or more different ones, got 1 1"),
+        ("data fetch imagenet", "only cifar10, cifar100, fashion-mnist can be fetched, got 'imagenet'"),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "broken.yaml").write_text("job: [")
+    (here / "unknown.yaml").write_text("job: distill\noptim:\n  epoch: 3\n")
+    (here / "unfinished").mkdir(exist_ok=True)
+    (here / "unfinished/config.yaml").write_text("job: teach\n")
+    (here / "unfinished/metrics.jsonl").touch()
+    error = call(line, capsys, status=1)
+    assert error.startswith("camkd-fast: ") and words in error
+    assert not (here / "runs/x").exists()
+
+
+def test_a_teacher_of_another_class_count_is_named_with_both(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog", "owl"):
+            images = here / "tree" / split / name
+            images.mkdir(parents=True, exist_ok=True)
+            for i in range(4):
+                Image.new("L", (8, 8), 40 * i).save(images / f"{i}.png")
+    line = "distill --data folder --root tree --size 8 --epochs 1 --validation 0 --student resnet8 --out runs/x"
+    error = call(f"{line} --teachers runs/t0", capsys, status=1)
+    assert "runs/t0 has num_classes 10, but the student's images have 3" in error
+
+
+def test_a_damaged_model_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.safetensors").write_bytes((here / "runs/t0/model.safetensors").read_bytes()[:5000])
+    assert "model.safetensors is damaged" in call(f"export {tmp_path}", capsys, status=1)
+
+
+@pytest.mark.parametrize(
+    "line", ["no-such-command", "", "demo --no-such-option", "teach --epoch 3", "teach --epochs 0", "evaluate", "data"]
+)
+def test_bad_command_line_exits_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(line.split())
     assert stopped.value.code == 2
-    assert "usage: camkd-fast" in capsys.readouterr().err
+    assert "camkd-fast" in capsys.readouterr().err
+
+
+def test_an_option_that_is_nearly_right_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["teach", "--epoch", "3"])
+    error = capsys.readouterr().err
+    assert "Unrecognized options: --epoch" in error and "--epochs INT" in error
 
 
 def test_demo_into_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 1
-    assert "cannot write to" in capsys.readouterr().err
+    assert "Not a directory" in call(f"demo --out {tmp_path / 'file' / 'out'}", capsys, status=1)
 
 
-def test_demo_without_the_extra_names_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# --- what is missing, other processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "words"),
+    [
+        ("tyro", "teach", "camkd-fast teach needs tyro: pip install 'camkd-fast[train]'"),
+        ("sklearn", "demo", "camkd-fast demo needs scikit-learn: pip install 'camkd-fast[train]'"),
+        ("onnxruntime", "export runs/s0", "camkd-fast export needs onnxruntime: pip install 'camkd-fast[export]'"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    module: str, line: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
-    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert "scikit-learn" in error and "camkd-fast[train]" in error and "matplotlib" not in error
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == module else object())
+    assert words in call(line, capsys, status=1)
+
+
+def test_other_ranks_are_silent_but_for_errors(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert call("data list", capsys) == ""
+    assert call("evaluate runs/nobody", capsys, status=1).startswith("camkd-fast: process 1: ")
+
+
+@pytest.mark.slow
+def test_torchrun_prints_once_and_leaves_one_run(here: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "camkd_fast", *f"teach {SMALL} --model resnet8 --device cpu --out runs/two".split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    assert (here / "runs/two/report.html").exists()
+    assert len((here / "runs/two/metrics.jsonl").read_text().splitlines()) == 2  # an epoch, the test

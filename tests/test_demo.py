@@ -1,4 +1,4 @@
-"""The demonstration's parts, models, data, strategies and loop, and a short run of the whole."""
+"""The demonstration's parts, its data, its baseline, and a short run of the whole."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from camkd_fast import camkd_loss
 from camkd_fast.baselines import eager_loss
-from camkd_fast.data import LabelledImages, ResidentBatches, corrupt_labels, stratified_parts
-from camkd_fast.train.config import TrainConfig
-from camkd_fast.train.loop import NonFiniteLossError, accuracy, fit
-from camkd_fast.train.strategies import CAMKD, HardLabels, LogitDistillation
-from camkd_fast.train.teachers import ImageTeachers as Teachers
+from camkd_fast.data import ImageSet, LabelledImages, Splits, corrupt_labels, stratified_parts
+from camkd_fast.train.journal import METRICS, read_metrics
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from camkd_fast.data.digits import DigitSplits, load_digits
-from camkd_fast.train import demo, demo_report
+from camkd_fast.data.digits import load_digits
+from camkd_fast.train import demo, demo_report, run
+from camkd_fast.train.config import DataConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,17 +35,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def digits() -> DigitSplits:
+def digits() -> Splits:
     return load_digits()
 
 
-def test_a_model_without_the_protocol_is_refused() -> None:
-    with pytest.raises(TypeError, match="Linear cannot teach"):
-        Teachers([nn.Linear(2, 2)])
-
-
-def test_split_is_disjoint_stratified_and_repeatable(digits: DigitSplits) -> None:
-    def keys(images: LabelledImages) -> set[bytes]:
+def test_split_is_disjoint_stratified_and_repeatable(digits: Splits) -> None:
+    def keys(images: ImageSet) -> set[bytes]:
+        assert isinstance(images, LabelledImages)
         return {pixels.numpy().tobytes() for pixels in images.pixels}
 
     assert [len(part) for part in digits] == [900, 300, 597]
@@ -60,8 +52,7 @@ def test_split_is_disjoint_stratified_and_repeatable(digits: DigitSplits) -> Non
         total = sum(p.labels.bincount(minlength=10) for p in digits) / 1797
         assert (share - total).abs().max() * len(part) <= 2
     again, other = load_digits(), load_digits(seed=1)
-    assert torch.equal(again.test.pixels, digits.test.pixels)
-    assert not torch.equal(other.test.pixels, digits.test.pixels)
+    assert again.test.fingerprint() == digits.test.fingerprint() != other.test.fingerprint()
 
 
 def test_smaller_parts_are_nested_and_excess_is_refused() -> None:
@@ -82,31 +73,6 @@ def test_corrupted_labels_are_wrong_in_exactly_that_share(fraction: float) -> No
     assert torch.equal(corrupted, corrupt_labels(labels, 10, fraction, seed=0))
 
 
-def test_batches_cover_every_image_once_in_a_new_order_per_epoch_and_seed(digits: DigitSplits) -> None:
-    data = replace(digits.train.take(torch.arange(70)), labels=torch.arange(70))
-
-    def order(seed: int, epoch: int) -> Tensor:
-        batches = ResidentBatches(data, 32, seed, shift=1)
-        batches.set_epoch(epoch)
-        assert len(batches) == 3
-        return torch.cat([target for _, target in batches])
-
-    first = order(0, 1)
-    assert torch.equal(first.sort().values, torch.arange(70))
-    assert torch.equal(first, order(0, 1))
-    assert not torch.equal(first, order(0, 2)) and not torch.equal(first, order(1, 1))
-
-
-def test_shift_moves_by_at_most_one_pixel_and_fills_with_background() -> None:
-    pixels = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
-    pixels[:, :, 3, 4] = 16
-    data = LabelledImages(pixels, torch.zeros(500, dtype=torch.int64), 10, mean=(0.0,), std=(1.0,))
-    images = torch.cat([batch for batch, _ in ResidentBatches(data, 64, seed=0, shift=1)])
-    where = images.flatten(1).argmax(1)
-    assert torch.equal(images.flatten(1).sum(1), torch.full((500,), 16.0))
-    assert set(where.tolist()) == {8 * (3 + dy) + 4 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-
-
 def test_baseline_computes_the_same_loss_and_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     student, *teachers = (4 * torch.randn(4, 33, 50, generator=generator)).unbind()
@@ -119,98 +85,32 @@ def test_baseline_computes_the_same_loss_and_gradient() -> None:
     assert (our_gradient - their_gradient).norm() <= 1e-5 * their_gradient.norm()
 
 
-@pytest.fixture(scope="module")
-def teachers(digits: DigitSplits) -> Teachers:
-    """A fair one and one that learned wrong labels only."""
-    right = demo.first_images(digits.train, 200)
-    wrong = replace(right, labels=corrupt_labels(right.labels, 10, 1.0, seed=0))
-    trained = []
-    for data in (right, wrong):
-        model = demo.seeded_model("resnet8", data, seed=0)
-        fit(model, HardLabels(), data, right, TrainConfig(epochs=8, seed=0, batch_size=20, shift=0))
-        trained.append(model)
-    return Teachers(trained)
+def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) -> None:
+    """A fair teacher, one that learned mostly wrong labels, and the student of both, by the demonstration's runs."""
+    fair = demo.TeacherSpec("fair", "resnet8", epochs=8, images=200, augmentation="none")
+    config = demo.DemoConfig(
+        teachers=(fair, replace(fair, name="poor", wrong_labels=0.95)),
+        student_images=110,
+        student_epochs=3,
+        batch_size=20,
+        beta=50.0,
+    )
+    for k in range(2):
+        run.teach(config.teacher(k, tmp_path))
+    cell = config.students(tmp_path).cell("ca-mkd", 1)
+    run.distill(cell)
+    epochs = read_metrics(cell.out / METRICS, "epoch")
+    fair_weight, poor_weight = epochs[-1]["weights"]
+    assert poor_weight < 0.3 < 0.7 < fair_weight
+    assert sum(epochs[-1]["feature_weights"]) == pytest.approx(1.0, abs=1e-4)
+    assert epochs[-1]["train_accuracy"] > epochs[0]["train_accuracy"]
 
-
-def test_poor_teacher_gets_less_weight_while_a_student_trains(teachers: Teachers, digits: DigitSplits) -> None:
-    student = demo.seeded_model("resnet8", digits.train, seed=1)
-    strategy = CAMKD(teachers, student.num_features)
-    few = demo.first_images(digits.train, 110)
-    history = fit(student, strategy, few, few, TrainConfig(epochs=3, seed=1, batch_size=20, shift=0))
-    fair, poor = history.epochs[-1].weights
-    assert poor < 0.3 < 0.7 < fair
-    assert sum(history.epochs[-1].feature_weights) == pytest.approx(1.0, abs=1e-4)
-    assert history.images == 3 * 110
-    assert history.epochs[-1].train_accuracy > history.epochs[0].train_accuracy
-
-
-def test_training_leaves_teachers_alone_and_moves_what_the_strategy_owns(
-    teachers: Teachers, digits: DigitSplits
-) -> None:
-    few = digits.train.take(torch.arange(40))
-    images = few.normalise(few.pixels)
-    before = [prediction.logits.clone() for prediction in teachers(images)]
-    student = demo.seeded_model("resnet8", few, seed=1)
-    strategy = CAMKD(teachers, student.num_features)
-    owned = [p.detach().clone() for p in strategy.parameters()]
-    assert len(owned) == 2 * 3  # per teacher: convolution, scale and offset of the batch norm
-    fit(student, strategy, few, few, TrainConfig(epochs=1, seed=0, batch_size=20))
-    assert all(not torch.equal(old, new) for old, new in zip(owned, strategy.parameters(), strict=True))
-    for old, prediction in zip(before, teachers(images), strict=True):
-        assert torch.equal(old, prediction.logits)
-        assert not prediction.logits.requires_grad
-
-
-def test_strategies_agree_with_their_formulas(teachers: Teachers, digits: DigitSplits) -> None:
-    few = digits.train.take(torch.arange(16))
-    taught = teachers(few.normalise(few.pixels))
-    student = taught[0]._replace(logits=torch.randn(16, 10), features=torch.randn_like(taught[0].features))
-    log_q = F.log_softmax(student.logits / 4, 1)
-    divergence = [F.kl_div(log_q, F.softmax(t.logits / 4, 1), reduction="none").sum(1) for t in taught]
-    hard = F.cross_entropy(student.logits, few.labels)
-    assert torch.equal(HardLabels()(student, [], few.labels).loss, hard)
-    aver = LogitDistillation(teachers, "uniform", alpha=0.5)(student, taught, few.labels)
-    torch.testing.assert_close(aver.loss, hard + 0.5 * 16 * torch.stack(divergence).mean(0).mean())
-    logits_only = LogitDistillation(teachers, "confidence")(student, taught, few.labels)
-    full = CAMKD(teachers, student.features.shape[1], beta=0.0)(student, taught, few.labels)
-    torch.testing.assert_close(full.loss, logits_only.loss)
-
-
-def test_training_repeats_exactly_and_differs_by_seed(digits: DigitSplits) -> None:
-    few = digits.train.take(torch.arange(100))
-
-    def trained(seed: int) -> nn.Module:
-        model = demo.seeded_model("resnet8", few, seed)
-        fit(model, HardLabels(), few, few, TrainConfig(epochs=1, seed=seed))
-        return model
-
-    images = few.normalise(few.pixels)
-    first, again, other = (trained(seed)(images) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_divergence_stops_the_run_with_a_reason(digits: DigitSplits) -> None:
-    few = digits.train.take(torch.arange(40))
-    broken = replace(few, mean=(float("nan"),))
-    with pytest.raises(NonFiniteLossError, match="epoch 1 is nan"):
-        fit(demo.seeded_model("resnet8", few, 0), HardLabels(), broken, few, TrainConfig(epochs=2, seed=0))
-
-
-@pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "learning_rate": float("nan")}]
-)
-def test_unfit_settings_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        TrainConfig(seed=0, **bad)  # type: ignore[arg-type]
-
-
-def test_accuracy_counts_every_image(digits: DigitSplits) -> None:
-    class Always(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.one_hot(torch.full((len(x),), 3), 10).float()
-
-    share = (digits.test.labels == 3).double().mean().item()
-    assert accuracy(Always(), digits.test, batch_size=100) == pytest.approx(share)
+    # On the very images that the student learned from: the mean that it logged is of the last epoch, without
+    # augmentation, so of the same teachers on the same pixels.
+    parts = run.load_splits(DataConfig(data=demo.DATA))
+    weights = demo.teacher_weights(list(cell.teachers), parts.train, 110)
+    assert weights.shape == (2, 110)
+    torch.testing.assert_close(weights.mean(1), torch.tensor(epochs[-1]["weights"]), rtol=1e-4, atol=1e-4)
 
 
 def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
@@ -224,7 +124,7 @@ def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
         speed_shape=(16, 20, 3),
         compiled=False,
     )
-    results = demo.run(config)
+    results = demo.run_demo(config, tmp_path)
     page = demo_report.write(results, tmp_path, {"torch": torch.__version__}).read_text()
     written = json.loads((tmp_path / "metrics.json").read_text())
 
@@ -240,3 +140,6 @@ def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
     text = demo_report.summary(results)
     for expected in ("poor teacher (resnet20)", "CE only", "AVER", "CA-MKD", "images/s", "eager"):
         assert expected in text and expected in page
+
+    again = demo.run_demo(config, tmp_path)  # replaces the runs, and comes to the same
+    assert [row.test_accuracy for row in again.students] == [row.test_accuracy for row in results.students]

@@ -28,7 +28,7 @@ LAYERS = {
     "models": {"models"},
     "data": {"data"},
     "train": {"train", "models", "data", "baselines", "dispatch", "report", *LOSSES},
-    "report": set(),
+    "report": {"report"},
 }
 
 

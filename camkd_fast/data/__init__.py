@@ -4,7 +4,6 @@ from .augment import Augmentation
 from .batch import BadImageError, Batch, Loader, LoaderConfig
 from .files import ImageFiles, ImageSet
 from .images import LabelledImages, corrupt_labels, stratified_parts
-from .resident import ResidentBatches
 from .splits import Splits
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "LabelledImages",
     "Loader",
     "LoaderConfig",
-    "ResidentBatches",
     "Splits",
     "corrupt_labels",
     "stratified_parts",

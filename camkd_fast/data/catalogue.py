@@ -62,7 +62,7 @@ def load(
                 f"digits come with scikit-learn and have {VALIDATION} validation images: "
                 f"leave out root and validation, got {root} and {validation}"
             )
-        return Splits(*load_digits(split_seed))
+        return load_digits(split_seed)
     if name in ARRAYS:
         train, test = ARRAYS[name](root)
         return Splits(*hold_out(train, validation, split_seed), test)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .images import LabelledImages, stratified_parts
+from .splits import Splits
 
 TRAIN, VALIDATION, TEST = 900, 300, 597
 
 
-class DigitSplits(NamedTuple):
-    """Disjoint and stratified. The validation part is for choosing settings, the test part for the final number."""
-
-    train: LabelledImages
-    validation: LabelledImages
-    test: LabelledImages
-
-
-def load_digits(seed: int = 0) -> DigitSplits:
+def load_digits(seed: int = 0) -> Splits:
     """The 1797 digits, split by `seed` into 900 + 300 + 597 images (N, 1, 8, 8) of 17 grey levels.
 
     Mean and deviation are the training part's. Needs scikit-learn; nothing is downloaded.
@@ -32,4 +23,4 @@ def load_digits(seed: int = 0) -> DigitSplits:
     parts = stratified_parts(labels, (TRAIN, VALIDATION, TEST), seed)
     levels = pixels[parts[0]].double()
     everything = LabelledImages(pixels, labels, 10, mean=(levels.mean().item(),), std=(levels.std().item(),))
-    return DigitSplits(*(everything.take(part) for part in parts))
+    return Splits(*(everything.take(part) for part in parts))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from statistics import mean, stdev
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import models
-from ..data import LabelledImages, corrupt_labels, stratified_parts
-from ..data.digits import TEST, TRAIN, VALIDATION, DigitSplits, load_digits
+from ..data.files import ImageSet
+from ..data.images import LabelledImages, stratified_parts
 from ..feature_loss import confidence_weights
-from ..models.protocol import feature_model
-from .config import TrainConfig
-from .loop import EpochRecord, History, accuracy, fit
+from . import compare, run
+from .compare import CompareConfig, Row
+from .config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
+from .journal import METRICS, read_metrics
 from .loss_speed import LossSpeed, measure_loss_speed
-from .strategies import CAMKD, HardLabels, LogitDistillation, Strategy
-from .teachers import ImageTeachers as Teachers
+from .run_folder import load_model
+
+DATA = "digits"
+STRATEGIES = ("ce", "aver", "ca-mkd")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TeacherSpec:
     epochs: int
     images: int | None = None  # of the training part; None: all
     wrong_labels: float = 0.0  # share of its training labels that were replaced
-    shift: int = 1  # augmentation in pixels; 0 lets a model learn its images by heart
+    augmentation: Literal["auto", "none"] = "auto"  # none lets a model learn its images by heart
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class DemoConfig:
     teachers: tuple[TeacherSpec, ...] = (
         TeacherSpec("teacher A", "resnet20", epochs=8),
         TeacherSpec("teacher B", "resnet8x4", epochs=5),
-        TeacherSpec("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, shift=0),
+        TeacherSpec("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, augmentation="none"),
     )
     student: str = "resnet8"
     # Few images, or cross-entropy alone leaves nothing to gain on digits.
@@ -54,34 +57,43 @@ class DemoConfig:
     speed_shape: tuple[int, int, int] = (1024, 1000, 3)  # rows, classes, teachers
     compiled: bool = True  # compare with torch.compile too, some 10 to 20 s of compilation
 
+    def teacher(self, k: int, out: Path) -> TeachConfig:
+        """The run of the k-th teacher; k is its seed as well."""
+        spec = self.teachers[k]
+        return TeachConfig(
+            model=spec.model,
+            seed=k,
+            out=out / "teachers" / spec.name.replace(" ", "-"),
+            wrong_labels=spec.wrong_labels,
+            data=DataConfig(data=DATA, images=spec.images, augmentation=spec.augmentation),
+            optim=self._optim(spec.epochs),
+            log=LogConfig(tensorboard=False, progress=False),
+        )
+
+    def students(self, out: Path) -> CompareConfig:
+        """The students' runs."""
+        base = DistillConfig(
+            student=self.student,
+            teachers=tuple(self.teacher(k, out).out for k in range(len(self.teachers))),
+            alpha=self.alpha,
+            beta=self.beta,
+            out=out / "students",
+            data=DataConfig(data=DATA, images=self.student_images, augmentation="none"),
+            optim=self._optim(self.student_epochs),
+            log=LogConfig(tensorboard=False, progress=False),
+        )
+        return CompareConfig(STRATEGIES, self.seeds, base)
+
+    def _optim(self, epochs: int) -> OptimConfig:
+        return OptimConfig(epochs=epochs, batch_size=self.batch_size, learning_rate=0.05, schedule="cosine")
+
 
 @dataclass(frozen=True)
 class TeacherResult:
     spec: TeacherSpec
     test_accuracy: float
-    history: History
-
-
-@dataclass(frozen=True)
-class StudentResult:
-    """One strategy over all seeds."""
-
-    strategy: str
-    test_accuracy: list[float]  # per seed
-    histories: list[History]
-
-    @property
-    def mean(self) -> float:
-        return mean(self.test_accuracy)
-
-    @property
-    def spread(self) -> float:
-        """Sample standard deviation over seeds; 0 for a single one."""
-        return stdev(self.test_accuracy) if len(self.test_accuracy) > 1 else 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        return sum(h.images for h in self.histories) / sum(h.seconds for h in self.histories)
+    images_per_second: float
+    epochs: list[dict[str, Any]]  # the "epoch" records of its metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -89,39 +101,9 @@ class DemoResults:
     config: DemoConfig
     sizes: tuple[int, int, int]  # images in the training, validation and test part
     teachers: list[TeacherResult]
-    students: list[StudentResult]
+    students: list[Row]
     weights: Tensor  # (K, N): confidence weights on the students' training images
     speed: LossSpeed
-
-
-class Progress:
-    """A tqdm bar that counts training images, so that its rate means the same for every run."""
-
-    def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit="img", desc="starting", dynamic_ncols=True)
-
-    def run(self, name: str, images: int) -> Callable[[EpochRecord], None]:
-        """A callback for one training run over `images` images per epoch."""
-        self._bar.set_description(name)
-
-        def on_epoch(record: EpochRecord) -> None:
-            self._bar.set_postfix_str(f"loss {record.loss:.3f}, validation {100 * record.validation_accuracy:.1f} %")
-            self._bar.update(images)
-
-        return on_epoch
-
-    def close(self) -> None:
-        self._bar.set_description("trained")
-        self._bar.close()
-
-
-def seeded_model(name: str, data: LabelledImages, seed: int) -> nn.Module:
-    """A new model whose parameters depend on `seed` only; torch's global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return models.create(name, data.num_classes, data.pixels.shape[1])
 
 
 @contextmanager
@@ -135,78 +117,49 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def first_images(data: LabelledImages, count: int) -> LabelledImages:
-    """`count` images with every class in proportion; a smaller count takes a part of what a larger one takes."""
-    return data.take(stratified_parts(data.labels, [count], seed=0)[0])
+def run_demo(config: DemoConfig, out: Path) -> DemoResults:
+    """Train everything into run folders under `out`, then time the loss on all threads; errors as `run.teach`.
 
+    Runs of an earlier demonstration in `out` are replaced.
+    """
+    from tqdm import tqdm
 
-def train_teacher(
-    spec: TeacherSpec, seed: int, batch_size: int, data: DigitSplits, progress: Progress
-) -> tuple[nn.Module, History]:
-    train = data.train if spec.images is None else first_images(data.train, spec.images)
-    if spec.wrong_labels:
-        train = replace(train, labels=corrupt_labels(train.labels, train.num_classes, spec.wrong_labels, seed))
-    model = seeded_model(spec.model, train, seed)
-    on_epoch = progress.run(spec.name, len(train))
-    config = TrainConfig(spec.epochs, seed, batch_size, shift=spec.shift)
-    history = fit(model, HardLabels(), train, data.validation, config, on_epoch)
-    return model, history
-
-
-# Name -> what makes the strategy for a student with that many feature channels.
-STRATEGIES: dict[str, Callable[[DemoConfig, Teachers, int], Strategy]] = {
-    "CE only": lambda config, teachers, features: HardLabels(),
-    "AVER": lambda config, teachers, features: LogitDistillation(teachers, "uniform", config.alpha),
-    "CA-MKD": lambda config, teachers, features: CAMKD(teachers, features, config.alpha, config.beta),
-}
-
-
-def train_students(
-    name: str,
-    config: DemoConfig,
-    teachers: Teachers,
-    train: LabelledImages,
-    data: DigitSplits,
-    progress: Progress,
-) -> StudentResult:
-    """The same student from every seed, which fixes its first parameters and the order of the images."""
-    histories, test_accuracy = [], []
-    for seed in config.seeds:
-        student = seeded_model(config.student, train, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            strategy = STRATEGIES[name](config, teachers, feature_model(student).num_features)
-        settings = TrainConfig(config.student_epochs, seed, config.batch_size, shift=0)
-        on_epoch = progress.run(f"{name}, seed {seed}", len(train))
-        histories.append(fit(student, strategy, train, data.validation, settings, on_epoch))
-        test_accuracy.append(accuracy(student, data.test))
-    return StudentResult(name, test_accuracy, histories)
-
-
-@one_thread()
-def train_all(config: DemoConfig) -> tuple[list[TeacherResult], list[StudentResult], Tensor]:
-    """Every model, one after the other, and the confidence weights (K, N) on the students' images."""
-    data = load_digits()
-    few = first_images(data.train, config.student_images)
-    teacher_images = sum(spec.epochs * (spec.images or len(data.train)) for spec in config.teachers)
-    student_images = len(STRATEGIES) * len(config.seeds) * config.student_epochs * len(few)
-    progress = Progress(teacher_images + student_images)
-
-    trained, teacher_results = [], []
-    for seed, spec in enumerate(config.teachers):
-        model, history = train_teacher(spec, seed, config.batch_size, data, progress)
-        trained.append(model)
-        teacher_results.append(TeacherResult(spec, accuracy(model, data.test), history))
-    teachers = Teachers(trained)
-    students = [train_students(name, config, teachers, few, data, progress) for name in STRATEGIES]
-    progress.close()
-    logits = [taught.logits for taught in teachers(few.normalise(few.pixels))]
-    weights, _ = confidence_weights(logits, few.labels)
-    return teacher_results, students, weights
-
-
-def run(config: DemoConfig) -> DemoResults:
-    """Train everything, then time the loss on all threads."""
-    teachers, students, weights = train_all(config)
+    parts = run.load_splits(DataConfig(data=DATA))
+    jobs = [config.teacher(k, out) for k in range(len(config.teachers))]
+    comparison = config.students(out)
+    cells = list(comparison.cells())
+    every: list[JobConfig] = [*jobs, *cells]
+    work = [job.optim.epochs * (job.data.images or len(parts.train)) for job in every]
+    with one_thread(), tqdm(total=sum(work), unit="img", dynamic_ncols=True) as bar:
+        # It counts images, so that its rate means the same for every run.
+        for job, spec, images in zip(jobs, config.teachers, work, strict=False):
+            bar.set_description(spec.name)
+            run.teach(job, overwrite=True)
+            bar.update(images)
+        for cell, images in zip(cells, work[len(jobs) :], strict=True):
+            bar.set_description(f"{cell.strategy}, seed {cell.seed}")
+            compare.run_cell(cell, overwrite=True)
+            bar.update(images)
+        bar.set_description("trained")
+        weights = teacher_weights([job.out for job in jobs], parts.train, config.student_images)
+    teachers = [_teacher_result(spec, job.out) for spec, job in zip(config.teachers, jobs, strict=True)]
     speed = measure_loss_speed(*config.speed_shape, compiled=config.compiled)
-    return DemoResults(config, (TRAIN, VALIDATION, TEST), teachers, students, weights, speed)
+    sizes = (len(parts.train), len(parts.validation), len(parts.test))
+    return DemoResults(config, sizes, teachers, compare.collect(comparison), weights, speed)
+
+
+def _teacher_result(spec: TeacherSpec, folder: Path) -> TeacherResult:
+    records = read_metrics(folder / METRICS)
+    (test,) = (record for record in records if record["kind"] == "test")
+    epochs: list[dict[str, Any]] = [record for record in records if record["kind"] == "epoch"]
+    return TeacherResult(spec, test["test_accuracy"], test["images_per_second"], epochs)
+
+
+@torch.no_grad()
+def teacher_weights(teachers: list[Path], train: ImageSet, count: int) -> Tensor:
+    """Confidence weights (K, count) of trained teachers on the images that a run with `images=count` learns from."""
+    assert isinstance(train, LabelledImages)
+    few = train.take(stratified_parts(train.labels, [count], seed=DataConfig().split_seed)[0])
+    images = few.normalise(few.pixels)
+    weights, _ = confidence_weights([load_model(path)(images) for path in teachers], few.labels)
+    return weights

@@ -6,28 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
-from ..report import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    Curve,
-    Sample,
-    Section,
-    Table,
-    accuracy_bars,
-    curves,
-    weight_histograms,
-    write_page,
-)
-from .demo import DemoResults, StudentResult
-from .loop import EpochRecord, History
-
-STRATEGY_COLORS = (GREY, ORANGE, BLUE)
-TEACHER_COLORS = (GREEN, SKY, VERMILLION)
+from ..report.page import Section, Table, write_page
+from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
+from .compare import Row, spread
+from .compare_report import LABELS, student_curves, student_samples, student_table, teacher_samples
+from .demo import DemoResults
+from .loss_speed import LossSpeed
+from .run_report import footer
 
 
 def teacher_table(results: DemoResults) -> Table:
@@ -41,29 +28,13 @@ def teacher_table(results: DemoResults) -> Table:
                 f"{100 * spec.wrong_labels:.0f} %",
                 f"{100 * teacher.test_accuracy:.1f} %",
                 f"{weights.mean().item():.3f}",
-                f"{teacher.history.images_per_second:,.0f}",
+                f"{teacher.images_per_second:,.0f}",
             )
         )
-    return Table(("teacher", "trained on", "wrong labels", "held-out accuracy", "mean weight", "images/s"), rows)
+    return Table(("teacher", "trained on", "wrong labels", "test accuracy", "mean weight", "images/s"), rows)
 
 
-def student_table(results: DemoResults) -> Table:
-    rows = []
-    for student in results.students:
-        rows.append(
-            (
-                student.strategy,
-                f"{100 * student.mean:.1f} %",
-                f"{100 * student.spread:.1f} points",
-                ", ".join(f"{100 * accuracy:.1f}" for accuracy in student.test_accuracy),
-                f"{student.images_per_second:,.0f}",
-            )
-        )
-    return Table(("student", "held-out accuracy", "deviation", "each seed", "images/s"), rows)
-
-
-def speed_table(results: DemoResults) -> Table:
-    speed = results.speed
+def speed_table(speed: LossSpeed) -> Table:
     rows = [
         (name, f"{milliseconds:.2f} ms", f"{milliseconds / speed.milliseconds['fused']:.1f}x")
         for name, milliseconds in sorted(speed.milliseconds.items(), key=lambda item: item[1])
@@ -76,26 +47,30 @@ def _setting(results: DemoResults) -> str:
     return (
         f"scikit-learn's handwritten digits, 8x8 pixels. Teachers learn from up to {train} labelled images; every "
         f"student, a {config.student}, from {config.student_images} of them for {config.student_epochs} epochs, so "
-        f"that there is something to gain. {validation} images served to choose settings, {test} others are held out "
-        "for the accuracies below. Training runs on one thread."
+        f"that there is something to gain. {validation} images served to choose settings, {test} test images give "
+        "the accuracies below. Training runs on one thread."
     )
 
 
 def _verdict(results: DemoResults) -> str:
     """The comparison with AVER as it came out, whichever way."""
-    by_name = {student.strategy: student for student in results.students}
-    aver, camkd = by_name["AVER"], by_name["CA-MKD"]
-    gain = 100 * (camkd.mean - aver.mean)
+    camkd, aver = _row(results, "ca-mkd"), _row(results, "aver")
+    gains = [100 * gain for gain in camkd.gains(aver)]
+    gain = mean(gains)
     poor, weight = min(zip(results.teachers, results.weights.mean(1).tolist(), strict=True), key=lambda pair: pair[1])
     outcome = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}" if round(gain, 1) else "level with"
     return (
-        f"CA-MKD ends {outcome} AVER in the mean over {len(camkd.test_accuracy)} seeds; it gives the {poor.spec.name} "
-        f"a mean weight of {weight:.2f} where AVER gives {1 / len(results.teachers):.2f}."
+        f"CA-MKD ends {outcome} AVER in the mean over {len(gains)} seeds, whose differences deviate by "
+        f"{spread(gains):.1f}; it gives the {poor.spec.name} a mean weight of {weight:.2f} where AVER gives "
+        f"{1 / len(results.teachers):.2f}."
     )
 
 
-def _speed_note(results: DemoResults) -> str:
-    speed = results.speed
+def _row(results: DemoResults, strategy: str) -> Row:
+    return next(row for row in results.students if row.strategy == strategy)
+
+
+def _speed_note(speed: LossSpeed) -> str:
     contenders = "eager PyTorch"
     if speed.compile_seconds is not None:
         contenders += f" and torch.compile, which took {speed.compile_seconds:.0f} s to compile"
@@ -111,10 +86,10 @@ def summary(results: DemoResults) -> str:
         [
             _setting(results),
             teacher_table(results).text(),
-            student_table(results).text(),
+            student_table(results.students).text(),
             _verdict(results),
-            _speed_note(results),
-            speed_table(results).text(),
+            _speed_note(results.speed),
+            speed_table(results.speed).text(),
         ]
     )
 
@@ -130,108 +105,82 @@ def _histogram_note(results: DemoResults) -> str:
     )
 
 
-def _validation(history: History) -> list[float]:
-    return [100 * record.validation_accuracy for record in history.epochs]
-
-
-def _weight_curves(results: DemoResults, camkd: StudentResult) -> list[Curve]:
-    def series(history: History, k: int, of: str) -> list[float]:
-        return [getattr(record, of)[k] for record in history.epochs]
-
+def _weight_curves(results: DemoResults) -> list[Curve]:
+    runs = _row(results, "ca-mkd").epochs
     lines = []
     for of, kind in (("weights", "logits"), ("feature_weights", "features")):
-        for k, (teacher, color) in enumerate(zip(results.teachers, TEACHER_COLORS, strict=True)):
-            runs = [series(history, k, of) for history in camkd.histories]
-            lines.append(Curve(f"{teacher.spec.name}, {kind}", color, runs, dashed=kind == "features"))
+        for k, (teacher, color) in enumerate(zip(results.teachers, TEACHER_COLORS, strict=False)):
+            series = [[record[of][k] for record in epochs] for epochs in runs]
+            lines.append(Curve(f"{teacher.spec.name}, {kind}", color, series, dashed=kind == "features"))
     return lines
 
 
 def _sections(results: DemoResults) -> list[Section]:
-    teachers = [
-        Sample(t.spec.name, color, [100 * t.test_accuracy])
-        for t, color in zip(results.teachers, TEACHER_COLORS, strict=True)
-    ]
-    students = [
-        Sample(s.strategy, color, [100 * accuracy for accuracy in s.test_accuracy])
-        for s, color in zip(results.students, STRATEGY_COLORS, strict=True)
-    ]
-    student_curves = [
-        Curve(s.strategy, color, [_validation(h) for h in s.histories])
-        for s, color in zip(results.students, STRATEGY_COLORS, strict=True)
-    ]
+    names = [teacher.spec.name for teacher in results.teachers]
+    teachers = teacher_samples(names, [teacher.test_accuracy for teacher in results.teachers])
     teacher_curves = [
-        Curve(t.spec.name, color, [_validation(t.history)])
-        for t, color in zip(results.teachers, TEACHER_COLORS, strict=True)
+        Curve(name, color, [[100 * record["validation_accuracy"] for record in teacher.epochs]])
+        for name, teacher, color in zip(names, results.teachers, TEACHER_COLORS, strict=False)
     ]
     weights = [
-        Sample(t.spec.name, color, row.tolist())
-        for t, color, row in zip(results.teachers, TEACHER_COLORS, results.weights, strict=True)
+        Sample(name, color, row.tolist())
+        for name, row, color in zip(names, results.weights, TEACHER_COLORS, strict=False)
     ]
-    camkd = next(student for student in results.students if student.strategy == "CA-MKD")
+    panels = (
+        Panel("Students", "validation accuracy (%)", student_curves(results.students)),
+        Panel("Teachers", "validation accuracy (%)", teacher_curves),
+    )
     return [
         Section(
-            "Accuracy on held-out images",
+            "Accuracy on test images",
             _verdict(results),
             (
-                accuracy_bars((teachers, students), "Students, enlarged"),
+                accuracy_bars((teachers, student_samples(results.students)), "Students, enlarged"),
                 teacher_table(results),
-                student_table(results),
+                student_table(results.students),
             ),
         ),
-        Section(
-            "Whom CA-MKD believes",
-            _histogram_note(results),
-            (weight_histograms(weights),),
-        ),
+        Section("Whom CA-MKD believes", _histogram_note(results), (weight_histograms(weights),)),
         Section(
             "Training",
             "Validation accuracy after each epoch, students as mean and range over seeds. No epoch is selected: the "
             "last one counts.",
-            (
-                curves(
-                    (
-                        ("Students", "validation accuracy (%)", student_curves),
-                        ("Teachers", "validation accuracy (%)", teacher_curves),
-                    )
-                ),
-            ),
+            (curves(panels),),
         ),
         Section(
             "Weights during CA-MKD training",
             "The logit weights depend on teachers and labels only and stay level. The feature weights judge how well "
             "each teacher's own classifier reads the student's features, so they move as the student learns.",
-            (curves((("Mean weight per teacher", "mean weight", _weight_curves(results, camkd)),)),),
+            (curves((Panel("Mean weight per teacher", "mean weight", _weight_curves(results)),)),),
         ),
-        Section("Speed of the loss", _speed_note(results), (speed_table(results),)),
+        Section("Speed of the loss", _speed_note(results.speed), (speed_table(results.speed),)),
     ]
-
-
-def _record(record: EpochRecord) -> dict[str, object]:
-    return asdict(record)
 
 
 def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, object]:
     """Everything measured, ready for JSON."""
-
-    def history(of: History) -> dict[str, object]:
-        return {"images_per_second": of.images_per_second, "epochs": [_record(record) for record in of.epochs]}
-
     return {
         "environment": dict(environment),
         "config": asdict(results.config),
         "images": dict(zip(("train", "validation", "test"), results.sizes, strict=True)),
         "teachers": [
-            {**asdict(t.spec), "test_accuracy": t.test_accuracy, "mean_weight": weight, **history(t.history)}
+            {
+                **asdict(t.spec),
+                "test_accuracy": t.test_accuracy,
+                "mean_weight": weight,
+                "images_per_second": t.images_per_second,
+                "epochs": t.epochs,
+            }
             for t, weight in zip(results.teachers, results.weights.mean(1).tolist(), strict=True)
         ],
         "students": [
             {
-                "strategy": s.strategy,
-                "test_accuracy": {"mean": s.mean, "std": s.spread, "seeds": s.test_accuracy},
-                "images_per_second": s.images_per_second,
-                "runs": [history(h) for h in s.histories],
+                "strategy": LABELS[row.strategy],
+                "test_accuracy": {"mean": row.mean, "std": row.spread, "seeds": row.test_accuracy},
+                "images_per_second": row.images_per_second,
+                "runs": row.epochs,
             }
-            for s in results.students
+            for row in results.students
         ],
         "confidence_weights": results.weights.tolist(),
         "loss_speed": asdict(results.speed),
@@ -242,6 +191,6 @@ def write(results: DemoResults, out: Path, environment: Mapping[str, str]) -> Pa
     """Write metrics.json and report.html into the existing folder `out`; returns the page's path."""
     (out / "metrics.json").write_text(json.dumps(metrics(results, environment), indent=1) + "\n", encoding="utf-8")
     page = out / "report.html"
-    footer = ", ".join(f"{name} {value}" for name, value in environment.items())
-    write_page(page, "Three teachers, one of them poor", _setting(results), _sections(results), footer)
+    lead = _setting(results)
+    write_page(page, "Three teachers, one of them poor", lead, _sections(results), footer(environment))
     return page

@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..feature_loss import CAMKDFeatureLoss, weighted_feature_loss
-from ..logit_loss import camkd_loss
 from ..models.protocol import Prediction
 from .min_norm import min_norm_weights
-from .teachers import ImageTeachers, Teachers
+from .teachers import Teachers
 
 IGNORE_INDEX = -100  # label of rows without a loss, as in camkd_loss
 
@@ -215,6 +214,18 @@ NAMES = tuple(STRATEGIES)
 BETA = {"fitnet-mkd": 100.0, "ca-mkd": 50.0}
 
 
+def find(name: str) -> type[Strategy]:
+    """The strategy's class.
+
+    Raises:
+        ValueError: no strategy has that name; the nearest are named.
+    """
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4) or NAMES
+        raise ValueError(f"no strategy is named {name!r}; nearest: {', '.join(near)}")
+    return STRATEGIES[name]
+
+
 def create(
     name: str,
     teachers: Teachers | None,
@@ -242,10 +253,7 @@ def create(
     Raises:
         ValueError: an unknown name, no teachers, a `beta` without a feature term, teachers without feature maps.
     """
-    if name not in STRATEGIES:
-        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4) or NAMES
-        raise ValueError(f"no strategy is named {name!r}; nearest: {', '.join(near)}")
-    kind = STRATEGIES[name]
+    kind = find(name)
     if beta is not None and not kind.needs_features:
         raise ValueError(f"beta is {beta}, but {name} has no feature term")
     if not kind.needs_teachers:
@@ -263,72 +271,3 @@ def create(
         raise ValueError(f"{name} needs feature maps, but the teachers give {teachers.num_features} channels")
     beta = BETA[name] if beta is None else beta
     return kind(soft_weight, temperature, teachers, student_features, beta / divisor, detach_weights)
-
-
-# --- what the demonstration's loop calls ------------------------------------------------------------------------------
-
-
-class Objective(NamedTuple):
-    """A strategy's verdict on one batch."""
-
-    loss: Tensor  # scalar, differentiable
-    weights: Tensor | None = None  # (K, N) weight of each teacher's logits, detached
-    feature_weights: Tensor | None = None  # (K, N) weight of each teacher's feature map, detached
-
-
-class ObjectiveStrategy(nn.Module):
-    """`teachers` is None for a strategy that asks nobody, and then `taught` is always empty."""
-
-    teachers: ImageTeachers | None = None
-
-    def forward(self, student: Prediction, taught: list[Prediction], target: Tensor) -> Objective:
-        raise NotImplementedError
-
-
-class HardLabels(ObjectiveStrategy):
-    """Cross-entropy with the labels alone."""
-
-    def forward(self, student: Prediction, taught: list[Prediction], target: Tensor) -> Objective:
-        return Objective(F.cross_entropy(student.logits, target))
-
-
-class LogitDistillation(ObjectiveStrategy):
-    """CE + alpha T^2 sum_k w_k KL_k; weighting "uniform" is AVER, "confidence" CA-MKD without features."""
-
-    def __init__(self, teachers: ImageTeachers, weighting: str, alpha: float = 1.0, temperature: float = 4.0) -> None:
-        super().__init__()
-        self.teachers = teachers
-        self.weighting, self.alpha, self.temperature = weighting, alpha, temperature
-
-    def forward(self, student: Prediction, taught: list[Prediction], target: Tensor) -> Objective:
-        out = camkd_loss(
-            student.logits,
-            [teacher.logits for teacher in taught],
-            target,
-            temperature=self.temperature,
-            soft_weight=self.alpha,
-            weighting=self.weighting,
-        )
-        return Objective(out.loss, out.weights)
-
-
-class CAMKD(LogitDistillation):
-    """The whole method: confidence-weighted logits plus beta times the confidence-weighted feature loss."""
-
-    def __init__(
-        self,
-        teachers: ImageTeachers,
-        student_features: int,
-        alpha: float = 1.0,
-        beta: float = 50.0,
-        temperature: float = 4.0,
-    ) -> None:
-        super().__init__(teachers, "confidence", alpha, temperature)
-        self.beta = beta
-        self.heads = teachers.heads
-        self.feature_loss = CAMKDFeatureLoss(student_features, teachers.num_features)
-
-    def forward(self, student: Prediction, taught: list[Prediction], target: Tensor) -> Objective:
-        logits = super().forward(student, taught, target)
-        features = self.feature_loss(student.features, [teacher.features for teacher in taught], self.heads, target)
-        return Objective(logits.loss + self.beta * features.loss, logits.weights, features.weights)

@@ -1,0 +1,180 @@
+"""What each command does. Rank 0 alone prints and writes reports."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from ..train import compare, run_report
+from ..train import run as jobs
+from ..train.config import DistillConfig
+from ..train.run import RunResult
+from .info import environment, info
+from .options import (
+    Bench,
+    Command,
+    Compare,
+    ComparedStudent,
+    Data,
+    Demo,
+    Distill,
+    Evaluate,
+    Export,
+    Fetch,
+    Info,
+    Report,
+    Teach,
+)
+
+
+def run(command: Command) -> int:
+    """Carry out a command and return the exit status; errors are the job's own."""
+    match command:
+        case Teach():
+            _finish(jobs.teach(command.settings, resume=command.resume, overwrite=command.overwrite))
+        case Distill():
+            _finish(jobs.distill(command.settings, resume=command.resume, overwrite=command.overwrite))
+        case Evaluate():
+            _evaluate(command)
+        case Compare():
+            _compare(command)
+        case Report():
+            _say(str(run_report.write(command.run, environment())))
+        case Data(action=Fetch() as fetch):
+            _fetch(fetch)
+        case Data():
+            _say(_data_sets())
+        case Bench():
+            _bench(command)
+        case Export():
+            _export(command)
+        case Demo():
+            _demo(command.out)
+        case Info():
+            return info()
+    return 0
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_main():
+        print(text)
+
+
+def _finish(result: RunResult) -> None:
+    """The last lines of a run, and its page."""
+    if not _is_main():
+        return
+    page = run_report.write(result.out, environment())
+    print(
+        f"test accuracy {100 * result.test.accuracy:.2f} % on {result.test.images:,} images, "
+        f"{result.images_per_second:,.0f} images/s, {run_report.duration(result.seconds)}\n{page}"
+    )
+
+
+def _evaluate(command: Evaluate) -> None:
+    found = jobs.evaluate(command.run, command.split, command.device)
+    _say(
+        f"{command.run}, {found.images:,} {command.split} images: "
+        f"accuracy {100 * found.accuracy:.2f} %, cross-entropy {found.loss:.4f}"
+    )
+
+
+def _compare(command: Compare) -> None:
+    from ..train import compare_report
+
+    student = command.settings
+    assert isinstance(student, ComparedStudent)
+    shared = DistillConfig(**{f.name: getattr(student, f.name) for f in fields(DistillConfig)})
+    config = compare.CompareConfig(command.strategies, command.seeds, shared)
+    cells = list(config.cells())
+    for number, cell in enumerate(cells, 1):
+        _say(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
+        compare.run_cell(cell, command.overwrite)
+    if _is_main():
+        rows = compare.collect(config)
+        page = compare_report.write(config, rows, environment())
+        print(f"\n{compare_report.student_table(rows).text()}\n\n{page}")
+
+
+def _fetch(command: Fetch) -> None:
+    from tqdm import tqdm
+
+    from ..data import fetch
+
+    bars: dict[str, tqdm[NoReturn]] = {}
+
+    def progress(name: str, there: int, size: int) -> None:
+        if name not in bars:
+            bars[name] = tqdm(total=size, unit="B", unit_scale=True, desc=name, dynamic_ncols=True)
+        bars[name].update(there - bars[name].n)
+        if there >= size:
+            bars[name].close()
+
+    files = fetch.fetch(command.name, command.root, command.base_url, progress)
+    _say("\n".join(map(str, files)))
+
+
+def _data_sets() -> str:
+    """A line per data set: its name, and where it lies or how to get it."""
+    from ..data import catalogue, fashion_mnist, fetch
+
+    lines = []
+    for name in catalogue.NAMES:
+        if name == "digits":
+            where = "comes with scikit-learn"
+        elif name == "folder":
+            where = "any class-per-folder tree of JPEG and PNG files at --root"
+        else:
+            folders = [fetch.default_folder(name), *([fashion_mnist.DEBIAN] if name == "fashion-mnist" else [])]
+            found = next((folder for folder in folders if folder.is_dir() and any(folder.iterdir())), None)
+            way = f"camkd-fast data fetch {name}" if name in fetch.SOURCES else "extract the published files there"
+            where = f"nothing in {folders[0]}: {way}" if found is None else str(found)
+        lines.append(f"{name:<14} {where}")
+    return "\n".join(lines)
+
+
+def _bench(command: Bench) -> None:
+    from ..report.page import Table
+    from ..train.loss_speed import measure_loss_speed
+
+    names = ["eager", *(["torch.compile"] if command.compiled else [])]
+    rows, notes = [], []
+    for shape in command.shapes:
+        sizes = shape.split("x")
+        if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+            raise ValueError(f"shapes must be IMAGESxCLASSESxTEACHERS, got {shape!r}")
+        images, classes, teachers = map(int, sizes)
+        speed = measure_loss_speed(images, classes, teachers, command.rounds, command.compiled)
+        times = speed.milliseconds
+        cells = [
+            cell
+            for name in names
+            for cell in ((f"{times[name]:.2f} ms", f"{speed.speedup(name):.1f}x") if name in times else ("", ""))
+        ]
+        rows.append((shape.replace("x", " x "), f"{times['fused']:.2f} ms", *cells))
+        notes += [speed.note] if speed.note and speed.note not in notes else []
+    header = ("images x classes x teachers", "fused", *(cell for name in names for cell in (name, "slower")))
+    _say("\n".join([Table(header, rows).text(), *notes]))
+
+
+def _export(command: Export) -> None:
+    from ..train.export import TOLERANCE, export
+
+    done = export(command.run, command.out, command.folded)
+    for path, difference in ((done.onnx, done.onnx_difference), (done.program, done.program_difference)):
+        _say(f"{path}  differs from the model by {difference:.1e} of the largest logit (tolerance {TOLERANCE:.0e})")
+
+
+def _demo(out: Path) -> None:
+    from ..train import demo, demo_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    results = demo.run_demo(demo.DemoConfig(), out)
+    page = demo_report.write(results, out, environment())
+    _say(f"\n{demo_report.summary(results)}\n\n{page}")

@@ -1,0 +1,68 @@
+"""`camkd-fast info`: what this process runs on. Needs torch alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..dispatch import BACKENDS, availability, explain
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+    if not availability("cpu").usable:
+        return "none (no compiled CPU module)"
+    from .. import native
+
+    return native.instruction_set()
+
+
+def environment() -> dict[str, str]:
+    """What a measurement or a bug report must say about this process."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "camkd_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "OS": platform.platform(),
+        "processor": _processor(),
+        "instruction set": _instruction_set(),
+        "threads": str(torch.get_num_threads()),
+        "GPU": ", ".join(gpus) or "none",
+    }
+
+
+def info() -> int:
+    """Print versions, backends and why one is missing; returns the exit status."""
+    for name, value in environment().items():
+        print(f"{name:<16} {value}")
+    print("\nbackends")
+    for name in BACKENDS:
+        state = availability(name)
+        print(f"  {name:<14} {'usable ' if state.usable else 'missing'}  {state.reason}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lines above say it already
+        print(f"  {'auto':<14} {explain(torch.zeros(1, 1))}")
+    return 0

@@ -1,0 +1,148 @@
+"""What a comparison prints and writes: a table, compare.json and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from ..report.page import Part, Picture, Section, Table, write_page
+from ..report.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TEACHER_COLORS,
+    VERMILLION,
+    Curve,
+    Panel,
+    Sample,
+    accuracy_bars,
+    curves,
+    differences,
+)
+from .atomic import write_atomically
+from .compare import CompareConfig, Row, as_json, baseline, spread
+from .journal import METRICS, read_metrics
+from .run_folder import REPORT
+from .run_report import footer, settings
+
+COMPARE = "compare.json"
+# How a strategy is called and drawn.
+LABELS = {
+    "ce": "CE only",
+    "kd": "KD",
+    "aver": "AVER",
+    "ebkd": "EBKD",
+    "aekd": "AEKD",
+    "fitnet-mkd": "FitNet-MKD",
+    "ca-mkd-logits": "CA-MKD, logits",
+    "ca-mkd": "CA-MKD",
+}
+COLORS = {
+    "ce": GREY,
+    "kd": "#332288",
+    "aver": ORANGE,
+    "ebkd": GREEN,
+    "aekd": PURPLE,
+    "fitnet-mkd": VERMILLION,
+    "ca-mkd-logits": SKY,
+    "ca-mkd": BLUE,
+}
+
+
+def student_table(rows: Sequence[Row]) -> Table:
+    """Mean, spread, each seed, and the difference to AVER seed by seed."""
+    aver = baseline(rows)
+    lines = []
+    for row in rows:
+        cells = [
+            LABELS[row.strategy],
+            f"{100 * row.mean:.2f} %",
+            f"{100 * row.spread:.2f}",
+            ", ".join(f"{100 * accuracy:.1f}" for accuracy in row.test_accuracy),
+        ]
+        if aver is not None:
+            gains = [100 * gain for gain in row.gains(aver)]
+            cells.append("" if row is aver else f"{mean(gains):+.2f} ± {spread(gains):.2f}")
+        lines.append((*cells, f"{row.images_per_second:,.0f}"))
+    difference = [] if aver is None else ["over AVER, paired"]
+    return Table(("student", "test accuracy", "deviation", "each seed", *difference, "images/s"), lines)
+
+
+def teacher_samples(names: Sequence[str], accuracies: Sequence[float]) -> list[Sample]:
+    """For `accuracy_bars`."""
+    pairs = zip(names, accuracies, TEACHER_COLORS, strict=False)
+    return [Sample(name, color, [100 * accuracy]) for name, accuracy, color in pairs]
+
+
+def student_samples(rows: Sequence[Row]) -> list[Sample]:
+    return [Sample(LABELS[r.strategy], COLORS[r.strategy], [100 * a for a in r.test_accuracy]) for r in rows]
+
+
+def student_curves(rows: Sequence[Row]) -> list[Curve]:
+    """Validation accuracy in percent after the epochs that have one; runs of one strategy as a band."""
+    lines = []
+    for row in rows:
+        validated = [[r for r in epochs if "validation_accuracy" in r] for epochs in row.epochs]
+        runs = [[100 * record["validation_accuracy"] for record in records] for records in validated]
+        if runs[0]:
+            x = [record["epoch"] for record in validated[0]]
+            lines.append(Curve(LABELS[row.strategy], COLORS[row.strategy], runs, x=x))
+    return lines
+
+
+def difference_plot(rows: Sequence[Row]) -> Picture | None:
+    """Each strategy's gain over AVER, seed by seed; None where there is nothing to compare."""
+    aver = baseline(rows)
+    if aver is None or len(rows) == 1:
+        return None
+    samples = [
+        Sample(LABELS[row.strategy], COLORS[row.strategy], [100 * gain for gain in row.gains(aver)])
+        for row in rows
+        if row is not aver
+    ]
+    return differences(
+        samples, "Difference to AVER from the same seed", "test accuracy (points): each seed, their mean"
+    )
+
+
+def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
+    taught = [(path, read_metrics(path / METRICS, "test")) for path in config.student.teachers]
+    known = [(path.name, records[-1]["test_accuracy"]) for path, records in taught if records]
+    groups = [teacher_samples(*zip(*known, strict=True))] if known else []
+    parts: list[Part] = [accuracy_bars([*groups, student_samples(rows)], "Students, enlarged"), student_table(rows)]
+    gains = difference_plot(rows)
+    if gains is not None:
+        parts.insert(1, gains)
+    sections = [
+        Section(
+            "Test accuracy",
+            "Of the last epoch; no epoch is selected. Deviations are those of a sample, over seeds. Equal seeds share "
+            "first parameters and image order, so differences between strategies are taken seed by seed.",
+            parts,
+        )
+    ]
+    lines = student_curves(rows)
+    if lines:
+        panel = Panel("Students", "validation accuracy (%)", lines)
+        text = "Validation accuracy after each epoch, mean and range over seeds."
+        sections.append(Section("Training", text, [curves([panel])]))
+    return [*sections, settings(config.student, "What every cell shares, where it differs from the defaults.")]
+
+
+def write(config: CompareConfig, rows: Sequence[Row], environment: Mapping[str, str]) -> Path:
+    """Write compare.json and report.html into the existing folder `config.out`; returns the page's path."""
+    content = {"environment": dict(environment), **as_json(config, rows)}
+    write_atomically(config.out / COMPARE, (json.dumps(content, indent=1, default=str) + "\n").encode())
+    page, student = config.out / REPORT, config.student
+    lead = (
+        f"{len(rows)} strategies from {len(config.seeds)} seeds, {student.optim.epochs} epochs each. "
+        f"Teachers: {', '.join(map(str, student.teachers)) or 'none'}."
+    )
+    title = f"{student.student} on {student.data.data}: strategies compared"
+    write_page(page, title, lead, _sections(config, rows), footer(environment))
+    return page

@@ -1,0 +1,56 @@
+"""What models take images for: the same images for all of them, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data import choose
+from ..data.batch import LoaderConfig
+from ..data.files import ImageSet
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Of K models on N images of C classes."""
+
+    counts: Tensor  # (K, C, C) int64: images of class row that model k takes for class column
+    right: Tensor  # (K + 1,) int64: images about which exactly that many of the models are right
+
+    def accuracy(self, k: int) -> float:
+        return float(self.counts[k].trace() / self.counts[k].sum())
+
+    def shares(self, k: int) -> list[list[float]]:
+        """(C, C) of which each row sums to 1; 0 for classes without images."""
+        counts: list[list[float]] = (self.counts[k] / self.counts[k].sum(1, keepdim=True).clamp(min=1)).tolist()
+        return counts
+
+
+@torch.no_grad()
+def confusion(models: Sequence[nn.Module], images: ImageSet, loader: str = "auto", skip_bad: int = 0) -> Confusion:
+    """Ask models in evaluation mode, on the device that they are on.
+
+    Args:
+        images: not augmented for this; errors as the loader's.
+        loader: kind of loader, see `choose.loader`.
+        skip_bad: files to leave out if they cannot be read.
+    """
+    device = next(models[0].parameters()).device
+    C = images.num_classes
+    counts = torch.zeros(len(models), C * C, dtype=torch.int64, device=device)
+    right = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)
+    batches = choose.loader(images, LoaderConfig(_BATCH, device=device, skip_bad=skip_bad), loader)
+    try:
+        for batch in batches:
+            answers = torch.stack([model(batch.images).argmax(1) for model in models])
+            for k, cells in enumerate(batch.target * C + answers):
+                counts[k] += torch.bincount(cells, minlength=C * C)
+            right += torch.bincount((answers == batch.target).sum(0), minlength=len(models) + 1)
+    finally:
+        batches.close()
+    return Confusion(counts.view(-1, C, C).cpu(), right.cpu())

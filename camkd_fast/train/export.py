@@ -1,0 +1,137 @@
+"""A run's model for other programs: ONNX and torch.export, both checked against the model itself before they count."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from .run_folder import load_model, model_metadata
+
+ONNX, PROGRAM = "student.onnx", "student.pt2"
+METADATA = "camkd_fast"  # key of the ONNX model's properties, name of the file in the program's archive
+# Of float32 logits, relative to the largest. Other kernels add the products of a layer in another order, which after
+# tens of layers moves logits by some 1e-6; a wrong layer, padding or batch norm moves them by 1e-2 and more.
+TOLERANCE = 1e-4
+BATCH_SIZES = (1, 5)  # that are checked; neither is the one that is traced
+
+Call = Callable[[Tensor], Tensor]
+
+
+class ExportError(RuntimeError):
+    """What was written does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Two files, and the largest difference of each to the model, relative to the largest logit."""
+
+    onnx: Path
+    program: Path
+    onnx_difference: float
+    program_difference: float
+
+
+def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
+    """Write the model of a finished run as `student.onnx` and `student.pt2`.
+
+    Both take `images` (n, channels, H, W) float32 for any n, normalised, and give `logits` (n, C). What normalises
+    levels 0 to 255, (level - mean) / std by channel, is in the metadata along with the model's name and data set:
+    JSON under "camkd_fast" in the ONNX model's properties and in the extra files of the torch.export program.
+
+    Args:
+        run: its folder.
+        out: folder to write; None: `run/export`.
+        folded: batch norms folded into the convolutions in front of them, equal up to rounding.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: there is no model, or it is damaged.
+        ExportError: a file differs from the model by more than `TOLERANCE`; nothing is left behind.
+        OSError: the folder cannot be written.
+    """
+    model, metadata = load_model(run), model_metadata(run)
+    channels, (H, W) = metadata["in_channels"], metadata["size"]
+    metadata = {**metadata, "input": f"images (n, {channels}, {H}, {W}) float32, (level - mean) / std by channel"}
+    folder = run / "export" if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
+        onnx_file, program_file = Path(unchecked) / ONNX, Path(unchecked) / PROGRAM
+        _write(models.freeze(model) if folded else model, (channels, H, W), metadata, onnx_file, program_file)
+        worst = {}
+        for file, call in ((onnx_file, _onnx_call(onnx_file)), (program_file, _program_call(program_file))):
+            worst[file] = max(_difference(call, model, (n, channels, H, W)) for n in BATCH_SIZES)
+            if not worst[file] <= TOLERANCE:
+                raise ExportError(
+                    f"{file.name} differs from the model of {run} by {worst[file]:.1e} of its largest logit, "
+                    f"more than {TOLERANCE:.0e}"
+                )
+        for file in worst:
+            os.replace(file, folder / file.name)
+    return Exported(folder / ONNX, folder / PROGRAM, worst[onnx_file], worst[program_file])
+
+
+def _write(model: nn.Module, shape: tuple[int, ...], metadata: dict[str, Any], onnx: Path, program: Path) -> None:
+    text = json.dumps(metadata)
+    batch = torch.export.Dim("batch")
+    images = torch.zeros(2, *shape)  # torch.export would take a batch of 1 for a constant
+    with _quiet(), torch.no_grad():
+        traced = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
+        torch.export.save(traced, program, extra_files={METADATA: text})
+        made = torch.onnx.export(
+            traced,
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+        )
+        assert made is not None
+        made.model.metadata_props[METADATA] = text
+        made.save(onnx)
+
+
+def _difference(call: Call, model: nn.Module, shape: tuple[int, ...]) -> float:
+    """The largest difference of logits on random images, relative to the model's largest logit."""
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    with torch.no_grad():
+        ours = model(images)
+        return float((call(images) - ours).abs().max() / ours.abs().max().clamp(min=1e-30))
+
+
+def _onnx_call(path: Path) -> Call:
+    """The ONNX model on onnxruntime's CPU kernels."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _program_call(path: Path) -> Call:
+    program: Call = torch.export.load(path).module()
+    return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks about packages that no model here uses, and its own deprecation warnings."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

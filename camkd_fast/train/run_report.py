@@ -1,0 +1,301 @@
+"""A run's page, report.html, from what lies in its folder: what came out, how it went, what its teachers confuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import models
+from ..data.files import ImageSet
+from ..report.page import Figures, Folded, Part, Section, Table, write_page
+from ..report.plots import (
+    BLUE,
+    GREY,
+    ORANGE,
+    PURPLE,
+    TEACHER_COLORS,
+    VERMILLION,
+    ClassMatrix,
+    Curve,
+    Panel,
+    class_accuracies,
+    confusions,
+    curves,
+)
+from . import config as configs
+from .config import DistillConfig, JobConfig, TeachConfig
+from .confusion import Confusion, confusion
+from .journal import METRICS, read_metrics
+from .run import load_splits
+from .run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
+
+Record = Mapping[str, Any]
+_MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small to read
+
+
+def write(run: Path, environment: Mapping[str, str]) -> Path:
+    """Write `run/report.html` and return its path.
+
+    The page needs no data set if the run has no validation images; otherwise student and teachers are asked for the
+    classes of these once more, without augmentation.
+
+    Args:
+        run: a run's folder, of a finished run or of one with at least one finished epoch.
+        environment: versions and machine, for the last line.
+
+    Raises:
+        FileNotFoundError, ValueError, CheckpointError: there is no run, or a file in it is damaged or has nothing to
+            show; it is named.
+        OSError: the page cannot be written.
+    """
+    config = configs.load(run / CONFIG)
+    records = read_metrics(run / METRICS)
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    if not epochs:
+        raise ValueError(f"{run / METRICS} has no finished epoch to report")
+    test = next((record for record in records if record["kind"] == "test"), None)
+    steps = [record for record in records if record["kind"] == "steps"]
+    cast = _Cast(run, config)
+    job = "teach" if isinstance(config, TeachConfig) else "distill"
+    sections = [
+        _result(config, epochs, test, cast),
+        _training(steps, epochs),
+        *([_weights(steps, epochs, cast.names)] if epochs[-1]["weights"] else []),
+        *([_confusion(cast)] if cast.answers is not None else []),
+        _speed(steps, epochs, test),
+        settings(
+            config,
+            f"What differs from the defaults. `camkd-fast {job} --config {run / CONFIG} --out FOLDER` repeats the run.",
+        ),
+    ]
+    page = run / REPORT
+    write_page(page, _title(config), _lead(run, config, epochs), sections, footer(environment))
+    return page
+
+
+def _title(config: JobConfig) -> str:
+    if isinstance(config, DistillConfig):
+        return f"{config.student} distilled by {config.strategy} on {config.data.data}"
+    return f"{config.model} taught on {config.data.data}"
+
+
+def _lead(run: Path, config: JobConfig, epochs: Sequence[Record]) -> str:
+    learned = f"{run}: {epochs[-1]['epoch']} of {config.optim.epochs} epochs, seed {config.seed}."
+    if isinstance(config, TeachConfig):
+        wrong = (
+            f" {config.wrong_labels:.0%} of the training labels are wrong on purpose." if config.wrong_labels else ""
+        )
+        return learned + wrong
+    return f"{learned} Teachers: {', '.join(map(str, config.teachers)) or 'none'}."
+
+
+def footer(environment: Mapping[str, str]) -> str:
+    """Versions and machine in one line."""
+    return ", ".join(f"{name} {value}" for name, value in environment.items())
+
+
+class _Cast:
+    """The models of a run, the trained one last, and what they say about its validation images."""
+
+    def __init__(self, run: Path, config: JobConfig) -> None:
+        teachers = config.teachers if isinstance(config, DistillConfig) else ()
+        self.names = [path.name for path in teachers]
+        if len(set(self.names)) < len(self.names):
+            self.names = [str(path) for path in teachers]
+        self.metadata = [model_metadata(path) for path in teachers]
+        self.models: list[nn.Module] = [load_model(path) for path in teachers]
+        self.num_teachers = len(teachers)
+        if is_finished(run):
+            self.names.append("student" if isinstance(config, DistillConfig) else "model")
+            self.metadata.append(model_metadata(run))
+            self.models.append(load_model(run))
+        self.answers: Confusion | None = None
+        images: ImageSet = load_splits(config.data).validation
+        self.images = len(images)
+        if self.models and self.images:
+            frozen = [models.freeze(model) for model in self.models]
+            self.answers = confusion(frozen, images, config.data.loader, config.data.skip_bad)
+
+    def table(self, weights: Sequence[float]) -> Table:
+        """One line per model; `weights` are the teachers' mean weights, or empty."""
+        rows = []
+        for k, (name, metadata, model) in enumerate(zip(self.names, self.metadata, self.models, strict=True)):
+            accuracy = "" if self.answers is None else f"{100 * self.answers.accuracy(k):.2f} %"
+            parameters = sum(p.numel() for p in model.parameters())
+            weight = [f"{weights[k]:.3f}" if k < len(weights) else ""] if weights else []
+            rows.append((name, metadata["model"], f"{parameters:,}", accuracy, *weight))
+        header = ("", "model", "parameters", "validation accuracy", *(["mean weight"] if weights else []))
+        return Table(header, rows)
+
+
+def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, cast: _Cast) -> Section:
+    validated = [record for record in epochs if "validation_accuracy" in record]
+    numbers = {}
+    if test is not None:
+        numbers["test accuracy"] = f"{100 * test['test_accuracy']:.2f} %"
+        numbers["test cross-entropy"] = f"{test['test_loss']:.3f}"
+    if validated:
+        numbers["validation accuracy"] = f"{100 * validated[-1]['validation_accuracy']:.2f} %"
+    if test is not None:
+        numbers["images per second"] = f"{test['images_per_second']:,.0f}"
+        numbers["from start to end"] = duration(test["seconds"])
+        text = (
+            "Of the model after the last epoch: no epoch is selected, and the test images are looked at once, at "
+            "the end."
+        )
+    else:
+        text = f"Not finished: {epochs[-1]['epoch']} of {config.optim.epochs} epochs are done."
+    parts: list[Part] = [Figures(numbers)] if numbers else []
+    if cast.models:
+        parts.append(cast.table(epochs[-1]["weights"]))
+    return Section("Result", text, parts)
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _points(steps: Sequence[Record], epochs: Sequence[Record]) -> Sequence[Record]:
+    """The log lines within epochs where they say more than the epochs' ends do."""
+    return steps if len(steps) >= 2 * len(epochs) else epochs
+
+
+def _curve(label: str, color: str, records: Sequence[Record], values: Sequence[float], dashed: bool = False) -> Curve:
+    """Over epochs; `records` say at which step each value was taken."""
+    return Curve(label, color, [values], dashed, [record["at"] for record in records])
+
+
+def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
+    steps, epochs = _placed(steps, epochs)
+    points = _points(steps, epochs)
+    validated = [record for record in epochs if "validation_accuracy" in record]
+    parts = [
+        ("total", GREY, [r["loss"] for r in points]),
+        ("cross-entropy", BLUE, [r["hard"] for r in points]),
+        ("distillation", ORANGE, [r["loss"] - r["hard"] - r["feature"] for r in points]),
+        ("features", PURPLE, [r["feature"] for r in points]),
+    ]
+    # A part that is nowhere is no part; one alone is the total.
+    present = [part for part in parts if max(part[2]) > 1e-6 * max(parts[0][2])]
+    shown = present[1:] if len(present) == 2 else present
+    largest, least = max(parts[0][2]), min(min(part[2]) for part in shown)
+    losses = Panel(
+        "Loss",
+        "mean per image, by weight" if len(shown) > 1 else "cross-entropy",
+        [_curve(label, color, points, values) for label, color, values in shown],
+        logarithmic=least > 0 and largest > 30 * least,
+    )
+    accuracy = Panel(
+        "Accuracy",
+        "accuracy (%)",
+        [
+            _curve("training, augmented", GREY, epochs, [100 * r["train_accuracy"] for r in epochs], dashed=True),
+            *(
+                [_curve("validation", VERMILLION, validated, [100 * r["validation_accuracy"] for r in validated])]
+                if validated
+                else []
+            ),
+        ],
+    )
+    text = (
+        "Each part of the loss with the weight that it has in the total. Training accuracy is counted while the model "
+        "changes, validation accuracy after each epoch."
+    )
+    return Section("Training", text, [curves((losses, accuracy))])
+
+
+def _placed(*kinds: Sequence[Record]) -> list[list[dict[str, Any]]]:
+    """Records with "at", the number of epochs that had passed."""
+    last = kinds[-1][-1]
+    per_epoch = last["step"] / last["epoch"]
+    return [[{**record, "at": record["step"] / per_epoch} for record in records] for records in kinds]
+
+
+def _weights(steps: Sequence[Record], epochs: Sequence[Record], names: Sequence[str]) -> Section:
+    steps, epochs = _placed(steps, epochs)
+    points = _points(steps, epochs)
+    lines = []
+    for of, kind in (("weights", "logits"), ("feature_weights", "features")):
+        for k in range(len(points[-1][of])):
+            color = TEACHER_COLORS[k % len(TEACHER_COLORS)]
+            values = [record[of][k] for record in points]
+            lines.append(_curve(f"{names[k]}, {kind}", color, points, values, dashed=kind == "features"))
+    text = (
+        "How much each teacher counts, in the mean over images. Weights of logits that follow from teachers and labels "
+        "alone stay level; weights of features judge what each teacher's classifier makes of the student's features, "
+        "so they move as the student learns."
+    )
+    return Section("Weights of the teachers", text, [curves((Panel("Mean weight per teacher", "mean weight", lines),))])
+
+
+def _confusion(cast: _Cast) -> Section:
+    assert cast.answers is not None
+    matrices = [ClassMatrix(name, cast.answers.shares(k)) for k, name in enumerate(cast.names)]
+    C = len(matrices[0].shares)
+    picture = confusions(matrices) if C <= _MOST_CLASSES_IN_A_MATRIX else class_accuracies(matrices)
+    text = f"Answers to the {cast.images:,} validation images, by true class." + (
+        "" if C <= _MOST_CLASSES_IN_A_MATRIX else " Each cell is the share of right answers to one class."
+    )
+    K = len(matrices)
+    if K > 1:
+        none, every = (int(cast.answers.right[i]) / max(cast.images, 1) for i in (0, K))
+        text += f" All are right about {every:.1%} of them, nobody about {none:.1%}."
+    return Section("Who confuses what", text, [picture])
+
+
+def _speed(steps: Sequence[Record], epochs: Sequence[Record], test: Record | None) -> Section:
+    steps, epochs = _placed(steps, epochs)
+    points = [record for record in _points(steps, epochs) if record["images_per_second"] > 0]
+    panels = [Panel("Learning rate", "learning rate", [_rate_curve(steps, epochs)])]
+    if points:
+        speed = _curve("images per second", BLUE, points, [r["images_per_second"] for r in points])
+        panels.insert(0, Panel("Throughput", "images per second", [speed], from_zero=True))
+    start = test["start_seconds"] if test is not None else epochs[-1]["start_seconds"]
+    text = (
+        f"Training steps alone, over all processes, evaluation and checkpoints apart. The first steps, with whatever "
+        f"they compile and load, took {start:.2f} s and are left out."
+    )
+    return Section("Throughput", text, [curves(panels)])
+
+
+def _rate_curve(steps: Sequence[Record], epochs: Sequence[Record]) -> Curve:
+    points = sorted([*steps, *epochs], key=lambda record: int(record["step"]))
+    return _curve("learning rate", GREY, points, [record["learning_rate"] for record in points])
+
+
+def settings(config: JobConfig, text: str) -> Section:
+    """The settings that differ from the defaults, and all of them folded away."""
+    usual = configs.differences(config, type(config)())
+    changed = [
+        (name, _shown(value), _shown(default))
+        for name, (value, default) in usual.items()
+        if not name.startswith(("out", "log."))
+    ]
+    everything = [(name, _shown(value)) for name, value in _flat(dataclasses.asdict(config))]
+    folded = Folded("All settings", Table(("setting", "value"), everything))
+    return Section("Settings", text, [Table(("setting", "value", "default"), changed), folded])
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        out += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return out
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, float) and not math.isinf(value):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
