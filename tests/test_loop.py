@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast.train import config as configs
+from camkd_fast.train.cache import CacheError
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, Journal, Silence, read_metrics
@@ -21,6 +22,7 @@ from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_a
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.teachers import LiveTeachers
 from camkd_fast.train.trainer import Clock
 from camkd_fast.train.trainer import evaluate as evaluate_model
 from tests.training import ONE, SmallNet, images, loader, train_step, trainer
@@ -164,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int)
     journal = Recorder()
     log = replace(QUIET, log_every=log_every, checkpoint_every=2)
     run = trainer(tmp_path, train_step("ca-mkd", student=_Explodes(8)), log=log)
-    words = r"step 7: loss nan, hard nan, soft nan, feature \d\S+; learning rate 0.02; last good .*: .*/step-00000006$"
+    words = r"step 8: loss nan, hard nan, soft nan, feature \d\S+; learning rate 0.02; last good .*: .*/step-00000006$"
     with pytest.raises(NonFiniteLossError, match=words):
         run.run(journal)
     assert max(path.name for path in run.checkpoints.paths()) == "step-00000006"
@@ -281,6 +283,38 @@ def test_distill_by_any_strategy(tmp_path: Path, taught: tuple[Path, ...], strat
     assert (last["feature"] > 0) == (strategy in ("fitnet-mkd", "ca-mkd"))
 
 
+def test_a_teacher_cache_changes_nothing_but_who_is_asked(
+    tmp_path: Path, taught: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = DistillConfig(
+        student="resnet8",
+        teachers=taught,
+        strategy="ca-mkd-logits",
+        data=replace(FEW, views=2),
+        optim=SHORT,
+        log=QUIET,
+    )
+
+    def model(name: str, **changes: Any) -> bytes:
+        return (distill(replace(base, out=tmp_path / name, **changes)).out / "model.safetensors").read_bytes()
+
+    live = model("live")
+    cached = model("cached", teacher_cache=tmp_path / "cache")
+    assert live == cached
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a teacher was asked")
+
+    monkeypatch.setattr(LiveTeachers, "__call__", refuse)
+    assert model("replayed", teacher_cache=tmp_path / "cache") == live
+    with pytest.raises(AssertionError, match="a teacher was asked"):
+        model("asks")
+    with pytest.raises(CacheError, match="seed"):
+        model("stale", teacher_cache=tmp_path / "cache", seed=1)
+    with pytest.raises(CacheError, match="feature"):
+        model("features", teacher_cache=tmp_path / "cache", strategy="ca-mkd")
+
+
 def test_same_seed_same_bytes_and_the_callers_random_numbers_stay(tmp_path: Path) -> None:
     def model(name: str, **changes: Any) -> bytes:
         return (teach(teach_config(tmp_path / name, **changes)).out / "model.safetensors").read_bytes()
@@ -359,7 +393,7 @@ def test_unfit_teachers_are_refused(tmp_path: Path, taught: tuple[Path, ...]) ->
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(content.replace(b'num_classes\\": 10,', b'num_classes\\": 99,'))
-    with pytest.raises(ValueError, match=r"other has num classes 99, but the student's images have 10"):
+    with pytest.raises(ValueError, match=r"other has num_classes 99, but the student's images have 10"):
         attempt(other)
     with pytest.raises(CheckpointError, match="does not fit resnet8"):
         load_model(other)

@@ -276,7 +276,7 @@ class _Spoiled(nn.Module):
 def test_first_bad_step_and_its_parts_are_named(name: str, value: float) -> None:
     step = train_step(name, student=_Spoiled(value))
     take_steps(step, 6)
-    words = r"the loss is not finite at step 2: loss (nan|inf), hard (nan|inf), soft \S+, feature [\d.]+$"
+    words = r"the loss is not finite at step 3: loss (nan|inf), hard (nan|inf), soft \S+, feature [\d.]+$"
     with pytest.raises(NonFiniteLossError, match=words):
         step.sums.read(ONE)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from .atomic import write_atomically
 from .teachers import LiveTeachers
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..models.protocol import Prediction
+from .atomic import write_atomically
 from .cache_files import CacheError, CacheKey, Manifest, Storage, manifests, shards
-from .checkpoint import write_atomically
 from .distributed import World
 from .teachers import Teachers
 from .truncation import Truncated, expand, loss_error, truncate

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import sync_folder, write_synced
-from .atomic import write_atomically as write_atomically
 
 FORMAT = 1
 KEEP = 2  # checkpoints of a run that stay on the disk

@@ -19,26 +19,6 @@ from .atomic import write_atomically
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """SGD with Nesterov momentum and a cosine schedule; momentum, decay and batch size are the paper's recipe."""
-
-    epochs: int
-    seed: int
-    batch_size: int = 64
-    learning_rate: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    shift: int = 1  # augmentation: pixels in each direction
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-
-
-@dataclass(frozen=True)
 class DataConfig:
     """Images: which, how they are split, loaded and augmented."""
 
@@ -215,6 +195,10 @@ class DistillConfig:
     """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
     teacher_cache: Path | None = None
     """Folder in which the teachers' answers are kept, so that later epochs run no teacher; needs --views."""
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which a teacher cache keeps its numbers; float32 replays exactly."""
+    cache_top_k: int | None = None
+    """Keep only this many logits of each answer and the mass of the rest; None: all."""
     seed: int = 0
     """Seed of first parameters, image order and augmentation."""
     out: Path = Path("runs/distill")
@@ -225,8 +209,9 @@ class DistillConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            _at_least(name, getattr(self, name), 0)
+        for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
+            _at_least(name, getattr(self, name), low)
+        _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.teacher_cache is not None and self.data.views is None:

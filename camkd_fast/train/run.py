@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,10 +27,11 @@ from .checkpoint import Checkpoints, model_bytes
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
 from .journal import METRICS, Journal, Silence, read_metrics
-from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model, model_metadata
+from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model
 from .schedule import peak_rate
-from .step import DTYPES, TrainStep
-from .teachers import LiveTeachers, Teachers
+from .step import TrainStep
+from .teacher_runs import load_teachers
+from .teachers import Teachers
 from .trainer import Evaluation, Trainer
 from .trainer import evaluate as evaluate_model
 
@@ -51,7 +51,7 @@ class RunResult:
 
 
 def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Train a model on labels.
+    """Train a model on labels, by one process or by as many as torchrun starts; all of them must see `config.out`.
 
     Args:
         resume: go on from the last intact checkpoint in `config.out`, if there is one.
@@ -107,20 +107,21 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunRes
         share = share_of_batch(config.optim.batch_size, world)
         parts = load_splits(config.data)
         train = _training_images(config, parts.train)
-        teachers = _teachers(config, train, world)
+        settings = _loader_config(config, world, share, training_augmentation(config.data, train))
+        teachers = load_teachers(config, train, settings, world) if isinstance(config, DistillConfig) else None
         torch.manual_seed(config.seed)
         student = models.create(model, train.num_classes, train.channels)
         strategy = _strategy(config, teachers, feature_model(student).num_features)
         step = TrainStep(student, strategy, teachers, config.optim, config.precision, world, share, config.seed)
 
-        def loader(images: ImageSet, batch_size: int, augmentation: Augmentation | None = None) -> Loader:
-            made = choose.loader(images, _loader_config(config, world, batch_size, augmentation), config.data.loader)
-            return stack.enter_context(closing(made))
+        def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
+            return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
 
+        still = _loader_config(config, world, EVALUATION_BATCH, None)
         trainer = Trainer(
             step,
-            loader(train, share, training_augmentation(config.data, train)),
-            loader(parts.validation, EVALUATION_BATCH) if len(parts.validation) else None,
+            loader(train, settings),
+            loader(parts.validation, still) if len(parts.validation) else None,
             len(train),
             config.optim,
             peak_rate(config.optim, model),
@@ -140,10 +141,12 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunRes
             title = f"{model} on {config.data.data}"
             journal = Journal(config.out, config.log, trainer.steps, trainer.position, title)
         stack.enter_context(closing(journal))
+        if config.data.loader == "auto":
+            journal.say(f"loader {choose.explain(train, settings)}")
         outcome = trainer.run(journal)
 
         world.copy_buffers(step.student)
-        test = evaluate_model(step.student, loader(parts.test, EVALUATION_BATCH), world)
+        test = evaluate_model(step.student, loader(parts.test, still), world)
         speed, start = outcome
         result = RunResult(config.out, test, speed, start, time.perf_counter() - started)
         if world.is_main:
@@ -222,32 +225,6 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
         channels_last=config.precision.channels_last,
         skip_bad=config.data.skip_bad,
     )
-
-
-# --- who teaches -----------------------------------------------------------------------------------------------------
-
-
-def _teachers(config: JobConfig, train: ImageSet, world: World) -> Teachers | None:
-    if isinstance(config, TeachConfig) or not config.teachers or config.strategy == "ce":
-        return None
-    dtype = None if config.precision.dtype == "float32" else DTYPES[config.precision.dtype]
-    frozen = []
-    for path in config.teachers:
-        _check_teacher(path, train)
-        frozen.append(models.freeze(load_model(path), dtype, config.precision.channels_last).to(world.device))
-    return LiveTeachers(frozen, train.num_classes)
-
-
-def _check_teacher(path: Path, train: ImageSet) -> None:
-    metadata = model_metadata(path)
-    for name, mine in (("num_classes", train.num_classes), ("in_channels", train.channels)):
-        if metadata[name] != mine:
-            words = name.replace("_", " ")
-            raise ValueError(f"teacher {path} has {words} {metadata[name]}, but the student's images have {mine}")
-    seen = tuple(metadata["mean"]), tuple(metadata["std"])
-    if seen != (train.mean, train.std):
-        theirs, ours = (f"mean {mean}, deviation {std}" for mean, std in (seen, (train.mean, train.std)))
-        warnings.warn(f"teacher {path} was trained on pixels of {theirs}; the student's have {ours}", stacklevel=2)
 
 
 def _strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:

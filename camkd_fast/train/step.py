@@ -176,7 +176,7 @@ class TrainStep:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(objective, batch.target.numel(), number)
+        self.sums.add(objective, batch.target.numel(), number + 1)  # told as everywhere else: steps that are done
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the student: the strategy's own parameters, the optimiser, the scaler."""

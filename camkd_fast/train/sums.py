@@ -85,7 +85,7 @@ class Sums:
         self._bad_step = self._bad_losses = torch.empty(0)
 
     def add(self, batch: BatchNumbers, images: int, step: int) -> None:
-        """Add one step's numbers; nothing is read."""
+        """Add the numbers of step `step`, counted from 1; nothing is read."""
         weights = [w for w in (batch.weights, batch.feature_weights) if w is not None]
         numbers = torch.cat([batch.numbers, *weights]).double()
         if self._total is None:

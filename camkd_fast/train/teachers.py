@@ -66,6 +66,13 @@ class LiveTeachers:
         self._models = [feature_model(model) for model in self._modules]
         self._dtypes = [_dtype(model) for model in self._modules]
         self.num_classes, self.autocast = num_classes, autocast
+        self._compiled_size = -1
+        self._compiled = self._predict
+
+    def compile_for(self, batch_size: int) -> None:
+        """Run batches of that size compiled, all teachers as one graph; another size would cost a compilation each."""
+        self._compiled_size = batch_size
+        self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False)
 
     @property
     def num_features(self) -> list[int]:
@@ -82,8 +89,12 @@ class LiveTeachers:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> list[Prediction]:
-        with torch.autocast(batch.images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return [predict(m, batch.images.to(dtype)) for m, dtype in zip(self._models, self._dtypes, strict=True)]
+        run = self._compiled if len(batch.images) == self._compiled_size else self._predict
+        return run(batch.images)
+
+    def _predict(self, images: Tensor) -> list[Prediction]:
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return [predict(m, images.to(dtype)) for m, dtype in zip(self._models, self._dtypes, strict=True)]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -106,14 +117,3 @@ def state_hash(module: nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy())
     return digest.hexdigest()
-
-
-class ImageTeachers(LiveTeachers):
-    """Teachers called with images, as the demonstration's loop does."""
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__(models, num_classes=getattr(models[0], "num_classes", 0))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[Prediction]:  # type: ignore[override]
-        return [predict(model, images) for model in self._models]

@@ -1,0 +1,92 @@
+"""Teachers from the run folders that `teach` left: checked against the student's images, frozen, live or cached."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from .. import models
+from ..data import choose
+from ..data.batch import LoaderConfig
+from ..data.files import ImageSet
+from . import strategies
+from .cache import CachedTeachers, CacheKey, Storage, TeacherCache
+from .config import DistillConfig
+from .distributed import World
+from .run_folder import load_model, model_metadata
+from .step import DTYPES
+from .teachers import LiveTeachers, Teachers
+
+
+def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfig, world: World) -> Teachers | None:
+    """The teachers of a run on `images`, or None if its strategy asks nobody or none are named.
+
+    Args:
+        settings: of the loader that student and teachers share.
+
+    Raises:
+        ValueError: an unknown strategy, a teacher for other classes or channels (both numbers), a stale cache.
+        FileNotFoundError, CheckpointError: as `load_model`.
+    """
+    if not strategies.find(config.strategy).needs_teachers or not config.teachers:
+        return None
+    dtype = None if config.precision.dtype == "float32" else DTYPES[config.precision.dtype]
+    frozen = []
+    for path in config.teachers:
+        _check(path, images)
+        frozen.append(models.freeze(load_model(path), dtype, config.precision.channels_last).to(world.device))
+    live = LiveTeachers(frozen, images.num_classes)
+    if config.precision.compiles(world.device.type):
+        live.compile_for(settings.batch_size)
+    if config.teacher_cache is None:
+        return live
+    return _cached(config, config.teacher_cache, live, images, settings, world)
+
+
+def _check(path: Path, images: ImageSet) -> None:
+    metadata = model_metadata(path)
+    for name, mine in (("num_classes", images.num_classes), ("in_channels", images.channels)):
+        if metadata[name] != mine:
+            raise ValueError(f"teacher {path} has {name} {metadata[name]}, but the student's images have {mine}")
+    seen, given = (metadata["mean"], metadata["std"]), (list(images.mean), list(images.std))
+    if seen != given:
+        warnings.warn(
+            f"teacher {path} was trained on pixels of mean and deviation {seen}; the student's have {given}",
+            stacklevel=2,
+        )
+
+
+def _cached(
+    config: DistillConfig, folder: Path, live: LiveTeachers, images: ImageSet, settings: LoaderConfig, world: World
+) -> CachedTeachers:
+    chosen: str = config.data.loader
+    if chosen == "auto":
+        chosen, _ = choose.pick(images, settings)
+    key = CacheKey.of(images, "train", settings, chosen, live)
+    features = strategies.find(config.strategy).needs_features
+    storage = Storage(config.cache_dtype, config.cache_top_k, config.temperature, features)
+    with closing(choose.loader(images, settings, chosen)) as loader:
+        total = key.views * loader.num_samples if config.log.progress and world.is_main else None
+        with _progress(total) as told:
+            cache = TeacherCache.build(
+                folder, live, loader, key, storage, world=world, unreadable=config.data.skip_bad, progress=told
+            )
+    return CachedTeachers(cache, live.heads)
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
+    """Tells a bar of so many images more; None shows none."""
+    if total is None:
+        yield lambda images: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="img", desc="asking the teachers", dynamic_ncols=True) as bar:
+
+        def told(images: int) -> None:
+            bar.update(images)
+
+        yield told
