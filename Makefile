@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) setup.py
 TORCH := 2.13.0
 
-.PHONY: install demo test test-all lint format bench clean
+.PHONY: install demo test test-all lint format bench bench-train clean
 
 install: $(STAMP)
 
@@ -39,6 +39,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_logit_loss
+
+bench-train: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks.bench_loaders
 
 clean:
 	rm -rf build dist runs *.egg-info $(VENV) camkd_fast/*.so
