@@ -30,7 +30,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 class ExportError(RuntimeError):
-    """What was written does not compute what the model computes."""
+    """A model cannot be exported, or what was written does not compute what the model computes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
 
     Raises:
         FileNotFoundError, CheckpointError, ValueError: there is no model, or it is damaged.
-        ExportError: a file differs from the model by more than `TOLERANCE`; nothing is left behind.
+        ExportError: torch cannot trace the model, or a file differs from it by more than `TOLERANCE`; nothing is left
+            behind.
         OSError: the folder cannot be written.
     """
     model, metadata = load_model(run), model_metadata(run)
@@ -67,15 +68,24 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
         onnx_file, program_file = Path(unchecked) / ONNX, Path(unchecked) / PROGRAM
-        _write(models.freeze(model) if folded else model, (channels, H, W), metadata, onnx_file, program_file)
+        written = models.freeze(model) if folded else model
+        try:
+            _write(written, (channels, H, W), metadata, onnx_file, program_file)
+        except OSError:
+            raise
+        except Exception as error:  # tracing runs the model's own Python on symbols: anything can come out of it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ExportError(f"the model of {run} cannot be exported: {reason}") from error
         worst = {}
         for file, call in ((onnx_file, _onnx_call(onnx_file)), (program_file, _program_call(program_file))):
-            worst[file] = max(_difference(call, model, (n, channels, H, W)) for n in BATCH_SIZES)
-            if not worst[file] <= TOLERANCE:
-                raise ExportError(
-                    f"{file.name} differs from the model of {run} by {worst[file]:.1e} of its largest logit, "
-                    f"more than {TOLERANCE:.0e}"
-                )
+            found = [_difference(call, model, (n, channels, H, W)) for n in BATCH_SIZES]
+            worst[file] = max(found)
+            for n, difference in zip(BATCH_SIZES, found, strict=True):
+                if not difference <= TOLERANCE:  # NaN too
+                    raise ExportError(
+                        f"{file.name} differs from the model of {run} by {difference:.1e} of the largest logit of {n} "
+                        f"images, more than {TOLERANCE:.0e}"
+                    )
         for file in worst:
             os.replace(file, folder / file.name)
     return Exported(folder / ONNX, folder / PROGRAM, worst[onnx_file], worst[program_file])
