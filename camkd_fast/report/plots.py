@@ -117,7 +117,7 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
     bars.set_xlim(0, 109)
     bars.set_xticks(range(0, 101, 20))
     bars.invert_yaxis()
-    bars.set_xlabel("accuracy on held-out images (%)", color=_INK)
+    bars.set_xlabel("accuracy on test images (%)", color=_INK)
     bars.grid(axis="x", color=_FAINT, linewidth=0.8)
     _title(bars, "Everybody")
 
@@ -125,7 +125,7 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
     zoom.set_xlabel("accuracy (%): each seed, and their mean", color=_INK)
     _title(zoom, zoom_title)
     every = "; ".join(f"{s.label}: {mean(s.values):.1f} %" for group in groups for s in group)
-    return _picture(figure, f"Mean accuracy on held-out images. {every}.")
+    return _picture(figure, f"Mean accuracy on test images. {every}.")
 
 
 def differences(samples: Sequence[Sample], title: str, xlabel: str) -> Picture:
@@ -152,6 +152,9 @@ def _strip(axis: Axes, samples: Sequence[Sample]) -> None:
     axis.grid(axis="x", color=_FAINT, linewidth=0.8)
 
 
+_MOST_BANDS = 4  # more of them hide each other
+
+
 def curves(panels: Sequence[Panel]) -> Picture:
     """Panels side by side."""
     from matplotlib.ticker import MaxNLocator
@@ -164,7 +167,7 @@ def curves(panels: Sequence[Panel]) -> Picture:
             style, marker = "--" if line.dashed else "-", "o" if len(x) == 1 else ""
             means = [mean(v) for v in at_epoch]
             axis.plot(x, means, style, marker=marker, color=line.color, linewidth=2, label=line.label)
-            if len(line.runs) > 1:
+            if len(line.runs) > 1 and len(panel.curves) <= _MOST_BANDS:
                 low, high = ([pick(v) for v in at_epoch] for pick in (min, max))
                 axis.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
         axis.set_xlabel("epoch", color=_INK)

@@ -15,7 +15,6 @@ from ..report.plots import (
     ORANGE,
     PURPLE,
     SKY,
-    TEACHER_COLORS,
     VERMILLION,
     Curve,
     Panel,
@@ -52,6 +51,7 @@ COLORS = {
     "ca-mkd-logits": SKY,
     "ca-mkd": BLUE,
 }
+_PALE = "#b9c0c8"  # teachers, where every colour is a strategy's
 
 
 def student_table(rows: Sequence[Row]) -> Table:
@@ -71,12 +71,6 @@ def student_table(rows: Sequence[Row]) -> Table:
         lines.append((*cells, f"{row.images_per_second:,.0f}"))
     difference = [] if aver is None else ["over AVER, paired"]
     return Table(("student", "test accuracy", "deviation", "each seed", *difference, "images/s"), lines)
-
-
-def teacher_samples(names: Sequence[str], accuracies: Sequence[float]) -> list[Sample]:
-    """For `accuracy_bars`."""
-    pairs = zip(names, accuracies, TEACHER_COLORS, strict=False)
-    return [Sample(name, color, [100 * accuracy]) for name, accuracy, color in pairs]
 
 
 def student_samples(rows: Sequence[Row]) -> list[Sample]:
@@ -113,7 +107,7 @@ def difference_plot(rows: Sequence[Row]) -> Picture | None:
 def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
     taught = [(path, read_metrics(path / METRICS, "test")) for path in config.student.teachers]
     known = [(path.name, records[-1]["test_accuracy"]) for path, records in taught if records]
-    groups = [teacher_samples(*zip(*known, strict=True))] if known else []
+    groups = [[Sample(name, _PALE, [100 * accuracy]) for name, accuracy in known]] if known else []
     parts: list[Part] = [accuracy_bars([*groups, student_samples(rows)], "Students, enlarged"), student_table(rows)]
     gains = difference_plot(rows)
     if gains is not None:
@@ -129,7 +123,7 @@ def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
     lines = student_curves(rows)
     if lines:
         panel = Panel("Students", "validation accuracy (%)", lines)
-        text = "Validation accuracy after each epoch, mean and range over seeds."
+        text = "Validation accuracy after each epoch, mean over seeds."
         sections.append(Section("Training", text, [curves([panel])]))
     return [*sections, settings(config.student, "What every cell shares, where it differs from the defaults.")]
 

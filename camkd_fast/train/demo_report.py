@@ -11,7 +11,7 @@ from statistics import mean
 from ..report.page import Section, Table, write_page
 from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
 from .compare import Row, spread
-from .compare_report import LABELS, student_curves, student_samples, student_table, teacher_samples
+from .compare_report import LABELS, student_curves, student_samples, student_table
 from .demo import DemoResults
 from .loss_speed import LossSpeed
 from .run_report import footer
@@ -117,7 +117,10 @@ def _weight_curves(results: DemoResults) -> list[Curve]:
 
 def _sections(results: DemoResults) -> list[Section]:
     names = [teacher.spec.name for teacher in results.teachers]
-    teachers = teacher_samples(names, [teacher.test_accuracy for teacher in results.teachers])
+    teachers = [
+        Sample(name, color, [100 * teacher.test_accuracy])
+        for name, teacher, color in zip(names, results.teachers, TEACHER_COLORS, strict=False)
+    ]
     teacher_curves = [
         Curve(name, color, [[100 * record["validation_accuracy"] for record in teacher.epochs]])
         for name, teacher, color in zip(names, results.teachers, TEACHER_COLORS, strict=False)
