@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(parse(argv))
         except OSError as error:
             return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:
             return _fail(str(error))
         except (CheckpointError, ExportError, NonFiniteLossError, RunExistsError) as error:
             return _fail(str(error))

@@ -144,7 +144,7 @@ def _bench(command: Bench) -> None:
     from ..train.loss_speed import measure_loss_speed
 
     names = ["eager", *(["torch.compile"] if command.compiled else [])]
-    rows, notes = [], []
+    rows, note = [], ""
     for shape in command.shapes:
         sizes = shape.split("x")
         if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
@@ -158,9 +158,9 @@ def _bench(command: Bench) -> None:
             for cell in ((f"{times[name]:.2f} ms", f"{speed.speedup(name):.1f}x") if name in times else ("", ""))
         ]
         rows.append((shape.replace("x", " x "), f"{times['fused']:.2f} ms", *cells))
-        notes += [speed.note] if speed.note and speed.note not in notes else []
+        note = speed.note or note
     header = ("images x classes x teachers", "fused", *(cell for name in names for cell in (name, "slower")))
-    _say("\n".join([Table(header, rows).text(), *notes]))
+    _say(f"{Table(header, rows).text()}\n{note}".rstrip())
 
 
 def _export(command: Export) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph that says what to see, then its parts."""
+    """A heading, a paragraph that says what to see, `code` between backticks, then its parts."""
 
     title: str
     text: str
@@ -100,6 +101,7 @@ th:first-child, td:first-child { text-align: left; }
 .figures div { display: flex; flex-direction: column-reverse; }
 .figures dd { margin: 0; font-size: 26px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .figures dt { color: #57606a; font-size: 14px; }
+code { font: 14px ui-monospace, Menlo, monospace; background: #f0f2f5; border-radius: 4px; padding: 2px 5px; }
 summary { cursor: pointer; color: #57606a; }
 footer { color: #57606a; font-size: 13px; }
 """
@@ -110,9 +112,8 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], f
     body = []
     for section in sections:
         parts = "\n".join(part.html() for part in section.parts)
-        body.append(
-            f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>\n{parts}</section>"
-        )
+        text = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(section.text))
+        body.append(f"<section><h2>{html.escape(section.title)}</h2><p>{text}</p>\n{parts}</section>")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'

@@ -240,7 +240,7 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
         axis.set_visible(False)
     axes[0].set_ylabel("true class", color=_INK)
     if image is not None:
-        _scale(figure, image, axes)
+        _scale(figure, image, axes[: len(matrices)])
     return _picture(figure, f"Confusion matrices on the validation images of {_said(matrices)}.")
 
 

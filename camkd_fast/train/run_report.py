@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import models
@@ -41,16 +42,16 @@ _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small 
 def write(run: Path, environment: Mapping[str, str]) -> Path:
     """Write `run/report.html` and return its path.
 
-    The page needs no data set if the run has no validation images; otherwise student and teachers are asked for the
-    classes of these once more, without augmentation.
+    Student and teachers are asked once more about the validation images, so the data set and the teachers' folders
+    must be where the config says.
 
     Args:
         run: a run's folder, of a finished run or of one with at least one finished epoch.
         environment: versions and machine, for the last line.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: there is no run, or a file in it is damaged or has nothing to
-            show; it is named.
+        FileNotFoundError, ValueError, CheckpointError: no run, no teacher or no data set is there, or a file of theirs
+            is damaged or has nothing to show; it is named.
         OSError: the page cannot be written.
     """
     config = configs.load(run / CONFIG)
@@ -87,10 +88,8 @@ def _title(config: JobConfig) -> str:
 def _lead(run: Path, config: JobConfig, epochs: Sequence[Record]) -> str:
     learned = f"{run}: {epochs[-1]['epoch']} of {config.optim.epochs} epochs, seed {config.seed}."
     if isinstance(config, TeachConfig):
-        wrong = (
-            f" {config.wrong_labels:.0%} of the training labels are wrong on purpose." if config.wrong_labels else ""
-        )
-        return learned + wrong
+        wrong = f" {config.wrong_labels:.0%} of the training labels are wrong on purpose."
+        return learned + (wrong if config.wrong_labels else "")
     return f"{learned} Teachers: {', '.join(map(str, config.teachers)) or 'none'}."
 
 
@@ -109,7 +108,6 @@ class _Cast:
             self.names = [str(path) for path in teachers]
         self.metadata = [model_metadata(path) for path in teachers]
         self.models: list[nn.Module] = [load_model(path) for path in teachers]
-        self.num_teachers = len(teachers)
         if is_finished(run):
             self.names.append("student" if isinstance(config, DistillConfig) else "model")
             self.metadata.append(model_metadata(run))
@@ -118,7 +116,8 @@ class _Cast:
         images: ImageSet = load_splits(config.data).validation
         self.images = len(images)
         if self.models and self.images:
-            frozen = [models.freeze(model) for model in self.models]
+            gpu = config.precision.device != "cpu" and torch.cuda.is_available()
+            frozen = [models.freeze(model).to("cuda" if gpu else "cpu") for model in self.models]
             self.answers = confusion(frozen, images, config.data.loader, config.data.skip_bad)
 
     def table(self, weights: Sequence[float]) -> Table:
