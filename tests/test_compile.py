@@ -73,7 +73,7 @@ def test_opcheck_feature_error(format, backend):
     torch.library.opcheck(OPS.feature_error_backward.default, (student, teachers, torch.randn(2, 3), backend))
 
 
-def test_every_registered_op_is_checked_above():
+def test_every_registered_op_is_checked():
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("camkd_fast::")
     }
@@ -83,8 +83,9 @@ def test_every_registered_op_is_checked_above():
         "confidence_weights_backward",
         "feature_error",
         "feature_error_backward",
+        "min_norm_weights",  # in test_min_norm.py; registered when training is imported
     }
-    assert registered == checked
+    assert registered >= checked - {"min_norm_weights"} and registered <= checked
 
 
 # --- whole functions -------------------------------------------------------------------------------------------------

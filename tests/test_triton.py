@@ -112,9 +112,10 @@ def test_wide_rows_match_truth(C: int, K: int, temperature: float, weighting: st
 @pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
 def test_every_weighting_both_regimes(regime: str, weighting: str, temperature: float) -> None:
-    case = make_case(4, 72, 3, peaked=True, ignored=0.2, temperature=temperature, weighting=weighting, hard_weight=0.7)
+    # Over fewer rows it is luck how accurate eager PyTorch is.
+    case = make_case(12, 72, 3, peaked=True, ignored=0.2, temperature=temperature, weighting=weighting, hard_weight=0.7)
     if weighting == "given":
-        case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, 4).contiguous())
+        case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, case.student.shape[0]).contiguous())
     check(case, f"{regime} {weighting}")
 
 
