@@ -78,6 +78,7 @@ def test_data_parallel_in_simulation(backend):
 RANK = """
 import sys, torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # DDP imports it; after init_process_group it would hold the group to the end
 from torch.nn.parallel import DistributedDataParallel
 from camkd_fast import camkd_loss
 
@@ -97,6 +98,8 @@ out = camkd_loss(
 out.loss.backward()
 if rank == 0:
     torch.save(body.weight.grad, answer)
+# A group that something still holds ends with the interpreter, and now and then its threads abort the process.
+del parallel, out
 dist.destroy_process_group()
 """
 
