@@ -367,6 +367,20 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
         teach(replace(config, seed=1))
 
 
+def test_resuming_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
+    config = teach_config(tmp_path / "run", log=replace(QUIET, checkpoint_every=3))
+    model, metrics = config.out / "model.safetensors", config.out / METRICS
+    result = teach(config)
+    expected, lines = model.read_bytes(), len(read_metrics(metrics))
+    model.unlink()
+    newest = max((config.out / "checkpoints").iterdir())
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=rf"{newest.name}.* is damaged: .*; taking the one before it"):
+        again = teach(replace(config, log=QUIET), resume=True)  # how often it writes is free
+    assert model.read_bytes() == expected and again.test == result.test
+    assert len(read_metrics(metrics)) == lines
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the run folder .*file/run: Not a directory"):

@@ -1,7 +1,9 @@
-"""One process of a data-parallel job: `python -m tests.training_worker JOB FOLDER`, with torchrun's environment."""
+"""A process of a data-parallel job: `python -m tests.training_worker JOB FOLDER [VICTIM STEP]`, told by environment."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from camkd_fast.data.batch import Batch
 from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.config import LogConfig, PrecisionConfig
 from camkd_fast.train.distributed import World, processes
@@ -65,15 +68,29 @@ def check(out: Path, world: World) -> None:
     results: dict[str, object] = {"gradients": {name: gradients(name, world) for name in STRATEGIES}}
     results |= {"train": seen(world, True), "test": seen(world, False)}
     torch.compile = partial(torch.compile, backend="aot_eager")  # the graphs are what is ours
-    results["compiled"] = {n: gradients(n, world, PrecisionConfig(compile="on")) for n in ("aekd", "ca-mkd")}
+    results["compiled"] = gradients("ca-mkd", world, PrecisionConfig(compile="on"))
     if world.is_main:
         torch.save(results, out / "check.pt")
+
+
+def kill_at(victim: int, step: int) -> None:
+    """Process `victim` is killed, as by the system, in the middle of its step `step`, counted from 0."""
+    take = TrainStep.__call__
+
+    def last(self: TrainStep, batch: Batch, items: int, rate: float, number: int) -> None:
+        if self._world.rank == victim and number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take(self, batch, items, rate, number)
+
+    TrainStep.__call__ = last
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     name, folder = sys.argv[1], Path(sys.argv[2])
+    if len(sys.argv) > 3:
+        kill_at(*map(int, sys.argv[3:]))
     with processes("cpu") as this:
         assert this != ONE
         {"check": check, "run": run}[name](folder, this)

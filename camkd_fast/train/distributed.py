@@ -6,6 +6,8 @@ Gradients go through DDP: NCCL between GPUs, gloo between CPUs.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +65,8 @@ class World:
 def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     """The world that torchrun's environment describes, connected until the end of the block.
 
+    Nothing that holds a replica (`replicate`) may outlive the block.
+
     Args:
         device: "cpu", "cuda" or "auto", a GPU where there is one. Each process takes the GPU of its local rank.
         timeout: after which a process that waits for a silent one fails.
@@ -77,10 +81,17 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
     if size == 1:
         yield world
         return
-    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", timeout=timeout)
+    # DDP imports this module, whose default arguments would hold the group that exists by then beyond its end.
+    importlib.import_module("torch.distributed.nn.functional")
+    if world.device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=world.device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
         yield world
     finally:
+        # A group that something still holds ends with the interpreter, and now and then its threads abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -96,14 +96,17 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunRes
     started = time.perf_counter()
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other, but both were asked for")
-    with ExitStack() as stack:
-        world = stack.enter_context(processes(config.precision.device))
-        stack.enter_context(_repeatable(config.precision, world.device))
+    with processes(config.precision.device) as world, _repeatable(config.precision, world.device):
         if world.is_main:
             run_folder.check_free(config, resume, overwrite)
         if world.share(resume and is_finished(config.out)):
             return _result(config.out)
+        return _train(config, model, resume, world, started)
 
+
+def _train(config: JobConfig, model: str, resume: bool, world: World, started: float) -> RunResult:
+    """`started`: reading of time.perf_counter when the job began."""
+    with ExitStack() as stack:
         share = share_of_batch(config.optim.batch_size, world)
         parts = load_splits(config.data)
         train = _training_images(config, parts.train)
