@@ -70,10 +70,27 @@ def loaders(result: dict[str, Any]) -> str:
     return f"{_table(['images', 'loader', 'images/s', 'over torch'], rows)}\n{_where(result)}\n"
 
 
+def fashion_mnist(result: dict[str, Any]) -> str:
+    """Commands, accuracies and times of the walk-through."""
+    commands = "\n".join(row["command"] for row in result["rows"])
+    rows = [
+        [
+            f"`{row['run']}`",
+            f"{row['test_accuracy']:.2%}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["run", "test accuracy", "images/s", "seconds in all"]
+    return f"```\n{commands}\n```\n\n{_table(header, rows)}\n{_where(result)}\n"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logit_loss": logit_loss,
     "train_step": train_step,
     "loaders": loaders,
+    "fashion_mnist": fashion_mnist,
 }
 
 

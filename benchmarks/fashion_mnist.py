@@ -1,0 +1,55 @@
+"""`python -m benchmarks.fashion_mnist`: the README's walk-through, three teachers and three students on Fashion-MNIST.
+
+Runs the commands below through the command line, keeps runs that are finished, and writes
+benchmarks/results/<device>/fashion_mnist.json. About a quarter of an hour on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from benchmarks import environment
+from camkd_fast.cli import main as camkd_fast
+from camkd_fast.train.journal import METRICS, read_metrics
+from camkd_fast.train.run_folder import is_finished
+
+SETTINGS = "--data fashion-mnist --epochs 3 --schedule cosine --dtype bfloat16 --channels-last"
+STUDENT = "distill --student resnet8 --teachers {runs}/t0 {runs}/t1 {runs}/t2 --seed 0"
+COMMANDS = {
+    "t0": "teach --model resnet20 --seed 0",
+    "t1": "teach --model resnet20 --seed 1",
+    "t2": "teach --model resnet20 --seed 2 --wrong-labels 0.5",
+    "s0": f"{STUDENT} --strategy ca-mkd",
+    "s1": f"{STUDENT} --strategy ca-mkd --views 1 --teacher-cache {{runs}}/cache",
+    "s2": f"{STUDENT} --strategy ce",
+}
+
+
+def command(name: str, runs: Path) -> str:
+    """What follows `camkd-fast` for one of the runs."""
+    return f"{COMMANDS[name].format(runs=runs)} {SETTINGS} --out {runs / name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    runs = parser.parse_args().runs
+    rows = []
+    for name in COMMANDS:
+        if not is_finished(runs / name):
+            status = camkd_fast([*shlex.split(command(name, runs)), "--overwrite"])
+            if status:
+                raise SystemExit(status)
+        record = read_metrics(runs / name / METRICS, "test")[-1]
+        numbers = {key: record[key] for key in ("test_accuracy", "images_per_second", "seconds")}
+        rows.append({"run": name, "command": f"camkd-fast {command(name, Path('runs'))}", **numbers})
+    path = environment.results_folder() / "fashion_mnist.json"
+    path.write_text(json.dumps({"environment": environment.describe(), "rows": rows}, indent=1) + "\n")
+    print(f"written to {path.relative_to(environment.RESULTS.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
