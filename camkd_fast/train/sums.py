@@ -82,7 +82,7 @@ class Sums:
         self._images = 0
         self._total: Tensor | None = None  # float64: the numbers, the weights, the feature weights
         self._num_weights = 0
-        self._bad_step = self._bad_losses = torch.empty(0)
+        self._bad_step = self._bad_losses = torch.empty(0)  # made with `_total`, on its device
 
     def add(self, batch: BatchNumbers, images: int, step: int) -> None:
         """Add the numbers of step `step`, counted from 1; nothing is read."""
@@ -91,7 +91,6 @@ class Sums:
         if self._total is None:
             self._num_weights = 0 if batch.weights is None else batch.weights.numel()
             self._total = torch.zeros_like(numbers)
-        if self._bad_step.numel() == 0:
             self._bad_step = numbers.new_full((1,), -1.0)
             self._bad_losses = numbers.new_zeros(len(LOSSES))
         first = (self._bad_step < 0) & ~numbers[0].isfinite()
