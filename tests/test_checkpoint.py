@@ -42,12 +42,7 @@ ROOT = Path(__file__).parent.parent
 QUIET = LogConfig(tensorboard=False, progress=False, log_every=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def saved(folder: Path, *steps: int) -> Checkpoints:
@@ -212,7 +207,7 @@ def test_equal_models_give_equal_files_whatever_their_layout() -> None:
 
 
 class Killed(BaseException):
-    pass
+    """Not an Exception, so that no handler of the run takes it for a failure to tidy up after."""
 
 
 class _Kill(Silence):

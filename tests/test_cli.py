@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(line: str, capsys: pytest.CaptureFixture[str], status: int = 0) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,12 +17,7 @@ from camkd_fast.models.protocol import Prediction, feature_model, predict
 ONE_A_FAMILY = ("resnet8", "wrn-16-2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settled(model: nn.Module) -> nn.Module:

@@ -400,8 +400,8 @@ def test_unfit_loader_settings_are_refused(settings: dict[str, Any], message: st
 
 @kinds
 def test_an_empty_set_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"), opened(arrays(0), kind):
-        pass
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"), opened(arrays(0), kind) as loader:
+        pytest.fail(f"{type(loader).__name__} was opened on no images")
 
 
 # --- processes and memory --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import gzip
 import math
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -84,8 +85,6 @@ def read_idx(path: Path, dims: int) -> Tensor:
 
 def _fill(buffer: bytearray, file: gzip.GzipFile, size: int) -> None:
     """Read until the buffer has `size` bytes or the file ends, be it in the middle."""
-    try:
+    with suppress(EOFError):  # what is missing shows in the buffer's size
         while chunk := file.read(min(size - len(buffer), 1 << 20)):
             buffer += chunk
-    except EOFError:
-        pass

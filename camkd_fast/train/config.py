@@ -11,6 +11,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -309,10 +310,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError):  # refused below, by the field's name
             return float(value)  # YAML takes 5e-4 for a string
-        except ValueError:
-            pass
     if origin is Literal and value in get_args(hint):
         return value
     if isinstance(hint, type) and type(value) is hint:

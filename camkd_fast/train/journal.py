@@ -90,16 +90,16 @@ class Journal:
 
 
 class Silence:
-    """The journal of every process but rank 0."""
+    """The journal of every process but rank 0, which says nothing."""
 
     def write(self, record: Record) -> None:
-        pass
+        """Nothing."""
 
     def say(self, text: str) -> None:
-        pass
+        """Nothing."""
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 def _line(record: Record) -> str:
