@@ -48,14 +48,16 @@ float block_max(const T* x, int n) {
 
 // Runs step(x, i, lane, counts) over a block of n columns in vectors at offset i, on two sets of accumulators. The last
 // vector overlaps its predecessor: `counts` masks the columns already summed, while stores repeat the same values.
-// Meanwhile the block that comes next is on its way from memory.
+// Meanwhile the stream's `next` block is on its way from memory, to L2: a round of K + 1 blocks would not fit L1, and
+// one block ahead is too late for memory (25 cycles a vector instead of 18 at 4096 x 1000).
 template <class T, class Step>
 inline void over_block(const T* x, int n, const char* next, Step step) {
     constexpr int W = Vec::width;
     constexpr auto all = [](Vec v) { return v; };
     int i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        for (int byte = 0; byte < 2 * W * int(sizeof(T)); byte += 64) __builtin_prefetch(next + i * sizeof(T) + byte);
+        for (int byte = 0; byte < 2 * W * int(sizeof(T)); byte += 64)
+            __builtin_prefetch(next + i * sizeof(T) + byte, 0, 2);
         step(load(x + i), i, 0, all);
         step(load(x + i + W), i + W, 1, all);
     }

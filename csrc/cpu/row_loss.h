@@ -210,7 +210,8 @@ struct Row {
     }
     bool keeps_e1() const { return functions.power == 0; }
 
-    // Adds block b to the states of the streams; the running maxima are the references of its exponentials.
+    // Adds block b to the states of the streams; the running maxima are the references of its exponentials. Each stream
+    // prefetches what it needs a round later: its next block, or the row behind this one where rows are dense.
     void add_block(int64_t b, State* states, float* student_d) const {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
@@ -224,14 +225,12 @@ struct Row {
         const float old_student = states[0].max, student = reference(0);
         move_student(states[0], student, inverse_t);
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        functions.student(data[0], offset[0] + c, n, finite(student), exps, address(1, c), student_d,
+        functions.student(data[0], offset[0] + c, n, finite(student), exps, address(0, c + n), student_d,
                           scratch.stream(0) + c, e1, states[0]);
         for (int k = 1; k <= args.K; ++k) {
             const float max = reference(k);
-            // After the last teacher the student's next block, or the row behind this one where rows are dense.
-            const char* next = k < args.K ? address(k + 1, c) : address(0, c + n);
             move_teacher(states[k], max, old_student, student, inverse_t);
-            functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, next, student_d,
+            functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, address(k, c + n), student_d,
                                       scratch.stream(k) + c, states[k]);
         }
     }

@@ -11,6 +11,7 @@ namespace {
 struct Vec {
     static constexpr int width = 8;
     static constexpr const char* name = "avx2";
+    static constexpr bool splits_exponents = false;
     __m256 v;
 
     static Vec set(float x) { return {_mm256_set1_ps(x)}; }

@@ -20,20 +20,26 @@ struct Vec {
     void stream(float* p) const { _mm512_stream_ps(p, v); }  // p aligned to 64 bytes
 
     static Vec load_bf16(const uint16_t* p) {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+        // One permutation puts each half word above a zero one.
+        const __m512i high_halves =
+            _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+        __m512i narrow = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high_halves, narrow))};
     }
     static Vec load_f16(const uint16_t* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }
-    // Round to nearest even; NaN stays NaN (quiet).
+    // Round to nearest even: half a unit is added to what is not NaN, and one bit more where the kept part is odd.
     void store_bf16(uint16_t* p) const {
+        const __m512i high_halves = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23,
+                                                     21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
         __m512i bits = _mm512_castps_si512(v);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc00000)), 16);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+        const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+        const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+        bits = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+        bits = _mm512_mask_add_epi32(bits, odd, bits, _mm512_set1_epi32(1));
+        __m512i narrow = _mm512_permutexvar_epi16(high_halves, bits);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(narrow));
     }
     void store_f16(uint16_t* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -61,8 +67,10 @@ struct Vec {
         return (_mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GT_OQ) &
                 _mm512_cmp_ps_mask(v, _mm512_set1_ps(high), _CMP_LT_OQ)) == 0xffff;
     }
-    // The low nine bits of x's pattern as a biased exponent: 2^(bits - 127), and 0 for bits = 0.
-    static Vec exponent(Vec x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))}; }
+    // 2^t in two instructions and a polynomial: t - floor(t), 0 for -inf, and p * 2^floor(t), 0 for -inf.
+    static constexpr bool splits_exponents = true;
+    static Vec fraction(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF)}; }
+    static Vec scale_floor(Vec p, Vec t) { return {_mm512_scalef_ps(p.v, t.v)}; }
 
     // x = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)), for positive normal x.
     void split(Vec& mantissa, Vec& exponent) const {

@@ -14,6 +14,7 @@ typedef uint32_t Bits __attribute__((vector_size(16)));
 struct Vec {
     static constexpr int width = 4;
     static constexpr const char* name = "baseline";
+    static constexpr bool splits_exponents = false;
     Floats v;
 
     static Vec set(float x) { return {Floats{x, x, x, x}}; }

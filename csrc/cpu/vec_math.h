@@ -82,7 +82,7 @@ inline Vec first_lanes(int count) {
 }
 
 // e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder, relative error 1.3e-7, exactly 1 at d = 0 and
-// exactly 0 below 2^-127. d = -inf gives 0 and NaN stays NaN.
+// 0 below 2^-127 (2^-149 where the instruction set scales by itself). d = -inf gives 0 and NaN stays NaN.
 struct Exp {
     Vec scale, floor;
 
@@ -92,19 +92,31 @@ struct Exp {
         floor = Vec::set(-127.0f / c);
     }
 
-    Vec operator()(Vec d) const {
-        // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves n + 127 in the low bits, n's biased exponent.
-        const Vec magic = Vec::set(12582912.0f + 127.0f);
-        d = Vec::max(floor, d);
-        Vec shifted = Vec::fma(d, scale, magic);
-        Vec f = Vec::fma(d, scale, magic - shifted);
-        // Minimax of the relative error of 2^f on [-1/2, 1/2], the constant fixed at 1 (a linear programme).
-        Vec p = Vec::fma(Vec::set(1.326472824e-3f), f, Vec::set(9.671512637e-3f));
-        p = Vec::fma(p, f, Vec::set(5.550733740e-2f));
-        p = Vec::fma(p, f, Vec::set(2.402224209e-1f));
-        p = Vec::fma(p, f, Vec::set(6.931469776e-1f));
-        p = Vec::fma(p, f, Vec::set(1.0f));
-        return p * Vec::exponent(shifted);
+    // A template, so that the branch that the instruction set lacks is not compiled.
+    template <class V>
+    V operator()(V d) const {
+        if constexpr (V::splits_exponents) {
+            const V t = d * scale, f = V::fraction(t);
+            return V::scale_floor(
+                polynomial(f, 1.8671386850e-3f, 9.0170088908e-3f, 5.5799931778e-2f, 2.4016444350e-1f, 6.9315131262e-1f),
+                t);
+        } else {
+            // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves n + 127 in the low bits, n's biased exponent.
+            const V magic = V::set(12582912.0f + 127.0f);
+            d = V::max(floor, d);
+            V shifted = V::fma(d, scale, magic);
+            V f = V::fma(d, scale, magic - shifted);
+            return polynomial(f, 1.326472824e-3f, 9.671512637e-3f, 5.550733740e-2f, 2.402224209e-1f, 6.931469776e-1f) *
+                   V::exponent(shifted);
+        }
+    }
+
+  private:
+    // Minimax of the relative error of 2^f on [0, 1) or [-1/2, 1/2], the constant fixed at 1 (a linear programme).
+    static Vec polynomial(Vec f, float c5, float c4, float c3, float c2, float c1) {
+        Vec p = Vec::fma(Vec::set(c5), f, Vec::set(c4));
+        for (float c : {c3, c2, c1, 1.0f}) p = Vec::fma(p, f, Vec::set(c));
+        return p;
     }
 };
 
