@@ -181,6 +181,9 @@ def test_generated_code_trains_as_eager_does(dtype: str) -> None:
 def test_compilation_is_for_gpus_unless_asked_for() -> None:
     assert [PrecisionConfig().compiles(device) for device in ("cpu", "cuda")] == [False, True]
     assert PrecisionConfig(compile="on").compiles("cpu") and not PrecisionConfig(compile="off").compiles("cuda")
+    teachers = PrecisionConfig(compile="teachers")
+    assert teachers.compiles_teachers("cpu") and not teachers.compiles("cuda")
+    assert [PrecisionConfig().compiles_teachers(device) for device in ("cpu", "cuda")] == [False, True]
 
 
 # --- no waiting ------------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ class PrecisionConfig:
     """Type of activations (autocast) and of the teachers; parameters stay float32, float16 scales the loss."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last memory order."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of student, loss and teachers; auto: on a GPU only."""
+    compile: Literal["auto", "on", "teachers", "off"] = "auto"
+    """torch.compile of student, loss and teachers, or of the teachers alone; auto: on for a GPU, off for a CPU."""
     cuda_graphs: bool = False
     """Compile with mode="reduce-overhead" (CUDA graphs); untested, as no GPU was at hand."""
     sync_batchnorm: bool = False
@@ -121,12 +121,16 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        for name in ("compile", "deterministic"):
-            _one_of(name, getattr(self, name), ("auto", "on", "off"))
+        _one_of("compile", self.compile, ("auto", "on", "teachers", "off"))
+        _one_of("deterministic", self.deterministic, ("auto", "on", "off"))
 
     def compiles(self, device: str) -> bool:
-        """What `compile` means on a device of that type."""
+        """Whether student and loss are compiled on a device of that type."""
         return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
+    def compiles_teachers(self, device: str) -> bool:
+        """Whether the teachers are. On a CPU they alone gain: batch statistics of a compiled student are slow there."""
+        return self.compile == "teachers" or self.compiles(device)
 
 
 @dataclass(frozen=True)

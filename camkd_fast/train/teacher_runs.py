@@ -38,7 +38,7 @@ def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfi
         _check(path, images)
         frozen.append(models.freeze(load_model(path), dtype, config.precision.channels_last).to(world.device))
     live = LiveTeachers(frozen, images.num_classes)
-    if config.precision.compiles(world.device.type):
+    if config.precision.compiles_teachers(world.device.type):
         live.compile_for(settings.batch_size)
     if config.teacher_cache is None:
         return live
