@@ -27,7 +27,7 @@ class CAMKDOutput:
 
     def __init__(self, loss: Tensor, rows: RowLoss, inverse: float | Tensor | None, lead: torch.Size) -> None:
         self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
-        self._numbers, self._sums = rows.numbers, rows.sums
+        self._numbers, self._sums, self._means = rows.numbers, rows.sums, rows.means
         self._inverse, self._lead = inverse, lead
 
     @property
@@ -57,7 +57,7 @@ class CAMKDOutput:
 
     @property
     def _rows(self) -> RowLoss:
-        return RowLoss(self._numbers, None, self._sums)
+        return RowLoss(self._numbers, None, self._sums, self._means)
 
     def _per_teacher(self, numbers: Tensor) -> Tensor:
         return numbers.detach().view(numbers.shape[0], *self._lead)
@@ -65,6 +65,8 @@ class CAMKDOutput:
 
 def _reduce(rows: RowLoss, i: int, inverse: float | Tensor | None, lead: torch.Size) -> Tensor:
     """Row i of the numbers (0 loss, 1 hard, 2 soft), summed and times `inverse`, or as (...) where that is None."""
+    if rows.means is not None:
+        return rows.means[0] if i == 0 else rows.means[1][i - 1]
     if inverse is None:
         return rows.numbers[i].view(lead)
     if rows.sums is not None and isinstance(inverse, float):
@@ -80,7 +82,8 @@ class _Evaluation(NamedTuple):
     residual: Tensor | None
     weights: Tensor | None  # the caller's weights as (K, N), when given
     remaining: float | Tensor  # what the residual still lacks on the way to d loss / d student
-    divergence_scale: float | Tensor  # what KL_k still lacks on the way to d loss / d w_k
+    inverse: float | Tensor  # 1 / the divisor of the mean: a number, or a one-element tensor
+    divergence_scale: float  # d loss / d w_k over KL_k, without the divisor
 
 
 def _inverse_count(
@@ -129,26 +132,39 @@ def _evaluate(
     valid = None
     if labels.device.type == "cpu" and not tracing:
         valid = checks.count_labels(labels, student.shape[-1], formula.ignore_index)
+    run = traced_rows if tracing else run_rows
+    needs_residual = loss_scale is not None or (torch.is_grad_enabled() and student.requires_grad)
+    # float16, whose exponent range 1/N would eat, takes it along only under a loss scale.
+    takes_divisor = loss_scale is not None or student.dtype != torch.float16
+    if reduction == "mean" and num_items is None and valid is None and not tracing and takes_divisor:
+        # The divisor is on the device, and so is the reduction: a handful of launches less than in PyTorch.
+        scale = _one_element(1.0 if loss_scale is None else loss_scale, dtype)
+        rows = run_rows(student, teachers, labels, weighting, formula, needs_residual, scale, backend, mean=True)
+        assert rows.means is not None  # they were asked for
+        loss, others = rows.means
+        output = CAMKDOutput(loss, rows, None, target.shape)
+        return _Evaluation(output, rows.residual, weights, 1.0, others[2:], formula.divergence_scale)
+
     inverse: float | Tensor = 1.0
     if reduction == "mean":
         inverse = _inverse_count(labels, num_items, valid, formula.ignore_index, dtype)
-
-    scale: float | Tensor = 1.0
+    scale = 1.0
     if loss_scale is not None:
         scale = inverse * loss_scale
-    elif isinstance(inverse, float) and student.dtype != torch.float16 and not tracing:
+    elif isinstance(inverse, float) and takes_divisor and not tracing:
         # Known on the host, 1/N goes into the kernel's own store and leaves backward nothing to do.
-        # Not in float16, whose exponent range 1/N would eat.
         scale = inverse
     remaining = 1.0 if scale is inverse else inverse
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(1).to(dtype)
-    needs_residual = loss_scale is not None or (torch.is_grad_enabled() and student.requires_grad)
-    run = traced_rows if tracing else run_rows
+    scale = _one_element(scale, dtype)
     rows = run(student, teachers, labels, weighting, formula, needs_residual, scale, backend)
     reduced = None if reduction == "none" else inverse
     output = CAMKDOutput(_reduce(rows, 0, reduced, target.shape), rows, reduced, target.shape)
-    return _Evaluation(output, rows.residual, weights, remaining, inverse * formula.divergence_scale)
+    return _Evaluation(output, rows.residual, weights, remaining, inverse, formula.divergence_scale)
+
+
+def _one_element(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """As the backends take it."""
+    return scale.reshape(1).to(dtype) if isinstance(scale, Tensor) else scale
 
 
 class _ResidualGradient(torch.autograd.Function):
@@ -158,7 +174,8 @@ class _ResidualGradient(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, weights: Tensor | None, evaluation: _Evaluation, backend: str) -> Tensor:
         ctx.save_for_backward(evaluation.residual, None if weights is None else evaluation.output._rows.divergence)
         ctx.shape, ctx.remaining, ctx.backend = student.shape, evaluation.remaining, backend
-        ctx.divergence_scale = evaluation.divergence_scale
+        if weights is not None:
+            ctx.divergence_scale = evaluation.inverse * evaluation.divergence_scale
         return evaluation.output.loss
 
     @staticmethod
@@ -175,7 +192,9 @@ class _ResidualGradient(torch.autograd.Function):
         if retained or not _is_one(grad_output, ctx.remaining):
             # Unless it is retained, the graph dies with this call and the residual with it: scale in place.
             out = torch.empty_like(residual) if retained else residual
-            factor = grad_output.reshape(-1) * ctx.remaining
+            factor = grad_output.reshape(-1)
+            if isinstance(ctx.remaining, Tensor) or ctx.remaining != 1.0:
+                factor = factor * ctx.remaining
             residual = backend_for(ctx.backend, [residual]).scale_rows(residual, factor, out)
         return _shaped(residual, ctx.shape), grad_weights, None, None
 

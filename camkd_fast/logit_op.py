@@ -47,8 +47,9 @@ def run_rows(
     needs_grad: bool,
     residual_scale: float | Tensor,
     backend: str,
+    mean: bool = False,
 ) -> RowLoss:
-    """The backend's numbers for tensors of any layout; labels are already checked."""
+    """The backend's numbers for tensors of any layout; labels are already checked. With `mean` also the means."""
     temperature, hard_weight, soft_weight, ignore_index = formula
     result = backend_for(backend, [student, *teachers]).row_loss(
         row_view(student),
@@ -61,6 +62,7 @@ def run_rows(
         ignore_index=ignore_index,
         needs_grad=needs_grad,
         residual_scale=residual_scale,
+        **({"mean": True} if mean else {}),  # the CPU's kernels are never asked: there the host knows the divisor
     )
     return RowLoss(*result)
 

@@ -50,6 +50,7 @@ class RowLoss(NamedTuple):
     numbers: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
     residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
     sums: tuple[float, float, float] | None = None  # of loss, hard and soft, from a backend that adds up on the host
+    means: tuple[Tensor, Tensor] | None = None  # if asked for: loss (), and (3,) hard, soft, 1 / rows that count
 
     @property
     def rows(self) -> Tensor:
@@ -206,16 +207,19 @@ def row_loss(
     weighting: str | Tensor,
     ignore_index: int,
     needs_grad: bool,
-    residual_scale: Tensor | None,
+    residual_scale: float | Tensor | None,
+    mean: bool = False,
 ) -> RowLoss:
-    """The backend contract: every row's numbers, and with `needs_grad` the residual.
+    """The backend contract: every row's numbers, with `needs_grad` the residual, and with `mean` the means.
 
     Args:
         student: (N, C) or (B, S, C), any floating dtype.
         teachers: K tensors of the student's shape; dtypes may differ.
         target: (N,) int64, contiguous.
         weighting: "confidence" | "uniform" | "entropy" | weights (K, N) in the accumulation dtype.
-        residual_scale: one-element tensor on the student's device that multiplies the residual, or None for 1.
+        residual_scale: multiplies the residual: a number, a one-element tensor on the student's device, or None for 1.
+        mean: divide the residual by the number of rows that count, those that are not ignored (at least 1), and return
+            the means over them. Asked for where that number is on a device and the host cannot know it without waiting.
     """
     result = loss_terms(
         student,
@@ -227,6 +231,12 @@ def row_loss(
         weighting=weighting,
         ignore_index=ignore_index,
     )
+    inverse = None
+    if mean:
+        kept = (target != ignore_index).sum().clamp(min=1)
+        inverse = kept.to(result.numbers.dtype).reciprocal().reshape(1)
+        loss, hard, soft = (result.numbers[:3].sum(1) * inverse).unbind()
+        result = result._replace(means=(loss.clone(), torch.stack([hard, soft, inverse[0]])))
     if not needs_grad:
         return result
     gradient = residual(
@@ -239,8 +249,9 @@ def row_loss(
         soft_weight=soft_weight,
         ignore_index=ignore_index,
     )
-    if residual_scale is not None:
-        gradient = gradient * residual_scale
+    for factor in (residual_scale, inverse):
+        if factor is not None:
+            gradient = gradient * factor
     return result._replace(residual=gradient.to(student.dtype))
 
 

@@ -113,6 +113,24 @@ def elementwise_launch(C: int, itemsize: int) -> Launch:
     return Launch(tile // BLOCK_C, BLOCK_C, 4)
 
 
+# Rows that one program adds up: 0.5 MB of labels, a few microseconds. More of them outweigh PyTorch's own launches.
+BATCH_ROWS = 65536
+
+
+class BatchLaunch(NamedTuple):
+    """BLOCK_N rows per step of a program that walks the whole batch."""
+
+    BLOCK_N: int
+    num_warps: int
+
+
+def batch_launch(N: int) -> BatchLaunch | None:
+    """Counts and sums over the rows of a batch by single programs; None where there are too many rows for that."""
+    if N > BATCH_ROWS:
+        return None
+    return BatchLaunch(128, 1) if N <= 128 else BatchLaunch(1024, 4)
+
+
 def feature_launch(itemsize: int) -> Launch:
     """Feature error: one program per sample walks its M values; 8 warps, two 128-bit accesses per thread and step."""
     return Launch(1, 2 * 256 * ACCESS_BYTES // itemsize, 8)

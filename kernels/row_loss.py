@@ -1,4 +1,4 @@
-"""`row_loss`: every row's numbers and, with them, the gradient, in one launch."""
+"""`row_loss`: every row's numbers and, with them, the gradient, in one launch; two small ones more for a mean."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_mean import batch_mean, batch_scale
 from .launch import on_chip, onchip_launch, streaming_launch
 from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
@@ -30,8 +31,10 @@ def row_loss(
     ignore_index: int,
     needs_grad: bool,
     residual_scale: float | Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """fp32 numbers (3 + 3K, N): loss, hard, soft, then KL_k, CE_k, w_k; and with `needs_grad` the residual (N, C).
+    mean: bool = False,
+) -> tuple[Tensor, Tensor | None, None, tuple[Tensor, Tensor] | None]:
+    """fp32 numbers (3 + 3K, N): loss, hard, soft, then KL_k, CE_k, w_k; with `needs_grad` the residual (N, C), and
+    with `mean` the means.
 
     Args:
         student: (N, C) or (B, S, C), fp32 | bf16 | fp16, unit column stride, any row strides.
@@ -39,11 +42,16 @@ def row_loss(
         target: (N,) int64, contiguous.
         weighting: "confidence" | "uniform" | "entropy" | fp32 weights (K, N), possibly expanded.
         residual_scale: multiplies the residual: a number, or a one-element fp32 tensor on the student's device.
+        mean: divide the residual by the number of rows that count, and return means (`reference.row_loss`).
     """
     N, S, C = row_shape(student)
     K = len(teachers)
     stats = torch.empty((3 + 3 * K, N), dtype=torch.float32, device=student.device)
     residual = torch.empty((N, C), dtype=student.dtype, device=student.device) if needs_grad else None
+    if not isinstance(residual_scale, Tensor):
+        residual_scale = 1.0 if residual_scale is None else float(residual_scale)
+    if mean:
+        residual_scale, inverse = batch_scale(target, ignore_index, residual_scale).split(1)
     if N > 0:
         tensors = [student, *teachers]
         ALIGN = alignment(tensors)
@@ -52,8 +60,6 @@ def row_loss(
         kind = "given" if isinstance(weighting, Tensor) else weighting
         if K == 1 and kind in ("confidence", "entropy"):
             kind = "uniform"
-        if not isinstance(residual_scale, Tensor):
-            residual_scale = 1.0 if residual_scale is None else float(residual_scale)
         arguments = (
             *(student, tuple(teachers), target, given, stats, residual, residual_scale),
             *(stride_o[0], stride_i[0], unspecialised(stride_o[1:]), unspecialised(stride_i[1:])),
@@ -79,4 +85,4 @@ def row_loss(
             else:
                 step = streaming_launch(K, C, itemsize, ALIGN)
                 row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, **step._asdict())
-    return stats, residual
+    return stats, residual, None, batch_mean(stats, inverse) if mean else None

@@ -273,10 +273,32 @@ def test_residual_scale_and_no_residual(regime: str, rows: tuple) -> None:
     assert torch.equal(bare.numbers, one.numbers)
 
 
+@pytest.mark.parametrize("limit", [65536, 2], ids=["launches of ours", "too many rows for one program"])
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+def test_means(rows: tuple, scale: float | torch.Tensor, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `mean` the kernels count the rows themselves; ignored ones do not count."""
+    monkeypatch.setattr(launch, "BATCH_ROWS", limit)
+    student, teachers, target = rows
+    for labels in (target, target.where(torch.arange(len(target)) > 0, -100), torch.full_like(target, -100)):
+        divisor = max(int((labels != -100).sum()), 1)
+        one = triton_rows(student, teachers, labels, **options())
+        mean = triton_rows(student, teachers, labels, **options(residual_scale=scale, mean=True))
+        expected = reference.row_loss(student, teachers, labels, **options(residual_scale=scale, mean=True))
+        torch.testing.assert_close(mean.residual, one.residual * (8.0 / divisor))
+        assert torch.equal(mean.numbers, one.numbers)
+        loss, others = mean.means
+        assert loss.shape == () and others[2] == 1.0 / divisor
+        torch.testing.assert_close(torch.stack([loss, *others[:2]]), one.numbers[:3].sum(1) / divisor)
+        torch.testing.assert_close(mean.means, expected.means)
+        torch.testing.assert_close(mean.residual, expected.residual, rtol=1e-4, atol=1e-6)
+
+
 def test_no_rows() -> None:
     empty = torch.empty(0, 7)
     result = triton_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
     assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
+    result = triton_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options(mean=True))
+    assert result.means[0] == 0 and result.means[1].tolist() == [0, 0, 1]
     assert kernels.feature_forward([empty], [empty]).shape == (1, 0)
     assert kernels.scale_rows(empty, torch.ones(1), empty) is empty
 

@@ -65,6 +65,7 @@ def _logits(shape: Shape, dtype: str) -> Any:
 def _call(shape: Shape) -> None:
     import camkd_fast.kernels as kernels
     import torch
+    from camkd_fast.kernels import batch_mean
 
     student = _logits(shape, shape.dtype)
     teachers = [_logits(shape, shape.teacher_dtype or shape.dtype) for _ in range(shape.K)]
@@ -83,6 +84,8 @@ def _call(shape: Shape) -> None:
         "feature_forward": lambda: kernels.feature_forward(teachers[:1], teachers[:1]),
         "feature_backward": lambda: kernels.feature_backward(teachers[:1], teachers[:1], numbers[:1]),
         "scale_rows": lambda: kernels.scale_rows(student, numbers[0], student),
+        "batch_scale": lambda: batch_mean.batch_scale(target, -100, torch.ones(1) if shape.scale_on_device else 1.0),
+        "batch_mean": lambda: batch_mean.batch_mean(torch.ones(3, N), torch.ones(1)),
         "scale_all": lambda: kernels.scale_rows(student, numbers[0, :1], student),
     }  # fmt: skip
     calls[shape.op]()
