@@ -1,0 +1,90 @@
+"""Options of the suites, and one recorder per suite: rows as they come, a JSON file and a table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import environment, results, tables, timer
+
+WRITTEN = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("camkd-fast")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--device", choices=("cpu", "cuda"), default=default, help="default: the GPU if there is one")
+    group.addoption("--shapes", choices=("quick", "full"), default="full", help="how much of the grid (default: full)")
+    group.addoption("--seconds", type=float, help="time per test instead of the suite's own")
+    group.addoption("--max-autotune", action="store_true", help="also on a CPU, where it compiles for minutes")
+    group.addoption("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        raise pytest.UsageError("torch is set to fill new memory, as the test suite does: run the benchmarks by themselves")
+    config.stash[WRITTEN] = []
+
+
+@dataclass
+class Suite:
+    """What one file of benchmarks measures with, and where its rows go."""
+
+    device: torch.device
+    environment: dict[str, str]
+    copy_gb_per_s: float
+    max_autotune: bool
+    _seconds: float | None
+    rows: list[results.Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # further numbers of the whole run
+
+    def seconds(self, default: float) -> float:
+        return default if self._seconds is None else self._seconds
+
+    def record(self, benchmark: Any, row: results.Row) -> None:
+        """Keep one row, also beside pytest-benchmark's own numbers."""
+        row["clocks_mhz"] = environment.clocks(self.device)
+        self.rows.append(row)
+        if benchmark is not None:
+            benchmark.extra_info.update(row)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "copy_gb_per_s": self.copy_gb_per_s,
+            **self.extra,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+
+
+@pytest.fixture(scope="module")
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    option = request.config.option
+    torch.manual_seed(0)
+    device = torch.device(option.device)
+    where = environment.describe(device)
+    autotune = option.max_autotune or device.type == "cuda"
+    suite = Suite(device, where, timer.copy_bandwidth(device, option.seconds or 2.0), autotune, option.seconds)
+    yield suite
+    if suite.rows:
+        name = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
+        result = suite.result()
+        path = results.write(option.out or environment.results_folder(where), name, result)
+        text = tables.text(name, result)
+        request.config.stash[WRITTEN].append(f"{text}\nwritten to {path}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for text in config.stash[WRITTEN]:
+        terminalreporter.write_line(f"\n{text}")
