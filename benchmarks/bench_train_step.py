@@ -48,10 +48,10 @@ class Setting:
 
 
 SETTINGS = [
-    Setting("float32", PrecisionConfig()),
-    Setting("bfloat16", PrecisionConfig(dtype="bfloat16", channels_last=True)),
+    Setting("float32", PrecisionConfig(compile="off")),
+    Setting("bfloat16", PrecisionConfig(dtype="bfloat16", channels_last=True, compile="off")),
     Setting("bfloat16, compiled", PrecisionConfig(dtype="bfloat16", channels_last=True, compile="on")),
-    Setting("float32, teacher cache", PrecisionConfig(), cached=True),
+    Setting("float32, teacher cache", PrecisionConfig(compile="off"), cached=True),
     Setting(
         "bfloat16, compiled, teacher cache",
         PrecisionConfig(dtype="bfloat16", channels_last=True, compile="on"),

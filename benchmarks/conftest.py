@@ -36,6 +36,8 @@ class Suite:
     """What one file of benchmarks measures with, and where its rows go."""
 
     device: torch.device
+    name: str
+    folder: Path
     environment: dict[str, str]
     copy_gb_per_s: float
     max_autotune: bool
@@ -48,9 +50,10 @@ class Suite:
         return default if self._seconds is None else self._seconds
 
     def record(self, benchmark: Any, row: results.Row) -> None:
-        """Keep one row, also beside pytest-benchmark's own numbers."""
+        """Keep one row, also beside pytest-benchmark's own numbers; the file is whole after every row."""
         row["clocks_mhz"] = environment.clocks(self.device)
         self.rows.append(row)
+        results.write(self.folder, self.name, self.result())
         if benchmark is not None:
             benchmark.extra_info.update(row)
 
@@ -74,15 +77,19 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     torch.manual_seed(0)
     device = torch.device(option.device)
     where = environment.describe(device)
-    autotune = option.max_autotune or device.type == "cuda"
-    suite = Suite(device, where, timer.copy_bandwidth(device, option.seconds or 2.0), autotune, option.seconds)
+    suite = Suite(
+        device=device,
+        name=request.module.__name__.rpartition(".")[2].removeprefix("bench_"),
+        folder=option.out or environment.results_folder(where),
+        environment=where,
+        copy_gb_per_s=timer.copy_bandwidth(device, option.seconds or 2.0),
+        max_autotune=option.max_autotune or device.type == "cuda",
+        _seconds=option.seconds,
+    )
     yield suite
     if suite.rows:
-        name = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
-        result = suite.result()
-        path = results.write(option.out or environment.results_folder(where), name, result)
-        text = tables.text(name, result)
-        request.config.stash[WRITTEN].append(f"{text}\nwritten to {path}")
+        path = results.write(suite.folder, suite.name, suite.result())  # notes may follow the last row
+        request.config.stash[WRITTEN].append(f"{tables.text(suite.name, suite.result())}\nwritten to {path}")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

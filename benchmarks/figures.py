@@ -1,11 +1,16 @@
-"""Plots of one device's results: fraction of copy bandwidth over C, speed-up bars, memory bars."""
+"""Plots of one device's results: fraction of copy bandwidth over C, speed-up bars, memory bars.
+
+`python -m benchmarks.figures DIR/logit_loss.json` draws a result that is not published, with its verdict in the picture.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.tables import ENDS, compared
+from benchmarks.tables import ENDS, compared, where
 from camkd_fast.report import plots
 from camkd_fast.report.page import Picture
 from camkd_fast.report.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION
@@ -124,3 +129,14 @@ def memory(result: dict[str, Any]) -> Drawing | None:
 def of_loss(result: dict[str, Any]) -> list[Drawing]:
     """Every plot that these results allow."""
     return [drawing for drawing in (roofline(result), speed_ups(result), memory(result)) if drawing is not None]
+
+
+def main(path: Path) -> None:
+    result = json.loads(path.read_text())
+    for drawing in of_loss(result):
+        drawing.figure.suptitle(f"{where(result)} Tests {result['environment']['tests']}.", fontsize=8)
+        drawing.save(path.parent)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
