@@ -1,4 +1,4 @@
-"""`python -m benchmarks SUITE ... [pytest's options]`: runs suites by pytest, each prints its table and writes its JSON.
+"""`python -m benchmarks SUITE ... [pytest's options]`: each suite prints its table and writes its JSON.
 
 `python -m benchmarks logit_loss --shapes quick -k 64x100`. pytest-benchmark's own options work as well
 (`--benchmark-autosave --benchmark-compare` to compare commits, `--benchmark-verbose`); its table is off.

@@ -5,8 +5,8 @@ Everybody computes the loss of `camkd_fast.baselines.eager_loss` and is asked fo
 - backward: `student.grad` is filled, as `loss.backward()` does in any loop. Ours is the swap-in,
   `camkd_loss(...).loss.backward()`.
 - grad: loss and gradient with respect to the logits are in hand and nothing is accumulated. Ours is
-  `camkd_loss_and_grad`, everybody else's `torch.autograd.grad`. A training loop then calls `logits.backward(grad)`; what
-  that costs us once more, the start of the autograd engine, the others have paid by then (`engine_start_seconds`).
+  `camkd_loss_and_grad`, everybody else's `torch.autograd.grad`. A training loop then calls `logits.backward(grad)`, and
+  we pay for the start of the autograd engine as the others have by then (`engine_start_seconds`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ everybody has loss and gradient in hand. Every ratio is a median over rounds in 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: times of every contestant at both ends; "over" is how many times longer each takes than ours."""
     subjects = {
-        (name, end): lambda run=getattr(contestant, end): run(batch)
+        (name, end): partial(getattr(contestant, end), batch)
         for name, contestant in contestants.items()
         for end in ENDS
     }

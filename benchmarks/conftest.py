@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if torch.are_deterministic_algorithms_enabled():
-        raise pytest.UsageError("torch is set to fill new memory, as the test suite does: run the benchmarks by themselves")
+        raise pytest.UsageError("torch fills new memory here, as in the test suite: run the benchmarks by themselves")
     config.stash[WRITTEN] = []
 
 

@@ -1,6 +1,6 @@
 """Plots of one device's results: fraction of copy bandwidth over C, speed-up bars, memory bars.
 
-`python -m benchmarks.figures DIR/logit_loss.json` draws a result that is not published, with its verdict in the picture.
+`python -m benchmarks.figures DIR/logit_loss.json` draws a result that is not published, and says so in the picture.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.tables import ENDS, compared, where
+from benchmarks.tables import ENDS, compared, share_of_copy, where
 from camkd_fast.report import plots
 from camkd_fast.report.page import Picture
 from camkd_fast.report.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TEACHERS = {1: SKY, 2: GREEN, 3: BLUE, 5: ORANGE}
+OURS = (BLUE, "#332288", "#44aa99")
 OTHERS = {
     "eager": GREY,
     "compile": VERMILLION,
@@ -44,8 +45,10 @@ class Drawing(NamedTuple):
         self.figure.savefig(folder / f"{self.name}.png", dpi=110, metadata={"Software": None})
 
 
-def _share(row: Row, name: str, copy: float) -> float:
-    return row["floor_bytes"] / (row["times"][name]["grad"]["p50_ms"] / 1e3) / 1e9 / copy
+def _colors(rows: list[Row]) -> dict[str, str]:
+    """One of each contestant's name; our backends first."""
+    ours = dict.fromkeys(name for row in rows for name in row["times"] if name not in OTHERS)
+    return dict(zip(ours, OURS, strict=False)) | OTHERS
 
 
 def roofline(result: dict[str, Any]) -> Drawing | None:
@@ -57,7 +60,7 @@ def roofline(result: dict[str, Any]) -> Drawing | None:
     for row in rows:
         for name in row["times"]:
             points = lines.setdefault((name, row["dtype"]), {}).setdefault(row["K"], [])
-            points.append((row["C"], _share(row, name, result["copy_gb_per_s"])))
+            points.append((row["C"], share_of_copy(row, name, result)))
     figure, axes = plots.new_figure(min(len(lines), 2), 3.4 * -(-len(lines) // 2), rows=-(-len(lines) // 2))
     for axis, ((name, dtype), by_teachers) in zip(axes, sorted(lines.items()), strict=False):
         for K, points in sorted(by_teachers.items()):
@@ -79,6 +82,8 @@ def roofline(result: dict[str, Any]) -> Drawing | None:
 
 def _bars(axis: Axes, rows: list[Row], values: list[dict[str, float]], colors: dict[str, str], unit: str) -> None:
     """One group of horizontal bars per row, first row on top, on a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     names = [name for name in colors if any(name in value for value in values)]
     height = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -88,7 +93,11 @@ def _bars(axis: Axes, rows: list[Row], values: list[dict[str, float]], colors: d
         for y, width in zip(at, widths, strict=True):
             axis.text(width * 1.04, y, f"{width:.1f}{unit}", va="center", fontsize=8, color=INK)
     axis.set_xscale("log")
-    axis.margins(x=0.15)
+    longest = max(max(value.values()) for value in values)
+    axis.set_xlim(min(0.9, *(0.9 * min(value.values()) for value in values)), 1.5 * longest)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.axvline(1.0, color=INK, linewidth=1.2, linestyle=":")
     axis.set_yticks(range(len(rows)), [f"{r['N']} x {r['C']}, K = {r['K']}, {r['dtype']}" for r in rows])
     axis.invert_yaxis()
@@ -103,7 +112,7 @@ def speed_ups(result: dict[str, Any]) -> Drawing | None:
         return None
     values = [row["over"]["grad"] for row in rows]
     figure, (axis,) = plots.new_figure(1, 0.9 + 0.17 * sum(map(len, values)) + 0.12 * len(rows))
-    _bars(axis, rows, values, OTHERS, "x")
+    _bars(axis, rows, values, _colors(rows), "x")
     axis.set_xlabel("times as long as ours (logarithmic)", color=INK)
     plots.set_title(axis, f"Speed-up, {ENDS['grad']}")
     return Drawing("speed_up", figure, f"Speed-up over each contestant at {len(rows)} sizes, loss and gradient.")
@@ -118,9 +127,8 @@ def memory(result: dict[str, Any]) -> Drawing | None:
         {name: entry["grad"]["peak_bytes"] / row["gradient_bytes"] for name, entry in row["times"].items()}
         for row in rows
     ]
-    colors = {name: BLUE for row in rows for name in row["times"] if name not in OTHERS} | OTHERS
     figure, (axis,) = plots.new_figure(1, 0.9 + 0.17 * sum(map(len, values)) + 0.12 * len(rows))
-    _bars(axis, rows, values, colors, "")
+    _bars(axis, rows, values, _colors(rows), "")
     axis.set_xlabel("peak memory beyond the inputs, in student gradients (logarithmic)", color=INK)
     plots.set_title(axis, f"Memory, {ENDS['grad']}")
     return Drawing("memory", figure, f"Peak memory beyond the inputs at {len(rows)} sizes, in student gradients.")

@@ -1,8 +1,8 @@
 """`make gpu-check`: everything that only a GPU can tell, in one command of less than nine minutes and without network.
 
 Sections run one after another, each in processes of its own with a budget of seconds; one that fails or runs out of
-time does not stop the next. JSON, PNGs, the page and the whole log go to $OUT (default runs/gpu-check), a short table
-comes last, and the exit status is 1 if any section failed. `python -m benchmarks.gpu_check SECTION ...` runs only those.
+time does not stop the next. JSON, PNGs and the whole log go to $OUT (default runs/gpu-check), a short table comes last,
+and the exit status is 1 if any section failed. `python -m benchmarks.gpu_check SECTION ...` runs only those.
 
 Imports nothing but the standard library: it must be able to say in words what is missing.
 """

@@ -1,4 +1,7 @@
-"""The README's tables: each suite's, for every device in turn, between `<!-- SUITE: start -->` and `<!-- SUITE: end -->`."""
+"""The tables of README.md and docs/performance.md, each between `<!-- NAME: start -->` and `<!-- NAME: end -->`.
+
+A name is that of a suite, or `sweep`: the logit loss over the number of classes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 from benchmarks import tables
 from camkd_fast.report.page import Table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 
 
 def markdown(table: Table) -> str:
@@ -27,13 +31,19 @@ def replaced(text: str, name: str, section: str) -> str:
 
 
 def with_tables(text: str, published: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
-    """`text` with the tables of `published` (device -> suite -> result)."""
-    for suite, table_of in tables.TABLES.items():
-        sections = []
-        for found in published.values():
-            if suite in found:
-                table, note = table_of(found[suite])
-                sections.append(f"{markdown(table)}\n{' '.join(filter(None, (note, tables.where(found[suite]))))}\n")
-        if sections:
-            text = replaced(text, suite, "\n".join(sections))
+    """`text` with the tables of `published` (device -> suite -> result), one after another where devices share one."""
+    sections: dict[str, list[str]] = {}
+    for found in published.values():
+        for suite, result in found.items():
+            table, note = tables.TABLES[suite](result)
+            sections.setdefault(suite, []).append(_section(table, note, result))
+        if "logit_loss" in found:
+            result = found["logit_loss"]
+            sections.setdefault("sweep", []).append(_section(tables.sweep(result), "", result))
+    for name, parts in sections.items():
+        text = replaced(text, name, "\n".join(parts))
     return text
+
+
+def _section(table: Table, note: str, result: dict[str, Any]) -> str:
+    return f"{markdown(table)}\n{' '.join(filter(None, (note, tables.where(result))))}\n"

@@ -1,4 +1,4 @@
-"""`make bench-report`: one page and PNGs from the JSON files of all devices, and the README's tables.
+"""`make bench-report`: one page and PNGs from the JSON files of all devices, and the tables of the README and the docs.
 
 Refuses results of a tree whose tests are not known to be green (benchmarks/verdict.py); then nothing is written.
 The same results give the same bytes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def section(suite: str, result: dict[str, Any], drawings: list[figures.Drawing])
     return Section(f"{TITLES[suite]}: {environment.title(result['environment'])}", text, parts)
 
 
-def write(root: Path, page: Path, readme_file: Path | None) -> list[Path]:
-    """The page, a folder of PNGs per device, and the README's tables; what was written.
+def write(root: Path, page: Path, texts: Sequence[Path]) -> list[Path]:
+    """The page, the PNGs in each device's folder, and the tables in `texts`; what was written.
 
     Raises:
         RefusedError: see `results.publishable`.
@@ -57,20 +58,22 @@ def write(root: Path, page: Path, readme_file: Path | None) -> list[Path]:
                 drawing.save(root / device)
                 written.append(root / device / f"{drawing.name}.png")
     lead = "Speed of the fused multi-teacher distillation loss, and of the training around it, beside PyTorch's own."
-    write_page(page, "camkd-fast: measurements", lead, sections, f"Written from the JSON files of {len(published)} devices.")
-    if readme_file is not None:
-        readme_file.write_text(readme.with_tables(readme_file.read_text(), published))
-        written.append(readme_file)
-    return written
+    write_page(
+        page, "camkd-fast: measurements", lead, sections, f"Written from the results of {len(published)} device(s)."
+    )
+    for text in texts:
+        text.write_text(readme.with_tables(text.read_text(), published))
+    return [*written, *texts]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=environment.RESULTS, help="folder of <device>/<suite>.json")
-    parser.add_argument("--readme", type=Path, default=readme.README)
+    texts = [readme.README, readme.PERFORMANCE]
+    parser.add_argument("--texts", type=Path, nargs="*", default=texts, help="files that hold tables")
     arguments = parser.parse_args()
     try:
-        written = write(arguments.results, arguments.results / "report.html", arguments.readme)
+        written = write(arguments.results, arguments.results / "report.html", arguments.texts)
     except results.RefusedError as error:
         print(f"nothing written, refused:\n{error}", file=sys.stderr)
         return 1

@@ -51,9 +51,7 @@ COMPARED = {
         *(Shape(N, C, 3, F32) for N, C in ((256, 32000), (128, 128256))),
         *(Shape(N, C, 3, BF16) for N, C in ((1024, 1000), (128, 128256))),
     ],
-    "cuda": [
-        Shape(N, C, 3, BF16) for N, C in ((8192, 128256), (4096, 32000), (16384, 1000), (64, 100), (1024, 100))
-    ],
+    "cuda": [Shape(N, C, 3, BF16) for N, C in ((8192, 128256), (4096, 32000), (16384, 1000), (64, 100), (1024, 100))],
 }
 SWEEP_C = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 262144)
 # Far beyond every cache, and small enough that 72 sizes take about a minute.
@@ -61,7 +59,7 @@ SWEEP_BYTES = {"cpu": 100e6, "cuda": 2e9}
 
 
 def sweep(device: str, which: str) -> list[Shape]:
-    """Our kernels alone over C. "quick" leaves out K = 1 and 2 and the dtype that the device is not mostly used with."""
+    """Our kernels alone over C. "quick" leaves out K = 1 and 2 and the dtype that is rarer on the device."""
     quick = which == "quick"
     shapes = []
     for dtype in ({"cpu": F32, "cuda": BF16}[device],) if quick else (F32, BF16):

@@ -61,6 +61,26 @@ def logit_loss_note(result: Result) -> str:
     )
 
 
+def sweep(result: Result) -> Table:
+    """Fraction of the copy bandwidth over C, value and gradient; a line per backend, dtype and K."""
+    rows = [row for row in result["rows"] if row["grid"] == "sweep"]
+    classes = sorted({row["C"] for row in rows})
+    shares: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows:
+        for name in row["times"]:
+            shares.setdefault((name, row["dtype"], row["K"]), {})[row["C"]] = share_of_copy(row, name, result)
+    cells = [
+        [f"{name}, {dtype}, K = {K}", *(f"{at[C]:.0%}" if C in at else "" for C in classes)]
+        for (name, dtype, K), at in sorted(shares.items())
+    ]
+    return Table(["of copy at C =", *map(str, classes)], cells)
+
+
+def share_of_copy(row: dict[str, Any], name: str, result: Result) -> float:
+    """Floor bytes per time of value and gradient, as a fraction of the copy bandwidth of the same run."""
+    return row["floor_bytes"] / (row["times"][name]["grad"]["p50_ms"] * 1e6) / result["copy_gb_per_s"]
+
+
 def small_batch(result: Result) -> tuple[Table, str]:
     """What a call costs where launches, not bytes, decide."""
     header = ["64 x 100, loss + backward", "call us", "in a CUDA graph us", "on the device us", "launches"]

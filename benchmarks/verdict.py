@@ -22,7 +22,7 @@ GREEN, RED, UNKNOWN = "green", "red", "unknown"
 
 
 def commit() -> str:
-    """The checkout's commit, with + where it has uncommitted changes outside the results and the README's tables.
+    """The checkout's commit, with + where it has uncommitted changes outside the results and the texts made of them.
 
     A copy without its .git folder names its commit in CAMKD_FAST_COMMIT.
     """
@@ -37,7 +37,7 @@ def commit() -> str:
     name = git("rev-parse", "--short=10", "HEAD")
     if not name:
         return os.environ.get("CAMKD_FAST_COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md")
+    changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md", ":!/docs")
     return name + ("+" if changed else "")
 
 

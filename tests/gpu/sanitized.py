@@ -1,7 +1,7 @@
-"""`compute-sanitizer python -m tests.gpu.sanitized [BACKEND ...]`: every op once on small shapes, for memcheck and its kin.
+"""`compute-sanitizer python -m tests.gpu.sanitized [BACKEND ...]`: every op on small shapes, for memcheck and its kin.
 
-Inputs are made on the host and copied, so that a report of uninitialised memory is about our kernels. Small shapes only:
-the tool slows a kernel down a hundred times. One width per regime: narrow, odd, one block, several blocks.
+Inputs are made on the host and copied, so that a report of uninitialised memory is about our kernels. The shapes are
+small because the tool slows a kernel down a hundred times; a width per regime: narrow, odd, one block, several blocks.
 """
 
 from __future__ import annotations
