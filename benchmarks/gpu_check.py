@@ -161,8 +161,11 @@ def sanitizer(check: Check) -> None:
     )
     if tool is None:
         raise SkipError("compute-sanitizer is not on PATH nor in /usr/local/cuda")
-    problems = []
-    for name in SANITIZERS:
+    problems, ends = [], check.ends
+    for i, name in enumerate(SANITIZERS):
+        # An equal part of what is left, so that a slow one does not starve the others.
+        now = time.monotonic()
+        check.ends = now + (ends - now) / (len(SANITIZERS) - i)
         command = [tool, "--tool", name, "--error-exitcode", "1", "--print-limit", "20", "--target-processes"]
         command += ["application-only", sys.executable, "-m", "tests.gpu.sanitized"]
         try:
@@ -214,9 +217,9 @@ def plots(check: Check) -> None:
 
 # Seconds each may take at most, and at most what is left of TOTAL less what the last one needs.
 SECTIONS: dict[str, tuple[int, Callable[[Check], None]]] = {
-    "build": (110, build),
-    "tests": (170, tests),
-    "sanitizer": (60, sanitizer),
+    "build": (100, build),
+    "tests": (160, tests),
+    "sanitizer": (80, sanitizer),
     "loss": (190, suites("logit_loss", seconds="1")),
     "small batch": (40, suites("small_batch", seconds="1")),
     "features": (30, suites("feature_loss", seconds="1")),

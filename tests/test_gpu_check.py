@@ -143,4 +143,4 @@ def test_budgets_leave_the_last_section_its_time() -> None:
 
 def test_what_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitized, "WIDTHS", (10, 100))
-    assert sanitized.run("reference", torch.device("cpu")) == 2 * (2 * 2 * 3 + 1)
+    assert sanitized.run("reference", torch.device("cpu")) == 2 * (2 * 3 + 1)
