@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) setup.py
 TORCH := 2.13.0
 
-.PHONY: install demo test test-all lint format bench bench-train clean
+.PHONY: install demo test test-all lint format bench bench-train bench-report gpu-check clean
 
 install: $(STAMP)
 
@@ -38,11 +38,18 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.bench_logit_loss
+	$(BIN)/python -m benchmarks logit_loss small_batch feature_loss
 
 bench-train: $(STAMP)
-	$(BIN)/python -m benchmarks.bench_train
-	$(BIN)/python -m benchmarks.bench_loaders
+	$(BIN)/python -m benchmarks train_step loaders
+
+# One page, PNGs and the README's tables from the committed results; refuses those of a tree that `make test` left red.
+bench-report: $(STAMP)
+	$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU, against the torch, triton and compilers that are there: no .venv, no network.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf build dist runs *.egg-info $(VENV) camkd_fast/*.so

@@ -1,30 +1,31 @@
-"""Second half of `make bench-train`: images per second of the loaders, for arrays and for a folder of JPEG files.
+"""Images per second of the loaders, for arrays and for a folder of JPEG files.
 
-One call is an epoch of augmented training batches; all loaders run in turn. The JPEG files are generated.
-Writes benchmarks/results/<device>/loaders.json.
+One call is an epoch of augmented training batches; all loaders run in turn. The JPEG files are generated. On a GPU the
+batches are left there: resident pixels and DALI's decoder work on it, DataLoader's batches are copied to it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 
-from benchmarks import environment, timer
+from benchmarks import timer
+from benchmarks.conftest import Suite
 from camkd_fast.data import choose
 from camkd_fast.data.augment import Augmentation
 from camkd_fast.data.batch import Loader, LoaderConfig
 from camkd_fast.data.files import ImageFiles, ImageSet
 from camkd_fast.data.folders import load_folder
 from camkd_fast.data.images import LabelledImages
+
+pytestmark = pytest.mark.benchmark(timer=timer.CLOCK)
 
 Kind = Literal["resident", "dali", "torch"]
 ARRAYS, FILES = 20_000, 512  # images
@@ -68,48 +69,40 @@ def epoch_of(loader: Loader) -> Callable[[], None]:
 
 
 def measure(
-    title: str, images: ImageSet, kinds: tuple[Kind, ...], augmentation: Augmentation, seconds: float
-) -> list[dict[str, object]]:
+    benchmark: Any, suite: Suite, title: str, images: ImageSet, kinds: tuple[Kind, ...], augmentation: Augmentation
+) -> None:
+    """One row per kind of loader; those that cannot run here are left out with their reason."""
+    workers = torch.get_num_threads()
+    config = LoaderConfig(BATCH, augmentation=augmentation, workers=workers, device=suite.device)
     with ExitStack() as stack:
         contestants = {}
         for kind in kinds:
-            config = LoaderConfig(BATCH, augmentation=augmentation, workers=torch.get_num_threads())
-            contestants[kind] = epoch_of(stack.enter_context(closing(choose.loader(images, config, kind))))
-        times = timer.interleaved(contestants, seconds=seconds, rounds=(5, 50))
-    rows = []
+            try:
+                contestants[kind] = epoch_of(stack.enter_context(closing(choose.loader(images, config, kind))))
+            except NotImplementedError as error:
+                suite.note(f"left out: {error}")
+        times = timer.interleaved(
+            contestants, suite.device, seconds=suite.seconds(20.0), rounds=(5, 50),
+            benchmark=benchmark, watch=next(iter(contestants)), wall=True,
+        )  # fmt: skip
     for kind, values in times.items():
-        rate = len(images) / statistics.median(values)
-        over = timer.median_ratio(times["torch"], values)
-        rows.append(
-            {"images": title, "loader": kind, "images_per_second": rate, "speed_up": over, "rounds": len(values)}
-        )
-        print(f"{title:<34} {kind:<9} {rate:12,.0f} {over:8.2f}x", flush=True)
-    return rows
+        row = {
+            "images": title,
+            "loader": kind,
+            "images_per_second": len(images) / statistics.median(values),
+            "speed_up": timer.median_ratio(times["torch"], values),
+            "rounds": len(values),
+        }
+        suite.record(benchmark if kind == next(iter(times)) else None, row)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=20.0, help="time per kind of images (default: 20)")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    where = environment.describe()
-    print(f"{where['processor']}, {where['threads']} threads, commit {where['commit']}, batch {BATCH}")
-    print(f"{'images':<34} {'loader':<9} {'images/s':>12} {'over torch':>9}")
+def test_arrays(benchmark: Any, suite: Suite) -> None:
     crop = Augmentation("crop", 4, True)
-    rows = measure("arrays 3x32x32, crop", arrays(), ("resident", "dali", "torch"), crop, arguments.seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        files = jpeg_folder(Path(folder))
-        rows += measure(
-            "JPEG 320x256 to 224, resized crop",
-            files,
-            ("dali", "torch"),
-            Augmentation("resized-crop"),
-            arguments.seconds,
-        )
-    path = environment.results_folder() / "loaders.json"
-    path.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
-    print(f"written to {path.relative_to(environment.RESULTS.parent.parent)}")
+    measure(benchmark, suite, "arrays 3x32x32, crop", arrays(), ("resident", "dali", "torch"), crop)
 
 
-if __name__ == "__main__":
-    main()
+def test_files(benchmark: Any, suite: Suite, tmp_path: Path) -> None:
+    files = jpeg_folder(tmp_path)
+    measure(
+        benchmark, suite, "JPEG 320x256 to 224, resized crop", files, ("dali", "torch"), Augmentation("resized-crop")
+    )

@@ -7,33 +7,49 @@ import re
 import subprocess
 from pathlib import Path
 
+import torch
+
+from benchmarks import verdict
 from camkd_fast.cli import environment
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def commit() -> str:
-    """The checkout's commit, with + where it has uncommitted changes outside the results."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if dirty else "")
+def describe(device: torch.device) -> dict[str, str]:
+    """Device, versions, commit, verdict of its tests and date of this process."""
+    return environment() | {
+        "device": device.type,
+        "commit": verdict.commit(),
+        "tests": verdict.read(device.type),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
-def describe() -> dict[str, str]:
-    """Device, versions, commit and date of this process."""
-    return environment() | {"commit": commit(), "date": datetime.date.today().isoformat()}
+def title(where: dict[str, str]) -> str:
+    """The device in words."""
+    if where["device"] == "cuda":
+        return where["GPU"]
+    return f"{where['processor']} ({where['instruction set']}), {where['threads']} threads"
 
 
-def results_folder() -> Path:
-    """benchmarks/results/<device>, made when missing."""
-    where = environment()
-    name = f"{where['processor']} {where['instruction set']} {where['threads']} threads"
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def results_folder(where: dict[str, str]) -> Path:
+    """benchmarks/results/<device>."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", title(where).lower()).strip("-")
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """Clock rates in MHz right now; None where the system does not tell them."""
+    if device.type == "cuda":
+        names = ("sm", "mem", "max.sm", "max.mem")
+        query = f"--query-gpu={','.join(f'clocks.{name}' for name in names)}"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", str(index)]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+            return dict(zip(names, map(float, told.strip().split(",")), strict=True))
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return {"max core": max(rates)} if rates else None

@@ -1,18 +1,21 @@
 """`python -m benchmarks.fashion_mnist`: the README's walk-through, three teachers and a student on Fashion-MNIST.
 
-Runs the commands below through the command line, keeps runs that are finished, and writes
-benchmarks/results/<device>/fashion_mnist.json. About a quarter of an hour on two quiet cores.
+Runs the commands below through the command line, keeps runs that are finished, writes
+benchmarks/results/<device>/fashion_mnist.json and the README's table. About a quarter of an hour on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
+from typing import Any
 
-from benchmarks import environment
+import torch
+
+from benchmarks import environment, readme, results, tables
 from camkd_fast.cli import main as camkd_fast
+from camkd_fast.report.page import Table
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run_folder import is_finished
 
@@ -30,6 +33,22 @@ def command(name: str, runs: Path) -> str:
     return f"{COMMANDS[name].format(runs=runs)} {SETTINGS} --out {runs / name}"
 
 
+def section(result: dict[str, Any]) -> str:
+    """Commands, accuracies and times for the README."""
+    commands = "\n".join(row["command"] for row in result["rows"])
+    rows = [
+        [
+            f"`{row['run']}`",
+            f"{row['test_accuracy']:.2%}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    table = Table(["run", "test accuracy", "images/s", "seconds in all"], rows)
+    return f"```\n{commands}\n```\n\n{readme.markdown(table)}\n{tables.where(result)}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
@@ -43,9 +62,11 @@ def main() -> None:
         record = read_metrics(runs / name / METRICS, "test")[-1]
         numbers = {key: record[key] for key in ("test_accuracy", "images_per_second", "seconds")}
         rows.append({"run": name, "command": f"camkd-fast {command(name, Path('runs'))}", **numbers})
-    path = environment.results_folder() / "fashion_mnist.json"
-    path.write_text(json.dumps({"environment": environment.describe(), "rows": rows}, indent=1) + "\n")
-    print(f"written to {path.relative_to(environment.RESULTS.parent.parent)}")
+    where = environment.describe(torch.device("cpu"))
+    result = {"environment": where, "rows": rows}
+    path = results.write(environment.results_folder(where), "fashion_mnist", result)
+    readme.README.write_text(readme.replaced(readme.README.read_text(), "fashion_mnist", section(result)))
+    print(f"written to {path}, and its table to {readme.README}")
 
 
 if __name__ == "__main__":

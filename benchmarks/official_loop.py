@@ -62,6 +62,7 @@ class OfficialStep:
             persistent_workers=workers > 0,
         )  # fmt: skip
         self.batches = endless(loader)
+        self.device = next(student.parameters()).device
         self.student, self.teachers = feature_model(student.train()), [feature_model(t.eval()) for t in teachers]
         self.regressors = nn.ModuleList(
             nn.Sequential(
@@ -70,7 +71,7 @@ class OfficialStep:
                 nn.ReLU(inplace=True),
             )
             for t in self.teachers
-        )
+        ).to(self.device)
         self.T, self.beta = temperature, beta
         self.optimizer = torch.optim.SGD(
             [*student.parameters(), *self.regressors.parameters()],
@@ -84,7 +85,7 @@ class OfficialStep:
         return (1.0 - ce.softmax(0)) / (len(logits) - 1)
 
     def __call__(self) -> None:
-        images, target = next(self.batches)
+        images, target = (tensor.to(self.device) for tensor in next(self.batches))
         student = predict(self.student, images)
         with torch.no_grad():
             taught = [predict(teacher, images) for teacher in self.teachers]

@@ -1,35 +1,103 @@
-"""The one timer: several subjects in turn, round after round, so that a noisy machine hits all of them alike."""
+"""The one timer: several subjects in turn, round after round, so that a noisy machine hits all of them alike.
+
+On a CPU it reads perf_counter around the call. On a GPU it reads CUDA events around it, after a write of twice the L2
+cache, so that no subject finds its inputs there and the queue is never empty when a kernel is launched.
+
+pytest-benchmark drives the rounds (`benchmark.pedantic`) and reads `CLOCK`, which stands still but while the watched
+subject runs: its table, its JSON and its comparison of commits then hold exactly the times measured here.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+Subject = Callable[[], object]
+WARM_UP = 3  # calls: compilation, page faults, threads
+
+
+class Clock:
+    """Seconds that the watched subject has run so far."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+def wall_seconds(subject: Subject, device: torch.device) -> float:
+    """What a caller waits for: host time from the call to the end of the device's work."""
+    start = time.perf_counter()
+    subject()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class _EventTimer:
+    """Device seconds between two CUDA events around a call that starts with a cold L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._device, self._flush = device, torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def __call__(self, subject: Subject, device: torch.device) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        subject()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+
 
 def interleaved(
-    subjects: Mapping[str, Callable[[], object]], *, seconds: float, rounds: tuple[int, int] = (9, 400)
+    subjects: Mapping[str, Subject],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (9, 400),
+    warm_up: int = WARM_UP,
+    benchmark: Any = None,
+    watch: str = "",
+    wall: bool = False,
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of every subject, one entry a round; entry i of each was taken in the same round.
+    """Seconds of every subject, one entry a round; entry i of each was taken in the same round.
 
     Args:
-        subjects: what to time, under its name. Each is called three times first: compilation, page faults, threads.
-        seconds: rounds stop after this long, or at the upper bound of `rounds`, but not before the lower one.
+        subjects: what to time, under its name.
+        seconds: about how long the rounds may take together, within the bounds that `rounds` sets on their number.
+        benchmark: pytest-benchmark's fixture, which then drives the rounds and reports subject `watch`.
+        wall: host time to the end of the device's work also on a GPU.
     """
+    measure = _EventTimer(device) if device.type == "cuda" and not wall else wall_seconds
     for subject in subjects.values():
-        for _ in range(3):
-            subject()
+        for _ in range(warm_up):
+            measure(subject, device)
     times: dict[str, list[float]] = {name: [] for name in subjects}
-    begin = time.perf_counter()
-    while len(next(iter(times.values()))) < rounds[0] or (
-        time.perf_counter() - begin < seconds and len(next(iter(times.values()))) < rounds[1]
-    ):
+
+    def one_round() -> None:
         for name, subject in subjects.items():
-            start = time.perf_counter()
-            subject()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(measure(subject, device))
+        if watch:
+            CLOCK.seconds += times[watch][-1]
+
+    number = min(max(int(seconds / wall_seconds(one_round, device)), rounds[0]), rounds[1])
+    for values in times.values():
+        values.clear()  # that round was to see how long one takes
+    if benchmark is not None:
+        benchmark.pedantic(one_round, rounds=number)
+    else:
+        for _ in range(number):
+            one_round()
     return times
 
 
@@ -44,9 +112,26 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
+def peak_bytes(subject: Subject, device: torch.device) -> int | None:
+    """Most memory that one call holds beyond what was allocated before, on a GPU.
+
+    None on a CPU: the resident set also counts what the allocator keeps; tests/test_memory.py measures it in a process
+    of its own.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    subject()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
     """GB/s of `Tensor.copy_` between two buffers that fit no cache, bytes read plus bytes written."""
-    source = torch.ones(megabytes * 2**20 // 4)
+    elements = (2**30 if device.type == "cuda" else 2**28) // 4
+    source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, seconds=2, rounds=(9, 30))["copy"]
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=seconds, rounds=(9, 30))["copy"]
     return 2 * source.numel() * 4 / statistics.median(times) / 1e9

@@ -107,6 +107,23 @@ def make_case(
     return Case(tensors[0], tuple(tensors[1:]), target.view(lead), **options)
 
 
+def moved(z: Tensor, device: torch.device) -> Tensor:
+    """`z` on another device in the same layout, with what surrounds it in its buffer."""
+    whole = z if z._base is None else z._base
+    return whole.detach().to(device).as_strided(z.shape, z.stride(), z.storage_offset())
+
+
+def on(case: Case, device: torch.device) -> Case:
+    """The same case on a device."""
+    weighting = case.weighting
+    return case.with_(
+        student=moved(case.student, device),
+        teachers=tuple(moved(z, device) for z in case.teachers),
+        target=case.target.to(device),
+        weighting=weighting.to(device) if isinstance(weighting, Tensor) else weighting,
+    )
+
+
 # --- R and N ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ TEACHER_COLORS = (
     *(GREEN, SKY, VERMILLION, PURPLE, ORANGE, BLUE, GREY),
     *("#332288", "#999933", "#882255", "#44aa99", "#661100", "#6699cc", "#ddcc77", "#117733", "#cc6677"),
 )
-_INK, _FAINT = "#1f2328", "#d8dce1"
+INK, FAINT = "#1f2328", "#d8dce1"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ClassMatrix:
     shares: Sequence[Sequence[float]]  # (C, C), each row sums to 1, or to 0 where there are no images
 
 
-def _figure(
+def new_figure(
     columns: int, height: float, widths: Sequence[float] | None = None, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
     """A figure of that height in inches and its axes, row by row."""
@@ -77,17 +77,17 @@ def _figure(
     axes = figure.subplots(rows, columns, squeeze=False, width_ratios=widths).ravel().tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(_FAINT)
-        axis.tick_params(colors=_INK, labelsize=10, length=0, pad=5)
+        axis.spines[["left", "bottom"]].set_color(FAINT)
+        axis.tick_params(colors=INK, labelsize=10, length=0, pad=5)
         axis.set_axisbelow(True)
     return figure, axes
 
 
-def _title(axis: Axes, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=10)
+def set_title(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
 
 
-def _picture(figure: Figure, description: str) -> Picture:
+def picture(figure: Figure, description: str) -> Picture:
     import matplotlib
 
     buffer = io.BytesIO()
@@ -99,16 +99,16 @@ def _picture(figure: Figure, description: str) -> Picture:
 
 def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Picture:
     """Bars of mean accuracy from 0 to 100 %, in groups; the runs of the last group again beside them, enlarged."""
-    figure, (bars, zoom) = _figure(2, 0.42 * sum(map(len, groups)) + 1.5, widths=(3, 2))
+    figure, (bars, zoom) = new_figure(2, 0.42 * sum(map(len, groups)) + 1.5, widths=(3, 2))
     position, ticks, labels = 0.0, [], []
     for group in groups:
         for sample in group:
             level = mean(sample.values)
             bars.barh(position, level, height=0.68, color=sample.color)
             if len(sample.values) > 1:
-                bars.hlines(position, min(sample.values), max(sample.values), color=_INK, linewidth=2)
+                bars.hlines(position, min(sample.values), max(sample.values), color=INK, linewidth=2)
             end = max([level, *sample.values])
-            bars.text(end + 1.2, position, f"{level:.1f}", va="center", fontsize=10, color=_INK)
+            bars.text(end + 1.2, position, f"{level:.1f}", va="center", fontsize=10, color=INK)
             ticks.append(position)
             labels.append(sample.label)
             position += 1
@@ -117,26 +117,26 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
     bars.set_xlim(0, 109)
     bars.set_xticks(range(0, 101, 20))
     bars.invert_yaxis()
-    bars.set_xlabel("accuracy on test images (%)", color=_INK)
-    bars.grid(axis="x", color=_FAINT, linewidth=0.8)
-    _title(bars, "Everybody")
+    bars.set_xlabel("accuracy on test images (%)", color=INK)
+    bars.grid(axis="x", color=FAINT, linewidth=0.8)
+    set_title(bars, "Everybody")
 
     _strip(zoom, groups[-1])
-    zoom.set_xlabel("accuracy (%): each seed, and their mean", color=_INK)
-    _title(zoom, zoom_title)
+    zoom.set_xlabel("accuracy (%): each seed, and their mean", color=INK)
+    set_title(zoom, zoom_title)
     every = "; ".join(f"{s.label}: {mean(s.values):.1f} %" for group in groups for s in group)
-    return _picture(figure, f"Mean accuracy on test images. {every}.")
+    return picture(figure, f"Mean accuracy on test images. {every}.")
 
 
 def differences(samples: Sequence[Sample], title: str, xlabel: str) -> Picture:
     """Every difference as a dot around 0, and their means."""
-    figure, (axis,) = _figure(1, 0.42 * len(samples) + 1.3)
-    axis.axvline(0.0, color=_INK, linewidth=1.2, linestyle=":")
+    figure, (axis,) = new_figure(1, 0.42 * len(samples) + 1.3)
+    axis.axvline(0.0, color=INK, linewidth=1.2, linestyle=":")
     _strip(axis, samples)
-    axis.set_xlabel(xlabel, color=_INK)
-    _title(axis, title)
+    axis.set_xlabel(xlabel, color=INK)
+    set_title(axis, title)
     means = "; ".join(f"{sample.label}: {mean(sample.values):+.2f}" for sample in samples)
-    return _picture(figure, f"{title}. Means: {means}.")
+    return picture(figure, f"{title}. Means: {means}.")
 
 
 def _strip(axis: Axes, samples: Sequence[Sample]) -> None:
@@ -149,7 +149,7 @@ def _strip(axis: Axes, samples: Sequence[Sample]) -> None:
     axis.set_yticks(range(len(samples)), [sample.label for sample in samples])
     axis.set_ylim(len(samples) - 0.5, -0.5)
     axis.margins(x=0.12)
-    axis.grid(axis="x", color=_FAINT, linewidth=0.8)
+    axis.grid(axis="x", color=FAINT, linewidth=0.8)
 
 
 _MOST_BANDS = 4  # more of them hide each other
@@ -159,7 +159,7 @@ def curves(panels: Sequence[Panel]) -> Picture:
     """Panels side by side."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(len(panels), 3.5)
+    figure, axes = new_figure(len(panels), 3.5)
     for axis, panel in zip(axes, panels, strict=True):
         for line in panel.curves:
             at_epoch = list(zip(*line.runs, strict=True))
@@ -170,49 +170,49 @@ def curves(panels: Sequence[Panel]) -> Picture:
             if len(line.runs) > 1 and len(panel.curves) <= _MOST_BANDS:
                 low, high = ([pick(v) for v in at_epoch] for pick in (min, max))
                 axis.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
-        axis.set_xlabel("epoch", color=_INK)
-        axis.set_ylabel(panel.ylabel, color=_INK)
+        axis.set_xlabel("epoch", color=INK)
+        axis.set_ylabel(panel.ylabel, color=INK)
         if panel.logarithmic:
             axis.set_yscale("log")
             axis.minorticks_off()
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axis.grid(axis="y", color=FAINT, linewidth=0.8)
         if panel.from_zero:
             axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         if len(panel.curves) > 1:
-            legend = axis.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
+            legend = axis.legend(frameon=False, fontsize=9.5, labelcolor=INK)
             if len(panels) == 1:
                 legend.set_loc("center left")
                 legend.set_bbox_to_anchor((1.01, 0.5), axis.transAxes)
-        _title(axis, panel.title)
+        set_title(axis, panel.title)
     limits = [axis.get_xlim() for axis in axes]
     for axis in axes:
         axis.set_xlim(min(left for left, _ in limits), max(right for _, right in limits))
     words = (f"{panel.title}: {', '.join(line.label for line in panel.curves)}" for panel in panels)
-    return _picture(figure, f"Curves over epochs. {'; '.join(words)}.")
+    return picture(figure, f"Curves over epochs. {'; '.join(words)}.")
 
 
 def weight_histograms(samples: Sequence[Sample]) -> Picture:
     """One panel per teacher: how its weight is distributed over images, its mean, and the equal weight 1/K."""
     K = len(samples)
     top = 1.0 / max(K - 1, 1)
-    figure, axes = _figure(K, 3.1)
+    figure, axes = new_figure(K, 3.1)
     for axis, sample in zip(axes, samples, strict=True):
         shares = [100.0 / len(sample.values)] * len(sample.values)
         axis.hist(sample.values, bins=25, range=(0.0, top), weights=shares, color=sample.color)
-        axis.axvline(1.0 / K, color=_INK, linewidth=1.2, linestyle=":")
+        axis.axvline(1.0 / K, color=INK, linewidth=1.2, linestyle=":")
         axis.set_xlim(-0.02 * top, 1.02 * top)
-        axis.set_xlabel(f"weight $w_k$, mean {mean(sample.values):.2f}", color=_INK)
-        axis.grid(axis="y", color=_FAINT, linewidth=0.8)
-        _title(axis, sample.label)
+        axis.set_xlabel(f"weight $w_k$, mean {mean(sample.values):.2f}", color=INK)
+        axis.grid(axis="y", color=FAINT, linewidth=0.8)
+        set_title(axis, sample.label)
         axis.sharey(axes[0])
-    axes[0].set_ylabel("share of images (%)", color=_INK)
+    axes[0].set_ylabel("share of images (%)", color=INK)
     axes[0].annotate(
         f"equal weight 1/{K}", (1.0 / K, 0.97), (-4, 0), ("data", "axes fraction"), "offset points",
-        ha="right", va="top", fontsize=9.5, color=_INK,
+        ha="right", va="top", fontsize=9.5, color=INK,
     )  # fmt: skip
     means = "; ".join(f"{sample.label}: mean {mean(sample.values):.2f}" for sample in samples)
-    return _picture(figure, f"Histograms of the confidence weight of each teacher over images. {means}.")
+    return picture(figure, f"Histograms of the confidence weight of each teacher over images. {means}.")
 
 
 _MOST_IN_ROW = 4
@@ -224,7 +224,7 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
 
     rows = -(-len(matrices) // _MOST_IN_ROW)
     columns = max(3, -(-len(matrices) // rows))
-    figure, axes = _figure(columns, rows * (0.55 + 8.4 / columns), rows=rows)
+    figure, axes = new_figure(columns, rows * (0.55 + 8.4 / columns), rows=rows)
     image = None
     for axis, matrix in zip(axes, matrices, strict=False):
         # The root makes confusions of a few per cent visible beside a diagonal near 100 %.
@@ -234,26 +234,26 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
         axis.set_yticks(classes)
         axis.tick_params(labelsize=8)
         axis.spines[["left", "bottom"]].set_visible(False)
-        axis.set_xlabel("answer", color=_INK)
-        _title(axis, matrix.label)
+        axis.set_xlabel("answer", color=INK)
+        set_title(axis, matrix.label)
     for axis in axes[len(matrices) :]:
         axis.set_visible(False)
-    axes[0].set_ylabel("true class", color=_INK)
+    axes[0].set_ylabel("true class", color=INK)
     if image is not None:
         _scale(figure, image, axes[: len(matrices)])
-    return _picture(figure, f"Confusion matrices on the validation images of {_said(matrices)}.")
+    return picture(figure, f"Confusion matrices on the validation images of {_said(matrices)}.")
 
 
 def class_accuracies(matrices: Sequence[ClassMatrix]) -> Picture:
     """One line of a heat map per model: its accuracy on each class."""
-    figure, (axis,) = _figure(1, 1.4 + 0.42 * len(matrices))
+    figure, (axis,) = new_figure(1, 1.4 + 0.42 * len(matrices))
     levels = [[row[c] for c, row in enumerate(matrix.shares)] for matrix in matrices]
     image = axis.imshow(levels, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(len(matrices)), [matrix.label for matrix in matrices])
-    axis.set_xlabel("class", color=_INK)
+    axis.set_xlabel("class", color=INK)
     axis.spines[["left", "bottom"]].set_visible(False)
     _scale(figure, image, [axis])
-    return _picture(figure, f"Accuracy by class on the validation images of {_said(matrices)}.")
+    return picture(figure, f"Accuracy by class on the validation images of {_said(matrices)}.")
 
 
 def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes]) -> None:
@@ -261,7 +261,7 @@ def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes]) -> None:
 
     bar = figure.colorbar(image, ax=list(axes), format=PercentFormatter(1.0), pad=0.02, aspect=30, shrink=0.75)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=_INK, labelsize=9, length=0)
+    bar.ax.tick_params(colors=INK, labelsize=9, length=0)
 
 
 def _said(matrices: Sequence[ClassMatrix]) -> str:

@@ -1,24 +1,23 @@
-"""`make bench-train`: a distillation step, loader included, against an eager loop as in the official code.
+"""A distillation step, loader included, against an eager loop as in the official code.
 
 Three ResNet-32x4 teach a VGG-8 by the whole of CA-MKD (logits and features) on 100 classes of 3x32x32 images, batch 64.
 Images and weights are random: only time is measured. Every ratio is a median over rounds in which all ran in turn.
-Writes benchmarks/results/<device>/train_step.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from benchmarks import environment, timer
+from benchmarks import timer
+from benchmarks.conftest import Suite
 from benchmarks.official_loop import OfficialStep
 from camkd_fast import camkd_loss_and_grad, models
 from camkd_fast.data import choose
@@ -33,8 +32,9 @@ from camkd_fast.train.distributed import World
 from camkd_fast.train.step import DTYPES, TrainStep
 from camkd_fast.train.teachers import LiveTeachers, Teachers
 
+pytestmark = [pytest.mark.benchmark(timer=timer.CLOCK), pytest.mark.timeout(1800)]
+
 TEACHER, STUDENT, K, CLASSES, BATCH, IMAGES = "resnet32x4", "vgg8", 3, 100, 64, 640
-WORLD = World(0, 1, torch.device("cpu"))
 AUGMENTATION = Augmentation("crop", 4, True)
 
 
@@ -48,10 +48,10 @@ class Setting:
 
 
 SETTINGS = [
-    Setting("float32", PrecisionConfig()),
-    Setting("bfloat16", PrecisionConfig(dtype="bfloat16", channels_last=True)),
+    Setting("float32", PrecisionConfig(compile="off")),
+    Setting("bfloat16", PrecisionConfig(dtype="bfloat16", channels_last=True, compile="off")),
     Setting("bfloat16, compiled", PrecisionConfig(dtype="bfloat16", channels_last=True, compile="on")),
-    Setting("float32, teacher cache", PrecisionConfig(), cached=True),
+    Setting("float32, teacher cache", PrecisionConfig(compile="off"), cached=True),
     Setting(
         "bfloat16, compiled, teacher cache",
         PrecisionConfig(dtype="bfloat16", channels_last=True, compile="on"),
@@ -73,25 +73,31 @@ def endless(loader: Loader) -> Iterator[Batch]:
         epoch += 1
 
 
-def our_step(setting: Setting, images: LabelledImages, folder: Path) -> tuple[Callable[[], None], float]:
+def our_step(
+    setting: Setting, images: LabelledImages, folder: Path, device: torch.device
+) -> tuple[Callable[[], None], float]:
     """The step on the next batch, and how long its first two calls took (compilation)."""
-    precision = setting.precision
+    precision, world = setting.precision, World(0, 1, device)
     config = LoaderConfig(
-        BATCH, augmentation=AUGMENTATION, views=1 if setting.cached else None, channels_last=precision.channels_last
+        BATCH,
+        augmentation=AUGMENTATION,
+        views=1 if setting.cached else None,
+        channels_last=precision.channels_last,
+        device=device,
     )
     dtype = None if precision.dtype == "float32" else DTYPES[precision.dtype]
     trained = [models.create(TEACHER, CLASSES) for _ in range(K)]
-    live = LiveTeachers([models.freeze(t, dtype, precision.channels_last) for t in trained], CLASSES)
+    live = LiveTeachers([models.freeze(t, dtype, precision.channels_last).to(device) for t in trained], CLASSES)
     teachers: Teachers = live
     if setting.cached:
         key = CacheKey.of(images, "train", config, "resident", live)
         loader = choose.loader(images, config, "resident")
-        teachers = CachedTeachers(TeacherCache.build(folder, live, loader, key, Storage(), world=WORLD), live.heads)
+        teachers = CachedTeachers(TeacherCache.build(folder, live, loader, key, Storage(), world=world), live.heads)
     elif precision.compile == "on":
         live.compile_for(BATCH)
     student = models.create(STUDENT, CLASSES)
     strategy = strategies.create("ca-mkd", teachers, feature_model(student).num_features)
-    step = TrainStep(student, strategy, teachers, OptimConfig(epochs=1), precision, WORLD, BATCH, seed=0)
+    step = TrainStep(student, strategy, teachers, OptimConfig(epochs=1), precision, world, BATCH, seed=0)
     step.pupil.train()
     batches = endless(choose.loader(images, config, "resident"))
     number = 0
@@ -107,65 +113,47 @@ def our_step(setting: Setting, images: LabelledImages, folder: Path) -> tuple[Ca
     return run, time.perf_counter() - started
 
 
-def loss_seconds() -> float:
+def loss_seconds(device: torch.device) -> float:
     """Median of the fused loss and its gradient at this step's shape."""
-    student, *teachers = torch.randn(K + 1, BATCH, CLASSES).unbind()
-    target = torch.randint(CLASSES, (BATCH,))
+    student, *teachers = torch.randn(K + 1, BATCH, CLASSES, device=device).unbind()
+    target = torch.randint(CLASSES, (BATCH,), device=device)
     call = {"loss": lambda: camkd_loss_and_grad(student, teachers, target)}
-    return statistics.median(timer.interleaved(call, seconds=1)["loss"])
+    return statistics.median(timer.interleaved(call, device, seconds=1, wall=True)["loss"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for all rounds (default: 120)")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    where = environment.describe()
-    print(
-        f"{where['processor']}, {where['instruction set']}, {where['threads']} threads, torch {where['torch']}, ",
-        end="",
+def test_train_step(benchmark: Any, suite: Suite, tmp_path: Path) -> None:
+    images, device = random_images(), suite.device
+    official = OfficialStep(
+        images,
+        models.create(STUDENT, CLASSES).to(device),
+        [models.create(TEACHER, CLASSES).to(device) for _ in range(K)],
+        BATCH,
+        workers=torch.get_num_threads(),
     )
-    print(f"commit {where['commit']}\n{K} x {TEACHER} -> {STUDENT}, batch {BATCH}, 3x32x32, {CLASSES} classes, CA-MKD")
-    images = random_images()
-    contestants: dict[str, Callable[[], object]] = {
-        "official-style eager loop": OfficialStep(
-            images,
-            models.create(STUDENT, CLASSES),
-            [models.create(TEACHER, CLASSES) for _ in range(K)],
-            BATCH,
-            workers=torch.get_num_threads(),
-        )
-    }
+    baseline = "official-style eager loop"
+    contestants: dict[str, Callable[[], object]] = {baseline: official}
     first: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for i, setting in enumerate(SETTINGS):
-            contestants[setting.name], first[setting.name] = our_step(setting, images, Path(folder) / str(i))
-        times = timer.interleaved(contestants, seconds=arguments.seconds, rounds=(7, 100))
-    loss = loss_seconds()
-    baseline = next(iter(times))
-    print(f"\n{'':<34} {'ms':>8} {'images/s':>9} {'speed-up':>9} {'loss share':>11} {'first steps':>12}")
-    rows = []
+    for i, setting in enumerate(SETTINGS):
+        contestants[setting.name], first[setting.name] = our_step(setting, images, tmp_path / str(i), device)
+    watched = SETTINGS[-1].name
+    times = timer.interleaved(
+        contestants, device, seconds=suite.seconds(120.0), rounds=(5, 100), warm_up=1,
+        benchmark=benchmark, watch=watched, wall=True,
+    )  # fmt: skip
+    loss = loss_seconds(device)
+    suite.extra = {
+        "setting": {"teachers": [TEACHER] * K, "student": STUDENT, "batch": BATCH, "classes": CLASSES},
+        "loss_ms": 1e3 * loss,
+    }
     for name, values in times.items():
         middle = statistics.median(values)
-        ours = name != baseline
         row = {
             "name": name,
             **timer.percentiles(values),
             "images_per_second": BATCH / middle,
             "speed_up": timer.median_ratio(times[baseline], values),
-            "loss_share": loss / middle if ours else None,
+            "loss_share": None if name == baseline else loss / middle,
             "first_two_steps_seconds": first.get(name),
             "rounds": len(values),
         }
-        rows.append(row)
-        share, start = (f"{loss / middle:.2%}", f"{first[name]:.1f} s") if ours else ("", "")
-        print(f"{name:<34} {1e3 * middle:8.1f} {BATCH / middle:9.1f} {row['speed_up']:8.2f}x {share:>11} {start:>12}")
-    path = environment.results_folder() / "train_step.json"
-    setting = {"teachers": [TEACHER] * K, "student": STUDENT, "batch": BATCH, "classes": CLASSES, "strategy": "ca-mkd"}
-    result = {"environment": where, "setting": setting, "loss_ms": 1e3 * loss, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path.relative_to(environment.RESULTS.parent.parent)}")
-
-
-if __name__ == "__main__":
-    main()
+        suite.record(benchmark if name == watched else None, row)

@@ -1,0 +1,28 @@
+"""`python -m benchmarks SUITE ... [pytest's options]`: each suite prints its table and writes its JSON.
+
+`python -m benchmarks logit_loss --shapes quick -k 64x100`. pytest-benchmark's own options work as well
+(`--benchmark-autosave --benchmark-compare` to compare commits, `--benchmark-verbose`); its table is off.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.results import SUITES
+
+# The suites are no tests of the tree, so no cache and no verdict; a compilation may take minutes.
+FLAGS = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--benchmark-quiet", "--override-ini", "timeout=900"]
+
+
+def main(arguments: list[str]) -> int:
+    names = [name for name in arguments if name in SUITES]
+    if not names:
+        raise SystemExit(f"name one or more of {', '.join(SUITES)}")
+    options = [word for word in arguments if word not in SUITES]
+    return pytest.main([*FLAGS, *(f"benchmarks/bench_{name}.py" for name in names), *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

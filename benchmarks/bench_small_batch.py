@@ -1,0 +1,97 @@
+"""64 x 100, K = 3, loss + backward: what a call costs where launches and Python decide, not bytes.
+
+For every contestant: host time of a call to the end of the device's work, the same replayed from a CUDA graph, and, by
+torch.profiler, the device's own time and the number of kernels launched. Without a GPU only the first exists.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import baselines, shapes, timer
+from benchmarks.conftest import Suite
+from benchmarks.timer import Subject
+
+pytestmark = pytest.mark.benchmark(timer=timer.CLOCK)
+PROFILED = 20  # calls
+
+
+def recorded(subject: Subject, device: torch.device) -> Subject:
+    """The call as a CUDA graph's replay; warmed up on a side stream, as capture asks for."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(timer.WARM_UP):
+            subject()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        subject()
+    return graph.replay
+
+
+def kernels_of(events: Iterable[Any], calls: int) -> tuple[float, float]:
+    """Device microseconds and launches per call from torch.profiler's events; memory copies and fills count."""
+    launched = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in launched) / calls, len(launched) / calls
+
+
+def profiled(subject: Subject, device: torch.device) -> tuple[float, float]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED):
+            timer.wall_seconds(subject, device)
+    return kernels_of(profile.events(), PROFILED)
+
+
+def test_small_batch(benchmark: Any, suite: Suite) -> None:
+    shape = shapes.Shape(64, 100, 3, torch.float32 if suite.device.type == "cpu" else torch.bfloat16)
+    batch = shape.batch(suite.device)
+    others, missing = baselines.others(suite.device, suite.max_autotune)
+    truth = others["eager"].grad(batch)
+    subjects: dict[str, Subject] = {}
+    for name, contestant in (baselines.ours(batch) | others).items():
+        reason = baselines.disagreement(contestant, truth, batch)
+        if reason is not None:
+            missing.append(f"{name}: {reason}")
+            continue
+        subjects[f"{name} backward"] = partial(contestant.backward, batch)
+        if name.startswith("camkd"):
+            subjects[f"{name} value + gradient"] = partial(contestant.grad, batch)
+    for reason in missing:
+        suite.note(f"left out: {reason}")
+    watched = next(iter(subjects))
+    times = timer.interleaved(
+        subjects, suite.device, seconds=suite.seconds(5.0), benchmark=benchmark, watch=watched, wall=True
+    )
+    for name, subject in subjects.items():
+        row = {"name": name, "floor_bytes": shape.floor_bytes(), "call_us": 1e6 * statistics.median(times[name])}
+        row |= {"graph_us": None, "device_us": None, "launches": None}
+        if suite.device.type == "cuda":
+            row["device_us"], row["launches"] = profiled(subject, suite.device)
+            row["graph_us"] = replayed(suite, name, subject)
+        suite.record(None, row)
+    benchmark.extra_info.update(suite.rows[0])
+    if suite.device.type == "cpu":
+        suite.note("CUDA graphs, device times and launches need a GPU.")
+
+
+def replayed(suite: Suite, name: str, subject: Subject) -> float | None:
+    """Microseconds of a replay, or None with a note where the call cannot be captured."""
+    try:
+        replay = recorded(subject, suite.device)
+    except RuntimeError as error:
+        if name.startswith("camkd"):
+            raise
+        suite.note(f"{name} cannot be captured: {str(error).splitlines()[0]}")
+        return None
+    times = timer.interleaved({name: replay}, suite.device, seconds=0.5, wall=True)[name]
+    return 1e6 * statistics.median(times)

@@ -1,0 +1,97 @@
+"""Options of the suites, and one recorder per suite: rows as they come, a JSON file and a table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import environment, results, tables, timer
+
+WRITTEN = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("camkd-fast")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--device", choices=("cpu", "cuda"), default=default, help="default: the GPU if there is one")
+    group.addoption("--shapes", choices=("quick", "full"), default="full", help="how much of the grid (default: full)")
+    group.addoption("--seconds", type=float, help="time per test instead of the suite's own")
+    group.addoption("--max-autotune", action="store_true", help="also on a CPU, where it compiles for minutes")
+    group.addoption("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        raise pytest.UsageError("torch fills new memory here, as in the test suite: run the benchmarks by themselves")
+    config.stash[WRITTEN] = []
+
+
+@dataclass
+class Suite:
+    """What one file of benchmarks measures with, and where its rows go."""
+
+    device: torch.device
+    name: str
+    folder: Path
+    environment: dict[str, str]
+    copy_gb_per_s: float
+    max_autotune: bool
+    _seconds: float | None
+    rows: list[results.Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # further numbers of the whole run
+
+    def seconds(self, default: float) -> float:
+        return default if self._seconds is None else self._seconds
+
+    def record(self, benchmark: Any, row: results.Row) -> None:
+        """Keep one row, also beside pytest-benchmark's own numbers; the file is whole after every row."""
+        row["clocks_mhz"] = environment.clocks(self.device)
+        self.rows.append(row)
+        results.write(self.folder, self.name, self.result())
+        if benchmark is not None:
+            benchmark.extra_info.update(row)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "copy_gb_per_s": self.copy_gb_per_s,
+            **self.extra,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+
+
+@pytest.fixture(scope="module")
+def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+    option = request.config.option
+    torch.manual_seed(0)
+    device = torch.device(option.device)
+    where = environment.describe(device)
+    suite = Suite(
+        device=device,
+        name=request.module.__name__.rpartition(".")[2].removeprefix("bench_"),
+        folder=option.out or environment.results_folder(where),
+        environment=where,
+        copy_gb_per_s=timer.copy_bandwidth(device, option.seconds or 2.0),
+        max_autotune=option.max_autotune or device.type == "cuda",
+        _seconds=option.seconds,
+    )
+    yield suite
+    if suite.rows:
+        path = results.write(suite.folder, suite.name, suite.result())  # notes may follow the last row
+        request.config.stash[WRITTEN].append(f"{tables.text(suite.name, suite.result())}\nwritten to {path}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for text in config.stash[WRITTEN]:
+        terminalreporter.write_line(f"\n{text}")

@@ -1,0 +1,276 @@
+"""`make gpu-check`: everything that only a GPU can tell, in one command of less than nine minutes and without network.
+
+Sections run one after another, each in processes of its own with a budget of seconds; one that fails or runs out of
+time does not stop the next. JSON, PNGs and the whole log go to $OUT (default runs/gpu-check), a short table comes last,
+and the exit status is 1 if any section failed. `python -m benchmarks.gpu_check SECTION ...` runs only those.
+
+Imports nothing but the standard library: it must be able to say in words what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).parent.parent
+TOTAL, LAST = 510, 20  # seconds in all, half a minute short of nine minutes; and those of the last section
+PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+
+PROBE = """
+import json
+try:
+    import torch
+except ImportError:
+    print(json.dumps({"problem": "torch is not installed"}))
+else:
+    there = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if there else ""
+    print(json.dumps({"problem": "" if there else f"torch {torch.__version__} sees no CUDA device", "name": name}))
+"""
+BACKENDS = """
+from camkd_fast import dispatch
+for name in dispatch.BACKENDS:
+    state = dispatch.availability(name)
+    print(f"{name}: {'usable' if state.usable else 'missing'} ({state.reason})")
+"""
+
+
+class CheckError(Exception):
+    """Why a section failed, in one line."""
+
+
+class SkipError(Exception):
+    """Why a section has nothing to do here."""
+
+
+@dataclass
+class Check:
+    """Where the sections write and how long they may take."""
+
+    out: Path
+    log: IO[str]
+    deadline: float
+    ends: float = 0.0  # of the section that runs
+    found: list[str] = field(default_factory=list)  # what the table says about it
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.write(f"{text}\n")
+        self.log.flush()
+
+    def run(self, command: list[str], **environment: str) -> str:
+        """What the command printed; it goes to the log and the terminal as it comes.
+
+        Raises:
+            CheckError: it failed or ran out of the section's time.
+        """
+        self.say(f"$ {' '.join(command) if len(command[-1]) < 200 else command[0]}")
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise CheckError("no time left")
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, text=True, bufsize=1, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        # An alarm rather than communicate(timeout=...), so that lines appear as they are printed.
+        late = False
+
+        def stop(*_: object) -> None:
+            nonlocal late
+            late = True
+            os.killpg(process.pid, signal.SIGKILL)
+
+        previous = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, left)
+        lines = []
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                self.say(line.rstrip("\n"))
+                lines.append(line)
+            status = process.wait()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        text = "".join(lines)
+        if late:
+            raise CheckError(f"out of time after {left:.0f} s: {_last(text)}")
+        if status:
+            raise CheckError(f"exit status {status}: {_last(text)}")
+        return text
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].strip("= ")[:160] if lines else "it printed nothing"
+
+
+def device(check: Check) -> str:
+    """The GPU's name.
+
+    Raises:
+        CheckError: there is none.
+    """
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckError(f"no CUDA device: torch cannot be imported: {_last(done.stderr)}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    if told["problem"]:
+        raise CheckError(f"no CUDA device: {told['problem']}")
+    return str(told["name"])
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def build(check: Check) -> None:
+    """Against the compilers, torch and triton that are there: nothing is downloaded."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
+    check.run(pip, PIP_BREAK_SYSTEM_PACKAGES="1")
+    told = check.run([sys.executable, "-c", BACKENDS])
+    usable = {line.partition(":")[0]: ": usable" in line for line in told.splitlines()}
+    check.found.append(", ".join(name for name, there in usable.items() if there))
+    if not usable["cpu"]:
+        raise CheckError(next(line for line in told.splitlines() if line.startswith("cpu:")))
+    if shutil.which("nvcc") and not usable["cuda"]:
+        raise CheckError(f"nvcc is there, but {next(li for li in told.splitlines() if li.startswith('cuda:'))}")
+
+
+def tests(check: Check) -> None:
+    """tests/gpu: every backend against float64, streams, graphs, memory, compile, training."""
+    check.found.append(device(check))
+    told = check.run([sys.executable, "-m", "pytest", "tests/gpu", "-m", "not slow", "-q", "-rs", "--durations=5"])
+    check.found.append(_last(told))
+
+
+def sanitizer(check: Check) -> None:
+    """compute-sanitizer on small shapes."""
+    device(check)
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
+    )
+    if tool is None:
+        raise SkipError("compute-sanitizer is not on PATH nor in /usr/local/cuda")
+    problems, ends = [], check.ends
+    for i, name in enumerate(SANITIZERS):
+        # An equal part of what is left, so that a slow one does not starve the others.
+        now = time.monotonic()
+        check.ends = now + (ends - now) / (len(SANITIZERS) - i)
+        command = [tool, "--tool", name, "--error-exitcode", "1", "--print-limit", "20", "--target-processes"]
+        command += ["application-only", sys.executable, "-m", "tests.gpu.sanitized"]
+        try:
+            # Without torch's cache every allocation has its own bounds.
+            check.run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            check.found.append(name)
+        except CheckError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise CheckError("; ".join(problems))
+
+
+def headline(path: Path) -> str:
+    """The loss's figures in one line."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["grid"] == "compared"]
+    return ", ".join(
+        f"{row['N']}x{row['C']} {row['share_of_copy']:.0%} of copy"
+        + "".join(f" {row['over']['grad'][name]:.1f}x {name}" for name in ("compile",) if name in row["over"]["grad"])
+        for row in rows
+    )
+
+
+def suites(*names: str, seconds: str) -> Callable[[Check], None]:
+    """A section that runs benchmark suites on the quick grid."""
+
+    def section(check: Check) -> None:
+        device(check)
+        command = [sys.executable, "-m", "benchmarks", *names, "--device", "cuda", "--shapes", "quick"]
+        try:
+            check.run([*command, "--seconds", seconds, "--out", str(check.out)])
+        finally:
+            for name in names:
+                path = check.out / f"{name}.json"  # rows are there as soon as they are measured
+                if path.exists():
+                    check.found.append(headline(path) if name == "logit_loss" else f"{name}.json")
+
+    return section
+
+
+def plots(check: Check) -> None:
+    """PNGs of this run's loss results, whatever its tests said; publishing is `make bench-report`'s."""
+    device(check)
+    results = check.out / "logit_loss.json"
+    if not results.exists():
+        raise CheckError("no results of the loss to draw")
+    check.run([sys.executable, "-m", "benchmarks.figures", str(results)])
+    check.found.append(", ".join(sorted(path.name for path in check.out.glob("*.png"))))
+
+
+# Seconds each may take at most, and at most what is left of TOTAL less what the last one needs.
+SECTIONS: dict[str, tuple[int, Callable[[Check], None]]] = {
+    "build": (100, build),
+    "tests": (160, tests),
+    "sanitizer": (80, sanitizer),
+    "loss": (190, suites("logit_loss", seconds="1")),
+    "small batch": (40, suites("small_batch", seconds="1")),
+    "features": (30, suites("feature_loss", seconds="1")),
+    "loaders": (30, suites("loaders", seconds="2")),
+    "training": (90, suites("train_step", seconds="5")),
+    "plots": (LAST, plots),
+}
+
+
+def run_sections(check: Check, names: list[str]) -> list[tuple[str, str, float, str]]:
+    """(section, outcome, seconds, what it found) of each."""
+    table = []
+    for name in names:
+        budget, section = SECTIONS[name]
+        started = time.monotonic()
+        check.ends, check.found = min(started + budget, check.deadline - (0 if name == "plots" else LAST)), []
+        check.say(f"\n===== {name} (at most {max(check.ends - started, 0):.0f} s) =====")
+        try:
+            section(check)
+            outcome = PASSED
+        except CheckError as error:
+            outcome = FAILED
+            check.found.append(str(error))
+        except SkipError as error:
+            outcome = SKIPPED
+            check.found.append(str(error))
+        table.append((name, outcome, time.monotonic() - started, "; ".join(filter(None, check.found))))
+        check.say(f"{name}: {outcome}")
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    unknown = set(arguments) - set(SECTIONS)
+    if unknown:
+        raise SystemExit(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu-check").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "gpu_check.log", "w") as log:
+        check = Check(out, log, time.monotonic() + TOTAL)
+        table = run_sections(check, arguments or list(SECTIONS))
+        check.say(f"\n{'section':<12} {'outcome':<8} {'seconds':>7}  found")
+        for name, outcome, seconds, found in table:
+            check.say(f"{name:<12} {outcome:<8} {seconds:7.0f}  {found}")
+        failed = [name for name, outcome, *_ in table if outcome == FAILED]
+        check.say(f"\n{len(table) - len(failed)} of {len(table)} sections without failure; everything is in {out}")
+    keys = ("section", "outcome", "seconds", "found")
+    summary = [dict(zip(keys, row, strict=True)) for row in table]
+    # In a folder of its own kind: *.json beside the log are results.
+    (out / "gpu_check_summary.txt").write_text(json.dumps(summary, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

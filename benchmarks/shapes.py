@@ -1,0 +1,70 @@
+"""What the loss is measured at: the sizes that are compared with others, and a sweep over C for the roofline."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class Batch(NamedTuple):
+    """The tensors of one evaluation."""
+
+    student: Tensor  # (N, C), requires grad
+    teachers: list[Tensor]  # K of (N, C)
+    target: Tensor  # (N,) int64
+
+
+class Shape(NamedTuple):
+    N: int
+    C: int
+    K: int
+    dtype: torch.dtype
+
+    def floor_bytes(self) -> int:
+        """K+1 inputs read once and one gradient written: (K+2) N C elements."""
+        return (self.K + 2) * self.N * self.C * self.dtype.itemsize
+
+    def batch(self, device: torch.device) -> Batch:
+        """Random logits, the same for every contestant; made on the device, where 10 GB take a moment."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def logits() -> Tensor:
+            return torch.randn(self.N, self.C, generator=generator, device=device, dtype=self.dtype).mul_(3)
+
+        student, *teachers = (logits() for _ in range(self.K + 1))
+        target = torch.randint(self.C, (self.N,), generator=generator, device=device)
+        return Batch(student.requires_grad_(), teachers, target)
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.C}-K{self.K}-{str(self.dtype).removeprefix('torch.')}"
+
+
+# Against others. On a GPU sizes at which a training step needs its loss: language models, ImageNet, CIFAR.
+COMPARED = {
+    "cpu": [
+        *(Shape(N, C, 3, F32) for N, C in ((64, 100), (1024, 100), (1024, 1000))),
+        Shape(4096, 1000, 5, F32),
+        *(Shape(N, C, 3, F32) for N, C in ((256, 32000), (128, 128256))),
+        *(Shape(N, C, 3, BF16) for N, C in ((1024, 1000), (128, 128256))),
+    ],
+    "cuda": [Shape(N, C, 3, BF16) for N, C in ((8192, 128256), (4096, 32000), (16384, 1000), (64, 100), (1024, 100))],
+}
+SWEEP_C = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 262144)
+# Far beyond every cache, and small enough that 72 sizes take about a minute.
+SWEEP_BYTES = {"cpu": 100e6, "cuda": 2e9}
+
+
+def sweep(device: str, which: str) -> list[Shape]:
+    """Our kernels alone over C. "quick" leaves out K = 1 and 2 and the dtype that is rarer on the device."""
+    quick = which == "quick"
+    shapes = []
+    for dtype in ({"cpu": F32, "cuda": BF16}[device],) if quick else (F32, BF16):
+        for K in (3, 5) if quick else (1, 2, 3, 5):
+            for C in SWEEP_C:
+                N = max(int(SWEEP_BYTES[device] / ((K + 2) * C * dtype.itemsize)), 1)
+                shapes.append(Shape(N, C, K, dtype))
+    return shapes

@@ -1,0 +1,142 @@
+"""The table of each suite, for the terminal, the README and the page alike, and the sentence below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.results import geometric_mean
+from camkd_fast.report.page import Table
+
+Result = dict[str, Any]
+ENDS = {"backward": "swap-in", "grad": "value + gradient"}
+
+
+def where(result: Result) -> str:
+    """What a measurement must say about itself."""
+    told = result["environment"]
+    return f"{environment.title(told)}, torch {told['torch']}, commit {told['commit']}, {told['date']}."
+
+
+def compared(result: Result) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["grid"] == "compared"]
+
+
+def _size(row: dict[str, Any]) -> list[str]:
+    return [f"{row['N']} x {row['C']}", str(row["K"]), row["dtype"]]
+
+
+def logit_loss(result: Result) -> tuple[Table, str]:
+    """Milliseconds of ours at both ends, and how many times longer the others take."""
+    rows = compared(result)
+    others = list(dict.fromkeys(name for row in rows for name in row["over"]["grad"]))
+    header = ["N x C", "K", "dtype"]
+    for title in ENDS.values():
+        header += [f"{title} ms", *(f"over {name}" for name in others)]
+    cells = []
+    for row in rows:
+        line = _size(row)
+        for end in ENDS:
+            line.append(f"{row['times'][row['ours']][end]['p50_ms']:.3f}")
+            line += [f"{row['over'][end][name]:.1f}x" if name in row["over"][end] else "" for name in others]
+        cells.append([*line, f"{row['share_of_copy']:.0%}"])
+    return Table([*header, "of copy"], cells), logit_loss_note(result)
+
+
+def logit_loss_note(result: Result) -> str:
+    rows = compared(result)
+    sentences = []
+    for end, title in ENDS.items():
+        names = [n for n in ("eager", "compile", "max-autotune") if all(n in row["over"][end] for row in rows)]
+        ratios = {name: [row["over"][end][name] for row in rows] for name in names}
+        means = " and ".join(f"{geometric_mean(values):.1f}x {name}" for name, values in ratios.items())
+        least = ", ".join(f"{min(values):.1f}x {name}" for name, values in ratios.items() if name != "eager")
+        if names:
+            sentences.append(f"{title} {means}" + (f", at least {least}" if least else ""))
+    means = f"Geometric means: {'; '.join(sentences)}. " if sentences else ""
+    return (
+        f"{means}Copy bandwidth {result['copy_gb_per_s']:.0f} GB/s in the same run; starting the autograd engine takes "
+        f"{result['engine_start_us']:.0f} us."
+    )
+
+
+def sweep(result: Result) -> Table:
+    """Fraction of the copy bandwidth over C, value and gradient; a line per backend, dtype and K."""
+    rows = [row for row in result["rows"] if row["grid"] == "sweep"]
+    classes = sorted({row["C"] for row in rows})
+    shares: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows:
+        for name in row["times"]:
+            shares.setdefault((name, row["dtype"], row["K"]), {})[row["C"]] = share_of_copy(row, name, result)
+    cells = [
+        [f"{name}, {dtype}, K = {K}", *(f"{at[C]:.0%}" if C in at else "" for C in classes)]
+        for (name, dtype, K), at in sorted(shares.items())
+    ]
+    return Table(["of copy at C =", *map(str, classes)], cells)
+
+
+def share_of_copy(row: dict[str, Any], name: str, result: Result) -> float:
+    """Floor bytes per time of value and gradient, as a fraction of the copy bandwidth of the same run."""
+    return row["floor_bytes"] / (row["times"][name]["grad"]["p50_ms"] * 1e6) / result["copy_gb_per_s"]
+
+
+def small_batch(result: Result) -> tuple[Table, str]:
+    """What a call costs where launches, not bytes, decide."""
+    header = ["64 x 100, loss + backward", "call us", "in a CUDA graph us", "on the device us", "launches"]
+    rows = []
+    for row in result["rows"]:
+        told = (row["call_us"], row["graph_us"], row["device_us"], row["launches"])
+        rows.append([row["name"], *("" if value is None else f"{value:.0f}" for value in told)])
+    return Table(header, rows), " ".join(result["notes"])
+
+
+def feature_loss(result: Result) -> tuple[Table, str]:
+    names = list(result["rows"][0]["over"])
+    header = ["features", "K", "dtype", "ms", *(f"over {name}" for name in names), "of copy"]
+    rows = []
+    for row in result["rows"]:
+        ratios = [f"{row['over'][name]:.1f}x" for name in names]
+        milliseconds = f"{row['times'][row['ours']]['p50_ms']:.2f}"
+        rows.append(
+            [row["features"], str(row["K"]), row["dtype"], milliseconds, *ratios, f"{row['share_of_copy']:.0%}"]
+        )
+    return Table(header, rows), f"Copy bandwidth {result['copy_gb_per_s']:.0f} GB/s in the same run."
+
+
+def train_step(result: Result) -> tuple[Table, str]:
+    """Speed of the training step over settings."""
+    header = ["step", "ms", "images/s", "speed-up", "the loss's share", "first two steps, s"]
+    rows = []
+    for row in result["rows"]:
+        share, first = row["loss_share"], row["first_two_steps_seconds"]
+        cells = [row["name"], f"{row['p50_ms']:.0f}", f"{row['images_per_second']:.0f}", f"{row['speed_up']:.1f}x"]
+        rows.append([*cells, "" if share is None else f"{share:.2%}", "" if first is None else f"{first:.0f}"])
+    return Table(header, rows), ""
+
+
+def loaders(result: Result) -> tuple[Table, str]:
+    """Images per second of the loaders."""
+    rows = [
+        [row["images"], row["loader"], f"{row['images_per_second']:,.0f}", f"{row['speed_up']:.1f}x"]
+        for row in result["rows"]
+    ]
+    return Table(["images", "loader", "images/s", "over torch"], rows), ""
+
+
+TABLES: dict[str, Callable[[Result], tuple[Table, str]]] = {
+    "logit_loss": logit_loss,
+    "small_batch": small_batch,
+    "feature_loss": feature_loss,
+    "train_step": train_step,
+    "loaders": loaders,
+}
+
+
+def text(suite: str, result: Result) -> str:
+    """For a terminal."""
+    if suite == "logit_loss" and not compared(result):
+        return f"{len(result['rows'])} sizes of the sweep"
+    table, note = TABLES[suite](result)
+    tests = f"tests of this tree: {result['environment']['tests']}"
+    return "\n".join(filter(None, [table.text(), note, *result["notes"], where(result), tests]))

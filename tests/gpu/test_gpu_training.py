@@ -1,0 +1,92 @@
+"""Loaders and the training step on the GPU, against the same on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from camkd_fast.data import LoaderConfig, choose
+from camkd_fast.data.augment import Augmentation
+from camkd_fast.data.batch import Batch
+from camkd_fast.train import strategies
+from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.distributed import World
+from camkd_fast.train.step import TrainStep
+from camkd_fast.train.teachers import LiveTeachers
+from tests.gpu.conftest import CUDA, NO_GPU
+from tests.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
+from tests.training import CLASSES, OPTIM, SmallNet, batch, parameters
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("augmentation", [None, CROP, RESIZED], ids=["none", "crop", "resized-crop"])
+def test_resident_batches_equal_the_cpus(
+    device: torch.device, augmentation: Augmentation | None, channels_last: bool
+) -> None:
+    data = arrays()
+    settings = {"augmentation": augmentation, "channels_last": channels_last}
+    with opened(data, "resident", **settings) as loader, opened(data, "resident", device=device, **settings) as other:
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            other.set_epoch(epoch)
+            for ours, theirs in zip(other, loader, strict=True):
+                assert ours.images.device.type == device.type and torch.equal(ours.index.cpu(), theirs.index)
+                assert torch.equal(ours.target.cpu(), theirs.target)
+                # Interpolation may round to the neighbouring level here and there.
+                close = (ours.images.cpu() - theirs.images).abs() <= (0.02 if augmentation is RESIZED else 1e-5)
+                assert close.float().mean() > 0.999
+
+
+def steps_of(device: torch.device, precision: PrecisionConfig, count: int = 3) -> torch.Tensor:
+    """All parameters after a few steps of CA-MKD with features."""
+    teachers = [SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)]
+    taught = LiveTeachers(teachers, CLASSES)
+    torch.manual_seed(0)
+    strategy = strategies.create("ca-mkd", taught, SmallNet().num_features)
+    step = TrainStep(SmallNet(), strategy, taught, OPTIM, precision, World(0, 1, device), 32, seed=0)
+    for i in range(count):
+        images, target, *rest = batch(32, seed=i)
+        step(Batch(images.to(device), target.to(device), *rest), 32, 0.01, i)
+    return parameters(step).cpu()
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # float16's scaler skips the first steps
+def test_training_steps_equal_the_cpus(device: torch.device, dtype: str) -> None:
+    before = steps_of(CPU, PrecisionConfig(compile="off"), 0)
+    expected = steps_of(CPU, PrecisionConfig(compile="off"))
+    actual = steps_of(device, PrecisionConfig(compile="off", dtype=dtype))
+    # Relative to how far three steps moved: convolutions on a GPU may use TF32, 16 bits resolve less.
+    error = float((actual - expected).norm() / (expected - before).norm())
+    assert error < {"float32": 0.03, "bfloat16": 0.1}[dtype], f"{error:.1e}"
+
+
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize("graphs", [False, True], ids=["compiled", "compiled, CUDA graphs"])
+def test_compiled_training_steps_equal_eager_ones(graphs: bool) -> None:
+    torch._dynamo.reset()
+    eager = steps_of(CUDA, PrecisionConfig(compile="off"), 5)
+    compiled = steps_of(CUDA, PrecisionConfig(compile="on", cuda_graphs=graphs), 5)
+    moved = (eager - steps_of(CUDA, PrecisionConfig(compile="off"), 0)).norm()
+    assert float((compiled - eager).norm() / moved) < 0.01
+
+
+def test_dali_decodes_on_the_device(device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    files = image_files(tmp_path)
+    config = LoaderConfig(8, augmentation=RESIZED, workers=1, device=device)
+    with opened(files, "dali", batch_size=8, augmentation=RESIZED) as on_cpu:
+        on_cpu.set_epoch(0)
+        index, expected = by_sample(on_cpu)
+    loader = choose.loader(files, config, "dali")
+    loader.set_epoch(0)
+    again, actual = by_sample(loader)
+    loader.close()
+    assert torch.equal(again.cpu(), index)
+    # The GPU's JPEG decoder is a few levels off in places; 60 levels are one unit.
+    assert (actual.cpu() - expected).abs().mean() < 0.05
