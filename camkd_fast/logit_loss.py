@@ -67,9 +67,10 @@ def _reduce(rows: RowLoss, i: int, inverse: float | Tensor | None, lead: torch.S
     """Row i of the numbers (0 loss, 1 hard, 2 soft), summed and times `inverse`, or as (...) where that is None."""
     if inverse is None:
         return rows.numbers[i].view(lead)
-    if rows.sums is not None and isinstance(inverse, float):
-        return torch.scalar_tensor(rows.sums[i] * inverse, dtype=rows.numbers.dtype)
-    total = rows.numbers[i].sum()
+    sums = rows.sums
+    if sums is not None and not isinstance(sums, Tensor) and isinstance(inverse, float):
+        return torch.scalar_tensor(sums[i] * inverse, dtype=rows.numbers.dtype)
+    total = sums[i] if isinstance(sums, Tensor) else rows.numbers[i].sum()
     return total * inverse if isinstance(inverse, float) else total * inverse.squeeze(0)
 
 

@@ -49,7 +49,8 @@ class RowLoss(NamedTuple):
 
     numbers: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
     residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
-    sums: tuple[float, float, float] | None = None  # of loss, hard and soft, from a backend that adds up on the host
+    # Of loss, hard and soft, from a backend that adds up itself: three numbers on the host, or (3,) on the device.
+    sums: tuple[float, float, float] | Tensor | None = None
 
     @property
     def rows(self) -> Tensor:

@@ -1,0 +1,66 @@
+// Launcher of the logit loss.
+#include "row_loss.cuh"
+
+#include <cmath>
+
+#include "launch.h"
+
+namespace camkd::cuda {
+namespace {
+
+Temperature temperature_of(float T) {
+    const int power = T == 1 || T == 2 || T == 4 ? int(T) : 0;
+    return {float(1.4426950408889634 / T), power};
+}
+
+template <class T>
+bool launch_row_loss(RowLaunch& launch, float* sums, Stream stream) {
+    const RowLossArgs& args = launch.args;
+    RowProblem problem{};
+    problem.N = args.N;
+    problem.C = args.C;
+    problem.K = args.K;
+    problem.vector = kVector<T>;
+    problem.row_bytes = RowShared::row_bytes;
+    problem.warp_bytes = problem.block_bytes = RowShared::states_bytes(args.K);
+    problem.wants_sums = sums != nullptr;
+    Limits limits = device_limits();
+    RowGeometry& g = launch.geometry;
+    void (*kernel)(RowLaunch) = nullptr;
+    for (;; limits.cluster /= 2) {
+        g = row_geometry(problem, limits);
+        kernel = g.warp_teams ? &row_loss_kernel<T, true> : &row_loss_kernel<T, false>;
+        const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
+        // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
+        if (resident == 0 && g.cluster > 1) continue;
+        limit_grid(g, resident);
+        break;
+    }
+    launch.sums = problem.wants_sums && g.warp_teams && g.blocks == g.cluster ? sums : nullptr;
+    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, stream);
+    return launch.sums != nullptr;
+}
+
+}  // namespace
+
+bool row_loss(const RowLossArgs& args, float* sums, Stream stream) {
+    if (args.N == 0) return false;
+    RowLaunch launch{};
+    launch.args = args;
+    launch.temperature = temperature_of(args.formula.temperature);
+    const Matrix* inputs[kMaxStreams];
+    bool mixed = false;
+    for (int k = 0; k <= args.K; ++k) {
+        inputs[k] = &args.streams[k];
+        mixed = mixed || args.streams[k].dtype != args.streams[0].dtype;
+    }
+    launch.wide_in = !mixed && aligned_alike(inputs, args.K + 1, args.N, args.inner);
+    const Matrix residual = dense(args.residual, args.C, args.inner, args.streams[0].dtype);
+    launch.wide_out = launch.wide_in && aligned_alike({&args.streams[0], &residual}, args.N, args.inner);
+    bool added = false;
+    with_element(args.streams[0].dtype, mixed,
+                 [&](auto element) { added = launch_row_loss<decltype(element)>(launch, sums, stream); });
+    return added;
+}
+
+}  // namespace camkd::cuda
