@@ -21,8 +21,8 @@ constexpr int kBlockThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kWarpThreads = 32;
 
-// A warp takes whole rows up to this many vectors per lane (2040 columns of 16 bits, 1020 of fp32 for the usual K = 3:
-// then no block barrier is needed, and the rows of 24 warps still fit on a multiprocessor.
+// A warp takes whole rows up to this many vectors per lane, 2048 columns of 16 bits or 1024 of fp32 for the usual K =
+// 3: no block barrier is needed, and the rows of 13 warps at least fit on a multiprocessor.
 constexpr int kWarpVectors = 8;
 constexpr int kWarpStash = 32 * 1024;  // bytes per warp: with more teachers rows go to blocks sooner
 // Rows that a warp finishes together, one to a lane: what is K wide costs as much for 4 rows as for 1. Wide rows hide
@@ -48,10 +48,11 @@ struct RowGeometry {
 
 struct RowProblem {
     int64_t N;
-    int C, K, vector;  // elements in 16 bytes
-    int row_bytes;     // shared memory beside the stash: of each row in flight,
-    int warp_bytes;    // of each warp,
-    int block_bytes;   // and of each block
+    int C, K;
+    int vectors;      // 16 bytes each, that a row touches at most
+    int row_bytes;    // shared memory beside the stash: of each row in flight,
+    int warp_bytes;   // of each warp,
+    int block_bytes;  // and of each block
     bool wants_sums;
 };
 
@@ -73,8 +74,7 @@ inline int64_t share_of(const Limits& limits, int blocks) {
 // The grid is left at one team per set of rows; `limit_grid` fits it to what is resident.
 inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     RowGeometry g{};
-    // A row that does not begin at a 16-byte boundary touches one vector more.
-    const int64_t vectors = ceil_div(int64_t(p.C) + p.vector - 1, p.vector);
+    const int64_t vectors = p.vectors;
     const int per_lane = int(ceil_div(vectors, kWarpThreads));
     const int64_t warp_stash = int64_t(p.K + 1) * per_lane * kWarpThreads * 16;
     g.cluster = g.rows = g.batches = 1;

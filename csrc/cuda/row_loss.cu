@@ -20,7 +20,10 @@ bool launch_row_loss(RowLaunch& launch, float* sums, Stream stream) {
     problem.N = args.N;
     problem.C = args.C;
     problem.K = args.K;
-    problem.vector = kVector<T>;
+    // A row that does not begin at a 16-byte boundary touches one vector more.
+    const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
+    const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.inner);
+    problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
     problem.row_bytes = RowShared::row_bytes;
     problem.warp_bytes = problem.block_bytes = RowShared::states_bytes(args.K);
     problem.wants_sums = sums != nullptr;

@@ -80,7 +80,7 @@ class RowKernel {
         const int rows = together(), last = batches() - 1;
         const int64_t sets = (launch_.args.N + rows - 1) / rows;
         int parity = 0;
-        prepare(team_.index, parity);
+        if (WarpTeams || thread_id() < kWarp) prepare(team_.index, parity);
         team_.barrier();
         fetch_first_batches(parity);
         for (int64_t set = team_.index; set < sets; set += team_.count, parity ^= 1) {
