@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 

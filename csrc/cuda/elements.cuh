@@ -27,6 +27,7 @@ struct Elements<float> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = bits_to_float(p.word[i]);
     }
+    static CAMKD_DEVICE void unpack_part(const Pack* p, int, float (&x)[4]) { unpack(*p, x); }
     static CAMKD_DEVICE Pack pack(const float (&x)[4]) {
         Pack p;
 #pragma unroll
@@ -49,6 +50,14 @@ struct Elements<bf16> {
             x[2 * i + 1] = bits_to_float(p.word[i] & 0xffff0000u);
         }
     }
+    static CAMKD_DEVICE void unpack_part(const Pack* p, int part, float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t word = p->word[2 * part + i];
+            x[2 * i] = bits_to_float(word << 16);
+            x[2 * i + 1] = bits_to_float(word & 0xffff0000u);
+        }
+    }
     static CAMKD_DEVICE Pack pack(const float (&x)[8]) {
         Pack p;
 #pragma unroll
@@ -67,6 +76,14 @@ struct Elements<f16> {
         for (int i = 0; i < 4; ++i) {
             x[2 * i] = half_to_float(p.word[i] & 0xffffu);
             x[2 * i + 1] = half_to_float(p.word[i] >> 16);
+        }
+    }
+    static CAMKD_DEVICE void unpack_part(const Pack* p, int part, float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t word = p->word[2 * part + i];
+            x[2 * i] = half_to_float(word & 0xffffu);
+            x[2 * i + 1] = half_to_float(word >> 16);
         }
     }
     static CAMKD_DEVICE Pack pack(const float (&x)[8]) {

@@ -32,6 +32,7 @@ struct RowState {
     RowSums<float> sums[kMaxStreams];
     RowResult<float> result;
     ResidualCoefficients<float> coefficients;
+    Reference references[kMaxStreams];
 };
 
 // Shared memory, in this order: stash, rows in flight (this one and the next), warp states, cluster states.
@@ -172,10 +173,9 @@ class RowKernel {
             }
             warp_barrier();
             const bool more = b + 1 < batches();
-            const Batch next = batch_of(info, r, b + 1);
             stash_sums<T>(shared_.stash, batch, args.K, args.formula.weighting == Weighting::entropy,
                           launch_.temperature, lane_, states, [&](int i) {
-                              if (more) fetch_slot(info, next, i);
+                              if (more) fetch_slot(info, batch_of(info, r, b + 1), i);
                           });
             if (b > 0 && lane_ == 0) merge_states(shared_.total, shared_.batch, args.K, inverse_t);
             warp_barrier();
@@ -247,6 +247,7 @@ class RowKernel {
             }
             finish_row<ScalarMath>(args.formula, K, state.sums[0], state.sums + 1, info.fits ? 0.0f : NAN,
                                    residual_scale(), state.result, state.coefficients);
+            refer(state);
         }
         if (team_.rank != 0) return;
         float* at = args.numbers + info.row;
@@ -262,6 +263,22 @@ class RowKernel {
         for (int k = 0; k < K; ++k) write(state.result.weights[k]);
     }
 
+    // What the residual needs instead of maxima; its coefficients take the factors of their exponentials.
+    CAMKD_DEVICE void refer(RowState& state) const {
+        const Temperature& temperature = launch_.temperature;
+        for (int k = 0; k <= launch_.args.K; ++k) {
+            const float max = state.sums[k].max;
+            const Reference reference(max, temperature.scale);
+            state.references[k] = reference;
+            if (k == 0) {
+                state.coefficients.student_t *= reference.factor();
+                state.coefficients.student_1 *= temperature.factor_1(reference, max);
+            } else {
+                state.coefficients.teacher[k - 1] *= reference.factor();
+            }
+        }
+    }
+
     // Batch b of a row's residual; what is needed next takes its place in the stash.
     CAMKD_DEVICE void residual(const RowInfo& info, int r, int b, int parity) {
         const RowLossArgs& args = launch_.args;
@@ -269,7 +286,9 @@ class RowKernel {
         if (info.row >= args.N) return;
         const RowInfo& after = b > 0 ? info : shared_.infos[(parity ^ 1) * together() + r];
         const bool more = after.kept;
-        const Batch next = batch_of(after, r, b > 0 ? b - 1 : 0);
+        const auto fetch_next = [&](int i) {
+            if (more) fetch_slot(after, batch_of(after, r, b > 0 ? b - 1 : 0), i);
+        };
         const bool wanted = args.residual != nullptr;
         char* const out = static_cast<char*>(args.residual) + info.row * args.C * element_bytes(args.streams[0].dtype);
         if (wanted && info.kept) {
@@ -281,11 +300,11 @@ class RowKernel {
             for (int i = 0; i < g.slots; ++i) {
                 if (batch.holds(i)) {
                     float x[V];
-                    residual_vector<T>(shared_.stash, batch, i, args.K, launch_.temperature, state.sums,
-                                       state.coefficients, label, at_label, x);
+                    residual_vector<T>(shared_.stash, batch, i, args.K, launch_.temperature, state.references,
+                                       state.sums, state.coefficients, label, at_label, x);
                     store_vector<T>(out, args.streams[0].dtype, batch.columns, launch_.wide_out, batch.vector(i), x);
                 }
-                if (more) fetch_slot(after, next, i);
+                fetch_next(i);
             }
             return;
         }
@@ -296,8 +315,8 @@ class RowKernel {
             for (int v = b * team_.members + team_.member; v < columns.vectors; v += stride)
                 store_vector<T>(out, args.streams[0].dtype, columns, launch_.wide_out, v, zeros);
         }
-        if (more && b == 0)
-            for (int i = 0; i < g.slots; ++i) fetch_slot(after, next, i);
+        if (b == 0)
+            for (int i = 0; i < g.slots; ++i) fetch_next(i);
     }
 
     // loss, hard and soft of all rows: in order of the lanes, so that the same rows give the same bits.

@@ -23,13 +23,13 @@ struct Columns {
 template <class T>
 CAMKD_DEVICE Columns columns_of(int C, bool wide, const void* row) {
     const int phase = wide ? int(reinterpret_cast<uintptr_t>(row) % sizeof(Pack) / sizeof(T)) : 0;
-    return {C, phase, int((int64_t(C) + phase + kVector<T> - 1) / kVector<T>), wide};
+    return {C, phase, (C + phase + kVector<T> - 1) / kVector<T>, wide};
 }
 
 // Does vector v lie within the row, at an aligned address?
 template <class T>
 CAMKD_DEVICE bool whole_vector(const Columns& columns, int v) {
-    const int64_t first = int64_t(v) * kVector<T> - columns.phase;
+    const int first = v * kVector<T> - columns.phase;
     return columns.wide && first >= 0 && first + kVector<T> <= columns.C;
 }
 
@@ -44,7 +44,7 @@ CAMKD_DEVICE Pack gather(const char* row, DType dtype, const Columns& columns, i
     float x[kVector<T>];
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-        const int64_t c = int64_t(v) * kVector<T> - columns.phase + j;
+        const int c = v * kVector<T> - columns.phase + j;
         x[j] = c >= 0 && c < columns.C ? load_element(row, c, sizeof(T) == 2 ? Elements<T>::dtype : dtype) : outside;
     }
     return Elements<T>::pack(x);
@@ -67,7 +67,7 @@ CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, b
     }
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
-        const int64_t c = int64_t(v) * kVector<T> - columns.phase + j;
+        const int c = v * kVector<T> - columns.phase + j;
         if (c >= 0 && c < columns.C) store_element(row, c, sizeof(T) == 2 ? Elements<T>::dtype : dtype, x[j]);
     }
 }
