@@ -73,10 +73,15 @@ CAMKD_DEVICE int cluster_rank() {
     return int(rank);
 }
 
-// Orders shared and global memory between all threads of the cluster.
-CAMKD_DEVICE void cluster_barrier() {
+// Orders what the warps that publish have written, to shared and global memory, before what anybody in the cluster
+// reads after it. A warp that publishes waits for its own stores, residuals among them.
+CAMKD_DEVICE void cluster_barrier(bool publishes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    if (publishes)
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    else
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
 #endif

@@ -93,7 +93,7 @@ class RowKernel {
             if (WarpTeams || thread_id() / kWarp == block_threads() / kWarp - 1) prepare(set + team_.count, parity ^ 1);
             if (!WarpTeams && thread_id() < kWarp && infos[0].kept) merge_warps(parity);
             if (team_.cluster > 1) {
-                cluster_barrier();
+                cluster_barrier(thread_id() < kWarp);
                 if (thread_id() < kWarp && infos[0].kept) merge_blocks(parity);
             }
             warp_barrier();
@@ -103,7 +103,7 @@ class RowKernel {
                 for (int r = 0; r < rows; ++r) residual(infos[r], r, b, parity);
         }
         // No block of a cluster leaves while another may still read its sums.
-        if (team_.cluster > 1) cluster_barrier();
+        if (team_.cluster > 1) cluster_barrier(false);
         if (launch_.sums) add_up();
     }
 
@@ -322,7 +322,7 @@ class RowKernel {
     // loss, hard and soft of all rows: in order of the lanes, so that the same rows give the same bits.
     CAMKD_DEVICE void add_up() {
         const RowLossArgs& args = launch_.args;
-        cluster_barrier();
+        cluster_barrier(true);
         if (cluster_rank() != 0) return;
         for (int i = thread_id() / kWarp; i < 3; i += block_threads() / kWarp) {
             float sum = 0;

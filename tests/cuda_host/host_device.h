@@ -135,7 +135,7 @@ inline void warp_barrier() {
     host::self->own_warp().barrier.arrive_and_wait();
 #endif
 }
-inline void cluster_barrier() {
+inline void cluster_barrier(bool) {
 #ifndef CAMKD_DROP_CLUSTER_BARRIER
     host::self->cluster->barrier.arrive_and_wait();
 #endif
