@@ -109,6 +109,10 @@ def test_module_imports_without_a_driver() -> None:
     assert not re.search(r"NEEDED.*libcuda", needed)
 
 
+def test_debug_assertions_survive_the_release_build() -> None:
+    assert b"camkd_fast: a label lies outside [0, C)" in module().read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sources_compile_without_a_warning(arch: str, tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
     // The most of the device, so that launches of other threads need not agree on an order.
     check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_per_block),
           "shared memory of a kernel");
+    // Logits go past L1, so that the memory it shares with them is better spent on more blocks.
+    check(cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "carve-out of a kernel");
     int count = 0;
     if (config.cluster > 1) {
         check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of a kernel");

@@ -29,9 +29,9 @@ constexpr int kWarpStash = 32 * 1024;  // bytes per warp: with more teachers row
 // it.
 constexpr int kRowsTogether = 4;
 constexpr int kRowsTogetherStash = 8 * 1024;  // bytes of stash per warp that such rows may take
-// Up to this many elements of all K + 1 tensors one cluster does the whole batch, and adds up its rows: a second launch
-// (about 3 us) costs more than the idle multiprocessors.
-constexpr int64_t kOneClusterElements = 128 * 1024;
+// Up to this many elements of all K + 1 tensors per block (two or three rows of 100 classes per warp) one cluster does
+// the whole batch, and adds up its rows: the idle multiprocessors cost less than a second launch, about 3 us.
+constexpr int64_t kOneClusterElements = 8 * 1024;
 constexpr int kOneClusterBlocks = 8;  // the largest portable cluster
 
 // How row_loss runs. A team is a warp, a block or a cluster of blocks; it takes `rows` rows at a time.
@@ -92,7 +92,7 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
             g.shared = int(row_shared(p, g.threads, g.slots, g.rows, true));
             g.blocks = ceil_div(p.N, int64_t(g.rows) * (g.threads / kWarpThreads));
             const int most = std::min(limits.cluster, kOneClusterBlocks);
-            if (p.wants_sums && p.N * p.C * (p.K + 1) <= kOneClusterElements) {
+            if (p.wants_sums && p.N * p.C * (p.K + 1) <= kOneClusterElements * most) {
                 g.cluster = int(std::min<int64_t>(g.blocks, most));
                 while (g.cluster & (g.cluster - 1)) ++g.cluster;  // clusters come in powers of two
                 g.blocks = g.cluster;
