@@ -50,6 +50,7 @@ struct Elements<bf16> {
             x[2 * i + 1] = bits_to_float(p.word[i] & 0xffff0000u);
         }
     }
+    static CAMKD_DEVICE void unpack_part(const Pack* p, int, float (&x)[8]) { unpack(*p, x); }
     static CAMKD_DEVICE void unpack_part(const Pack* p, int part, float (&x)[4]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -78,6 +79,7 @@ struct Elements<f16> {
             x[2 * i + 1] = half_to_float(p.word[i] >> 16);
         }
     }
+    static CAMKD_DEVICE void unpack_part(const Pack* p, int, float (&x)[8]) { unpack(*p, x); }
     static CAMKD_DEVICE void unpack_part(const Pack* p, int part, float (&x)[4]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

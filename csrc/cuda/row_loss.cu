@@ -13,6 +13,17 @@ Temperature temperature_of(float T) {
     return {float(1.4426950408889634 / T), power};
 }
 
+template <class T, bool WarpTeams>
+auto kernel_of(const RowLaunch& launch) {
+    // 16-bit logits need every instruction saved; for fp32, twice as long on its way from memory, a kernel less to
+    // compile.
+    if constexpr (sizeof(T) == 2) {
+        if (launch.temperature.power == kUsualPower && launch.args.formula.weighting != Weighting::entropy)
+            return &row_loss_kernel<T, WarpTeams, true>;
+    }
+    return &row_loss_kernel<T, WarpTeams, false>;
+}
+
 template <class T>
 bool launch_row_loss(RowLaunch& launch, float* sums, Stream stream) {
     const RowLossArgs& args = launch.args;
@@ -32,7 +43,7 @@ bool launch_row_loss(RowLaunch& launch, float* sums, Stream stream) {
     void (*kernel)(RowLaunch) = nullptr;
     for (;; limits.cluster /= 2) {
         g = row_geometry(problem, limits);
-        kernel = g.warp_teams ? &row_loss_kernel<T, true> : &row_loss_kernel<T, false>;
+        kernel = g.warp_teams ? kernel_of<T, true>(launch) : kernel_of<T, false>(launch);
         const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
         // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
         if (resident == 0 && g.cluster > 1) continue;

@@ -107,9 +107,11 @@ CAMKD_DEVICE void fetch(const Stash& stash, const Batch& batch, int i, const Mat
     if (!batch.holds(i)) return;
     const int v = batch.vector(i);
     if (whole_vector<T>(batch.columns, v)) {
+#pragma unroll 2
         for (int k = 0; k <= K; ++k)
             copy_async(stash.slot(k, batch.begin + i), vector_address<T>(addresses[k], batch.columns, v));
     } else {
+#pragma unroll 1
         for (int k = 0; k <= K; ++k)
             *stash.slot(k, batch.begin + i) = gather<T>(addresses[k], streams[k].dtype, batch.columns, v, -INFINITY);
     }
@@ -118,6 +120,7 @@ CAMKD_DEVICE void fetch(const Stash& stash, const Batch& batch, int i, const Mat
 template <class T>
 CAMKD_DEVICE float stash_max(const Stash& stash, const Batch& batch, int k) {
     Pack top = lowest_pack<T>();
+#pragma unroll 2
     for (int i = 0; i < batch.count; ++i)
         if (batch.holds(i)) top = max_pack<T>(top, *stash.slot(k, batch.begin + i));
     return highest<T>(top);
@@ -165,11 +168,11 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
 }
 
 // Sums over the thread's vectors relative to the maxima in `states`, into which the warp's sums go.
-// `after(i)` is called when slot begin + i has been read for the last time.
-template <class T, class After>
+// `after(i)` is called when slot begin + i has been read for the last time. V columns at a time: with all that the
+// compiler must provide for, eight of four streams would take more registers than there are.
+template <class T, int V, class After>
 CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool entropy, Temperature temperature,
                              int lane, State* states, After after) {
-    constexpr int V = 4;
     const float scale = temperature.scale;
     const Reference of_student(states[0].max, scale);
     for (int first = 1; first <= K; first += kTeacherGroup) {
@@ -184,7 +187,6 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
             far = far || reference.far();
         }
         for (int i = 0; i < batch.count; ++i) {
-            // Four columns at a time: eight of four streams take more registers than there are.
             const int parts = batch.holds(i) ? kVector<T> / V : 0;
 #pragma unroll 1
             for (int part = 0; part < parts; ++part) {

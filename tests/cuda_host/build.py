@@ -40,7 +40,7 @@ def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) 
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        run("g++", "-std=c++20", "-Wall", "-Wextra", *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
+        run("g++", "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
