@@ -2,7 +2,7 @@
 
 The module is optional: without a compiler the package still installs, and the reason is kept in
 camkd_fast/_build_failure.txt for `camkd-fast info`. CAMKD_FAST_CPU=1 turns a failed build into an error.
-Its CUDA part is optional within it (CAMKD_FAST_CUDA=auto|0|1, csrc/cuda/cuda.cmake); the module itself keeps the reason.
+Its CUDA part is optional within it (CAMKD_FAST_CUDA=auto|0|1, csrc/cuda/cuda.cmake); the module keeps the reason.
 """
 
 import os

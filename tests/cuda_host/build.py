@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = [CUDA / "row_loss.cu", CUDA / "confidence.cu", CUDA / "elementwise.cu"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
 
 
@@ -40,7 +41,7 @@ def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) 
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        run("g++", "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
+        run("g++", "-std=c++20", *WARNINGS, *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
