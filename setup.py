@@ -2,6 +2,7 @@
 
 The module is optional: without a compiler the package still installs, and the reason is kept in
 camkd_fast/_build_failure.txt for `camkd-fast info`. CAMKD_FAST_CPU=1 turns a failed build into an error.
+Its CUDA part is optional within it (CAMKD_FAST_CUDA=auto|0|1, csrc/cuda/cuda.cmake); the module keeps the reason.
 """
 
 import os
@@ -24,26 +25,42 @@ class CMakeBuild(build_ext):
         failure.unlink(missing_ok=True)
         build = Path(self.build_temp).resolve() / "cmake"
         package.mkdir(parents=True, exist_ok=True)
-        configure = [
-            *("cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCAMKD_OUTPUT={module}",
-        ]
         try:
-            for command in (configure, ["cmake", "--build", str(build)]):
-                subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            try:
+                compile_module(build, module)
+            except subprocess.CalledProcessError as error:
+                # Kernels for the CPU are not lost with an nvcc that cannot compile those for a GPU.
+                if "nvcc" not in error.output or os.environ.get("CAMKD_FAST_CUDA", "auto") != "auto":
+                    raise
+                compile_module(build, module, reason_of(error.output))
         except (OSError, subprocess.CalledProcessError) as error:
             log = getattr(error, "output", None) or str(error)
-            lines = [line.strip() for line in log.splitlines() if line.strip()]
-            at = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
-            # A compiler says what is wrong in that line, CMake in the sentence that starts on the next one.
-            reason = " ".join(lines[at + 1 : at + 4]) if lines[at].startswith("CMake Error") else lines[at]
+            reason = reason_of(log)
             failure.write_text(reason + "\n")
-            if os.environ.get("CAMKD_FAST_CPU") == "1":
+            if os.environ.get("CAMKD_FAST_CPU") == "1" or os.environ.get("CAMKD_FAST_CUDA") == "1":
                 raise RuntimeError(f"camkd_fast._C could not be built:\n{log}") from error
             raise CompileError(
                 f"camkd_fast._C could not be built ({reason}); the package falls back to PyTorch"
             ) from error
+
+
+def compile_module(build: Path, module: Path, cuda_failed: str = "") -> None:
+    configure = [
+        *("cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCAMKD_OUTPUT={module}",
+        f"-DCAMKD_CUDA_FAILED={cuda_failed}",
+    ]
+    for command in (configure, ["cmake", "--build", str(build)]):
+        subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def reason_of(log: str) -> str:
+    """The line of a build log that says what is wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    at = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+    # A compiler says what is wrong in that line, CMake in the sentence that starts on the next one.
+    return " ".join(lines[at + 1 : at + 4]) if lines[at].startswith("CMake Error") else lines[at]
 
 
 setup(

@@ -55,3 +55,70 @@ def feature_forward(N: int, M: int, student: Matrix, teacher: Matrix, error: int
 def feature_backward(
     N: int, M: int, student: Matrix, teacher: Matrix, grad_error: int, grad: int, threads: int, /
 ) -> None: ...
+def cuda_build() -> tuple[bool, str]: ...
+
+# The functions below exist where cuda_build()[0] holds; `stream` is a cudaStream_t on the current device.
+
+def cuda_row_loss(
+    N: int,
+    C: int,
+    inner: int,
+    streams: list[Matrix],
+    target: int,
+    ignore_index: int,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: int,
+    weights: tuple[int, int, int],
+    numbers: int,
+    residual: int,
+    residual_scale: float,
+    residual_factor: int,
+    mean: tuple[int, int],
+    debug: bool,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_scale_rows(
+    N: int, C: int, residual: int, out: int, dtype: int, factor: int, factor_stride: int, stream: int, /
+) -> None: ...
+def cuda_confidence_forward(
+    N: int,
+    C: int,
+    inner: int,
+    logits: list[Matrix],
+    target: int,
+    ignore_index: int,
+    weights: int,
+    ce: int,
+    lse: int,
+    debug: bool,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_confidence_backward(
+    N: int,
+    C: int,
+    inner: int,
+    logits: list[Matrix],
+    target: int,
+    lse: int,
+    grad_ce: int,
+    grads: list[int],
+    stream: int,
+    /,
+) -> None: ...
+def cuda_feature_forward(
+    N: int, M: list[int], student: list[Matrix], teacher: list[Matrix], error: int, stream: int, /
+) -> None: ...
+def cuda_feature_backward(
+    N: int,
+    M: list[int],
+    student: list[Matrix],
+    teacher: list[Matrix],
+    grad_error: int,
+    grads: list[int],
+    stream: int,
+    /,
+) -> None: ...

@@ -23,6 +23,19 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TEACHERS = 16
 
+_MODULES = {
+    "reference": "camkd_fast.reference",
+    "cpu": "camkd_fast.native",
+    "triton": "camkd_fast.kernels",
+    "cuda": "camkd_fast.cuda_kernels",
+}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+_LEAST_CAPABILITY = (8, 0)  # of the CUDA C++ kernels
+
+# Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). An entry is earned
+# by a result under benchmarks/results/ that was taken on that architecture and shows them faster at those widths.
+CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = ()
+
 
 class Backend(Protocol):
     """What a backend module provides; contracts in `camkd_fast.reference`."""
@@ -60,16 +73,21 @@ def availability(name: str) -> Availability:
     """Can backend `name` be loaded here? Nothing is loaded that `import torch` has not, except on success."""
     if name == "reference":
         return Availability(True, "plain PyTorch")
-    if name == "cuda":
-        return Availability(False, "this build has no CUDA C++ kernels")
     try:
-        module = importlib.import_module("camkd_fast.native" if name == "cpu" else "triton")
+        module = importlib.import_module("triton" if name == "triton" else _MODULES[name])
     except ImportError as error:
         failure = Path(__file__).with_name("_build_failure.txt")
-        why = f"; the build said: {failure.read_text().strip()}" if name == "cpu" and failure.exists() else ""
+        why = f"; the build said: {failure.read_text().strip()}" if name != "triton" and failure.exists() else ""
         return Availability(False, f"{error}{why}")
     if name == "cpu":
         return Availability(True, f"compiled module, {module.instruction_set()} instructions")
+    if name == "cuda":
+        built, text = module.build()
+        if not built:
+            return Availability(False, f"this build has no CUDA C++ kernels: {text}")
+        if not torch.cuda.is_available():
+            return Availability(False, f"CUDA C++ kernels for {text} are there, but there is no GPU")
+        return Availability(True, f"CUDA C++ kernels for {text}")
     if not torch.cuda.is_available() and not interpreting():
         return Availability(False, f"triton {module.__version__} is there, but there is no GPU")
     return Availability(True, f"triton {module.__version__}" + (", interpreted" if interpreting() else ""))
@@ -83,9 +101,11 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     if not state.usable:
         return state.reason
     device = tensors[0].device.type
-    wanted = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",), "cuda": ("cuda",)}[name]
+    wanted = ("cuda", "cpu") if name == "triton" and interpreting() else _DEVICES[name]
     if device not in wanted:
         return f"it takes {' or '.join(wanted)} tensors, got {device}"
+    if name == "cuda" and (capability := torch.cuda.get_device_capability(tensors[0].device)) < _LEAST_CAPABILITY:
+        return f"it needs compute capability {_LEAST_CAPABILITY}, got {capability}"
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"
@@ -97,8 +117,17 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"camkd_fast runs on plain PyTorch here, several times slower: {reason}", stacklevel=4)
 
 
-def _candidates(device: str) -> tuple[str, ...]:
-    return {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}.get(device, ("reference",))
+def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
+    """Backends for `auto` to try, best first, and why the first one is."""
+    device = tensor.device.type
+    if device != "cuda":
+        return ("cpu", "reference") if device == "cpu" else ("reference",), f"fastest for {device} tensors"
+    capability, C = torch.cuda.get_device_capability(tensor.device), tensor.shape[-1]
+    measured = any(capability == c and fewest <= C <= most for c, fewest, most in CUDA_PREFERRED)
+    where = f"compute capability {capability[0]}.{capability[1]}, {C} classes"
+    if measured:
+        return ("cuda", "triton", "reference"), f"measured faster than triton: {where}"
+    return ("triton", "cuda", "reference"), f"no measurement shows cuda faster: {where}"
 
 
 def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
@@ -115,15 +144,18 @@ def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "asked for"
-    reasons = []
-    for name in _candidates(tensors[0].device.type):
+    names, why = _candidates(tensors[0])
+    reasons, missing = [], []
+    for name in names:
         refusal = _refusal(name, tensors)
         if refusal is None:
             break
         reasons.append(f"{name}: {refusal}")
         if not availability(name).usable:
-            _warn_once(reasons[-1])
-    return name, "; ".join(reasons) if reasons else f"fastest for {tensors[0].device.type} tensors"
+            missing.append(reasons[-1])
+    if name == "reference" and missing and len(missing) == len(reasons):
+        _warn_once("; ".join(missing))
+    return name, "; ".join(reasons) if reasons else why
 
 
 def explain(*tensors: Tensor, backend: str = "auto") -> str:
@@ -138,8 +170,7 @@ def explain(*tensors: Tensor, backend: str = "auto") -> str:
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    path = {"reference": "camkd_fast.reference", "cpu": "camkd_fast.native", "triton": "camkd_fast.kernels"}[name]
-    return importlib.import_module(path)
+    return importlib.import_module(_MODULES[name])
 
 
 def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from . import _C  # after torch, whose OpenMP runtime it shares
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
 _GIVEN = 3
 
-_Matrix = tuple[int, int, int, int]
+Matrix = tuple[int, int, int, int]
 
 
 def instruction_set() -> str:
@@ -24,12 +24,19 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
-def _matrix(logits: Tensor) -> _Matrix:
+def matrix(logits: Tensor) -> Matrix:
     strides = logits.stride()
-    return logits.data_ptr(), strides[0], strides[-2], _DTYPE_CODES[logits.dtype]
+    return logits.data_ptr(), strides[0], strides[-2], DTYPE_CODES[logits.dtype]
 
 
-def _sizes(logits: Tensor) -> tuple[int, int, int]:
+def weighting_code(weighting: str | Tensor) -> tuple[int, tuple[int, int, int]]:
+    """The code of a weighting, and the address and strides of given weights (K, N)."""
+    if isinstance(weighting, Tensor):
+        return _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
+    return _WEIGHTING_CODES[weighting], (0, 0, 0)
+
+
+def sizes(logits: Tensor) -> tuple[int, int, int]:
     """N, C and the number of rows that share the inner stride, of (N, C) or (B, S, C) logits."""
     shape = logits.shape
     inner = shape[-2]
@@ -55,20 +62,17 @@ def row_loss(
     needs_grad: bool,
     residual_scale: float | Tensor,
 ) -> tuple[Tensor, Tensor | None, tuple[float, float, float]]:
-    N, C, inner = _sizes(student)
+    N, C, inner = sizes(student)
     K = len(teachers)
     numbers = torch.empty(3 + 3 * K, N, dtype=torch.float32)
     residual = torch.empty(N, C, dtype=student.dtype) if needs_grad else None
-    if isinstance(weighting, Tensor):
-        code, weights = _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
-    else:
-        code, weights = _WEIGHTING_CODES[weighting], (0, 0, 0)
+    code, weights = weighting_code(weighting)
     sums = _C.row_loss(
         N,
         C,
         inner,
-        _matrix(student),
-        [_matrix(teacher) for teacher in teachers],
+        matrix(student),
+        [matrix(teacher) for teacher in teachers],
         target.data_ptr(),
         ignore_index,
         temperature,
@@ -92,7 +96,7 @@ def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         C,
         residual.data_ptr(),
         out.data_ptr(),
-        _DTYPE_CODES[residual.dtype],
+        DTYPE_CODES[residual.dtype],
         factor.data_ptr(),
         0 if factor.numel() == 1 else 1,
         torch.get_num_threads(),
@@ -101,13 +105,13 @@ def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    N, C, inner = _sizes(logits[0])
+    N, C, inner = sizes(logits[0])
     weights, ce, lse = (torch.empty((len(logits), N), dtype=torch.float32) for _ in range(3))
     _C.confidence_forward(
         N,
         C,
         inner,
-        [_matrix(z) for z in logits],
+        [matrix(z) for z in logits],
         target.data_ptr(),
         ignore_index,
         weights.data_ptr(),
@@ -119,14 +123,14 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
 
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
-    N, C, inner = _sizes(logits[0])
+    N, C, inner = sizes(logits[0])
     grads = [torch.empty((N, C), dtype=z.dtype) for z in logits]
     grad_ce = grad_ce.contiguous()
     _C.confidence_backward(
         N,
         C,
         inner,
-        [_matrix(z) for z in logits],
+        [matrix(z) for z in logits],
         target.data_ptr(),
         lse.data_ptr(),
         grad_ce.data_ptr(),
@@ -139,7 +143,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32)
     for r, f, row in zip(student, teachers, error, strict=True):
-        _C.feature_forward(r.shape[0], r.shape[1], _matrix(r), _matrix(f), row.data_ptr(), torch.get_num_threads())
+        _C.feature_forward(r.shape[0], r.shape[1], matrix(r), matrix(f), row.data_ptr(), torch.get_num_threads())
     return error
 
 
@@ -147,6 +151,6 @@ def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad
     grads = [torch.empty(r.shape, dtype=r.dtype) for r in student]
     for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
         _C.feature_backward(
-            r.shape[0], r.shape[1], _matrix(r), _matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
+            r.shape[0], r.shape[1], matrix(r), matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
         )
     return grads

@@ -6,31 +6,17 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/api.h"
+#include "cuda/bindings.h"
+#include "cuda_build.h"  // made by cuda/cuda.cmake
 
 namespace py = pybind11;
 using namespace camkd;
 using namespace camkd::cpu;
+using namespace camkd::arguments;
 
 namespace {
-
-// (address, outer row stride, inner row stride, dtype code)
-using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-Matrix matrix(const MatrixTuple& m) {
-    return {pointer<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), static_cast<DType>(std::get<3>(m))};
-}
-
-int fill(const std::vector<MatrixTuple>& from, Matrix* to) {
-    if (from.size() > kMaxTeachers) throw std::invalid_argument("more than 16 teachers");
-    for (size_t k = 0; k < from.size(); ++k) to[k] = matrix(from[k]);
-    return int(from.size());
-}
 
 // Returns the sums of loss, hard and soft over the rows, added in order.
 std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student,
@@ -144,7 +130,7 @@ std::tuple<int64_t, bool, int64_t> count_labels(uintptr_t target, int64_t N, int
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of camkd_fast; called by camkd_fast.native only.";
+    m.doc() = "Compiled kernels of camkd_fast; called by camkd_fast.native and camkd_fast.cuda_kernels only.";
     m.def("row_loss", &row_loss);
     m.def("scale_rows", &scale_rows);
     m.def("confidence_forward", &confidence_forward);
@@ -153,4 +139,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("feature_backward", &feature_backward);
     m.def("count_labels", &count_labels);
     m.def("instruction_set", [] { return kernels().name; });
+    // (whether there are CUDA kernels, their architectures or why there are none)
+    m.def("cuda_build", [] { return std::make_pair(bool(CAMKD_CUDA), CAMKD_CUDA_BUILD); });
+#if CAMKD_CUDA
+    camkd::cuda::add_bindings(m);
+#endif
 }

@@ -11,9 +11,11 @@
 
 #if defined(__CUDACC__)
 #define CAMKD_HD __host__ __device__ inline
+#define CAMKD_HD_MEMBER static __host__ __device__ inline
 #else
 // Internal linkage: each instruction set compiles its own copy, and the linker must not pick one for all.
 #define CAMKD_HD static inline
+#define CAMKD_HD_MEMBER static inline
 #endif
 
 namespace camkd {
@@ -70,7 +72,8 @@ CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_
     Real factor_1 = shift_factor(teacher.max, new_max, Real(1));
     // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
     teacher.cross = factor_t > 0 ? factor_t * teacher.cross : Real(0);
-    teacher.entropy = factor_1 * (teacher.entropy - shift * teacher.sum_1);
+    // The shift from the lowest float overflows when it is multiplied.
+    teacher.entropy = factor_1 > 0 ? factor_1 * (teacher.entropy - shift * teacher.sum_1) : Real(0);
     teacher.sum_t *= factor_t;
     teacher.sum_1 *= factor_1;
     teacher.max = new_max;
@@ -97,21 +100,32 @@ CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Re
     }
 }
 
+// `Math` for one row at a time.
+struct ScalarMath {
+    CAMKD_HD_MEMBER float set(float x) { return x; }
+    CAMKD_HD_MEMBER float max(float a, float b) { return a > b ? a : b; }
+    CAMKD_HD_MEMBER float exp(float x) { return std::exp(x); }
+    CAMKD_HD_MEMBER float log(float x) { return std::log(x); }
+    CAMKD_HD_MEMBER float difference(float a, float b) { return a == b ? 0.0f : a - b; }
+    CAMKD_HD_MEMBER float zero_where_zero(float x, float where) { return where == 0 ? 0.0f : x; }
+    CAMKD_HD_MEMBER float where_positive(float x, float a, float b) { return x <= 0 ? b : a; }
+};
+
 template <class Math, class F>
 CAMKD_HD F product_or_zero(F weight, F term) {
     return weight * Math::zero_where_zero(term, weight);
 }
 
-// w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally.
+// w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally. `share` is scratch for K numbers:
+// an array in here would be local memory on a GPU.
 template <class Math, class F>
-CAMKD_HD void confidence_weights(const F* ce, int K, F* w) {
+CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* share) {
     if (K == 1) {
         w[0] = Math::set(1.0f);
         return;
     }
     F top = Math::set(-INFINITY), sum = Math::set(0.0f);
     for (int k = 0; k < K; ++k) top = Math::max(ce[k], top);
-    F share[kMaxTeachers];
     for (int k = 0; k < K; ++k) {
         share[k] = Math::exp(Math::difference(ce[k], top));
         sum = sum + share[k];
@@ -147,6 +161,7 @@ struct RowResult {
     F divergence[kMaxTeachers];
     F teacher_ce[kMaxTeachers];
     F weights[kMaxTeachers];
+    F scratch[kMaxTeachers];  // entropies, or shares of the softmax over teachers
 };
 
 // residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
@@ -167,18 +182,18 @@ template <class Math, class F>
 CAMKD_HD void finish_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
                          float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
     const float T = formula.temperature;
-    F entropy[kMaxTeachers];
+    F* const entropy = result.scratch;
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
         const F log_1 = Math::log(z.sum_1);
         // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
         result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
         result.teacher_ce[k] = log_1 - (z.label - z.max);
-        entropy[k] = log_1 - z.entropy / z.sum_1;
+        if (formula.weighting == Weighting::entropy) entropy[k] = log_1 - z.entropy / z.sum_1;
     }
     F* w = result.weights;
     if (formula.weighting == Weighting::confidence) {
-        confidence_weights<Math>(result.teacher_ce, K, w);
+        confidence_weights<Math>(result.teacher_ce, K, w, result.scratch);
     } else if (formula.weighting == Weighting::entropy) {
         entropy_weights<Math>(entropy, K, w);
     } else if (formula.weighting == Weighting::uniform) {

@@ -4,18 +4,10 @@
 
 #include <cstdint>
 
+#include "../matrix.h"
 #include "../row_math.h"
 
 namespace camkd::cpu {
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-// N rows of unit column stride; row n starts at (n / inner) * stride_outer + (n % inner) * stride_inner.
-struct Matrix {
-    const void* data;
-    int64_t stride_outer, stride_inner;
-    DType dtype;
-};
 
 struct RowLossArgs {
     int64_t N, C, inner;

@@ -60,7 +60,7 @@ void confidence_forward(const ConfidenceArgs& args) {
                 });
             }
         }
-        Vec ce[kMaxTeachers], weights[kMaxTeachers];
+        Vec ce[kMaxTeachers], weights[kMaxTeachers], share[kMaxTeachers];
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
         auto put = [&](float* rows, int k, Vec x) {
             store_lanes(rows + k * args.N + begin, Vec::bit_and(x, mask), count);
@@ -71,7 +71,7 @@ void confidence_forward(const ConfidenceArgs& args) {
             put(args.lse, k, top + log_sum);
             put(args.ce, k, ce[k]);
         }
-        confidence_weights<LaneMath>(ce, K, weights);
+        confidence_weights<LaneMath>(ce, K, weights, share);
         for (int k = 0; k < K; ++k) put(args.weights, k, weights[k]);
     }
 }

@@ -1,0 +1,63 @@
+// Count and means of a batch.
+#include "batch_mean.cuh"
+
+#include "launch.h"
+
+namespace camkd::cuda {
+namespace {
+
+struct BatchLaunch {
+    int64_t N;
+    const int64_t* target;
+    int64_t ignore_index;
+    const float* numbers;  // (3, N): loss, hard, soft
+    Mean mean;
+};
+
+// Over the block, in order of its warps: the same bits whatever the schedule. For thread 0 alone.
+CAMKD_DEVICE float block_sum(float x) {
+    float* const parts = reinterpret_cast<float*>(shared_memory());
+    x = warp_sum(x);
+    if (thread_id() % kWarp == 0) parts[thread_id() / kWarp] = x;
+    block_barrier();
+    float sum = 0;
+    for (int warp = 0; thread_id() == 0 && warp < block_threads() / kWarp; ++warp) sum += parts[warp];
+    return sum;
+}
+
+CAMKD_KERNEL(kBatchThreads, 1)
+batch_count_kernel(CAMKD_PARAMETER BatchLaunch launch) {
+    int kept = 0;
+    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) kept += launch.target[n] != launch.ignore_index;
+    const float count = block_sum(float(kept));
+    if (thread_id() == 0) launch.mean.others[2] = inverse_of(count);
+}
+
+// A block for each of loss, hard and soft.
+CAMKD_KERNEL(kBatchThreads, 1)
+batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
+    const int i = int(block_id());
+    const float* const numbers = launch.numbers + i * launch.N;
+    float sum = 0;
+    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += numbers[n];
+    sum = block_sum(sum);
+    if (thread_id() == 0) put_mean(launch.mean, i, sum * launch.mean.others[2]);
+}
+
+void launch(void (*kernel)(BatchLaunch), int64_t blocks, const RowLossArgs& args, Stream stream) {
+    const int threads = batch_threads(device_limits());
+    const BatchLaunch launch{args.N, args.target, args.ignore_index, args.numbers, args.mean};
+    launch_kernel(kernel, {blocks, threads, 1, threads / kWarpThreads * int(sizeof(float))}, launch, stream);
+}
+
+}  // namespace
+
+void count_rows(const RowLossArgs& args, Stream stream) {
+    launch(&batch_count_kernel, 1, args, stream);
+}
+
+void average_rows(const RowLossArgs& args, Stream stream) {
+    launch(&batch_mean_kernel, 3, args, stream);
+}
+
+}  // namespace camkd::cuda

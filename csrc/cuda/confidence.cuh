@@ -1,0 +1,136 @@
+// Confidence weights of K sets of logits: cross-entropies at T = 1 forward, softmax - onehot backward. A team is a warp
+// or a block with a row of its own.
+#pragma once
+
+#include "api.h"
+#include "launch_table.h"
+#include "row_sweeps.cuh"
+
+namespace camkd::cuda {
+
+struct ConfidenceLaunch {
+    ConfidenceArgs args;
+    bool warp_teams;
+    bool wide[kMaxTeachers];  // the logits (backward: and their gradient) can be accessed in 16-byte vectors
+};
+
+// What a team shares about a row: partial maxima and sums of its warps, then the numbers of its teachers.
+struct ConfidenceRow {
+    float max[kWarp], sum[kWarp];
+    float ce[kMaxTeachers], weights[kMaxTeachers], share[kMaxTeachers];
+};
+
+// Maximum and sum of exponentials of this thread's part of a row; one exponential per vector more than elements, no
+// branch.
+template <class T>
+CAMKD_DEVICE void exp_sum(const Team& team, const char* row, DType dtype, const Columns& columns, float& max,
+                          float& sum) {
+    constexpr int V = kVector<T>;
+    max = -INFINITY;
+    sum = 0;
+    for (int v = team.member; v < columns.vectors; v += team.members) {
+        float x[V];
+        load_vector<T>(row, dtype, columns, v, -INFINITY, x);
+        float top = max;
+#pragma unroll
+        for (int j = 0; j < V; ++j) top = fmaxf(top, x[j]);
+        const float reference = finite(top);
+        sum *= exp2_fast((max - reference) * kLog2E);
+        max = top;
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += exp2_fast((x[j] - reference) * kLog2E);
+    }
+}
+
+// The same of the warp.
+CAMKD_DEVICE void merge_exp_sums(float& max, float& sum) {
+    const float top = warp_max(max);
+    sum = warp_sum(sum * exp2_fast((max - finite(top)) * kLog2E));
+    max = top;
+}
+
+template <class T>
+CAMKD_KERNEL(kBlockThreads, 2)
+confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
+    const ConfidenceArgs& args = launch.args;
+    const Team team(launch.warp_teams, 1);
+    const int warps = team.threads / kWarp, warp = team.lane / kWarp, lane = thread_id() % kWarp;
+    ConfidenceRow& shared =
+        reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_teams ? thread_id() / kWarp : 0];
+    for (int64_t n = team.index; n < args.N; n += team.count) {
+        const int64_t y = args.target[n];
+        const bool kept = y != args.ignore_index, fits = y >= 0 && y < args.C;
+        if (args.debug) check_label(!kept || fits);
+        for (int k = 0; k < args.K; ++k) {
+            float ce = 0, lse = 0;
+            if (kept) {
+                const Matrix& matrix = args.logits[k];
+                const char* row = row_address(matrix, args.inner, n);
+                float max, sum;
+                exp_sum<T>(team, row, matrix.dtype, columns_of<T>(args.C, launch.wide[k], row), max, sum);
+                merge_exp_sums(max, sum);
+                if (warps > 1) {
+                    if (lane == 0) {
+                        shared.max[warp] = max;
+                        shared.sum[warp] = sum;
+                    }
+                    team.barrier();
+                    max = lane < warps ? shared.max[lane] : -INFINITY;
+                    sum = lane < warps ? shared.sum[lane] : 0.0f;
+                    team.barrier();  // before the next teacher's
+                    merge_exp_sums(max, sum);
+                }
+                const float log_sum = std::log(sum), top = finite(max);
+                lse = top + log_sum;
+                ce = log_sum - ((fits ? load_element(row, y, matrix.dtype) : NAN) - top);
+            }
+            if (team.lane == 0) {
+                args.lse[k * args.N + n] = lse;
+                args.ce[k * args.N + n] = ce;
+                shared.ce[k] = ce;
+            }
+        }
+        if (team.lane == 0) {
+            confidence_weights<ScalarMath>(shared.ce, args.K, shared.weights, shared.share);
+            for (int k = 0; k < args.K; ++k) args.weights[k * args.N + n] = kept ? shared.weights[k] : 0.0f;
+        }
+    }
+}
+
+template <class T>
+CAMKD_KERNEL(kBlockThreads, 2)
+confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
+    constexpr int V = kVector<T>;
+    const ConfidenceArgs& args = launch.args;
+    const Team team(launch.warp_teams, 1);
+    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+        const int k = int(item / args.N);
+        const int64_t n = item - k * args.N;
+        const Matrix& matrix = args.logits[k];
+        const float g = args.grad_ce[item], lse = args.lse[item];
+        const char* row = row_address(matrix, args.inner, n);
+        char* out = static_cast<char*>(args.grads[k]) + n * args.C * element_bytes(matrix.dtype);
+        const Columns columns = columns_of<T>(args.C, launch.wide[k], out);
+        for (int v = team.member; v < columns.vectors; v += team.members) {
+            float x[V];
+            if (g != 0) {
+                load_vector<T>(row, matrix.dtype, columns, v, -INFINITY, x);
+#pragma unroll
+                for (int j = 0; j < V; ++j) x[j] = g * exp2_fast((x[j] - lse) * kLog2E);
+                const int64_t at = args.target[n] + columns.phase - int64_t(v) * V;
+                if (at >= 0 && at < V) {
+#pragma unroll
+                    for (int j = 0; j < V; ++j)
+                        if (j == at) x[j] -= g;
+                }
+            } else {
+                // Ignored rows have gradient 0, and their logits may be NaN.
+#pragma unroll
+                for (int j = 0; j < V; ++j) x[j] = 0.0f;
+            }
+            store_vector<T>(out, matrix.dtype, columns, launch.wide[k], v, x);
+        }
+    }
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,57 @@
+# The CUDA kernels of _C: CAMKD_FAST_CUDA=auto|0|1 and CAMKD_FAST_CUDA_ARCHS, both from the environment. What came of it
+# is compiled into the module. CAMKD_CUDA_FAILED says that an attempt to compile them failed, and with what words.
+set(wanted "$ENV{CAMKD_FAST_CUDA}")
+if(wanted STREQUAL "")
+  set(wanted auto)
+elseif(NOT wanted MATCHES "^(auto|0|1)$")
+  message(FATAL_ERROR "CAMKD_FAST_CUDA must be auto, 0 or 1, got ${wanted}")
+endif()
+
+# A file rather than definitions: no compiler's words can break a command line.
+function(say built text)
+  file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/cuda_build.h CONTENT
+       "#define CAMKD_CUDA ${built}\n#define CAMKD_CUDA_BUILD R\"words(${text})words\"\n")
+  target_include_directories(_C PRIVATE ${CMAKE_CURRENT_BINARY_DIR})
+endfunction()
+
+set(missing "")
+if(wanted STREQUAL "0")
+  set(missing "CAMKD_FAST_CUDA=0 at build time")
+elseif(NOT "${CAMKD_CUDA_FAILED}" STREQUAL "")
+  set(missing "the CUDA kernels did not compile: ${CAMKD_CUDA_FAILED}")
+else()
+  include(CheckLanguage)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # each file names its own below
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(missing "no working nvcc at build time (looked in PATH and CUDACXX)")
+  else()
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+      set(missing "nvcc ${CMAKE_CUDA_COMPILER_VERSION} at build time, but 12.8 is needed")
+    endif()
+  endif()
+endif()
+
+if(NOT missing STREQUAL "")
+  if(wanted STREQUAL "1")
+    message(FATAL_ERROR "CAMKD_FAST_CUDA=1, but ${missing}")
+  endif()
+  message(STATUS "No CUDA kernels: ${missing}")
+  say(0 "${missing}")
+  return()
+endif()
+
+# Machine code for A100 and its relatives, Hopper, data-centre and consumer Blackwell; for what comes later the last as
+# PTX too.
+set(archs "$ENV{CAMKD_FAST_CUDA_ARCHS}")
+if(archs STREQUAL "")
+  set(archs "80-real;90a-real;100-real;120")
+endif()
+target_sources(_C PRIVATE cuda/bindings.cpp cuda/batch_mean.cu cuda/row_loss.cu
+                          cuda/confidence.cu cuda/elementwise.cu)
+string(REPLACE ";" " " listed "${archs}")
+say(1 "${listed}")
+# The runtime is part of the module, so that importing it needs neither a driver nor a toolkit.
+set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${archs}" CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+                                    CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)

@@ -1,0 +1,175 @@
+// Host side of every launch: what the device allows, how matrices are aligned, and the launch itself.
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "api.h"
+#include "elements.cuh"
+#include "launch_table.h"
+
+#ifdef CAMKD_LAUNCH_HEADER
+#include CAMKD_LAUNCH_HEADER
+#else
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace camkd::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("camkd_fast: ") + what + ": " + cudaGetErrorString(status));
+}
+
+inline int current_device() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+inline Limits read_limits(int device) {
+    auto read = [&](cudaDeviceAttr name) {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+        return value;
+    };
+    Limits limits{};
+    limits.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+    limits.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    limits.shared_per_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    limits.l2 = read(cudaDevAttrL2CacheSize);
+    // 16 blocks are more than the portable 8; consumer Blackwell (12.x) has no more than those.
+    const int major = read(cudaDevAttrComputeCapabilityMajor);
+    limits.cluster = !read(cudaDevAttrClusterLaunch) ? 1 : major < 12 ? 16 : 8;
+    limits.block_threads = kBlockThreads;
+    return limits;
+}
+
+// Asked of the driver once per device.
+inline const Limits& device_limits() {
+    static std::mutex mutex;
+    static std::map<int, Limits> known;
+    const int device = current_device();
+    std::lock_guard<std::mutex> lock(mutex);
+    auto at = known.find(device);
+    if (at == known.end()) at = known.emplace(device, read_limits(device)).first;
+    return at->second;
+}
+
+struct LaunchConfig {
+    int64_t blocks;
+    int threads, cluster, shared;
+};
+
+template <class Launch>
+cudaLaunchConfig_t native_config(const LaunchConfig& config, Stream stream, cudaLaunchAttribute* attribute) {
+    cudaLaunchConfig_t native{};
+    native.gridDim = dim3(unsigned(config.blocks));
+    native.blockDim = dim3(unsigned(config.threads));
+    native.dynamicSmemBytes = size_t(config.shared);
+    native.stream = static_cast<cudaStream_t>(stream);
+    if (config.cluster > 1) {
+        attribute->id = cudaLaunchAttributeClusterDimension;
+        attribute->val.clusterDim.x = unsigned(config.cluster);
+        attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+        native.attrs = attribute;
+        native.numAttrs = 1;
+    }
+    return native;
+}
+
+// How many blocks of this launch run at once on the current device; 0 where a cluster of this size never fits. Asked of
+// the driver once per configuration, and with it the kernel is allowed what the configuration needs.
+template <class Launch>
+int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> known;
+    const void* address = reinterpret_cast<const void*>(kernel);
+    const auto key = std::make_tuple(current_device(), address, config.threads, config.cluster, config.shared);
+    std::lock_guard<std::mutex> lock(mutex);
+    auto at = known.find(key);
+    if (at != known.end()) return at->second;
+    // The most of the device, so that launches of other threads need not agree on an order.
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_per_block),
+          "shared memory of a kernel");
+    // Logits go past L1, so that the memory it shares with them is better spent on more blocks.
+    check(cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "carve-out of a kernel");
+    int count = 0;
+    if (config.cluster > 1) {
+        check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of a kernel");
+        cudaLaunchAttribute attribute{};
+        LaunchConfig one = config;
+        one.blocks = config.cluster;
+        const cudaLaunchConfig_t native = native_config<Launch>(one, nullptr, &attribute);
+        if (cudaOccupancyMaxActiveClusters(&count, address, &native) != cudaSuccess) {
+            cudaGetLastError();  // a size that this device refuses is an answer, not an error to keep
+            count = 0;
+        }
+        count *= config.cluster;
+    } else {
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, address, config.threads, size_t(config.shared)),
+              "occupancy of a kernel");
+        count *= device_limits().multiprocessors;
+    }
+    known[key] = count;
+    return count;
+}
+
+template <class Launch>
+void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Launch& launch, Stream stream) {
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t native = native_config<Launch>(config, stream, &attribute);
+    void* arguments[] = {const_cast<Launch*>(&launch)};
+    check(cudaLaunchKernelExC(&native, reinterpret_cast<const void*>(kernel), arguments), "launch");
+}
+
+}  // namespace camkd::cuda
+
+#endif
+
+namespace camkd::cuda {
+
+// The same offset from a 16-byte boundary in every row of all these matrices? N rows, `inner` of them per outer stride.
+inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, int64_t inner) {
+    auto bytes = [](const Matrix& m, int64_t elements) {
+        return uint64_t(elements) * (m.dtype == DType::f32 ? 4 : 2) % sizeof(Pack);
+    };
+    auto address = [](const Matrix& m) { return reinterpret_cast<uintptr_t>(m.data) % sizeof(Pack); };
+    const Matrix& one = *matrices[0];
+    for (int i = 1; i < count; ++i) {
+        const Matrix& other = *matrices[i];
+        if (other.dtype != one.dtype || address(other) != address(one)) return false;
+        // The stride of a dimension of one row is never used, and arbitrary in torch.
+        if (inner > 1 && bytes(other, other.stride_inner) != bytes(one, one.stride_inner)) return false;
+        if (N > inner && bytes(other, other.stride_outer) != bytes(one, one.stride_outer)) return false;
+    }
+    return true;
+}
+
+inline bool aligned_alike(std::initializer_list<const Matrix*> matrices, int64_t N, int64_t inner) {
+    return aligned_alike(matrices.begin(), int(matrices.size()), N, inner);
+}
+
+// An output: (N, C) contiguous.
+inline Matrix dense(const void* data, int64_t C, int64_t inner, DType dtype) {
+    return {data, inner * C, C, dtype};
+}
+
+// Calls f(T{}) with the element type of the kernel for these dtypes: float also serves any mixture.
+template <class F>
+void with_element(DType dtype, bool mixed, F f) {
+    if (mixed || dtype == DType::f32)
+        f(float{});
+    else if (dtype == DType::bf16)
+        f(bf16{});
+    else
+        f(f16{});
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,327 @@
+// What one thread does with the vectors of a row that it keeps in its stash: maxima, sums, residual.
+//
+// The stash is shared memory that nobody else looks at: the thread copies its vectors there asynchronously and is free
+// to fetch what comes next into a slot as soon as it is done with it, without any barrier.
+#pragma once
+
+#include "rows.cuh"
+
+namespace camkd::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+// Teachers whose sums one sweep keeps in registers, five numbers each; a fourth would spill. More take another sweep.
+constexpr int kTeacherGroup = 3;
+
+using State = StreamState<float>;
+
+// A maximum to subtract: where no finite logit was seen any will do, every exponential is 0.
+CAMKD_DEVICE float finite(float max) {
+    return max == -INFINITY ? 0.0f : max;
+}
+
+// Exponentials relative to a maximum in one multiply-add each: 2^{x scale - at}, where `at` is max * scale rounded.
+// What the rounding lost, `rest`, is the same for all columns and is put right in their sums: so a large common offset
+// of a row costs no accuracy.
+struct Reference {
+    float at, rest;
+
+    CAMKD_DEVICE Reference() {}
+    CAMKD_DEVICE Reference(float max, float scale) {
+        max = finite(max);
+        at = max * scale;
+        rest = fmaf(max, scale, -at);
+    }
+    // So large a maximum that `rest` is no correction any more, or the product overflows, as for a row of the lowest
+    // float: its distances are formed before they are scaled.
+    CAMKD_DEVICE bool far() const { return !(fabsf(rest) <= 0x1p-9f); }
+    // x becomes its scaled distance from the maximum, but for a `rest` that is not far.
+    template <int V>
+    CAMKD_DEVICE void apply(float scale, const float& max, float (&x)[V]) const {
+        if (far())
+            scale_far(max, scale, x);
+        else
+            scale_from(at, scale, x);
+    }
+    template <int V>
+    static CAMKD_DEVICE void scale_from(float at, float scale, float (&x)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[j] = fmaf(x[j], scale, -at);
+    }
+    template <int V>
+    static CAMKD_DEVICE void scale_far(float max, float scale, float (&x)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[j] = (x[j] - finite(max)) * scale;
+    }
+    CAMKD_DEVICE float left() const { return far() ? 0.0f : rest; }
+    // 2^-left, the factor that sums of exponentials lack; the hardware's exponential would err by 2 ulp.
+    CAMKD_DEVICE float factor() const {
+        const float y = left() * 0.693147181f;
+        return 1.0f - (y - 0.5f * y * y);
+    }
+};
+
+// T = 1, 2 and 4 (`power`): e^x is a product of e^{x/T}. Otherwise (0) it takes an exponential of its own.
+struct Temperature {
+    float scale;  // log2(e) / T
+    int power;
+
+    // `to_one` of an e^{x/T}, for powers other than 0.
+    CAMKD_DEVICE float raise(float e) const {
+        if (power >= 2) e *= e;
+        return power == 4 ? e * e : e;
+    }
+    // factor() of the exponentials at T = 1.
+    CAMKD_DEVICE float factor_1(const Reference& reference, float max) const {
+        return power ? raise(reference.factor()) : Reference(max, kLog2E).factor();
+    }
+};
+
+template <int V>
+CAMKD_DEVICE void exps(const float (&u)[V], float (&e)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) e[j] = exp2_fast(u[j]);
+}
+
+// Slot i of stream k; one slot of all threads is contiguous, so that no two of them meet in a bank.
+struct Stash {
+    Pack* mine;
+    int slots, stride;  // slots per stream, threads of the block
+
+    CAMKD_DEVICE Pack* slot(int k, int i) const { return mine + int64_t(k * slots + i) * stride; }
+};
+
+// The vectors of one row that lie in slots begin .. begin + count: vector(i) for slot begin + i.
+struct Batch {
+    Columns columns;
+    int first, stride;  // vector(i) = first + i * stride
+    int begin, count;
+
+    CAMKD_DEVICE int vector(int i) const { return first + i * stride; }
+    CAMKD_DEVICE bool holds(int i) const { return vector(i) < columns.vectors; }
+};
+
+// Starts copying vector(i) of every stream.
+template <class T>
+CAMKD_DEVICE void fetch(const Stash& stash, const Batch& batch, int i, const Matrix* streams,
+                        const char* const* addresses, int K) {
+    if (!batch.holds(i)) return;
+    const int v = batch.vector(i);
+    if (whole_vector<T>(batch.columns, v)) {
+#pragma unroll 2
+        for (int k = 0; k <= K; ++k)
+            copy_async(stash.slot(k, batch.begin + i), vector_address<T>(addresses[k], batch.columns, v));
+    } else {
+#pragma unroll 1
+        for (int k = 0; k <= K; ++k)
+            *stash.slot(k, batch.begin + i) = gather<T>(addresses[k], streams[k].dtype, batch.columns, v, -INFINITY);
+    }
+}
+
+template <class T>
+CAMKD_DEVICE float stash_max(const Stash& stash, const Batch& batch, int k) {
+    Pack top = lowest_pack<T>();
+#pragma unroll 2
+    for (int i = 0; i < batch.count; ++i)
+        if (batch.holds(i)) top = max_pack<T>(top, *stash.slot(k, batch.begin + i));
+    return highest<T>(top);
+}
+
+// One vector's part of sum e_z (u_z - u_s). Probability 0 contributes 0, even where the difference is infinite: looked
+// at only where the plain sum has become NaN.
+template <int V>
+CAMKD_DEVICE float cross_term(const float (&e)[V], const float (&z)[V], const float (&s)[V]) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum = fmaf(e[j], z[j] - s[j], sum);
+    if (sum != sum) {
+        sum = 0;
+#pragma unroll
+        for (int j = 0; j < V; ++j)
+            if (e[j] > 0) sum = fmaf(e[j], z[j] - s[j], sum);
+    }
+    return sum;
+}
+
+// A sum of e^x over columns, given their exponentials `e` at T, which become those at T = 1 or, for T = 2 and 4, their
+// roots. `reload` yields the logits again.
+template <int V, class Reload>
+CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, float (&e)[V], Reload reload) {
+    float sum = 0;
+    if (temperature.power == 0) {
+        float u[V];
+        reload(u);
+        Reference(max, kLog2E).apply(kLog2E, max, u);
+        exps(u, e);
+    } else if (temperature.power == 4) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) e[j] *= e[j];
+    }
+    if (temperature.power >= 2) {
+        // The last product is part of the sum.
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum = fmaf(e[j], e[j], sum);
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += e[j];
+    }
+    return sum;
+}
+
+// Sums over the thread's vectors relative to the maxima in `states`, into which the warp's sums go.
+// `after(i)` is called when slot begin + i has been read for the last time. V columns at a time: with all that the
+// compiler must provide for, eight of four streams would take more registers than there are.
+template <class T, int V, class After>
+CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool entropy, Temperature temperature,
+                             int lane, State* states, After after) {
+    const float scale = temperature.scale;
+    const Reference of_student(states[0].max, scale);
+    for (int first = 1; first <= K; first += kTeacherGroup) {
+        State student, teachers[kTeacherGroup];
+        float at[kTeacherGroup];
+        bool far = false;
+#pragma unroll
+        for (int g = 0; g < kTeacherGroup; ++g) {
+            if (first + g > K) continue;
+            const Reference reference(states[first + g].max, scale);
+            at[g] = reference.at;
+            far = far || reference.far();
+        }
+        for (int i = 0; i < batch.count; ++i) {
+            const int parts = batch.holds(i) ? kVector<T> / V : 0;
+#pragma unroll 1
+            for (int part = 0; part < parts; ++part) {
+                const auto read = [&](int k, float (&x)[V]) {
+                    Elements<T>::unpack_part(stash.slot(k, batch.begin + i), part, x);
+                };
+                float s[V], e[V];
+                read(0, s);
+                of_student.apply(scale, states[0].max, s);
+                if (first == 1) {
+                    exps(s, e);
+#pragma unroll
+                    for (int j = 0; j < V; ++j) student.sum_t += e[j];
+                    student.sum_1 += sum_at_one(temperature, states[0].max, e, [&](float (&x)[V]) { read(0, x); });
+                }
+#pragma unroll
+                for (int g = 0; g < kTeacherGroup; ++g) {
+                    if (first + g > K) continue;
+                    State& teacher = teachers[g];
+                    float z[V];
+                    read(first + g, z);
+                    if (far)
+                        Reference(states[first + g].max, scale).apply(scale, states[first + g].max, z);
+                    else
+                        Reference::scale_from(at[g], scale, z);
+                    exps(z, e);
+#pragma unroll
+                    for (int j = 0; j < V; ++j) teacher.sum_t += e[j];
+                    teacher.cross += cross_term(e, z, s);
+                    teacher.sum_1 +=
+                        sum_at_one(temperature, states[first + g].max, e, [&](float (&x)[V]) { read(first + g, x); });
+                    if (entropy) {
+#pragma unroll
+                        for (int j = 0; j < V; ++j) {
+                            const float e1 = temperature.power >= 2 ? e[j] * e[j] : e[j];
+                            if (e1 > 0) teacher.entropy = fmaf(e1, z[j], teacher.entropy);
+                        }
+                    }
+                }
+            }
+            if (first + kTeacherGroup > K) after(i);
+        }
+        if (first == 1) {
+            const float sum_t = warp_sum(student.sum_t), sum_1 = warp_sum(student.sum_1);
+            if (lane == 0) {
+                states[0].sum_t = sum_t * of_student.factor();
+                states[0].sum_1 = sum_1 * temperature.factor_1(of_student, states[0].max);
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < kTeacherGroup; ++g) {
+            if (first + g > K) continue;
+            const float sum_t = warp_sum(teachers[g].sum_t), sum_1 = warp_sum(teachers[g].sum_1);
+            const float cross = warp_sum(teachers[g].cross), entropy_sum = warp_sum(teachers[g].entropy);
+            if (lane == 0) {
+                State& to = states[first + g];
+                const Reference reference(to.max, scale);
+                const float factor = reference.factor();
+                const float factor_1 = temperature.factor_1(reference, to.max);
+                to.sum_t = sum_t * factor;
+                to.sum_1 = sum_1 * factor_1;
+                // Back from scaled distances to logits.
+                to.cross = (cross - (reference.left() - of_student.left()) * sum_t) * (factor / scale);
+                to.entropy = (entropy_sum - reference.left() * sum_1) * (factor_1 / scale);
+            }
+        }
+    }
+}
+
+// Vector(i) of the residual. `label` is the vector-aligned position of the label, outside every vector for none. The
+// coefficients contain the factors of their streams' references.
+template <class T>
+CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i, int K, Temperature temperature,
+                                  const Reference* references, const RowSums<float>* sums,
+                                  const ResidualCoefficients<float>& coefficients, int64_t label,
+                                  float label_coefficient, float (&out)[kVector<T>]) {
+    constexpr int V = kVector<T>;
+    float x[V], e[V];
+    Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
+    references[0].apply(temperature.scale, sums[0].max, x);
+    exps(x, e);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = coefficients.student_t * e[j];
+    for (int k = 0; k < K; ++k) {
+        const float coefficient = coefficients.teacher[k];
+        // Weight 0 drops the teacher, even one whose logits are NaN.
+        if (coefficient == 0) continue;
+        Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), x);
+        references[k + 1].apply(temperature.scale, sums[k + 1].max, x);
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] = fmaf(-coefficient, exp2_fast(x[j]), out[j]);
+    }
+    if (temperature.power == 0) {
+        Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
+        Reference(sums[0].max, kLog2E).apply(kLog2E, sums[0].max, x);
+        exps(x, e);
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
+    }
+    const int64_t at = label - int64_t(batch.vector(i)) * V;
+    if (at >= 0 && at < V) {
+        // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const float hard = coefficients.student_1 * e[j] - (j == at ? label_coefficient : 0.0f);
+            out[j] += hard;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] = fmaf(coefficients.student_1, e[j], out[j]);
+    }
+}
+
+// The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) and store(k, state) for each stream.
+template <class Load, class Store>
+CAMKD_DEVICE void merge_lanes(int lane, int parts, int K, float inverse_t, Load load, Store store) {
+    const bool live = lane < parts;
+    State state = live ? load(lane, 0) : State();
+    const float old_student = state.max, student = warp_max(old_student);
+    move_student(state, student, inverse_t);
+    for (int k = 0; k <= K; ++k) {
+        if (k > 0) {
+            state = live ? load(lane, k) : State();
+            const float max = warp_max(state.max);
+            move_teacher(state, max, old_student, student, inverse_t);
+        }
+        state.sum_t = warp_sum(state.sum_t);
+        state.sum_1 = warp_sum(state.sum_1);
+        if (k > 0) {
+            state.cross = warp_sum(state.cross);
+            state.entropy = warp_sum(state.entropy);
+        }
+        if (lane == 0) store(k, state);
+    }
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,102 @@
+// Rows of any alignment in 16-byte vectors, and who works on which of them.
+//
+// Vector v of a row holds columns v * V - phase ... + V - 1. Where all matrices of a launch are aligned alike (`wide`),
+// `phase` makes every vector start at a 16-byte boundary of memory, whatever C is: only the first and the last one are
+// read by the element, with -inf for what lies outside the row. Otherwise phase is 0 and every element is read alone.
+#pragma once
+
+#include "elements.cuh"
+
+namespace camkd::cuda {
+
+CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t inner, int64_t row) {
+    const int64_t outer = row / inner;
+    return static_cast<const char*>(matrix.data) +
+           (outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner) * element_bytes(matrix.dtype);
+}
+
+struct Columns {
+    int C, phase, vectors;
+    bool wide;
+};
+
+template <class T>
+CAMKD_DEVICE Columns columns_of(int C, bool wide, const void* row) {
+    const int phase = wide ? int(reinterpret_cast<uintptr_t>(row) % sizeof(Pack) / sizeof(T)) : 0;
+    return {C, phase, (C + phase + kVector<T> - 1) / kVector<T>, wide};
+}
+
+// Does vector v lie within the row, at an aligned address?
+template <class T>
+CAMKD_DEVICE bool whole_vector(const Columns& columns, int v) {
+    const int first = v * kVector<T> - columns.phase;
+    return columns.wide && first >= 0 && first + kVector<T> <= columns.C;
+}
+
+template <class T>
+CAMKD_DEVICE const char* vector_address(const char* row, const Columns& columns, int v) {
+    return row + (int64_t(v) * kVector<T> - columns.phase) * int64_t(sizeof(T));
+}
+
+// Vector v by the element.
+template <class T>
+CAMKD_DEVICE Pack gather(const char* row, DType dtype, const Columns& columns, int v, float outside) {
+    float x[kVector<T>];
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+        const int c = v * kVector<T> - columns.phase + j;
+        x[j] = c >= 0 && c < columns.C ? load_element(row, c, sizeof(T) == 2 ? Elements<T>::dtype : dtype) : outside;
+    }
+    return Elements<T>::pack(x);
+}
+
+template <class T>
+CAMKD_DEVICE void load_vector(const char* row, DType dtype, const Columns& columns, int v, float outside,
+                              float (&x)[kVector<T>]) {
+    const Pack p = whole_vector<T>(columns, v) ? load_pack(vector_address<T>(row, columns, v))
+                                               : gather<T>(row, dtype, columns, v, outside);
+    Elements<T>::unpack(p, x);
+}
+
+template <class T>
+CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, bool wide, int v,
+                               const float (&x)[kVector<T>]) {
+    if (wide && whole_vector<T>(columns, v)) {
+        store_pack(const_cast<char*>(vector_address<T>(row, columns, v)), Elements<T>::pack(x));
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+        const int c = v * kVector<T> - columns.phase + j;
+        if (c >= 0 && c < columns.C) store_element(row, c, sizeof(T) == 2 ? Elements<T>::dtype : dtype, x[j]);
+    }
+}
+
+// The threads that share a row: a warp, a block, or (`cluster` > 1) the blocks of a cluster.
+struct Team {
+    bool is_warp;
+    int lane, threads;    // within the block's part of the team
+    int member, members;  // within all of it
+    int rank, cluster;
+    int64_t index, count;  // of teams in the grid
+
+    CAMKD_DEVICE Team(bool warp_teams, int cluster_blocks) : is_warp(warp_teams) {
+        const int warps = block_threads() / kWarp;
+        lane = warp_teams ? thread_id() % kWarp : thread_id();
+        threads = warp_teams ? kWarp : block_threads();
+        rank = warp_teams ? 0 : cluster_rank();
+        cluster = warp_teams ? 1 : cluster_blocks;
+        member = rank * threads + lane;
+        members = cluster * threads;
+        index = warp_teams ? block_id() * warps + thread_id() / kWarp : block_id() / cluster_blocks;
+        count = warp_teams ? block_count() * warps : block_count() / cluster_blocks;
+    }
+    CAMKD_DEVICE void barrier() const {
+        if (is_warp)
+            warp_barrier();
+        else
+            block_barrier();
+    }
+};
+
+}  // namespace camkd::cuda

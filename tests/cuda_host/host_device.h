@@ -1,0 +1,245 @@
+// The names of csrc/cuda/device.cuh for a host compiler: one std::thread per CUDA thread, barriers of threads for those
+// of warps, blocks and clusters, shared memory filled with 0xff (NaN), asynchronous copies that happen when they are
+// waited for and not before.
+//
+// What it cannot show: the weaker memory order of a GPU, lanes of a warp that depend on running together, the limits of
+// registers and real shared memory, alignment traps, the approximation error of the hardware's exponential, speed.
+#pragma once
+
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define CAMKD_DEVICE inline
+#define CAMKD_KERNEL(threads, blocks_per_sm) void
+#define CAMKD_PARAMETER const
+
+namespace camkd::cuda {
+
+constexpr int kWarp = 32;
+
+struct alignas(16) Pack {
+    uint32_t word[4];
+};
+
+namespace host {
+
+using Barrier = std::barrier<>;
+
+// A warp's exchange of values: two sets of slots by turns, so that one barrier per exchange is enough.
+struct Warp {
+    Barrier barrier{kWarp};
+    float slots[2][kWarp];
+};
+
+struct Block {
+    explicit Block(int threads, int bytes)
+        : barrier(threads), shared(new Pack[bytes / int(sizeof(Pack)) + 1]), warps(threads / kWarp) {
+        std::memset(static_cast<void*>(shared.get()), 0xff, (bytes / sizeof(Pack) + 1) * sizeof(Pack));
+        for (auto& warp : warps) warp = std::make_unique<Warp>();
+    }
+    Barrier barrier;
+    std::unique_ptr<Pack[]> shared;
+    std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Cluster {
+    Cluster(int size, int threads, int bytes) : barrier(size * threads) {
+        for (int i = 0; i < size; ++i) blocks.push_back(std::make_unique<Block>(threads, bytes));
+    }
+    Barrier barrier;
+    std::vector<std::unique_ptr<Block>> blocks;
+};
+
+struct Thread {
+    Cluster* cluster;
+    int rank, thread, threads;
+    int64_t block, blocks;
+    int turn = 0;
+    std::vector<std::pair<Pack*, const void*>> copies;
+
+    Block& own_block() const { return *cluster->blocks[rank]; }
+    Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }
+};
+
+inline thread_local Thread* self = nullptr;
+
+// Every lane's value, in order of the lanes.
+inline const float* exchange(float x) {
+    Warp& warp = self->own_warp();
+    float* slots = warp.slots[self->turn];
+    self->turn ^= 1;
+    slots[self->thread % kWarp] = x;
+    warp.barrier.arrive_and_wait();
+    return slots;
+}
+
+// The butterfly that the hardware's shuffles do, as every lane of it computes it.
+template <class F>
+float butterfly(float x, F f) {
+    const float* slots = exchange(x);
+    float values[kWarp], next[kWarp];
+    std::memcpy(values, slots, sizeof(values));
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        for (int lane = 0; lane < kWarp; ++lane) next[lane] = f(values[lane], values[lane ^ offset]);
+        std::memcpy(values, next, sizeof(values));
+    }
+    return values[self->thread % kWarp];
+}
+
+// Runs a kernel: one cluster after the other, all threads of a cluster at once.
+inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
+    for (int64_t first = 0; first < blocks; first += cluster_size) {
+        Cluster cluster(cluster_size, threads, shared);
+        std::vector<std::thread> team;
+        for (int rank = 0; rank < cluster_size; ++rank)
+            for (int thread = 0; thread < threads; ++thread)
+                team.emplace_back([&, rank, thread, first] {
+                    Thread me{&cluster, rank, thread, threads, first + rank, blocks};
+                    self = &me;
+                    kernel();
+                });
+        for (auto& one : team) one.join();
+    }
+}
+
+}  // namespace host
+
+inline int thread_id() {
+    return host::self->thread;
+}
+inline int block_threads() {
+    return host::self->threads;
+}
+inline int64_t block_id() {
+    return host::self->block;
+}
+inline int64_t block_count() {
+    return host::self->blocks;
+}
+inline void block_barrier() {
+#ifndef CAMKD_DROP_BLOCK_BARRIER
+    host::self->own_block().barrier.arrive_and_wait();
+#endif
+}
+inline void warp_barrier() {
+#ifndef CAMKD_DROP_WARP_BARRIER
+    host::self->own_warp().barrier.arrive_and_wait();
+#endif
+}
+inline void cluster_barrier(bool) {
+#ifndef CAMKD_DROP_CLUSTER_BARRIER
+    host::self->cluster->barrier.arrive_and_wait();
+#endif
+}
+inline int cluster_rank() {
+    return host::self->rank;
+}
+
+inline float warp_sum(float x) {
+    return host::butterfly(x, [](float a, float b) { return a + b; });
+}
+inline float warp_max(float x) {
+    return host::butterfly(x, [](float a, float b) { return std::fmax(a, b); });
+}
+
+inline char* shared_memory() {
+    return reinterpret_cast<char*>(host::self->own_block().shared.get());
+}
+inline float load_remote(const float* mine, int rank) {
+    const auto offset = reinterpret_cast<const char*>(mine) - shared_memory();
+    const char* theirs = reinterpret_cast<const char*>(host::self->cluster->blocks[rank]->shared.get());
+    return *reinterpret_cast<const float*>(theirs + offset);
+}
+
+inline void check_aligned(const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(Pack) != 0) std::abort();
+}
+
+inline void copy_async(Pack* shared, const void* global) {
+    check_aligned(global);
+    std::memset(static_cast<void*>(shared), 0xff, sizeof(Pack));
+    host::self->copies.emplace_back(shared, global);
+}
+inline void copies_wait() {
+#ifndef CAMKD_DROP_COPIES_WAIT
+    for (const auto& [shared, global] : host::self->copies)
+        std::memcpy(static_cast<void*>(shared), global, sizeof(Pack));
+    host::self->copies.clear();
+#endif
+}
+inline Pack load_pack(const void* global) {
+    check_aligned(global);
+    Pack p;
+    std::memcpy(&p, global, sizeof(p));
+    return p;
+}
+inline Pack load_pack_coherent(const void* global) {
+    return load_pack(global);
+}
+inline void store_pack(void* global, Pack p) {
+    check_aligned(global);
+    std::memcpy(global, &p, sizeof(p));
+}
+
+// --- arithmetic ---
+
+inline float bits_to_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+inline uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+inline float exp2_fast(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+inline float half_to_float(uint32_t bits) {
+    _Float16 half;
+    const uint16_t narrow = uint16_t(bits);
+    std::memcpy(&half, &narrow, sizeof(half));
+    return float(half);
+}
+inline uint32_t float_to_half(float x) {
+    const _Float16 half = _Float16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &half, sizeof(bits));
+    return bits;
+}
+inline uint32_t float_to_bfloat(float x) {
+    if (x != x) return 0x7fff;
+    const uint32_t bits = float_to_bits(x);
+    return (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
+}
+inline uint32_t floats_to_halves(float low, float high) {
+    return float_to_half(low) | float_to_half(high) << 16;
+}
+inline uint32_t floats_to_bfloats(float low, float high) {
+    return float_to_bfloat(low) | float_to_bfloat(high) << 16;
+}
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+    return floats_to_halves(std::fmax(half_to_float(a & 0xffffu), half_to_float(b & 0xffffu)),
+                            std::fmax(half_to_float(a >> 16), half_to_float(b >> 16)));
+}
+inline uint32_t max_bfloats(uint32_t a, uint32_t b) {
+    return floats_to_bfloats(std::fmax(bits_to_float(a << 16), bits_to_float(b << 16)),
+                             std::fmax(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
+}
+
+inline void check_label(bool fits) {
+    if (!fits) std::abort();
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,33 @@
+// The host side of csrc/cuda/launch.h for the emulated device, whose limits the tests set.
+#pragma once
+
+namespace camkd::cuda {
+
+namespace host {
+
+inline Limits limits{2, 96 * 1024, 200 * 1024, 1 << 20, 16, 64};
+
+}  // namespace host
+
+inline const Limits& device_limits() {
+    return host::limits;
+}
+
+struct LaunchConfig {
+    int64_t blocks;
+    int threads, cluster, shared;
+};
+
+template <class Launch>
+int64_t resident_blocks(void (*)(const Launch), const LaunchConfig& config) {
+    return int64_t(host::limits.multiprocessors) * config.cluster;
+}
+
+template <class Launch>
+void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, const Launch& launch, Stream) {
+    if (config.shared > host::limits.shared_per_block || config.blocks % config.cluster != 0 || config.blocks < 1)
+        throw std::runtime_error("camkd_fast: launch: impossible configuration");
+    host::run(config.blocks, config.cluster, config.threads, config.shared, [&] { kernel(launch); });
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,130 @@
+"""What nvcc made of the CUDA kernels: no spills, no local memory, 16-byte accesses. Nothing is launched, no GPU needed.
+
+The quick part reads the machine code inside the installed module; the slow one compiles the sources for each
+architecture by itself, with warnings as errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Element types of each kernel; row_loss_kernel for rows of a warp and of a block, in 16 bits for the usual options too.
+KERNELS = {
+    "row_loss_kernel": 10,
+    "batch_count_kernel": 1,
+    "batch_mean_kernel": 1,
+    "confidence_fwd_kernel": 3,
+    "confidence_bwd_kernel": 3,
+    "feature_fwd_kernel": 3,
+    "feature_bwd_kernel": 3,
+    "scale_rows_kernel": 3,
+}
+THREADS, BLOCKS = 256, 3  # launch_table.h: of row_loss, per multiprocessor
+
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+if os.environ.get("CAMKD_FAST_CUDA") == "0" or os.environ.get("CAMKD_FAST_CPU") == "0":
+    pytest.skip("built without CUDA kernels on purpose", allow_module_level=True)
+
+
+def cuobjdump() -> str:
+    """The toolkit's own, or the one that triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="neither the toolkit nor triton has a cuobjdump here")
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+def run(*command: object) -> str:
+    # cuobjdump runs nvdisasm, which lies beside it.
+    path = f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@cache
+def module() -> Path:
+    from camkd_fast import _C
+
+    built, text = _C.cuda_build()
+    assert built, f"nvcc is there, but the module has no CUDA kernels: {text}"
+    return Path(_C.__file__)
+
+
+def check_resources(report: str, arch: str) -> None:
+    """`cuobjdump -res-usage`: a line that names a function, then its registers and bytes of local memory."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    for kernel, count in KERNELS.items():
+        assert sum(kernel in name for name, *_ in usage) == count, f"{arch}: {kernel} is missing"
+    for name, registers, stack, local in usage:
+        assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
+        if "row_loss" in name:
+            assert int(registers) * THREADS * BLOCKS <= 65536, f"{arch} {name}: {registers} registers"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills_in_the_module(arch: str) -> None:
+    check_resources(run(cuobjdump(), "-res-usage", "-arch", arch, module()), arch)
+
+
+def accesses(arch: str) -> dict[str, Counter[str]]:
+    """Instructions of each kernel that access memory, by mnemonic."""
+    found: dict[str, Counter[str]] = {}
+    for line in run(cuobjdump(), "-sass", "-arch", arch, module()).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            counts = found.setdefault(match[1], Counter())
+        elif match := re.search(r"\s(LDGSTS|LDG|LDS|STG|LDL|STL|ATOM\w*|RED)([.\w]*)", line):
+            counts[match[1] + (".128" if ".128" in match[2] else "")] += 1
+    return found
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_wide_accesses_and_no_atomics(arch: str) -> None:
+    """Logits come in 16 bytes at a time, past the registers in row_loss, and gradients leave so."""
+    found = accesses(arch)
+    assert len(found) == sum(KERNELS.values())
+    for name, counts in found.items():
+        assert not {"LDL", "STL", "RED"} & set(counts) and not any(key.startswith("ATOM") for key in counts), name
+        if "batch_" in name:
+            continue  # a few numbers per row
+        assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"
+        if "fwd" not in name:
+            assert counts["STG.128"], f"narrow stores: {name}"
+
+
+def test_module_imports_without_a_driver() -> None:
+    """The CUDA runtime is part of it: nothing named libcuda is asked of the system."""
+    needed = run("readelf", "-d", module()) if shutil.which("readelf") else pytest.skip("no readelf")
+    assert not re.search(r"NEEDED.*libcuda", needed)
+
+
+def test_debug_assertions_survive_the_release_build() -> None:
+    assert b"camkd_fast: a label lies outside [0, C)" in module().read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sources_compile_without_a_warning(arch: str, tmp_path: Path) -> None:
+    report = ""
+    for source in SOURCES:
+        cubin = tmp_path / f"{source.stem}.cubin"
+        virtual = arch.replace("sm", "compute")
+        flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+        run("nvcc", *flags, "-gencode", f"arch={virtual},code={arch}", "-cubin", source, "-o", cubin)
+        report += run(cuobjdump(), "-res-usage", cubin)
+    check_resources(report, arch)

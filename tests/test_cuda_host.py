@@ -1,0 +1,498 @@
+"""The CUDA kernels, executed on the host: the same sources, against the float64 truth and the reference's conventions.
+
+tests/cuda_host/ defines the few names of csrc/cuda/device.cuh for g++: a std::thread for every CUDA thread, barriers of
+threads, shared memory full of NaN, asynchronous copies that do not happen before they are waited for. The launch table
+is the real one; the tests shrink the device that it is told of, so that small rows take the ways of large ones.
+
+What this cannot show: the weaker memory order of a GPU (ThreadSanitizer looks for missing barriers instead), what the
+hardware's approximate exponential does to the last bits, register and shared memory limits (tests/test_cuda_compile.py
+reads those), launch attributes and streams, and speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import (
+    FEW,
+    Case,
+    assert_accurate,
+    assert_result,
+    make_case,
+    naive,
+    poisoned_slice,
+    run,
+    run_value_and_grad,
+    truth,
+)
+
+from camkd_fast import CAMKDFeatureLoss, dispatch, reference
+from tests.cuda_host import build
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+from camkd_fast import cuda_kernels
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NAN, INF = float("nan"), float("inf")
+THREADS = 64  # of a block: two warps, the fewest that merge
+
+
+@pytest.fixture(scope="module")
+def emulated() -> ModuleType:
+    return build.load_module()
+
+
+@pytest.fixture(autouse=True)
+def cuda_on_the_host(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """backend="cuda" for CPU tensors."""
+    refusal = dispatch._refusal
+    monkeypatch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
+    monkeypatch.setattr(cuda_kernels, "_C", emulated)
+    monkeypatch.setattr(cuda_kernels, "_device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_kernels, "_stream_of", lambda tensor: 0)
+    limit(emulated)
+    yield
+
+
+def limit(emulated: ModuleType, shared: int = 160 * 1024, cluster: int = 8, multiprocessors: int = 2) -> None:
+    emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS)
+
+
+REGIMES = ["table", "cluster", "batches"]
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def enter(emulated: ModuleType, regime: str, K: int) -> None:
+    """A device on which a block has room for one vector per thread and stream, in clusters of up to 8 or alone."""
+    if regime != "table":
+        limit(emulated, shared=(K + 1) * THREADS * 16 + 4096, cluster=8 if regime == "cluster" else 1)
+
+
+def way(emulated: ModuleType, case: Case) -> tuple[bool, int, int]:
+    """(a warp per row, batches, blocks per row) that the table gives a case."""
+    K, vector = len(case.teachers), 16 // case.student.element_size()
+    warp, _, _, batches, cluster, *_ = emulated.row_geometry(case.target.numel(), case.student.shape[-1], K, vector)
+    return warp, batches, cluster
+
+
+def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
+    actual, R, N = run(case, "cuda", grad_output), truth(case, grad_output), naive(case, grad_output)
+    assert_result(actual, case, R, N, what)
+
+
+# --- every way through the kernel ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("C", "K", "temperature", "weighting", "dtype"),
+    [
+        (1, 2, 4.0, "confidence", F32),
+        (7, 1, 4.0, "entropy", BF16),
+        (10, 16, 2.0, "confidence", F32),
+        (100, 3, 4.0, "confidence", BF16),
+        (100, 2, 1.0, "entropy", F16),
+        (100, 5, 3.3, "uniform", F32),
+        (1000, 3, 4.0, "confidence", BF16),
+        (1000, 3, 3.3, "confidence", F32),
+        (1128, 5, 4.0, "entropy", F16),
+        (1128, 16, 1.0, "confidence", BF16),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
+def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype: torch.dtype, padded: bool) -> None:
+    """The shipped way of each width; dense odd widths have unaligned rows, padded ones NaN around them."""
+    case = make_case(
+        7, C, K, dtype, peaked=padded, padded=padded, ignored=0.2, temperature=temperature, weighting=weighting
+    )
+    check(case, f"C={C}")
+
+
+@pytest.mark.parametrize(
+    ("regime", "C", "K", "temperature", "weighting", "dtype", "expected"),
+    [
+        ("table", 2100, 3, 4.0, "confidence", BF16, (False, 1, 1)),
+        ("cluster", 1001, 3, 4.0, "confidence", BF16, (False, 1, 2)),
+        ("cluster", 1000, 5, 3.3, "entropy", F32, (False, 1, 4)),
+        ("cluster", 3999, 2, 2.0, "confidence", F16, (False, 1, 8)),
+        ("batches", 1001, 3, 4.0, "confidence", BF16, (False, 2, 1)),
+        ("batches", 1127, 5, 3.3, "entropy", F32, (False, 5, 1)),
+        ("batches", 3999, 1, 1.0, "confidence", F16, (False, 4, 1)),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
+def test_wide_rows(
+    emulated: ModuleType,
+    regime: str,
+    C: int,
+    K: int,
+    temperature: float,
+    weighting: str,
+    dtype: torch.dtype,
+    expected: tuple[bool, int, int],
+    padded: bool,
+) -> None:
+    enter(emulated, regime, K)
+    case = make_case(
+        5, C, K, dtype, peaked=True, padded=padded, ignored=0.3, temperature=temperature, weighting=weighting
+    )
+    assert way(emulated, case) == expected
+    check(case, f"{regime} C={C}")
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 3.3])
+def test_every_weighting_and_temperature(emulated: ModuleType, regime: str, weighting: str, temperature: float) -> None:
+    enter(emulated, regime, 3)
+    C = 72 if regime == "table" else 700
+    # What float32 makes of the entropy of a teacher that is nearly certain, log(1 + little), is luck.
+    peaked = weighting != "entropy"
+    case = make_case(
+        12,
+        C,
+        3,
+        peaked=peaked,
+        padded=False,
+        ignored=0.2,
+        temperature=temperature,
+        weighting=weighting,
+        hard_weight=0.7,
+    )
+    if weighting == "given":
+        case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, 12).contiguous())
+    check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("teacher_dtypes", [(F32, F16, BF16), (F16, F16, F16)], ids=["three", "one"])
+def test_mixed_dtypes(emulated: ModuleType, regime: str, teacher_dtypes: tuple[torch.dtype, ...]) -> None:
+    enter(emulated, regime, 3)
+    check(make_case(4, 600, 3, BF16, teacher_dtypes=teacher_dtypes, peaked=True), regime)
+
+
+def test_rows_that_a_warp_finishes_together(emulated: ModuleType) -> None:
+    """Four at a time, the last set incomplete, and more sets than warps."""
+    limit(emulated, multiprocessors=1)
+    case = make_case(43, 33, 2, BF16, padded=False, ignored=0.3)
+    assert emulated.row_geometry(43, 33, 2, 8)[:2] == (True, 4)
+    check(case)
+
+
+def test_two_row_strides(emulated: ModuleType, regime: str) -> None:
+    """(B, S, C) slices that no single row stride describes: read in place, each with its own strides."""
+    enter(emulated, regime, 3)
+    case = make_case(6, 600, 3, lead=(2, 3), padded=False)
+    wide = torch.full((2, 5, 608), NAN)
+    wide[:, 1:4, 8:] = case.student
+    check(case.with_(student=wide[:, 1:4, 8:], teachers=(*case.teachers[:2], case.teachers[2][:1].expand(2, 3, 600))))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_reductions(reduction: str) -> None:
+    case = make_case(4, 40, 2, ignored=0.3, reduction=reduction)
+    check(case, reduction, torch.randn(4) if reduction == "none" else torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+def test_value_and_grad(emulated: ModuleType, regime: str, scale: float | torch.Tensor) -> None:
+    enter(emulated, regime, 2)
+    case = make_case(3, 600, 2)
+    actual, R, N = run_value_and_grad(case, "cuda", scale), truth(case), naive(case)
+    assert_accurate(actual.grad, 8 * R.grad, 8 * N.grad, "grad")
+    assert_accurate(actual.loss, R.loss, N.loss, "loss", floor=1e-5)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def options(**changes: object) -> dict[str, object]:
+    return {
+        "temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence", "ignore_index": -100,
+        "needs_grad": True, "residual_scale": None, **changes,
+    }  # fmt: skip
+
+
+def cuda_rows(*args: object, **kwargs: object) -> reference.RowLoss:
+    return reference.RowLoss(*cuda_kernels.row_loss(*args, **kwargs))
+
+
+def agree(student: torch.Tensor, teachers: list[torch.Tensor], target: torch.Tensor, **changes: object) -> None:
+    """The backend call against the reference in float64: same infinities, same NaN, close elsewhere."""
+    given = options(**changes)
+    actual = cuda_rows(student, teachers, target, **given)
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    expected = reference.row_loss(student.double(), [z.double() for z in teachers], target, **wide)
+    for name in ("rows", "divergence", "teacher_ce", "weights", "residual"):
+        ours, theirs = getattr(actual, name).double(), getattr(expected, name)
+        same = torch.isclose(ours, theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
+        assert same.all(), f"{name}: {ours[~same][:5]} instead of {theirs[~same][:5]}"
+
+
+@pytest.fixture
+def rows(emulated: ModuleType, regime: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    enter(emulated, regime, 3)
+    return torch.randn(4, 600), [3 * torch.randn(4, 600) for _ in range(3)], torch.tensor([3, 599, 0, 40])
+
+
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+@pytest.mark.parametrize("N", [0, 4, 300])
+def test_means(emulated: ModuleType, regime: str, N: int, scale: float | torch.Tensor) -> None:
+    """The device counts the rows and adds them up: in the same launch where one cluster does the batch, or in two more."""
+    enter(emulated, regime, 3)
+    C = 600 if N < 100 else 40
+    student, *teachers = torch.randn(4, N, C).unbind()
+    target = torch.randint(C, (N,))
+    for labels in (target, target.where(torch.arange(N) % 3 > 0, -100), torch.full_like(target, -100)):
+        divisor = max(int((labels != -100).sum()), 1)
+        one = cuda_rows(student, teachers, labels, **options())
+        mean = cuda_rows(student, teachers, labels, **options(residual_scale=scale, mean=True))
+        torch.testing.assert_close(mean.residual, one.residual * (8.0 / divisor))
+        assert torch.equal(mean.numbers, one.numbers)
+        loss, others = mean.means
+        assert loss.shape == () and others[2] == torch.tensor(1.0) / divisor
+        torch.testing.assert_close(torch.stack([loss, *others[:2]]), one.numbers[:3].sum(1) / divisor)
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "entropy"])
+def test_masked_columns(rows: tuple, weighting: str) -> None:
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 41:520] = -INF  # whole vectors, whole warps and a whole batch of them
+    agree(student, teachers, target, weighting=weighting)
+    student[0, 20] = -INF  # teachers have mass there: KL is infinite, in that row alone
+    agree(student, teachers, target, weighting=weighting)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 0.7])
+def test_columns_masked_with_the_lowest_number(rows: tuple, temperature: float) -> None:
+    """Some columns of every row, and all of one: at a small T their product with the scale overflows."""
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 41:520] = torch.finfo(F32).min
+        tensor[2] = torch.finfo(F32).min
+    agree(student, teachers, target, temperature=temperature)
+    agree(student, teachers, target, temperature=temperature, weighting="entropy")
+
+
+def test_infinite_cross_entropies(rows: tuple) -> None:
+    student, teachers, target = rows
+    teachers[0][0, 3] = -INF  # one: weight 0
+    teachers[0][1, 599] = teachers[2][1, 599] = -INF  # two share the mass
+    for z in teachers:
+        z[2, 0] = -INF  # all: uniform
+    agree(student, teachers, target)
+
+
+def test_certain_teachers() -> None:
+    """Entropies of exactly 0, in all teachers and in all but the last."""
+    target = torch.tensor([1, 2])
+    teachers = [torch.full((2, 40), -INF).scatter_(1, target[:, None], 5.0) for _ in range(3)]
+    teachers[2][1] = torch.randn(40)
+    agree(torch.randn(2, 40), teachers, target, weighting="entropy")
+
+
+def test_ignored_rows_are_zero_whatever_they_hold(rows: tuple) -> None:
+    student, teachers, target = rows
+    target[1] = target[3] = -100
+    student[1], teachers[0][1], teachers[2][3] = NAN, NAN, INF
+    agree(student, teachers, target)
+    target.fill_(-100)
+    agree(student, teachers, target)
+
+
+def test_labels_out_of_range_give_nan_rows(rows: tuple) -> None:
+    student, teachers, target = rows
+    target[0], target[2] = 600, -1
+    agree(student, teachers, target)
+    agree(student, teachers, target, hard_weight=0.0, weighting="uniform")
+
+
+def test_given_weight_of_zero_silences_a_teacher(rows: tuple) -> None:
+    """Even a NaN one: loss and gradient are those without it."""
+    student, teachers, target = rows
+    teachers[1].fill_(NAN)
+    weights = torch.tensor([0.5, 0.0, 0.25]).unsqueeze(1).expand(3, 4)
+    actual = cuda_rows(student, teachers, target, **options(weighting=weights))
+    without = cuda_rows(student, teachers[::2], target, **options(weighting=weights[::2]))
+    torch.testing.assert_close(actual.rows, without.rows)
+    torch.testing.assert_close(actual.residual, without.residual)
+
+
+@pytest.mark.parametrize("offset", [1e4, -3e4])
+def test_large_offsets_do_not_cancel(rows: tuple, offset: float) -> None:
+    """A whole number added to logits on a grid of 1/32 loses none of their bits, so that it may change roundings only:
+    a maximum times scale that is off by one part in 2^24 would be off by 1e-3 here.
+    """
+    student, teachers, target = rows
+    student, *teachers = ((32 * tensor).round() / 32 for tensor in (student, *teachers))
+    plain = cuda_rows(student, teachers, target, **options())
+    moved = cuda_rows(student + offset, [z + offset for z in teachers], target, **options())
+    torch.testing.assert_close(moved.numbers, plain.numbers, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved.residual, plain.residual, rtol=1e-6, atol=1e-7)
+
+
+def test_student_equal_to_teachers(rows: tuple) -> None:
+    student, _, target = rows
+    result = cuda_rows(student, [student] * 3, target, **options(hard_weight=0.0))
+    assert torch.equal(result.divergence, torch.zeros(3, 4))
+    assert result.residual.abs().max() <= 1e-7
+
+
+def test_no_residual_repeats_and_writes_no_input(rows: tuple) -> None:
+    student, teachers, target = rows
+    before = [tensor.clone() for tensor in (student, *teachers, target)]
+    first, second = (cuda_rows(*rows, **options()) for _ in range(2))
+    assert torch.equal(first.numbers, second.numbers) and torch.equal(first.residual, second.residual)
+    bare = cuda_rows(*rows, **options(needs_grad=False))
+    assert bare.residual is None and torch.equal(bare.numbers, first.numbers)
+    assert all(torch.equal(old, new) for old, new in zip(before, (student, *teachers, target), strict=True))
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0, 7)
+    result = cuda_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
+    assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
+    assert cuda_kernels.feature_forward([empty], [empty]).shape == (1, 0)
+    assert cuda_kernels.scale_rows(empty, torch.ones(1), empty) is empty
+
+
+# --- the other ops ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1, 10, 101, 3000])
+@pytest.mark.parametrize("dtype", [F32, BF16, None], ids=["fp32", "bf16", "mixed"])
+def test_confidence(C: int, dtype: torch.dtype | None) -> None:
+    """Forward and backward against the reference in float64; ignored NaN rows, a padded slice."""
+    dtypes = (F32, BF16, F16) if dtype is None else (dtype,) * 3
+    logits = [(3 * torch.randn(4, C)).to(d) for d in dtypes]
+    logits[1] = poisoned_slice(logits[1], 8)
+    logits[0][2] = NAN
+    target = torch.randint(C, (4,))
+    target[2] = -100
+    exact = [z.double() for z in logits]
+    expected = reference.confidence_forward(exact, target, -100)
+    actual = cuda_kernels.confidence_forward(logits, target, -100)
+    for ours, theirs, plain in zip(actual, expected, reference.confidence_forward(logits, target, -100), strict=True):
+        assert_accurate(ours, theirs, plain, "confidence", floor=5e-7)
+    grad_ce = torch.randn(4, 3).t()
+    grad_ce[:, 2] = 0.0
+    theirs = reference.confidence_backward(exact, target, expected[2], grad_ce.double())
+    plain = reference.confidence_backward(logits, target, expected[2].float(), grad_ce)
+    for ours, R, N in zip(
+        cuda_kernels.confidence_backward(logits, target, actual[2], grad_ce), theirs, plain, strict=True
+    ):
+        assert_accurate(ours, R, N, "gradient", 1e-6 if ours.numel() < FEW else 0.0)
+
+
+def test_confidence_edges() -> None:
+    logits = [torch.randn(3, 10) for _ in range(2)]
+    logits[0][0, 4] = -INF
+    target = torch.tensor([4, 10, 5])
+    for ours, theirs in zip(
+        cuda_kernels.confidence_forward(logits, target, -100),
+        reference.confidence_forward(logits, target, -100),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    weights, _, _ = cuda_kernels.confidence_forward(logits[:1], target, 4)
+    assert weights.tolist() == [[0.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_features(mixed: bool) -> None:
+    """Widths, dtypes and row strides that differ between teachers; a warp and a block per sample."""
+    student = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 40)[:, :33]]
+    teachers = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 33)]
+    if mixed:
+        student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
+    exact = [x.double() for x in student], [x.double() for x in teachers]
+    error = cuda_kernels.feature_forward(student, teachers)
+    assert_accurate(error, reference.feature_forward(*exact), reference.feature_forward(student, teachers), "error")
+    grad = torch.randn(3, 3).t()
+    actual = cuda_kernels.feature_backward(student, teachers, grad)
+    plain = reference.feature_backward(student, teachers, grad)
+    for ours, R, N in zip(actual, reference.feature_backward(*exact, grad.double()), plain, strict=True):
+        assert ours.dtype == N.dtype
+        assert_accurate(ours, R, N, "gradient")
+
+
+def test_feature_loss_module() -> None:
+    """The module on this backend and on the reference, one set of parameters."""
+    criterion = CAMKDFeatureLoss(4, [6, 8], detach_weights=False)
+    teachers = [torch.randn(3, 6, 4, 4), torch.randn(3, 8, 2, 2)]
+    heads = [lambda f: f.mean((2, 3)), lambda f: f.mean((2, 3))[:, :6]]
+    target, grads = torch.tensor([1, 5, 0]), {}
+    feature = torch.randn(3, 4, 4, 4)
+    for backend in ("cuda", "reference"):
+        criterion.backend = backend
+        student = feature.clone().requires_grad_()
+        criterion(student, teachers, heads, target).loss.backward()
+        grads[backend] = student.grad
+    torch.testing.assert_close(grads["cuda"], grads["reference"])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("C", [1, 10, 101])
+def test_scale_rows(dtype: torch.dtype, C: int) -> None:
+    residual = torch.randn(5, C).to(dtype)
+    for factor in (torch.tensor([0.37]), torch.randn(5), torch.randn(1).expand(5)):
+        expected = (residual.double() * factor.double().unsqueeze(1)).to(dtype)
+        out = torch.empty_like(residual)
+        assert cuda_kernels.scale_rows(residual, factor, out) is out
+        torch.testing.assert_close(out, expected)
+        cuda_kernels.scale_rows(residual, factor, residual)
+        assert torch.equal(residual, out)
+
+
+# --- barriers --------------------------------------------------------------------------------------------------------
+
+
+def test_no_races() -> None:
+    """Every kernel and regime under ThreadSanitizer."""
+    done = build.race_check()
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT"])
+def test_a_missing_barrier_shows(dropped: str) -> None:
+    """Without one kind of barrier the same run must fail: by a reported race, a NaN, or an address made of poison."""
+    assert build.race_check(dropped).returncode != 0
+
+
+# --- the launch table ------------------------------------------------------------------------------------------------
+
+# Multiprocessors; shared memory of a block and of a multiprocessor; L2; blocks of a cluster; threads of a block.
+H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256)
+A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256)
+
+
+def test_shipped_regimes(emulated: ModuleType) -> None:
+    """One read of global memory for whatever fits, at three teachers in 16 bits; the smallest batch in one cluster."""
+    emulated.set_limits(*H100)
+    assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
+    assert emulated.row_geometry(16384, 1000, 3, 8)[0]
+    for C, cluster in [(8192, 1), (32000, 4), (128256, 16), (262144, 16)]:
+        warp, _, _, batches, blocks, *_ = emulated.row_geometry(8192, C, 3, 8)
+        assert (warp, batches, blocks) == (False, 1, cluster)
+    emulated.set_limits(*A100)
+    assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector: int) -> None:
+    emulated.set_limits(*device)
+    for C in (1, 10, 100, 1000, 1128, 2040, 2041, 21841, 32000, 65537, 128256, 151936, 262144, 2**30):
+        for K in (1, 2, 3, 5, 16):
+            for N in (1, 7, 289, 4096, 10**6):
+                _, rows, slots, batches, cluster, threads, blocks, shared = emulated.row_geometry(N, C, K, vector)
+                assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
+                assert slots * batches * threads * cluster * vector >= C and rows >= 1
