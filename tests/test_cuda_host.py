@@ -244,7 +244,7 @@ def rows(emulated: ModuleType, regime: str) -> tuple[torch.Tensor, list[torch.Te
 @pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
 @pytest.mark.parametrize("N", [0, 4, 300])
 def test_means(emulated: ModuleType, regime: str, N: int, scale: float | torch.Tensor) -> None:
-    """The device counts the rows and adds them up: in the same launch where one cluster does the batch, or in two more."""
+    """The device counts the rows and adds them up: in one launch where a cluster does the batch, else in two more."""
     enter(emulated, regime, 3)
     C = 600 if N < 100 else 40
     student, *teachers = torch.randn(4, N, C).unbind()
