@@ -94,10 +94,24 @@ def test_the_build_section_tells_what_is_usable(tmp_path: Path, monkeypatch: pyt
     if dispatch.availability("cpu").usable:
         gpu_check.build(made)
         assert "cpu" in made.found[0]
-    if not dispatch.availability("cuda").usable:
-        monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "/usr/bin/nvcc")
-        with pytest.raises(CheckError, match="nvcc is there, but cuda: missing"):
-            gpu_check.build(made)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "/usr/bin/nvcc")
+    if dispatch.availability("cpu").usable and "no CUDA C++ kernels" not in dispatch.availability("cuda").reason:
+        gpu_check.build(made)
+    monkeypatch.setattr(
+        gpu_check, "BACKENDS", "print('cpu: usable\\ncuda: missing (this build has no CUDA C++ kernels)')"
+    )
+    with pytest.raises(CheckError, match="nvcc is there, but cuda: missing"):
+        gpu_check.build(made)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs"), [("9.0", "90a-real"), ("8.6", "86-real"), ("12.0", "120-real"), ("", None)]
+)
+def test_kernels_are_built_for_the_gpu_that_is_there(
+    capability: str, archs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "CAPABILITY", f"print({capability!r})")
+    assert gpu_check.architecture().get("CAMKD_FAST_CUDA_ARCHS") == archs
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:

@@ -1,5 +1,5 @@
-// What a mean over the batch needs beside its rows: how many of them count, and their sums. One cluster that does a whole
-// small batch does this as well (row_loss.cuh); for larger ones two kernels of a few blocks do.
+// What a mean over the batch needs beside its rows: how many of them count, and their sums. One cluster that does a
+// whole small batch does this as well (row_loss.cuh); for larger ones two kernels of a few blocks do.
 #pragma once
 
 #include "api.h"
