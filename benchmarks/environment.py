@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import datetime
 import re
-import subprocess
 from pathlib import Path
 
 from camkd_fast.cli import environment
+from camkd_fast.train.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def commit() -> str:
-    """The checkout's commit, with + where it has uncommitted changes outside the results."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if dirty else "")
 
 
 def describe() -> dict[str, str]:
