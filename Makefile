@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) setup.py
 TORCH := 2.13.0
 
-.PHONY: install demo test test-all lint format bench bench-train clean
+.PHONY: install demo test test-all lint format bench bench-train study study-quick study-report study-check clean
 
 install: $(STAMP)
 
@@ -43,6 +43,22 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_train
 	$(BIN)/python -m benchmarks.bench_loaders
+
+# Hours; what is finished is kept, so it may be stopped and started again. Then `make study-report`.
+study: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/study.yaml --out runs/study \
+	  --results benchmarks/study/results.jsonl
+
+study-quick: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/quick.yaml --out runs/study-quick
+
+study-report: $(STAMP)
+	$(BIN)/python -m benchmarks.study_report
+
+# Three finished cells once more, which must end with the same accuracy exactly.
+study-check: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/study.yaml --out runs/study \
+	  --results benchmarks/study/results.jsonl --check 3
 
 clean:
 	rm -rf build dist runs *.egg-info $(VENV) camkd_fast/*.so

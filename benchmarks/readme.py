@@ -14,7 +14,7 @@ from typing import Any
 README = Path(__file__).parent.parent / "README.md"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -47,7 +47,7 @@ def logit_loss(result: dict[str, Any]) -> str:
         for key, name in (("autograd", "swap-in"), ("value_and_grad", "value + gradient"))
     )
     copy = f"Copy bandwidth {result['copy_gb_per_s']:.0f} GB/s in the same run."
-    return f"{_table(header, rows)}\nGeometric means: {means}. {copy} {_where(result)}\n"
+    return f"{table(header, rows)}\nGeometric means: {means}. {copy} {_where(result)}\n"
 
 
 def train_step(result: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def train_step(result: dict[str, Any]) -> str:
         share, first = row["loss_share"], row["first_two_steps_seconds"]
         cells = [row["name"], f"{row['p50_ms']:.0f}", f"{row['images_per_second']:.0f}", f"{row['speed_up']:.1f}x"]
         rows.append([*cells, "" if share is None else f"{share:.2%}", "" if first is None else f"{first:.0f}"])
-    return f"{_table(header, rows)}\n{_where(result)}\n"
+    return f"{table(header, rows)}\n{_where(result)}\n"
 
 
 def loaders(result: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def loaders(result: dict[str, Any]) -> str:
         [row["images"], row["loader"], f"{row['images_per_second']:,.0f}", f"{row['speed_up']:.1f}x"]
         for row in result["rows"]
     ]
-    return f"{_table(['images', 'loader', 'images/s', 'over torch'], rows)}\n{_where(result)}\n"
+    return f"{table(['images', 'loader', 'images/s', 'over torch'], rows)}\n{_where(result)}\n"
 
 
 def fashion_mnist(result: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def fashion_mnist(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     header = ["run", "test accuracy", "images/s", "seconds in all"]
-    return f"```\n{commands}\n```\n\n{_table(header, rows)}\n{_where(result)}\n"
+    return f"```\n{commands}\n```\n\n{table(header, rows)}\n{_where(result)}\n"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -94,6 +94,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def insert(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of that name, of which there is one pair."""
+    start, end = f"<!-- {name}: start -->\n", f"<!-- {name}: end -->"
+    head, rest = text.split(start)
+    return head + start + content + end + rest.split(end)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
@@ -101,9 +108,7 @@ def main() -> None:
     for path in parser.parse_args().results:
         if path.stem not in TABLES:
             raise SystemExit(f"{path.name} must be one of {', '.join(f'{name}.json' for name in TABLES)}")
-        start, end = f"<!-- {path.stem}: start -->\n", f"<!-- {path.stem}: end -->"
-        head, rest = text.split(start)
-        text = head + start + TABLES[path.stem](json.loads(path.read_text())) + end + rest.split(end)[1]
+        text = insert(text, path.stem, TABLES[path.stem](json.loads(path.read_text())))
     README.write_text(text)
 
 
