@@ -1,6 +1,6 @@
-"""`make study-report`: the study's page, and its tables in README.md and docs/strategies.md, from the committed results.
+"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results alone.
 
-Reads benchmarks/study/study.yaml and results.jsonl and needs no run; equal results give equal bytes.
+Reads benchmarks/study/study.yaml and results.jsonl and needs no run: equal results give equal bytes.
 """
 
 from __future__ import annotations
