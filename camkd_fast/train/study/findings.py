@@ -76,8 +76,8 @@ class Findings:
         """The places by whether a bad teacher is in the pool; groups without places are left out."""
         study = self.results.study
         found = {
-            "all teachers good": [place for place in self.places if not study.bad(place[0])],
-            "a bad teacher in the pool": [place for place in self.places if study.bad(place[0])],
+            "good teachers only": [place for place in self.places if not study.bad(place[0])],
+            "a bad teacher": [place for place in self.places if study.bad(place[0])],
         }
         return {name: places for name, places in found.items() if places}
 

@@ -126,7 +126,7 @@ def _weights(findings: Findings) -> list[Section]:
         for of, kind in (("weights", "logits"), ("feature_weights", "features")):
             lines = [line for pool in bad_pools for line in _over_training(findings, pool, student.model, of)]
             if lines:
-                panels.append(Panel(f"{student.model}, {kind}", "weight of the bad", lines))
+                panels.append(Panel(f"{student.model}, {kind}", "weight of the bad", lines, from_zero=True))
         parts += [curves([panel]) for panel in panels]
     parts += _by_class(findings, bad_pools)
     if not parts:
@@ -193,14 +193,15 @@ def _helpless() -> Section:
     text = (
         "The weight w_k = (1 - softmax_k(CE_k)) / (K - 1) is at most 1 / (K - 1): it takes its say away from the worst "
         "teacher of a sample, but never gives more than that bound to the best. So (1) where several teachers are bad "
-        "in the same samples only the worst of them is left out, and the others share alike; (2) with large K the "
-        "bound is near the equal weight 1 / K, whatever the teachers say; (3) it looks at the probability of the label "
+        "in the same samples the worst alone is left out: of two whose cross-entropies differ clearly the lesser evil "
+        "counts as much as a good teacher, of two that are alike each counts half as much; (2) with large K the bound "
+        "is near the equal weight 1 / K, whatever the teachers say; (3) it looks at the probability of the label "
         "alone: a teacher that is right and over-confident has the least cross-entropy and so the most weight, "
-        "although its other probabilities, which are what distillation adds to labels, say least; (4) where all "
-        "teachers are equally right the weights are equal, and CA-MKD is AVER; (5) on logits it depends on teachers "
-        "and labels and not on the student, so it cannot know what a student has yet to learn. It can help where "
-        "teachers differ in which samples they get wrong: one that was taught swapped classes can be left out there "
-        "and kept elsewhere."
+        "although its other probabilities, which are what distillation adds to labels, say least; (4) where teachers "
+        "give the label the same probability their weights are equal, and CA-MKD is AVER; (5) on logits it depends on "
+        "teachers and labels and not on the student, so it cannot know what a student has yet to learn. It can help "
+        "where teachers differ in which samples they get wrong: one that was taught swapped classes can be left out "
+        "there and kept elsewhere."
     )
     return Section("When a label-aware weight cannot help", text, [])
 
