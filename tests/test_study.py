@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -238,6 +239,16 @@ def test_an_over_confident_teacher_is_as_right_as_its_source(done: Path) -> None
     found = results.collect(study(), done).teachers
     assert found["loud"]["test_accuracy"] == found["good-1"]["test_accuracy"]
     assert found["loud"]["test_loss"] != found["good-1"]["test_loss"]
+
+
+def test_a_derived_teacher_follows_its_source_and_scale(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "teachers", tmp_path / "teachers")
+    loud = study().teachers[3]
+    kept = work.teach(study(), loud, tmp_path, ORIGIN)
+    louder = replace(loud, logit_scale=8.0)
+    other = replace(study(), teachers=(*study().teachers[:3], louder))
+    assert work.teach(other, louder, tmp_path, ORIGIN)["test_loss"] > kept["test_loss"]
+    assert work.teach(study(), loud, tmp_path, ORIGIN) == kept
 
 
 def _stamps(out: Path) -> dict[str, int]:

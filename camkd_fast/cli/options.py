@@ -94,7 +94,7 @@ class Compare:
     study: Path | None = None
     """Study to run instead, a YAML file; of the other options --out, --jobs, --results and --check go with it."""
     jobs: int | None = None
-    """Processes of a study; None: one per processor that this process may use."""
+    """Processes of a study; None: one per processor that this process may use, or one for a GPU."""
     results: Path | None = None
     """File of lines to which a study's results are merged; None: results.jsonl in --out."""
     check: int = 0

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..train.config import differences
 from ..train.provenance import commit
 from ..train.study import check, conductor, report, results, spec, work
@@ -44,7 +46,9 @@ def run(command: Compare, path: Path) -> int:
 
 
 def _jobs(asked: int | None) -> int:
-    """Worker processes of this process: those asked for, or its share of the processors."""
+    """Worker processes of this process: those asked for, or one for its GPU or each of its share of the processors."""
+    if asked is None and torch.cuda.is_available():
+        return 1
     if asked is None:
         return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if asked < 1:

@@ -106,7 +106,7 @@ def _stage(
 def _begin() -> None:
     """Before a worker's first piece."""
     torch.set_num_threads(1)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK stays, it says which GPU is this rank's
         os.environ.pop(name, None)  # a cell is one process's: it must not look for torchrun's others
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
     threading.Thread(target=_end_with_parent, daemon=True).start()

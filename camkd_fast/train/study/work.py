@@ -17,8 +17,9 @@ from typing import Any
 
 from .. import run
 from ..atomic import write_atomically
+from ..checkpoint import model_bytes, read_model
 from ..journal import METRICS, read_metrics
-from ..run_folder import CHECKPOINTS, MODEL, is_finished
+from ..run_folder import CHECKPOINTS, MODEL, load_model
 from . import cells, measure
 from .cells import Cell
 from .spec import StudyConfig, TeacherSpec
@@ -49,14 +50,10 @@ def teach(study: StudyConfig, spec: TeacherSpec, out: Path, origin: Origin) -> R
 
 
 def _derive(source: Path, folder: Path, scale: float) -> None:
-    """A model whose logits are those of `source` times `scale`."""
-    from ..checkpoint import model_bytes, read_model
-    from ..run_folder import load_model
-
-    if not is_finished(folder):
-        _, metadata = read_model(source / MODEL)
-        model = measure.scaled(load_model(source), scale)
-        write_atomically(folder / MODEL, model_bytes(model, metadata))
+    """A model whose logits are those of `source` times `scale`; made anew each time, as nothing says of what it is."""
+    _, metadata = read_model(source / MODEL)
+    model = measure.scaled(load_model(source), scale)
+    write_atomically(folder / MODEL, model_bytes(model, metadata))
 
 
 def ask(study: StudyConfig, pool: str, out: Path, origin: Origin) -> Record:
