@@ -17,7 +17,7 @@ import yaml
 
 from camkd_fast import cli, models
 from camkd_fast.train import run
-from camkd_fast.train.config import differences, plain
+from camkd_fast.train.config import PrecisionConfig, differences, plain
 from camkd_fast.train.journal import read_metrics
 from camkd_fast.train.study import cells, check, conductor, measure, results, spec, work
 from camkd_fast.train.study.cells import Cell
@@ -135,6 +135,20 @@ def test_runs_differ_in_what_their_variant_says_and_in_nothing_else(tmp_path: Pa
     runs = [cells.distilling(full, cell, tmp_path) for cell in cells.cells(full) if cell.pool == "bad"]
     assert {config.teacher_cache for config in runs} == {tmp_path / "caches" / "bad"}
     assert {config.data.view_seed for config in runs} == {7} and {config.seed for config in runs} == {0, 1}
+
+
+def test_a_students_learning_rate_is_its_own_or_everybodys() -> None:
+    full = replace(study(), training=replace(study().training, learning_rate=0.3))
+    other = replace(full, students=(replace(full.students[0], learning_rate=0.2),))
+    for settings, rate in ((full, 0.3), (other, 0.2)):
+        assert cells.distilling(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
+
+
+def test_teachers_learn_in_their_own_precision_and_are_asked_in_the_students() -> None:
+    full = replace(study(), teaching_precision=PrecisionConfig(dtype="bfloat16"))
+    assert cells.teaching(full, full.teachers[0], Path()).precision.dtype == "bfloat16"
+    assert cells.asking(full, full.pools[0], Path()).precision.dtype == "float32"
+    assert cells.distilling(full, Cell("none", "resnet8", "ce", 0), Path()).precision.dtype == "float32"
 
 
 def test_a_hash_is_of_everything_that_matters_and_of_nothing_else() -> None:

@@ -102,7 +102,7 @@ def teaching(study: StudyConfig, spec: TeacherSpec, out: Path) -> TeachConfig:
         swapped=spec.swapped,
         data=replace(study.data, images=spec.images, views=None, view_seed=None),
         optim=replace(study.teaching, epochs=epochs),
-        precision=study.precision,
+        precision=study.teaching_precision,
         log=QUIET,
     )
 
@@ -115,6 +115,7 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
     """
     student, variant = study.student(cell.student), study.variant(cell.variant)
     pool = study.pool(cell.pool) if variant.has_pool else None
+    rate = study.training.learning_rate if student.learning_rate is None else student.learning_rate
     return DistillConfig(
         student=student.model,
         strategy=variant.strategy,
@@ -127,7 +128,7 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
         uniform=variant.uniform,
         seed=cell.seed,
         out=cell_folder(out, cell),
-        optim=replace(study.training, learning_rate=student.learning_rate),
+        optim=replace(study.training, learning_rate=rate),
         **_shared(study, pool, out),
     )
 

@@ -60,7 +60,7 @@ class Student:
     """A student's model, which names it, and what suits it alone."""
 
     model: str
-    learning_rate: float | None = None  # None: see `OptimConfig`
+    learning_rate: float | None = None  # None: that of `StudyConfig.training`
     pools: tuple[str, ...] = ()  # empty: all
 
     def __post_init__(self) -> None:
@@ -115,6 +115,9 @@ class StudyConfig:
     teaching: OptimConfig = field(default_factory=OptimConfig)
     """Of teachers."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of students, and of teachers when they are asked."""
+    teaching_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of teachers while they learn."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
