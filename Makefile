@@ -7,7 +7,8 @@ NATIVE := $(shell find csrc -type f) setup.py
 SOURCES := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH := 2.13.0
 
-.PHONY: install demo test test-all lint format bench bench-train bench-report gpu-check clean
+.PHONY: install demo test test-all lint format bench bench-train bench-report gpu-check study study-quick \
+  study-report study-check clean
 
 install: $(STAMP)
 
@@ -51,6 +52,22 @@ bench-report: $(STAMP)
 # On a machine with a GPU, against the torch, triton and compilers that are there: no .venv, no network.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
+
+# Hours; what is finished is kept, so it may be stopped and started again. Then `make study-report`.
+study: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/study.yaml --out runs/study \
+	  --results benchmarks/study/results.jsonl
+
+study-quick: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/quick.yaml --out runs/study-quick
+
+study-report: $(STAMP)
+	$(BIN)/python -m benchmarks.study_report
+
+# Three finished cells once more, which must end with the same accuracy exactly.
+study-check: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/study.yaml --out runs/study \
+	  --results benchmarks/study/results.jsonl --check 3
 
 clean:
 	rm -rf build dist runs *.egg-info $(VENV) camkd_fast/*.so

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import verdict
 from camkd_fast.cli import environment
+from camkd_fast.train.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,7 +20,7 @@ def describe(device: torch.device) -> dict[str, str]:
     """Device, versions, commit, verdict of its tests and date of this process."""
     return environment() | {
         "device": device.type,
-        "commit": verdict.commit(),
+        "commit": commit(),
         "tests": verdict.read(device.type),
         "date": datetime.date.today().isoformat(),
     }

@@ -9,36 +9,16 @@ the commit; a tree with uncommitted changes gets none that counts.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from camkd_fast.train.provenance import commit
+
 ROOT = Path(__file__).parent.parent
 STAMP = ROOT / ".pytest_cache" / "camkd_fast_tests.json"
 GREEN, RED, UNKNOWN = "green", "red", "unknown"
-
-
-def commit() -> str:
-    """The checkout's commit, with + where it has uncommitted changes outside the results and the texts made of them.
-
-    A copy without its .git folder names its commit in CAMKD_FAST_COMMIT.
-    """
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        except OSError:
-            return ""
-        return done.stdout.strip()
-
-    name = git("rev-parse", "--short=10", "HEAD")
-    if not name:
-        return os.environ.get("CAMKD_FAST_COMMIT", "unknown")
-    changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results", ":!/README.md", ":!/docs")
-    return name + ("+" if changed else "")
 
 
 def read(device: str, stamp: Path = STAMP) -> str:

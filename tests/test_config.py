@@ -30,7 +30,11 @@ PARTS = (DataConfig, OptimConfig, PrecisionConfig, LogConfig)
         TeachConfig(),
         DistillConfig(),
         TeachConfig(
-            model="vgg8", wrong_labels=0.25, out=Path("a b/c"), data=DataConfig(data="folder", root=Path("/x"))
+            model="vgg8",
+            wrong_labels=0.25,
+            swapped=(3, 5),
+            out=Path("a b/c"),
+            data=DataConfig(data="folder", root=Path("/x")),
         ),
         DistillConfig(
             teachers=(Path("t0"), Path("t1")),
@@ -98,6 +102,10 @@ def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) 
         (LogConfig, {"log_every": 0}, "log_every must be at least 1, got 0"),
         (LogConfig, {"checkpoint_minutes": float("inf")}, "got inf"),
         (TeachConfig, {"wrong_labels": -0.1}, "got -0.1"),
+        (TeachConfig, {"swapped": (3,)}, "swapped must name two different classes, got 3"),
+        (TeachConfig, {"swapped": (3, 3)}, "swapped must name two different classes, got 3 3"),
+        (TeachConfig, {"swapped": (-1, 3)}, "swapped must name two different classes, got -1 3"),
+        (DistillConfig, {"uniform": "both"}, "uniform must be one of none, logits, features, got 'both'"),
         (DistillConfig, {"alpha": -1.0}, "alpha must be at least 0, got -1.0"),
         (DistillConfig, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (DistillConfig, {"teacher_cache": Path("c")}, "needs a fixed number of views, got views None"),

@@ -13,6 +13,7 @@ import torch
 from camkd_fast import camkd_loss
 from camkd_fast.baselines import eager_loss
 from camkd_fast.data import ImageSet, LabelledImages, Splits, corrupt_labels, stratified_parts
+from camkd_fast.data.images import swap_labels
 from camkd_fast.train.journal import METRICS, read_metrics
 
 pytest.importorskip("sklearn")
@@ -54,6 +55,14 @@ def test_smaller_parts_are_nested_and_excess_is_refused() -> None:
     assert labels[few].bincount().tolist() == [2, 2, 2, 2]
     with pytest.raises(ValueError, match=r"41.*40"):
         stratified_parts(labels, [40, 1], seed=0)
+
+
+def test_swapped_classes_change_places_and_nothing_else() -> None:
+    labels = torch.tensor([0, 3, 5, 3, 9, 5, 1])
+    assert swap_labels(labels, 10, 3, 5).tolist() == [0, 5, 3, 5, 9, 3, 1]
+    assert labels.tolist() == [0, 3, 5, 3, 9, 5, 1]
+    with pytest.raises(ValueError, match=r"\[0, 10\), got 3 and 10"):
+        swap_labels(labels, 10, 3, 10)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.35, 1.0])

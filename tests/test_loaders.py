@@ -90,6 +90,19 @@ def test_order_and_crops_change_with_epoch_and_seed_and_repeat(kind: str) -> Non
 
 
 @kinds
+def test_views_may_have_a_seed_of_their_own(kind: str) -> None:
+    def batches(**seeds: int) -> list[Batch]:
+        with opened(arrays(40), kind, augmentation=CROP, views=2, **seeds) as loader:
+            return list(loader)
+
+    one, other = batches(seed=0, view_seed=7), batches(seed=1, view_seed=7)
+    assert not torch.equal(one[0].index, other[0].index)
+    assert torch.equal(by_sample(one)[1], by_sample(other)[1])
+    assert not torch.equal(by_sample(one)[1], by_sample(batches(seed=0))[1])
+    assert_same(batches(seed=7), batches(seed=7, view_seed=7))
+
+
+@kinds
 def test_views_repeat_bit_by_bit_in_another_order(kind: str) -> None:
     epochs = []
     with opened(arrays(40), kind, augmentation=CROP, views=2) as loader:
@@ -184,6 +197,7 @@ def test_a_position_that_other_ranks_cannot_express_is_refused() -> None:
     ("change", "message"),
     [
         ({"seed": 1}, "seed 0, this loader has 1"),
+        ({"view_seed": 1}, "augmentation seed 0, this loader has 1"),
         ({"batch_size": 20}, "global batch 16, this loader has 20"),
         ({"augmentation": Augmentation(padding=2)}, "padding=3.*padding=2"),
         ({"augmentation": None}, "padding=3.*'None'"),

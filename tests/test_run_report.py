@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     data, optim = DataConfig(images=100, augmentation="none"), OptimConfig(epochs=2, batch_size=20)
     for k in (0, 1):
-        run.teach(TeachConfig("resnet8", k, folder / f"t{k}", 0.8 * k, data, optim, log=QUIET))
+        run.teach(TeachConfig("resnet8", k, folder / f"t{k}", 0.8 * k, data=data, optim=optim, log=QUIET))
     teachers = (folder / "t0", folder / "t1")
     run.distill(DistillConfig("resnet8", teachers, out=folder / "s0", data=data, optim=optim, log=QUIET))
     return folder

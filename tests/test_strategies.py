@@ -259,6 +259,27 @@ def test_ca_mkd_weighs_maps_by_what_the_heads_make_of_them(official: bool) -> No
     assert batch.student.features.grad.abs().sum() > 0
 
 
+def test_either_part_of_ca_mkd_can_weigh_all_teachers_alike() -> None:
+    batch = case(3)
+
+    def both(uniform: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        torch.manual_seed(1)
+        strategy = strategies.create("ca-mkd", batch.teachers, FEATURES, uniform=uniform)
+        term = strategy.feature_term(batch.student, batch.taught, batch.target)
+        return logit_loss(strategy, batch).weights, term.loss, term.weights
+
+    torch.manual_seed(1)
+    hints = strategies.create("fitnet-mkd", batch.teachers, FEATURES, beta=50.0)
+    equal = hints.feature_term(batch.student, batch.taught, batch.target).loss
+    ours, logits, features = both("none"), both("logits"), both("features")
+    third = torch.full((3, 7), 1 / 3)
+    torch.testing.assert_close(logits[0], third)
+    torch.testing.assert_close(logits[1:], ours[1:])
+    torch.testing.assert_close(features[0], ours[0])
+    torch.testing.assert_close(features[1], equal)
+    assert features[2] is None and not torch.allclose(ours[0], third) and not torch.allclose(ours[1], equal)
+
+
 def test_the_gradient_through_the_feature_weights_is_an_option() -> None:
     gradients = []
     for detach in (True, False):
@@ -367,6 +388,8 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         strategies.create("aver", teachers, FEATURES, beta=3.0)
     with pytest.raises(ValueError, match=r"\[0, 2\).*got 2"):
         strategies.create("kd", teachers, FEATURES, teacher_index=2)
+    with pytest.raises(ValueError, match=r"uniform is 'logits', but fitnet-mkd is not ca-mkd"):
+        strategies.create("fitnet-mkd", teachers, FEATURES, uniform="logits")
     with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) knows 7 classes, but the data set has 5"):
         LiveTeachers([Tiny(3), Tiny(3, num_classes=7)], num_classes=5)
     with pytest.raises(ValueError, match=r"1 to 16 teachers, got 0"):

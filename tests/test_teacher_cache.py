@@ -524,5 +524,6 @@ def test_the_key_of_a_loader() -> None:
     images = LabelledImages(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6) % 5, 5, (1.0,) * 3, (2.0,) * 3)
     key = CacheKey.of(images, "train", LoaderConfig(2, seed=3, views=4), "resident", teachers)
     assert (key.samples, key.shape, key.seed, key.views) == (6, (3, 4, 4), 3, 4)
+    assert CacheKey.of(images, "train", LoaderConfig(2, seed=9, view_seed=3, views=4), "resident", teachers) == key
     assert key.teachers == tuple(teachers.hashes) and key.data == images.fingerprint()
     assert CacheKey.of(images, "train", LoaderConfig(2), "resident", teachers).views == 1  # evaluation has one view

@@ -11,6 +11,7 @@ from ..train import compare, run_report
 from ..train import run as jobs
 from ..train.config import DistillConfig
 from ..train.run import RunResult
+from . import study
 from .info import environment, info
 from .options import (
     Bench,
@@ -39,6 +40,8 @@ def run(command: Command) -> int:
         case Evaluate():
             _evaluate(command)
         case Compare():
+            if command.study is not None:
+                return study.run(command, command.study)
             _compare(command)
         case Report():
             _say(str(run_report.write(command.run, environment())))

@@ -74,6 +74,12 @@ class Compare:
     """Train one student with several strategies from several seeds; runs that are finished are kept.
 
     Writes a table, compare.json and report.html; `camkd-fast report` makes the page of a single run.
+
+    With --study FILE the file says which teachers, pools, students, variants and seeds there are, and everything is
+    trained, teachers included, by --jobs processes of one thread each. What is finished is kept, what was killed goes
+    on. Under `torchrun --nproc-per-node N -m camkd_fast compare --study FILE --out DIR`, also with --nnodes, rank r of
+    w takes every w-th cell, --jobs processes each; ranks do not talk, but find each other's teachers and caches where
+    they share DIR. On machines that share nothing, merge with --results FILE, one machine after the other.
     """
 
     strategies: tuple[str, ...] = strategies.NAMES
@@ -85,6 +91,14 @@ class Compare:
     """Settings to start from, the config.yaml of a distilled student; options beside it override it."""
     overwrite: bool = False
     """Train all runs anew."""
+    study: Path | None = None
+    """Study to run instead, a YAML file; of the other options --out, --jobs, --results and --check go with it."""
+    jobs: int | None = None
+    """Processes of a study; None: one per processor that this process may use, or one for a GPU."""
+    results: Path | None = None
+    """File of lines to which a study's results are merged; None: results.jsonl in --out."""
+    check: int = 0
+    """Train so many finished cells of a study once more, at random, and compare their accuracies exactly."""
 
 
 @dataclass(frozen=True)

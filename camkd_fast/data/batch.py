@@ -35,6 +35,7 @@ class LoaderConfig:
     batch_size: int  # per process
     seed: int = 0  # of order and augmentation
     augmentation: Augmentation | None = None  # None is evaluation: pixels unchanged, in the set's order
+    view_seed: int | None = None  # of the augmentation alone; None: `seed`
     views: int | None = None  # epoch e sees view e % views; None: a new view in every epoch
     rank: int = 0
     world: int = 1
@@ -52,6 +53,10 @@ class LoaderConfig:
             raise ValueError(f"rank must lie in [0, {self.world}), got {self.rank}")
         if self.views is not None and self.views < 1:
             raise ValueError(f"views must be at least 1, got {self.views}")
+
+    @property
+    def augmentation_seed(self) -> int:
+        return self.seed if self.view_seed is None else self.view_seed
 
     def view(self, epoch: int) -> int:
         """The view that an epoch sees."""

@@ -125,7 +125,7 @@ class DaliLoader(EpochLoader):
             sizes = self._image_sizes[index.numpy()]
         else:
             source, sizes = self.data.pixels[index.to(self.data.pixels.device)].cpu().numpy(), self._image_sizes
-        made = records(self.config.augmentation, self.config.seed, self._view, index.numpy(), sizes)
+        made = records(self.config.augmentation, self.config.augmentation_seed, self._view, index.numpy(), sizes)
         self._waiting.popleft()
         self._making.append(index)
         numbers = {

@@ -131,6 +131,7 @@ class EpochLoader(ABC):
             "samples": len(self.data),
             "labels": hashlib.sha256(labels.data).hexdigest()[:16],
             "seed": c.seed,
+            "augmentation seed": c.augmentation_seed,
             "global batch": c.batch_size * c.world,
             "augmentation": str(c.augmentation),
             "views": c.views,
@@ -148,7 +149,8 @@ class EpochLoader(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["settings"]
         for name, value in self._settings().items():
-            if saved[name] != value:
+            # What a position of an earlier version does not tell was not to be chosen then.
+            if saved.get(name, value) != value:
                 raise ValueError(f"the saved position belongs to {name} {saved[name]!r}, this loader has {value!r}")
         done, planned = state["batch"], state["batches"]
         if done < planned and done >= len(self) and self._shuffle:

@@ -106,3 +106,17 @@ def corrupt_labels(labels: Tensor, num_classes: int, fraction: float, seed: int,
     corrupted = labels.clone()
     corrupted[wrong] = (labels[wrong] + (1 if neighbour else offset)) % num_classes
     return corrupted
+
+
+def swap_labels(labels: Tensor, num_classes: int, one: int, other: int) -> Tensor:
+    """Labels (N,) in which two classes have changed places.
+
+    Raises:
+        ValueError: a class outside [0, num_classes).
+    """
+    for label in (one, other):
+        if not 0 <= label < num_classes:
+            raise ValueError(f"classes to swap must lie in [0, {num_classes}), got {one} and {other}")
+    swapped = labels.clone()
+    swapped[labels == one], swapped[labels == other] = other, one
+    return swapped

@@ -25,7 +25,7 @@ class ResidentLoader(EpochLoader):
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         if not batches:
             return
-        crops = self._crops.records(self.config.seed, view, torch.cat(list(batches)))
+        crops = self._crops.records(self.config.augmentation_seed, view, torch.cat(list(batches)))
         for batch, crop in zip(batches, torch.split(crops, [len(batch) for batch in batches]), strict=True):
             yield self._normalised(self._crops(crop)), batch
 

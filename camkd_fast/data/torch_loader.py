@@ -68,7 +68,7 @@ class ArrayBatches(Dataset[Prepared]):
     """Augmented batches of images in memory."""
 
     def __init__(self, data: LabelledImages, config: LoaderConfig) -> None:
-        self.seed = config.seed
+        self.seed = config.augmentation_seed
         self.crops = array_crops(data.pixels.cpu(), config.augmentation, config.channels_last)
 
     def __getitem__(self, key: Key) -> Prepared:
@@ -103,7 +103,7 @@ class FileBatches(Dataset[Prepared]):
 
         image = open_rgb(self.data.paths[sample])
         size = np.array([[image.height, image.width]])
-        made = records(self.config.augmentation, self.config.seed, view, np.array([sample]), size)
+        made = records(self.config.augmentation, self.config.augmentation_seed, view, np.array([sample]), size)
         levels = resized(image, made.windows[0], self.data.size)
         if made.shifts.any():
             reach = int(np.abs(made.shifts).max())

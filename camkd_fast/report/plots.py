@@ -49,13 +49,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over epochs on one pair of axes."""
+    """Curves over epochs, or over what `xlabel` says, on one pair of axes."""
 
     title: str
     ylabel: str
     curves: Sequence[Curve]
     logarithmic: bool = False
     from_zero: bool = False
+    xlabel: str = "epoch"
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,19 @@ def curves(panels: Sequence[Panel]) -> Picture:
         for line in panel.curves:
             at_epoch = list(zip(*line.runs, strict=True))
             x = range(1, len(at_epoch) + 1) if line.x is None else line.x
-            style, marker = "--" if line.dashed else "-", "o" if len(x) == 1 else ""
+            # Over anything but epochs the points are single measurements, which the line only connects.
+            style, marker = "--" if line.dashed else "-", "o" if len(x) == 1 or panel.xlabel != "epoch" else ""
             means = [mean(v) for v in at_epoch]
             axis.plot(x, means, style, marker=marker, color=line.color, linewidth=2, label=line.label)
             if len(line.runs) > 1 and len(panel.curves) <= _MOST_BANDS:
                 low, high = ([pick(v) for v in at_epoch] for pick in (min, max))
                 axis.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
-        axis.set_xlabel("epoch", color=INK)
+        axis.set_xlabel(panel.xlabel, color=INK)
         axis.set_ylabel(panel.ylabel, color=INK)
         if panel.logarithmic:
             axis.set_yscale("log")
             axis.minorticks_off()
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=panel.xlabel == "epoch"))
         axis.grid(axis="y", color=FAINT, linewidth=0.8)
         if panel.from_zero:
             axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
@@ -189,7 +191,8 @@ def curves(panels: Sequence[Panel]) -> Picture:
     for axis in axes:
         axis.set_xlim(min(left for left, _ in limits), max(right for _, right in limits))
     words = (f"{panel.title}: {', '.join(line.label for line in panel.curves)}" for panel in panels)
-    return picture(figure, f"Curves over epochs. {'; '.join(words)}.")
+    over = " and ".join(dict.fromkeys("epochs" if panel.xlabel == "epoch" else panel.xlabel for panel in panels))
+    return picture(figure, f"Curves over {over}. {'; '.join(words)}.")
 
 
 def weight_histograms(samples: Sequence[Sample]) -> Picture:
@@ -246,20 +249,30 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
 
 def class_accuracies(matrices: Sequence[ClassMatrix]) -> Picture:
     """One line of a heat map per model: its accuracy on each class."""
-    figure, (axis,) = new_figure(1, 1.4 + 0.42 * len(matrices))
     levels = [[row[c] for c, row in enumerate(matrix.shares)] for matrix in matrices]
-    image = axis.imshow(levels, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
-    axis.set_yticks(range(len(matrices)), [matrix.label for matrix in matrices])
+    words = f"Accuracy by class on the validation images of {_said(matrices)}."
+    return class_levels([matrix.label for matrix in matrices], levels, words)
+
+
+def class_levels(
+    labels: Sequence[str], levels: Sequence[Sequence[float]], words: str, top: float = 1.0, percent: bool = True
+) -> Picture:
+    """A heat map from 0 to `top`: one labelled line of C levels each, described by `words`."""
+    figure, (axis,) = new_figure(1, 1.4 + 0.42 * len(levels))
+    image = axis.imshow(levels, cmap="Blues", vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
+    axis.set_yticks(range(len(levels)), labels)
+    axis.set_xticks(range(0, len(levels[0]), 1 if len(levels[0]) <= 20 else 10))
     axis.set_xlabel("class", color=INK)
     axis.spines[["left", "bottom"]].set_visible(False)
-    _scale(figure, image, [axis])
-    return picture(figure, f"Accuracy by class on the validation images of {_said(matrices)}.")
+    _scale(figure, image, [axis], percent)
+    return picture(figure, words)
 
 
-def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes]) -> None:
+def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes], percent: bool = True) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    bar = figure.colorbar(image, ax=list(axes), format=PercentFormatter(1.0), pad=0.02, aspect=30, shrink=0.75)
+    written = PercentFormatter(1.0) if percent else None
+    bar = figure.colorbar(image, ax=list(axes), format=written, pad=0.02, aspect=30, shrink=0.75)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=9, length=0)
 

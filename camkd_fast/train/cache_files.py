@@ -81,7 +81,7 @@ class CacheKey:
             mean=tuple(data.mean),
             std=tuple(data.std),
             augmentation=str(config.augmentation),
-            seed=config.seed,
+            seed=config.augmentation_seed,
             views=config.views or 1,
             loader=loader,
             teachers=tuple(teachers.hashes),

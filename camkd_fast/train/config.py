@@ -47,6 +47,8 @@ class DataConfig:
     """Mirror images at random; None: yes, except for digits."""
     views: int | None = None
     """Repeat this many augmented views of every image instead of new ones each epoch; a teacher cache needs it."""
+    view_seed: int | None = None
+    """Seed of the augmentation; None: the run's. Runs from several seeds that share it can share a teacher cache."""
     skip_bad: int = 0
     """Unreadable image files to leave out before the run stops."""
 
@@ -167,6 +169,8 @@ class TeachConfig:
     """Run directory to write."""
     wrong_labels: float = 0.0
     """Share of training labels replaced by wrong ones, for a deliberately poor teacher."""
+    swapped: tuple[int, ...] = ()
+    """Two classes whose training labels change places, for a teacher that mistakes them systematically."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -174,6 +178,8 @@ class TeachConfig:
 
     def __post_init__(self) -> None:
         _share("wrong_labels", self.wrong_labels)
+        if self.swapped and (len(self.swapped) != 2 or len(set(self.swapped)) != 2 or min(self.swapped) < 0):
+            raise ValueError(f"swapped must name two different classes, got {' '.join(map(str, self.swapped))}")
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,8 @@ class DistillConfig:
     """Which teacher the strategy kd learns from, from 0."""
     detach: bool = True
     """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
+    uniform: Literal["none", "logits", "features"] = "none"
+    """Let all teachers weigh the same in this part of ca-mkd, to see what its weights are worth there."""
     teacher_cache: Path | None = None
     """Folder in which the teachers' answers are kept, so that later epochs run no teacher; needs --views."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -217,6 +225,7 @@ class DistillConfig:
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
             _at_least(name, getattr(self, name), low)
         _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
+        _one_of("uniform", self.uniform, ("none", "logits", "features"))
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.teacher_cache is not None and self.data.views is None:
@@ -235,7 +244,7 @@ def save(config: JobConfig, path: Path) -> None:
     import yaml
 
     job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
-    write_atomically(path, yaml.safe_dump({"job": job, **_plain(config)}, sort_keys=False).encode())
+    write_atomically(path, yaml.safe_dump({"job": job, **plain(config)}, sort_keys=False).encode())
 
 
 def load(path: Path) -> JobConfig:
@@ -256,23 +265,23 @@ def load(path: Path) -> JobConfig:
         raise ValueError(f"{path}: job must be one of {', '.join(JOBS)}, got {job!r}")
     kind = JOBS[content.pop("job")]
     try:
-        return _build(kind, content, "")
+        return build(kind, content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
     """Dotted name of each field that differs -> its two values."""
-    one, two = _flat(_plain(first)), _flat(_plain(second))
+    one, two = _flat(plain(first)), _flat(plain(second))
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, paths and tuples as what YAML can hold."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -286,8 +295,13 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _Config = TypeVar("_Config")
 
 
-def _build(kind: type[_Config], content: Mapping[str, Any], prefix: str) -> _Config:
-    """An instance of the dataclass `kind` from a mapping; `prefix` is where the mapping stands in the file."""
+def build(kind: type[_Config], content: Mapping[str, Any], prefix: str = "") -> _Config:
+    """An instance of the dataclass `kind` from a mapping; `prefix` is where the mapping stands in the file.
+
+    Raises:
+        ValueError: no mapping, an unknown field or an unfit value; the field is named.
+        TypeError: a field without a default is missing.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(f"{prefix.rstrip('.')} must be a mapping, got {content!r}")
     hints = get_type_hints(kind)
@@ -303,7 +317,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     """`value` as YAML gave it, as the annotated type."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{name}.")  # type: ignore[arg-type]
+        return build(hint, value, f"{name}.")  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         if value is None:
             return None

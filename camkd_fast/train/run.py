@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ..data import catalogue, choose
 from ..data.augment import Augmentation
 from ..data.batch import Loader, LoaderConfig
 from ..data.files import ImageSet
-from ..data.images import corrupt_labels, stratified_parts
+from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
 from ..models.protocol import feature_model
 from . import config as configs
@@ -107,15 +108,15 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunRes
 def _train(config: JobConfig, model: str, resume: bool, world: World, started: float) -> RunResult:
     """`started`: reading of time.perf_counter when the job began."""
     with ExitStack() as stack:
-        share = share_of_batch(config.optim.batch_size, world)
         parts = load_splits(config.data)
-        train = _training_images(config, parts.train)
-        settings = _loader_config(config, world, share, training_augmentation(config.data, train))
+        train, settings = training_set(config, parts.train, world)
         teachers = load_teachers(config, train, settings, world) if isinstance(config, DistillConfig) else None
         torch.manual_seed(config.seed)
         student = models.create(model, train.num_classes, train.channels)
-        strategy = _strategy(config, teachers, feature_model(student).num_features)
-        step = TrainStep(student, strategy, teachers, config.optim, config.precision, world, share, config.seed)
+        strategy = make_strategy(config, teachers, feature_model(student).num_features)
+        step = TrainStep(
+            student, strategy, teachers, config.optim, config.precision, world, settings.batch_size, config.seed
+        )
 
         def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
@@ -168,6 +169,7 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
         "test_images": result.test.images,
         "test_accuracy": result.test.accuracy,
         "test_loss": result.test.loss,
+        "test_calibration": result.test.calibration,
         "images_per_second": result.images_per_second,
         "start_seconds": result.start_seconds,
         "seconds": result.seconds,
@@ -177,7 +179,8 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
 def _result(out: Path) -> RunResult:
     """Of a finished run."""
     record = read_metrics(out / METRICS, "test")[-1]
-    test = Evaluation(record["test_images"], record["test_accuracy"], record["test_loss"])
+    calibration = record.get("test_calibration", math.nan)  # runs of earlier versions have none
+    test = Evaluation(record["test_images"], record["test_accuracy"], record["test_loss"], calibration)
     return RunResult(out, test, record["images_per_second"], record["start_seconds"], record["seconds"])
 
 
@@ -191,6 +194,13 @@ def load_splits(config: DataConfig) -> Splits:
     )
 
 
+def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[ImageSet, LoaderConfig]:
+    """What a run trains on: its share of the training part, its labels as configured; and how they are to be loaded."""
+    images = _training_images(config, train)
+    share = share_of_batch(config.optim.batch_size, world)
+    return images, _loader_config(config, world, share, training_augmentation(config.data, images))
+
+
 def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
     """As many as configured, every class in proportion, and with as many wrong labels."""
     if config.data.images is not None:
@@ -199,6 +209,8 @@ def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
     if isinstance(config, TeachConfig) and config.wrong_labels:
         labels = corrupt_labels(train.labels, train.num_classes, config.wrong_labels, config.seed)
         train = replace(train, labels=labels)
+    if isinstance(config, TeachConfig) and config.swapped:
+        train = replace(train, labels=swap_labels(train.labels, train.num_classes, *config.swapped))
     return train
 
 
@@ -220,6 +232,7 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
         batch_size=batch_size,
         seed=config.seed,
         augmentation=augmentation,
+        view_seed=config.data.view_seed,
         views=config.data.views,
         rank=world.rank,
         world=world.size,
@@ -230,7 +243,7 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
     )
 
 
-def _strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
+def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
     if isinstance(config, TeachConfig):
         return strategies.create("ce", None, num_features)
     return strategies.create(
@@ -243,6 +256,7 @@ def _strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -
         official_scale=config.official_scale,
         teacher_index=config.teacher_index,
         detach_weights=config.detach,
+        uniform=config.uniform,
     )
 
 

@@ -17,7 +17,7 @@ from .journal import METRICS
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # What a resumed run may change: where things lie and what is written meanwhile, nothing that trains.
-_FREE = ("out", "teacher_cache", "data.root", "data.workers", "precision.device", "log.")
+FREE = ("out", "teacher_cache", "data.root", "data.workers", "precision.device", "log.")
 
 
 class RunExistsError(RuntimeError):
@@ -46,7 +46,7 @@ def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
         raise RunExistsError(f"{out} holds {state} run: choose another folder, or {ways}")
     saved = configs.load(out / CONFIG)
     changed = configs.differences(saved, config)
-    changed = {name: values for name, values in changed.items() if not name.startswith(_FREE)}
+    changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
     if changed:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
         raise RunExistsError(f"{out} cannot be resumed, as it was begun with {words}")

@@ -163,6 +163,16 @@ class FeatureStrategy(Strategy):
     ) -> FeatureTerm:
         raise NotImplementedError
 
+    def _hints(
+        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+    ) -> Tensor:
+        """Every map is regressed alike: beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2."""
+        regressed = self.maps.regress(student, teachers)
+        kept = target != IGNORE_INDEX
+        weights = (kept / len(teachers)).expand(len(teachers), -1)
+        total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
+        return self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items)
+
 
 class FitNetMKD(FeatureStrategy):
     """AVER plus hints: every map is regressed alike, mean_k mean_{d,h,w} (F_k - r_k)^2 (after Romero et al. 2015)."""
@@ -170,11 +180,7 @@ class FitNetMKD(FeatureStrategy):
     def _term(
         self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
     ) -> FeatureTerm:
-        regressed = self.maps.regress(student, teachers)
-        kept = target != IGNORE_INDEX
-        weights = (kept / len(teachers)).expand(len(teachers), -1)
-        total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
-        return FeatureTerm(self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items), None)
+        return FeatureTerm(self._hints(student, teachers, target, num_items), None)
 
 
 class CAMKDLogits(Strategy):
@@ -191,11 +197,14 @@ class CAMKDFull(FeatureStrategy):
     """CA-MKD as published: confidence weights on the logits, and on the feature maps by what heads make of them."""
 
     rule = "confidence"
+    uniform = "none"  # "logits" or "features": all teachers weigh the same in that part
     divisor = staticmethod(CAMKDLogits.divisor)
 
     def _term(
         self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
     ) -> FeatureTerm:
+        if self.uniform == "features":
+            return FeatureTerm(self._hints(student, teachers, target, num_items), None)
         out = self.maps(student, teachers, self.heads, target, num_items)
         return FeatureTerm(self.beta * out.loss, out.weights.detach())
 
@@ -237,6 +246,7 @@ def create(
     official_scale: bool = False,
     teacher_index: int = 0,
     detach_weights: bool = True,
+    uniform: str = "none",
 ) -> Strategy:
     """The strategy of that name, its own parameters initialised from torch's global generator.
 
@@ -249,6 +259,7 @@ def create(
         official_scale: divide as the official code does.
         teacher_index: which teacher "kd" learns from.
         detach_weights: cut the gradient through "ca-mkd"'s feature weights (the official code keeps it).
+        uniform: the part of "ca-mkd", "logits" or "features", in which all teachers weigh the same.
 
     Raises:
         ValueError: an unknown name, no teachers, a `beta` without a feature term, teachers without feature maps.
@@ -256,6 +267,8 @@ def create(
     kind = find(name)
     if beta is not None and not kind.needs_features:
         raise ValueError(f"beta is {beta}, but {name} has no feature term")
+    if uniform != "none" and kind is not CAMKDFull:
+        raise ValueError(f"uniform is {uniform!r}, but {name} is not ca-mkd, whose parts it is about")
     if not kind.needs_teachers:
         return kind(0.0, temperature)
     if teachers is None:
@@ -270,4 +283,8 @@ def create(
     if 0 in teachers.num_features:
         raise ValueError(f"{name} needs feature maps, but the teachers give {teachers.num_features} channels")
     beta = BETA[name] if beta is None else beta
-    return kind(soft_weight, temperature, teachers, student_features, beta / divisor, detach_weights)
+    made = kind(soft_weight, temperature, teachers, student_features, beta / divisor, detach_weights)
+    if isinstance(made, CAMKDFull):
+        made.uniform = uniform
+        made.rule = "uniform" if uniform == "logits" else made.rule
+    return made

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batch import Loader
 from ..data.order import step_sizes
@@ -27,6 +27,28 @@ class Evaluation(NamedTuple):
     images: int
     accuracy: float
     loss: float  # mean cross-entropy
+    calibration: float  # expected calibration error, see `calibration_error`
+
+
+BINS = 15  # of the calibration error
+
+
+def calibration_bins(logits: Tensor, correct: Tensor) -> Tensor:
+    """(2, BINS) float64 of predictions (n, C) with `correct` (n,) bool: per bin, the sums of confidence and of correct.
+
+    A prediction's confidence is its largest probability; bin b has those in (b / BINS, (b + 1) / BINS].
+    """
+    confidence = logits.float().softmax(1).amax(1).double()
+    place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    bins = torch.zeros(2, BINS, dtype=torch.float64, device=logits.device)
+    for row, values in zip(bins, (confidence, correct.double()), strict=True):
+        row.index_put_((place,), values, accumulate=True)
+    return bins
+
+
+def calibration_error(bins: Tensor, images: int) -> float:
+    """sum_b (n_b / N) |accuracy_b - mean confidence_b| (Guo et al. 2017), from summed `calibration_bins`."""
+    return float((bins[0] - bins[1]).abs().sum()) / max(images, 1)
 
 
 @torch.no_grad()
@@ -37,14 +59,17 @@ def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
         loader: in evaluation order, this process's share.
     """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
     for batch in loader:
         logits = model(batch.images)
         loss = F.cross_entropy(logits, batch.target, reduction="sum")
-        correct = (logits.argmax(1) == batch.target).sum()
-        sums += torch.stack([torch.full_like(loss, batch.target.numel()), correct.to(loss.dtype), loss])
-    images, correct_total, loss_total = world.sum(sums).tolist()
-    return Evaluation(int(images), correct_total / max(images, 1), loss_total / max(images, 1))
+        correct = logits.argmax(1) == batch.target
+        counts = torch.stack([torch.full_like(loss, batch.target.numel()), correct.sum().to(loss.dtype), loss])
+        sums += torch.cat([counts, calibration_bins(logits, correct).view(-1)])
+    totals = world.sum(sums)
+    images, correct_total, loss_total = totals[:3].tolist()
+    error = calibration_error(totals[3:].view(2, BINS), int(images))
+    return Evaluation(int(images), correct_total / max(images, 1), loss_total / max(images, 1), error)
 
 
 class Clock:

@@ -1,0 +1,49 @@
+"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results alone.
+
+Reads benchmarks/study/study.yaml and results.jsonl and needs no run: equal results give equal bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import readme
+from camkd_fast.train.study import report, results, spec, tables
+from camkd_fast.train.study.findings import Findings, conclusions
+
+FOLDER = Path(__file__).parent / "study"
+STRATEGIES = readme.README.parent / "docs" / "strategies.md"
+
+
+def summary(findings: Findings) -> str:
+    """What the README says: conclusions, and each strategy over all pools."""
+    said = " ".join(conclusions(findings)) + "\n"
+    return f"{said}\n{readme.markdown(tables.overview(findings))}" if findings.results.cells else said
+
+
+def evidence(findings: Findings) -> str:
+    """What the page on strategies shows: every table of the study."""
+    parts = [summary(findings)]
+    for student in findings.results.study.students if findings.results.cells else ():
+        parts.append(f"{student.model}, test accuracy in percent by pool:\n\n")
+        parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=False))
+        parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
+        parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=True))
+    parts.append("Pools and teachers:\n\n" + readme.markdown(tables.pools(findings)))
+    parts.append(readme.markdown(tables.teachers(findings)))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    known = results.read(spec.load(FOLDER / "study.yaml"), FOLDER / "results.jsonl")
+    findings = Findings(known)
+    report.write(known, FOLDER / "report.html")
+    for path, name, content in (
+        (readme.README, "study", summary(findings)),
+        (STRATEGIES, "evidence", evidence(findings)),
+    ):
+        path.write_text(readme.replaced(path.read_text(), name, content))
+
+
+if __name__ == "__main__":
+    main()

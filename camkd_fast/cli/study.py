@@ -1,0 +1,68 @@
+"""`compare --study`: run a study, or check finished cells of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..train.config import differences
+from ..train.provenance import commit
+from ..train.study import check, conductor, report, results, spec, work
+from .info import environment
+from .options import Compare, ComparedStudent
+
+
+def run(command: Compare, path: Path) -> int:
+    """Run the study in the file `path`, or check it; 1 if a piece of it failed or differs."""
+    out = command.settings.out
+    given = Compare(study=path, jobs=command.jobs, results=command.results, check=command.check)
+    if differences(command.settings, ComparedStudent(out=out)) or replace(command, settings=given.settings) != given:
+        raise ValueError(f"{path} says what is compared: beside --study only --out, --jobs, --results, --check count")
+    study, jobs = spec.load(path), _jobs(command.jobs)
+    where = environment()
+    origin = {
+        "commit": commit(),
+        "where": f"{where['processor']} ({where['instruction set']}), torch {where['torch']}",
+    }
+    file = out / "results.jsonl" if command.results is None else command.results
+    out.mkdir(parents=True, exist_ok=True)
+    if command.check:
+        return _check(results.read(study, file), file, command.check, out, origin, jobs)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world)
+    with work.locked(out):  # by every rank: the last one to end finds everybody's
+        done = results.collect(study, out, results.read(study, file))
+        done.write(file)
+        page = report.write(done, out / "report.html")
+    print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
+    for failure in failures:
+        print(f"camkd-fast: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _jobs(asked: int | None) -> int:
+    """Worker processes of this process: those asked for, or one for its GPU or each of its share of the processors."""
+    if asked is None and torch.cuda.is_available():
+        return 1
+    if asked is None:
+        return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    if asked < 1:
+        raise ValueError(f"jobs must be at least 1, got {asked}")
+    return asked
+
+
+def _check(known: results.Results, file: Path, count: int, out: Path, origin: work.Origin, jobs: int) -> int:
+    chosen = check.choose(known, count, random.SystemRandom().randrange(2**32))
+    if not chosen:
+        raise ValueError(f"{file} holds no finished cell of the study as it is now")
+    found = check.check(known, out, origin, chosen, jobs, print)
+    for one in found:
+        again = "not trained" if one.again is None else f"{100 * one.again:.4f} %"
+        verdict = "equal" if one.agrees else "DIFFERENT"
+        print(f"{one.cell}: {100 * one.kept:.4f} % in {file}, {again} now: {verdict}")
+    return 0 if all(one.agrees for one in found) else 1

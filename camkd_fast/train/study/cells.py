@@ -1,0 +1,187 @@
+"""From a study to its runs: which there are, each one's settings, folder and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import strategies
+from ..config import DistillConfig, LogConfig, TeachConfig, differences
+from ..run_folder import FREE
+from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
+
+QUIET = LogConfig(tensorboard=False, progress=False, checkpoint_minutes=1.0)
+NO_POOL = "none"  # of runs that learn from labels alone
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """The names of one run."""
+
+    pool: str
+    student: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.pool}/{self.student}/{self.variant}/seed-{self.seed}"
+
+
+def cells(study: StudyConfig) -> list[Cell]:
+    """All runs, everything of a seed before the next seed: a study that is stopped early is a fair one."""
+    places = list(comparisons(study))
+    return list(dict.fromkeys(locate(*place, seed) for seed in study.seeds for place in places))
+
+
+def comparisons(study: StudyConfig) -> Iterator[tuple[Pool, Student, Variant]]:
+    """Where variants stand beside each other, in the study's order."""
+    for pool in study.pools:
+        for student in study.students:
+            for variant in study.variants:
+                if (
+                    (not variant.students or student.model in variant.students)
+                    and (not variant.pools or pool.name in variant.pools)
+                    and (not student.pools or pool.name in student.pools)
+                ):
+                    yield pool, student, variant
+
+
+def locate(pool: Pool, student: Student, variant: Variant, seed: int) -> Cell:
+    """The run that speaks for the variant there. Those that ask no teacher are one run for all pools."""
+    return Cell(pool.name if variant.has_pool else NO_POOL, student.model, variant.name, seed)
+
+
+def share(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
+    """The cells of one of `world` machines or processes: every one is somebody's, none is two's."""
+    return list(cells[rank::world])
+
+
+def pools_of(study: StudyConfig, cells: Sequence[Cell]) -> list[Pool]:
+    """Those that the cells learn from, in the study's order."""
+    used = {cell.pool for cell in cells}
+    return [pool for pool in study.pools if pool.name in used]
+
+
+def teachers_of(study: StudyConfig, pools: Sequence[Pool]) -> list[TeacherSpec]:
+    """Those of the pools, in the study's order, and those that they are derived from."""
+    used = {name for pool in pools for name in pool.teachers}
+    used |= {study.teacher(name).source for name in used}
+    return [teacher for teacher in study.teachers if teacher.name in used]
+
+
+# --- where things lie ------------------------------------------------------------------------------------------------
+
+
+def teacher_folder(out: Path, name: str) -> Path:
+    return out / "teachers" / name
+
+
+def cache_folder(out: Path, pool: str) -> Path:
+    return out / "caches" / pool
+
+
+def cell_folder(out: Path, cell: Cell) -> Path:
+    return out / "cells" / str(cell)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def teaching(study: StudyConfig, spec: TeacherSpec, out: Path) -> TeachConfig:
+    """The run of a teacher that is trained."""
+    epochs = study.teaching.epochs if spec.epochs is None else spec.epochs
+    return TeachConfig(
+        model=spec.model,
+        seed=spec.seed,
+        out=teacher_folder(out, spec.name),
+        wrong_labels=spec.wrong_labels,
+        swapped=spec.swapped,
+        data=replace(study.data, images=spec.images, views=None, view_seed=None),
+        optim=replace(study.teaching, epochs=epochs),
+        precision=study.teaching_precision,
+        log=QUIET,
+    )
+
+
+def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0) -> DistillConfig:
+    """The run of a cell.
+
+    Args:
+        best_teacher: position in the pool of the teacher that variants with `best_teacher` learn from.
+    """
+    student, variant = study.student(cell.student), study.variant(cell.variant)
+    pool = study.pool(cell.pool) if variant.has_pool else None
+    rate = study.training.learning_rate if student.learning_rate is None else student.learning_rate
+    return DistillConfig(
+        student=student.model,
+        strategy=variant.strategy,
+        alpha=variant.alpha,
+        beta=variant.beta,
+        temperature=variant.temperature,
+        official_scale=variant.official_scale,
+        teacher_index=best_teacher if variant.best_teacher else 0,
+        detach=variant.detach,
+        uniform=variant.uniform,
+        seed=cell.seed,
+        out=cell_folder(out, cell),
+        optim=replace(study.training, learning_rate=rate),
+        **_shared(study, pool, out),
+    )
+
+
+def asking(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
+    """A run that needs all that the pool's teachers can say: whoever loads its teachers makes their cache."""
+    everything = next(name for name in strategies.NAMES if strategies.find(name).needs_features)
+    return DistillConfig(strategy=everything, optim=study.training, **_shared(study, pool, out))
+
+
+def _shared(study: StudyConfig, pool: Pool | None, out: Path) -> dict[str, Any]:
+    """What all runs from a pool have in common."""
+    return {
+        "teachers": tuple(teacher_folder(out, name) for name in pool.teachers) if pool else (),
+        "teacher_cache": cache_folder(out, pool.name) if pool else None,
+        "cache_dtype": study.cache_dtype,
+        "data": study.data,
+        "precision": study.precision,
+        "log": QUIET,
+    }
+
+
+# --- hashes ----------------------------------------------------------------------------------------------------------
+# Of what differs from the defaults, so that a setting that a later version adds changes no hash.
+
+
+def cell_hash(study: StudyConfig, cell: Cell) -> str:
+    """Of all settings that the result of a cell depends on, its teachers' among them, wherever it is run."""
+    variant = study.variant(cell.variant)
+    teachers = [teacher_hash(study, name) for name in study.pool(cell.pool).teachers] if variant.has_pool else []
+    return _hash(_settings(distilling(study, cell, Path())), teachers, variant.best_teacher)
+
+
+def teacher_hash(study: StudyConfig, name: str) -> str:
+    """Likewise of a teacher."""
+    spec = study.teacher(name)
+    if spec.source:
+        return _hash(teacher_hash(study, spec.source), spec.logit_scale)
+    return _hash(_settings(teaching(study, spec, Path())))
+
+
+def pool_hash(study: StudyConfig, pool: Pool) -> str:
+    """Likewise of what a pool's teachers say about the students' images."""
+    settings = _settings(asking(study, pool, Path()))
+    asked = {name: value for name, value in settings.items() if not name.startswith("optim.")}
+    return _hash([teacher_hash(study, name) for name in pool.teachers], asked)
+
+
+def _settings(config: TeachConfig | DistillConfig) -> dict[str, Any]:
+    changed = differences(config, type(config)())
+    return {name: value for name, (value, _) in changed.items() if not name.startswith((*FREE, "teachers"))}
+
+
+def _hash(*content: Any) -> str:
+    """12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

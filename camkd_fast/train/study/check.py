@@ -1,0 +1,59 @@
+"""The spot check: finished cells trained once more, from their teachers on disk, must say the same to the last bit."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import cells, conductor
+from .cells import Cell
+from .results import Results, collect
+from .work import Origin
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One cell, twice."""
+
+    cell: Cell
+    kept: float
+    again: float | None  # None: it could not be trained again
+
+    @property
+    def agrees(self) -> bool:
+        return self.kept == self.again
+
+
+def choose(results: Results, count: int, seed: int) -> list[Cell]:
+    """So many finished cells at random, or all if there are fewer."""
+    finished = sorted(results.cells)
+    return random.Random(seed).sample(finished, min(count, len(finished)))
+
+
+def check(
+    results: Results, out: Path, origin: Origin, chosen: list[Cell], jobs: int, say: Callable[[str], None]
+) -> list[Checked]:
+    """Train the chosen cells anew, beside `out`, whose teachers are used and whose caches are made again.
+
+    Raises:
+        FileNotFoundError: a teacher is not in `out`.
+    """
+    study = results.study
+    with tempfile.TemporaryDirectory(dir=out, prefix=".check-") as folder:
+        scratch = Path(folder)
+        needed = cells.teachers_of(study, cells.pools_of(study, chosen))
+        (scratch / "teachers").mkdir()
+        for spec in needed:
+            source = cells.teacher_folder(out, spec.name).resolve()
+            if not source.exists():
+                raise FileNotFoundError(f"{source} is missing, so cells that learn from it cannot be checked")
+            cells.teacher_folder(scratch, spec.name).symlink_to(source)
+        conductor.conduct(study, scratch, origin, jobs=jobs, say=say, only=chosen)
+        again = collect(study, scratch).cells
+    return [
+        Checked(cell, results.cells[cell]["test_accuracy"], again[cell]["test_accuracy"] if cell in again else None)
+        for cell in chosen
+    ]

@@ -1,0 +1,157 @@
+"""Arithmetic on results: means, paired differences, and what may be concluded from them. No layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from . import cells
+from .results import Results
+from .spec import Pool, Student, Variant
+from .statistics import Paired
+from .work import Record
+
+PAPER_GAIN = 0.8  # points over AVER that arXiv 2201.00007 reports on average
+Place = tuple[Pool, Student]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the records say, by pool, student and variant."""
+
+    results: Results
+
+    @property
+    def places(self) -> list[Place]:
+        """Pools and students that stand together, in the study's order."""
+        return list(dict.fromkeys((pool, student) for pool, student, _ in cells.comparisons(self.results.study)))
+
+    def variants(self, table: str) -> list[Variant]:
+        return [variant for variant in self.results.study.variants if variant.table == table]
+
+    def has(self, place: Place, variant: Variant) -> bool:
+        """Whether the study tries the variant there."""
+        return (*place, variant) in list(cells.comparisons(self.results.study))
+
+    def records(self, place: Place, variant: Variant) -> dict[int, Record]:
+        """Finished cells by seed."""
+        study, done = self.results.study, self.results.cells
+        found = {seed: cells.locate(*place, variant, seed) for seed in study.seeds}
+        return {seed: done[cell] for seed, cell in found.items() if cell in done}
+
+    def accuracies(self, place: Place, variant: Variant) -> dict[int, float]:
+        """Test accuracy in percent by seed."""
+        return {seed: 100 * record["test_accuracy"] for seed, record in self.records(place, variant).items()}
+
+    def gains(self, place: Place, variant: Variant) -> dict[int, float]:
+        """Points over the variant that this one is compared with, for the seeds that both have."""
+        other = self.accuracies(place, self.results.study.variant(variant.against))
+        return {s: accuracy - other[s] for s, accuracy in self.accuracies(place, variant).items() if s in other}
+
+    def paired(self, places: Iterable[Place], variant: Variant) -> Paired | None:
+        """Differences seed by seed, each the mean over the places; only of seeds that every place has.
+
+        None where the variant is tried in none of the places or no seed is complete.
+        """
+        against = self.results.study.variant(variant.against)
+        gains = [
+            self.gains(place, variant) for place in places if self.has(place, variant) and self.has(place, against)
+        ]
+        seeds = [seed for seed in self.results.study.seeds if gains and all(seed in there for there in gains)]
+        return Paired([mean(there[seed] for there in gains) for seed in seeds]) if seeds else None
+
+    def outcomes(self, places: Iterable[Place], variant: Variant) -> tuple[int, int, int]:
+        """Wins, ties and losses over places and seeds, each a pair of runs."""
+        return Paired([gain for place in places for gain in self.gains(place, variant).values()]).outcomes
+
+    def mean_accuracy(self, places: Iterable[Place], variant: Variant) -> float | None:
+        """Percent, the mean over places and seeds; None while a place that the study has is without any."""
+        found = [self.accuracies(place, variant) for place in places if self.has(place, variant)]
+        if not found or not all(found):
+            return None
+        return mean(mean(accuracies.values()) for accuracies in found)
+
+    def groups(self) -> dict[str, list[Place]]:
+        """The places by whether a bad teacher is in the pool; groups without places are left out."""
+        study = self.results.study
+        found = {
+            "good teachers only": [place for place in self.places if not study.bad(place[0])],
+            "a bad teacher": [place for place in self.places if study.bad(place[0])],
+        }
+        return {name: places for name, places in found.items() if places}
+
+
+def conclusions(findings: Findings) -> list[str]:
+    """Sentences that follow from the numbers by rule, whichever way these fall."""
+    results = findings.results
+    missing, total = len(results.missing), len(results.missing) + len(results.cells)
+    if not results.cells:
+        return [f"The study has not been run: all {total} cells are missing, and nothing can be concluded."]
+    said = [f"{missing} of {total} cells are missing; this is about the others."] if missing else []
+    compared = False
+    for name, places in findings.groups().items():
+        verdicts: dict[str, list[str]] = {"above": [], "below": [], "undecided": []}
+        for variant in findings.variants("main"):
+            paired = findings.paired(places, variant) if variant.name != variant.against else None
+            if paired is None or len(paired.differences) < 2:
+                continue
+            compared = True
+            verdict = "above" if paired.low > 0 else "below" if paired.high < 0 else "undecided"
+            verdicts[verdict].append(f"{variant.label or variant.name} ({said_of(paired)})")
+        words = {
+            "above": "better than what they are compared with",
+            "below": "worse",
+            "undecided": "not told apart from it",
+        }
+        parts = [f"{words[verdict]}: {', '.join(who)}" for verdict, who in verdicts.items() if who]
+        if parts:
+            said.append(f"Pools with {name}, in points, mean over pools and students: {'; '.join(parts)}.")
+    if not compared:
+        return [*said, "No comparison has two seeds yet, so nothing can be concluded."]
+    return [*said, *_paper(findings)]
+
+
+def said_of(paired: Paired) -> str:
+    return f"{paired.mean:+.2f} ± {paired.half:.2f}" if len(paired.differences) > 1 else f"{paired.mean:+.2f}"
+
+
+def _paper(findings: Findings) -> list[str]:
+    """Where the published gain over AVER appears."""
+    said = []
+    for variant in findings.variants("main"):
+        if variant.strategy != "ca-mkd":
+            continue
+        by: dict[str, list[str]] = {"within": [], "below": [], "above": []}
+        for place in findings.places:
+            paired = findings.paired([place], variant)
+            if paired is not None and len(paired.differences) > 1:
+                where = "below" if paired.high < PAPER_GAIN else "above" if paired.low > PAPER_GAIN else "within"
+                by[where].append(f"{place[0].name}, {place[1].model}")
+        count = sum(map(len, by.values()))
+        if count:
+            words = {
+                "above": "more than that",
+                "within": "compatible with it",
+                "below": "less than that",
+            }
+            parts = [f"{words[k]} in {len(by[k])} of {count} ({'; '.join(by[k])})" for k in words if by[k]]
+            said.append(
+                f"The paper reports a gain of {PAPER_GAIN} points over AVER on average. "
+                f"{variant.label or variant.name} gains {', '.join(parts)}."
+            )
+    return said
+
+
+def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: str) -> list[float] | None:
+    """Mean weight of a pool's bad teachers together, epoch by epoch, mean over seeds; `of` is a record's field."""
+    study = findings.results.study
+    bad = [k for k, name in enumerate(place[0].teachers) if study.is_bad(name)]
+    runs = [record[of] for record in findings.records(place, variant).values() if record[of] and record[of][0]]
+    if not runs or not bad:
+        return None
+    return [mean(sum(run[epoch][k] for k in bad) for run in runs) for epoch in range(len(runs[0]))]
+
+
+def mean_over(records: Sequence[Record], name: str) -> float | None:
+    return mean(record[name] for record in records) if records else None

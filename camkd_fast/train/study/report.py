@@ -1,0 +1,229 @@
+"""The page of a study, from its settings and results alone: equal results give equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+from ...report.page import Figures, Folded, Part, Picture, Section, Table, write_page
+from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
+from ..compare_report import COLORS
+from . import cells, tables
+from .findings import Findings, bad_teacher_weight, conclusions
+from .results import Results
+from .spec import Pool, Variant
+
+
+def write(results: Results, page: Path) -> Path:
+    """Write the page and return its path."""
+    findings = Findings(results)
+    sections = [
+        _conclusion(findings),
+        _accuracy(findings),
+        *_variants(findings),
+        *_quality(findings),
+        *_weights(findings),
+        _helpless(),
+        _calibration(findings),
+        _cost(findings),
+        _teachers(findings),
+    ]
+    study = results.study
+    data = study.data
+    lead = (
+        f"{len(study.variants)} variants, {len(study.pools)} pools of teachers, {len(study.students)} students, "
+        f"{len(study.seeds)} seeds on {data.data}: {data.images or 'all'} training images, {study.training.epochs} "
+        f"epochs. Test accuracy of the last epoch; no epoch is selected."
+    )
+    write_page(page, study.title, lead, sections, _footer(results))
+    return page
+
+
+def _footer(results: Results) -> str:
+    """Machines and commits that the results come from, those of the results and not of whoever draws the page."""
+    records = [*results.teachers.values(), *results.pools.values(), *results.cells.values()]
+    parts = [", ".join(sorted({record[name] for record in records})) for name in ("where", "commit")]
+    return f"{parts[0]}; commit {parts[1]}" if records else "No results yet."
+
+
+def _conclusion(findings: Findings) -> Section:
+    missing = findings.results.missing
+    done = len(findings.results.cells)
+    parts: list[Part] = [Figures({"cells finished": f"{done:,}", "cells missing": f"{len(missing):,}"})]
+    if missing:
+        rows = [(cell.pool, cell.student, cell.variant, str(cell.seed)) for cell in missing]
+        parts.append(Folded("Missing cells", Table(("pool", "student", "variant", "seed"), rows)))
+    rule = (
+        " An interval is that of the mean over seeds, 95 %, from Student's t; a strategy counts as better or worse "
+        "where its interval leaves out 0. Nothing is corrected for the number of comparisons."
+    )
+    return Section("What was found", " ".join(conclusions(findings)) + rule, parts)
+
+
+def _accuracy(findings: Findings) -> Section:
+    parts: list[Part] = [tables.overview(findings)]
+    for student in findings.results.study.students:
+        parts.append(Folded(f"{student.model}, test accuracy (%)", tables.by_pool(findings, student, gains=False)))
+        parts.append(Folded(f"{student.model}, difference in points", tables.by_pool(findings, student, gains=True)))
+    text = (
+        "Mean over pools, students and seeds; differences to AVER from the same seed, with 95 % intervals. All "
+        "strategies have the same total strength and, per seed, the same first parameters, image order and "
+        "augmentation. Every teacher is asked through the cache, which makes the study possible and equal for all, "
+        "so the feature losses compare maps averaged over height and width rather than the maps of the paper."
+    )
+    return Section("Test accuracy", text, parts)
+
+
+def _variants(findings: Findings) -> list[Section]:
+    texts = {
+        "official": (
+            "The official code's scale",
+            "Both losses divided by the number of teachers once more where the official code does so, which makes the "
+            "total strength differ by strategy.",
+        ),
+        "ablation": ("Ablations", "One thing changed, each beside the variant that it is to be compared with."),
+    }
+    return [
+        Section(title, text, [tables.against_others(findings, table)])
+        for table, (title, text) in texts.items()
+        if findings.variants(table)
+    ]
+
+
+def _quality(findings: Findings) -> list[Section]:
+    """Students over the accuracy of the pool's worst teacher."""
+    known = findings.results.teachers
+    panels = []
+    for student in findings.results.study.students:
+        lines = []
+        for variant in findings.variants("main"):
+            points = []
+            for place in findings.places:
+                accuracy = findings.mean_accuracy([place], variant)
+                if place[1] == student and accuracy is not None and all(name in known for name in place[0].teachers):
+                    worst = min(100 * known[name]["test_accuracy"] for name in place[0].teachers)
+                    points.append((worst, accuracy))
+            if len(points) > 1:
+                x, y = zip(*sorted(points), strict=True)
+                lines.append(Curve(tables.label(variant), COLORS[variant.strategy], [y], x=x))
+        if lines:
+            panels.append(
+                Panel(student.model, "student, test (%)", lines, xlabel="worst teacher of the pool, test (%)")
+            )
+    if not panels:
+        return []
+    text = "Each point is a pool: the accuracy of its worst teacher, and of students that learnt from it."
+    return [Section("Students and the quality of teachers", text, [curves([panel]) for panel in panels])]
+
+
+def _weights(findings: Findings) -> list[Section]:
+    """What the bad teachers of each pool get: over training, and class by class."""
+    study = findings.results.study
+    parts: list[Part] = []
+    bad_pools = [pool for pool in study.pools if study.bad(pool)]
+    for student in study.students:
+        panels = []
+        for of, kind in (("weights", "logits"), ("feature_weights", "features")):
+            lines = [line for pool in bad_pools for line in _over_training(findings, pool, student.model, of)]
+            if lines:
+                panels.append(Panel(f"{student.model}, {kind}", "weight of the bad", lines, from_zero=True))
+        parts += [curves([panel]) for panel in panels]
+    parts += _by_class(findings, bad_pools)
+    if not parts:
+        return []
+    text = (
+        "Weight that CA-MKD gives to the bad teachers of a pool together, mean over images and seeds; equal weights "
+        "would be their share of the pool. By class: the weight on logits follows from teachers and labels alone; "
+        "that on features is of students after the last epoch. A row names the pool and how its bad teacher is bad."
+    )
+    return [Section("Weights of bad teachers", text, parts)]
+
+
+def _confident(findings: Findings) -> list[Variant]:
+    return [variant for variant in findings.variants("main") if variant.strategy == "ca-mkd"]
+
+
+def _over_training(findings: Findings, pool: Pool, model: str, of: str) -> list[Curve]:
+    color = TEACHER_COLORS[findings.results.study.pools.index(pool) % len(TEACHER_COLORS)]
+    found = []
+    for variant in _confident(findings):
+        for place in findings.places:
+            if place[0] == pool and place[1].model == model:
+                weights = bad_teacher_weight(findings, place, variant, of)
+                if weights:
+                    found.append(Curve(pool.name, color, [weights]))
+    return found
+
+
+def _by_class(findings: Findings, pools: list[Pool]) -> list[Picture]:
+    """Heat maps of (bad teacher of a pool) x class."""
+    study = findings.results.study
+    logits, features = [], []
+    for pool in pools:
+        record = findings.results.pools.get(pool.name)
+        runs = [
+            record["class_feature_weights"]
+            for variant in _confident(findings)
+            for place in findings.places
+            if place[0] == pool
+            for record in findings.records(place, variant).values()
+            if record.get("class_feature_weights")
+        ]
+        for k, name in enumerate(pool.teachers):
+            if not study.is_bad(name):
+                continue
+            label = f"{pool.name}: {study.teacher(name).badness}"
+            if record is not None:
+                logits.append((label, record["confidence"][k]))
+            if runs:
+                features.append((label, [mean(values) for values in zip(*(run[k] for run in runs), strict=True)]))
+    pictures = []
+    for kind, rows in (("logits", logits), ("features", features)):
+        if rows:
+            words = f"Mean weight on {kind} of bad teachers by class: " + "; ".join(
+                f"{label}: {min(row):.2f} to {max(row):.2f}" for label, row in rows
+            )
+            top = max(max(row) for _, row in rows)
+            labels, levels = zip(*rows, strict=True)
+            pictures.append(class_levels([f"{label} ({kind})" for label in labels], levels, words, top, percent=False))
+    return pictures
+
+
+def _helpless() -> Section:
+    text = (
+        "The weight w_k = (1 - softmax_k(CE_k)) / (K - 1) is at most 1 / (K - 1): it takes its say away from the worst "
+        "teacher of a sample, but never gives more than that bound to the best. So (1) where several teachers are bad "
+        "in the same samples the worst alone is left out: of two whose cross-entropies differ clearly the lesser evil "
+        "counts as much as a good teacher, of two that are alike each counts half as much; (2) with large K the bound "
+        "is near the equal weight 1 / K, whatever the teachers say; (3) it looks at the probability of the label "
+        "alone: a teacher that is right and over-confident has the least cross-entropy and so the most weight, "
+        "although its other probabilities, which are what distillation adds to labels, say least; (4) where teachers "
+        "give the label the same probability their weights are equal, and CA-MKD is AVER; (5) on logits it depends on "
+        "teachers and labels and not on the student, so it cannot know what a student has yet to learn. It can help "
+        "where teachers differ in which samples they get wrong: one that was taught swapped classes can be left out "
+        "there and kept elsewhere."
+    )
+    return Section("When a label-aware weight cannot help", text, [])
+
+
+def _calibration(findings: Findings) -> Section:
+    text = "Expected calibration error on the test images, 15 bins, mean over pools, students and seeds."
+    return Section("Calibration of students", text, [tables.calibration(findings)])
+
+
+def _cost(findings: Findings) -> Section:
+    text = (
+        "Training steps of one process with one thread, evaluation apart, teachers from the cache; other processes of "
+        "the study ran beside it."
+    )
+    return Section("Cost", text, [tables.cost(findings)])
+
+
+def _teachers(findings: Findings) -> Section:
+    study = findings.results.study
+    text = (
+        "Teachers learn from the whole training part; a bad one is bad on purpose. `best teacher` in the tables is the "
+        "one of the pool with the highest validation accuracy. Total number of runs: "
+        f"{len(cells.cells(study)):,} students."
+    )
+    return Section("Teachers and pools", text, [tables.teachers(findings), tables.pools(findings)])

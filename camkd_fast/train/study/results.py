@@ -1,0 +1,87 @@
+"""The results of a study as one file of lines, sorted: equal results are equal bytes, and differences read well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from . import cells
+from .cells import Cell
+from .spec import StudyConfig
+from .work import RECORD, Record
+
+
+@dataclass
+class Results:
+    """Records of the present settings: what is finished, and by subtraction what is missing."""
+
+    study: StudyConfig
+    teachers: dict[str, Record] = field(default_factory=dict)
+    pools: dict[str, Record] = field(default_factory=dict)
+    cells: dict[Cell, Record] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[Cell]:
+        return [cell for cell in cells.cells(self.study) if cell not in self.cells]
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Take those that are of the study as it is now; a later one takes the place of an earlier one."""
+        teachers = {spec.name: cells.teacher_hash(self.study, spec.name) for spec in self.study.teachers}
+        pools = {pool.name: cells.pool_hash(self.study, pool) for pool in self.study.pools}
+        hashes = {cell: cells.cell_hash(self.study, cell) for cell in cells.cells(self.study)}
+        for record in records:
+            if record["kind"] == "cell":
+                cell = cell_of(record)
+                if hashes.get(cell) == record["hash"]:
+                    self.cells[cell] = record
+            else:
+                known, into = (teachers, self.teachers) if record["kind"] == "teacher" else (pools, self.pools)
+                if known.get(record["name"]) == record["hash"]:
+                    into[record["name"]] = record
+
+    def write(self, path: Path) -> None:
+        """A line of JSON per record: teachers, pools, then cells, each by name."""
+        parts: list[dict[Any, Record]] = [self.teachers, self.pools, self.cells]
+        lines = [json.dumps(part[name]) + "\n" for part in parts for name in sorted(part)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(lines).encode())
+
+
+def cell_of(record: Record) -> Cell:
+    return Cell(record["pool"], record["student"], record["variant"], record["seed"])
+
+
+def read(study: StudyConfig, path: Path) -> Results:
+    """The results in a file; none where there is no file.
+
+    Raises:
+        ValueError: a line is not JSON or no record; file and line are named.
+    """
+    results, records = Results(study), []
+    if path.exists():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                record["kind"], record["hash"]
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number} is no record: {error}") from error
+            records.append(record)
+    results.add(records)
+    return results
+
+
+def collect(study: StudyConfig, out: Path, into: Results | None = None) -> Results:
+    """What the folder of a study holds, in addition to earlier results, which other machines may have written."""
+    results = Results(study) if into is None else into
+    folders = [
+        *(cells.teacher_folder(out, spec.name) for spec in study.teachers),
+        *(cells.cache_folder(out, pool.name) for pool in study.pools),
+        *(cells.cell_folder(out, cell) for cell in cells.cells(study)),
+    ]
+    paths = [folder / RECORD for folder in folders]
+    results.add(json.loads(path.read_bytes()) for path in paths if path.exists())
+    return results

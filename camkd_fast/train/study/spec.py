@@ -1,0 +1,206 @@
+"""What a study file says, as frozen dataclasses: teachers and how they are bad, pools, students, variants, seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .. import config as configs
+from .. import strategies
+from ..config import DataConfig, OptimConfig, PrecisionConfig
+
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
+REFERENCE = "aver"  # the variant that others are compared with unless they say otherwise
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One teacher, trained on labels or derived from another one."""
+
+    name: str
+    model: str = ""
+    seed: int = 0
+    badness: str = ""  # in words, how it is bad; empty: it is good
+    epochs: int | None = None  # None: those of `StudyConfig.teaching`
+    images: int | None = None  # of the training part, None: all
+    wrong_labels: float = 0.0
+    swapped: tuple[int, ...] = ()
+    source: str = ""  # the teacher whose logits this one multiplies, instead of being trained
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _name("teacher", self.name)
+        if bool(self.model) == bool(self.source):
+            raise ValueError(f"teacher {self.name} needs a model or a source, and not both")
+        if not 0.0 < self.logit_scale < float("inf"):
+            raise ValueError(f"teacher {self.name} has logit_scale {self.logit_scale}, which must be positive, finite")
+        if self.model and self.logit_scale != 1.0:
+            raise ValueError(f"teacher {self.name} is trained: logit_scale {self.logit_scale} is for one with a source")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Teachers of one student."""
+
+    name: str
+    teachers: tuple[str, ...]
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        _name("pool", self.name)
+        if not self.teachers:
+            raise ValueError(f"pool {self.name} has no teachers")
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student's model, which names it, and what suits it alone."""
+
+    model: str
+    learning_rate: float | None = None  # None: that of `StudyConfig.training`
+    pools: tuple[str, ...] = ()  # empty: all
+
+    def __post_init__(self) -> None:
+        _name("student", self.model)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A strategy with options, and where it is tried."""
+
+    name: str
+    strategy: str
+    label: str = ""
+    table: Literal["main", "official", "ablation"] = "main"
+    best_teacher: bool = False  # "kd" from the teacher with the highest validation accuracy, the first of equals
+    alpha: float = 1.0
+    beta: float | None = None
+    temperature: float = 4.0
+    detach: bool = True
+    uniform: Literal["none", "logits", "features"] = "none"
+    official_scale: bool = False
+    against: str = REFERENCE  # the variant that this one is compared with
+    pools: tuple[str, ...] = ()  # empty: all
+    students: tuple[str, ...] = ()  # empty: all
+
+    def __post_init__(self) -> None:
+        _name("variant", self.name)
+        strategies.find(self.strategy)
+        if self.best_teacher and self.strategy != "kd":
+            raise ValueError(f"variant {self.name} is {self.strategy}: best_teacher is for kd")
+
+    @property
+    def has_pool(self) -> bool:
+        """False for labels alone, whose runs belong to every pool."""
+        return strategies.find(self.strategy).needs_teachers
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The whole study; every name that it uses is one that it defines."""
+
+    title: str
+    teachers: tuple[TeacherSpec, ...]
+    pools: tuple[Pool, ...]
+    students: tuple[Student, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    """Of students; `images` are theirs alone. Teachers see the same split, but new views in every epoch."""
+    training: OptimConfig = field(default_factory=OptimConfig)
+    """Of students."""
+    teaching: OptimConfig = field(default_factory=OptimConfig)
+    """Of teachers."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of students, and of teachers when they are asked."""
+    teaching_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Of teachers while they learn."""
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        teachers = _unique("teacher", [teacher.name for teacher in self.teachers])
+        pools = _unique("pool", [pool.name for pool in self.pools])
+        students = _unique("student", [student.model for student in self.students])
+        variants = _unique("variant", [variant.name for variant in self.variants])
+        _unique("seed", self.seeds)
+        trained = [teacher.name for teacher in self.teachers if teacher.model]
+        for teacher in self.teachers:
+            _known(f"source of teacher {teacher.name}", (teacher.source,) if teacher.source else (), trained)
+        for pool in self.pools:
+            _known(f"teachers of pool {pool.name}", pool.teachers, teachers)
+        for student in self.students:
+            _known(f"pools of student {student.model}", student.pools, pools)
+        for variant in self.variants:
+            _known(f"pools of variant {variant.name}", variant.pools, pools)
+            _known(f"students of variant {variant.name}", variant.students, students)
+            _known(f"against of variant {variant.name}", (variant.against,), variants)
+        if self.data.views is None:
+            raise ValueError("data.views must be a number: all cells of a pool replay one teacher cache")
+        if self.data.view_seed is None:
+            raise ValueError("data.view_seed must be a number: cells from several seeds share one teacher cache")
+
+    def teacher(self, name: str) -> TeacherSpec:
+        return next(teacher for teacher in self.teachers if teacher.name == name)
+
+    def pool(self, name: str) -> Pool:
+        return next(pool for pool in self.pools if pool.name == name)
+
+    def student(self, model: str) -> Student:
+        return next(student for student in self.students if student.model == model)
+
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def is_bad(self, teacher: str) -> bool:
+        return bool(self.teacher(teacher).badness)
+
+    def bad(self, pool: Pool) -> list[str]:
+        """The bad teachers of a pool."""
+        return [name for name in pool.teachers if self.is_bad(name)]
+
+
+def load(path: Path) -> StudyConfig:
+    """The study in a YAML file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no YAML, or a field is missing, unknown or unfit; file and field are named.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a mapping, got {content!r}")
+    try:
+        return configs.build(StudyConfig, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).replace('StudyConfig.__init__()', 'the study')}") from error
+
+
+Name = TypeVar("Name", str, int)
+
+
+def _name(what: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{what} names are made of a-z, 0-9, . and -, got {name!r}")
+
+
+def _unique(what: str, names: Sequence[Name]) -> Sequence[Name]:
+    if not names:
+        raise ValueError(f"a study needs at least one {what}")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{what} {twice[0]} is named twice")
+    return names
+
+
+def _known(what: str, used: Sequence[Any], known: Sequence[Any]) -> None:
+    for name in used:
+        if name not in known:
+            raise ValueError(f"{what}: {name!r} is none of {', '.join(map(str, known))}")

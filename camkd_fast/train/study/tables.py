@@ -1,0 +1,139 @@
+"""Findings as tables, for the page, the README and the documentation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from ...report.page import Table
+from .findings import Findings, Place, mean_over, said_of
+from .spec import Student, Variant
+from .work import Record
+
+NOTHING = "-"  # where a cell is missing
+
+
+def overview(findings: Findings, table: str = "main") -> Table:
+    """Each variant over all pools, those with good teachers alone and those with a bad one."""
+    groups = findings.groups()
+    header = ["strategy"]
+    for name in groups:
+        header += [f"{name}: accuracy", "difference", "wins / ties / losses"]
+    rows = []
+    for variant in findings.variants(table):
+        cells = [label(variant)]
+        for places in groups.values():
+            accuracy = findings.mean_accuracy(places, variant)
+            cells += [NOTHING if accuracy is None else f"{accuracy:.2f} %", *_gain(findings, places, variant)]
+        rows.append(cells)
+    return Table(header, rows)
+
+
+def _gain(findings: Findings, places: Sequence[Place], variant: Variant) -> tuple[str, str]:
+    if variant.name == variant.against:
+        return "", ""
+    paired = findings.paired(places, variant)
+    if paired is None:
+        return NOTHING, NOTHING
+    return said_of(paired), " / ".join(map(str, findings.outcomes(places, variant)))
+
+
+def by_pool(findings: Findings, student: Student, gains: bool) -> Table:
+    """Variants of the main table x pools: mean accuracies of a student in percent, or differences in points."""
+    places = [place for place in findings.places if place[1] == student]
+    rows = []
+    for variant in findings.variants("main"):
+        if gains and variant.name == variant.against:
+            continue
+        cells = []
+        for place in places:
+            accuracy, paired = findings.mean_accuracy([place], variant), findings.paired([place], variant)
+            if gains:
+                cells.append(NOTHING if paired is None else said_of(paired))
+            else:
+                cells.append(NOTHING if accuracy is None else f"{accuracy:.2f}")
+        rows.append((label(variant), *cells))
+    return Table(("", *(place[0].name for place in places)), rows)
+
+
+def against_others(findings: Findings, table: str) -> Table:
+    """The variants of a table, each in every place where it is tried, with what it is compared with."""
+    rows = []
+    for variant in findings.variants(table):
+        other = findings.results.study.variant(variant.against)
+        for place in findings.places:
+            if not findings.has(place, variant):
+                continue
+            accuracy = findings.mean_accuracy([place], variant)
+            where = f"{place[0].name}, {place[1].model}"
+            written = NOTHING if accuracy is None else f"{accuracy:.2f} %"
+            rows.append((label(variant), where, written, label(other), *_gain(findings, [place], variant)))
+    return Table(("variant", "where", "accuracy", "compared with", "difference", "wins / ties / losses"), rows)
+
+
+def teachers(findings: Findings) -> Table:
+    rows = []
+    study = findings.results.study
+    for spec in study.teachers:
+        record = findings.results.teachers.get(spec.name)
+        numbers = [NOTHING] * 4
+        if record is not None:
+            numbers = [
+                f"{record['parameters']:,}",
+                f"{100 * record['validation_accuracy']:.2f} %",
+                f"{100 * record['test_accuracy']:.2f} %",
+                f"{100 * record['test_calibration']:.1f} %",
+            ]
+        model = spec.model or study.teacher(spec.source).model
+        rows.append((spec.name, model, spec.badness or "good", *numbers))
+    return Table(("teacher", "model", "", "parameters", "validation", "test accuracy", "test ECE"), rows)
+
+
+def pools(findings: Findings) -> Table:
+    return Table(
+        ("pool", "", "teachers"),
+        [(pool.name, pool.label, ", ".join(pool.teachers)) for pool in findings.results.study.pools],
+    )
+
+
+def calibration(findings: Findings) -> Table:
+    """ECE of students on the test images in percent, by variant and group, means over places and seeds."""
+    groups = findings.groups()
+    rows = []
+    for variant in findings.variants("main"):
+        cells = []
+        for places in groups.values():
+            records = _records(findings, places, variant)
+            error = mean_over(records, "test_calibration")
+            cells.append(NOTHING if error is None else f"{100 * error:.2f} %")
+        rows.append((label(variant), *cells))
+    return Table(("strategy", *groups), rows)
+
+
+def cost(findings: Findings) -> Table:
+    """Images per second of one process and seconds per epoch, means over pools and seeds, by variant and student."""
+    study = findings.results.study
+    header, rows = ["strategy"], []
+    for student in study.students:
+        header += [f"{student.model}: images/s", "s per epoch"]
+    for variant in findings.variants("main"):
+        cells = []
+        for student in study.students:
+            places = [place for place in findings.places if place[1] == student]
+            speeds = [record["images_per_second"] for record in _records(findings, places, variant)]
+            speeds = [speed for speed in speeds if speed > 0]
+            images = study.data.images
+            cells.append(f"{mean(speeds):,.0f}" if speeds else NOTHING)
+            cells.append(f"{images / mean(speeds):.1f}" if speeds and images else NOTHING)
+        rows.append((label(variant), *cells))
+    return Table(header, rows)
+
+
+def _records(findings: Findings, places: Sequence[Place], variant: Variant) -> list[Record]:
+    """Of all finished cells there; a run that stands in several pools counts once."""
+    found = [record for place in places for record in findings.records(place, variant).values()]
+    return list({id(record): record for record in found}.values())
+
+
+def label(variant: Variant) -> str:
+    return variant.label or variant.name
