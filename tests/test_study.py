@@ -415,6 +415,25 @@ def test_the_check_agrees_with_what_is_so_and_finds_what_is_not(
     assert not list(done.glob(".check-*"))
 
 
+def test_what_the_results_hold_is_not_done_again_on_another_machine(
+    done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of results is all that a study needs to go on: runs and caches may be lost."""
+    known = results.collect(study(), done)
+    known.write(tmp_path / "r.jsonl")
+    line = f"compare --study {file} --out {tmp_path / 'new'} --results {tmp_path / 'r.jsonl'} --jobs 1"
+    assert cli.main(line.split()) == 0
+    assert f"{len(known.cells)} cells, 0 missing" in capsys.readouterr().out
+    assert not (tmp_path / "new" / "teachers").exists()
+    lost = next(cell for cell in known.cells if cell.variant == "ce")
+    del known.cells[lost]
+    known.write(tmp_path / "r.jsonl")
+    assert cli.main(line.split()) == 0
+    told = capsys.readouterr().out
+    assert f"1/1  {lost}" in told and "0 missing" in told
+    assert lost in results.read(study(), tmp_path / "r.jsonl").cells
+
+
 def test_checked_cells_are_random_ones_that_are_finished() -> None:
     known = invented(lambda cell: 0.5)
     assert check.choose(known, 3, seed=1) == check.choose(known, 3, seed=1)

@@ -12,7 +12,7 @@ import torch
 
 from ..train.config import differences
 from ..train.provenance import commit
-from ..train.study import check, conductor, report, results, spec, work
+from ..train.study import cells, check, conductor, report, results, spec, work
 from .info import environment
 from .options import Compare, ComparedStudent
 
@@ -34,11 +34,22 @@ def run(command: Compare, path: Path) -> int:
     if command.check:
         return _check(results.read(study, file), file, command.check, out, origin, jobs)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world)
-    with work.locked(out):  # by every rank: the last one to end finds everybody's
-        done = results.collect(study, out, results.read(study, file))
-        done.write(file)
-        page = report.write(done, out / "report.html")
+
+    def merged() -> results.Results:
+        with work.locked(out):  # every rank merges: the last one to end finds everybody's
+            done = results.collect(study, out, results.read(study, file))
+            done.write(file)
+        return done
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        merged()  # so that what is finished is kept even where `out` is lost
+
+    known = results.read(study, file).cells
+    mine = [cell for cell in cells.share(cells.cells(study), rank, world) if cell not in known]
+    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, say=say, only=mine)
+    done = merged()
+    page = report.write(done, out / "report.html")
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
     for failure in failures:
         print(f"camkd-fast: {failure}", file=sys.stderr)
