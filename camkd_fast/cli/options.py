@@ -78,9 +78,9 @@ class Compare:
     With --study FILE the file says which teachers, pools, students, variants and seeds there are, and everything is
     trained, teachers included, by --jobs processes of one thread each. What is finished is kept, in DIR and in the file
     of results, and what was killed goes on. Under `torchrun --nproc-per-node N -m camkd_fast compare --study FILE
-    --out DIR`, also with --nnodes, rank r of w takes every w-th cell, --jobs processes each; ranks do not talk, but find
-    each other's teachers and caches where they share DIR. On machines that share nothing, merge with --results FILE, one
-    machine after the other.
+    --out DIR`, also with --nnodes, rank r of w takes every w-th cell, --jobs processes each; ranks do not talk, but
+    find each other's teachers and caches where they share DIR. On machines that share nothing, merge with --results
+    FILE, one machine after the other.
     """
 
     strategies: tuple[str, ...] = strategies.NAMES
