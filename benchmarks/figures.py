@@ -61,6 +61,7 @@ def roofline(result: dict[str, Any]) -> Drawing | None:
         for name in row["times"]:
             points = lines.setdefault((name, row["dtype"]), {}).setdefault(row["K"], [])
             points.append((row["C"], share_of_copy(row, name, result)))
+    best = max(max(share for _, share in points) for by in lines.values() for points in by.values())
     figure, axes = plots.new_figure(min(len(lines), 2), 3.4 * -(-len(lines) // 2), rows=-(-len(lines) // 2))
     for axis, ((name, dtype), by_teachers) in zip(axes, sorted(lines.items()), strict=False):
         for K, points in sorted(by_teachers.items()):
@@ -69,14 +70,13 @@ def roofline(result: dict[str, Any]) -> Drawing | None:
         axis.axhline(1.0, color=INK, linewidth=1.2, linestyle=":")
         axis.set_xscale("log")
         axis.set_xlabel("classes C", color=INK)
-        axis.set_ylim(0, 1.15)
+        axis.set_ylim(0, 1.25 * max(1.0, best))  # room for the legend
         axis.grid(axis="y", color=FAINT, linewidth=0.8)
         axis.legend(frameon=False, fontsize=9, ncols=4, loc="upper right", labelcolor=INK)
         plots.set_title(axis, f"{name}, {dtype}")
     for axis in axes[len(lines) :]:
         axis.set_visible(False)
     axes[0].set_ylabel("floor bytes / time, of copy bandwidth", color=INK)
-    best = max(max(share for _, share in points) for by in lines.values() for points in by.values())
     return Drawing("roofline", figure, f"Fraction of the copy bandwidth over the number of classes; best {best:.0%}.")
 
 
