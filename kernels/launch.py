@@ -113,7 +113,7 @@ def elementwise_launch(C: int, itemsize: int) -> Launch:
     return Launch(tile // BLOCK_C, BLOCK_C, 4)
 
 
-# Rows that one program adds up: 0.5 MB of labels, a few microseconds. More of them outweigh PyTorch's own launches.
+# Rows that one program adds up: 0.5 MB of labels. For more of them PyTorch's many programs outweigh its launches.
 BATCH_ROWS = 65536
 
 

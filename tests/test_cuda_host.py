@@ -12,6 +12,7 @@ reads those), launch attributes and streams, and speed.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -29,6 +30,7 @@ from helpers import (
     run_value_and_grad,
     truth,
 )
+from row_contract import assert_agrees, assert_means, options
 
 from camkd_fast import CAMKDFeatureLoss, dispatch, reference
 from tests.cuda_host import build
@@ -212,27 +214,11 @@ def test_value_and_grad(emulated: ModuleType, regime: str, scale: float | torch.
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def options(**changes: object) -> dict[str, object]:
-    return {
-        "temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence", "ignore_index": -100,
-        "needs_grad": True, "residual_scale": None, **changes,
-    }  # fmt: skip
-
-
 def cuda_rows(*args: object, **kwargs: object) -> reference.RowLoss:
     return reference.RowLoss(*cuda_kernels.row_loss(*args, **kwargs))
 
 
-def agree(student: torch.Tensor, teachers: list[torch.Tensor], target: torch.Tensor, **changes: object) -> None:
-    """The backend call against the reference in float64: same infinities, same NaN, close elsewhere."""
-    given = options(**changes)
-    actual = cuda_rows(student, teachers, target, **given)
-    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    expected = reference.row_loss(student.double(), [z.double() for z in teachers], target, **wide)
-    for name in ("rows", "divergence", "teacher_ce", "weights", "residual"):
-        ours, theirs = getattr(actual, name).double(), getattr(expected, name)
-        same = torch.isclose(ours, theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
-        assert same.all(), f"{name}: {ours[~same][:5]} instead of {theirs[~same][:5]}"
+agree = functools.partial(assert_agrees, cuda_rows)
 
 
 @pytest.fixture
@@ -249,15 +235,7 @@ def test_means(emulated: ModuleType, regime: str, N: int, scale: float | torch.T
     C = 600 if N < 100 else 40
     student, *teachers = torch.randn(4, N, C).unbind()
     target = torch.randint(C, (N,))
-    for labels in (target, target.where(torch.arange(N) % 3 > 0, -100), torch.full_like(target, -100)):
-        divisor = max(int((labels != -100).sum()), 1)
-        one = cuda_rows(student, teachers, labels, **options())
-        mean = cuda_rows(student, teachers, labels, **options(residual_scale=scale, mean=True))
-        torch.testing.assert_close(mean.residual, one.residual * (8.0 / divisor))
-        assert torch.equal(mean.numbers, one.numbers)
-        loss, others = mean.means
-        assert loss.shape == () and others[2] == torch.tensor(1.0) / divisor
-        torch.testing.assert_close(torch.stack([loss, *others[:2]]), one.numbers[:3].sum(1) / divisor)
+    assert_means(cuda_rows, student, teachers, target, scale)
 
 
 @pytest.mark.parametrize("weighting", ["confidence", "entropy"])

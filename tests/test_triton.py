@@ -6,6 +6,7 @@ or two per path (rows on chip, rows in column blocks, and the boundary), each wi
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 
@@ -25,6 +26,7 @@ from helpers import (
     run_value_and_grad,
     truth,
 )
+from row_contract import assert_agrees, assert_means, options
 
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, reference
 
@@ -157,23 +159,7 @@ def test_value_and_grad(regime: str) -> None:
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def options(**changes: object) -> dict[str, object]:
-    return {
-        "temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence", "ignore_index": -100,
-        "needs_grad": True, "residual_scale": None, **changes,
-    }  # fmt: skip
-
-
-def agree(student: torch.Tensor, teachers: list[torch.Tensor], target: torch.Tensor, **changes: object) -> None:
-    """The backend call against the reference in float64: same infinities, same NaN, close elsewhere."""
-    given = options(**changes)
-    actual = triton_rows(student, teachers, target, **given)
-    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    expected = reference.row_loss(student.double(), [z.double() for z in teachers], target, **wide)
-    for name in ("rows", "divergence", "teacher_ce", "weights", "residual"):
-        ours, theirs = getattr(actual, name).double(), getattr(expected, name)
-        same = torch.isclose(ours, theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
-        assert same.all(), f"{name}: {ours[~same][:5]} instead of {theirs[~same][:5]}"
+agree = functools.partial(assert_agrees, triton_rows)
 
 
 @pytest.fixture
@@ -278,19 +264,7 @@ def test_residual_scale_and_no_residual(regime: str, rows: tuple) -> None:
 def test_means(rows: tuple, scale: float | torch.Tensor, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `mean` the kernels count the rows themselves; ignored ones do not count."""
     monkeypatch.setattr(launch, "BATCH_ROWS", limit)
-    student, teachers, target = rows
-    for labels in (target, target.where(torch.arange(len(target)) > 0, -100), torch.full_like(target, -100)):
-        divisor = max(int((labels != -100).sum()), 1)
-        one = triton_rows(student, teachers, labels, **options())
-        mean = triton_rows(student, teachers, labels, **options(residual_scale=scale, mean=True))
-        expected = reference.row_loss(student, teachers, labels, **options(residual_scale=scale, mean=True))
-        torch.testing.assert_close(mean.residual, one.residual * (8.0 / divisor))
-        assert torch.equal(mean.numbers, one.numbers)
-        loss, others = mean.means
-        assert loss.shape == () and others[2] == 1.0 / divisor
-        torch.testing.assert_close(torch.stack([loss, *others[:2]]), one.numbers[:3].sum(1) / divisor)
-        torch.testing.assert_close(mean.means, expected.means)
-        torch.testing.assert_close(mean.residual, expected.residual, rtol=1e-4, atol=1e-6)
+    assert_means(triton_rows, *rows, scale)
 
 
 def test_no_rows() -> None:
