@@ -37,6 +37,7 @@ class CMakeBuild(build_ext):
             log = getattr(error, "output", None) or str(error)
             reason = reason_of(log)
             failure.write_text(reason + "\n")
+            module.unlink(missing_ok=True)  # one of an earlier source would run unnoticed
             if os.environ.get("CAMKD_FAST_CPU") == "1" or os.environ.get("CAMKD_FAST_CUDA") == "1":
                 raise RuntimeError(f"camkd_fast._C could not be built:\n{log}") from error
             raise CompileError(

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from . import _C  # after torch, whose OpenMP runtime it shares
+
+# Below this many bytes a block of whole huge pages would be mostly waste, and malloc keeps what is freed.
+_RECYCLED_BYTES = 2**20
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
@@ -49,6 +53,17 @@ def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | 
     return valid, offender if offends else None
 
 
+def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for an (N, C) output; if large, the pages of the last such output that was freed."""
+    size = N * C * dtype.itemsize
+    if size < _RECYCLED_BYTES:
+        return torch.empty(N, C, dtype=dtype)
+    out = torch.frombuffer(_C.OutputMemory(size), dtype=dtype).view(N, C)
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        out.fill_(torch.nan)  # as torch.empty does
+    return out
+
+
 def row_loss(
     student: Tensor,
     teachers: Sequence[Tensor],
@@ -65,7 +80,7 @@ def row_loss(
     N, C, inner = sizes(student)
     K = len(teachers)
     numbers = torch.empty(3 + 3 * K, N, dtype=torch.float32)
-    residual = torch.empty(N, C, dtype=student.dtype) if needs_grad else None
+    residual = new_output(N, C, student.dtype) if needs_grad else None
     code, weights = weighting_code(weighting)
     sums = _C.row_loss(
         N,
@@ -124,7 +139,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
     N, C, inner = sizes(logits[0])
-    grads = [torch.empty((N, C), dtype=z.dtype) for z in logits]
+    grads = [new_output(N, C, z.dtype) for z in logits]
     grad_ce = grad_ce.contiguous()
     _C.confidence_backward(
         N,
@@ -148,7 +163,7 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    grads = [torch.empty(r.shape, dtype=r.dtype) for r in student]
+    grads = [new_output(r.shape[0], r.shape[1], r.dtype) for r in student]
     for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
         _C.feature_backward(
             r.shape[0], r.shape[1], matrix(r), matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()

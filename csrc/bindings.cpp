@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "cpu/api.h"
+#include "cpu/output_memory.h"
 #include "cuda/bindings.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
 
@@ -139,6 +140,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("feature_backward", &feature_backward);
     m.def("count_labels", &count_labels);
     m.def("instruction_set", [] { return kernels().name; });
+    py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
+        .def(py::init<size_t>())
+        .def_buffer([](OutputMemory& memory) {
+            return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.bytes()));
+        });
     // (whether there are CUDA kernels, their architectures or why there are none)
     m.def("cuda_build", [] { return std::make_pair(bool(CAMKD_CUDA), CAMKD_CUDA_BUILD); });
 #if CAMKD_CUDA

@@ -74,9 +74,6 @@ struct Kernels {
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-// Asks the kernel to back a large output with huge pages: its first touch then costs 512 times fewer page faults.
-void prefer_huge_pages(void* data, int64_t bytes);
-
 // The best that this processor runs, or the one that CAMKD_FAST_ISA names. Throws std::runtime_error if it cannot.
 const Kernels& kernels();
 

@@ -405,7 +405,6 @@ void row_loss(const RowLossArgs& args) {
     const int64_t scratch = (args.K + 2) * args.C * int64_t(sizeof(float));
     const int64_t bytes = args.N * args.C * (args.student.dtype == DType::f32 ? 4 : 2);
     const bool streaming = bytes > kStreamingBytes;
-    if (args.residual) prefer_huge_pages(args.residual, bytes);
     if (threads > 1 && (args.N < threads || scratch > kRowScratch)) {
         columns_in_parallel(args, functions, exps, threads, streaming);
     } else {

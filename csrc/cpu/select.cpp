@@ -1,6 +1,4 @@
 // Picks the instruction set at run time.
-#include <sys/mman.h>
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,8 +7,6 @@
 
 namespace camkd::cpu {
 namespace {
-
-constexpr int64_t kHugePage = 2 * 1024 * 1024;
 
 bool runs(const Kernels& candidate) {
 #if defined(CAMKD_X86)
@@ -45,15 +41,6 @@ const Kernels& select() {
 const Kernels& kernels() {
     static const Kernels& chosen = select();
     return chosen;
-}
-
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
-    // A hint: where it is refused, small pages do.
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace camkd::cpu
