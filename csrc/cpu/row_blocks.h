@@ -76,15 +76,32 @@ inline void over_block(const T* x, int n, const char* next, Step step) {
 // Sums over rows of up to kBlock columns are float; over blocks they are double.
 using State = StreamState<double>;
 
+// What a pass over a block of one stream leaves: sums still apart in lanes. A row adds up those of all its streams
+// together, as one sum at a time is a chain of instructions that wait for each other.
+struct LaneSums {
+    Vec sum_t, sum_1, cross, entropy;
+
+    // Adds them to `state`. Unless `masked`, false where a sum of products is not finite, and then nothing is added.
+    bool add_to(State& state, bool masked) const {
+        float sums[4];
+        Vec::four_sums(sum_t, sum_1, cross, entropy, sums);
+        if (!masked && !(std::isfinite(sums[2]) && std::isfinite(sums[3]))) return false;
+        state.sum_t += sums[0];
+        state.sum_1 += sums[1];
+        state.cross += sums[2];
+        state.entropy += sums[3];
+        return true;
+    }
+};
+
 struct Exps {
     Exp at_t, at_1;
 };
 
-// Adds the block to `state` and keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long
-// and at least one vector.
+// Keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
 template <class T, int Power>
 void student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
-                   float* e_out, float* e1_out, State& state) {
+                   float* e_out, float* e1_out, LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
@@ -103,16 +120,15 @@ void student_block(const T* s, int n, float reference, const Exps& exponentials,
             sum_1[lane] = add_power<Power>(sum_1[lane], e);
         }
     });
-    const float total = (sum_t[0] + sum_t[1]).sum();
-    state.sum_t += total;
-    state.sum_1 += Power == 1 ? total : (sum_1[0] + sum_1[1]).sum();
+    const Vec total = sum_t[0] + sum_t[1];
+    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], Vec::zero(), Vec::zero()};
 }
 
-// False, with nothing added to `state`, where a sum is not finite. `Masked` counts columns of probability 0 as 0 where
-// the plain product would be 0 * inf.
+// `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf. -inf logits are rare: only a
+// block whose plain sums are not finite is read again.
 template <class T, int Power, bool Entropy, bool Masked>
-bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponentials, const char* next,
-                        const float* student_d, float* e_out, State& state) {
+void teacher_block(const T* z, int n, float reference, const Exps& exponentials, const char* next,
+                   const float* student_d, float* e_out, LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
@@ -136,23 +152,8 @@ bool teacher_block_pass(const T* z, int n, float reference, const Exps& exponent
             sum_1[lane] = add_power<Power>(sum_1[lane], e);
         }
     });
-    const float total_cross = (cross[0] + cross[1]).sum();
-    const float total_entropy = Entropy ? (entropy[0] + entropy[1]).sum() : 0.0f;
-    if (!Masked && !(std::isfinite(total_cross) && std::isfinite(total_entropy))) return false;
-    const float total = (sum_t[0] + sum_t[1]).sum();
-    state.sum_t += total;
-    state.sum_1 += Power == 1 ? total : (sum_1[0] + sum_1[1]).sum();
-    state.cross += total_cross;
-    state.entropy += total_entropy;
-    return true;
-}
-
-template <class T, int Power, bool Entropy>
-void teacher_block(const T* z, int n, float reference, const Exps& exps, const char* next, const float* student_d,
-                   float* e_out, State& state) {
-    // -inf logits are rare; only a block whose sums show one is read again.
-    if (!teacher_block_pass<T, Power, Entropy, false>(z, n, reference, exps, next, student_d, e_out, state))
-        teacher_block_pass<T, Power, Entropy, true>(z, n, reference, exps, next, student_d, e_out, state);
+    const Vec total = sum_t[0] + sum_t[1];
+    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], cross[0] + cross[1], entropy[0] + entropy[1]};
 }
 
 // One term of the residual: a coefficient and the exponentials that it multiplies.

@@ -16,6 +16,7 @@ namespace {
 constexpr int kStreams = kMaxTeachers + 1;            // the student is stream 0
 constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; wider rows are shared by all threads
 constexpr int64_t kGroupScratch = 32 * 1024;          // bytes of rows that finish together
+constexpr int kMaximaFirst = 6 * 1024;                // logits of a block; more of them leave L1 in between
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
 
 // Scratch floats that survive from call to call, so that a step does not fault in fresh pages.
@@ -43,15 +44,27 @@ class Scratch {
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
     using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*,
-                             State&);
-    using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*, State&);
+                             LaneSums&);
+    using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*,
+                             LaneSums&);
     using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
     Max max[kStreams];
     Student student;
-    Teacher teachers[kMaxTeachers];
+    Teacher teachers[kMaxTeachers], masked_teachers[kMaxTeachers];
     Residual residual;
     int power;
 };
+
+template <int Power, bool Entropy, bool Masked>
+RowFunctions::Teacher teacher_of(DType dtype) {
+    return with_dtype(dtype, [](auto t) -> RowFunctions::Teacher {
+        using T = decltype(t);
+        return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next, const float* d,
+                  float* e, LaneSums& sums) {
+            teacher_block<T, Power, Entropy, Masked>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e, sums);
+        };
+    });
+}
 
 template <int Power, bool Entropy>
 RowFunctions choose_functions(const RowLossArgs& args) {
@@ -67,8 +80,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
         using T = decltype(t);
         return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d, float* e,
-                  float* e1, State& state) {
-            student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, state);
+                  float* e1, LaneSums& sums) {
+            student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, sums);
         };
     });
     f.residual = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Residual {
@@ -80,13 +93,8 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     });
     for (int k = 0; k < args.K; ++k) {
         f.max[k + 1] = max_of(args.teachers[k].dtype);
-        f.teachers[k] = with_dtype(args.teachers[k].dtype, [](auto t) -> RowFunctions::Teacher {
-            using T = decltype(t);
-            return [](const void* z, int64_t c, int n, float ref, const Exps& exps, const char* next, const float* d,
-                      float* e, State& state) {
-                teacher_block<T, Power, Entropy>(static_cast<const T*>(z) + c, n, ref, exps, next, d, e, state);
-            };
-        });
+        f.teachers[k] = teacher_of<Power, Entropy, false>(args.teachers[k].dtype);
+        f.masked_teachers[k] = teacher_of<Power, Entropy, true>(args.teachers[k].dtype);
     }
     return f;
 }
@@ -212,26 +220,41 @@ struct Row {
 
     // Adds block b to the states of the streams; the running maxima are the references of its exponentials. Each stream
     // prefetches what it needs a round later: its next block, or the row behind this one where rows are dense.
+    // All sums are added up last, and the maxima of blocks that stay in L1 found first, so that no stream waits for
+    // another's chain of instructions.
     void add_block(int64_t b, State* states, float* student_d) const {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         float* references = scratch.references + b * (args.K + 1);
-        auto reference = [&](int k) {
-            return references[k] = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
+        const bool maxima_first = n * (args.K + 1) <= kMaximaFirst;
+        auto find_reference = [&](int k) {
+            references[k] = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
         };
+        for (int k = 0; maxima_first && k <= args.K; ++k) find_reference(k);
         // With no finite logit yet any reference will do: every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
-        const double inverse_t = 1.0 / args.formula.temperature;
-        const float old_student = states[0].max, student = reference(0);
-        move_student(states[0], student, inverse_t);
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        functions.student(data[0], offset[0] + c, n, finite(student), exps, address(0, c + n), student_d,
-                          scratch.stream(0) + c, e1, states[0]);
+        LaneSums sums[kStreams];
+        auto teacher = [&](RowFunctions::Teacher function, int k) {
+            function(data[k], offset[k] + c, n, finite(references[k]), exps, address(k, c + n), student_d,
+                     scratch.stream(k) + c, sums[k]);
+        };
+        if (!maxima_first) find_reference(0);
+        functions.student(data[0], offset[0] + c, n, finite(references[0]), exps, address(0, c + n), student_d,
+                          scratch.stream(0) + c, e1, sums[0]);
         for (int k = 1; k <= args.K; ++k) {
-            const float max = reference(k);
-            move_teacher(states[k], max, old_student, student, inverse_t);
-            functions.teachers[k - 1](data[k], offset[k] + c, n, finite(max), exps, address(k, c + n), student_d,
-                                      scratch.stream(k) + c, states[k]);
+            if (!maxima_first) find_reference(k);
+            teacher(functions.teachers[k - 1], k);
+        }
+
+        const double inverse_t = 1.0 / args.formula.temperature;
+        const float old_student = states[0].max;
+        move_student(states[0], references[0], inverse_t);
+        for (int k = 0; k <= args.K; ++k) {
+            if (k > 0) move_teacher(states[k], references[k], old_student, references[0], inverse_t);
+            if (sums[k].add_to(states[k], false)) continue;
+            teacher(functions.masked_teachers[k - 1], k);
+            sums[k].add_to(states[k], true);
         }
     }
 

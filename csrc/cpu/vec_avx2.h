@@ -84,6 +84,13 @@ struct Vec {
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
     }
+    // The sums of four vectors, added in the order of sum(), at about the price of two.
+    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+        auto half = [](Vec x) { return _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1)); };
+        auto pairs = [](__m128 x, __m128 y) { return _mm_add_ps(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x)); };
+        const __m128 ab = pairs(half(a), half(b)), cd = pairs(half(c), half(d));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+    }
 };
 
 }  // namespace

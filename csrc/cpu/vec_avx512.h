@@ -82,6 +82,16 @@ struct Vec {
 
     float sum() const { return _mm512_reduce_add_ps(v); }
     float max() const { return _mm512_reduce_max_ps(v); }
+    // The sums of four vectors, added in the order of sum(), at about the price of two.
+    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+        auto quarter = [](Vec x) {
+            __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+            return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        };
+        auto pairs = [](__m128 x, __m128 y) { return _mm_add_ps(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x)); };
+        const __m128 ab = pairs(quarter(a), quarter(b)), cd = pairs(quarter(c), quarter(d));
+        _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+    }
 };
 
 }  // namespace

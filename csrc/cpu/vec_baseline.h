@@ -97,6 +97,12 @@ struct Vec {
         float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
         return a > b ? a : b;
     }
+    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+        out[0] = a.sum();
+        out[1] = b.sum();
+        out[2] = c.sum();
+        out[3] = d.sum();
+    }
 
   private:
     static Bits splat(uint32_t x) { return Bits{x, x, x, x}; }
