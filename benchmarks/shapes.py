@@ -17,6 +17,10 @@ class Batch(NamedTuple):
     teachers: list[Tensor]  # K of (N, C)
     target: Tensor  # (N,) int64
 
+    def with_own_leaf(self) -> Batch:
+        """The same numbers under another leaf, which has a gradient of its own."""
+        return self._replace(student=self.student.detach().requires_grad_())
+
 
 class Shape(NamedTuple):
     N: int
