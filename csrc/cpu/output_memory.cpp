@@ -19,8 +19,8 @@ namespace {
 
 constexpr size_t kHugePage = 2 * 1024 * 1024;
 
-// From this size on a waiting block is offered to the system (MADV_FREE, 7 us per MB). It is where glibc's malloc stops
-// to keep freed memory, too.
+// From this size on a waiting block is offered to the system (MADV_FREE, which costs time by the page). It is where
+// glibc's malloc stops to keep freed memory, too.
 constexpr size_t kOffered = 32 * 1024 * 1024;
 
 // Blocks between two owners, each slot only ever exchanged as a whole: no lock that a fork could inherit. Four slots
