@@ -1,5 +1,9 @@
 """Signatures of the compiled module; sizes and strides count elements, pointers are addresses."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 
 class OutputMemory:
@@ -9,6 +13,26 @@ class OutputMemory:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def instruction_set() -> str: ...
+def connect_tensors(api: object, tensor: type, parameter: type, /) -> bool:
+    """Takes torch's C functions for tensors; False where it offers none, and `mean_loss` must not be called."""
+
+def mean_loss(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    loss_scale: float | Tensor | None,
+    grad_enabled: bool,
+    threads: int,
+    poison: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float] | None:
+    """Loss, numbers, residual, sums and 1 / valid rows; None where an argument is not plain, or not right."""
+
 def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
 def row_loss(
     N: int,

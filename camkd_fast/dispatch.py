@@ -180,6 +180,12 @@ def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:
     return cast(Backend, _module(choose(requested, tensors)[0]))
 
 
+@functools.cache
+def mean_loss_module(requested: str) -> ModuleType | None:
+    """The module whose `mean_loss` to try first where `requested` can mean it; it declines tensors not for it."""
+    return _module("cpu") if requested in ("auto", "cpu") and availability("cpu").usable else None
+
+
 def _all_native(tensors: Sequence[Tensor]) -> bool:
     """The common case of `choose` without its strings: a compiled module and dtypes that it takes."""
     for tensor in tensors:

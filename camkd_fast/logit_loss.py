@@ -13,66 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import BACKENDS, backend_for
+from .dispatch import BACKENDS, backend_for, mean_loss_module
 from .logit_op import Formula, run_rows, traced_rows
+from .logit_output import CAMKDOutput, reduce_rows
 from .reference import RowLoss, accumulation_dtype
 from .rows import contiguous_labels, first_order, keeps_graph
-
-
-class CAMKDOutput:
-    """What the logit loss returns, in the accumulation dtype. Only `loss` is differentiable.
-
-    Everything but the loss is cut out of the kernel's numbers when it is asked for.
-    """
-
-    def __init__(self, loss: Tensor, rows: RowLoss, inverse: float | Tensor | None, lead: torch.Size) -> None:
-        self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
-        self._numbers, self._sums, self._means = rows.numbers, rows.sums, rows.means
-        self._inverse, self._lead = inverse, lead
-
-    @property
-    def hard(self) -> Tensor:
-        """Cross-entropy of the student, reduced like `loss`."""
-        return _reduce(self._rows, 1, self._inverse, self._lead).detach()
-
-    @property
-    def soft(self) -> Tensor:
-        """T^2 sum_k w_k KL_k, reduced like `loss`."""
-        return _reduce(self._rows, 2, self._inverse, self._lead).detach()
-
-    @property
-    def weights(self) -> Tensor:
-        """w_k as (K, ...), 0 on ignored rows."""
-        return self._per_teacher(self._rows.weights)
-
-    @property
-    def teacher_ce(self) -> Tensor:
-        """CE_k at temperature 1 as (K, ...), 0 on ignored rows."""
-        return self._per_teacher(self._rows.teacher_ce)
-
-    @property
-    def divergence(self) -> Tensor:
-        """KL_k at temperature T as (K, ...), 0 on ignored rows."""
-        return self._per_teacher(self._rows.divergence)
-
-    @property
-    def _rows(self) -> RowLoss:
-        return RowLoss(self._numbers, None, self._sums, self._means)
-
-    def _per_teacher(self, numbers: Tensor) -> Tensor:
-        return numbers.detach().view(numbers.shape[0], *self._lead)
-
-
-def _reduce(rows: RowLoss, i: int, inverse: float | Tensor | None, lead: torch.Size) -> Tensor:
-    """Row i of the numbers (0 loss, 1 hard, 2 soft), summed and times `inverse`, or as (...) where that is None."""
-    if rows.means is not None:
-        return rows.means[0] if i == 0 else rows.means[1][i - 1]
-    if inverse is None:
-        return rows.numbers[i].view(lead)
-    if rows.sums is not None and isinstance(inverse, float):
-        return torch.scalar_tensor(rows.sums[i] * inverse, dtype=rows.numbers.dtype)
-    total = rows.numbers[i].sum()
-    return total * inverse if isinstance(inverse, float) else total * inverse.squeeze(0)
 
 
 class _Evaluation(NamedTuple):
@@ -105,6 +50,38 @@ def _as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:
     return flat.expand(K, N).to(dtype)
 
 
+def _evaluate_plain(
+    student: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    weighting: str | Tensor,
+    backend: str,
+    loss_scale: float | Tensor | None,
+) -> _Evaluation | None:
+    """The mean over plain tensors on a CPU in one crossing to C++; None for anything else, also for what is wrong."""
+    module = mean_loss_module(backend)
+    if module is None:
+        return None
+    temperature, hard_weight, soft_weight, ignore_index = formula
+    found = module.mean_loss(
+        student,
+        teacher_logits,
+        target,
+        temperature=temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        weighting=weighting,
+        ignore_index=ignore_index,
+        loss_scale=loss_scale,
+    )
+    if found is None:
+        return None
+    loss, numbers, residual, sums, inverse = found
+    output = CAMKDOutput(loss, RowLoss(numbers, None, sums), inverse, target.shape)
+    return _Evaluation(output, residual, None, 1.0, inverse, formula.divergence_scale)
+
+
 def _evaluate(
     student: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -117,6 +94,15 @@ def _evaluate(
     loss_scale: float | Tensor | None,
 ) -> _Evaluation:
     """Checks, rows, reduction. With a `loss_scale` the residual comes out as the finished gradient."""
+    tracing = torch.compiler.is_compiling()
+    if reduction == "mean" and num_items is None and not tracing:
+        plain = _evaluate_plain(student, teacher_logits, target, formula, weighting, backend, loss_scale)
+        if plain is not None:
+            return plain
+    if loss_scale is not None:
+        # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
+        student = student.detach() if isinstance(student, Tensor) else student
+        weighting = weighting.detach() if isinstance(weighting, Tensor) else weighting
     teachers = checks.check_logits(student, teacher_logits, target)
     formula.check()
     checks.check_weighting(weighting, len(teachers), student)
@@ -128,7 +114,6 @@ def _evaluate(
     weights = None
     if isinstance(weighting, Tensor):
         weighting = weights = _as_rows(weighting, len(teachers), labels.numel(), dtype)
-    tracing = torch.compiler.is_compiling()
     valid = None
     if labels.device.type == "cpu" and not tracing:
         valid = checks.count_labels(labels, student.shape[-1], formula.ignore_index)
@@ -158,7 +143,7 @@ def _evaluate(
     scale = _one_element(scale, dtype)
     rows = run(student, teachers, labels, weighting, formula, needs_residual, scale, backend)
     reduced = None if reduction == "none" else inverse
-    output = CAMKDOutput(_reduce(rows, 0, reduced, target.shape), rows, reduced, target.shape)
+    output = CAMKDOutput(reduce_rows(rows, 0, reduced, target.shape), rows, reduced, target.shape)
     return _Evaluation(output, rows.residual, weights, remaining, inverse, formula.divergence_scale)
 
 
@@ -284,13 +269,11 @@ def camkd_loss_and_grad(
     """
     formula = Formula(temperature, hard_weight, soft_weight, ignore_index)
     checks.check_scale("loss_scale", loss_scale)
-    # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
-    student = student_logits.detach() if isinstance(student_logits, Tensor) else student_logits
-    if isinstance(weighting, Tensor):
-        weighting = weighting.detach()
-    result = _evaluate(student, teacher_logits, target, formula, weighting, reduction, num_items, backend, loss_scale)
+    result = _evaluate(
+        student_logits, teacher_logits, target, formula, weighting, reduction, num_items, backend, loss_scale
+    )
     assert result.residual is not None  # a loss_scale asks for it
-    return result.output, _shaped(result.residual, student.shape)
+    return result.output, _shaped(result.residual, student_logits.shape)
 
 
 class CAMKDLoss(nn.Module):

@@ -21,6 +21,10 @@ _WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
 _GIVEN = 3
 
 Matrix = tuple[int, int, int, int]
+MeanLoss = tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float]
+
+# torch >= 2.10 lets C++ read and make tensors itself.
+_CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
 
 
 def instruction_set() -> str:
@@ -59,9 +63,51 @@ def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
     if size < _RECYCLED_BYTES:
         return torch.empty(N, C, dtype=dtype)
     out = torch.frombuffer(_C.OutputMemory(size), dtype=dtype).view(N, C)
-    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-        out.fill_(torch.nan)  # as torch.empty does
+    if _poisons():
+        out.fill_(torch.nan)
     return out
+
+
+def _poisons() -> bool:
+    """Does torch.empty fill what it returns with NaN?"""
+    return torch.are_deterministic_algorithms_enabled() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
+
+
+def mean_loss(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float,
+    hard_weight: float,
+    soft_weight: float,
+    weighting: str | Tensor,
+    ignore_index: int,
+    loss_scale: float | Tensor | None,
+) -> MeanLoss | None:
+    """The whole mean loss of plain tensors, unchecked arguments included; None where anything is out of the ordinary.
+
+    Returns:
+        The loss, its numbers (3+3K, N), d(loss_scale * loss) / d student as (N, C) (None if there is no loss_scale
+        and the student needs no gradient), the sums of the first
+        three rows of the numbers, and 1 / the number of rows that are not ignored.
+    """
+    if not _CONNECTED:
+        return None
+    return _C.mean_loss(
+        student,
+        teachers,
+        target,
+        ignore_index,
+        temperature,
+        hard_weight,
+        soft_weight,
+        weighting,
+        loss_scale,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        _poisons(),
+    )
 
 
 def row_loss(

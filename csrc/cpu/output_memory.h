@@ -5,6 +5,9 @@
 
 namespace camkd::cpu {
 
+// Below this many bytes a block of whole huge pages would be mostly waste, and malloc keeps what is freed.
+constexpr size_t kRecycledBytes = 1024 * 1024;
+
 struct Pages;
 
 // Owns whole pages, uninitialised and aligned to a huge page. A step of training frees the last gradient before it asks

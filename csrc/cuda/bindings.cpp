@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../arguments.h"
+#include "../python/arguments.h"
 #include "api.h"
 #include "bindings.h"
 

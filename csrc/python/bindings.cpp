@@ -6,11 +6,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu/api.h"
+#include "../cpu/output_memory.h"
+#include "../cpu/row_call.h"
+#include "../cuda/bindings.h"
 #include "arguments.h"
-#include "cpu/api.h"
-#include "cpu/output_memory.h"
-#include "cuda/bindings.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
+#include "mean_loss.h"
 
 namespace py = pybind11;
 using namespace camkd;
@@ -38,18 +40,11 @@ std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner,
     args.weights = pointer<const float>(std::get<0>(weights));
     args.weight_stride_k = std::get<1>(weights);
     args.weight_stride_n = std::get<2>(weights);
-    args.rows = pointer<float>(numbers);
-    args.divergence = args.rows + 3 * N;
-    args.teacher_ce = args.divergence + args.K * N;
-    args.weights_out = args.teacher_ce + args.K * N;
     args.residual = pointer<void>(residual);
     args.residual_scale = residual_scale;
     args.threads = threads;
     py::gil_scoped_release release;
-    kernels().row_loss(args);
-    double sums[3] = {0, 0, 0};
-    for (int i = 0; i < 3; ++i)
-        for (int64_t n = 0; n < N; ++n) sums[i] += args.rows[i * N + n];
+    const auto sums = run_row_loss(args, pointer<float>(numbers));
     return {sums[0], sums[1], sums[2]};
 }
 
@@ -117,28 +112,23 @@ void feature_backward(int64_t N, int64_t M, const MatrixTuple& student, const Ma
 }
 
 // (labels that are not ignore_index, whether one of them is outside [0, C), that label)
-std::tuple<int64_t, bool, int64_t> count_labels(uintptr_t target, int64_t N, int64_t C, int64_t ignore_index) {
-    const int64_t* labels = pointer<const int64_t>(target);
-    int64_t valid = 0;
-    for (int64_t n = 0; n < N; ++n) {
-        if (labels[n] == ignore_index) continue;
-        if (labels[n] < 0 || labels[n] >= C) return {valid, true, labels[n]};
-        ++valid;
-    }
-    return {valid, false, 0};
+std::tuple<int64_t, bool, int64_t> label_counts(uintptr_t target, int64_t N, int64_t C, int64_t ignore_index) {
+    const Labels labels = count_labels(pointer<const int64_t>(target), N, C, ignore_index);
+    return {labels.valid, labels.offends, labels.offender};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of camkd_fast; called by camkd_fast.native and camkd_fast.cuda_kernels only.";
+    python::add_mean_loss(m);
     m.def("row_loss", &row_loss);
     m.def("scale_rows", &scale_rows);
     m.def("confidence_forward", &confidence_forward);
     m.def("confidence_backward", &confidence_backward);
     m.def("feature_forward", &feature_forward);
     m.def("feature_backward", &feature_backward);
-    m.def("count_labels", &count_labels);
+    m.def("count_labels", &label_counts);
     m.def("instruction_set", [] { return kernels().name; });
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
         .def(py::init<size_t>())

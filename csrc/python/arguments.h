@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "matrix.h"
-#include "row_math.h"
+#include "../matrix.h"
+#include "../row_math.h"
 
 namespace camkd::arguments {
 

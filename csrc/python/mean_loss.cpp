@@ -1,0 +1,200 @@
+// Python's part of a call costs as much as the kernel at C = 100, and right after other work, with nothing of it left
+// in the cache, 0.3 ms. So the common call has this one crossing, which checks, allocates, runs and reduces. What is
+// not plain is declined, never refused: the general path, in Python, knows every layout and has the words for every
+// error.
+#include "mean_loss.h"
+
+#include <cmath>
+#include <new>
+
+#include "../cpu/row_call.h"
+#include "tensors.h"
+
+namespace py = pybind11;
+using namespace camkd::cpu;
+
+namespace camkd::python {
+namespace {
+
+// The arguments by position.
+enum Argument {
+    student,
+    teachers,
+    target,
+    ignore_index,
+    temperature,
+    hard_weight,
+    soft_weight,
+    weighting,
+    loss_scale,
+    grad_enabled,
+    threads,
+    poison,
+    argument_count
+};
+
+// An int or a float, no subclass (a bool, a tensor), and finite.
+bool number(PyObject* object, double& out) {
+    if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
+    out = PyFloat_AsDouble(object);
+    if (PyErr_Occurred()) PyErr_Clear(), out = NAN;
+    return std::isfinite(out);
+}
+
+bool integer(PyObject* object, int64_t& out) {
+    if (!PyLong_CheckExact(object)) return false;
+    int overflow = 0;
+    out = PyLong_AsLongLongAndOverflow(object, &overflow);
+    return overflow == 0;
+}
+
+bool weighting_of(PyObject* object, Weighting& out) {
+    if (!PyUnicode_CheckExact(object)) return false;
+    auto is = [&](const char* name, Weighting value) {
+        if (PyUnicode_CompareWithASCIIString(object, name) != 0) return false;
+        out = value;
+        return true;
+    };
+    return is("confidence", Weighting::confidence) || is("uniform", Weighting::uniform) ||
+           is("entropy", Weighting::entropy);
+}
+
+bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b, int dimensions) {
+    for (int i = 0; i < dimensions; ++i)
+        if (a.shape[i] != b.shape[i]) return false;
+    return true;
+}
+
+bool matrix_of(const dlpack::Tensor& logits, Matrix& out) {
+    const int last = logits.dimensions - 1;
+    if (logits.strides[last] != 1 && logits.shape[last] != 1) return false;
+    if (logits.dtype == dlpack::kFloat32)
+        out.dtype = DType::f32;
+    else if (logits.dtype == dlpack::kBFloat16)
+        out.dtype = DType::bf16;
+    else if (logits.dtype == dlpack::kFloat16)
+        out.dtype = DType::f16;
+    else
+        return false;
+    out.data = static_cast<const char*>(logits.data) + logits.byte_offset;
+    out.stride_outer = logits.strides[0];
+    out.stride_inner = logits.strides[last - 1];
+    return true;
+}
+
+// A plain call and the references that keep its tensors alive.
+struct PlainCall {
+    RowLossArgs args{};
+    dlpack::Tensor student_logits, labels;
+    py::object held[kMaxTeachers];
+
+    // False where anything is out of the ordinary.
+    bool read(PyObject* const* from) {
+        if (!tensors::look(from[student], student_logits) || !matrix_of_student()) return false;
+        if (!read_teachers(from[teachers]) || !read_labels(from[target])) return false;
+        double T, hard, soft;
+        if (!number(from[temperature], T) || T <= 0) return false;
+        if (!number(from[hard_weight], hard) || !number(from[soft_weight], soft)) return false;
+        args.formula = {float(T), float(hard), float(soft), Weighting::confidence};
+        int64_t count;
+        if (!weighting_of(from[weighting], args.formula.weighting) || !integer(from[ignore_index], args.ignore_index) ||
+            !integer(from[threads], count))
+            return false;
+        args.threads = int(count);
+        return true;
+    }
+
+    // (N, C) or (B, S, C). Not float16, whose exponent range 1/N would eat.
+    bool matrix_of_student() {
+        const dlpack::Tensor& s = student_logits;
+        if (s.dimensions != 2 && s.dimensions != 3) return false;
+        args.C = s.shape[s.dimensions - 1];
+        args.inner = s.shape[s.dimensions - 2];
+        args.N = s.dimensions == 2 ? args.inner : s.shape[0] * args.inner;
+        return args.N > 0 && args.C > 0 && matrix_of(s, args.student) && args.student.dtype != DType::f16;
+    }
+
+    bool read_teachers(PyObject* sequence) {
+        const bool list = PyList_CheckExact(sequence);
+        if (!list && !PyTuple_CheckExact(sequence)) return false;
+        const Py_ssize_t K = list ? PyList_GET_SIZE(sequence) : PyTuple_GET_SIZE(sequence);
+        if (K < 1 || K > kMaxTeachers) return false;
+        args.K = int(K);
+        for (Py_ssize_t k = 0; k < K; ++k) {
+            held[k] =
+                py::reinterpret_borrow<py::object>(list ? PyList_GET_ITEM(sequence, k) : PyTuple_GET_ITEM(sequence, k));
+            dlpack::Tensor logits;
+            if (!tensors::look(held[k].ptr(), logits) || logits.dimensions != student_logits.dimensions ||
+                !same_shape(logits, student_logits, logits.dimensions) || !matrix_of(logits, args.teachers[k]) ||
+                tensors::requires_grad(held[k].ptr()))
+                return false;
+        }
+        return true;
+    }
+
+    // Contiguous int64 in the student's leading shape.
+    bool read_labels(PyObject* object) {
+        if (!tensors::look(object, labels) || !(labels.dtype == dlpack::kInt64)) return false;
+        if (labels.dimensions != student_logits.dimensions - 1) return false;
+        if (!same_shape(labels, student_logits, labels.dimensions)) return false;
+        for (int64_t i = labels.dimensions - 1, stride = 1; i >= 0; stride *= labels.shape[i--])
+            if (labels.strides[i] != stride && labels.shape[i] != 1) return false;
+        args.target = reinterpret_cast<const int64_t*>(static_cast<const char*>(labels.data) + labels.byte_offset);
+        return true;
+    }
+};
+
+// See camkd_fast/_C.pyi. A bare function of the interpreter: pybind11's conversions cost as much as the rest.
+PyObject* mean_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
+    if (count != argument_count) {
+        PyErr_Format(PyExc_TypeError, "mean_loss takes %d arguments, got %zd", int(argument_count), count);
+        return nullptr;
+    }
+    try {
+        PlainCall call;
+        RowLossArgs& args = call.args;
+        double scale = 1;
+        if (from[loss_scale] != Py_None && !number(from[loss_scale], scale)) Py_RETURN_NONE;
+        if (!call.read(from)) Py_RETURN_NONE;
+        const Labels found = count_labels(args.target, args.N, args.C, args.ignore_index);
+        if (found.offends) Py_RETURN_NONE;
+        const double inverse = 1.0 / double(found.valid > 0 ? found.valid : 1);
+        args.residual_scale = float(inverse * scale);
+
+        const bool fill = from[poison] == Py_True;
+        const int64_t numbers_shape[] = {3 + 3 * args.K, args.N}, residual_shape[] = {args.N, args.C};
+        void *value_data = nullptr, *numbers_data = nullptr;
+        py::object numbers = tensors::make(numbers_shape, 2, dlpack::kFloat32, fill, numbers_data);
+        py::object value = tensors::make(nullptr, 0, dlpack::kFloat32, fill, value_data), residual = py::none();
+        if (from[loss_scale] != Py_None || (from[grad_enabled] == Py_True && tensors::requires_grad(from[student])))
+            residual = tensors::make(residual_shape, 2, call.student_logits.dtype, fill, args.residual);
+        std::array<double, 3> sums;
+        {
+            py::gil_scoped_release release;
+            sums = run_row_loss(args, static_cast<float*>(numbers_data));
+        }
+        *static_cast<float*>(value_data) = float(sums[0] * inverse);
+        return Py_BuildValue("(NNN(ddd)d)", value.release().ptr(), numbers.release().ptr(), residual.release().ptr(),
+                             sums[0], sums[1], sums[2], inverse);
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+PyMethodDef methods[] = {
+    {"mean_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mean_loss)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_mean_loss(py::module_& m) {
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+    m.def("connect_tensors", &tensors::connect);
+}
+
+}  // namespace camkd::python

@@ -1,0 +1,10 @@
+// The logit loss of plain tensors in one call from Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace camkd::python {
+
+void add_mean_loss(pybind11::module_& m);
+
+}  // namespace camkd::python

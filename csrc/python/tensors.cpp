@@ -1,0 +1,100 @@
+#include "tensors.h"
+
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "../cpu/output_memory.h"
+
+namespace py = pybind11;
+
+namespace camkd::tensors {
+namespace {
+
+constexpr int kMostDimensions = 3;
+constexpr size_t kAlignment = 64;
+
+struct Connection {
+    dlpack::ExchangeApi* api = nullptr;
+    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr;  // alive as long as the process
+};
+Connection connection;
+
+// What stands behind a tensor that we made: small memory directly behind this header, large memory in `pages`.
+struct alignas(kAlignment) Made {
+    dlpack::ManagedTensor managed;
+    int64_t shape[kMostDimensions], strides[kMostDimensions];
+    std::unique_ptr<cpu::OutputMemory> pages;
+
+    static Made* create(size_t bytes) {
+        const bool large = bytes >= cpu::kRecycledBytes;
+        void* block = ::operator new(sizeof(Made) + (large ? 0 : bytes), std::align_val_t(kAlignment));
+        Made* made = new (block) Made();
+        try {
+            if (large) made->pages = std::make_unique<cpu::OutputMemory>(bytes);
+        } catch (...) {
+            made->destroy();
+            throw;
+        }
+        return made;
+    }
+    void destroy() {
+        this->~Made();
+        ::operator delete(static_cast<void*>(this), std::align_val_t(kAlignment));
+    }
+    void* data() { return pages ? pages->data() : static_cast<void*>(this + 1); }
+};
+
+}  // namespace
+
+bool connect(py::object api, py::type tensor, py::type parameter) {
+    if (!PyCapsule_IsValid(api.ptr(), "dlpack_exchange_api")) return false;
+    auto* found = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+    while (found && found->version.major > 1) found = found->older;
+    if (!found || found->version.major != 1 || !found->look || !found->give) return false;
+    connection = {found, tensor.release().ptr(), parameter.release().ptr(),
+                  PyUnicode_InternFromString("requires_grad")};
+    api.release();
+    return true;
+}
+
+bool look(PyObject* object, dlpack::Tensor& out) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != connection.tensor && type != connection.parameter) return false;
+    if (connection.api->look(object, &out) != 0) {
+        PyErr_Clear();  // a tensor without memory, such as one of torch.func
+        return false;
+    }
+    return out.device.type == dlpack::DeviceType::cpu;
+}
+
+bool requires_grad(PyObject* object) {
+    PyObject* answer = PyObject_GetAttr(object, connection.requires_grad);
+    if (!answer) PyErr_Clear();
+    const bool is_true = answer == Py_True;
+    Py_XDECREF(answer);
+    return is_true;
+}
+
+py::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bool poison, void*& data) {
+    int64_t elements = 1;
+    for (int i = 0; i < dimensions; ++i) elements *= shape[i];
+    const size_t bytes = size_t(elements) * (dtype.bits / 8);
+    Made* made = Made::create(bytes);
+    for (int64_t i = dimensions - 1, stride = 1; i >= 0; stride *= shape[i--]) {
+        made->shape[i] = shape[i];
+        made->strides[i] = stride;
+    }
+    data = made->data();
+    if (poison) std::memset(data, 0xff, bytes);
+    made->managed = {{1, 0},
+                     made,
+                     [](dlpack::ManagedTensor* self) { static_cast<Made*>(self->context)->destroy(); },
+                     0,
+                     {data, {dlpack::DeviceType::cpu, 0}, dimensions, dtype, made->shape, made->strides, 0}};
+    void* object = nullptr;
+    if (connection.api->give(&made->managed, &object) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+}  // namespace camkd::tensors
