@@ -14,7 +14,7 @@ class OutputMemory:
 
 def instruction_set() -> str: ...
 def connect_tensors(api: object, tensor: type, parameter: type, /) -> bool:
-    """Takes torch's C functions for tensors; False where it offers none, and `mean_loss` must not be called."""
+    """Takes torch's C functions for tensors; False where it offers none, and `mean_loss` declines every call."""
 
 def mean_loss(
     student: Tensor,

@@ -8,14 +8,15 @@
 #include <memory>
 #include <new>
 
-#include "row_functions.h"
+#include "row_lanes.h"
 
 namespace camkd::cpu {
 namespace {
 
-constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; wider rows are shared by all threads
-constexpr int64_t kGroupScratch = 32 * 1024;          // bytes of rows that finish together
-constexpr int kMaximaFirst = 6 * 1024;                // logits of a block; more of them leave L1 in between
+constexpr int64_t kRowScratch = 4 * 1024 * 1024;  // bytes; wider rows are shared by all threads
+constexpr int64_t kGroupScratch = 32 * 1024;      // bytes of rows that finish together
+constexpr int kMaximaFirst = 6 * 1024;            // logits of a block; more of them leave L1 in between
+constexpr int kPage = 4096, kBlocksAhead = 4;
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
 
 // Scratch floats that survive from call to call, so that a step does not fault in fresh pages.
@@ -52,67 +53,6 @@ struct RowScratch {
     float* stream(int k) const { return e + k * padded; }
 };
 
-// What is K wide of up to Vec::width consecutive rows, one row to a lane. Lanes of ignored rows hold harmless numbers
-// and come out as 0.
-struct Lanes {
-    static constexpr int W = Vec::width;
-    struct Stream {
-        float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
-    };
-    alignas(64) Stream streams[kStreams];
-    float unfit[W];
-    int32_t kept[W];
-    float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
-
-    void reset(int K) {
-        std::fill_n(kept, W, 0);
-        std::fill_n(unfit, W, 0.0f);
-        for (int k = 0; k <= K; ++k) {
-            Stream& stream = streams[k];
-            for (float* zeros : {stream.max, stream.cross, stream.entropy, stream.label}) std::fill_n(zeros, W, 0.0f);
-            for (float* ones : {stream.sum_t, stream.sum_1}) std::fill_n(ones, W, 1.0f);
-        }
-    }
-
-    // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
-    void finish(const RowLossArgs& args, int64_t begin, int count) {
-        const int K = args.K;
-        RowSums<Vec> sums[kStreams];
-        RowResult<Vec> result;
-        ResidualCoefficients<Vec> coefficients;
-        for (int k = 0; k <= K; ++k) {
-            const Stream& s = streams[k];
-            sums[k] = {Vec::load(s.max),   Vec::load(s.sum_t),   Vec::load(s.sum_1),
-                       Vec::load(s.cross), Vec::load(s.entropy), Vec::load(s.label)};
-        }
-        if (args.formula.weighting == Weighting::given) {
-            for (int k = 0; k < K; ++k) {
-                float given[W] = {};
-                for (int lane = 0; lane < count; ++lane)
-                    given[lane] = args.weights[k * args.weight_stride_k + (begin + lane) * args.weight_stride_n];
-                result.weights[k] = Vec::load(given);
-            }
-        }
-        finish_row<LaneMath>(args.formula, K, sums[0], sums + 1, Vec::load(unfit), args.residual_scale, result,
-                             coefficients);
-        const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
-        auto put = [&](float* rows, int i, Vec x) {
-            store_lanes(rows + i * args.N + begin, Vec::bit_and(x, mask), count);
-        };
-        put(args.rows, 0, result.loss);
-        put(args.rows, 1, result.hard);
-        put(args.rows, 2, result.soft);
-        for (int k = 0; k < K; ++k) {
-            put(args.divergence, k, result.divergence[k]);
-            put(args.teacher_ce, k, result.teacher_ce[k]);
-            put(args.weights_out, k, result.weights[k]);
-            coefficients.teacher[k].store(teacher[k]);
-        }
-        coefficients.student_t.store(student_t);
-        coefficients.student_1.store(student_1);
-    }
-};
-
 // One row of one call: pointers and the passes over its blocks.
 struct Row {
     const RowLossArgs& args;
@@ -145,6 +85,17 @@ struct Row {
     }
     bool keeps_e1() const { return functions.power == 0; }
 
+    // Touches the pages kBlocksAhead: a walk of the page tables takes as long as several blocks once other work has
+    // displaced them, and what is prefetched by the line (over_block) would wait for it. Not worth it in short rows, of
+    // which many share a page.
+    void reach_ahead(int64_t c, int n) const {
+        const int64_t bytes = int64_t(n) * (args.student.dtype == DType::f32 ? 4 : 2);
+        if (bytes < kPage / 4) return;
+        for (int k = 0; k <= args.K; ++k)
+            for (int64_t byte = 0; byte < bytes; byte += kPage)
+                __builtin_prefetch(address(k, c) + kBlocksAhead * bytes + byte, 0, 2);
+    }
+
     // Adds block b to the states of the streams; the running maxima are the references of its exponentials. Each stream
     // prefetches what it needs a round later: its next block, or the row behind this one where rows are dense.
     // All sums are added up last, and the maxima of blocks that stay in L1 found first, so that no stream waits for
@@ -153,6 +104,7 @@ struct Row {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         float* references = scratch.references + b * (args.K + 1);
+        reach_ahead(c, n);
         const bool maxima_first = n * (args.K + 1) <= kMaximaFirst;
         auto find_reference = [&](int k) {
             references[k] = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));

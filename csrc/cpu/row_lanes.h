@@ -1,0 +1,74 @@
+// The end of a row of the logit loss: from the sums of its streams to its numbers and its residual's coefficients, for
+// as many rows at once as a vector has lanes.
+#pragma once
+
+#include <algorithm>
+
+#include "row_functions.h"
+
+namespace camkd::cpu {
+namespace {
+
+// What is K wide of up to Vec::width consecutive rows, one row to a lane. Lanes of ignored rows hold harmless numbers
+// and come out as 0.
+struct Lanes {
+    static constexpr int W = Vec::width;
+    struct Stream {
+        float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
+    };
+    alignas(64) Stream streams[kStreams];
+    float unfit[W];
+    int32_t kept[W];
+    float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
+
+    void reset(int K) {
+        std::fill_n(kept, W, 0);
+        std::fill_n(unfit, W, 0.0f);
+        for (int k = 0; k <= K; ++k) {
+            Stream& stream = streams[k];
+            for (float* zeros : {stream.max, stream.cross, stream.entropy, stream.label}) std::fill_n(zeros, W, 0.0f);
+            for (float* ones : {stream.sum_t, stream.sum_1}) std::fill_n(ones, W, 1.0f);
+        }
+    }
+
+    // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
+    void finish(const RowLossArgs& args, int64_t begin, int count) {
+        const int K = args.K;
+        RowSums<Vec> sums[kStreams];
+        RowResult<Vec> result;
+        ResidualCoefficients<Vec> coefficients;
+        for (int k = 0; k <= K; ++k) {
+            const Stream& s = streams[k];
+            sums[k] = {Vec::load(s.max),   Vec::load(s.sum_t),   Vec::load(s.sum_1),
+                       Vec::load(s.cross), Vec::load(s.entropy), Vec::load(s.label)};
+        }
+        if (args.formula.weighting == Weighting::given) {
+            for (int k = 0; k < K; ++k) {
+                float given[W] = {};
+                for (int lane = 0; lane < count; ++lane)
+                    given[lane] = args.weights[k * args.weight_stride_k + (begin + lane) * args.weight_stride_n];
+                result.weights[k] = Vec::load(given);
+            }
+        }
+        finish_row<LaneMath>(args.formula, K, sums[0], sums + 1, Vec::load(unfit), args.residual_scale, result,
+                             coefficients);
+        const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
+        auto put = [&](float* rows, int i, Vec x) {
+            store_lanes(rows + i * args.N + begin, Vec::bit_and(x, mask), count);
+        };
+        put(args.rows, 0, result.loss);
+        put(args.rows, 1, result.hard);
+        put(args.rows, 2, result.soft);
+        for (int k = 0; k < K; ++k) {
+            put(args.divergence, k, result.divergence[k]);
+            put(args.teacher_ce, k, result.teacher_ce[k]);
+            put(args.weights_out, k, result.weights[k]);
+            coefficients.teacher[k].store(teacher[k]);
+        }
+        coefficients.student_t.store(student_t);
+        coefficients.student_1.store(student_1);
+    }
+};
+
+}  // namespace
+}  // namespace camkd::cpu
