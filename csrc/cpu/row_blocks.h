@@ -46,51 +46,68 @@ float block_max(const T* x, int n) {
     return Vec::max(Vec::max(a, b), Vec::max(c, d)).max();
 }
 
-// Runs step(x, i, lane, counts) over a block of n columns in vectors at offset i, on two sets of accumulators. The last
-// vector overlaps its predecessor: `counts` masks the columns already summed, while stores repeat the same values.
-// Meanwhile the stream's `next` block is on its way from memory, to L2: a round of K + 1 blocks would not fit L1, and
-// one block ahead is too late for memory.
+// Runs step(x, i, lane, counts) over a block of n columns: x holds some neighbouring vectors at offset i, and vector j
+// adds to the set (lane + j) % 2 of two sets of accumulators. The last vector overlaps its predecessor: `counts` masks
+// the columns already summed, while stores repeat the same values. Meanwhile the stream's `next` block is on its way
+// from memory, to L2: a round of K + 1 blocks would not fit L1, and one block ahead is too late for memory.
 template <class T, class Step>
 inline void over_block(const T* x, int n, const char* next, Step step) {
     constexpr int W = Vec::width;
     constexpr auto all = [](Vec v) { return v; };
     int i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-        for (int byte = 0; byte < 2 * W * int(sizeof(T)); byte += 64)
-            __builtin_prefetch(next + i * sizeof(T) + byte, 0, 2);
-        step(load(x + i), i, 0, all);
-        step(load(x + i + W), i + W, 1, all);
-    }
-    for (; i + W <= n; i += W) step(load(x + i), i, 0, all);
+    auto runs_of = [&](auto count) {
+        constexpr int Count = decltype(count)::value;
+        for (; i + Count * W <= n; i += Count * W) {
+            for (int byte = 0; Count > 1 && byte < Count * W * int(sizeof(T)); byte += 64)
+                __builtin_prefetch(next + i * sizeof(T) + byte, 0, 2);
+            Vec v[Count];
+            each<Count>([&](int j) { v[j] = load(x + i + j * W); });
+            step(v, i, 0, all);
+        }
+    };
+    if constexpr (Vec::side_by_side > 2) runs_of(std::integral_constant<int, Vec::side_by_side>{});
+    runs_of(std::integral_constant<int, 2>{});
+    runs_of(std::integral_constant<int, 1>{});
     if (i == n) return;
+    Vec last[1];
     if (n < W) {
         // The columns behind the end take the first one's logit, so that nothing that is not finite comes in.
         const Vec mask = first_lanes(n);
-        step(load_tail(x, n, load_one(x)), 0, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
+        last[0] = load_tail(x, n, load_one(x));
+        step(last, 0, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
     } else {
         const Vec mask = last_lanes(n - i);
-        step(load(x + n - W), n - W, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
+        last[0] = load(x + n - W);
+        step(last, n - W, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
     }
 }
 
 // Sums over rows of up to kBlock columns are float; over blocks they are double.
 using State = StreamState<double>;
 
+// The sums over one block of one stream, relative to the block's references, of which `max` is the stream's own.
+struct BlockSums {
+    float max, sum_t, sum_1, cross, entropy;
+
+    // Is no sum of products inf or NaN, as 0 * inf makes it?
+    bool finite() const { return std::isfinite(cross) && std::isfinite(entropy); }
+    void add_to(State& state) const {
+        state.sum_t += sum_t;
+        state.sum_1 += sum_1;
+        state.cross += cross;
+        state.entropy += entropy;
+    }
+};
+
 // What a pass over a block of one stream leaves: sums still apart in lanes. A row adds up those of all its streams
 // together, as one sum at a time is a chain of instructions that wait for each other.
 struct LaneSums {
     Vec sum_t, sum_1, cross, entropy;
 
-    // Adds them to `state`. Unless `masked`, false where a sum of products is not finite, and then nothing is added.
-    bool add_to(State& state, bool masked) const {
+    BlockSums added_up(float reference) const {
         float sums[4];
         Vec::four_sums(sum_t, sum_1, cross, entropy, sums);
-        if (!masked && !(std::isfinite(sums[2]) && std::isfinite(sums[3]))) return false;
-        state.sum_t += sums[0];
-        state.sum_1 += sums[1];
-        state.cross += sums[2];
-        state.entropy += sums[3];
-        return true;
+        return {reference, sums[0], sums[1], sums[2], sums[3]};
     }
 };
 
@@ -99,26 +116,33 @@ struct Exps {
 };
 
 // Keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
+// (Flattened, as are teachers' blocks: with anything left to call, the accumulators would live in memory.)
 template <class T, int Power>
-void student_block(const T* s, int n, float reference, const Exps& exponentials, const char* next, float* d_out,
-                   float* e_out, float* e1_out, LaneSums& sums) {
+__attribute__((flatten)) void student_block(const T* s, int n, float reference, const Exps& exponentials,
+                                            const char* next, float* d_out, float* e_out, float* e1_out,
+                                            LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
-    over_block(s, n, next, [&](Vec x, int i, int lane, auto counts) {
-        Vec d = x - ref;
-        Vec e = exps.at_t(d);
-        d.store(d_out + i);
-        e.store(e_out + i);
-        e = counts(e);
-        sum_t[lane] = sum_t[lane] + e;
-        if constexpr (Power == 0) {
-            Vec e1 = exps.at_1(d);
-            e1.store(e1_out + i);
-            sum_1[lane] = sum_1[lane] + counts(e1);
-        } else if constexpr (Power != 1) {
-            sum_1[lane] = add_power<Power>(sum_1[lane], e);
-        }
+    over_block(s, n, next, [&](auto& x, int i, int lane, auto counts) {
+        constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
+        Vec d[Count], e[Count], e1[Count];
+        each<Count>([&](int j) { d[j] = x[j] - ref; });
+        exps.at_t(d, e);
+        if constexpr (Power == 0) exps.at_1(d, e1);
+        each<Count>([&](int j) {
+            const int at = i + j * Vec::width, l = (lane + j) % 2;
+            d[j].store(d_out + at);
+            e[j].store(e_out + at);
+            const Vec counted = counts(e[j]);
+            sum_t[l] = sum_t[l] + counted;
+            if constexpr (Power == 0) {
+                e1[j].store(e1_out + at);
+                sum_1[l] = sum_1[l] + counts(e1[j]);
+            } else if constexpr (Power != 1) {
+                sum_1[l] = add_power<Power>(sum_1[l], counted);
+            }
+        });
     });
     const Vec total = sum_t[0] + sum_t[1];
     sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], Vec::zero(), Vec::zero()};
@@ -127,30 +151,36 @@ void student_block(const T* s, int n, float reference, const Exps& exponentials,
 // `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf. -inf logits are rare: only a
 // block whose plain sums are not finite is read again.
 template <class T, int Power, bool Entropy, bool Masked>
-void teacher_block(const T* z, int n, float reference, const Exps& exponentials, const char* next,
-                   const float* student_d, float* e_out, LaneSums& sums) {
+__attribute__((flatten)) void teacher_block(const T* z, int n, float reference, const Exps& exponentials,
+                                            const char* next, const float* student_d, float* e_out, LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
     Vec cross[2] = {Vec::zero(), Vec::zero()}, entropy[2] = {Vec::zero(), Vec::zero()};
-    over_block(z, n, next, [&](Vec x, int i, int lane, auto counts) {
-        Vec d = x - ref;
-        Vec e = exps.at_t(d);
-        Vec difference = d - Vec::load(student_d + i);
-        e.store(e_out + i);
-        e = counts(e);
-        // After `counts`: a column that is not counted here may be infinite as well.
-        if constexpr (Masked) difference = Vec::zero_where_zero(difference, e);
-        sum_t[lane] = sum_t[lane] + e;
-        cross[lane] = Vec::fma(e, difference, cross[lane]);
-        if constexpr (Power == 0 || Entropy) {
-            Vec e1 = Power == 0 ? counts(exps.at_1(d)) : power<Power>(e);
-            sum_1[lane] = sum_1[lane] + e1;
-            if constexpr (Masked) d = Vec::zero_where_zero(d, e1);
-            if constexpr (Entropy) entropy[lane] = Vec::fma(e1, d, entropy[lane]);
-        } else if constexpr (Power != 1) {
-            sum_1[lane] = add_power<Power>(sum_1[lane], e);
-        }
+    over_block(z, n, next, [&](auto& x, int i, int lane, auto counts) {
+        constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
+        Vec d[Count], e[Count], e1[Count];
+        each<Count>([&](int j) { d[j] = x[j] - ref; });
+        exps.at_t(d, e);
+        if constexpr (Power == 0) exps.at_1(d, e1);
+        each<Count>([&](int j) {
+            const int at = i + j * Vec::width, l = (lane + j) % 2;
+            Vec difference = d[j] - Vec::load(student_d + at);
+            e[j].store(e_out + at);
+            const Vec counted = counts(e[j]);
+            // After `counts`: a column that is not counted here may be infinite as well.
+            if constexpr (Masked) difference = Vec::zero_where_zero(difference, counted);
+            sum_t[l] = sum_t[l] + counted;
+            cross[l] = Vec::fma(counted, difference, cross[l]);
+            if constexpr (Power == 0 || Entropy) {
+                const Vec at_1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
+                sum_1[l] = sum_1[l] + at_1;
+                if constexpr (Entropy)
+                    entropy[l] = Vec::fma(at_1, Masked ? Vec::zero_where_zero(d[j], at_1) : d[j], entropy[l]);
+            } else if constexpr (Power != 1) {
+                sum_1[l] = add_power<Power>(sum_1[l], counted);
+            }
+        });
     });
     const Vec total = sum_t[0] + sum_t[1];
     sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], cross[0] + cross[1], entropy[0] + entropy[1]};

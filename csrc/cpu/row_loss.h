@@ -14,7 +14,7 @@ namespace camkd::cpu {
 namespace {
 
 constexpr int64_t kRowScratch = 4 * 1024 * 1024;  // bytes; wider rows are shared by all threads
-constexpr int64_t kGroupScratch = 32 * 1024;      // bytes of rows that finish together
+constexpr int64_t kGroupScratch = 128 * 1024;     // bytes of rows that finish together: near, in L2
 constexpr int kMaximaFirst = 6 * 1024;            // logits of a block; more of them leave L1 in between
 constexpr int kPage = 4096, kBlocksAhead = 4;
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // residuals beyond this do not stay in the cache anyway
@@ -68,7 +68,7 @@ struct Row {
 
     bool ignored() const { return args.target[index] == args.ignore_index; }
 
-    // Finds the row's logits, which add_block and put read.
+    // Finds the row's logits, which read_block and put need.
     void start() {
         const int64_t outer = index / args.inner, inner = index - outer * args.inner;
         auto locate = [&](const Matrix& m, int k) {
@@ -96,44 +96,56 @@ struct Row {
                 __builtin_prefetch(address(k, c) + kBlocksAhead * bytes + byte, 0, 2);
     }
 
-    // Adds block b to the states of the streams; the running maxima are the references of its exponentials. Each stream
-    // prefetches what it needs a round later: its next block, or the row behind this one where rows are dense.
-    // All sums are added up last, and the maxima of blocks that stay in L1 found first, so that no stream waits for
-    // another's chain of instructions.
-    void add_block(int64_t b, State* states, float* student_d) const {
+    // Leaves the exponentials of block b, their references and, by stream, their sums. A reference is the block's
+    // maximum or the stream's before it, found in `states` unless this is the first block. Each stream prefetches what
+    // it needs a round later: its next block, or the row behind this one where rows are dense. All sums are added up
+    // last, and the maxima of blocks that stay in L1 found first, so that no stream waits for another's chain of
+    // instructions.
+    void read_block(int64_t b, const State* states, float* student_d, BlockSums* sums) const {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         float* references = scratch.references + b * (args.K + 1);
         reach_ahead(c, n);
         const bool maxima_first = n * (args.K + 1) <= kMaximaFirst;
         auto find_reference = [&](int k) {
-            references[k] = std::max(states[k].max, functions.max[k](data[k], offset[k] + c, n));
+            const float max = functions.max[k](data[k], offset[k] + c, n);
+            references[k] = states ? std::max(states[k].max, max) : max;
         };
         for (int k = 0; maxima_first && k <= args.K; ++k) find_reference(k);
         // With no finite logit yet any reference will do: every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        LaneSums sums[kStreams];
+        LaneSums lanes[kStreams];
         auto teacher = [&](RowFunctions::Teacher function, int k) {
             function(data[k], offset[k] + c, n, finite(references[k]), exps, address(k, c + n), student_d,
-                     scratch.stream(k) + c, sums[k]);
+                     scratch.stream(k) + c, lanes[k]);
         };
         if (!maxima_first) find_reference(0);
         functions.student(data[0], offset[0] + c, n, finite(references[0]), exps, address(0, c + n), student_d,
-                          scratch.stream(0) + c, e1, sums[0]);
+                          scratch.stream(0) + c, e1, lanes[0]);
         for (int k = 1; k <= args.K; ++k) {
             if (!maxima_first) find_reference(k);
             teacher(functions.teachers[k - 1], k);
         }
+        for (int k = 0; k <= args.K; ++k) {
+            sums[k] = lanes[k].added_up(references[k]);
+            if (sums[k].finite()) continue;
+            teacher(functions.masked_teachers[k - 1], k);
+            sums[k] = lanes[k].added_up(references[k]);
+        }
+    }
 
+    // Adds block b to the states of the streams, whose maxima move to the block's references.
+    void add_block(int64_t b, State* states, float* student_d) const {
+        BlockSums sums[kStreams];
+        read_block(b, states, student_d, sums);
+        const float* references = scratch.references + b * (args.K + 1);
         const double inverse_t = 1.0 / args.formula.temperature;
         const float old_student = states[0].max;
         move_student(states[0], references[0], inverse_t);
         for (int k = 0; k <= args.K; ++k) {
             if (k > 0) move_teacher(states[k], references[k], old_student, references[0], inverse_t);
-            if (sums[k].add_to(states[k], false)) continue;
-            teacher(functions.masked_teachers[k - 1], k);
-            sums[k].add_to(states[k], true);
+            sums[k].add_to(states[k]);
         }
     }
 
@@ -144,21 +156,35 @@ struct Row {
 
     bool label_fits() const { return args.target[index] >= 0 && args.target[index] < args.C; }
 
-    // The row's finished sums as one lane of `rows`.
-    void put(const State* states, Lanes& rows, int lane) const {
+    // The row's finished sums, states or those of its only block, as one lane of `rows`.
+    template <class Sums>
+    void put(const Sums* sums, Lanes& rows, int lane) const {
         const bool fits = label_fits();
         rows.kept[lane] = -1;
         rows.unfit[lane] = fits ? 0.0f : NAN;
         for (int k = 0; k <= args.K; ++k) {
             Lanes::Stream& stream = rows.streams[k];
-            stream.max[lane] = states[k].max;
-            stream.sum_t[lane] = float(states[k].sum_t);
-            stream.sum_1[lane] = float(states[k].sum_1);
-            stream.cross[lane] = float(states[k].cross);
-            stream.entropy[lane] = float(states[k].entropy);
+            stream.max[lane] = sums[k].max;
+            stream.sum_t[lane] = float(sums[k].sum_t);
+            stream.sum_1[lane] = float(sums[k].sum_1);
+            stream.cross[lane] = float(sums[k].cross);
+            stream.entropy[lane] = float(sums[k].entropy);
             stream.label[lane] =
                 fits ? logit(k == 0 ? args.student : args.teachers[k - 1], k, args.target[index]) : NAN;
         }
+    }
+
+    // Reads the whole row into one lane of `rows`.
+    void read(int64_t blocks, float* student_d, Lanes& rows, int lane) const {
+        if (blocks == 1) {
+            BlockSums sums[kStreams];
+            read_block(0, nullptr, student_d, sums);
+            put(sums, rows, lane);
+            return;
+        }
+        State states[kStreams];
+        for (int64_t b = 0; b < blocks; ++b) add_block(b, states, student_d);
+        put(states, rows, lane);
     }
 
     void write_block(int64_t b, const Lanes& rows, int lane, bool streaming) const {
@@ -225,7 +251,6 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
         static thread_local Scratch memory;
         float* base = memory.reserve(group * row_floats + kBlock + 2 * Vec::width);
         float* student_d = base + group * row_floats;
-        State states[kStreams];
         Lanes rows;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t g = 0; g < groups; ++g) {
@@ -239,9 +264,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
                 Row row = at(lane);
                 if (row.ignored()) continue;
                 row.start();
-                for (int k = 0; k <= args.K; ++k) states[k] = State();
-                for (int64_t b = 0; b < blocks; ++b) row.add_block(b, states, student_d);
-                row.put(states, rows, lane);
+                row.read(blocks, student_d, rows, lane);
             }
             rows.finish(args, begin, count);
             for (int lane = 0; args.residual && lane < count; ++lane) {

@@ -10,6 +10,7 @@ namespace {
 
 struct Vec {
     static constexpr int width = 8;
+    static constexpr int side_by_side = 2;  // vectors whose chains of instructions registers have room for
     static constexpr const char* name = "avx2";
     static constexpr bool splits_exponents = false;
     __m256 v;

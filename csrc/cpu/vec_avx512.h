@@ -10,6 +10,7 @@ namespace {
 
 struct Vec {
     static constexpr int width = 16;
+    static constexpr int side_by_side = 4;  // vectors whose chains of instructions registers have room for
     static constexpr const char* name = "avx512";
     __m512 v;
 

@@ -13,6 +13,7 @@ typedef uint32_t Bits __attribute__((vector_size(16)));
 
 struct Vec {
     static constexpr int width = 4;
+    static constexpr int side_by_side = 2;  // vectors whose chains of instructions registers have room for
     static constexpr const char* name = "baseline";
     static constexpr bool splits_exponents = false;
     Floats v;

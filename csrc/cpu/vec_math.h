@@ -81,6 +81,13 @@ inline Vec first_lanes(int count) {
     return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 32 - count));
 }
 
+// f(0), f(1) ... f(Count - 1), unrolled: one step of instructions for all before the next step for any.
+template <int Count, class F>
+inline void each(F f) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Count; ++j) f(j);
+}
+
 // e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder. The relative error is 1.7e-7 near d = 0, where
 // it counts, and grows by the rounding of the exponent, 4e-8 |d| * inverse_t. Exactly 1 at d = 0, and 0 below 2^-127
 // (2^-149 where the instruction set scales by itself). d = -inf gives 0 and NaN stays NaN.
@@ -93,31 +100,41 @@ struct Exp {
         floor = Vec::set(-127.0f / c);
     }
 
-    // A template, so that the branch that the instruction set lacks is not compiled.
-    template <class V>
-    V operator()(V d) const {
+    // Of `Count` vectors, whose chains of instructions run side by side. A template, so that the branch that the
+    // instruction set lacks is not compiled.
+    template <int Count, class V>
+    void operator()(const V (&d)[Count], V (&out)[Count]) const {
+        V t[Count], f[Count];
         if constexpr (V::splits_exponents) {
-            const V t = d * scale, f = V::fraction(t);
-            return V::scale_floor(
-                polynomial(f, 1.8671386850e-3f, 9.0170088908e-3f, 5.5799931778e-2f, 2.4016444350e-1f, 6.9315131262e-1f),
-                t);
+            each<Count>([&](int j) { t[j] = d[j] * scale; });
+            each<Count>([&](int j) { f[j] = V::fraction(t[j]); });
+            polynomial(f, out, 1.8671386850e-3f, 9.0170088908e-3f, 5.5799931778e-2f, 2.4016444350e-1f,
+                       6.9315131262e-1f);
+            each<Count>([&](int j) { out[j] = V::scale_floor(out[j], t[j]); });
         } else {
             // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves n + 127 in the low bits, n's biased exponent.
             const V magic = V::set(12582912.0f + 127.0f);
-            d = V::max(floor, d);
-            V shifted = V::fma(d, scale, magic);
-            V f = V::fma(d, scale, magic - shifted);
-            return polynomial(f, 1.326472824e-3f, 9.671512637e-3f, 5.550733740e-2f, 2.402224209e-1f, 6.931469776e-1f) *
-                   V::exponent(shifted);
+            V bounded[Count];
+            each<Count>([&](int j) { bounded[j] = V::max(floor, d[j]); });
+            each<Count>([&](int j) { t[j] = V::fma(bounded[j], scale, magic); });
+            each<Count>([&](int j) { f[j] = V::fma(bounded[j], scale, magic - t[j]); });
+            polynomial(f, out, 1.326472824e-3f, 9.671512637e-3f, 5.550733740e-2f, 2.402224209e-1f, 6.931469776e-1f);
+            each<Count>([&](int j) { out[j] = out[j] * V::exponent(t[j]); });
         }
+    }
+    Vec operator()(Vec d) const {
+        const Vec in[1] = {d};
+        Vec out[1];
+        (*this)(in, out);
+        return out[0];
     }
 
   private:
     // Minimax of the relative error of 2^f on [0, 1) or [-1/2, 1/2], the constant fixed at 1 (a linear programme).
-    static Vec polynomial(Vec f, float c5, float c4, float c3, float c2, float c1) {
-        Vec p = Vec::fma(Vec::set(c5), f, Vec::set(c4));
-        for (float c : {c3, c2, c1, 1.0f}) p = Vec::fma(p, f, Vec::set(c));
-        return p;
+    template <int Count>
+    static void polynomial(const Vec (&f)[Count], Vec (&p)[Count], float c5, float c4, float c3, float c2, float c1) {
+        each<Count>([&](int j) { p[j] = Vec::fma(Vec::set(c5), f[j], Vec::set(c4)); });
+        for (float c : {c3, c2, c1, 1.0f}) each<Count>([&](int j) { p[j] = Vec::fma(p[j], f[j], Vec::set(c)); });
     }
 };
 

@@ -1,6 +1,6 @@
-// Checks, allocations and reductions in Python cost as much as the kernel at C = 100, and several times that right after
-// other work, when none of that code is in the cache. So the common call has this one crossing. What is not plain is
-// declined, never refused: the general path, in Python, knows every layout and has the words for every error.
+// Checks, allocations and reductions in Python cost as much as the kernel at C = 100, and several times that right
+// after other work, when none of that code is in the cache. So the common call has this one crossing. What is not plain
+// is declined, never refused: the general path, in Python, knows every layout and has the words for every error.
 #include "mean_loss.h"
 
 #include <cmath>
