@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .dispatch import MAX_TEACHERS, backend_for
-from .reference import accumulation_dtype, ce_gradient
-from .rows import contiguous_labels, first_order, row_view
-
-# --- confidence weights ----------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("camkd_fast::confidence_weights", mutates_args=())
-def _confidence_op(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weights, ce and log-sum-exp, each (K, N)."""
-    labels = contiguous_labels(target)
-    if not target.is_cuda:
-        checks.count_labels(labels, logits[0].shape[-1], ignore_index)
-    return backend_for(backend, logits).confidence_forward([row_view(z) for z in logits], labels, ignore_index)
-
-
-@_confidence_op.register_fake
-def _(logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(logits[0].dtype)
-    weights, ce, lse = (logits[0].new_empty((len(logits), target.numel()), dtype=dtype) for _ in range(3))
-    return weights, ce, lse
-
-
-@torch.library.custom_op("camkd_fast::confidence_weights_backward", mutates_args=())
-def _confidence_backward_op(
-    logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str
-) -> list[Tensor]:
-    rows = [row_view(z) for z in logits]
-    grads = backend_for(backend, logits).confidence_backward(rows, contiguous_labels(target), lse, grad_ce)
-    return [grad.view(z.shape) for grad, z in zip(grads, logits, strict=True)]
-
-
-@_confidence_backward_op.register_fake
-def _(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str) -> list[Tensor]:
-    return [z.new_empty(z.shape) for z in logits]
-
-
-def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, ignore_index, backend = inputs
-    weights, _, lse = output
-    ctx.save_for_backward(*logits, target, weights, lse)
-    ctx.ignore_index, ctx.backend = ignore_index, backend
-    ctx.mark_non_differentiable(lse)
-
-
-@first_order
-def _confidence_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *logits, target, weights, lse = ctx.saved_tensors
-    total = ce_gradient(weights, grad_weights, grad_ce)
-    total = total.masked_fill(target.reshape(-1) == ctx.ignore_index, 0.0)
-    return _confidence_backward_op(logits, target, lse, total, ctx.backend), None, None, None
-
-
-_confidence_op.register_autograd(_confidence_backward, setup_context=_confidence_setup)
+from .dispatch import MAX_TEACHERS
+from .feature_op import confidence_rows, feature_error
 
 
 def confidence_weights(
@@ -91,76 +36,9 @@ def confidence_weights(
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
     checks.check_target(target, tensors[0], "logits[0]")
     checks.check_ignore_index(ignore_index)
-    weights, ce, _ = _confidence_op(tensors, target, ignore_index, backend)
+    weights, ce = confidence_rows(tensors, target, ignore_index, backend)
     shape = (len(tensors), *target.shape)
     return weights.view(shape), ce.view(shape)
-
-
-# --- weighted feature regression -------------------------------------------------------------------------------------
-
-
-def _sample_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both features as (N, M) rows in one memory order; a view unless their memory formats differ."""
-    channels_last = (
-        student.dim() == 4 and not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last)
-    )
-    order = (0, 2, 3, 1) if channels_last else tuple(range(student.dim()))
-    s, t = (x.permute(order).flatten(1) for x in (student, teacher))
-    return row_view(s), row_view(t)
-
-
-@torch.library.custom_op("camkd_fast::feature_error", mutates_args=())
-def _feature_op(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
-    """error (K, N): the mean squared difference of each sample and teacher."""
-    pairs = [_sample_rows(r, f) for r, f in zip(student, teachers, strict=True)]
-    return backend_for(backend, [*student, *teachers]).feature_forward([p[0] for p in pairs], [p[1] for p in pairs])
-
-
-@_feature_op.register_fake
-def _(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
-    dtype = accumulation_dtype(student[0].dtype)
-    return student[0].new_empty((len(student), student[0].shape[0]), dtype=dtype)
-
-
-@torch.library.custom_op("camkd_fast::feature_error_backward", mutates_args=())
-def _feature_backward_op(
-    student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str
-) -> list[Tensor]:
-    pairs = [_sample_rows(r, f) for r, f in zip(student, teachers, strict=True)]
-    grads = backend_for(backend, [*student, *teachers]).feature_backward(
-        [p[0] for p in pairs], [p[1] for p in pairs], grad_error
-    )
-    return [_like_feature(grad, r) for grad, r in zip(grads, student, strict=True)]
-
-
-def _like_feature(rows: Tensor, feature: Tensor) -> Tensor:
-    """(N, M) rows back in the feature's shape and memory format (see `_sample_rows`)."""
-    if feature.dim() == 4 and not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last):
-        N, D, H, W = feature.shape
-        return rows.view(N, H, W, D).permute(0, 3, 1, 2)
-    return rows.view(feature.shape)
-
-
-@_feature_backward_op.register_fake
-def _(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str) -> list[Tensor]:
-    return [_like_feature(r.new_empty((r.shape[0], math.prod(r.shape[1:]))), r) for r in student]
-
-
-def _feature_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    student, teachers, backend = inputs
-    ctx.save_for_backward(*student, *teachers)
-    ctx.backend = backend
-
-
-@first_order
-def _feature_backward(ctx: Any, grad_error: Tensor) -> tuple[Any, ...]:
-    K = len(ctx.saved_tensors) // 2
-    student, teachers = ctx.saved_tensors[:K], ctx.saved_tensors[K:]
-    grads = _feature_backward_op(student, teachers, grad_error, ctx.backend)
-    return grads, [None] * K, None
-
-
-_feature_op.register_autograd(_feature_backward, setup_context=_feature_setup)
 
 
 def weighted_feature_loss(
@@ -193,7 +71,7 @@ def weighted_feature_loss(
     if weights.shape != expected:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")
     checks.check_device("weights", weights, "student_features[0]", student[0])
-    error: Tensor = _feature_op(student, teachers, backend)
+    error = feature_error(student, teachers, backend)
     loss = (weights.to(error.dtype) * error).sum(0)
     if reduction == "none":
         return loss
