@@ -136,6 +136,19 @@ def test_a_students_learning_rate_is_its_own_or_everybodys() -> None:
         assert cells.distilling(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
 
 
+def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> None:
+    hints = Variant("hints", "fitnet-mkd", beta=50.0)
+    settings = replace(study(), variants=(*study().variants, hints, replace(hints, name="more", table="ablation")))
+    student, pool = settings.students[0], settings.pools[0].name
+
+    def beta(own: float | None, variant: str) -> float | None:
+        changed = replace(settings, students=(replace(student, beta=own),))
+        return cells.distilling(changed, Cell(pool, student.model, variant, 0), Path()).beta
+
+    assert [beta(None, name) for name in ("hints", "more", "aver")] == [50.0, 50.0, None]
+    assert [beta(5.0, name) for name in ("hints", "more", "aver")] == [5.0, 50.0, None]
+
+
 def test_teachers_learn_in_their_own_precision_and_are_asked_in_the_students() -> None:
     full = replace(study(), teaching_precision=PrecisionConfig(dtype="bfloat16"))
     assert cells.teaching(full, full.teachers[0], Path()).precision.dtype == "bfloat16"

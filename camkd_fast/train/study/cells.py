@@ -116,11 +116,12 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
     student, variant = study.student(cell.student), study.variant(cell.variant)
     pool = study.pool(cell.pool) if variant.has_pool else None
     rate = study.training.learning_rate if student.learning_rate is None else student.learning_rate
+    owns = variant.table == "main" and variant.beta is not None and student.beta is not None
     return DistillConfig(
         student=student.model,
         strategy=variant.strategy,
         alpha=variant.alpha,
-        beta=variant.beta,
+        beta=student.beta if owns else variant.beta,
         temperature=variant.temperature,
         official_scale=variant.official_scale,
         teacher_index=best_teacher if variant.best_teacher else 0,

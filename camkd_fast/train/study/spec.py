@@ -61,6 +61,7 @@ class Student:
 
     model: str
     learning_rate: float | None = None  # None: that of `StudyConfig.training`
+    beta: float | None = None  # of the main table's variants that have one; None: the variant's own
     pools: tuple[str, ...] = ()  # empty: all
 
     def __post_init__(self) -> None:
