@@ -6,6 +6,8 @@ from torch import Tensor
 
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 
+RECYCLED_BYTES: int  # outputs of fewer bytes are left to torch
+
 class OutputMemory:
     """`bytes` of uninitialised memory, a writable buffer; its pages are recycled (csrc/cpu/output_memory.h)."""
 

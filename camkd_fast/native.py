@@ -13,9 +13,6 @@ from torch.utils import deterministic
 
 from . import _C  # after torch, whose OpenMP runtime it shares
 
-# Below this many bytes a block of whole huge pages would be mostly waste, and malloc keeps what is freed.
-_RECYCLED_BYTES = 2**20
-
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
 _GIVEN = 3
@@ -60,7 +57,7 @@ def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | 
 def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for an (N, C) output; if large, the pages of the last such output that was freed."""
     size = N * C * dtype.itemsize
-    if size < _RECYCLED_BYTES:
+    if size < _C.RECYCLED_BYTES:
         return torch.empty(N, C, dtype=dtype)
     out = torch.frombuffer(_C.OutputMemory(size), dtype=dtype).view(N, C)
     if _poisons():

@@ -1,4 +1,4 @@
-"""The loop, the journal and the run folder: records, divergence, evaluation, what a folder may be used for."""
+"""The loop and the run folder: records, divergence, evaluation, what a folder may be used for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from camkd_fast.train import config as configs
 from camkd_fast.train.cache import CacheError
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
-from camkd_fast.train.journal import METRICS, Journal, Silence, read_metrics
+from camkd_fast.train.journal import METRICS, Silence, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.step import TrainStep
@@ -183,45 +183,6 @@ def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"a parameter is not finite after step 5; .* checkpoint: none"):
         run.run(Silence())
     assert not run.checkpoints.paths()
-
-
-# --- journal ---------------------------------------------------------------------------------------------------------
-
-
-def test_journal_drops_what_a_resumed_run_will_say_again(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
-    lines = [{"kind": kind, "step": step, "epoch": 1} for kind, step in [("steps", 5), ("epoch", 10), ("steps", 12)]]
-    lines.append({"kind": "test", "step": 10, "epoch": 1})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "epo')  # killed while writing
-    assert len(read_metrics(path)) == 4
-    journal = Journal(tmp_path, QUIET, steps=20, step=10, title="")
-    journal.write({"kind": "steps", "step": 12, "epoch": 2})
-    journal.close()
-    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == [("steps", 5), ("epoch", 10), ("steps", 12)]
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is not JSON"):
-        read_metrics(path)
-
-
-def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, LogConfig(progress=False), steps=10, step=0, title="")
-    for step in (5, 10):
-        journal.write({"kind": "epoch", "step": step, "epoch": 1, "loss": 1.0 / step, "weights": [0.25, 0.75]})
-    journal.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"epoch/epoch", "epoch/loss", "epoch/weights/0", "epoch/weights/1"}
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars("epoch/loss")] == [(5, 0.2), (10, 0.1)]
-
-
-def test_progress_bar_counts_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    journal = Journal(tmp_path, LogConfig(tensorboard=False), steps=10, step=4, title="student on digits")
-    journal.write({"kind": "epoch", "step": 10, "epoch": 1, "loss": 0.5})
-    journal.close()
-    shown = capsys.readouterr().err
-    assert "student on digits" in shown and "4/10" in shown and "10/10" in shown and "loss=0.5" in shown
 
 
 # --- jobs on digits --------------------------------------------------------------------------------------------------

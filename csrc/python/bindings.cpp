@@ -130,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("feature_backward", &feature_backward);
     m.def("count_labels", &label_counts);
     m.def("instruction_set", [] { return kernels().name; });
+    m.attr("RECYCLED_BYTES") = kRecycledBytes;
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
         .def(py::init<size_t>())
         .def_buffer([](OutputMemory& memory) {
