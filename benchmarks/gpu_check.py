@@ -9,6 +9,7 @@ Imports nothing but the standard library: it must be able to say in words what i
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -164,7 +165,11 @@ def build(check: Check) -> None:
 def tests(check: Check) -> None:
     """tests/gpu: every backend against float64, streams, graphs, memory, compile, training."""
     check.found.append(device(check))
-    told = check.run([sys.executable, "-m", "pytest", "tests/gpu", "-m", "not slow", "-q", "-rs", "--durations=5"])
+    # Most of the time is Triton's compiler's, on one core: pytest-xdist, where it is there, uses the others.
+    several = ["-n", str(min(os.cpu_count() or 1, 12))] if importlib.util.find_spec("xdist") else []
+    told = check.run(
+        [sys.executable, "-m", "pytest", "tests/gpu", "-m", "not slow", "-q", "-rs", "--durations=5", *several]
+    )
     check.found.append(_last(told))
 
 

@@ -34,7 +34,7 @@ _LEAST_CAPABILITY = (8, 0)  # of the CUDA C++ kernels
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). An entry is earned
 # by a result under benchmarks/results/ that was taken on that architecture and shows them faster at those widths.
-CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = ()
+CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1, 262144),)
 
 
 class Backend(Protocol):
@@ -93,6 +93,12 @@ def availability(name: str) -> Availability:
     return Availability(True, f"triton {module.__version__}" + (", interpreted" if interpreting() else ""))
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked of torch once: it takes 10 us, as long as the kernels of a small batch."""
+    return torch.cuda.get_device_capability(device)
+
+
 def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     """Why backend `name` cannot take these tensors, or None when it can."""
     if name == "reference":
@@ -104,7 +110,7 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     wanted = ("cuda", "cpu") if name == "triton" and interpreting() else _DEVICES[name]
     if device not in wanted:
         return f"it takes {' or '.join(wanted)} tensors, got {device}"
-    if name == "cuda" and (capability := torch.cuda.get_device_capability(tensors[0].device)) < _LEAST_CAPABILITY:
+    if name == "cuda" and (capability := _capability(tensors[0].device)) < _LEAST_CAPABILITY:
         return f"it needs compute capability {_LEAST_CAPABILITY}, got {capability}"
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
@@ -122,7 +128,7 @@ def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
     device = tensor.device.type
     if device != "cuda":
         return ("cpu", "reference") if device == "cpu" else ("reference",), f"fastest for {device} tensors"
-    capability, C = torch.cuda.get_device_capability(tensor.device), tensor.shape[-1]
+    capability, C = _capability(tensor.device), tensor.shape[-1]
     measured = any(capability == c and fewest <= C <= most for c, fewest, most in CUDA_PREFERRED)
     where = f"compute capability {capability[0]}.{capability[1]}, {C} classes"
     if measured:

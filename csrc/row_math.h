@@ -10,8 +10,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define CAMKD_HD __host__ __device__ inline
-#define CAMKD_HD_MEMBER static __host__ __device__ inline
+// Always inlined: where the number of teachers is a constant all arrays become registers.
+#define CAMKD_HD __host__ __device__ __forceinline__
+#define CAMKD_HD_MEMBER static __host__ __device__ __forceinline__
 #else
 // Internal linkage: each instruction set compiles its own copy, and the linker must not pick one for all.
 #define CAMKD_HD static inline
@@ -176,18 +177,16 @@ CAMKD_HD float label_coefficient(const Formula& formula, float residual_scale) {
     return formula.hard_weight * residual_scale;
 }
 
-// Everything of a row that is not C wide. `unfit` is NaN for a label outside [0, C) and else 0; `result.weights` holds
-// the weights on entry when they are given.
+// What the residual waits for: the teachers' cross-entropies and weights, and the coefficients. `unfit` is NaN for a
+// label outside [0, C) and else 0; `result.weights` holds the weights on entry when they are given.
 template <class Math, class F>
-CAMKD_HD void finish_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
-                         float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
+CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
+                        float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
     const float T = formula.temperature;
     F* const entropy = result.scratch;
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
         const F log_1 = Math::log(z.sum_1);
-        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-        result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
         result.teacher_ce[k] = log_1 - (z.label - z.max);
         if (formula.weighting == Weighting::entropy) entropy[k] = log_1 - z.entropy / z.sum_1;
     }
@@ -199,22 +198,32 @@ CAMKD_HD void finish_row(const Formula& formula, int K, const RowSums<F>& studen
     } else if (formula.weighting == Weighting::uniform) {
         for (int k = 0; k < K; ++k) w[k] = Math::set(1.0f / float(K));
     }
+    F total = Math::set(0.0f);
+    for (int k = 0; k < K; ++k) total = total + w[k];
 
-    F total = Math::set(0.0f), soft = Math::set(0.0f);
+    const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
+    coefficients.student_t = soft_scale * total / student.sum_t + unfit;
+    coefficients.student_1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum_1;
+    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sum_t);
+}
+
+// The other numbers of a row, once it is weighed.
+template <class Math, class F>
+CAMKD_HD void score_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
+                        RowResult<F>& result) {
+    const float T = formula.temperature;
+    F soft = Math::set(0.0f);
     for (int k = 0; k < K; ++k) {
-        total = total + w[k];
-        soft = soft + product_or_zero<Math>(w[k], result.divergence[k]);
+        const RowSums<F>& z = teachers[k];
+        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
+        result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
+        soft = soft + product_or_zero<Math>(result.weights[k], result.divergence[k]);
     }
     result.hard = Math::log(student.sum_1) - (student.label - student.max);
     result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +
                   product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + unfit;
-
-    const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
-    coefficients.student_t = soft_scale * total / student.sum_t + unfit;
-    coefficients.student_1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum_1;
-    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sum_t);
 }
 
 }  // namespace camkd

@@ -19,9 +19,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# Element types of each kernel; row_loss_kernel for rows of a warp and of a block, in 16 bits for the usual options too.
+# Element types of each kernel; row_loss_kernel for rows of a warp and of a block, 1 to 5 teachers and any number.
 KERNELS = {
-    "row_loss_kernel": 10,
+    "row_loss_kernel": 36,
     "batch_count_kernel": 1,
     "batch_mean_kernel": 1,
     "confidence_fwd_kernel": 3,
@@ -30,7 +30,7 @@ KERNELS = {
     "feature_bwd_kernel": 3,
     "scale_rows_kernel": 3,
 }
-THREADS, BLOCKS = 256, 3  # launch_table.h: of row_loss, per multiprocessor
+THREADS = 256  # launch_table.h: of a block
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
@@ -74,7 +74,9 @@ def check_resources(report: str, arch: str) -> None:
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
         if "row_loss" in name:
-            assert int(registers) * THREADS * BLOCKS <= 65536, f"{arch} {name}: {registers} registers"
+            # As many blocks to a multiprocessor as blocks_per_multiprocessor() in launch_table.h.
+            blocks = 3 if re.search(r"Li[123]E", name) else 2
+            assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -22,13 +22,15 @@ def emulated() -> ModuleType:
 
 
 def test_shipped_regimes(emulated: ModuleType) -> None:
-    """One read of global memory for whatever fits, at three teachers in 16 bits; the smallest batch in one cluster."""
+    """At three teachers in 16 bits: the smallest batch in one cluster; one read of global memory while more than one
+    block fits on a multiprocessor; smaller blocks where they leave fewer slots idle."""
     emulated.set_limits(*H100)
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]
-    for C, cluster in [(8192, 1), (32000, 4), (128256, 16), (262144, 16)]:
-        warp, _, _, batches, blocks, *_ = emulated.row_geometry(8192, C, 3, 8)
-        assert (warp, batches, blocks) == (False, 1, cluster)
+    for C, cluster, threads in [(4096, 1, 128), (32000, 4, 256), (65537, 8, 128), (128256, 16, 256)]:
+        warp, _, _, batches, *found = emulated.row_geometry(8192, C, 3, 8)
+        assert (warp, batches, *found[:2]) == (False, 1, cluster, threads)
+    assert emulated.row_geometry(8192, 262144, 3, 8)[3] > 1
     emulated.set_limits(*A100)
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
 

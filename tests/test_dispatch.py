@@ -62,12 +62,13 @@ def test_interpreted_triton_agrees_through_the_public_function():
 @pytest.fixture
 def gpu_logits(monkeypatch):
     """Stands in for bfloat16 logits of 1000 classes on a Hopper GPU; backends count as loadable."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
 
 
 def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
     assert dispatch.choose("auto", [gpu_logits])[0] == "triton"
     assert "9.0, 1000 classes" in dispatch.choose("auto", [gpu_logits])[1]
     monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (((9, 0), 512, 2048),))
@@ -78,12 +79,13 @@ def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logit
 
 
 def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(name != "triton", "absent"))
     name, reason = dispatch.choose("auto", [gpu_logits])
     assert name == "cuda" and "triton: absent" in reason
 
 
 def test_the_cuda_backend_refuses_old_gpus(gpu_logits, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
     with pytest.raises(NotImplementedError, match=r"\(8, 0\), got \(7, 5\)"):
         dispatch.choose("cuda", [gpu_logits])

@@ -50,8 +50,9 @@ struct Lanes {
                 result.weights[k] = Vec::load(given);
             }
         }
-        finish_row<LaneMath>(args.formula, K, sums[0], sums + 1, Vec::load(unfit), args.residual_scale, result,
-                             coefficients);
+        const Vec of_label = Vec::load(unfit);
+        weigh_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, args.residual_scale, result, coefficients);
+        score_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, result);
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
         auto put = [&](float* rows, int i, Vec x) {
             store_lanes(rows + i * args.N + begin, Vec::bit_and(x, mask), count);

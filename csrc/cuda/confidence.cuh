@@ -128,7 +128,7 @@ confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
 #pragma unroll
                 for (int j = 0; j < V; ++j) x[j] = 0.0f;
             }
-            store_vector<T>(out, matrix.dtype, columns, launch.wide[k], v, x);
+            store_vector<T>(out, matrix.dtype, columns, v, x);
         }
     }
 }

@@ -49,7 +49,7 @@ if(archs STREQUAL "")
   set(archs "80-real;90a-real;100-real;120")
 endif()
 target_sources(_C PRIVATE cuda/bindings.cpp cuda/batch_mean.cu cuda/row_loss.cu
-                          cuda/confidence.cu cuda/elementwise.cu)
+                          cuda/row_loss_f32.cu cuda/row_loss_bf16.cu cuda/row_loss_f16.cu cuda/confidence.cu cuda/elementwise.cu)
 string(REPLACE ";" " " listed "${archs}")
 say(1 "${listed}")
 # The runtime is part of the module, so that importing it needs neither a driver nor a toolkit.

@@ -60,12 +60,32 @@ CAMKD_DEVICE float warp_max(float x) {
     return x;
 }
 
+// The number of the lane whose index differs in these bits; that of a lane.
+CAMKD_DEVICE float shuffle_xor(float x, int bits) {
+    return __shfl_xor_sync(0xffffffffu, x, bits);
+}
+CAMKD_DEVICE float shuffle(float x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
+// Is it true in any lane?
+CAMKD_DEVICE bool warp_any(bool x) {
+    return __any_sync(0xffffffffu, x);
+}
+
 CAMKD_DEVICE char* shared_memory() {
     extern __shared__ Pack camkd_shared[];
     return reinterpret_cast<char*>(camkd_shared);
 }
 
 // --- clusters: before sm_90 every block is one of its own ---
+
+CAMKD_DEVICE constexpr bool has_clusters() {
+#if __CUDA_ARCH__ >= 900
+    return true;
+#else
+    return false;
+#endif
+}
 
 CAMKD_DEVICE int cluster_rank() {
     uint32_t rank = 0;
@@ -89,16 +109,51 @@ CAMKD_DEVICE void cluster_barrier(bool publishes) {
 #endif
 }
 
-// The value that the block of this rank keeps where this block has `mine`.
-CAMKD_DEVICE float load_remote(const float* mine, int rank) {
+// Where the blocks of a cluster send what one block waits for: the words go to its shared memory, and with them the
+// count of their bytes to the mailbox. Neither side waits for anything else, as a cluster barrier would for all stores.
+struct Mailbox {
+    uint64_t barrier;
+};
+
+CAMKD_DEVICE uint32_t shared_address(const void* p) {
+    return uint32_t(__cvta_generic_to_shared(p));
+}
+
+// By one thread; a cluster barrier must come before the first message.
+CAMKD_DEVICE void mailbox_open(Mailbox* box) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t address = uint32_t(__cvta_generic_to_shared(mine)), remote;
-    float value;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-    return value;
-#else
-    return *mine;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// By one thread, once per wait: so many bytes are coming.
+CAMKD_DEVICE void mailbox_expect(Mailbox* box, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+                 : "memory");
+#endif
+}
+// Writes to where the block of this rank keeps what is `at` and `box` here.
+CAMKD_DEVICE void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t remote, remote_box;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(at)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(shared_address(box)), "r"(rank));
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+        "r"(p.word[0]), "r"(p.word[1]), "r"(p.word[2]), "r"(p.word[3]), "r"(remote_box)
+        : "memory");
+#endif
+}
+// Until the bytes of wait number `turn` have come.
+CAMKD_DEVICE void mailbox_wait(Mailbox* box, int turn) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=; }" ::"r"(shared_address(box)),
+        "r"(turn & 1)
+        : "memory");
 #endif
 }
 
@@ -106,8 +161,7 @@ CAMKD_DEVICE float load_remote(const float* mine, int rank) {
 
 // 16 bytes from global to shared memory past the registers and L1; visible to this thread after copies_wait().
 CAMKD_DEVICE void copy_async(Pack* shared, const void* global) {
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");

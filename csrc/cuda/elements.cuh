@@ -121,6 +121,14 @@ CAMKD_DEVICE float highest(Pack p) {
     return x[0];
 }
 
+// Element j of a pack.
+template <class T>
+CAMKD_DEVICE float element_of(const Pack& p, int j) {
+    if (sizeof(T) == 4) return bits_to_float(p.word[j]);
+    const uint32_t bits = p.word[j / 2] >> (j % 2 * 16) & 0xffffu;
+    return Elements<T>::dtype == DType::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
+}
+
 // One element as a float. Kernels for float also take matrices of other types: mixed dtypes, element by element.
 CAMKD_DEVICE float load_element(const char* row, int64_t c, DType dtype) {
     if (dtype == DType::f32) return reinterpret_cast<const float*>(row)[c];

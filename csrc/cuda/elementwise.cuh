@@ -67,7 +67,7 @@ feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
             load_vector<T>(f, teacher.dtype, columns, v, 0.0f, y);
 #pragma unroll
             for (int j = 0; j < V; ++j) x[j] = g * (x[j] - y[j]);
-            store_vector<T>(out, student.dtype, columns, launch.wide[k], v, x);
+            store_vector<T>(out, student.dtype, columns, v, x);
         }
     }
 }

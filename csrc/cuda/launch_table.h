@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace camkd::cuda {
@@ -16,18 +17,21 @@ struct Limits {
     int block_threads;                                // kBlockThreads; less in tests that run on the host
 };
 
-// 256 threads of up to 80 registers: three blocks to a multiprocessor, so that one loads while others compute.
+// 256 threads of up to 80 registers: three blocks to a multiprocessor, so that one loads while others compute. More
+// teachers, whose sums a thread keeps in registers, and kernels for any number of them (0) leave room for two.
 constexpr int kBlockThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kMostKnownTeachers = 5;
+constexpr int blocks_per_multiprocessor(int known_teachers) {
+    return known_teachers >= 1 && known_teachers <= 3 ? 3 : 2;
+}
 constexpr int kWarpThreads = 32;
 
 // A warp takes whole rows up to this many vectors per lane, 2048 columns of 16 bits or 1024 of fp32 for the usual K =
 // 3: no block barrier is needed, and the rows of 13 warps at least fit on a multiprocessor.
 constexpr int kWarpVectors = 8;
 constexpr int kWarpStash = 32 * 1024;  // bytes per warp: with more teachers rows go to blocks sooner
-// Rows that a warp finishes together, one to a lane: what is K wide costs as much for 4 rows as for 1. Wide rows hide
-// it.
-constexpr int kRowsTogether = 4;
+// Rows that a warp takes together, so that one's loads and another's arithmetic overlap; wide rows need no such help.
+constexpr int kRowsTogether = 2;
 constexpr int kRowsTogetherStash = 8 * 1024;  // bytes of stash per warp that such rows may take
 // Up to this many elements of all K + 1 tensors per block (two or three rows of 100 classes per warp) one cluster does
 // the whole batch, and adds up its rows: the idle multiprocessors cost less than a second launch, about 3 us.
@@ -49,85 +53,125 @@ struct RowGeometry {
 struct RowProblem {
     int64_t N;
     int C, K;
-    int vectors;      // 16 bytes each, that a row touches at most
-    int row_bytes;    // shared memory beside the stash: of each row in flight,
-    int warp_bytes;   // of each warp,
-    int block_bytes;  // and of each block
+    int vectors;  // 16 bytes each, that a row touches at most,
+    int vector;   // of so many elements
     bool wants_mean;
+    // Shared memory beside the stash: of each row in flight, each warp, each block; and of each block in a cluster,
+    // once and for each rank.
+    int row_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Bytes of shared memory of `threads` threads that stash `slots` vectors each of `rows` rows.
-inline int64_t row_shared(const RowProblem& p, int threads, int slots, int rows, bool warp_teams) {
+// Bytes of shared memory of `threads` threads that stash `slots` vectors each of `rows` rows; `cluster` is 1 for warp
+// teams.
+inline int64_t row_shared(const RowProblem& p, int threads, int slots, int rows, bool warp_teams, int cluster) {
     const int warps = threads / kWarpThreads;
     const int64_t stash = int64_t(p.K + 1) * rows * slots * threads * 16;
-    return stash + int64_t(warp_teams ? warps * rows : 1) * p.row_bytes + int64_t(warps) * p.warp_bytes + p.block_bytes;
+    const int64_t exchange = cluster > 1 ? p.cluster_bytes + int64_t(cluster) * p.rank_bytes : 0;
+    return stash + int64_t(warp_teams ? warps * rows : 1) * p.row_bytes + int64_t(warps) * p.warp_bytes +
+           p.block_bytes + exchange;
 }
 
 inline int64_t share_of(const Limits& limits, int blocks) {
     return std::min<int64_t>(limits.shared_per_multiprocessor / blocks - 1024, limits.shared_per_block);
 }
 
+// Warps that a multiprocessor runs at once, in blocks of `threads` that take `shared` bytes each.
+inline int resident_warps(const RowProblem& p, const Limits& limits, int threads, int64_t shared) {
+    const int64_t by_registers = int64_t(limits.block_threads) * blocks_per_multiprocessor(p.K) / threads;
+    const int64_t by_memory = limits.shared_per_multiprocessor / (shared + 1024);
+    return int(std::min(by_registers, by_memory)) * (threads / kWarpThreads);
+}
+
+// What a row costs beside others, in the time that a warp takes for a vector per lane of every stream. A warp's share
+// of reductions and addresses takes as long as one such vector of 16-bit logits. Idle slots count: lanes wait for
+// lanes. Below 16 warps to a multiprocessor the latency of what a block does alone comes to light. The figures and the
+// factor of a second read describe the H200 within a tenth.
+inline double row_cost(const RowProblem& p, int warps, int64_t slots, int batches, int resident) {
+    const double work = double(warps) * (double(slots) + batches * 8.0 / p.vector);
+    const double lonely = 1 + 0.41 * std::pow(std::max(24 - resident, 0) / 16.0, 3.5);
+    return work * lonely * (batches > 1 ? 1.15 : 1.0);
+}
+
+// Rows of a warp each: in blocks as large as leaves room for most warps.
+inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry& g) {
+    const int per_lane = int(ceil_div(p.vectors, kWarpThreads));
+    const int64_t warp_stash = int64_t(p.K + 1) * per_lane * kWarpThreads * 16;
+    if (per_lane > kWarpVectors || warp_stash > kWarpStash) return false;
+    g.warp_teams = true;
+    g.slots = per_lane;
+    g.cluster = g.batches = 1;
+    const int64_t together = std::min<int64_t>(kRowsTogether, kRowsTogetherStash / warp_stash);
+    // Not at the price of idle multiprocessors.
+    const int64_t warps =
+        int64_t(limits.multiprocessors) * blocks_per_multiprocessor(p.K) * limits.block_threads / kWarpThreads;
+    g.rows = int(std::max<int64_t>(1, std::min(together, p.N / warps)));
+    int most = 0;
+    for (int threads = limits.block_threads; threads >= kWarpThreads; threads /= 2) {
+        const int64_t shared = row_shared(p, threads, g.slots, g.rows, true, 1);
+        if (shared > limits.shared_per_block) continue;
+        const int resident = resident_warps(p, limits, threads, shared);
+        if (8 * resident <= 9 * most) continue;  // smaller blocks must earn their number
+        most = resident;
+        g.threads = threads;
+        g.shared = int(shared);
+    }
+    if (most == 0) return false;
+    g.blocks = ceil_div(p.N, int64_t(g.rows) * (g.threads / kWarpThreads));
+    const int blocks = std::min(limits.cluster, kOneClusterBlocks);
+    if (p.wants_mean && p.N * p.C * (p.K + 1) <= kOneClusterElements * blocks) {
+        g.cluster = int(std::min<int64_t>(g.blocks, blocks));
+        while (g.cluster & (g.cluster - 1)) ++g.cluster;  // clusters come in powers of two
+        g.blocks = g.cluster;
+    }
+    return true;
+}
+
 // The grid is left at one team per set of rows; `limit_grid` fits it to what is resident.
 inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
+    RowGeometry best{};
+    if (warp_geometry(p, limits, best)) return best;
+    double least = INFINITY;
+    const auto consider = [&](RowGeometry g, int64_t shared, int64_t slots) {
+        if (shared > limits.shared_per_block) return;
+        const double cost = row_cost(p, g.threads / kWarpThreads * g.cluster, slots, g.batches,
+                                     resident_warps(p, limits, g.threads, shared));
+        if (cost >= 0.95 * least) return;  // what comes first is simpler: large blocks, small clusters, one read
+        least = cost;
+        best = g;
+        best.shared = int(shared);
+    };
     RowGeometry g{};
-    const int64_t vectors = p.vectors;
-    const int per_lane = int(ceil_div(vectors, kWarpThreads));
-    const int64_t warp_stash = int64_t(p.K + 1) * per_lane * kWarpThreads * 16;
-    g.cluster = g.rows = g.batches = 1;
-    g.threads = limits.block_threads;
-    if (per_lane <= kWarpVectors && warp_stash <= kWarpStash) {
-        g.warp_teams = true;
-        g.slots = per_lane;
-        const int64_t together = std::min<int64_t>(kRowsTogether, kRowsTogetherStash / warp_stash);
-        // Not at the price of idle multiprocessors.
-        const int64_t warps = int64_t(limits.multiprocessors) * kBlocksPerMultiprocessor * g.threads / kWarpThreads;
-        g.rows = int(std::max<int64_t>(1, std::min(together, p.N / warps)));
-        while (g.threads > kWarpThreads && row_shared(p, g.threads, g.slots, g.rows, true) > limits.shared_per_block)
-            g.threads /= 2;
-        if (row_shared(p, g.threads, g.slots, g.rows, true) <= limits.shared_per_block) {
-            g.shared = int(row_shared(p, g.threads, g.slots, g.rows, true));
-            g.blocks = ceil_div(p.N, int64_t(g.rows) * (g.threads / kWarpThreads));
-            const int most = std::min(limits.cluster, kOneClusterBlocks);
-            if (p.wants_mean && p.N * p.C * (p.K + 1) <= kOneClusterElements * most) {
-                g.cluster = int(std::min<int64_t>(g.blocks, most));
-                while (g.cluster & (g.cluster - 1)) ++g.cluster;  // clusters come in powers of two
-                g.blocks = g.cluster;
-            }
-            return g;
-        }
-        g.warp_teams = false;
-        g.rows = 1;
-        g.threads = limits.block_threads;
-    }
-    // One read: as few blocks to a row as let `kBlocksPerMultiprocessor` of them share a multiprocessor; failing that
-    // two, failing that one, whose loads then overlap with its own residual only.
-    for (int blocks = kBlocksPerMultiprocessor; blocks > 0; --blocks) {
-        for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
-            g.slots = int(ceil_div(vectors, int64_t(g.threads) * cluster));
-            const int64_t shared = row_shared(p, g.threads, g.slots, 1, false);
-            if (shared > share_of(limits, blocks)) continue;
-            g.cluster = cluster;
-            g.shared = int(shared);
-            g.blocks = p.N * cluster;
-            return g;
+    g.rows = g.batches = 1;
+    // One read: a block or a cluster has room for the row. Smaller blocks share the reductions among fewer warps.
+    const int least_threads = std::min(limits.block_threads, kBlockThreads / 2);
+    for (g.threads = limits.block_threads; g.threads >= least_threads; g.threads /= 2) {
+        for (g.cluster = 1; g.cluster <= limits.cluster; g.cluster *= 2) {
+            g.slots = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.cluster), 1 << 16));
+            g.blocks = p.N * g.cluster;
+            consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
         }
     }
     // Two reads: the stash holds what a block works on, and its last part is not read again.
-    g.slots = int(ceil_div(vectors, g.threads));
-    const int64_t per_slot = row_shared(p, g.threads, 1, 1, false) - row_shared(p, g.threads, 0, 1, false);
-    const int64_t room = share_of(limits, kBlocksPerMultiprocessor) - row_shared(p, g.threads, 0, 1, false);
-    const int most = int(std::max<int64_t>(1, room / per_slot));
-    g.batches = int(ceil_div(g.slots, most));
-    g.slots = int(ceil_div(g.slots, g.batches));
-    g.shared = int(row_shared(p, g.threads, g.slots, 1, false));
-    // As few rows under way as keep the second read in L2, but one block on every multiprocessor at least.
-    const int64_t row = vectors * 16 * (p.K + 1);
-    g.blocks = std::min<int64_t>(p.N, std::max<int64_t>(limits.multiprocessors, limits.l2 / row));
-    return g;
+    g.threads = limits.block_threads;
+    g.cluster = 1;
+    const int64_t slots = ceil_div(p.vectors, g.threads);
+    const int64_t fixed = row_shared(p, g.threads, 0, 1, false, 1);
+    const int64_t per_slot = row_shared(p, g.threads, 1, 1, false, 1) - fixed;
+    for (int blocks = blocks_per_multiprocessor(p.K); blocks > 0; --blocks) {
+        const int64_t room = std::max<int64_t>(1, (share_of(limits, blocks) - fixed) / per_slot);
+        g.batches = int(ceil_div(slots, room));
+        if (g.batches == 1) continue;
+        g.slots = int(ceil_div(slots, g.batches));
+        // As few rows under way as keep the second read in L2, where that is possible with all multiprocessors at work.
+        const int64_t row = int64_t(p.vectors) * 16 * (p.K + 1), in_cache = limits.l2 / row;
+        g.blocks = in_cache < limits.multiprocessors ? p.N : std::min(p.N, in_cache);
+        consider(g, row_shared(p, g.threads, g.slots, 1, false, 1), slots);
+    }
+    return best;
 }
 
 // No more blocks than run at once (a multiple of the cluster): rows are dealt out evenly, so that a second wave would

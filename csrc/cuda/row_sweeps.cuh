@@ -31,6 +31,10 @@ struct Reference {
         at = max * scale;
         rest = fmaf(max, scale, -at);
     }
+    // `exact`: distances that are formed before they are scaled, whatever the maximum.
+    CAMKD_DEVICE Reference(float max, float scale, bool exact) : Reference(max, scale) {
+        if (exact) rest = INFINITY;
+    }
     // So large a maximum that `rest` is no correction any more, or the product overflows, as for a row of the lowest
     // float: its distances are formed before they are scaled.
     CAMKD_DEVICE bool far() const { return !(fabsf(rest) <= 0x1p-9f); }
@@ -62,7 +66,7 @@ struct Reference {
 
 // T = 1, 2 and 4 (`power`): e^x is a product of e^{x/T}. Otherwise (0) it takes an exponential of its own.
 struct Temperature {
-    float scale;  // log2(e) / T
+    float scale, inverse;  // log2(e) / T and its inverse
     int power;
 
     // `to_one` of an e^{x/T}, for powers other than 0.
@@ -71,8 +75,8 @@ struct Temperature {
         return power == 4 ? e * e : e;
     }
     // factor() of the exponentials at T = 1.
-    CAMKD_DEVICE float factor_1(const Reference& reference, float max) const {
-        return power ? raise(reference.factor()) : Reference(max, kLog2E).factor();
+    CAMKD_DEVICE float factor_1(const Reference& reference, float max, bool exact = false) const {
+        return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
     }
 };
 
@@ -90,39 +94,39 @@ struct Stash {
     CAMKD_DEVICE Pack* slot(int k, int i) const { return mine + int64_t(k * slots + i) * stride; }
 };
 
-// The vectors of one row that lie in slots begin .. begin + count: vector(i) for slot begin + i.
+// The vectors of one row in slots begin .. begin + held - 1, of `count` that there are: vector(i) in slot begin + i.
 struct Batch {
     Columns columns;
     int first, stride;  // vector(i) = first + i * stride
-    int begin, count;
+    int begin, count, held;
 
     CAMKD_DEVICE int vector(int i) const { return first + i * stride; }
-    CAMKD_DEVICE bool holds(int i) const { return vector(i) < columns.vectors; }
 };
 
-// Starts copying vector(i) of every stream.
+// Starts copying vector(i) of every stream, a whole one.
 template <class T>
-CAMKD_DEVICE void fetch(const Stash& stash, const Batch& batch, int i, const Matrix* streams,
-                        const char* const* addresses, int K) {
-    if (!batch.holds(i)) return;
+CAMKD_DEVICE void fetch_whole(const Stash& stash, const Batch& batch, int i, const char* const* addresses, int K) {
     const int v = batch.vector(i);
-    if (whole_vector<T>(batch.columns, v)) {
-#pragma unroll 2
-        for (int k = 0; k <= K; ++k)
-            copy_async(stash.slot(k, batch.begin + i), vector_address<T>(addresses[k], batch.columns, v));
-    } else {
+#pragma unroll
+    for (int k = 0; k <= K; ++k)
+        copy_async(stash.slot(k, batch.begin + i), vector_address<T>(addresses[k], batch.columns, v));
+}
+
+// Vector(i) of every stream by the element, -inf beyond the row.
+template <class T>
+CAMKD_DEVICE void fetch_elements(const Stash& stash, const Batch& batch, int i, const Matrix* streams,
+                                 const char* const* addresses, int K) {
 #pragma unroll 1
-        for (int k = 0; k <= K; ++k)
-            *stash.slot(k, batch.begin + i) = gather<T>(addresses[k], streams[k].dtype, batch.columns, v, -INFINITY);
-    }
+    for (int k = 0; k <= K; ++k)
+        *stash.slot(k, batch.begin + i) =
+            gather<T>(addresses[k], streams[k].dtype, batch.columns, batch.vector(i), -INFINITY);
 }
 
 template <class T>
 CAMKD_DEVICE float stash_max(const Stash& stash, const Batch& batch, int k) {
     Pack top = lowest_pack<T>();
 #pragma unroll 2
-    for (int i = 0; i < batch.count; ++i)
-        if (batch.holds(i)) top = max_pack<T>(top, *stash.slot(k, batch.begin + i));
+    for (int i = 0; i < batch.held; ++i) top = max_pack<T>(top, *stash.slot(k, batch.begin + i));
     return highest<T>(top);
 }
 
@@ -145,12 +149,13 @@ CAMKD_DEVICE float cross_term(const float (&e)[V], const float (&z)[V], const fl
 // A sum of e^x over columns, given their exponentials `e` at T, which become those at T = 1 or, for T = 2 and 4, their
 // roots. `reload` yields the logits again.
 template <int V, class Reload>
-CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, float (&e)[V], Reload reload) {
+CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, bool exact, float (&e)[V],
+                              Reload reload) {
     float sum = 0;
     if (temperature.power == 0) {
         float u[V];
         reload(u);
-        Reference(max, kLog2E).apply(kLog2E, max, u);
+        Reference(max, kLog2E, exact).apply(kLog2E, max, u);
         exps(u, e);
     } else if (temperature.power == 4) {
 #pragma unroll
@@ -167,12 +172,13 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
     return sum;
 }
 
-// Sums over the thread's vectors relative to the maxima in `states`, into which the warp's sums go.
-// `after(i)` is called when slot begin + i has been read for the last time. V columns at a time: with all that the
-// compiler must provide for, eight of four streams would take more registers than there are.
-template <class T, int V, class After>
+// Sums over the thread's vectors relative to the maxima in `states`, into which the warp's sums go. Entropies take
+// exact distances from the maximum: next to 0, for a teacher that is sure, what `rest` leaves behind would be seen. V
+// columns at a time: with all that the compiler must provide for, eight of four streams would take more registers than
+// there are.
+template <class T, int V>
 CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool entropy, Temperature temperature,
-                             int lane, State* states, After after) {
+                             int lane, State* states) {
     const float scale = temperature.scale;
     const Reference of_student(states[0].max, scale);
     for (int first = 1; first <= K; first += kTeacherGroup) {
@@ -182,14 +188,13 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
 #pragma unroll
         for (int g = 0; g < kTeacherGroup; ++g) {
             if (first + g > K) continue;
-            const Reference reference(states[first + g].max, scale);
+            const Reference reference(states[first + g].max, scale, entropy);
             at[g] = reference.at;
             far = far || reference.far();
         }
-        for (int i = 0; i < batch.count; ++i) {
-            const int parts = batch.holds(i) ? kVector<T> / V : 0;
+        for (int i = 0; i < batch.held; ++i) {
 #pragma unroll 1
-            for (int part = 0; part < parts; ++part) {
+            for (int part = 0; part < kVector<T> / V; ++part) {
                 const auto read = [&](int k, float (&x)[V]) {
                     Elements<T>::unpack_part(stash.slot(k, batch.begin + i), part, x);
                 };
@@ -200,7 +205,8 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                     exps(s, e);
 #pragma unroll
                     for (int j = 0; j < V; ++j) student.sum_t += e[j];
-                    student.sum_1 += sum_at_one(temperature, states[0].max, e, [&](float (&x)[V]) { read(0, x); });
+                    student.sum_1 +=
+                        sum_at_one(temperature, states[0].max, false, e, [&](float (&x)[V]) { read(0, x); });
                 }
 #pragma unroll
                 for (int g = 0; g < kTeacherGroup; ++g) {
@@ -209,15 +215,15 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                     float z[V];
                     read(first + g, z);
                     if (far)
-                        Reference(states[first + g].max, scale).apply(scale, states[first + g].max, z);
+                        Reference(states[first + g].max, scale, entropy).apply(scale, states[first + g].max, z);
                     else
                         Reference::scale_from(at[g], scale, z);
                     exps(z, e);
 #pragma unroll
                     for (int j = 0; j < V; ++j) teacher.sum_t += e[j];
                     teacher.cross += cross_term(e, z, s);
-                    teacher.sum_1 +=
-                        sum_at_one(temperature, states[first + g].max, e, [&](float (&x)[V]) { read(first + g, x); });
+                    teacher.sum_1 += sum_at_one(temperature, states[first + g].max, entropy, e,
+                                                [&](float (&x)[V]) { read(first + g, x); });
                     if (entropy) {
 #pragma unroll
                         for (int j = 0; j < V; ++j) {
@@ -227,7 +233,6 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                     }
                 }
             }
-            if (first + kTeacherGroup > K) after(i);
         }
         if (first == 1) {
             const float sum_t = warp_sum(student.sum_t), sum_1 = warp_sum(student.sum_1);
@@ -243,26 +248,26 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
             const float cross = warp_sum(teachers[g].cross), entropy_sum = warp_sum(teachers[g].entropy);
             if (lane == 0) {
                 State& to = states[first + g];
-                const Reference reference(to.max, scale);
+                const Reference reference(to.max, scale, entropy);
                 const float factor = reference.factor();
-                const float factor_1 = temperature.factor_1(reference, to.max);
+                const float factor_1 = temperature.factor_1(reference, to.max, entropy);
                 to.sum_t = sum_t * factor;
                 to.sum_1 = sum_1 * factor_1;
                 // Back from scaled distances to logits.
-                to.cross = (cross - (reference.left() - of_student.left()) * sum_t) * (factor / scale);
-                to.entropy = (entropy_sum - reference.left() * sum_1) * (factor_1 / scale);
+                to.cross = (cross - (reference.left() - of_student.left()) * sum_t) * (factor * temperature.inverse);
+                to.entropy = (entropy_sum - reference.left() * sum_1) * (factor_1 * temperature.inverse);
             }
         }
     }
 }
 
-// Vector(i) of the residual. `label` is the vector-aligned position of the label, outside every vector for none. The
-// coefficients contain the factors of their streams' references.
+// Vector(i) of the residual. `label` is the label's place in it, or none of 0 .. V - 1. The coefficients contain the
+// factors of their streams' references.
 template <class T>
 CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i, int K, Temperature temperature,
                                   const Reference* references, const RowSums<float>* sums,
-                                  const ResidualCoefficients<float>& coefficients, int64_t label,
-                                  float label_coefficient, float (&out)[kVector<T>]) {
+                                  const ResidualCoefficients<float>& coefficients, int label, float label_coefficient,
+                                  float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
     Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
@@ -287,12 +292,11 @@ CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i,
 #pragma unroll
         for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
     }
-    const int64_t at = label - int64_t(batch.vector(i)) * V;
-    if (at >= 0 && at < V) {
+    if (unsigned(label) < unsigned(V)) {
         // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const float hard = coefficients.student_1 * e[j] - (j == at ? label_coefficient : 0.0f);
+            const float hard = coefficients.student_1 * e[j] - (j == label ? label_coefficient : 0.0f);
             out[j] += hard;
         }
     } else {

@@ -10,27 +10,27 @@
 namespace camkd::cuda {
 
 CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t inner, int64_t row) {
-    const int64_t outer = row / inner;
+    const int64_t outer = row < inner ? 0 : row / inner;  // a division of 64 bits takes a hundred instructions
     return static_cast<const char*>(matrix.data) +
            (outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner) * element_bytes(matrix.dtype);
 }
 
 struct Columns {
     int C, phase, vectors;
-    bool wide;
+    int first_whole, whole;  // vectors that lie within the row, at an aligned address, and how many of them
 };
 
 template <class T>
 CAMKD_DEVICE Columns columns_of(int C, bool wide, const void* row) {
+    constexpr int V = kVector<T>;
     const int phase = wide ? int(reinterpret_cast<uintptr_t>(row) % sizeof(Pack) / sizeof(T)) : 0;
-    return {C, phase, (C + phase + kVector<T> - 1) / kVector<T>, wide};
+    const int first = phase ? 1 : 0, whole = (C + phase) / V - first;
+    return {C, phase, (C + phase + V - 1) / V, first, wide && whole > 0 ? whole : 0};
 }
 
-// Does vector v lie within the row, at an aligned address?
-template <class T>
+// Can vector v be accessed as one?
 CAMKD_DEVICE bool whole_vector(const Columns& columns, int v) {
-    const int first = v * kVector<T> - columns.phase;
-    return columns.wide && first >= 0 && first + kVector<T> <= columns.C;
+    return unsigned(v - columns.first_whole) < unsigned(columns.whole);
 }
 
 template <class T>
@@ -53,15 +53,14 @@ CAMKD_DEVICE Pack gather(const char* row, DType dtype, const Columns& columns, i
 template <class T>
 CAMKD_DEVICE void load_vector(const char* row, DType dtype, const Columns& columns, int v, float outside,
                               float (&x)[kVector<T>]) {
-    const Pack p = whole_vector<T>(columns, v) ? load_pack(vector_address<T>(row, columns, v))
-                                               : gather<T>(row, dtype, columns, v, outside);
+    const Pack p = whole_vector(columns, v) ? load_pack(vector_address<T>(row, columns, v))
+                                            : gather<T>(row, dtype, columns, v, outside);
     Elements<T>::unpack(p, x);
 }
 
 template <class T>
-CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, bool wide, int v,
-                               const float (&x)[kVector<T>]) {
-    if (wide && whole_vector<T>(columns, v)) {
+CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, int v, const float (&x)[kVector<T>]) {
+    if (whole_vector(columns, v)) {
         store_pack(const_cast<char*>(vector_address<T>(row, columns, v)), Elements<T>::pack(x));
         return;
     }

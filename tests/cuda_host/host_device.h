@@ -6,13 +6,16 @@
 // registers and real shared memory, alignment traps, the approximation error of the hardware's exponential, speed.
 #pragma once
 
+#include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -140,6 +143,9 @@ inline void cluster_barrier(bool) {
     host::self->cluster->barrier.arrive_and_wait();
 #endif
 }
+inline constexpr bool has_clusters() {
+    return true;
+}
 inline int cluster_rank() {
     return host::self->rank;
 }
@@ -151,13 +157,56 @@ inline float warp_max(float x) {
     return host::butterfly(x, [](float a, float b) { return std::fmax(a, b); });
 }
 
+inline float shuffle_xor(float x, int bits) {
+    return host::exchange(x)[(host::self->thread % kWarp) ^ bits];
+}
+inline float shuffle(float x, int lane) {
+    return host::exchange(x)[lane];
+}
+
+inline bool warp_any(bool x) {
+    return host::butterfly(float(x), [](float a, float b) { return std::fmax(a, b); }) > 0;
+}
+
 inline char* shared_memory() {
     return reinterpret_cast<char*>(host::self->own_block().shared.get());
 }
-inline float load_remote(const float* mine, int rank) {
-    const auto offset = reinterpret_cast<const char*>(mine) - shared_memory();
-    const char* theirs = reinterpret_cast<const char*>(host::self->cluster->blocks[rank]->shared.get());
-    return *reinterpret_cast<const float*>(theirs + offset);
+// What a block keeps where this one has `mine`.
+template <class T>
+T* remote(T* mine, int rank) {
+    const auto offset = reinterpret_cast<char*>(mine) - shared_memory();
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(host::self->cluster->blocks[rank]->shared.get()) + offset);
+}
+
+// Bytes that are still to come, `kUnknown` more until it is known how many, and how often all had come.
+struct Mailbox {
+    static constexpr int32_t kUnknown = 1 << 24;
+    std::atomic<int32_t> missing, turns;
+
+    void add(int32_t bytes) {
+        if (missing.fetch_add(bytes) + bytes != 0) return;
+        missing.fetch_add(kUnknown);
+        turns.fetch_add(1);
+    }
+};
+inline void mailbox_open(Mailbox* box) {
+    new (box) Mailbox{{Mailbox::kUnknown}, {0}};
+}
+inline void mailbox_expect(Mailbox* box, int bytes) {
+    box->add(bytes - Mailbox::kUnknown);
+}
+inline void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
+    *remote(at, rank) = p;
+    remote(box, rank)->add(-int32_t(sizeof(Pack)));
+}
+inline void mailbox_wait(Mailbox* box, int turn) {
+#ifndef CAMKD_DROP_MAILBOX_WAIT
+    const auto start = std::chrono::steady_clock::now();
+    while (box->turns.load() <= turn) {
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
+    }
+#endif
 }
 
 inline void check_aligned(const void* p) {

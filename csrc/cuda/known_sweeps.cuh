@@ -1,0 +1,237 @@
+// The sweeps of row_sweeps.cuh for a number of teachers and a power that the compiler knows: no branch within a row but
+// for what is rare, and all that a thread has to remember in registers.
+#pragma once
+
+#include "row_sweeps.cuh"
+
+namespace camkd::cuda {
+
+// Calls f with the power as a constant.
+template <int P>
+struct Power {
+    static constexpr int value = P;
+};
+template <class F>
+CAMKD_DEVICE void with_power(int power, F f) {
+    if (power == 4)
+        f(Power<4>());
+    else if (power == 2)
+        f(Power<2>());
+    else
+        f(Power<1>());
+}
+
+// sum + e^x; the last product is part of it.
+template <int P>
+CAMKD_DEVICE float add_raised(float sum, float e) {
+    if (P == 1) return sum + e;
+    if (P == 4) e *= e;
+    return fmaf(e, e, sum);
+}
+
+// The least one from N on.
+template <int N>
+constexpr int power_of_two = 2 * power_of_two<(N + 1) / 2>;
+template <>
+constexpr int power_of_two<1> = 1;
+
+// N numbers of every lane, each folded over the warp: number i comes to lane i * fold_stride<N>. Half as many numbers
+// are left after every exchange, where N folds one by one would exchange all of them five times.
+template <int N>
+constexpr int fold_stride = kWarp / power_of_two<N>;
+
+// Leaves half of 2n numbers to the lanes with `bit` and half to the others, until there is one.
+template <int n, int bit, int P, class Op>
+CAMKD_DEVICE void fold_halves(float (&y)[P], int lane, Op op) {
+    if constexpr (n >= 1) {
+        const bool upper = lane & bit;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const float a = y[i], b = y[i + n];  // values: a choice of elements would need an array in memory
+            y[i] = op(upper ? b : a, shuffle_xor(upper ? a : b, bit));
+        }
+        fold_halves<n / 2, bit / 2>(y, lane, op);
+    } else if constexpr (bit >= 1) {
+        y[0] = op(y[0], shuffle_xor(y[0], bit));
+        fold_halves<0, bit / 2>(y, lane, op);
+    }
+}
+
+template <int N, class Op>
+CAMKD_DEVICE float warp_fold(const float (&x)[N], int lane, float neutral, Op op) {
+    constexpr int P = power_of_two<N>;
+    float y[P];
+#pragma unroll
+    for (int i = 0; i < P; ++i) y[i] = i < N ? x[i < N ? i : 0] : neutral;
+    fold_halves<P / 2, kWarp / 2>(y, lane, op);
+    return y[0];
+}
+
+// Maxima of the warp's vectors of K + 1 streams, in every lane.
+template <class T, int K>
+CAMKD_DEVICE void known_maxima(const Stash& stash, const Batch& batch, int lane, float (&max)[K + 1]) {
+    Pack top[K + 1];
+#pragma unroll
+    for (int k = 0; k <= K; ++k) top[k] = lowest_pack<T>();
+#pragma unroll 1
+    for (int i = 0; i < batch.held; ++i) {
+#pragma unroll
+        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *stash.slot(k, batch.begin + i));
+    }
+#pragma unroll
+    for (int k = 0; k <= K; ++k) max[k] = highest<T>(top[k]);
+    const float folded = warp_fold(max, lane, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int k = 0; k <= K; ++k) max[k] = shuffle(folded, k * fold_stride<K + 1>);
+}
+
+// What a thread adds up: for the student and then for each teacher a group of these.
+enum Sum { kSumT, kSum1, kCross, kSums };
+
+// x[k] where k is not a constant, without an array in memory.
+template <int N>
+CAMKD_DEVICE float element_at(const float (&x)[N], int k) {
+    float y = x[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) {
+        const float z = x[i];
+        if (i == k) y = z;
+    }
+    return y;
+}
+
+// Sums over the thread's vectors, relative to `at`.
+template <class T, int K, int P>
+CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale, const float (&at)[K + 1],
+                             float (&sums)[kSums * (K + 1)]) {
+    constexpr int V = kVector<T>;
+#pragma unroll 1
+    for (int i = 0; i < batch.held; ++i) {
+        float s[V], cross[K], check = 0;
+        Elements<T>::unpack(*stash.slot(0, batch.begin + i), s);
+        Reference::scale_from(at[0], scale, s);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const float e = exp2_fast(s[j]);
+            sums[kSumT] += e;
+            sums[kSum1] = add_raised<P>(sums[kSum1], e);
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            float* const of = sums + kSums * (k + 1);
+            float z[V];
+            Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+            Reference::scale_from(at[k + 1], scale, z);
+            cross[k] = 0;
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const float e = exp2_fast(z[j]);
+                of[kSumT] += e;
+                of[kSum1] = add_raised<P>(of[kSum1], e);
+                cross[k] = fmaf(e, z[j] - s[j], cross[k]);
+            }
+            check += cross[k];
+        }
+        if (check != check) {
+            // Probability 0 contributes 0, even where the difference is infinite.
+#pragma unroll 1
+            for (int k = 0; k < K; ++k) {
+                float z[V], e[V];
+                Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+                Reference::scale_from(element_at(at, k + 1), scale, z);
+                exps(z, e);
+                const float careful = cross_term(e, z, s);
+#pragma unroll
+                for (int g = 0; g < K; ++g)
+                    if (g == k) cross[g] = careful;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) sums[kSums * (k + 1) + kCross] += cross[k];
+    }
+}
+
+// What the residual of a row needs, the same for all threads.
+template <int K>
+struct KnownRow {
+    float at[K + 1];
+    float student_t, student_1, teacher[K];
+
+    CAMKD_DEVICE KnownRow(const Reference* references, const ResidualCoefficients<float>& coefficients) {
+        student_t = coefficients.student_t;
+        student_1 = coefficients.student_1;
+#pragma unroll
+        for (int k = 0; k <= K; ++k) at[k] = references[k].at;
+#pragma unroll
+        for (int k = 0; k < K; ++k) teacher[k] = coefficients.teacher[k];
+    }
+};
+
+// The vector in slot `slot` of the residual. `label` is the label's place in it, or none of 0 .. V - 1.
+template <class T, int K>
+CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature& temperature, const KnownRow<K>& row,
+                                 int label, float at_label, float (&out)[kVector<T>]) {
+    constexpr int V = kVector<T>;
+    float x[V], e[V];
+    Elements<T>::unpack(*stash.slot(0, slot), x);
+    Reference::scale_from(row.at[0], temperature.scale, x);
+    exps(x, e);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = row.student_t * e[j];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        Elements<T>::unpack(*stash.slot(k + 1, slot), x);
+        Reference::scale_from(row.at[k + 1], temperature.scale, x);
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] = fmaf(-row.teacher[k], exp2_fast(x[j]), out[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
+    if (unsigned(label) < unsigned(V)) {
+        // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] += row.student_1 * e[j] - (j == label ? at_label : 0.0f);
+    } else {
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student_1, e[j], out[j]);
+    }
+}
+
+// The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) for each stream; put(k, field, value)
+// for each number of it, `field` counting those of StreamState but for the entropy.
+template <int K, class Load, class Put>
+CAMKD_DEVICE void known_merge(int lane, int parts, float scale, Load load, Put put) {
+    State states[K + 1];
+    float max[K + 1], sums[kSums * (K + 1)];
+    if (lane < parts) {
+#pragma unroll
+        for (int k = 0; k <= K; ++k) states[k] = load(lane, k);
+    }
+#pragma unroll
+    for (int k = 0; k <= K; ++k) max[k] = states[k].max;
+    const float folded = warp_fold(max, lane, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
+    float student_drop = 0;
+#pragma unroll
+    for (int k = 0; k <= K; ++k) {
+        // move_student and move_teacher of row_math.h, with the hardware's exponential and without entropies.
+        const State& state = states[k];
+        const bool seen = state.max != -INFINITY;
+        const float top = shuffle(folded, k * fold_stride<K + 1>), drop = seen ? state.max - top : 0.0f;
+        if (k == 0) student_drop = drop;
+        const float factor_t = seen ? exp2_fast(drop * scale) : 0.0f;
+        const float cross = fmaf(drop - student_drop, state.sum_t, state.cross);
+        sums[kSums * k + kSumT] = state.sum_t * factor_t;
+        sums[kSums * k + kSum1] = state.sum_1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
+        // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
+        sums[kSums * k + kCross] = factor_t > 0 ? cross * factor_t : 0.0f;
+    }
+    const float sum = warp_fold(sums, lane, 0.0f, [](float a, float b) { return a + b; });
+    constexpr int wide = fold_stride<K + 1>, narrow = fold_stride<kSums*(K + 1)>;
+    if (lane % wide == 0 && lane / wide <= K) put(lane / wide, 0, folded);
+    if (lane % narrow == 0 && lane / narrow < kSums * (K + 1)) {
+        const int i = lane / narrow;
+        put(i / kSums, 1 + i % kSums, sum);
+    }
+}
+
+}  // namespace camkd::cuda

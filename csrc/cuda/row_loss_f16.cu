@@ -1,0 +1,7 @@
+#include "row_loss_launch.cuh"
+
+namespace camkd::cuda {
+
+template void launch_row_loss<f16>(RowLaunch&, Stream);
+
+}  // namespace camkd::cuda

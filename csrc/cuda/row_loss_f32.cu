@@ -1,0 +1,7 @@
+#include "row_loss_launch.cuh"
+
+namespace camkd::cuda {
+
+template void launch_row_loss<float>(RowLaunch&, Stream);
+
+}  // namespace camkd::cuda

@@ -1,0 +1,69 @@
+// Launcher of the logit loss for one element type; compiled apart for each.
+#pragma once
+
+#include "launch.h"
+#include "row_loss.cuh"
+
+namespace camkd::cuda {
+
+// The kernel for `known` teachers, or for any number (0).
+template <class T, bool WarpTeams>
+auto kernel_of(int known) {
+    static_assert(kMostKnownTeachers == 5);
+    switch (known) {
+        case 1:
+            return &row_loss_kernel<T, WarpTeams, 1>;
+        case 2:
+            return &row_loss_kernel<T, WarpTeams, 2>;
+        case 3:
+            return &row_loss_kernel<T, WarpTeams, 3>;
+        case 4:
+            return &row_loss_kernel<T, WarpTeams, 4>;
+        case 5:
+            return &row_loss_kernel<T, WarpTeams, 5>;
+        default:
+            return &row_loss_kernel<T, WarpTeams, 0>;
+    }
+}
+
+template <class T>
+void launch_row_loss(RowLaunch& launch, Stream stream) {
+    const RowLossArgs& args = launch.args;
+    RowProblem problem{};
+    problem.N = args.N;
+    problem.C = args.C;
+    problem.K = args.K;
+    // A row that does not begin at a 16-byte boundary touches one vector more.
+    const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
+    const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.inner);
+    problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
+    problem.vector = kVector<T>;
+    problem.wants_mean = args.mean.loss != nullptr;
+    const bool plain = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
+    const int known = plain && args.K <= kMostKnownTeachers ? args.K : 0;
+    RowShared::measure(problem, known > 0);
+    Limits limits = device_limits();
+    RowGeometry& g = launch.geometry;
+    void (*kernel)(RowLaunch) = nullptr;
+    for (;; limits.cluster /= 2) {
+        g = row_geometry(problem, limits);
+        kernel = g.warp_teams ? kernel_of<T, true>(known) : kernel_of<T, false>(known);
+        const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
+        // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
+        if (resident == 0 && g.cluster > 1) continue;
+        limit_grid(g, resident);
+        break;
+    }
+    RowShared::lay_out(launch, problem, known > 0);
+    launch.alone = problem.wants_mean && g.warp_teams && g.blocks == g.cluster;
+    const bool apart = problem.wants_mean && !launch.alone;
+    if (apart) count_rows(args, stream);
+    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, stream);
+    if (apart) average_rows(args, stream);
+}
+
+extern template void launch_row_loss<float>(RowLaunch&, Stream);
+extern template void launch_row_loss<bf16>(RowLaunch&, Stream);
+extern template void launch_row_loss<f16>(RowLaunch&, Stream);
+
+}  // namespace camkd::cuda
