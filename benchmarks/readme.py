@@ -37,9 +37,8 @@ def with_tables(text: str, published: Mapping[str, Mapping[str, dict[str, Any]]]
         for suite, result in found.items():
             table, note = tables.TABLES[suite](result)
             sections.setdefault(suite, []).append(_section(table, note, result))
-        if "logit_loss" in found:
-            result = found["logit_loss"]
-            sections.setdefault("sweep", []).append(_section(tables.sweep(result), "", result))
+        if "logit_loss" in found and (swept := tables.sweep(found["logit_loss"])).rows:
+            sections.setdefault("sweep", []).append(_section(swept, "", found["logit_loss"]))
     for name, parts in sections.items():
         text = replaced(text, name, "\n".join(parts))
     return text

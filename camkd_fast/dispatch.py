@@ -34,7 +34,7 @@ _LEAST_CAPABILITY = (8, 0)  # of the CUDA C++ kernels
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). An entry is earned
 # by a result under benchmarks/results/ that was taken on that architecture and shows them faster at those widths.
-CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1, 262144),)
+CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1000, 128256),)
 
 
 class Backend(Protocol):

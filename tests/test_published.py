@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import figures, readme, report, results, verdict
 from benchmarks.verdict import GREEN, RED, UNKNOWN
+from camkd_fast.train import provenance
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,6 +138,20 @@ def test_the_report_is_one_page_pngs_and_tables_the_same_bytes_each_time(tmp_pat
     assert "swap-in 9.0x eager and 4.0x compile, at least 4.0x compile" in tables
     report.write(root, root / "report.html", [text])
     assert [path.read_bytes() for path in written] == first
+
+
+def test_results_without_a_sweep_have_no_table_of_it() -> None:
+    whole, part = loss_result(), loss_result("cuda")
+    part["rows"] = [row for row in part["rows"] if row["grid"] == "compared"]
+    text = readme.with_tables(
+        "<!-- sweep: start -->\n<!-- sweep: end -->", {"a": {"logit_loss": whole}, "b": {"logit_loss": part}}
+    )
+    assert text.count("of copy at C =") == 1
+
+
+def test_a_copy_without_its_history_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMKD_FAST_COMMIT", "0123456789")
+    assert provenance.commit() == "0123456789"
 
 
 @pytest.mark.parametrize("tests", [RED, UNKNOWN, None])

@@ -13,8 +13,10 @@ _WRITTEN = ("benchmarks/results", "benchmarks/study/results.jsonl", "benchmarks/
 def commit() -> str:
     """The checkout's commit, with + where it has uncommitted changes outside what results are written to.
 
-    A copy without its .git folder names its commit in CAMKD_FAST_COMMIT; "unknown" without either.
+    A copy without its history, or beside another one, names its commit in CAMKD_FAST_COMMIT; "unknown" without either.
     """
+    if named := os.environ.get("CAMKD_FAST_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
@@ -26,6 +28,6 @@ def commit() -> str:
 
     name = git("rev-parse", "--short=10", "HEAD")
     if not name:
-        return os.environ.get("CAMKD_FAST_COMMIT", "unknown")
+        return "unknown"
     changed = git("status", "--porcelain", "--", ":/", *(f":!/{path}" for path in _WRITTEN))
     return name + ("+" if changed else "")

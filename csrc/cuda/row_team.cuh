@@ -1,0 +1,193 @@
+// What the threads that share a row know of each other: the launch, the rows in flight, and where in shared memory
+// everything is.
+#pragma once
+
+#include "api.h"
+#include "known_sweeps.cuh"
+#include "launch_table.h"
+
+namespace camkd::cuda {
+
+struct RowLaunch {
+    RowLossArgs args;
+    RowGeometry geometry;
+    Temperature temperature;
+    bool alone;     // the grid is one cluster, which counts the rows and adds them up itself
+    bool wide_in;   // all inputs are aligned alike, so that rows are read in 16-byte vectors
+    bool wide_out;  // and the residual is aligned like them
+    // What follows from the above; a kernel takes it from here rather than keep it in registers.
+    int teams;  // of the grid
+    int shift;  // 1 << shift threads to a team
+    // Where the parts of shared memory begin, in bytes; the stash comes first.
+    int batch, labels, inbox, inbox_labels, outgoing, boxes, infos, rows, states;
+};
+
+// A row that is in flight, as its team must know it before it looks at a logit.
+struct RowInfo {
+    const char* address[kMaxStreams];
+    int64_t row;
+    // The label's column: member of the team that has it, its slot over all batches, place in the vector; -1 for a
+    // label outside [0, C).
+    int label_member, label_slot, label_place;
+    bool kept, fits;
+};
+
+// A row between its statistics and its residual.
+struct RowState {
+    RowSums<float> sums[kMaxStreams];
+    RowResult<float> result;
+    ResidualCoefficients<float> coefficients;
+    Reference references[kMaxStreams];
+    bool plain;  // nothing that only the sweeps for any row can do
+};
+
+// Shared memory: stash, logits at the label, what the blocks of a cluster send each other, rows in flight (this one and
+// the next), warp states.
+struct RowShared {
+    static constexpr int pack_bytes = int(sizeof(Pack));
+    static int streams_bytes(int K, bool known) { return (K + 1) * packs(known) * pack_bytes; }
+    static int label_bytes(int K) { return (K + 4) / 4 * pack_bytes; }
+
+    // A stream's state takes so many packs on its way to other blocks: entropies are of no use to known kernels.
+    CAMKD_HD_MEMBER int packs(bool known) { return known ? 1 : 2; }
+
+    // What the launch table must know of it.
+    static void measure(RowProblem& problem, bool known) {
+        const int K = problem.K;
+        problem.row_bytes = int(2 * sizeof(RowInfo) + sizeof(RowState));
+        problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
+        problem.block_bytes = pack_bytes + label_bytes(K);
+        problem.cluster_bytes = 2 * label_bytes(K) + streams_bytes(K, known) + 2 * int(sizeof(Mailbox));
+        problem.rank_bytes = 2 * streams_bytes(K, known);
+    }
+
+    // Fills in what follows from arguments and geometry.
+    static void lay_out(RowLaunch& launch, const RowProblem& problem, bool known) {
+        const RowGeometry& g = launch.geometry;
+        const int K = problem.K, warps = g.threads / kWarpThreads, teams = g.warp_teams ? warps : 1;
+        launch.teams = int(g.warp_teams ? g.blocks * warps : g.blocks / g.cluster);
+        launch.shift = 0;
+        while (1 << launch.shift < (g.warp_teams ? kWarpThreads : g.threads * g.cluster)) ++launch.shift;
+        int at = (K + 1) * g.rows * g.slots * g.threads * pack_bytes;
+        const auto take = [&](int& offset, int bytes) {
+            offset = at;
+            at += bytes;
+        };
+        take(launch.batch, pack_bytes);
+        take(launch.labels, label_bytes(K));
+        if (!g.warp_teams && g.cluster > 1) {
+            take(launch.inbox, g.cluster * problem.rank_bytes);
+            take(launch.inbox_labels, 2 * label_bytes(K));
+            take(launch.outgoing, streams_bytes(K, known));
+            take(launch.boxes, 2 * int(sizeof(Mailbox)));
+        }
+        take(launch.infos, 2 * teams * g.rows * int(sizeof(RowInfo)));
+        take(launch.rows, teams * g.rows * int(sizeof(RowState)));
+        launch.states = at;
+    }
+};
+
+// `Teachers`: how many there are, for the sweeps of known_sweeps.cuh; 0 for any number, temperature and weighting.
+template <class T, bool WarpTeams, int Teachers>
+struct RowTeam {
+    static constexpr int V = kVector<T>;
+    static constexpr int Known = Teachers > 0 ? Teachers : 1;  // of what is never run where it is not known
+
+    CAMKD_DEVICE int lane() const { return thread_id() % kWarp; }
+    CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
+    CAMKD_DEVICE int warps() const { return block_threads() / kWarp; }
+    // Of a team; clusters of warp teams share nothing but the end of a whole batch.
+    CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpTeams ? launch.geometry.cluster : 1; }
+    CAMKD_DEVICE int members() const { return WarpTeams ? kWarp : 1 << launch.shift; }
+    CAMKD_DEVICE int shift() const { return WarpTeams ? 5 : launch.shift; }
+    CAMKD_DEVICE int member() const { return WarpTeams ? lane() : rank * block_threads() + thread_id(); }
+    // Which warp looks ahead, and which one merges: two where there are two.
+    CAMKD_DEVICE bool prepares() const { return WarpTeams || warp() == warps() - 1; }
+    CAMKD_DEVICE bool merges() const { return WarpTeams || warp() == 0; }
+    CAMKD_DEVICE void barrier() const {
+        if (WarpTeams)
+            warp_barrier();
+        else
+            block_barrier();
+    }
+
+    CAMKD_DEVICE Stash stash() const {
+        const RowGeometry& g = launch.geometry;
+        return {reinterpret_cast<Pack*>(shared_memory()) + thread_id(), together() * g.slots, block_threads()};
+    }
+    CAMKD_DEVICE RowInfo* infos(int parity) const {
+        return reinterpret_cast<RowInfo*>(shared_memory() + launch.infos) +
+               ((WarpTeams ? 2 * warp() : 0) + parity) * together();
+    }
+    CAMKD_DEVICE RowState* rows() const {
+        return reinterpret_cast<RowState*>(shared_memory() + launch.rows) + (WarpTeams ? warp() * together() : 0);
+    }
+    // Two to a stream and warp: sums of all batches so far, and those of a batch.
+    CAMKD_DEVICE State* states(int warp, int batch) const {
+        return reinterpret_cast<State*>(shared_memory() + launch.states) + (2 * warp + batch) * (teachers() + 1);
+    }
+    // Where the logit at the label of a row goes, in the block that has it.
+    CAMKD_DEVICE float* label_at(int r, int k) const {
+        return WarpTeams ? &rows()[r].sums[k].label : reinterpret_cast<float*>(shared_memory() + launch.labels) + k;
+    }
+    // What this block sends of a stream, and what it was sent by the block of a rank.
+    CAMKD_DEVICE Pack* outgoing(int k) const {
+        return reinterpret_cast<Pack*>(shared_memory() + launch.outgoing) + k * packs();
+    }
+    CAMKD_DEVICE Pack* inbox(int turn, int rank, int k) const {
+        const int i = (turn % 2 * cluster() + rank) * (teachers() + 1) + k;
+        return reinterpret_cast<Pack*>(shared_memory() + launch.inbox) + i * packs();
+    }
+    CAMKD_DEVICE Pack* inbox_labels(int turn) const {
+        return reinterpret_cast<Pack*>(shared_memory() + launch.inbox_labels) + turn % 2 * label_packs();
+    }
+    CAMKD_DEVICE Mailbox* box(int turn) const {
+        return reinterpret_cast<Mailbox*>(shared_memory() + launch.boxes) + turn % 2;
+    }
+    CAMKD_DEVICE int packs() const { return RowShared::packs(Teachers > 0); }
+    CAMKD_DEVICE int label_packs() const { return (teachers() + 4) / 4; }
+
+    // Rows that the team has in flight together.
+    CAMKD_DEVICE int together() const { return WarpTeams ? launch.geometry.rows : 1; }
+    CAMKD_DEVICE int teachers() const { return Teachers > 0 ? Teachers : launch.args.K; }
+    CAMKD_DEVICE const Temperature& temperature() const { return launch.temperature; }
+    CAMKD_DEVICE bool entropy() const { return Teachers == 0 && launch.args.formula.weighting == Weighting::entropy; }
+    CAMKD_DEVICE int batches() const { return WarpTeams ? 1 : launch.geometry.batches; }
+
+    CAMKD_DEVICE Batch batch_of(const RowInfo& info, int r, int b) const {
+        const RowGeometry& g = launch.geometry;
+        const Columns columns = columns_of<T>(launch.args.C, launch.wide_in, info.address[0]);
+        const int first = (b * g.slots << shift()) + member(), left = columns.vectors - first;
+        const int held = left > 0 ? (left + members() - 1) >> shift() : 0;
+        return {columns, first, members(), r * g.slots, g.slots, held < g.slots ? held : g.slots};
+    }
+
+    CAMKD_DEVICE void fetch_slot(const RowInfo& info, const Batch& batch, int i) const {
+        if (i >= batch.held) return;
+        if (whole_vector(batch.columns, batch.vector(i)))
+            fetch_whole<T>(stash(), batch, i, info.address, teachers());
+        else
+            fetch_elements<T>(stash(), batch, i, launch.args.streams, info.address, teachers());
+    }
+
+    CAMKD_DEVICE void fetch_batch(const RowInfo& info, const Batch& batch) const {
+#pragma unroll 1
+        for (int i = 0; i < batch.held; ++i) fetch_slot(info, batch, i);
+    }
+
+    // The slot of batch b in which this thread has the label; none of its slots where another has it.
+    CAMKD_DEVICE int label_slot(const RowInfo& info, int b) const {
+        return member() == info.label_member ? info.label_slot - b * launch.geometry.slots : -1;
+    }
+
+    CAMKD_DEVICE float inverse_t() const { return 1.0f / launch.args.formula.temperature; }
+
+    // Two numbers of the batch, the same for all: 1 / rows that count, and what the residual is multiplied by.
+    CAMKD_DEVICE float* of_batch() const { return reinterpret_cast<float*>(shared_memory() + launch.batch); }
+    CAMKD_DEVICE float residual_scale() const { return of_batch()[1]; }
+
+    const RowLaunch& launch;
+    const int rank;  // of the block in its cluster
+};
+
+}  // namespace camkd::cuda
