@@ -86,10 +86,10 @@ inline int resident_warps(const RowProblem& p, const Limits& limits, int threads
     return int(std::min(by_registers, by_memory)) * (threads / kWarpThreads);
 }
 
-// What a row costs beside others, in the time that a warp takes for a vector per lane of every stream. A warp's share of
-// reductions and addresses takes as long as one such vector of 16-bit logits. Idle slots count: lanes wait for lanes.
-// Below 16 warps to a multiprocessor the latency of what a block does alone comes to light. Fitted to trial runs on an
-// H200.
+// What a row costs beside others, in the time that a warp takes for a vector per lane of every stream. A warp's share
+// of reductions and addresses takes as long as one such vector of 16-bit logits. Idle slots count: lanes wait for
+// lanes. Below 16 warps to a multiprocessor the latency of what a block does alone comes to light. Fitted to trial runs
+// on an H200.
 inline double row_cost(const RowProblem& p, int warps, int64_t slots, int batches, int resident) {
     const double work = double(warps) * (double(slots) + batches * 8.0 / p.vector);
     const double lonely = 1 + 0.41 * std::pow(std::max(24 - resident, 0) / 16.0, 3.5);
