@@ -19,5 +19,5 @@ def test_no_races() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT", "MAILBOX_WAIT"])
 def test_a_missing_barrier_shows(dropped: str) -> None:
-    """Without one kind of barrier or wait the same run must fail: by a reported race, a NaN, or an address of poison."""
+    """Without one kind of barrier or wait the same run must fail: by a reported race, a NaN, or a poisoned address."""
     assert build.race_check(dropped).returncode != 0
