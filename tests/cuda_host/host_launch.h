@@ -6,6 +6,7 @@ namespace camkd::cuda {
 namespace host {
 
 inline Limits limits{2, 96 * 1024, 200 * 1024, 1 << 20, 16, 64};
+inline RowGeometry last_rows{};  // of the last launch of row_loss
 
 }  // namespace host
 
@@ -27,6 +28,7 @@ template <class Launch>
 void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, const Launch& launch, Stream) {
     if (config.shared > host::limits.shared_per_block || config.blocks % config.cluster != 0 || config.blocks < 1)
         throw std::runtime_error("camkd_fast: launch: impossible configuration");
+    if constexpr (requires { launch.geometry.batches; }) host::last_rows = launch.geometry;
     host::run(config.blocks, config.cluster, config.threads, config.shared, [&] { kernel(launch); });
 }
 

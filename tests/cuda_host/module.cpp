@@ -8,6 +8,11 @@ PYBIND11_MODULE(emulated_cuda, m) {
     m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads) {
         camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads};
     });
+    // How it ran last: (warp teams, batches, cluster).
+    m.def("last_rows", [] {
+        const auto& g = camkd::cuda::host::last_rows;
+        return pybind11::make_tuple(g.warp_teams, g.batches, g.cluster);
+    });
     // How row_loss would run: (warp teams, rows together, slots, batches, cluster).
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows: of widths that are no multiple of a vector some begin within one.
