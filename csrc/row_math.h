@@ -1,5 +1,7 @@
-// The per-row formulas, once, for every compiled kernel (host and device): online merge of column blocks, confidence
-// weights, the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py.
+// The per-row formulas of the compiled kernels (host and device): online merge of column blocks, confidence weights,
+// the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py. Only
+// csrc/cuda/row_loss.cuh writes weigh_row and score_row a second time, with a lane for each teacher: as one thread's
+// work the row waits for them.
 //
 // What is K wide is written for a number `F`: a float, or a vector that holds several rows, one to a lane. Its `Math`
 // policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b, infinities

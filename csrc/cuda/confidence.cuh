@@ -53,8 +53,8 @@ template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
     const ConfidenceArgs& args = launch.args;
-    const Team team(launch.warp_teams, 1);
-    const int warps = team.threads / kWarp, warp = team.lane / kWarp, lane = thread_id() % kWarp;
+    const Team team(launch.warp_teams);
+    const int warps = team.members / kWarp, warp = team.member / kWarp, lane = thread_id() % kWarp;
     ConfidenceRow& shared =
         reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_teams ? thread_id() / kWarp : 0];
     for (int64_t n = team.index; n < args.N; n += team.count) {
@@ -84,13 +84,13 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
                 lse = top + log_sum;
                 ce = log_sum - ((fits ? load_element(row, y, matrix.dtype) : NAN) - top);
             }
-            if (team.lane == 0) {
+            if (team.member == 0) {
                 args.lse[k * args.N + n] = lse;
                 args.ce[k * args.N + n] = ce;
                 shared.ce[k] = ce;
             }
         }
-        if (team.lane == 0) {
+        if (team.member == 0) {
             confidence_weights<ScalarMath>(shared.ce, args.K, shared.weights, shared.share);
             for (int k = 0; k < args.K; ++k) args.weights[k * args.N + n] = kept ? shared.weights[k] : 0.0f;
         }
@@ -102,7 +102,7 @@ CAMKD_KERNEL(kBlockThreads, 2)
 confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
     constexpr int V = kVector<T>;
     const ConfidenceArgs& args = launch.args;
-    const Team team(launch.warp_teams, 1);
+    const Team team(launch.warp_teams);
     for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;

@@ -19,8 +19,8 @@ CAMKD_KERNEL(kBlockThreads, 2)
 feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams, 1);
-    const int warps = team.threads / kWarp, warp = team.lane / kWarp, lane = thread_id() % kWarp;
+    const Team team(launch.warp_teams);
+    const int warps = team.members / kWarp, warp = team.member / kWarp, lane = thread_id() % kWarp;
     float* const partial = reinterpret_cast<float*>(shared_memory());
     for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
         const int k = int(item / args.N);
@@ -43,7 +43,7 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
             sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
             team.barrier();  // before the next row's
         }
-        if (team.lane == 0) args.error[item] = sum / float(args.M[k]);
+        if (team.member == 0) args.error[item] = sum / float(args.M[k]);
     }
 }
 
@@ -52,7 +52,7 @@ CAMKD_KERNEL(kBlockThreads, 2)
 feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams, 1);
+    const Team team(launch.warp_teams);
     for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;

@@ -55,6 +55,7 @@ struct RowProblem {
     int C, K;
     int vectors;  // 16 bytes each, that a row touches at most,
     int vector;   // of so many elements
+    int known;    // teachers of the kernel that runs, 0 for any number
     bool wants_mean;
     // Shared memory beside the stash: of each row in flight, each warp, each block; and of each block in a cluster,
     // once and for each rank.
@@ -81,7 +82,7 @@ inline int64_t share_of(const Limits& limits, int blocks) {
 
 // Warps that a multiprocessor runs at once, in blocks of `threads` that take `shared` bytes each.
 inline int resident_warps(const RowProblem& p, const Limits& limits, int threads, int64_t shared) {
-    const int64_t by_registers = int64_t(limits.block_threads) * blocks_per_multiprocessor(p.K) / threads;
+    const int64_t by_registers = int64_t(limits.block_threads) * blocks_per_multiprocessor(p.known) / threads;
     const int64_t by_memory = limits.shared_per_multiprocessor / (shared + 1024);
     return int(std::min(by_registers, by_memory)) * (threads / kWarpThreads);
 }
@@ -107,7 +108,7 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry
     const int64_t together = std::min<int64_t>(kRowsTogether, kRowsTogetherStash / warp_stash);
     // Not at the price of idle multiprocessors.
     const int64_t warps =
-        int64_t(limits.multiprocessors) * blocks_per_multiprocessor(p.K) * limits.block_threads / kWarpThreads;
+        int64_t(limits.multiprocessors) * blocks_per_multiprocessor(p.known) * limits.block_threads / kWarpThreads;
     g.rows = int(std::max<int64_t>(1, std::min(together, p.N / warps)));
     int most = 0;
     for (int threads = limits.block_threads; threads >= kWarpThreads; threads /= 2) {
@@ -161,7 +162,7 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     const int64_t slots = ceil_div(p.vectors, g.threads);
     const int64_t fixed = row_shared(p, g.threads, 0, 1, false, 1);
     const int64_t per_slot = row_shared(p, g.threads, 1, 1, false, 1) - fixed;
-    for (int blocks = blocks_per_multiprocessor(p.K); blocks > 0; --blocks) {
+    for (int blocks = blocks_per_multiprocessor(p.known); blocks > 0; --blocks) {
         const int64_t room = std::max<int64_t>(1, (share_of(limits, blocks) - fixed) / per_slot);
         g.batches = int(ceil_div(slots, room));
         if (g.batches == 1) continue;

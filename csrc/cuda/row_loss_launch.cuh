@@ -40,21 +40,21 @@ void launch_row_loss(RowLaunch& launch, Stream stream) {
     problem.vector = kVector<T>;
     problem.wants_mean = args.mean.loss != nullptr;
     const bool plain = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
-    const int known = plain && args.K <= kMostKnownTeachers ? args.K : 0;
-    RowShared::measure(problem, known > 0);
+    problem.known = plain && args.K <= kMostKnownTeachers ? args.K : 0;
+    RowShared::measure(problem);
     Limits limits = device_limits();
     RowGeometry& g = launch.geometry;
     void (*kernel)(RowLaunch) = nullptr;
     for (;; limits.cluster /= 2) {
         g = row_geometry(problem, limits);
-        kernel = g.warp_teams ? kernel_of<T, true>(known) : kernel_of<T, false>(known);
+        kernel = g.warp_teams ? kernel_of<T, true>(problem.known) : kernel_of<T, false>(problem.known);
         const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
         // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
         if (resident == 0 && g.cluster > 1) continue;
         limit_grid(g, resident);
         break;
     }
-    RowShared::lay_out(launch, problem, known > 0);
+    RowShared::lay_out(launch, problem);
     launch.alone = problem.wants_mean && g.warp_teams && g.blocks == g.cluster;
     const bool apart = problem.wants_mean && !launch.alone;
     if (apart) count_rows(args, stream);

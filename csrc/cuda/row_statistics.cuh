@@ -14,7 +14,7 @@ class RowStatistics {
   public:
     CAMKD_DEVICE RowStatistics(const Team& team) : team_(team) {}
 
-    // The warp's sums of one row, in `total` for a block to merge, or as the row's own where the team is the warp.
+    // The warp's sums of one row, in its states for a block to merge, or as the row's own where the team is the warp.
     CAMKD_DEVICE void sum_up(const RowInfo& info, int r) {
         const int K = team_.teachers();
         for (int b = 0; b < team_.batches(); ++b) {

@@ -46,14 +46,16 @@ struct RowState {
 struct RowShared {
     static constexpr int pack_bytes = int(sizeof(Pack));
     static int streams_bytes(int K, bool known) { return (K + 1) * packs(known) * pack_bytes; }
-    static int label_bytes(int K) { return (K + 4) / 4 * pack_bytes; }
+    static int label_bytes(int K) { return label_packs(K) * pack_bytes; }
 
     // A stream's state takes so many packs on its way to other blocks: entropies are of no use to known kernels.
     CAMKD_HD_MEMBER int packs(bool known) { return known ? 1 : 2; }
+    CAMKD_HD_MEMBER int label_packs(int K) { return (K + 4) / 4; }
 
     // What the launch table must know of it.
-    static void measure(RowProblem& problem, bool known) {
+    static void measure(RowProblem& problem) {
         const int K = problem.K;
+        const bool known = problem.known > 0;
         problem.row_bytes = int(2 * sizeof(RowInfo) + sizeof(RowState));
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
         problem.block_bytes = pack_bytes + label_bytes(K);
@@ -62,7 +64,7 @@ struct RowShared {
     }
 
     // Fills in what follows from arguments and geometry.
-    static void lay_out(RowLaunch& launch, const RowProblem& problem, bool known) {
+    static void lay_out(RowLaunch& launch, const RowProblem& problem) {
         const RowGeometry& g = launch.geometry;
         const int K = problem.K, warps = g.threads / kWarpThreads, teams = g.warp_teams ? warps : 1;
         launch.teams = int(g.warp_teams ? g.blocks * warps : g.blocks / g.cluster);
@@ -78,7 +80,7 @@ struct RowShared {
         if (!g.warp_teams && g.cluster > 1) {
             take(launch.inbox, g.cluster * problem.rank_bytes);
             take(launch.inbox_labels, 2 * label_bytes(K));
-            take(launch.outgoing, streams_bytes(K, known));
+            take(launch.outgoing, streams_bytes(K, problem.known > 0));
             take(launch.boxes, 2 * int(sizeof(Mailbox)));
         }
         take(launch.infos, 2 * teams * g.rows * int(sizeof(RowInfo)));
@@ -145,7 +147,7 @@ struct RowTeam {
         return reinterpret_cast<Mailbox*>(shared_memory() + launch.boxes) + turn % 2;
     }
     CAMKD_DEVICE int packs() const { return RowShared::packs(Teachers > 0); }
-    CAMKD_DEVICE int label_packs() const { return (teachers() + 4) / 4; }
+    CAMKD_DEVICE int label_packs() const { return RowShared::label_packs(teachers()); }
 
     // Rows that the team has in flight together.
     CAMKD_DEVICE int together() const { return WarpTeams ? launch.geometry.rows : 1; }

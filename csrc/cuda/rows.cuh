@@ -71,24 +71,18 @@ CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, i
     }
 }
 
-// The threads that share a row: a warp, a block, or (`cluster` > 1) the blocks of a cluster.
+// The threads that share a row where it takes no more than a block: a warp or the block. (row_team.cuh: the loss's.)
 struct Team {
     bool is_warp;
-    int lane, threads;    // within the block's part of the team
-    int member, members;  // within all of it
-    int rank, cluster;
+    int member, members;
     int64_t index, count;  // of teams in the grid
 
-    CAMKD_DEVICE Team(bool warp_teams, int cluster_blocks) : is_warp(warp_teams) {
+    CAMKD_DEVICE Team(bool warp_teams) : is_warp(warp_teams) {
         const int warps = block_threads() / kWarp;
-        lane = warp_teams ? thread_id() % kWarp : thread_id();
-        threads = warp_teams ? kWarp : block_threads();
-        rank = warp_teams ? 0 : cluster_rank();
-        cluster = warp_teams ? 1 : cluster_blocks;
-        member = rank * threads + lane;
-        members = cluster * threads;
-        index = warp_teams ? block_id() * warps + thread_id() / kWarp : block_id() / cluster_blocks;
-        count = warp_teams ? block_count() * warps : block_count() / cluster_blocks;
+        member = warp_teams ? thread_id() % kWarp : thread_id();
+        members = warp_teams ? kWarp : block_threads();
+        index = warp_teams ? block_id() * warps + thread_id() / kWarp : block_id();
+        count = warp_teams ? block_count() * warps : block_count();
     }
     CAMKD_DEVICE void barrier() const {
         if (is_warp)

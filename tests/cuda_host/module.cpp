@@ -17,8 +17,9 @@ PYBIND11_MODULE(emulated_cuda, m) {
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows: of widths that are no multiple of a vector some begin within one.
         const int vectors = (C + (C % vector ? 2 * vector - 2 : 0)) / vector;
-        camkd::cuda::RowProblem p{N, C, K, vectors, vector, true, 0, 0, 0, 0, 0};
-        camkd::cuda::RowShared::measure(p, K <= camkd::cuda::kMostKnownTeachers);
+        camkd::cuda::RowProblem p{N,    C, K, vectors, vector, K <= camkd::cuda::kMostKnownTeachers ? K : 0,
+                                  true, 0, 0, 0,       0,      0};
+        camkd::cuda::RowShared::measure(p);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
         return pybind11::make_tuple(g.warp_teams, g.rows, g.slots, g.batches, g.cluster, g.threads, g.blocks, g.shared);
     });

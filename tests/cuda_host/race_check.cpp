@@ -31,8 +31,8 @@ bool all_finite(const char* what, const std::vector<float>& x) {
 // `cluster` blocks to a row, or `batches` of its columns: the regime that is meant.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool batches) {
     host::limits = limits;
-    RowProblem problem{N, C, K, (C + 3) / 4, 4, true, 0, 0, 0, 0, 0};
-    RowShared::measure(problem, true);
+    RowProblem problem{N, C, K, (C + 3) / 4, 4, K, true, 0, 0, 0, 0, 0};
+    RowShared::measure(problem);
     const RowGeometry g = row_geometry(problem, limits);
     if ((g.warp_teams ? 1 : g.cluster) != cluster || (g.batches > 1) != batches) {
         std::printf("%s: %d blocks to a row, %d batches\n", what, g.cluster, g.batches);
