@@ -1,4 +1,5 @@
-"""The CUDA kernels, executed on the host: the same sources, against the float64 truth and the reference's conventions.
+"""The CUDA kernels of the logit loss, executed on the host: the same sources, against the float64 truth and the
+reference's conventions.
 
 tests/cuda_host/ defines the few names of csrc/cuda/device.cuh for g++: a std::thread for every CUDA thread, barriers of
 threads, shared memory full of NaN, asynchronous copies that do not happen before they are waited for. The launch table
@@ -11,7 +12,6 @@ reads those), launch attributes and streams, and speed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,52 +19,28 @@ from types import ModuleType
 import pytest
 import torch
 from helpers import (
-    FEW,
     Case,
     assert_accurate,
     assert_result,
     make_case,
     naive,
-    poisoned_slice,
     run,
     run_value_and_grad,
     truth,
 )
 from row_contract import assert_agrees, assert_means, options
 
-from camkd_fast import CAMKDFeatureLoss, dispatch, reference
-from tests.cuda_host import build
+from camkd_fast import reference
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
 from camkd_fast import cuda_kernels
+from tests.cuda_host.on_host import THREADS, cuda_on_the_host, emulated, limit
+
+__all__ = ["cuda_on_the_host", "emulated"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
-THREADS = 64  # of a block: two warps, the fewest that merge
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ModuleType:
-    return build.load_module()
-
-
-@pytest.fixture(autouse=True)
-def cuda_on_the_host(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """backend="cuda" for CPU tensors."""
-    refusal = dispatch._refusal
-    monkeypatch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
-    monkeypatch.setattr(cuda_kernels, "_C", emulated)
-    monkeypatch.setattr(cuda_kernels, "_device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_kernels, "_stream_of", lambda tensor: 0)
-    limit(emulated)
-    yield
-
-
-def limit(emulated: ModuleType, shared: int = 160 * 1024, cluster: int = 8, multiprocessors: int = 2) -> None:
-    emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS)
-
-
 REGIMES = ["table", "cluster", "batches"]
 WIDE = 1000  # columns that fill four blocks of such a device: one read by a cluster costs less than two by a block
 
@@ -344,91 +320,3 @@ def test_no_rows() -> None:
     assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
     assert cuda_kernels.feature_forward([empty], [empty]).shape == (1, 0)
     assert cuda_kernels.scale_rows(empty, torch.ones(1), empty) is empty
-
-
-# --- the other ops ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("C", [1, 10, 101, 3000])
-@pytest.mark.parametrize("dtype", [F32, BF16, None], ids=["fp32", "bf16", "mixed"])
-def test_confidence(C: int, dtype: torch.dtype | None) -> None:
-    """Forward and backward against the reference in float64; ignored NaN rows, a padded slice."""
-    dtypes = (F32, BF16, F16) if dtype is None else (dtype,) * 3
-    logits = [(3 * torch.randn(4, C)).to(d) for d in dtypes]
-    logits[1] = poisoned_slice(logits[1], 8)
-    logits[0][2] = NAN
-    target = torch.randint(C, (4,))
-    target[2] = -100
-    exact = [z.double() for z in logits]
-    expected = reference.confidence_forward(exact, target, -100)
-    actual = cuda_kernels.confidence_forward(logits, target, -100)
-    for ours, theirs, plain in zip(actual, expected, reference.confidence_forward(logits, target, -100), strict=True):
-        assert_accurate(ours, theirs, plain, "confidence", floor=5e-7)
-    grad_ce = torch.randn(4, 3).t()
-    grad_ce[:, 2] = 0.0
-    theirs = reference.confidence_backward(exact, target, expected[2], grad_ce.double())
-    plain = reference.confidence_backward(logits, target, expected[2].float(), grad_ce)
-    for ours, R, N in zip(
-        cuda_kernels.confidence_backward(logits, target, actual[2], grad_ce), theirs, plain, strict=True
-    ):
-        assert_accurate(ours, R, N, "gradient", 1e-6 if ours.numel() < FEW else 0.0)
-
-
-def test_confidence_edges() -> None:
-    logits = [torch.randn(3, 10) for _ in range(2)]
-    logits[0][0, 4] = -INF
-    target = torch.tensor([4, 10, 5])
-    for ours, theirs in zip(
-        cuda_kernels.confidence_forward(logits, target, -100),
-        reference.confidence_forward(logits, target, -100),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-    weights, _, _ = cuda_kernels.confidence_forward(logits[:1], target, 4)
-    assert weights.tolist() == [[0.0, 1.0, 1.0]]
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_features(mixed: bool) -> None:
-    """Widths, dtypes and row strides that differ between teachers; a warp and a block per sample."""
-    student = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 40)[:, :33]]
-    teachers = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 33)]
-    if mixed:
-        student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
-    exact = [x.double() for x in student], [x.double() for x in teachers]
-    error = cuda_kernels.feature_forward(student, teachers)
-    assert_accurate(error, reference.feature_forward(*exact), reference.feature_forward(student, teachers), "error")
-    grad = torch.randn(3, 3).t()
-    actual = cuda_kernels.feature_backward(student, teachers, grad)
-    plain = reference.feature_backward(student, teachers, grad)
-    for ours, R, N in zip(actual, reference.feature_backward(*exact, grad.double()), plain, strict=True):
-        assert ours.dtype == N.dtype
-        assert_accurate(ours, R, N, "gradient")
-
-
-def test_feature_loss_module() -> None:
-    """The module on this backend and on the reference, one set of parameters."""
-    criterion = CAMKDFeatureLoss(4, [6, 8], detach_weights=False)
-    teachers = [torch.randn(3, 6, 4, 4), torch.randn(3, 8, 2, 2)]
-    heads = [lambda f: f.mean((2, 3)), lambda f: f.mean((2, 3))[:, :6]]
-    target, grads = torch.tensor([1, 5, 0]), {}
-    feature = torch.randn(3, 4, 4, 4)
-    for backend in ("cuda", "reference"):
-        criterion.backend = backend
-        student = feature.clone().requires_grad_()
-        criterion(student, teachers, heads, target).loss.backward()
-        grads[backend] = student.grad
-    torch.testing.assert_close(grads["cuda"], grads["reference"])
-
-
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("C", [1, 10, 101])
-def test_scale_rows(dtype: torch.dtype, C: int) -> None:
-    residual = torch.randn(5, C).to(dtype)
-    for factor in (torch.tensor([0.37]), torch.randn(5), torch.randn(1).expand(5)):
-        expected = (residual.double() * factor.double().unsqueeze(1)).to(dtype)
-        out = torch.empty_like(residual)
-        assert cuda_kernels.scale_rows(residual, factor, out) is out
-        torch.testing.assert_close(out, expected)
-        cuda_kernels.scale_rows(residual, factor, residual)
-        assert torch.equal(residual, out)

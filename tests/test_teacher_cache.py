@@ -1,120 +1,30 @@
-"""The teacher cache: what it replays, what it refuses, and what a killed or failing writer leaves behind."""
+"""The teacher cache: what it replays and what it refuses."""
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
-from torch import Tensor, nn
 
 pytest.importorskip("safetensors")
 
 from camkd_fast import models
 from camkd_fast.data.augment import Augmentation
-from camkd_fast.data.batch import Batch, LoaderConfig
+from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.images import LabelledImages
 from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.models.protocol import Prediction
-from camkd_fast.train import cache_writer, strategies
+from camkd_fast.train import strategies
 from camkd_fast.train.cache import CachedTeachers, CacheError, CacheKey, Storage, TeacherCache
-from camkd_fast.train.distributed import World
 from camkd_fast.train.teachers import LiveTeachers
 from camkd_fast.train.truncation import expand, truncate
+from tests.cache_parts import CLASSES, VIEWS, FakeLoader, N, Tiny, batch_of, build, make_key, make_teachers
 
-N, VIEWS, CLASSES = 50, 2, 5
 CPU = torch.device("cpu")
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Tiny(nn.Module):
-    """A 1x1 convolution, global average pooling, a linear layer, in sums whose order no batch size changes.
-
-    (torch's own convolutions and matrix products may round a sample differently in another batch.)
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = channels, CLASSES
-        self.mix = nn.Parameter(torch.randn(channels, 3))
-        self.fc = nn.Parameter(torch.randn(CLASSES, channels))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(1) * self.mix[:, :, None, None]).sum(2).relu()
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        return (features.mean((2, 3)).unsqueeze(1) * self.fc).sum(2)
-
-
-class CountedTeachers(LiveTeachers):
-    """Counts the samples it was asked about, and may die on the way."""
-
-    asked = 0
-    dies_after = 10**9
-
-    def __call__(self, batch: Batch) -> list[Prediction]:
-        self.asked += len(batch.index)
-        if self.asked > self.dies_after:
-            raise KeyboardInterrupt
-        return super().__call__(batch)
-
-
-class FakeLoader:
-    """Images that are a function of view and position; a new order in every epoch; every `world`-th sample."""
-
-    def __init__(self, rank: int = 0, world: int = 1, batch_size: int = 8, views: int = VIEWS, bad: int = -1) -> None:
-        self.rank, self.world, self.batch_size, self.views, self.bad = rank, world, batch_size, views, bad
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch))
-        order = order[order != self.bad][self.rank :: self.world]
-        for index in order.split(self.batch_size):
-            yield batch_of(index, self.epoch % self.views)
-
-
-def batch_of(index: Tensor, view: int) -> Batch:
-    images = [torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1000 * view + i)) for i in index.tolist()]
-    return Batch(torch.stack(images), index % CLASSES, index, view)
-
-
-def make_teachers(seed: int = 0) -> CountedTeachers:
-    torch.manual_seed(seed)
-    return CountedTeachers([Tiny(3), Tiny(4), Tiny(6)], CLASSES)
-
-
-def make_key(teachers: LiveTeachers, **changes: object) -> CacheKey:
-    key = CacheKey(
-        data="d" * 64,
-        split="train",
-        samples=N,
-        shape=(3, 4, 4),
-        mean=(0.0,),
-        std=(1.0,),
-        augmentation="Augmentation(kind='crop')",
-        seed=0,
-        views=VIEWS,
-        loader="resident",
-        teachers=tuple(teachers.hashes),
-        autocast="None",
-    )
-    return replace(key, **changes)
-
-
-def build(folder: Path, teachers: CountedTeachers, storage: Storage = Storage(), **keywords: object) -> TeacherCache:  # noqa: B008
-    loader = keywords.pop("loader", None) or FakeLoader()
-    return TeacherCache.build(folder, teachers, loader, make_key(teachers), storage, **keywords)
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------
@@ -244,101 +154,6 @@ def test_a_truncated_cache_replays_what_truncation_leaves_and_states_the_error(t
     assert cache.errors == [stated] and stated["rows"] == 8
     assert set(stated) == {"rows", "untrained", "half way"}
     assert 0 < stated["untrained"]["gradient mean"] <= stated["untrained"]["gradient max"] < 1
-
-
-# --- writers ---------------------------------------------------------------------------------------------------------
-
-
-@given(dies_after=st.integers(1, N * VIEWS), shard_bytes=st.sampled_from([1, 1500, 1 << 20]))
-@settings(max_examples=12)
-def test_a_killed_writer_loses_what_it_had_not_listed(
-    tmp_path_factory: pytest.TempPathFactory, dies_after: int, shard_bytes: int
-) -> None:
-    folder = tmp_path_factory.mktemp("cache")
-    teachers = make_teachers()
-    teachers.dies_after = dies_after
-    try:
-        build(folder, teachers, shard_bytes=shard_bytes)
-    except KeyboardInterrupt:
-        with pytest.raises(CacheError, match=r"no teacher cache|not finished"):
-            TeacherCache.open(folder, make_key(teachers))
-    manifest = folder / "manifest.000.json"
-    kept = sum(shard["rows"] for shard in json.loads(manifest.read_text())["shards"]) if manifest.exists() else 0
-    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    if shard_bytes == 1:
-        assert kept >= dies_after - 8  # all but the batch it died on
-
-    second = make_teachers()
-    # Another batch size: what counts is which rows are there, not who wrote them.
-    cache = build(folder, second, shard_bytes=shard_bytes, loader=FakeLoader(batch_size=8 if dies_after % 2 else 5))
-    assert N * VIEWS - kept <= second.asked
-    assert all((folder / name).read_bytes() == data for name, data in before.items())
-    batch = batch_of(torch.arange(N), 1)
-    for ours, live in zip(cache.answers(1, batch.index), LiveTeachers.__call__(second, batch), strict=True):
-        assert torch.equal(ours.logits, live.logits)
-
-
-def test_ranks_write_their_own_shards_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    teachers = make_teachers()
-    key = make_key(teachers)
-
-    def write(rank: int, world: int) -> None:
-        # size 1 in `World`, so that nobody waits: the ranks write one after the other here
-        cache_writer.write_missing(tmp_path, teachers, FakeLoader(rank, world), key, Storage(), World(rank, 1, CPU))
-
-    write(1, 3)
-    write(2, 3)
-    assert teachers.asked == 2 * (17 + 16)
-    with pytest.raises(CacheError, match=r"66 of 100 answers"):
-        TeacherCache.open(tmp_path, key)
-    write(0, 1)
-    cache = TeacherCache.open(tmp_path, key)
-    assert {path.name for path in tmp_path.glob("manifest*")} == {f"manifest.00{r}.json" for r in range(3)}
-    assert len(cache.errors) == 3
-    batch = batch_of(torch.arange(N), 0)
-    for ours, live in zip(cache.answers(0, batch.index), LiveTeachers.__call__(teachers, batch), strict=True):
-        assert torch.equal(ours.logits, live.logits)
-
-
-def test_a_full_disk_leaves_the_shards_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teachers = make_teachers()
-    write, left = cache_writer.write_atomically, 3
-
-    def full(path: Path, data: bytes) -> None:
-        nonlocal left
-        left -= path.suffix == ".safetensors"
-        if left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
-
-    monkeypatch.setattr(cache_writer, "write_atomically", full)
-    with pytest.raises(OSError, match=r"cannot write .*000-00003.safetensors: No space left on device; .*are kept"):
-        build(tmp_path, teachers, shard_bytes=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"000-0000{i}.safetensors" for i in range(3)),
-        "manifest.000.json",
-    ]
-    monkeypatch.undo()
-    asked = teachers.asked
-    build(tmp_path, teachers, shard_bytes=1)
-    assert teachers.asked - asked == N * VIEWS - 3 * 8
-
-
-def test_unreadable_images_may_be_missing_as_far_as_they_were_allowed(tmp_path: Path) -> None:
-    teachers = make_teachers()
-    with pytest.raises(CacheError, match=r"98 of 100"):
-        build(tmp_path, teachers, loader=FakeLoader(bad=7))
-    cache = build(tmp_path, teachers, loader=FakeLoader(bad=7), unreadable=1)
-    with pytest.raises(CacheError, match="no answer for sample 7 in view 1"):
-        cache.answers(1, torch.tensor([3, 7]))
-    batch = batch_of(torch.tensor([0, 6, 8]), 1)
-    assert torch.equal(cache.answers(1, batch.index)[0].logits, teachers(batch)[0].logits)
-
-
-def test_a_loader_of_other_views_is_noticed(tmp_path: Path) -> None:
-    teachers = make_teachers()
-    with pytest.raises(CacheError, match="delivers view 0 in epoch 1, with views 2"):
-        build(tmp_path, teachers, loader=FakeLoader(views=1))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
