@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -26,6 +28,22 @@ def arrays(N: int = 70, channels: int = 3, H: int = 12, W: int = 12, seed: int =
     pixels = torch.randint(256, (N, channels, H, W), generator=generator, dtype=torch.uint8)
     labels = torch.randint(7, (N,), generator=generator)
     return LabelledImages(pixels, labels, 7, MEAN[:channels], STD[:channels])
+
+
+def idx(values: np.ndarray, dims: int | None = None) -> bytes:
+    """An IDX file of unsigned bytes, not compressed; `dims` is what its header claims."""
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, dims or values.ndim, *values.shape)
+    return header + values.astype(np.uint8).tobytes()
+
+
+def fashion_folder(root: Path, train: int = 40, test: int = 10) -> Path:
+    """Fashion-MNIST's four files with white noise in them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, count in (("train", train), ("t10k", test)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels)))
+        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(count) % 10)))
+    return root
 
 
 def picture(generator: np.random.Generator, H: int, W: int) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,25 +16,12 @@ from camkd_fast.data.fashion_mnist import DEBIAN, FILES, load_fashion_mnist, rea
 from camkd_fast.data.fetch import default_folder
 from camkd_fast.data.images import check_labels
 from camkd_fast.data.splits import hold_out
+from tests.loader_data import fashion_folder, idx
 
 
 @pytest.fixture(autouse=True)
 def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
-
-
-def idx(values: np.ndarray, dims: int | None = None) -> bytes:
-    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, dims or values.ndim, *values.shape)
-    return header + values.astype(np.uint8).tobytes()
-
-
-def fashion_folder(root: Path, train: int = 40, test: int = 10) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for part, count in (("train", train), ("t10k", test)):
-        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
-        (root / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels)))
-        (root / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(count) % 10)))
-    return root
 
 
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 99))
@@ -77,6 +63,18 @@ def test_fashion_mnist_is_read_from_the_given_or_the_default_folder(tmp_path: Pa
     fashion_folder(default_folder("fashion-mnist"), train=20)
     splits = catalogue.load("fashion-mnist", validation=0.5)
     assert [len(part) for part in splits] == [10, 10, 10]
+
+
+def test_arrays_are_padded_to_a_size(tmp_path: Path) -> None:
+    root = fashion_folder(tmp_path / "here")
+    plain, padded = (catalogue.load("fashion-mnist", root, validation=0.5, size=size) for size in (None, 33))
+    for part, wider in zip(plain, padded, strict=True):
+        assert wider.shape == (1, 33, 33) and wider.pixels.dtype == torch.uint8  # 2 and 3 pixels of border
+        assert torch.equal(wider.pixels[:, :, 2:30, 2:30], part.pixels) and torch.equal(wider.labels, part.labels)
+        assert wider.pixels.sum() == part.pixels.sum() and (wider.mean, wider.std) == (part.mean, part.std)
+        assert wider.fingerprint() != part.fingerprint()
+    with pytest.raises(ValueError, match="28x28 pixels can be padded to no less than 28, got size 27"):
+        catalogue.load("fashion-mnist", root, size=27)
 
 
 def test_missing_or_unfit_fashion_mnist_is_refused(tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_digits_have_their_fixed_parts() -> None:
     splits = catalogue.load("digits", split_seed=3)
     assert [len(part) for part in splits] == [900, 300, 597]
     assert splits.train.shape == (1, 8, 8)
-    with pytest.raises(ValueError, match=r"300 validation images.* got None and 0\.2"):
+    with pytest.raises(ValueError, match=r"300 validation images.* got None, 0\.2 and None"):
         catalogue.load("digits", validation=0.2)
 
 
@@ -159,8 +157,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) ->
 
 
 def test_options_that_a_set_does_not_have_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"size must be left out for cifar10.* got 64"):
-        catalogue.load("cifar10", tmp_path, size=64)
+    with pytest.raises(ValueError, match=r"leave out root, validation and size, got None, 0\.1 and 16"):
+        catalogue.load("digits", size=16)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         catalogue.load("folder", tmp_path, size=0)
     with pytest.raises(ValueError, match="needs its root"):

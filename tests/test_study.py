@@ -19,9 +19,10 @@ from camkd_fast import cli
 from camkd_fast.train import run
 from camkd_fast.train.config import plain
 from camkd_fast.train.journal import read_metrics
-from camkd_fast.train.study import cells, check, conductor, results, spec, work
+from camkd_fast.train.study import cells, check, conductor, report, results, spec, work
 from camkd_fast.train.study.cells import Cell
 from camkd_fast.train.study.spec import Pool, TeacherSpec, Variant
+from tests.loader_data import fashion_folder
 from tests.study_parts import ORIGIN, invented, study
 
 ROOT = Path(__file__).parent.parent
@@ -325,3 +326,23 @@ def test_the_quick_study_and_its_check(tmp_path: Path, capsys: pytest.CaptureFix
         json.loads(written)
     assert cli.main(f"{line} --check 3".split()) == 0
     assert capsys.readouterr().out.count("now: equal") == 3
+
+
+@pytest.mark.slow
+def test_the_study_of_cifar_size_on_a_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its models, strategies and steps; its length is for a GPU."""
+    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
+    fashion_folder(tmp_path / "data" / "fashion-mnist", train=60, test=20)
+    full = spec.load(STUDIES / "cifar_size.yaml")
+    small = replace(
+        full,
+        seeds=(0,),
+        training=replace(full.training, epochs=1, batch_size=16),
+        teaching=replace(full.teaching, epochs=1, batch_size=16),
+    )
+    out = tmp_path / "out"
+    assert conductor.conduct(small, out, ORIGIN, jobs=2, say=lambda text: None) == []
+    kept = results.collect(small, out)
+    assert kept.missing == [] and len(kept.cells) == 1 + 2 * 7
+    assert run.load_splits(small.data).train.shape == (1, 32, 32)
+    assert small.title in report.write(kept, out / "report.html").read_text()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["study", "quick", "beta"])
+@pytest.mark.parametrize("name", ["study", "quick", "beta", "cifar_size"])
 def test_the_committed_studies_are_read(name: str) -> None:
     read = spec.load(STUDIES / f"{name}.yaml")
     every = cells.cells(read)

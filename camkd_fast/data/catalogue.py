@@ -42,7 +42,8 @@ def load(
         root: the folder of the files, `fetch.default_folder(name)` if None; "folder" must be told.
         split_seed: chooses the images of the validation part.
         validation: share of the training images in the validation part; 0 makes it empty.
-        size: side of the delivered images in pixels, for sets of image files. None: 64 for "tiny-imagenet", else 224.
+        size: side of the delivered images in pixels: files are resized (None: 64 for "tiny-imagenet", else 224), arrays
+            get a black border (None: no border).
 
     Raises:
         ValueError: an unknown name, for which the nearest ones are named; an option that the data set does not have;
@@ -53,18 +54,17 @@ def load(
         near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
         hint = f" (nearest: {', '.join(near)})" if near else ""
         raise ValueError(f"the data set must be one of {', '.join(NAMES)}, got {name!r}{hint}")
-    if size is not None and (name not in SIZES or size < 1):
-        what = "at least 1" if name in SIZES else f"left out for {name}, whose images have one size"
-        raise ValueError(f"size must be {what}, got {size}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     if name == "digits":
-        if root is not None or validation != 0.1:
+        if root is not None or validation != 0.1 or size is not None:
             raise ValueError(
-                f"digits come with scikit-learn and have {VALIDATION} validation images: "
-                f"leave out root and validation, got {root} and {validation}"
+                f"digits come with scikit-learn, 8x8, and have {VALIDATION} validation images: "
+                f"leave out root, validation and size, got {root}, {validation} and {size}"
             )
         return load_digits(split_seed)
     if name in ARRAYS:
-        train, test = ARRAYS[name](root)
+        train, test = (part if size is None else part.padded(size) for part in ARRAYS[name](root))
         return Splits(*hold_out(train, validation, split_seed), test)
     side = size or SIZES[name]
     if name == "folder":

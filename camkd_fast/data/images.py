@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,6 +53,18 @@ class LabelledImages:
     def take(self, index: Tensor) -> LabelledImages:
         """The images at `index` (M,) int64."""
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+    def padded(self, side: int) -> LabelledImages:
+        """The images in the middle of black squares, `side` pixels wide; mean and deviation stay those without border.
+
+        Raises:
+            ValueError: a side of the images is longer than that.
+        """
+        _, H, W = self.shape
+        if max(H, W) > side:
+            raise ValueError(f"images of {H}x{W} pixels can be padded to no less than {max(H, W)}, got size {side}")
+        top, left = (side - H) // 2, (side - W) // 2
+        return replace(self, pixels=F.pad(self.pixels, (left, side - W - left, top, side - H - top)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(M, channels, H, W) levels as float32 with the set's mean 0 and deviation 1."""

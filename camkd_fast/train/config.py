@@ -32,7 +32,7 @@ class DataConfig:
     validation: float = 0.1
     """Share of the training images held out for validation."""
     size: int | None = None
-    """Side in pixels to which files are resized; None: the data set's own."""
+    """Side in pixels to which files are resized and arrays padded; None: the data set's own."""
     images: int | None = None
     """Train on this many images only, every class in proportion; None: all."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
