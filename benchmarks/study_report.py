@@ -17,7 +17,7 @@ STRATEGIES = readme.README.parent / "docs" / "strategies.md"
 
 def summary(findings: Findings) -> str:
     """What the README says: conclusions, and each strategy over all pools."""
-    said = " ".join(conclusions(findings)) + "\n"
+    said = "".join(f"- {sentence}\n" for sentence in conclusions(findings))
     return f"{said}\n{readme.markdown(tables.overview(findings))}" if findings.results.cells else said
 
 

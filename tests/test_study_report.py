@@ -15,6 +15,7 @@ from camkd_fast.train.study import report, results, spec, tables
 from camkd_fast.train.study.cells import Cell
 from camkd_fast.train.study.findings import Findings, bad_teacher_weight, conclusions
 from camkd_fast.train.study.results import Results
+from camkd_fast.train.study.spec import Variant
 from camkd_fast.train.study.statistics import Paired, t95
 from tests.study_parts import invented
 
@@ -80,9 +81,9 @@ def test_a_seed_that_one_place_lacks_is_left_out_of_the_mean() -> None:
 @pytest.mark.parametrize(
     ("sign", "verdict", "paper"),
     [
-        (1.0, "better than what they are compared with: CA-MKD (+2.00 ± 2.48)", None),
+        (1.0, "points over AVER, mean over pools and students: better: CA-MKD (+2.00 ± 2.48)", None),
         (-1.0, "worse: CA-MKD", "less than that in 2 of 2"),
-        (0.0, "not told apart from it: ", "less than that in 2 of 2"),
+        (0.0, "not told apart: ", "less than that in 2 of 2"),
     ],
 )
 def test_the_conclusion_follows_the_numbers_whichever_way_they_fall(
@@ -105,6 +106,28 @@ def test_the_conclusion_follows_the_numbers_whichever_way_they_fall(
 def test_an_interval_around_the_papers_gain_is_compatible_with_it() -> None:
     said = " ".join(conclusions(Findings(with_gain(1.0, scale=0.5))))
     assert "a gain of 0.8 points" in said and "compatible with it in 2 of 2" in said
+
+
+def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> None:
+    """Feature maps gain 2 points, and weights 0.25 of a point beside them in bad pools; on logits nothing."""
+    study = invented(lambda cell: 0.5).study
+    both = (Variant("fitnet-mkd", "fitnet-mkd", label="FitNet-MKD"), Variant("ca-mkd-logits", "ca-mkd-logits"))
+    study = replace(study, variants=(*study.variants, *both))
+
+    def accuracy(cell: Cell) -> float:
+        weights = 0.0025 if cell.variant == "ca-mkd" and cell.pool == "bad" else 0.0
+        return 0.5 + (0.02 if cell.variant in ("ca-mkd", "fitnet-mkd") else 0.0) + weights
+
+    findings = Findings(invented(accuracy, study))
+    assert (
+        "What the confidence weights alone are worth, in points: "
+        "ca-mkd-logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
+        "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
+    ) in conclusions(findings)
+    rows = {row[0]: row[1:] for row in tables.by_pool(findings, study.students[0], gains=True).rows}
+    assert rows["CA-MKD"] == ("+2.00 ± 0.00", "+2.25 ± 0.00")
+    assert rows["CA-MKD minus FitNet-MKD"] == ("+0.00 ± 0.00", "+0.25 ± 0.00")
+    assert "ca-mkd-logits minus AVER" not in rows, "that is its row over AVER"
 
 
 def test_without_results_nothing_is_concluded() -> None:

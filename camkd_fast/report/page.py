@@ -52,6 +52,16 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Points:
+    """Sentences, one below the other."""
+
+    items: Sequence[str]
+
+    def html(self) -> str:
+        return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in self.items)}</ul>"
+
+
+@dataclass(frozen=True)
 class Folded:
     """A table that a reader opens."""
 
@@ -89,6 +99,8 @@ main { max-width: 960px; margin: 0 auto; padding: 48px 24px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
 h2 { font-size: 19px; margin: 0 0 6px; }
 p { margin: 0 0 16px; max-width: 75ch; }
+ul { margin: 0 0 16px; padding-left: 1.2em; max-width: 75ch; }
+li { margin: 4px 0; }
 .lead { color: #57606a; font-size: 17px; }
 section { background: #fff; border: 1px solid #d8dce1; border-radius: 10px; padding: 24px; margin: 24px 0; }
 section > :last-child { margin-bottom: 0; }

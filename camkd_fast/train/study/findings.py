@@ -13,6 +13,7 @@ from .statistics import Paired
 from .work import Record
 
 PAPER_GAIN = 0.8  # points over AVER that arXiv 2201.00007 reports on average
+WEIGHED = (("ca-mkd-logits", "aver"), ("ca-mkd", "fitnet-mkd"))  # strategies, and the same without weights
 Place = tuple[Pool, Student]
 
 
@@ -44,19 +45,19 @@ class Findings:
         """Test accuracy in percent by seed."""
         return {seed: 100 * record["test_accuracy"] for seed, record in self.records(place, variant).items()}
 
-    def gains(self, place: Place, variant: Variant) -> dict[int, float]:
-        """Points over the variant that this one is compared with, for the seeds that both have."""
-        other = self.accuracies(place, self.results.study.variant(variant.against))
+    def gains(self, place: Place, variant: Variant, against: Variant | None = None) -> dict[int, float]:
+        """Points over another variant, by default `variant.against`, for the seeds that both have."""
+        other = self.accuracies(place, against or self.results.study.variant(variant.against))
         return {s: accuracy - other[s] for s, accuracy in self.accuracies(place, variant).items() if s in other}
 
-    def paired(self, places: Iterable[Place], variant: Variant) -> Paired | None:
+    def paired(self, places: Iterable[Place], variant: Variant, against: Variant | None = None) -> Paired | None:
         """Differences seed by seed, each the mean over the places; only of seeds that every place has.
 
         None where the variant is tried in none of the places or no seed is complete.
         """
-        against = self.results.study.variant(variant.against)
+        other = against or self.results.study.variant(variant.against)
         gains = [
-            self.gains(place, variant) for place in places if self.has(place, variant) and self.has(place, against)
+            self.gains(place, variant, other) for place in places if self.has(place, variant) and self.has(place, other)
         ]
         seeds = [seed for seed in self.results.study.seeds if gains and all(seed in there for there in gains)]
         return Paired([mean(there[seed] for there in gains) for seed in seeds]) if seeds else None
@@ -71,6 +72,11 @@ class Findings:
         if not found or not all(found):
             return None
         return mean(mean(accuracies.values()) for accuracies in found)
+
+    def weighed(self) -> list[tuple[Variant, Variant]]:
+        """Variants of the main table with confidence weights, and those with the same losses and equal weights."""
+        main = {variant.strategy: variant for variant in self.variants("main")}
+        return [(main[one], main[other]) for one, other in WEIGHED if one in main and other in main]
 
     def groups(self) -> dict[str, list[Place]]:
         """The places by whether a bad teacher is in the pool; groups without places are left out."""
@@ -89,31 +95,53 @@ def conclusions(findings: Findings) -> list[str]:
     if not results.cells:
         return [f"The study has not been run: all {total} cells are missing, and nothing can be concluded."]
     said = [f"{missing} of {total} cells are missing; this is about the others."] if missing else []
-    compared = False
-    for name, places in findings.groups().items():
-        verdicts: dict[str, list[str]] = {"above": [], "below": [], "undecided": []}
-        for variant in findings.variants("main"):
-            paired = findings.paired(places, variant) if variant.name != variant.against else None
-            if paired is None or len(paired.differences) < 2:
-                continue
-            compared = True
-            verdict = "above" if paired.low > 0 else "below" if paired.high < 0 else "undecided"
-            verdicts[verdict].append(f"{variant.label or variant.name} ({said_of(paired)})")
-        words = {
-            "above": "better than what they are compared with",
-            "below": "worse",
-            "undecided": "not told apart from it",
-        }
-        parts = [f"{words[verdict]}: {', '.join(who)}" for verdict, who in verdicts.items() if who]
-        if parts:
-            said.append(f"Pools with {name}, in points, mean over pools and students: {'; '.join(parts)}.")
-    if not compared:
+    verdicts = _verdicts(findings)
+    if not verdicts:
         return [*said, "No comparison has two seeds yet, so nothing can be concluded."]
-    return [*said, *_paper(findings)]
+    return [*said, *verdicts, *_weights_alone(findings), *_paper(findings)]
+
+
+def _verdicts(findings: Findings) -> list[str]:
+    """Which variants are better or worse, group by group; none of a group without two seeds."""
+    study, main = findings.results.study, findings.variants("main")
+    others = " or ".join(dict.fromkeys(label(study.variant(variant.against)) for variant in main))
+    said = []
+    for name, places in findings.groups().items():
+        verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+        for variant in main:
+            paired = findings.paired(places, variant) if variant.name != variant.against else None
+            if paired is not None and len(paired.differences) > 1:
+                verdict = "better" if paired.low > 0 else "worse" if paired.high < 0 else "not told apart"
+                verdicts[verdict].append(f"{label(variant)} ({said_of(paired)})")
+        parts = [f"{verdict}: {', '.join(who)}" for verdict, who in verdicts.items() if who]
+        if parts:
+            start = f"Pools with {name}, points over {others}, mean over pools and students"
+            said.append(f"{start}: {'; '.join(parts)}.")
+    return said
 
 
 def said_of(paired: Paired) -> str:
     return f"{paired.mean:+.2f} ± {paired.half:.2f}" if len(paired.differences) > 1 else f"{paired.mean:+.2f}"
+
+
+def _weights_alone(findings: Findings) -> list[str]:
+    """What is left of a gain when the same losses with equal weights are taken off."""
+    parts = []
+    for variant, equal in findings.weighed():
+        pairs = {name: findings.paired(places, variant, equal) for name, places in findings.groups().items()}
+        known = [f"{said_of(paired)} with {name}" for name, paired in pairs.items() if paired]
+        if known:
+            parts.append(f"{difference(variant, equal)} {', '.join(known)}")
+    return [f"What the confidence weights alone are worth, in points: {'; '.join(parts)}."] if parts else []
+
+
+def label(variant: Variant) -> str:
+    return variant.label or variant.name
+
+
+def difference(variant: Variant, other: Variant) -> str:
+    """The name of a difference of two variants."""
+    return f"{label(variant)} minus {label(other)}"
 
 
 def _paper(findings: Findings) -> list[str]:
@@ -138,7 +166,7 @@ def _paper(findings: Findings) -> list[str]:
             parts = [f"{words[k]} in {len(by[k])} of {count} ({'; '.join(by[k])})" for k in words if by[k]]
             said.append(
                 f"The paper reports a gain of {PAPER_GAIN} points over AVER on average. "
-                f"{variant.label or variant.name} gains {', '.join(parts)}."
+                f"{label(variant)} gains {', '.join(parts)}."
             )
     return said
 

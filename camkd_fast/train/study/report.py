@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from ...report.page import Figures, Folded, Part, Picture, Section, Table, write_page
+from ...report.page import Figures, Folded, Part, Picture, Points, Section, Table, write_page
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
 from ..compare_report import COLORS
 from . import cells, tables
-from .findings import Findings, bad_teacher_weight, conclusions
+from .findings import Findings, bad_teacher_weight, conclusions, label
 from .results import Results
 from .spec import Pool, Variant
 
@@ -49,15 +49,18 @@ def _footer(results: Results) -> str:
 def _conclusion(findings: Findings) -> Section:
     missing = findings.results.missing
     done = len(findings.results.cells)
-    parts: list[Part] = [Figures({"cells finished": f"{done:,}", "cells missing": f"{len(missing):,}"})]
+    parts: list[Part] = [
+        Points(conclusions(findings)),
+        Figures({"cells finished": f"{done:,}", "cells missing": f"{len(missing):,}"}),
+    ]
     if missing:
         rows = [(cell.pool, cell.student, cell.variant, str(cell.seed)) for cell in missing]
         parts.append(Folded("Missing cells", Table(("pool", "student", "variant", "seed"), rows)))
     rule = (
-        " An interval is that of the mean over seeds, 95 %, from Student's t; a strategy counts as better or worse "
+        "An interval is that of the mean over seeds, 95 %, from Student's t; a strategy counts as better or worse "
         "where its interval leaves out 0. Nothing is corrected for the number of comparisons."
     )
-    return Section("What was found", " ".join(conclusions(findings)) + rule, parts)
+    return Section("What was found", rule, parts)
 
 
 def _accuracy(findings: Findings) -> Section:
@@ -105,7 +108,7 @@ def _quality(findings: Findings) -> list[Section]:
                     points.append((worst, accuracy))
             if len(points) > 1:
                 x, y = zip(*sorted(points), strict=True)
-                lines.append(Curve(tables.label(variant), COLORS[variant.strategy], [y], x=x))
+                lines.append(Curve(label(variant), COLORS[variant.strategy], [y], x=x))
         if lines:
             panels.append(
                 Panel(student.model, "student, test (%)", lines, xlabel="worst teacher of the pool, test (%)")

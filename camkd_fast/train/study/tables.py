@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from ...report.page import Table
-from .findings import Findings, Place, mean_over, said_of
+from .findings import Findings, Place, difference, label, mean_over, said_of
 from .spec import Student, Variant
 from .work import Record
 
@@ -39,20 +39,24 @@ def _gain(findings: Findings, places: Sequence[Place], variant: Variant) -> tupl
 
 
 def by_pool(findings: Findings, student: Student, gains: bool) -> Table:
-    """Variants of the main table x pools: mean accuracies of a student in percent, or differences in points."""
+    """Variants of the main table x pools: mean accuracies of a student in percent, or differences in points.
+
+    The last rows of the differences are those of the weights alone.
+    """
     places = [place for place in findings.places if place[1] == student]
     rows = []
-    for variant in findings.variants("main"):
-        if gains and variant.name == variant.against:
-            continue
-        cells = []
-        for place in places:
-            accuracy, paired = findings.mean_accuracy([place], variant), findings.paired([place], variant)
-            if gains:
-                cells.append(NOTHING if paired is None else said_of(paired))
-            else:
-                cells.append(NOTHING if accuracy is None else f"{accuracy:.2f}")
-        rows.append((label(variant), *cells))
+    if gains:
+        study = findings.results.study
+        variants = [variant for variant in findings.variants("main") if variant.name != variant.against]
+        compared = [(label(variant), variant, study.variant(variant.against)) for variant in variants]
+        compared += [(difference(*pair), *pair) for pair in findings.weighed() if pair[0].against != pair[1].name]
+        for name, variant, other in compared:
+            pairs = [findings.paired([place], variant, other) for place in places]
+            rows.append((name, *(NOTHING if paired is None else said_of(paired) for paired in pairs)))
+    else:
+        for variant in findings.variants("main"):
+            found = [findings.mean_accuracy([place], variant) for place in places]
+            rows.append((label(variant), *(NOTHING if accuracy is None else f"{accuracy:.2f}" for accuracy in found)))
     return Table(("", *(place[0].name for place in places)), rows)
 
 
@@ -133,7 +137,3 @@ def _records(findings: Findings, places: Sequence[Place], variant: Variant) -> l
     """Of all finished cells there; a run that stands in several pools counts once."""
     found = [record for place in places for record in findings.records(place, variant).values()]
     return list({id(record): record for record in found}.values())
-
-
-def label(variant: Variant) -> str:
-    return variant.label or variant.name
