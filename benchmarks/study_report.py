@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import readme
 from camkd_fast.train.study import report, results, spec, tables
-from camkd_fast.train.study.findings import Findings, conclusions
+from camkd_fast.train.study.findings import Findings, conclusions, core_hours
 
 FOLDER = Path(__file__).parent / "study"
 STRATEGIES = readme.README.parent / "docs" / "strategies.md"
@@ -29,6 +29,11 @@ def evidence(findings: Findings) -> str:
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=False))
         parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=True))
+    parts.append(
+        "Calibration, expected error of students on test images:\n\n" + readme.markdown(tables.calibration(findings))
+    )
+    cost = f"the whole study is {core_hours(findings):.1f} hours of one core"
+    parts.append(f"Cost, one thread, teachers from the cache; {cost}:\n\n{readme.markdown(tables.cost(findings))}")
     parts.append("Pools and teachers:\n\n" + readme.markdown(tables.pools(findings)))
     parts.append(readme.markdown(tables.teachers(findings)))
     return "\n".join(parts)

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import readme, study_report
 from camkd_fast.train.study import report, results, spec, tables
 from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.findings import Findings, bad_teacher_weight, conclusions
+from camkd_fast.train.study.findings import Findings, bad_teacher_weight, conclusions, core_hours
 from camkd_fast.train.study.results import Results
 from camkd_fast.train.study.spec import Variant
 from camkd_fast.train.study.statistics import Paired, t95
@@ -152,6 +152,16 @@ def test_the_bad_teachers_weights_are_added_and_averaged_over_seeds() -> None:
     assert bad_teacher_weight(findings, good, camkd, "weights") is None
 
 
+def test_hours_are_those_of_all_cells_by_the_median() -> None:
+    known = invented(lambda cell: 0.5)  # 27 cells of 3 seconds
+    for record in (*known.teachers.values(), *known.pools.values()):
+        record["seconds"] = 100.0
+    known.cells[Cell("bad", "resnet8", "aver", 1)]["seconds"] = 5000.0  # it was stopped for a while
+    assert core_hours(Findings(known)) * 3600 == pytest.approx(27 * 3 + 6 * 100)
+    del known.cells[Cell("bad", "resnet8", "aver", 1)]
+    assert core_hours(Findings(known)) * 3600 == pytest.approx(27 * 3 + 6 * 100)
+
+
 # --- tables and page -------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +223,7 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
 def test_markdown_shows_every_table() -> None:
     findings = Findings(with_gain(1.0))
     text = study_report.evidence(findings)
-    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 5 and "CA-MKD" in study_report.summary(findings)
+    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 7 and "CA-MKD" in study_report.summary(findings)
 
 
 def test_students_without_a_pool_are_not_expected_there() -> None:

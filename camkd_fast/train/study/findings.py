@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 
 from . import cells
 from .results import Results
@@ -179,6 +179,21 @@ def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: s
     if not runs or not bad:
         return None
     return [mean(sum(run[epoch][k] for k in bad) for run in runs) for epoch in range(len(runs[0]))]
+
+
+def core_hours(findings: Findings) -> float:
+    """Of one core for teachers, caches and all cells, finished or not, at the median of a student's finished runs.
+
+    The median, because runs may have been stopped for other work while their clock went on.
+    """
+    results = findings.results
+    done: dict[str, list[float]] = {}
+    for cell, record in results.cells.items():
+        done.setdefault(cell.student, []).append(record["seconds"])
+    every = [cell.student for cell in cells.cells(results.study)]
+    students: float = sum(median(done[student]) for student in every if student in done)
+    others: float = sum(record.get("seconds", 0.0) for record in (*results.teachers.values(), *results.pools.values()))
+    return (students + others) / 3600
 
 
 def mean_over(records: Sequence[Record], name: str) -> float | None:

@@ -9,7 +9,7 @@ from ...report.page import Figures, Folded, Part, Picture, Points, Section, Tabl
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
 from ..compare_report import COLORS
 from . import cells, tables
-from .findings import Findings, bad_teacher_weight, conclusions, label
+from .findings import Findings, bad_teacher_weight, conclusions, core_hours, label
 from .results import Results
 from .spec import Pool, Variant
 
@@ -217,7 +217,8 @@ def _calibration(findings: Findings) -> Section:
 def _cost(findings: Findings) -> Section:
     text = (
         "Training steps of one process with one thread, evaluation apart, teachers from the cache; other processes of "
-        "the study ran beside it."
+        "the study ran beside it, and at times other work, which is why these are medians. By them teachers, caches "
+        f"and all cells together are {core_hours(findings):.1f} hours of one core."
     )
     return Section("Cost", text, [tables.cost(findings)])
 

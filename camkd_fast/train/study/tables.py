@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import median
 
 from ...report.page import Table
 from .findings import Findings, Place, difference, label, mean_over, said_of
@@ -115,7 +115,10 @@ def calibration(findings: Findings) -> Table:
 
 
 def cost(findings: Findings) -> Table:
-    """Images per second of one process and seconds per epoch, means over pools and seeds, by variant and student."""
+    """Images per second of one process and seconds per epoch, by variant and student.
+
+    Medians over pools and seeds: some runs shared the machine with other work.
+    """
     study = findings.results.study
     header, rows = ["strategy"], []
     for student in study.students:
@@ -127,8 +130,8 @@ def cost(findings: Findings) -> Table:
             speeds = [record["images_per_second"] for record in _records(findings, places, variant)]
             speeds = [speed for speed in speeds if speed > 0]
             images = study.data.images
-            cells.append(f"{mean(speeds):,.0f}" if speeds else NOTHING)
-            cells.append(f"{images / mean(speeds):.1f}" if speeds and images else NOTHING)
+            cells.append(f"{median(speeds):,.0f}" if speeds else NOTHING)
+            cells.append(f"{images / median(speeds):.1f}" if speeds and images else NOTHING)
         rows.append((label(variant), *cells))
     return Table(header, rows)
 
