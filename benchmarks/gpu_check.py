@@ -38,11 +38,6 @@ else:
     name = torch.cuda.get_device_name() if there else ""
     print(json.dumps({"problem": "" if there else f"torch {torch.__version__} sees no CUDA device", "name": name}))
 """
-CAPABILITY = """
-import torch
-if torch.cuda.is_available():
-    print(*torch.cuda.get_device_capability(), sep=".")
-"""
 BACKENDS = """
 from camkd_fast import dispatch
 for name in dispatch.BACKENDS:
@@ -139,19 +134,10 @@ def device(check: Check) -> str:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def architecture() -> dict[str, str]:
-    """The CUDA kernels for the GPU that is here alone: a quarter of the build's time."""
-    done = subprocess.run([sys.executable, "-c", CAPABILITY], capture_output=True, text=True, check=False)
-    major, _, minor = done.stdout.strip().partition(".")
-    if done.returncode or not major:
-        return {}
-    return {"CAMKD_FAST_CUDA_ARCHS": f"{major}{minor}{'a' if major == '9' else ''}-real"}
-
-
 def build(check: Check) -> None:
     """Against the compilers, torch and triton that are there: nothing is downloaded."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
-    check.run(pip, PIP_BREAK_SYSTEM_PACKAGES="1", **architecture())
+    check.run(pip, PIP_BREAK_SYSTEM_PACKAGES="1")
     told = check.run([sys.executable, "-c", BACKENDS])
     usable = {line.partition(":")[0]: ": usable" in line for line in told.splitlines()}
     check.found.append(", ".join(name for name, there in usable.items() if there))

@@ -7,6 +7,7 @@ tensors' device and its current stream, so every call can be captured in a CUDA 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 
@@ -23,6 +24,22 @@ DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 def build() -> tuple[bool, str]:
     """Whether the compiled module has CUDA kernels, and for which architectures, or why not."""
     return _C.cuda_build()
+
+
+@functools.cache
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether the module's machine code or PTX runs on a GPU of that compute capability.
+
+    Machine code ("80-real") runs on its own major version from its minor version on, PTX ("90-virtual") on all later
+    GPUs, "90" is both; what a letter marks runs on no other GPU.
+    """
+    for arch in build()[1].split():
+        number, _, kind = arch.partition("-")
+        of = divmod(int(number.rstrip("af")), 10)
+        later = number.isdigit() and of < capability and (kind != "real" or of[0] == capability[0])
+        if of == capability or later:
+            return True
+    return False
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

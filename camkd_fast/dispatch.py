@@ -30,7 +30,6 @@ _MODULES = {
     "cuda": "camkd_fast.cuda_kernels",
 }
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
-_LEAST_CAPABILITY = (8, 0)  # of the CUDA C++ kernels
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). An entry is earned
 # by a result under benchmarks/results/ that was taken on that architecture and shows them faster at those widths.
@@ -110,8 +109,8 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     wanted = ("cuda", "cpu") if name == "triton" and interpreting() else _DEVICES[name]
     if device not in wanted:
         return f"it takes {' or '.join(wanted)} tensors, got {device}"
-    if name == "cuda" and (capability := _capability(tensors[0].device)) < _LEAST_CAPABILITY:
-        return f"it needs compute capability {_LEAST_CAPABILITY}, got {capability}"
+    if name == "cuda" and not _module(name).built_for(capability := _capability(tensors[0].device)):
+        return f"it was built for {_module(name).build()[1]}, got compute capability {capability[0]}.{capability[1]}"
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
 """What nvcc made of the CUDA kernels: no spills, no local memory, 16-byte accesses. Nothing is launched, no GPU needed.
 
-The quick part reads the machine code inside the installed module; the slow one compiles the sources for each
-architecture by itself, with warnings as errors.
+The quick part reads the machine code inside the installed module, whatever GPUs that was built for; the slow one
+compiles the sources for each architecture by itself, with warnings as errors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ARCHS = ["sm_80", "sm_90a", "sm_100", "sm_120"]
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Element types of each kernel; row_loss_kernel for rows of a warp and of a block, 1 to 5 teachers and any number.
 KERNELS = {
@@ -79,9 +80,18 @@ def check_resources(report: str, arch: str) -> None:
             assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_in_the_module(arch: str) -> None:
-    check_resources(run(cuobjdump(), "-res-usage", "-arch", arch, module()), arch)
+def built() -> list[str]:
+    """Architectures whose machine code the module holds."""
+    from camkd_fast import _C
+
+    module()
+    archs = [arch.partition("-") for arch in _C.cuda_build()[1].split()]
+    return [f"sm_{number}" for number, _, kind in archs if kind != "virtual"]
+
+
+def test_no_spills_in_the_module() -> None:
+    for arch in built():
+        check_resources(run(cuobjdump(), "-res-usage", "-arch", arch, module()), arch)
 
 
 def accesses(arch: str) -> dict[str, Counter[str]]:
@@ -95,24 +105,62 @@ def accesses(arch: str) -> dict[str, Counter[str]]:
     return found
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_wide_accesses_and_no_atomics(arch: str) -> None:
+def check_accesses(name: str, counts: Counter[str]) -> None:
+    assert not {"LDL", "STL", "RED"} & set(counts) and not any(key.startswith("ATOM") for key in counts), name
+    if "batch_" in name:
+        return  # a few numbers per row
+    assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"
+    if "fwd" not in name:
+        assert counts["STG.128"], f"narrow stores: {name}"
+
+
+def test_wide_accesses_and_no_atomics() -> None:
     """Logits come in 16 bytes at a time, past the registers in row_loss, and gradients leave so."""
-    found = accesses(arch)
-    assert len(found) == sum(KERNELS.values())
-    for name, counts in found.items():
-        assert not {"LDL", "STL", "RED"} & set(counts) and not any(key.startswith("ATOM") for key in counts), name
-        if "batch_" in name:
-            continue  # a few numbers per row
-        assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"
-        if "fwd" not in name:
-            assert counts["STG.128"], f"narrow stores: {name}"
+    for arch in built():
+        found = accesses(arch)
+        assert len(found) == sum(KERNELS.values())
+        for name, counts in found.items():
+            check_accesses(name, counts)
 
 
 def test_module_imports_without_a_driver() -> None:
     """The CUDA runtime is part of it: nothing named libcuda is asked of the system."""
     needed = run("readelf", "-d", module())  # of binutils, without which nothing was linked here
     assert not re.search(r"NEEDED.*libcuda", needed)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "expected"),
+    [
+        ("echo 9.0; echo 9.0; echo 8.6", "", "90-real 86-real"),
+        ("echo 99.0", "", "80-real 90"),  # nvcc does not know it: PTX may do
+        ("echo driver 9.0 does not answer; exit 9", "", "80-real 90"),
+        ("echo 9.0", "100-real;120", "100-real 120"),
+        ("echo 9.0", "native", None),
+    ],
+)
+def test_a_build_is_for_the_gpus_that_are_there(gpus: str, asked: str, expected: str | None, tmp_path: Path) -> None:
+    """Configured with an nvidia-smi that tells of these GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{gpus}\n")
+    tool.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CAMKD_FAST_CUDA_ARCHS": asked, "CAMKD_FAST_CUDA": "1"}
+    command = [
+        "cmake",
+        "-S",
+        ROOT / "csrc",
+        "-B",
+        tmp_path / "build",
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (expected is not None), done.stderr
+    if expected is None:
+        assert "must be like 80-real;90, got native" in " ".join(done.stderr.split())
+    else:
+        assert f'R"words({expected})words"' in (tmp_path / "build" / "cuda_build.h").read_text()
 
 
 def test_debug_assertions_survive_the_release_build() -> None:

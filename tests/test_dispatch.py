@@ -64,6 +64,8 @@ def gpu_logits(monkeypatch):
     """Stands in for bfloat16 logits of 1000 classes on a Hopper GPU; backends count as loadable."""
     monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
+    built = SimpleNamespace(build=lambda: (True, "80-real 90"), built_for=lambda capability: capability >= (8, 0))
+    monkeypatch.setattr(dispatch, "_module", lambda name: built)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
 
 
@@ -85,7 +87,31 @@ def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):
     assert name == "cuda" and "triton: absent" in reason
 
 
-def test_the_cuda_backend_refuses_old_gpus(gpu_logits, monkeypatch):
+def test_the_cuda_backend_refuses_gpus_that_it_was_not_built_for(gpu_logits, monkeypatch):
     monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
-    with pytest.raises(NotImplementedError, match=r"\(8, 0\), got \(7, 5\)"):
+    with pytest.raises(NotImplementedError, match=r"built for 80-real 90, got compute capability 7\.5"):
         dispatch.choose("cuda", [gpu_logits])
+
+
+@pytest.mark.skipif(not dispatch.availability("cpu").usable, reason="no compiled module")
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        ("80-real 90", (8, 0), True),
+        ("80-real 90", (8, 9), True),  # machine code of the same major version
+        ("80-real 90", (7, 5), False),
+        ("80-real 90", (10, 0), True),  # from PTX
+        ("80-real 90-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("90-virtual", (9, 0), True),
+        ("90-virtual", (8, 9), False),
+        ("90a-real", (9, 0), True),
+        ("90a", (10, 0), False),  # what is marked runs nowhere else
+        ("100f-real 120-real", (12, 0), True),
+    ],
+)
+def test_a_build_runs_on_the_gpus_of_its_architectures(archs, capability, expected, monkeypatch):
+    from camkd_fast import cuda_kernels
+
+    monkeypatch.setattr(cuda_kernels, "build", lambda: (True, archs))
+    assert cuda_kernels.built_for.__wrapped__(capability) is expected

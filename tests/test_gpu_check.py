@@ -104,16 +104,6 @@ def test_the_build_section_tells_what_is_usable(tmp_path: Path, monkeypatch: pyt
         gpu_check.build(made)
 
 
-@pytest.mark.parametrize(
-    ("capability", "archs"), [("9.0", "90a-real"), ("8.6", "86-real"), ("12.0", "120-real"), ("", None)]
-)
-def test_kernels_are_built_for_the_gpu_that_is_there(
-    capability: str, archs: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_check, "CAPABILITY", f"print({capability!r})")
-    assert gpu_check.architecture().get("CAMKD_FAST_CUDA_ARCHS") == archs
-
-
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
     """Sections believe in a GPU, and their commands are only noted."""
 
