@@ -64,7 +64,7 @@ def gpu_logits(monkeypatch):
     """Stands in for bfloat16 logits of 1000 classes on a Hopper GPU; backends count as loadable."""
     monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
-    built = SimpleNamespace(build=lambda: (True, "80-real 90"), built_for=lambda capability: capability >= (8, 0))
+    built = SimpleNamespace(build=lambda: (True, "90"), built_for=lambda capability: capability >= (8, 0))
     monkeypatch.setattr(dispatch, "_module", lambda name: built)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
 
@@ -89,7 +89,7 @@ def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):
 
 def test_the_cuda_backend_refuses_gpus_that_it_was_not_built_for(gpu_logits, monkeypatch):
     monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
-    with pytest.raises(NotImplementedError, match=r"built for 80-real 90, got compute capability 7\.5"):
+    with pytest.raises(NotImplementedError, match=r"built for 90, got compute capability 7\.5"):
         dispatch.choose("cuda", [gpu_logits])
 
 

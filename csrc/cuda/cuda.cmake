@@ -43,8 +43,8 @@ if(NOT missing STREQUAL "")
 endif()
 
 # Machine code for the GPUs that are here: a build for one takes a fraction of the time. Where none is, or one that this
-# nvcc does not know, for A100 and its relatives and for Hopper, and PTX, which the driver of a later GPU translates when
-# a kernel is first used.
+# nvcc does not know, for Hopper, where `auto` takes these kernels, and PTX, which the driver of a later GPU translates
+# when a kernel is first used.
 set(archs "$ENV{CAMKD_FAST_CUDA_ARCHS}")
 if(archs STREQUAL "")
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE seen
@@ -61,7 +61,7 @@ if(archs STREQUAL "")
     endforeach()
   endif()
   if(archs STREQUAL "")
-    set(archs "80-real;90")
+    set(archs "90")
   endif()
 elseif(NOT archs MATCHES "^([0-9]+[af]?(-real|-virtual)?;?)+$")
   message(FATAL_ERROR "CAMKD_FAST_CUDA_ARCHS must be like 80-real;90, got ${archs}")
