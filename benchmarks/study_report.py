@@ -29,6 +29,9 @@ def evidence(findings: Findings) -> str:
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=False))
         parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=True))
+    for kind in ("logits", "features"):
+        parts.append(f"CA-MKD's mean weight of bad teachers on {kind}, by class:\n\n")
+        parts[-1] += readme.markdown(tables.by_class(findings, kind))
     parts.append(
         "Calibration, expected error of students on test images:\n\n" + readme.markdown(tables.calibration(findings))
     )

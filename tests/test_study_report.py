@@ -13,7 +13,15 @@ import pytest
 from benchmarks import readme, study_report
 from camkd_fast.train.study import report, results, spec, tables
 from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.findings import Findings, bad_teacher_weight, conclusions, core_hours
+from camkd_fast.train.study.findings import (
+    Findings,
+    Place,
+    bad_teacher_weight,
+    bad_teachers_by_class,
+    conclusions,
+    core_hours,
+    said_of,
+)
 from camkd_fast.train.study.results import Results
 from camkd_fast.train.study.spec import Variant
 from camkd_fast.train.study.statistics import Paired, t95
@@ -220,10 +228,80 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
     assert (study_report.FOLDER / "report.html").exists()
 
 
+def test_the_advice_follows_from_the_committed_results() -> None:
+    """Every claim of "In short" and its numbers; results that say otherwise need other advice."""
+    known = results.read(spec.load(study_report.FOLDER / "study.yaml"), study_report.FOLDER / "results.jsonl")
+    assert known.missing == []
+    findings = Findings(known)
+    text = " ".join(study_report.STRATEGIES.read_text().partition("## In short")[2].partition("## Evidence")[0].split())
+    groups = findings.groups()
+    good, bad = groups["good teachers only"], groups["a bad teacher"]
+    variants = {variant.name: variant for variant in findings.variants("main")}
+
+    def paired(places: list[Place], name: str, said: bool = True) -> Paired:
+        found = findings.paired(places, variants[name])
+        assert found is not None and len(found.differences) == 5
+        assert not said or said_of(found) in text, f"{name}: {said_of(found)} is not what the text says"
+        return found
+
+    def accuracy(place: Place, name: str) -> float:
+        found = findings.mean_accuracy([place], variants[name])
+        assert found is not None
+        return found
+
+    assert all(paired(places, name).low > 0 for places in (good, bad) for name in ("ca-mkd", "fitnet-mkd"))
+    for pair in findings.weighed():
+        for places in (good, bad):
+            alone = findings.paired(places, *pair)
+            assert alone is not None and alone.low < 0 < alone.high
+    for place in findings.places:
+        if place[1].model == "mobilenetv2":
+            for name in ("ca-mkd", "fitnet-mkd"):
+                assert paired([place], name, said=False).low < 0
+    assert paired(bad, "best").low > 0 and paired(bad, "aekd").high < 0
+    assert all(
+        paired(places, "ebkd", said=False).low < 0 < paired(places, "ebkd", said=False).high for places in (good, bad)
+    )
+    assert all(paired(places, "ce", said=False).high < -2 for places in (good, bad))
+    here = {(pool.name, student.model): (pool, student) for pool, student in findings.places}
+    assert paired([here["bad-loud", "resnet8"]], "ebkd").high < 0
+    two_bad = here["two-bad", "resnet8"]
+    combined = max(accuracy(two_bad, name) for name in variants if name != "best")
+    assert accuracy(two_bad, "best") > combined + 1
+    assert f"{accuracy(two_bad, 'best'):.2f} % for resnet8, the others {combined:.2f} % at most" in text
+
+    logits = bad_teachers_by_class(findings)["logits"]
+    wrong, swapped = logits["five-mixed: 80 % wrong labels"], logits["bad-swapped: classes 1 and 8 swapped"]
+    assert {round(weight, 2) for c, weight in enumerate(wrong) if c not in (1, 8)} <= {0.1, 0.11}
+    assert {round(wrong[c], 2) for c in (1, 8)} == {0.25} and {round(swapped[c], 2) for c in (1, 8)} == {0.0}
+    assert min(logits["two-bad: 1 % of the images"]) > 1 / 3
+    assert all(abs(weight - 1 / 3) < 0.04 for weight in logits["bad-loud: logits x 4"])
+    assert all(abs(weight - 1 / 3) < 0.01 for c, weight in enumerate(swapped) if c not in (1, 8))
+
+
+def test_weights_of_bad_teachers_by_class() -> None:
+    known = invented(lambda cell: 0.5)  # the pool "bad" has good-0, swapped and loud
+    known.pools["bad"]["confidence"] = [[0.5] * 10, [0.0, 0.0, *[0.25] * 8], [0.5, 0.5, *[0.25] * 8]]
+    for seed, level in enumerate((0.1, 0.2, 0.6)):
+        known.cells[Cell("bad", "resnet8", "ca-mkd", seed)]["class_feature_weights"] = [
+            [0.4] * 10,
+            [level] * 10,
+            [0.0] * 10,
+        ]
+    findings = Findings(known)
+    swapped, loud = "bad: classes 0 and 1 swapped", "bad: logits x 4"
+    found = bad_teachers_by_class(findings)
+    assert found["logits"] == {swapped: [0.0, 0.0, *[0.25] * 8], loud: [0.5, 0.5, *[0.25] * 8]}
+    assert found["features"] == {swapped: pytest.approx([0.3] * 10), loud: [0.0] * 10}
+    table = tables.by_class(findings, "logits")
+    assert table.header[:3] == ("bad teacher", "equal share", "class 0") and len(table.header) == 12
+    assert table.rows[0][:4] == (swapped, "0.33", "0.00", "0.00")
+
+
 def test_markdown_shows_every_table() -> None:
     findings = Findings(with_gain(1.0))
     text = study_report.evidence(findings)
-    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 7 and "CA-MKD" in study_report.summary(findings)
+    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 9 and "CA-MKD" in study_report.summary(findings)
 
 
 def test_students_without_a_pool_are_not_expected_there() -> None:

@@ -73,6 +73,10 @@ class Findings:
             return None
         return mean(mean(accuracies.values()) for accuracies in found)
 
+    def confident(self) -> list[Variant]:
+        """CA-MKD with feature maps, in the main table."""
+        return [variant for variant in self.variants("main") if variant.strategy == "ca-mkd"]
+
     def weighed(self) -> list[tuple[Variant, Variant]]:
         """Variants of the main table with confidence weights, and those with the same losses and equal weights."""
         main = {variant.strategy: variant for variant in self.variants("main")}
@@ -147,9 +151,7 @@ def difference(variant: Variant, other: Variant) -> str:
 def _paper(findings: Findings) -> list[str]:
     """Where the published gain over AVER appears."""
     said = []
-    for variant in findings.variants("main"):
-        if variant.strategy != "ca-mkd":
-            continue
+    for variant in findings.confident():
         by: dict[str, list[str]] = {"within": [], "below": [], "above": []}
         for place in findings.places:
             paired = findings.paired([place], variant)
@@ -179,6 +181,34 @@ def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: s
     if not runs or not bad:
         return None
     return [mean(sum(run[epoch][k] for k in bad) for run in runs) for epoch in range(len(runs[0]))]
+
+
+def bad_teachers_by_class(findings: Findings) -> dict[str, dict[str, list[float]]]:
+    """CA-MKD's mean weights of each bad teacher, class by class: "logits" and "features" -> teacher in its pool -> C.
+
+    Those on logits follow from teachers and labels alone, those on features are of students after the last epoch.
+    """
+    study = findings.results.study
+    weights: dict[str, dict[str, list[float]]] = {"logits": {}, "features": {}}
+    for pool in study.pools:
+        record = findings.results.pools.get(pool.name)
+        runs = [
+            trained["class_feature_weights"]
+            for variant in findings.confident()
+            for place in findings.places
+            if place[0] == pool
+            for trained in findings.records(place, variant).values()
+            if trained.get("class_feature_weights")
+        ]
+        for k, teacher in enumerate(pool.teachers):
+            if not study.is_bad(teacher):
+                continue
+            name = f"{pool.name}: {study.teacher(teacher).badness}"
+            if record is not None:
+                weights["logits"][name] = record["confidence"][k]
+            if runs:
+                weights["features"][name] = [mean(values) for values in zip(*(run[k] for run in runs), strict=True)]
+    return weights
 
 
 def core_hours(findings: Findings) -> float:

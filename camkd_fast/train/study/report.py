@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
 
 from ...report.page import Figures, Folded, Part, Picture, Points, Section, Table, write_page
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
 from ..compare_report import COLORS
 from . import cells, tables
-from .findings import Findings, bad_teacher_weight, conclusions, core_hours, label
+from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, label
 from .results import Results
-from .spec import Pool, Variant
+from .spec import Pool
 
 
 def write(results: Results, page: Path) -> Path:
@@ -131,7 +130,7 @@ def _weights(findings: Findings) -> list[Section]:
             if lines:
                 panels.append(Panel(f"{student.model}, {kind}", "weight of the bad", lines, from_zero=True))
         parts += [curves([panel]) for panel in panels]
-    parts += _by_class(findings, bad_pools)
+    parts += _by_class(findings)
     if not parts:
         return []
     text = (
@@ -142,14 +141,10 @@ def _weights(findings: Findings) -> list[Section]:
     return [Section("Weights of bad teachers", text, parts)]
 
 
-def _confident(findings: Findings) -> list[Variant]:
-    return [variant for variant in findings.variants("main") if variant.strategy == "ca-mkd"]
-
-
 def _over_training(findings: Findings, pool: Pool, model: str, of: str) -> list[Curve]:
     color = TEACHER_COLORS[findings.results.study.pools.index(pool) % len(TEACHER_COLORS)]
     found = []
-    for variant in _confident(findings):
+    for variant in findings.confident():
         for place in findings.places:
             if place[0] == pool and place[1].model == model:
                 weights = bad_teacher_weight(findings, place, variant, of)
@@ -158,37 +153,17 @@ def _over_training(findings: Findings, pool: Pool, model: str, of: str) -> list[
     return found
 
 
-def _by_class(findings: Findings, pools: list[Pool]) -> list[Picture]:
+def _by_class(findings: Findings) -> list[Picture]:
     """Heat maps of (bad teacher of a pool) x class."""
-    study = findings.results.study
-    logits, features = [], []
-    for pool in pools:
-        record = findings.results.pools.get(pool.name)
-        runs = [
-            record["class_feature_weights"]
-            for variant in _confident(findings)
-            for place in findings.places
-            if place[0] == pool
-            for record in findings.records(place, variant).values()
-            if record.get("class_feature_weights")
-        ]
-        for k, name in enumerate(pool.teachers):
-            if not study.is_bad(name):
-                continue
-            label = f"{pool.name}: {study.teacher(name).badness}"
-            if record is not None:
-                logits.append((label, record["confidence"][k]))
-            if runs:
-                features.append((label, [mean(values) for values in zip(*(run[k] for run in runs), strict=True)]))
     pictures = []
-    for kind, rows in (("logits", logits), ("features", features)):
+    for kind, rows in bad_teachers_by_class(findings).items():
         if rows:
             words = f"Mean weight on {kind} of bad teachers by class: " + "; ".join(
-                f"{label}: {min(row):.2f} to {max(row):.2f}" for label, row in rows
+                f"{name}: {min(row):.2f} to {max(row):.2f}" for name, row in rows.items()
             )
-            top = max(max(row) for _, row in rows)
-            labels, levels = zip(*rows, strict=True)
-            pictures.append(class_levels([f"{label} ({kind})" for label in labels], levels, words, top, percent=False))
+            top = max(map(max, rows.values()))
+            names = [f"{name} ({kind})" for name in rows]
+            pictures.append(class_levels(names, list(rows.values()), words, top, percent=False))
     return pictures
 
 

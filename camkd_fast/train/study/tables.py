@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from ...report.page import Table
-from .findings import Findings, Place, difference, label, mean_over, said_of
+from .findings import Findings, Place, bad_teachers_by_class, difference, label, mean_over, said_of
 from .spec import Student, Variant
 from .work import Record
 
@@ -98,6 +98,18 @@ def pools(findings: Findings) -> Table:
         ("pool", "", "teachers"),
         [(pool.name, pool.label, ", ".join(pool.teachers)) for pool in findings.results.study.pools],
     )
+
+
+def by_class(findings: Findings, kind: str) -> Table:
+    """CA-MKD's mean weight of each bad teacher on `kind` ("logits", "features"), class by class."""
+    rows = bad_teachers_by_class(findings)[kind]
+    C = max(map(len, rows.values()), default=0)
+    equal = {pool.name: 1 / len(pool.teachers) for pool in findings.results.study.pools}
+    written = [
+        (name, f"{equal[name.partition(':')[0]]:.2f}", *(f"{weight:.2f}" for weight in row))
+        for name, row in rows.items()
+    ]
+    return Table(("bad teacher", "equal share", *(f"class {c}" for c in range(C))), written)
 
 
 def calibration(findings: Findings) -> Table:
