@@ -29,6 +29,8 @@ def evidence(findings: Findings) -> str:
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=False))
         parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
         parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=True))
+    for table, title in (("official", "At the official code's scale"), ("ablation", "Ablations")):
+        parts.append(f"{title}:\n\n{readme.markdown(tables.against_others(findings, table))}")
     for kind in ("logits", "features"):
         parts.append(f"CA-MKD's mean weight of bad teachers on {kind}, by class:\n\n")
         parts[-1] += readme.markdown(tables.by_class(findings, kind))

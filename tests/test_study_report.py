@@ -270,6 +270,11 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     assert accuracy(two_bad, "best") > combined + 1
     assert f"{accuracy(two_bad, 'best'):.2f} % for resnet8, the others {combined:.2f} % at most" in text
 
+    attached = known.study.variant("attached")
+    for pool in ("good-equal", "bad-wrong-80"):
+        cost = findings.paired([here[pool, "resnet8"]], attached)
+        assert cost is not None and cost.high < 0 and said_of(cost).removeprefix("-") in text
+
     logits = bad_teachers_by_class(findings)["logits"]
     wrong, swapped = logits["five-mixed: 80 % wrong labels"], logits["bad-swapped: classes 1 and 8 swapped"]
     assert {round(weight, 2) for c, weight in enumerate(wrong) if c not in (1, 8)} <= {0.1, 0.11}
@@ -301,7 +306,7 @@ def test_weights_of_bad_teachers_by_class() -> None:
 def test_markdown_shows_every_table() -> None:
     findings = Findings(with_gain(1.0))
     text = study_report.evidence(findings)
-    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 9 and "CA-MKD" in study_report.summary(findings)
+    assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 11 and "CA-MKD" in study_report.summary(findings)
 
 
 def test_students_without_a_pool_are_not_expected_there() -> None:

@@ -103,12 +103,14 @@ ul { margin: 0 0 16px; padding-left: 1.2em; max-width: 75ch; }
 li { margin: 4px 0; }
 .lead { color: #57606a; font-size: 17px; }
 section { background: #fff; border: 1px solid #d8dce1; border-radius: 10px; padding: 24px; margin: 24px 0; }
+section { overflow-x: auto; }
 section > :last-child { margin-bottom: 0; }
 img { display: block; width: 100%; margin: 8px 0 20px; }
 table { border-collapse: collapse; width: 100%; margin: 8px 0 20px; font-size: 15px; }
 th, td { text-align: right; font-variant-numeric: tabular-nums; padding: 7px 10px; border-bottom: 1px solid #e8ebef; }
 th { font-weight: 600; color: #57606a; border-bottom-color: #b9c0c8; }
 th:first-child, td:first-child { text-align: left; }
+td:nth-child(n+2) { white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 12px 40px; margin: 8px 0 20px; }
 .figures div { display: flex; flex-direction: column-reverse; }
 .figures dd { margin: 0; font-size: 26px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 from ...report.page import Figures, Folded, Part, Picture, Points, Section, Table, write_page
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
@@ -93,7 +94,7 @@ def _variants(findings: Findings) -> list[Section]:
 
 
 def _quality(findings: Findings) -> list[Section]:
-    """Students over the accuracy of the pool's worst teacher."""
+    """Students over the accuracy of their pool's teachers."""
     known = findings.results.teachers
     panels = []
     for student in findings.results.study.students:
@@ -103,18 +104,18 @@ def _quality(findings: Findings) -> list[Section]:
             for place in findings.places:
                 accuracy = findings.mean_accuracy([place], variant)
                 if place[1] == student and accuracy is not None and all(name in known for name in place[0].teachers):
-                    worst = min(100 * known[name]["test_accuracy"] for name in place[0].teachers)
-                    points.append((worst, accuracy))
+                    teachers = mean(100 * known[name]["test_accuracy"] for name in place[0].teachers)
+                    points.append((teachers, accuracy))
             if len(points) > 1:
                 x, y = zip(*sorted(points), strict=True)
                 lines.append(Curve(label(variant), COLORS[variant.strategy], [y], x=x))
         if lines:
             panels.append(
-                Panel(student.model, "student, test (%)", lines, xlabel="worst teacher of the pool, test (%)")
+                Panel(student.model, "student, test (%)", lines, xlabel="teachers of the pool, mean, test (%)")
             )
     if not panels:
         return []
-    text = "Each point is a pool: the accuracy of its worst teacher, and of students that learnt from it."
+    text = "Each point is a pool: the mean accuracy of its teachers, and of students that learnt from them."
     return [Section("Students and the quality of teachers", text, [curves([panel]) for panel in panels])]
 
 
