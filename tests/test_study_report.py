@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 
 import pytest
 
@@ -282,6 +282,24 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     assert min(logits["two-bad: 1 % of the images"]) > 1 / 3
     assert all(abs(weight - 1 / 3) < 0.04 for weight in logits["bad-loud: logits x 4"])
     assert all(abs(weight - 1 / 3) < 0.01 for c, weight in enumerate(swapped) if c not in (1, 8))
+
+
+def test_the_students_betas_are_the_best_on_held_out_images() -> None:
+    chosen = results.read(spec.load(study_report.FOLDER / "beta.yaml"), study_report.FOLDER / "beta.jsonl")
+    assert chosen.missing == []
+    study = spec.load(study_report.FOLDER / "study.yaml")
+    for student in study.students:
+        means = {
+            variant.beta: mean(
+                record["validation_accuracy"][-1]
+                for cell, record in chosen.cells.items()
+                if (cell.student, cell.variant) == (student.model, variant.name)
+            )
+            for variant in chosen.study.variants
+            if variant.beta is not None
+        }
+        beta = study.variant("ca-mkd").beta if student.beta is None else student.beta
+        assert max(means, key=lambda b: means[b]) == beta, f"{student.model}: {means}"
 
 
 def test_weights_of_bad_teachers_by_class() -> None:
