@@ -26,9 +26,9 @@ def evidence(findings: Findings) -> str:
     parts = [summary(findings)]
     for student in findings.results.study.students if findings.results.cells else ():
         parts.append(f"{student.model}, test accuracy in percent by pool:\n\n")
-        parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=False))
+        parts[-1] += readme.markdown(tables.accuracy_by_pool(findings, student))
         parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
-        parts[-1] += readme.markdown(tables.by_pool(findings, student, gains=True))
+        parts[-1] += readme.markdown(tables.difference_by_pool(findings, student))
     for table, title in (("official", "At the official code's scale"), ("ablation", "Ablations")):
         parts.append(f"{title}:\n\n{readme.markdown(tables.against_others(findings, table))}")
     for kind in ("logits", "features"):

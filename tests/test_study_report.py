@@ -132,7 +132,7 @@ def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> N
         "ca-mkd-logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
         "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
     ) in conclusions(findings)
-    rows = {row[0]: row[1:] for row in tables.by_pool(findings, study.students[0], gains=True).rows}
+    rows = {row[0]: row[1:] for row in tables.difference_by_pool(findings, study.students[0]).rows}
     assert rows["CA-MKD"] == ("+2.00 ± 0.00", "+2.25 ± 0.00")
     assert rows["CA-MKD minus FitNet-MKD"] == ("+0.00 ± 0.00", "+0.25 ± 0.00")
     assert "ca-mkd-logits minus AVER" not in rows, "that is its row over AVER"
@@ -182,8 +182,8 @@ def test_tables_hold_the_numbers() -> None:
     ]
     assert rows["AVER"][1:3] == ["", ""]
     (student,) = findings.results.study.students
-    assert tables.by_pool(findings, student, gains=False).header == ("", "good", "bad")
-    gains = {row[0]: row[1:] for row in tables.by_pool(findings, student, gains=True).rows}
+    assert tables.accuracy_by_pool(findings, student).header == ("", "good", "bad")
+    gains = {row[0]: row[1:] for row in tables.difference_by_pool(findings, student).rows}
     assert "AVER" not in gains and gains["CA-MKD"] == ("+0.00 ± 0.00", "+2.00 ± 2.48")
     (ablation,) = tables.against_others(findings, "ablation").rows
     assert ablation[:5] == ("uniform", "bad, resnet8", "52.00 %", "CA-MKD", "-2.00 ± 2.48")
@@ -275,12 +275,13 @@ def test_the_advice_follows_from_the_committed_results() -> None:
         cost = findings.paired([here[pool, "resnet8"]], attached)
         assert cost is not None and cost.high < 0 and said_of(cost).removeprefix("-") in text
 
-    logits = bad_teachers_by_class(findings)["logits"]
-    wrong, swapped = logits["five-mixed: 80 % wrong labels"], logits["bad-swapped: classes 1 and 8 swapped"]
+    found = bad_teachers_by_class(findings)["logits"].items()
+    logits = {(pool.name, teacher): weights for (pool, teacher), weights in found}
+    wrong, swapped = logits["five-mixed", "wrong-80"], logits["bad-swapped", "swapped"]
     assert {round(weight, 2) for c, weight in enumerate(wrong) if c not in (1, 8)} <= {0.1, 0.11}
     assert {round(wrong[c], 2) for c in (1, 8)} == {0.25} and {round(swapped[c], 2) for c in (1, 8)} == {0.0}
-    assert min(logits["two-bad: 1 % of the images"]) > 1 / 3
-    assert all(abs(weight - 1 / 3) < 0.04 for weight in logits["bad-loud: logits x 4"])
+    assert min(logits["two-bad", "few"]) > 1 / 3
+    assert all(abs(weight - 1 / 3) < 0.04 for weight in logits["bad-loud", "loud"])
     assert all(abs(weight - 1 / 3) < 0.01 for c, weight in enumerate(swapped) if c not in (1, 8))
 
 
@@ -312,13 +313,14 @@ def test_weights_of_bad_teachers_by_class() -> None:
             [0.0] * 10,
         ]
     findings = Findings(known)
-    swapped, loud = "bad: classes 0 and 1 swapped", "bad: logits x 4"
+    pool = known.study.pool("bad")
+    swapped, loud = (pool, "swapped"), (pool, "loud")
     found = bad_teachers_by_class(findings)
     assert found["logits"] == {swapped: [0.0, 0.0, *[0.25] * 8], loud: [0.5, 0.5, *[0.25] * 8]}
     assert found["features"] == {swapped: pytest.approx([0.3] * 10), loud: [0.0] * 10}
     table = tables.by_class(findings, "logits")
     assert table.header[:3] == ("bad teacher", "equal share", "class 0") and len(table.header) == 12
-    assert table.rows[0][:4] == (swapped, "0.33", "0.00", "0.00")
+    assert table.rows[0][:4] == ("bad: classes 0 and 1 swapped", "0.33", "0.00", "0.00")
 
 
 def test_markdown_shows_every_table() -> None:

@@ -183,13 +183,13 @@ def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: s
     return [mean(sum(run[epoch][k] for k in bad) for run in runs) for epoch in range(len(runs[0]))]
 
 
-def bad_teachers_by_class(findings: Findings) -> dict[str, dict[str, list[float]]]:
-    """CA-MKD's mean weights of each bad teacher, class by class: "logits" and "features" -> teacher in its pool -> C.
+def bad_teachers_by_class(findings: Findings) -> dict[str, dict[tuple[Pool, str], list[float]]]:
+    """CA-MKD's mean weights of each bad teacher, class by class: "logits", "features" -> pool and teacher -> C.
 
     Those on logits follow from teachers and labels alone, those on features are of students after the last epoch.
     """
     study = findings.results.study
-    weights: dict[str, dict[str, list[float]]] = {"logits": {}, "features": {}}
+    weights: dict[str, dict[tuple[Pool, str], list[float]]] = {"logits": {}, "features": {}}
     for pool in study.pools:
         record = findings.results.pools.get(pool.name)
         runs = [
@@ -203,12 +203,18 @@ def bad_teachers_by_class(findings: Findings) -> dict[str, dict[str, list[float]
         for k, teacher in enumerate(pool.teachers):
             if not study.is_bad(teacher):
                 continue
-            name = f"{pool.name}: {study.teacher(teacher).badness}"
             if record is not None:
-                weights["logits"][name] = record["confidence"][k]
+                weights["logits"][pool, teacher] = record["confidence"][k]
             if runs:
-                weights["features"][name] = [mean(values) for values in zip(*(run[k] for run in runs), strict=True)]
+                weights["features"][pool, teacher] = [
+                    mean(values) for values in zip(*(run[k] for run in runs), strict=True)
+                ]
     return weights
+
+
+def how_bad(findings: Findings, pool: Pool, teacher: str) -> str:
+    """The name of a row about a bad teacher."""
+    return f"{pool.name}: {findings.results.study.teacher(teacher).badness}"
 
 
 def core_hours(findings: Findings) -> float:

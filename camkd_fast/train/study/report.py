@@ -9,7 +9,7 @@ from ...report.page import Figures, Folded, Part, Picture, Points, Section, Tabl
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
 from ..compare_report import COLORS
 from . import cells, tables
-from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, label
+from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, how_bad, label
 from .results import Results
 from .spec import Pool
 
@@ -66,8 +66,8 @@ def _conclusion(findings: Findings) -> Section:
 def _accuracy(findings: Findings) -> Section:
     parts: list[Part] = [tables.overview(findings)]
     for student in findings.results.study.students:
-        parts.append(Folded(f"{student.model}, test accuracy (%)", tables.by_pool(findings, student, gains=False)))
-        parts.append(Folded(f"{student.model}, difference in points", tables.by_pool(findings, student, gains=True)))
+        parts.append(Folded(f"{student.model}, test accuracy (%)", tables.accuracy_by_pool(findings, student)))
+        parts.append(Folded(f"{student.model}, difference in points", tables.difference_by_pool(findings, student)))
     text = (
         "Mean over pools, students and seeds; differences to AVER from the same seed, with 95 % intervals. All "
         "strategies have the same total strength and, per seed, the same first parameters, image order and "
@@ -157,14 +157,15 @@ def _over_training(findings: Findings, pool: Pool, model: str, of: str) -> list[
 def _by_class(findings: Findings) -> list[Picture]:
     """Heat maps of (bad teacher of a pool) x class."""
     pictures = []
-    for kind, rows in bad_teachers_by_class(findings).items():
-        if rows:
+    for kind, weights in bad_teachers_by_class(findings).items():
+        if weights:
+            names = [how_bad(findings, *teacher) for teacher in weights]
+            levels = list(weights.values())
             words = f"Mean weight on {kind} of bad teachers by class: " + "; ".join(
-                f"{name}: {min(row):.2f} to {max(row):.2f}" for name, row in rows.items()
+                f"{name}: {min(row):.2f} to {max(row):.2f}" for name, row in zip(names, levels, strict=True)
             )
-            top = max(map(max, rows.values()))
-            names = [f"{name} ({kind})" for name in rows]
-            pictures.append(class_levels(names, list(rows.values()), words, top, percent=False))
+            rows = [f"{name} ({kind})" for name in names]
+            pictures.append(class_levels(rows, levels, words, max(map(max, levels)), percent=False))
     return pictures
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from ...report.page import Table
-from .findings import Findings, Place, bad_teachers_by_class, difference, label, mean_over, said_of
+from .findings import Findings, Place, bad_teachers_by_class, difference, how_bad, label, mean_over, said_of
 from .spec import Student, Variant
 from .work import Record
 
@@ -38,26 +38,31 @@ def _gain(findings: Findings, places: Sequence[Place], variant: Variant) -> tupl
     return said_of(paired), " / ".join(map(str, findings.outcomes(places, variant)))
 
 
-def by_pool(findings: Findings, student: Student, gains: bool) -> Table:
-    """Variants of the main table x pools: mean accuracies of a student in percent, or differences in points.
-
-    The last rows of the differences are those of the weights alone.
-    """
-    places = [place for place in findings.places if place[1] == student]
+def accuracy_by_pool(findings: Findings, student: Student) -> Table:
+    """Mean test accuracy of a student in percent: variants of the main table x pools."""
+    places = _places_of(findings, student)
     rows = []
-    if gains:
-        study = findings.results.study
-        variants = [variant for variant in findings.variants("main") if variant.name != variant.against]
-        compared = [(label(variant), variant, study.variant(variant.against)) for variant in variants]
-        compared += [(difference(*pair), *pair) for pair in findings.weighed() if pair[0].against != pair[1].name]
-        for name, variant, other in compared:
-            pairs = [findings.paired([place], variant, other) for place in places]
-            rows.append((name, *(NOTHING if paired is None else said_of(paired) for paired in pairs)))
-    else:
-        for variant in findings.variants("main"):
-            found = [findings.mean_accuracy([place], variant) for place in places]
-            rows.append((label(variant), *(NOTHING if accuracy is None else f"{accuracy:.2f}" for accuracy in found)))
+    for variant in findings.variants("main"):
+        found = [findings.mean_accuracy([place], variant) for place in places]
+        rows.append((label(variant), *(NOTHING if accuracy is None else f"{accuracy:.2f}" for accuracy in found)))
     return Table(("", *(place[0].name for place in places)), rows)
+
+
+def difference_by_pool(findings: Findings, student: Student) -> Table:
+    """Points over what each variant of the main table is compared with x pools; last, what weights alone are worth."""
+    study, places = findings.results.study, _places_of(findings, student)
+    variants = [variant for variant in findings.variants("main") if variant.name != variant.against]
+    compared = [(label(variant), variant, study.variant(variant.against)) for variant in variants]
+    compared += [(difference(*pair), *pair) for pair in findings.weighed() if pair[0].against != pair[1].name]
+    rows = []
+    for name, variant, other in compared:
+        pairs = [findings.paired([place], variant, other) for place in places]
+        rows.append((name, *(NOTHING if paired is None else said_of(paired) for paired in pairs)))
+    return Table(("", *(place[0].name for place in places)), rows)
+
+
+def _places_of(findings: Findings, student: Student) -> list[Place]:
+    return [place for place in findings.places if place[1] == student]
 
 
 def against_others(findings: Findings, table: str) -> Table:
@@ -102,14 +107,13 @@ def pools(findings: Findings) -> Table:
 
 def by_class(findings: Findings, kind: str) -> Table:
     """CA-MKD's mean weight of each bad teacher on `kind` ("logits", "features"), class by class."""
-    rows = bad_teachers_by_class(findings)[kind]
-    C = max(map(len, rows.values()), default=0)
-    equal = {pool.name: 1 / len(pool.teachers) for pool in findings.results.study.pools}
-    written = [
-        (name, f"{equal[name.partition(':')[0]]:.2f}", *(f"{weight:.2f}" for weight in row))
-        for name, row in rows.items()
+    weights = bad_teachers_by_class(findings)[kind]
+    C = max(map(len, weights.values()), default=0)
+    rows = [
+        (how_bad(findings, pool, teacher), f"{1 / len(pool.teachers):.2f}", *(f"{weight:.2f}" for weight in row))
+        for (pool, teacher), row in weights.items()
     ]
-    return Table(("bad teacher", "equal share", *(f"class {c}" for c in range(C))), written)
+    return Table(("bad teacher", "equal share", *(f"class {c}" for c in range(C))), rows)
 
 
 def calibration(findings: Findings) -> Table:
@@ -138,8 +142,8 @@ def cost(findings: Findings) -> Table:
     for variant in findings.variants("main"):
         cells = []
         for student in study.students:
-            places = [place for place in findings.places if place[1] == student]
-            speeds = [record["images_per_second"] for record in _records(findings, places, variant)]
+            records = _records(findings, _places_of(findings, student), variant)
+            speeds = [record["images_per_second"] for record in records]
             speeds = [speed for speed in speeds if speed > 0]
             images = study.data.images
             cells.append(f"{median(speeds):,.0f}" if speeds else NOTHING)
