@@ -6,21 +6,19 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 
 import pytest
 
-from benchmarks import readme, study_report
-from camkd_fast.train.study import report, results, spec, tables
+from benchmarks import study_report
+from camkd_fast.train.study import report, results, tables
 from camkd_fast.train.study.cells import Cell
 from camkd_fast.train.study.findings import (
     Findings,
-    Place,
     bad_teacher_weight,
     bad_teachers_by_class,
     conclusions,
     core_hours,
-    said_of,
 )
 from camkd_fast.train.study.results import Results
 from camkd_fast.train.study.spec import Variant
@@ -214,93 +212,6 @@ def test_equal_results_give_equal_bytes_with_whatever_is_there(tmp_path: Path, s
         for words in ("The official code&#x27;s scale", "Ablations", "Weights of bad teachers", "commit 0123456789"):
             assert words in page
         assert page.count('<img alt="') == 5  # quality, weights of logits and features, both by class
-
-
-def test_committed_tables_are_those_of_the_committed_results() -> None:
-    known = results.read(spec.load(study_report.FOLDER / "study.yaml"), study_report.FOLDER / "results.jsonl")
-    findings = Findings(known)
-    for path, name, content in (
-        (readme.README, "study", study_report.summary(findings)),
-        (study_report.STRATEGIES, "evidence", study_report.evidence(findings)),
-    ):
-        text = path.read_text()
-        assert readme.replaced(text, name, content) == text, f"`make study-report` writes another {path.name}"
-    assert (study_report.FOLDER / "report.html").exists()
-
-
-def test_the_advice_follows_from_the_committed_results() -> None:
-    """Every claim of "In short" and its numbers; results that say otherwise need other advice."""
-    known = results.read(spec.load(study_report.FOLDER / "study.yaml"), study_report.FOLDER / "results.jsonl")
-    assert known.missing == []
-    findings = Findings(known)
-    text = " ".join(study_report.STRATEGIES.read_text().partition("## In short")[2].partition("## Evidence")[0].split())
-    groups = findings.groups()
-    good, bad = groups["good teachers only"], groups["a bad teacher"]
-    variants = {variant.name: variant for variant in findings.variants("main")}
-
-    def paired(places: list[Place], name: str, said: bool = True) -> Paired:
-        found = findings.paired(places, variants[name])
-        assert found is not None and len(found.differences) == 5
-        assert not said or said_of(found) in text, f"{name}: {said_of(found)} is not what the text says"
-        return found
-
-    def accuracy(place: Place, name: str) -> float:
-        found = findings.mean_accuracy([place], variants[name])
-        assert found is not None
-        return found
-
-    assert all(paired(places, name).low > 0 for places in (good, bad) for name in ("ca-mkd", "fitnet-mkd"))
-    for pair in findings.weighed():
-        for places in (good, bad):
-            alone = findings.paired(places, *pair)
-            assert alone is not None and alone.low < 0 < alone.high
-    for place in findings.places:
-        if place[1].model == "mobilenetv2":
-            for name in ("ca-mkd", "fitnet-mkd"):
-                assert paired([place], name, said=False).low < 0
-    assert paired(bad, "best").low > 0 and paired(bad, "aekd").high < 0
-    assert all(
-        paired(places, "ebkd", said=False).low < 0 < paired(places, "ebkd", said=False).high for places in (good, bad)
-    )
-    assert all(paired(places, "ce", said=False).high < -2 for places in (good, bad))
-    here = {(pool.name, student.model): (pool, student) for pool, student in findings.places}
-    assert paired([here["bad-loud", "resnet8"]], "ebkd").high < 0
-    two_bad = here["two-bad", "resnet8"]
-    combined = max(accuracy(two_bad, name) for name in variants if name != "best")
-    assert accuracy(two_bad, "best") > combined + 1
-    assert f"{accuracy(two_bad, 'best'):.2f} % for resnet8, the others {combined:.2f} % at most" in text
-
-    attached = known.study.variant("attached")
-    for pool in ("good-equal", "bad-wrong-80"):
-        cost = findings.paired([here[pool, "resnet8"]], attached)
-        assert cost is not None and cost.high < 0 and said_of(cost).removeprefix("-") in text
-
-    found = bad_teachers_by_class(findings)["logits"].items()
-    logits = {(pool.name, teacher): weights for (pool, teacher), weights in found}
-    wrong, swapped = logits["five-mixed", "wrong-80"], logits["bad-swapped", "swapped"]
-    assert {round(weight, 2) for c, weight in enumerate(wrong) if c not in (1, 8)} <= {0.1, 0.11}
-    assert {round(wrong[c], 2) for c in (1, 8)} == {0.25} and {round(swapped[c], 2) for c in (1, 8)} == {0.0}
-    assert min(logits["two-bad", "few"]) > 1 / 3
-    assert all(abs(weight - 1 / 3) < 0.04 for weight in logits["bad-loud", "loud"])
-    assert all(abs(weight - 1 / 3) < 0.01 for c, weight in enumerate(swapped) if c not in (1, 8))
-
-
-def test_the_students_betas_are_the_best_on_held_out_images() -> None:
-    chosen = results.read(spec.load(study_report.FOLDER / "beta.yaml"), study_report.FOLDER / "beta.jsonl")
-    assert chosen.missing == []
-    study = spec.load(study_report.FOLDER / "study.yaml")
-    for student in study.students:
-        means = {
-            variant.beta: mean(
-                record["validation_accuracy"][-1]
-                for cell, record in chosen.cells.items()
-                if (cell.student, cell.variant) == (student.model, variant.name)
-            )
-            for variant in chosen.study.variants
-            if variant.beta is not None
-        }
-        beta = study.variant("ca-mkd").beta if student.beta is None else student.beta
-        assert max(means, key=lambda b: means[b]) == beta, f"{student.model}: {means}"
 
 
 def test_weights_of_bad_teachers_by_class() -> None:
