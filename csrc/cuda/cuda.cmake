@@ -48,7 +48,7 @@ endif()
 set(archs "$ENV{CAMKD_FAST_CUDA_ARCHS}")
 if(archs STREQUAL "")
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE seen
-                  RESULT_VARIABLE status ERROR_QUIET)
+                  RESULT_VARIABLE status TIMEOUT 10 ERROR_QUIET)
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known)
   if(status EQUAL 0)
     string(REGEX MATCHALL "[0-9]+\\.[0-9]+" seen "${seen}")
