@@ -18,7 +18,9 @@ STRATEGIES = readme.README.parent / "docs" / "strategies.md"
 def summary(findings: Findings) -> str:
     """What the README says: conclusions, and each strategy over all pools."""
     said = "".join(f"- {sentence}\n" for sentence in conclusions(findings))
-    return f"{said}\n{readme.markdown(tables.overview(findings))}" if findings.results.cells else said
+    if not findings.results.cells:
+        return said
+    return f"{said}\n{readme.markdown(tables.overview(findings))}\n{findings.results.origin}.\n"
 
 
 def evidence(findings: Findings) -> str:

@@ -35,15 +35,8 @@ def write(results: Results, page: Path) -> Path:
         f"{len(study.seeds)} seeds on {data.data}: {data.images or 'all'} training images, {study.training.epochs} "
         f"epochs. Test accuracy of the last epoch; no epoch is selected."
     )
-    write_page(page, study.title, lead, sections, _footer(results))
+    write_page(page, study.title, lead, sections, results.origin or "No results yet.")
     return page
-
-
-def _footer(results: Results) -> str:
-    """Machines and commits that the results come from, those of the results and not of whoever draws the page."""
-    records = [*results.teachers.values(), *results.pools.values(), *results.cells.values()]
-    parts = [", ".join(sorted({record[name] for record in records})) for name in ("where", "commit")]
-    return f"{parts[0]}; commit {parts[1]}" if records else "No results yet."
 
 
 def _conclusion(findings: Findings) -> Section:

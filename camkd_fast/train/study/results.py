@@ -28,6 +28,13 @@ class Results:
     def missing(self) -> list[Cell]:
         return [cell for cell in cells.cells(self.study) if cell not in self.cells]
 
+    @property
+    def origin(self) -> str:
+        """Machines and commits that the results come from, whoever draws them; empty without results."""
+        records = [*self.teachers.values(), *self.pools.values(), *self.cells.values()]
+        where, commits = (sorted({record[name] for record in records}) for name in ("where", "commit"))
+        return f"{', '.join(where)}; commit {', '.join(commits)}" if records else ""
+
     def add(self, records: Iterable[Record]) -> None:
         """Take those that are of the study as it is now; a later one takes the place of an earlier one."""
         teachers = {spec.name: cells.teacher_hash(self.study, spec.name) for spec in self.study.teachers}
