@@ -251,6 +251,20 @@ def test_the_check_agrees_with_what_is_so_and_finds_what_is_not(
     assert not list(done.glob(".check-*"))
 
 
+def test_the_check_needs_nothing_but_the_results(
+    done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a fresh clone: teachers are trained again first, the source of a derived one too, and kept."""
+    known = results.collect(study(), done)
+    one, out = Cell("bad", "resnet8", "ca-mkd", 0), tmp_path / "new"
+    results.Results(study(), known.teachers, known.pools, {one: known.cells[one]}).write(tmp_path / "r.jsonl")
+    line = f"compare --study {file} --out {out} --results {tmp_path / 'r.jsonl'} --jobs 1 --check 1"
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out.endswith("now: equal\n")
+    assert {folder.name for folder in (out / "teachers").iterdir()} == {"good-0", "good-1", "swapped", "loud"}
+    assert all((folder / "record.json").exists() for folder in (out / "teachers").iterdir())
+
+
 def test_what_the_results_hold_is_not_done_again_on_another_machine(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

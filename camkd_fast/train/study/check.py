@@ -1,4 +1,4 @@
-"""The spot check: finished cells trained once more, from their teachers on disk, must say the same to the last bit."""
+"""The spot check: finished cells trained once more, from the same teachers, must say the same to the last bit."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def check(
 ) -> list[Checked]:
     """Train the chosen cells anew, beside `out`, whose teachers are used and whose caches are made again.
 
-    Raises:
-        FileNotFoundError: a teacher is not in `out`.
+    Teachers that `out` lacks, as where there is nothing but a file of results, are trained first and stay there.
     """
     study = results.study
     with tempfile.TemporaryDirectory(dir=out, prefix=".check-") as folder:
@@ -47,10 +46,9 @@ def check(
         needed = cells.teachers_of(study, cells.pools_of(study, chosen))
         (scratch / "teachers").mkdir()
         for spec in needed:
-            source = cells.teacher_folder(out, spec.name).resolve()
-            if not source.exists():
-                raise FileNotFoundError(f"{source} is missing, so cells that learn from it cannot be checked")
-            cells.teacher_folder(scratch, spec.name).symlink_to(source)
+            kept = cells.teacher_folder(out, spec.name).resolve()
+            kept.mkdir(parents=True, exist_ok=True)
+            cells.teacher_folder(scratch, spec.name).symlink_to(kept)
         conductor.conduct(study, scratch, origin, jobs=jobs, say=say, only=chosen)
         again = collect(study, scratch).cells
     return [
