@@ -10,8 +10,6 @@ import functools
 import importlib
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 from helpers import (
@@ -26,15 +24,22 @@ from helpers import (
     run_value_and_grad,
     truth,
 )
+from op_contract import (
+    assert_confidence,
+    assert_confidence_edges,
+    assert_feature_module,
+    assert_features,
+    assert_scales_rows,
+)
 from row_contract import assert_agrees, assert_means, options
 
-from camkd_fast import CAMKDFeatureLoss, camkd_loss, reference
+from camkd_fast import camkd_loss, reference
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")
 launch = importlib.import_module("camkd_fast.kernels.launch")
 
-if os.environ.get("TRITON_INTERPRET") != "1":  # only where there is a GPU: see conftest.py
+if os.environ.get("TRITON_INTERPRET") != "1":  # conftest.py sets it where there is no GPU; tests/gpu is for the others
     pytest.skip("these cases are CPU tensors, which need TRITON_INTERPRET=1", allow_module_level=True)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -297,77 +302,29 @@ def test_all_rows_ignored_keep_the_graph() -> None:
 
 @pytest.mark.parametrize("C", [10, 101, 3000])
 def test_confidence(C: int) -> None:
-    """Forward and backward against the reference in float64, ignored NaN rows, mixed dtypes and a padded slice."""
+    """An ignored row of NaN, mixed dtypes and a padded slice."""
     wide = torch.full((4, C + 8), NAN)
     logits = [3 * torch.randn(4, C), wide[:, :C].copy_(3 * torch.randn(4, C)), 3 * torch.randn(4, C).to(BF16)]
     logits[0][2] = NAN
-    target = torch.randint(C, (4,))
-    target[2] = -100
-    exact = [z.double() for z in logits]
-    expected = reference.confidence_forward(exact, target, -100)
-    actual = kernels.confidence_forward(logits, target, -100)
-    for ours, theirs, plain in zip(actual, expected, reference.confidence_forward(logits, target, -100), strict=True):
-        assert_accurate(ours, theirs, plain, "confidence", floor=3e-7)
-    grad_ce = torch.randn(4, 3).t()
-    grad_ce[:, 2] = 0.0
-    theirs = reference.confidence_backward(exact, target, expected[2], grad_ce.double())
-    plain = reference.confidence_backward(logits, target, expected[2].float(), grad_ce)
-    for ours, R, N in zip(kernels.confidence_backward(logits, target, actual[2], grad_ce), theirs, plain, strict=True):
-        assert_accurate(ours, R, N, "gradient", one_ulp(ours))
+    assert_confidence(kernels, logits, torch.randint(C, (4,)), forward_floor=3e-7, gradient_floor=one_ulp)
 
 
 def test_confidence_edges() -> None:
-    logits = [torch.randn(3, 10) for _ in range(2)]
-    logits[0][0, 4] = -INF
-    target = torch.tensor([4, 10, 5])
-    for ours, theirs in zip(
-        kernels.confidence_forward(logits, target, -100),
-        reference.confidence_forward(logits, target, -100),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-    weights, _, _ = kernels.confidence_forward(logits[:1], target, 4)
-    assert weights.tolist() == [[0.0, 1.0, 1.0]]
+    assert_confidence_edges(kernels)
 
 
 def test_features() -> None:
     """Widths, dtypes and row strides that differ between teachers."""
     student = [torch.randn(3, 100), torch.randn(3, 4100).to(BF16), torch.randn(3, 40)[:, :33]]
     teachers = [torch.randn(3, 100).to(F16), torch.randn(3, 4100), torch.randn(3, 33)]
-    exact = [x.double() for x in student], [x.double() for x in teachers]
-    error = kernels.feature_forward(student, teachers)
-    assert_accurate(error, reference.feature_forward(*exact), reference.feature_forward(student, teachers), "error")
-    grad = torch.randn(3, 3).t()
-    actual = kernels.feature_backward(student, teachers, grad)
-    plain = reference.feature_backward(student, teachers, grad)
-    for ours, R, N in zip(actual, reference.feature_backward(*exact, grad.double()), plain, strict=True):
-        assert ours.dtype == N.dtype
-        assert_accurate(ours, R, N, "gradient", one_ulp(ours))
+    assert_features(kernels, student, teachers, one_ulp)
 
 
 def test_feature_loss_module() -> None:
-    """The module on this backend and on the reference, one set of parameters."""
-    criterion = CAMKDFeatureLoss(4, [6, 8], detach_weights=False)
-    teachers = [torch.randn(3, 6, 4, 4), torch.randn(3, 8, 2, 2)]
-    heads = [lambda f: f.mean((2, 3)), lambda f: f.mean((2, 3))[:, :6]]
-    target, grads = torch.tensor([1, 5, 0]), {}
-    feature = torch.randn(3, 4, 4, 4)
-    for backend in ("triton", "reference"):
-        criterion.backend = backend
-        student = feature.clone().requires_grad_()
-        criterion(student, teachers, heads, target).loss.backward()
-        grads[backend] = student.grad
-    torch.testing.assert_close(grads["triton"], grads["reference"])
+    assert_feature_module("triton")
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("C", [10, 101])
 def test_scale_rows(dtype: torch.dtype, C: int) -> None:
-    residual = torch.randn(5, C).to(dtype)
-    for factor in (torch.tensor([0.37]), torch.randn(5), torch.randn(1).expand(5)):
-        expected = (residual.double() * factor.double().unsqueeze(1)).to(dtype)
-        out = torch.empty_like(residual)
-        assert kernels.scale_rows(residual, factor, out) is out
-        torch.testing.assert_close(out, expected)
-        kernels.scale_rows(residual, factor, residual)
-        assert torch.equal(residual, out)
+    assert_scales_rows(kernels, C, dtype)
