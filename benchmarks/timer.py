@@ -115,8 +115,8 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 def peak_bytes(subject: Subject, device: torch.device) -> int | None:
     """Most memory that one call holds beyond what was allocated before, on a GPU.
 
-    None on a CPU: the resident set also counts what the allocator keeps; tests/test_memory.py measures it in a process
-    of its own.
+    None on a CPU: the resident set also counts what the allocator keeps; tests/losses/test_memory.py measures it in a
+    process of its own.
     """
     if device.type != "cuda":
         return None

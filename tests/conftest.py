@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ import hypothesis
 import pytest
 
 from benchmarks import verdict
+from tests.support.backends import BACKENDS
 
 # torch.empty and its relatives return NaN: a kernel that leaves an element unwritten cannot pass by luck.
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -29,12 +29,6 @@ torch.set_num_threads(2)
 
 hypothesis.settings.register_profile("camkd", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("camkd")
-
-# CAMKD_FAST_CPU=0 says that there is no compiled module, and must be true; otherwise a missing module fails its tests.
-WITHOUT_MODULE = os.environ.get("CAMKD_FAST_CPU") == "0"
-if WITHOUT_MODULE and importlib.util.find_spec("camkd_fast._C") is not None:
-    raise pytest.UsageError("CAMKD_FAST_CPU=0, but the compiled module is there: its tests are not to be left out")
-BACKENDS = ("reference",) if WITHOUT_MODULE else ("reference", "cpu")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -1,5 +1,5 @@
 // Everything that only the hardware can do, behind thin wrappers, so that the kernels above them are ordinary C++:
-// tests/cuda_host/ defines the same names for a host compiler and runs the same sources there.
+// tests/cuda/host/ defines the same names for a host compiler and runs the same sources there.
 #pragma once
 
 #ifdef CAMKD_DEVICE_HEADER

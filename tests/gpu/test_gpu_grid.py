@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
-from tests.gpu.conftest import Place
-from tests.helpers import (
+from tests.support.cases import (
     Case,
     assert_accurate,
     assert_result,
@@ -29,6 +28,7 @@ from tests.helpers import (
     run_value_and_grad,
     truth,
 )
+from tests.support.gpu import Place
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLASSES = (10, 100, 1000, 1128, 21841, 32000, 65537, 128256, 151936, 262144)

@@ -10,8 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad
-from tests.gpu.conftest import CUDA, NO_GPU, Place
-from tests.helpers import Case, assert_accurate, make_case, naive, on, run, run_value_and_grad, truth
+from tests.support.cases import Case, assert_accurate, make_case, naive, on, run, run_value_and_grad, truth
+from tests.support.gpu import CUDA, NO_GPU, Place
 
 MB = 2**20
 BF16 = torch.bfloat16

@@ -15,9 +15,9 @@ from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.teachers import LiveTeachers
-from tests.gpu.conftest import CUDA, NO_GPU
-from tests.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
-from tests.training import CLASSES, OPTIM, SmallNet, batch, parameters
+from tests.support.gpu import CUDA, NO_GPU
+from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
+from tests.support.training import CLASSES, OPTIM, SmallNet, batch, parameters
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,117 @@
+"""Which backend runs, and the reason that is given."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from camkd_fast import camkd_loss, dispatch
+from tests.support.backends import BACKENDS
+from tests.support.cases import make_case, run
+
+
+@pytest.mark.parametrize("dtype", dispatch.COMPILED_DTYPES, ids=str)
+def test_auto_takes_the_fastest_backend_of_a_cpu(dtype):
+    tensors = [torch.zeros(2, 3, dtype=dtype)]
+    assert dispatch.choose("auto", tensors)[0] == BACKENDS[-1]
+    assert dispatch.backend_for("auto", tensors) is dispatch.backend_for(BACKENDS[-1], tensors)
+
+
+def test_auto_takes_the_reference_for_float64_and_says_why():
+    student, double = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)
+    for tensors in ([double], [student, double]):
+        assert dispatch.choose("auto", tensors)[0] == "reference"
+        assert "float64" in dispatch.explain(*tensors)
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_every_backend_is_available_or_says_why_not(name):
+    state = dispatch.availability(name)
+    assert state.reason and "\n" not in state.reason
+    if not state.usable:
+        with pytest.raises(NotImplementedError, match="cannot run here"):
+            dispatch.choose(name, [torch.zeros(2, 3)])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
+    case = make_case(4, 10)
+    module = dispatch.backend_for(name, [case.student])
+    spies = [mock.Mock(wraps=getattr(module, name)) for name in ("row_loss", "mean_loss") if hasattr(module, name)]
+    for spy in spies:
+        monkeypatch.setattr(module, spy._mock_wraps.__name__, spy)
+    camkd_loss(case.student, case.teachers, case.target, backend=name)
+    assert sum(spy.call_count for spy in spies) == 1
+
+
+def test_auto_is_bitwise_the_backend_that_it_names():
+    case = make_case(33, 129)
+    name = dispatch.explain(case.student).split(" ")[0]
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "auto")[:-1], run(case, name)[:-1], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on lanes that are masked
+def test_interpreted_triton_agrees_through_the_public_function():
+    # A smoke test of the path; the kernels have a suite of their own.
+    case = make_case(3, 33, ignored=0.2)
+    for ours, expected in zip(run(case, "triton")[:-1], run(case, "reference")[:-1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def gpu_logits(monkeypatch):
+    """Stands in for bfloat16 logits of 1000 classes on a Hopper GPU; backends count as loadable."""
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
+    built = SimpleNamespace(build=lambda: (True, "90"), built_for=lambda capability: capability >= (8, 0))
+    monkeypatch.setattr(dispatch, "_module", lambda name: built)
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
+
+
+def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
+    assert dispatch.choose("auto", [gpu_logits])[0] == "triton"
+    assert "9.0, 1000 classes" in dispatch.choose("auto", [gpu_logits])[1]
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (((9, 0), 512, 2048),))
+    assert dispatch.choose("auto", [gpu_logits])[0] == "cuda"
+    for entry in [((8, 0), 512, 2048), ((9, 0), 1001, 2048), ((9, 0), 1, 999)]:
+        monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (entry,))
+        assert dispatch.choose("auto", [gpu_logits])[0] == "triton"
+
+
+def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
+    monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(name != "triton", "absent"))
+    name, reason = dispatch.choose("auto", [gpu_logits])
+    assert name == "cuda" and "triton: absent" in reason
+
+
+def test_the_cuda_backend_refuses_gpus_that_it_was_not_built_for(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    with pytest.raises(NotImplementedError, match=r"built for 90, got compute capability 7\.5"):
+        dispatch.choose("cuda", [gpu_logits])
+
+
+@pytest.mark.skipif(not dispatch.availability("cpu").usable, reason="no compiled module")
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        ("80-real 90", (8, 0), True),
+        ("80-real 90", (8, 9), True),  # machine code of the same major version
+        ("80-real 90", (7, 5), False),
+        ("80-real 90", (10, 0), True),  # from PTX
+        ("80-real 90-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("90-virtual", (9, 0), True),
+        ("90-virtual", (8, 9), False),
+        ("90a-real", (9, 0), True),
+        ("90a", (10, 0), False),  # what is marked runs nowhere else
+        ("100f-real 120-real", (12, 0), True),
+    ],
+)
+def test_a_build_runs_on_the_gpus_of_its_architectures(archs, capability, expected, monkeypatch):
+    from camkd_fast import cuda_kernels
+
+    monkeypatch.setattr(cuda_kernels, "build", lambda: (True, archs))
+    assert cuda_kernels.built_for.__wrapped__(capability) is expected

@@ -1,0 +1,330 @@
+"""The Triton backend under the interpreter, against the float64 truth and the reference's edge conventions.
+
+The interpreter takes milliseconds per row and operation, so cases have few rows: the grid of widths is thinned to one
+or two per path (rows on chip, rows in column blocks, and the boundary), each with other options.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+
+import pytest
+import torch
+
+from camkd_fast import camkd_loss, reference
+from tests.support.cases import (
+    FEW,
+    Case,
+    assert_accurate,
+    assert_result,
+    make_case,
+    naive,
+    roundoff,
+    run,
+    run_value_and_grad,
+    truth,
+)
+from tests.support.op_contract import (
+    assert_confidence,
+    assert_confidence_edges,
+    assert_feature_module,
+    assert_features,
+    assert_scales_rows,
+)
+from tests.support.row_contract import assert_agrees, assert_means, options
+
+pytest.importorskip("triton")
+kernels = importlib.import_module("camkd_fast.kernels")
+launch = importlib.import_module("camkd_fast.kernels.launch")
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # conftest.py sets it where there is no GPU; tests/gpu is for the others
+    pytest.skip("these cases are CPU tensors, which need TRITON_INTERPRET=1", allow_module_level=True)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NAN, INF = float("nan"), float("inf")
+# Numpy says so wherever a masked lane or an ignored row computes inf - inf; nothing of it reaches a result.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(params=["onchip", "streaming"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through the same small rows; streamed rows then take several column blocks of one warp."""
+    if request.param == "streaming":
+
+        def narrow(K: int, C: int, itemsize: int, ALIGN: int) -> launch.StreamingLaunch:
+            return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
+
+        module = importlib.import_module("camkd_fast.kernels.row_loss")
+        monkeypatch.setattr(module, "on_chip", lambda K, C: False)
+        monkeypatch.setattr(module, "streaming_launch", narrow)
+    return str(request.param)
+
+
+def triton_rows(*args: object, **kwargs: object) -> reference.RowLoss:
+    return reference.RowLoss(*kernels.row_loss(*args, **kwargs))
+
+
+def one_ulp(gradient: torch.Tensor) -> float:
+    """RMS of the spacing of a 16-bit gradient: the interpreter truncates where a GPU rounds to nearest."""
+    if gradient.dtype == F32:
+        return 0.0
+    return float(gradient.double().square().mean().sqrt()) * torch.finfo(gradient.dtype).eps
+
+
+def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
+    actual, R, N = run(case, "triton", grad_output), truth(case, grad_output), naive(case, grad_output)
+    floor = max(one_ulp(actual.grad), roundoff(case, "grad") if actual.grad.numel() < FEW else 0.0)
+    assert_accurate(actual.grad, R.grad, N.grad, f"{what} grad", floor)
+    assert_result(actual._replace(grad=R.grad), case, R, N._replace(grad=R.grad), what)
+
+
+@pytest.mark.parametrize(
+    ("C", "K", "temperature", "weighting", "dtype"),
+    [
+        (1, 2, 4.0, "confidence", F32),
+        (10, 16, 2.0, "confidence", F32),
+        (10, 1, 4.0, "entropy", BF16),
+        (100, 3, 4.0, "confidence", F32),
+        (100, 2, 1.0, "entropy", F16),
+        (100, 5, 2.5, "uniform", F32),
+        (1000, 3, 20.0, "confidence", BF16),
+        (1001, 3, 4.0, "entropy", F32),
+    ],
+)
+@pytest.mark.parametrize("peaked", [False, True], ids=["noise", "peaked"])
+def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype: torch.dtype, peaked: bool) -> None:
+    """The shipped launch of each width; odd widths and unaligned slices come with `padded`."""
+    case = make_case(5, C, K, dtype, peaked=peaked, ignored=0.2, temperature=temperature, weighting=weighting)
+    check(case, f"C={C}")
+
+
+@pytest.mark.parametrize(
+    ("C", "K", "temperature", "weighting", "dtype"),
+    [
+        (9001, 3, 4.0, "entropy", F32),
+        (16384, 1, 1.0, "confidence", F32),
+        (21841, 2, 2.5, "confidence", BF16),
+        (32000, 3, 4.0, "confidence", BF16),
+    ],
+)
+def test_wide_rows_match_truth(C: int, K: int, temperature: float, weighting: str, dtype: torch.dtype) -> None:
+    assert not launch.on_chip(K, C)
+    options = {"temperature": temperature, "weighting": weighting}
+    # Padded, the tensors begin at odd addresses and are read by the element.
+    check(make_case(2, C, K, dtype, peaked=True, padded=C % 8 != 0, **options), f"C={C}")
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+def test_every_weighting_both_regimes(regime: str, weighting: str, temperature: float) -> None:
+    # Over fewer rows it is luck how accurate eager PyTorch is.
+    case = make_case(12, 72, 3, peaked=True, ignored=0.2, temperature=temperature, weighting=weighting, hard_weight=0.7)
+    if weighting == "given":
+        case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, case.student.shape[0]).contiguous())
+    check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_reductions(regime: str, reduction: str) -> None:
+    case = make_case(4, 40, 2, ignored=0.3, reduction=reduction)
+    check(case, reduction, torch.randn(4) if reduction == "none" else torch.tensor(0.3))
+
+
+def test_mixed_dtypes(regime: str) -> None:
+    check(make_case(3, 72, 3, BF16, teacher_dtypes=(F32, F16, BF16), peaked=True), regime)
+
+
+@pytest.mark.parametrize("C", [40, 44, 42])
+def test_alignments(regime: str, C: int) -> None:
+    """Rows that are multiples of 8, 4 and 2 elements apart; the other tests mostly read by the element."""
+    check(make_case(3, C, 2, BF16, peaked=True, padded=False), f"{regime} C={C}")
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 16])
+def test_number_of_teachers(regime: str, K: int) -> None:
+    check(make_case(2, 40, K, peaked=True, weighting="entropy" if K == 5 else "confidence"), f"{regime} K={K}")
+
+
+def test_two_row_strides(regime: str) -> None:
+    """(B, S, C) slices that no single row stride describes: read in place, each with its own strides."""
+    case = make_case(6, 24, 3, lead=(2, 3), padded=False)
+    wide = torch.full((2, 5, 32), NAN)
+    wide[:, 1:4, 8:] = case.student
+    check(case.with_(student=wide[:, 1:4, 8:], teachers=(*case.teachers[:2], case.teachers[2][:1].expand(2, 3, 24))))
+
+
+def test_value_and_grad(regime: str) -> None:
+    case = make_case(3, 40, 2)
+    actual, R, N = (f(case) for f in (lambda c: run_value_and_grad(c, "triton", 8.0), truth, naive))
+    assert_accurate(actual.grad, 8 * R.grad, 8 * N.grad, "grad")
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+agree = functools.partial(assert_agrees, triton_rows)
+
+
+@pytest.fixture
+def rows() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    return torch.randn(4, 70), [3 * torch.randn(4, 70) for _ in range(3)], torch.tensor([3, 69, 0, 40])
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "entropy", "uniform"])
+def test_masked_columns(regime: str, rows: tuple, weighting: str) -> None:
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 4:39] = -INF  # at 32 columns a block: one of them entirely
+    agree(student, teachers, target, weighting=weighting)
+    student[0, 60] = -INF  # teachers have mass there: KL is infinite, in that row alone
+    agree(student, teachers, target, weighting=weighting)
+
+
+def test_columns_masked_with_the_lowest_number(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 4:39] = torch.finfo(F32).min
+        tensor[2] = torch.finfo(F32).min
+    agree(student, teachers, target)
+
+
+def test_infinite_cross_entropies(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    teachers[0][0, 3] = -INF  # one: weight 0
+    teachers[0][1, 69] = teachers[2][1, 69] = -INF  # two share the mass
+    for z in teachers:
+        z[2, 0] = -INF  # all: uniform
+    agree(student, teachers, target)
+
+
+def test_certain_teachers(regime: str) -> None:
+    """Entropies of exactly 0, in all teachers and in all but the last."""
+    target = torch.tensor([1, 2])
+    teachers = [torch.full((2, 40), -INF).scatter_(1, target[:, None], 5.0) for _ in range(3)]
+    teachers[2][1] = torch.randn(40)
+    student = torch.randn(2, 40)
+    agree(student, teachers, target, weighting="entropy")
+
+
+def test_ignored_rows_are_zero_whatever_they_hold(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    target[1] = target[3] = -100
+    student[1], teachers[0][1], teachers[2][3] = NAN, NAN, INF
+    agree(student, teachers, target)
+    target.fill_(-100)
+    agree(student, teachers, target)
+
+
+def test_labels_out_of_range_give_nan_rows(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    target[0], target[2] = 70, -1
+    agree(student, teachers, target)
+    agree(student, teachers, target, hard_weight=0.0, weighting="uniform")
+
+
+def test_given_weight_of_zero_silences_a_teacher(regime: str, rows: tuple) -> None:
+    """Even a NaN one: loss and gradient are those without it."""
+    student, teachers, target = rows
+    teachers[1].fill_(NAN)
+    weights = torch.tensor([0.5, 0.0, 0.25]).unsqueeze(1).expand(3, 4)
+    actual = triton_rows(student, teachers, target, **options(weighting=weights))
+    without = triton_rows(student, teachers[::2], target, **options(weighting=weights[::2]))
+    torch.testing.assert_close(actual.rows, without.rows)
+    torch.testing.assert_close(actual.residual, without.residual)
+
+
+@pytest.mark.parametrize("offset", [1e4, -3e4])
+def test_large_offsets_do_not_cancel(regime: str, rows: tuple, offset: float) -> None:
+    """A whole number added to logits on a grid of 1/32 changes nothing, bit for bit."""
+    student, teachers, target = rows
+    student, *teachers = ((32 * tensor).round() / 32 for tensor in (student, *teachers))
+    plain = triton_rows(student, teachers, target, **options())
+    moved = triton_rows(student + offset, [z + offset for z in teachers], target, **options())
+    assert torch.equal(plain.numbers, moved.numbers)
+    assert torch.equal(plain.residual, moved.residual)
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "uniform"])
+def test_student_equal_to_teachers(regime: str, rows: tuple, weighting: str) -> None:
+    student, _, target = rows
+    result = triton_rows(student, [student] * 3, target, **options(hard_weight=0.0, weighting=weighting))
+    assert torch.equal(result.divergence, torch.zeros(3, 4))
+    assert result.residual.abs().max() <= 1e-7
+
+
+def test_residual_scale_and_no_residual(regime: str, rows: tuple) -> None:
+    one = triton_rows(*rows, **options())
+    for scale in (0.125, torch.tensor([0.125])):
+        scaled = triton_rows(*rows, **options(residual_scale=scale))
+        torch.testing.assert_close(scaled.residual, one.residual * 0.125)
+    bare = triton_rows(*rows, **options(needs_grad=False))
+    assert bare.residual is None
+    assert torch.equal(bare.numbers, one.numbers)
+
+
+@pytest.mark.parametrize("limit", [65536, 2], ids=["launches of ours", "too many rows for one program"])
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+def test_means(rows: tuple, scale: float | torch.Tensor, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `mean` the kernels count the rows themselves; ignored ones do not count."""
+    monkeypatch.setattr(launch, "BATCH_ROWS", limit)
+    assert_means(triton_rows, *rows, scale)
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0, 7)
+    result = triton_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
+    assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
+    result = triton_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options(mean=True))
+    assert result.means[0] == 0 and result.means[1].tolist() == [0, 0, 1]
+    assert kernels.feature_forward([empty], [empty]).shape == (1, 0)
+    assert kernels.scale_rows(empty, torch.ones(1), empty) is empty
+
+
+def test_repeats_bit_for_bit_and_writes_no_input(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    before = [tensor.clone() for tensor in (student, *teachers, target)]
+    first, second = (triton_rows(*rows, **options()) for _ in range(2))
+    assert all(torch.equal(left, right) for left, right in zip(first[:2], second[:2], strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, (student, *teachers, target), strict=True))
+
+
+def test_all_rows_ignored_keep_the_graph() -> None:
+    student = torch.randn(2, 10, requires_grad=True)
+    out = camkd_loss(student, [torch.randn(2, 10)], torch.full((2,), -100), backend="triton")
+    out.loss.backward()
+    assert out.loss == 0 and torch.equal(student.grad, torch.zeros(2, 10))
+
+
+# --- the other ops ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [10, 101, 3000])
+def test_confidence(C: int) -> None:
+    """An ignored row of NaN, mixed dtypes and a padded slice."""
+    wide = torch.full((4, C + 8), NAN)
+    logits = [3 * torch.randn(4, C), wide[:, :C].copy_(3 * torch.randn(4, C)), 3 * torch.randn(4, C).to(BF16)]
+    logits[0][2] = NAN
+    assert_confidence(kernels, logits, torch.randint(C, (4,)), forward_floor=3e-7, gradient_floor=one_ulp)
+
+
+def test_confidence_edges() -> None:
+    assert_confidence_edges(kernels)
+
+
+def test_features() -> None:
+    """Widths, dtypes and row strides that differ between teachers."""
+    student = [torch.randn(3, 100), torch.randn(3, 4100).to(BF16), torch.randn(3, 40)[:, :33]]
+    teachers = [torch.randn(3, 100).to(F16), torch.randn(3, 4100), torch.randn(3, 33)]
+    assert_features(kernels, student, teachers, one_ulp)
+
+
+def test_feature_loss_module() -> None:
+    assert_feature_module("triton")
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("C", [10, 101])
+def test_scale_rows(dtype: torch.dtype, C: int) -> None:
+    assert_scales_rows(kernels, C, dtype)

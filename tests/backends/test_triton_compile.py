@@ -1,0 +1,133 @@
+"""Every launch that ships, compiled for the GPUs that it ships for: no spills, wide loads, no needless recompilation.
+
+Nothing is launched, so no GPU is needed; `triton_offline` says how. Speed is not judged here.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+pytest.importorskip("triton")
+launch = importlib.import_module("camkd_fast.kernels.launch")
+
+from tests.backends.triton_offline import Kernel, Shape, compile_all  # noqa: E402 - after the skip
+
+ARCHS = [80, 90, 100]
+
+# One launch of every kernel, each kind of weighting, temperature, layout and scale once; and both regimes at the K that
+# their register budgets were made for. A minute on 2 cores; the whole table takes ten times as long.
+REPRESENTATIVE = [
+    Shape("row_loss", 100, 3, "float32"),
+    Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True),
+    Shape("row_loss", 256, 6, "bfloat16", "entropy", 2.5),
+    Shape("row_loss", 4096, 3, "bfloat16", "confidence", layout="sliced"),
+    Shape("row_loss", 32000, 3, "bfloat16"),
+    Shape("row_loss", 32000, 8, "float32", "entropy", 2.5),
+    Shape("confidence_forward", 1000, 3, "bfloat16"),
+    Shape("confidence_backward", 1000, 3, "bfloat16"),
+    Shape("feature_forward", 4096, 1, "float32"),
+    Shape("feature_backward", 4096, 1, "float32"),
+    Shape("scale_rows", 1000, 1, "bfloat16"),
+    Shape("scale_all", 100, 1, "float16"),
+    Shape("batch_scale", 100, 1, N=64),
+    Shape("batch_scale", 100, 1, N=4096, scale_on_device=True),
+    Shape("batch_mean", 100, 1, N=4096),
+]
+
+
+def _exhaustive() -> list[Shape]:
+    """Every entry of the launch table with what costs most registers, "entropy" and a T without a power, at 1 and 3
+    teachers and the most on chip and per pass; the usual options at 3. float16 differs from bfloat16 in its
+    conversions only, so that it needs no more than the latter."""
+    shapes = []
+    widths = [11, 16, 31, 64, 100, 256, 512, 1000, 2048, 4096, 8192, 32000, 65537]
+    for dtype in ("float32", "bfloat16", "float16"):
+        for C in widths:
+            shapes.append(Shape("row_loss", C, 3, dtype, "confidence", 4.0))
+            if dtype != "float16":
+                shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5) for K in (1, 3, 6, 8)]
+        for C in (100, 512, 32000):
+            for weighting in ("uniform", "given"):
+                shapes += [Shape("row_loss", C, 3, dtype, weighting, T, layout="3d") for T in (1.0, 2.0)]
+            shapes.append(Shape("row_loss", C, 3, dtype, needs_grad=False))
+            shapes.append(Shape("row_loss", C, 3, dtype, teacher_dtype="float32"))
+            shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
+            shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5))
+            for op in ("confidence_forward", "confidence_backward"):
+                shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
+            shapes += [Shape(op, C, 1, dtype) for op in ("feature_forward", "feature_backward", "scale_rows")]
+    return shapes
+
+
+def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
+    what = f"sm_{arch} {shape}: {kernel}"
+    assert kernel.stack == 0, f"spills: {what}"
+    assert kernel.registers * kernel.threads <= 65536, f"does not fit on an SM: {what}"
+    if shape.op.startswith("batch"):
+        return  # a few numbers per row, whose latency counts rather than their width
+    # Of mixed dtypes the widest sets the number of elements per access.
+    bits = 32 if "float32" in (shape.dtype, shape.teacher_dtype) else 16
+    # The widest access that the width allows: C = 100 is 4 elements, so 64 bits in 16-bit types.
+    aligned = 1 if shape.layout == "shifted" else min(shape.C & -shape.C, 8)
+    expected = min(128, aligned * bits)
+    tensors = shape.K + 1 if shape.op == "row_loss" else shape.K if shape.op.startswith("confidence") else 1
+    if shape.op == "scale_all" or (shape.op == "scale_rows" and shape.N == 1):
+        expected = 128
+    if not shape.teacher_dtype:
+        assert kernel.loads.get(str(expected), 0) >= tensors, f"narrow loads: {what}"
+        if expected == 128:
+            # What is left over are labels, logits at the label and numbers of whole rows: a few per row and thread.
+            narrow = sum(count for width, count in kernel.loads.items() if int(width) < 128)
+            assert narrow <= 8 * (tensors + 1), f"narrow loads: {what}"
+    if shape.needs_grad and not shape.teacher_dtype and "forward" not in shape.op:
+        assert kernel.stores.get(str(expected), 0) >= 1, f"narrow stores: {what}"
+
+
+def test_representative_launches() -> None:
+    for shape, arch, kernel in compile_all(REPRESENTATIVE, ARCHS):
+        _check(shape, arch, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_launch(arch: int) -> None:
+    for shape, _, kernel in compile_all(_exhaustive(), [arch]):
+        _check(shape, arch, kernel)
+
+
+def test_batch_size_and_width_do_not_recompile() -> None:
+    """Streamed rows of any width with the same alignment share one kernel, as do all batch sizes (1 included)."""
+    batches = [Shape("row_loss", 1000, 1, N=N, temperature=1.0) for N in (1, 2, 7, 16, 64)]
+    widths = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (32000, 128256, 65528)]
+    odd = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (21841, 65537)]
+    kernels = compile_all([*batches, *widths, *odd], [90])
+    keys = [kernel.key for _, _, kernel in kernels]
+    assert len(set(keys[:5])) == 1
+    assert len(set(keys[5:8])) == 1
+    assert len(set(keys[8:])) == 1
+    assert len(set(keys)) == 3
+
+
+def test_debug_mode_asserts_on_labels() -> None:
+    """Only with CAMKD_FAST_DEBUG=1. (The interpreter, which could run it, leaves assertions out.)"""
+    shapes = [Shape("row_loss", 100, 1, temperature=1.0), Shape("confidence_forward", 100, 1)]
+    for debug in (False, True):
+        assert [kernel.asserts for _, _, kernel in compile_all(shapes, [90], debug)] == [debug, debug]
+
+
+def test_limits() -> None:
+    """No block wider than 8192 columns, and geometries that are powers of 2."""
+    for C in (1, 2, 10, 100, 1000, 8192, 8193, 262144):
+        for K in (1, 3, 8, 16):
+            for itemsize in (2, 4):
+                for ALIGN in (1, 2, 4, 8):
+                    blocks = [launch.onchip_launch(K, C, itemsize, ALIGN)[:2]] if launch.on_chip(K, C) else []
+                    blocks.append((1, launch.streaming_launch(K, C, itemsize, ALIGN).BLOCK_C))
+                    blocks.append(launch.confidence_launch(K, C, itemsize, ALIGN)[:2])
+                    blocks.append(launch.elementwise_launch(C, itemsize)[:2])
+                    for BLOCK_N, BLOCK_C in blocks:
+                        assert 1 <= BLOCK_C <= 8192 and BLOCK_N >= 1
+                        assert BLOCK_N & (BLOCK_N - 1) == 0 and BLOCK_C & (BLOCK_C - 1) == 0

@@ -1,0 +1,150 @@
+"""`make gpu-check` where there is no GPU: it fails in the right places, in the right words, and runs what it can."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, results
+from benchmarks.gpu_check import FAILED, PASSED, SECTIONS, SKIPPED, Check, CheckError, SkipError
+from camkd_fast import dispatch
+from tests.benchmarks.test_published import loss_result
+from tests.gpu import sanitized
+
+ROOT = Path(__file__).parents[2]
+
+
+def check(out: Path, seconds: float = 60.0) -> Check:
+    made = Check(out, io.StringIO(), time.monotonic() + seconds + gpu_check.LAST)
+    made.ends = time.monotonic() + seconds
+    return made
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the command itself")
+def test_without_a_gpu_every_section_says_so_and_the_command_fails(tmp_path: Path) -> None:
+    """All but the build, which would install the package a second time under the running tests."""
+    names = [name for name in SECTIONS if name != "build"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *names]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    summary = json.loads((tmp_path / "gpu_check_summary.txt").read_text())
+    assert [(row["section"], row["outcome"]) for row in summary] == [(name, FAILED) for name in names]
+    assert all(row["found"].startswith("no CUDA device: torch") for row in summary)
+    assert done.stdout.strip() == (tmp_path / "gpu_check.log").read_text().strip(), "the log is all that was printed"
+    assert done.stdout.strip().endswith(f"0 of {len(names)} sections without failure; everything is in {tmp_path}")
+
+
+def test_an_unknown_section_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no section plot; there are build"):
+        gpu_check.main(["plot"])
+
+
+def test_a_failing_section_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(check: Check) -> None:
+        raise CheckError("broken")
+
+    def skips(check: Check) -> None:
+        raise SkipError("no tool")
+
+    def works(check: Check) -> None:
+        check.found.append("fine")
+
+    sections = {"a": (5, fails), "b": (5, skips), "plots": (5, works)}
+    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
+    table = gpu_check.run_sections(check(tmp_path), list(sections))
+    told = [(name, outcome, found) for name, outcome, _, found in table]
+    assert told == [("a", FAILED, "broken"), ("b", SKIPPED, "no tool"), ("plots", PASSED, "fine")]
+
+
+def test_commands_are_logged_and_their_failures_told(tmp_path: Path) -> None:
+    made = check(tmp_path)
+    assert made.run([sys.executable, "-c", "print('one'); print('two')"]) == "one\ntwo\n"
+    assert isinstance(made.log, io.StringIO) and "one\ntwo\n" in made.log.getvalue()
+    with pytest.raises(CheckError, match="exit status 3: bad luck"):
+        made.run([sys.executable, "-c", "print('bad luck'); raise SystemExit(3)"])
+
+
+def test_a_command_that_runs_out_of_time_is_ended(tmp_path: Path) -> None:
+    made = check(tmp_path, seconds=1.0)
+    started = time.monotonic()
+    with pytest.raises(CheckError, match="out of time after 1 s: still here"):
+        made.run([sys.executable, "-c", "import time; print('still here', flush=True); time.sleep(60)"])
+    assert time.monotonic() - started < 20
+    with pytest.raises(CheckError, match="no time left"):
+        made.run([sys.executable, "-c", ""])
+
+
+def test_the_build_section_tells_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its pip, which would rebuild the package under the running tests."""
+    run = Check.run
+    monkeypatch.setattr(
+        Check, "run", lambda self, command, **env: "" if "pip" in command else run(self, command, **env)
+    )
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: None)
+    made = check(tmp_path)
+    if dispatch.availability("cpu").usable:
+        gpu_check.build(made)
+        assert "cpu" in made.found[0]
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: "/usr/bin/nvcc")
+    if dispatch.availability("cpu").usable and "no CUDA C++ kernels" not in dispatch.availability("cuda").reason:
+        gpu_check.build(made)
+    monkeypatch.setattr(
+        gpu_check, "BACKENDS", "print('cpu: usable\\ncuda: missing (this build has no CUDA C++ kernels)')"
+    )
+    with pytest.raises(CheckError, match="nvcc is there, but cuda: missing"):
+        gpu_check.build(made)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
+    """Sections believe in a GPU, and their commands are only noted."""
+
+    def noted(self: Check, command: list[str], **environment: str) -> str:
+        commands.append(command)
+        return "=== 7 passed in 1.0s ===\n"
+
+    monkeypatch.setattr(gpu_check, "device", lambda check: "Some GPU")
+    monkeypatch.setattr(Check, "run", noted)
+
+
+def test_sections_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    on_a_gpu(monkeypatch, commands)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    results.write(tmp_path, "logit_loss", loss_result("cuda"))
+    names = [name for name in SECTIONS if name != "build"]
+    table = gpu_check.run_sections(check(tmp_path), names)
+    assert {outcome for _, outcome, *_ in table} == {PASSED}
+    found = {name: words for name, _, _, words in table}
+    assert found["tests"] == "Some GPU; 7 passed in 1.0s"
+    assert found["sanitizer"] == "memcheck; racecheck; initcheck"
+    assert found["loss"].startswith("10x100 0% of copy 4.0x compile, 10x1000")
+    assert ["tests/gpu" in command for command in commands].count(True) == 1
+    assert [command[2] for command in commands if command[0].endswith("compute-sanitizer")] == [*gpu_check.SANITIZERS]
+
+
+def test_a_missing_sanitizer_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, [])
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
+    ((_, outcome, _, found),) = gpu_check.run_sections(check(tmp_path), ["sanitizer"])
+    assert outcome == SKIPPED and "not on PATH" in found
+
+
+def test_budgets_leave_the_last_section_its_time() -> None:
+    assert gpu_check.TOTAL + 30 <= 9 * 60 and [*SECTIONS][-1] == "plots"
+    # What must not be starved by what comes before it.
+    early = sum(SECTIONS[name][0] for name in ("build", "tests", "sanitizer"))
+    assert early + gpu_check.LAST <= gpu_check.TOTAL - 120
+
+
+def test_what_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitized, "WIDTHS", (10, 100))
+    assert sanitized.run("reference", torch.device("cpu")) == 2 * (2 * 3 + 1)

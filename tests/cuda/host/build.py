@@ -1,0 +1,77 @@
+"""Compiles csrc/cuda/ with the host compiler, against the emulated device of this folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+ROW_LOSS = ("row_loss", "row_loss_f32", "row_loss_bf16", "row_loss_f16")
+NAMES = ("batch_mean", *ROW_LOSS, "confidence", "elementwise")
+KERNELS = [CUDA / f"{name}.cu" for name in NAMES]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
+
+
+def _digest(flags: list[str]) -> str:
+    state = hashlib.sha256(repr(flags).encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.iterdir()]):
+        if path.is_file() and path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py"):
+            state.update(path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) -> Path:
+    """The linked result, which is kept until a source changes."""
+    folder = ROOT / "build" / "cuda_host" / _digest([*flags, *link, name])
+    output = folder / name
+    if output.exists():
+        return output
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def run(*command: object) -> None:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        run("g++", "-std=c++20", *WARNINGS, *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    partial = folder / f"{name}.partial"
+    run("g++", *flags, *objects, *link, "-pthread", "-o", partial)
+    partial.rename(output)
+    return output
+
+
+def load_module() -> ModuleType:
+    """The CUDA functions of the compiled module, emulated: `emulated_cuda`."""
+    import pybind11
+
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    sources = [*KERNELS, CUDA / "bindings.cpp", HERE / "module.cpp"]
+    path = _compile(sources, flags, ["-shared"], f"emulated_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+    spec = importlib.util.spec_from_file_location("emulated_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def race_check(*dropped: str) -> subprocess.CompletedProcess[str]:
+    """Runs every kernel under ThreadSanitizer, without what `dropped` names: BLOCK_BARRIER, COPIES_WAIT and so on."""
+    flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
+    program = _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
+    # The randomised layout of some kernels is more than this sanitizer's version copes with.
+    command = ["setarch", "-R", str(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,109 @@
+// Every kernel once in every regime, for ThreadSanitizer. Exits with 1 when a result is not finite.
+#include <cstdio>
+
+#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/row_team.cuh"
+
+using namespace camkd;
+using namespace camkd::cuda;
+
+namespace {
+
+std::vector<float> numbers(size_t count, float scale) {
+    std::vector<float> x(count);
+    uint32_t state = 12345;
+    for (float& value : x) {
+        state = state * 1664525u + 1013904223u;
+        value = scale * (float(state >> 8) / float(1 << 24) - 0.5f);
+    }
+    return x;
+}
+
+bool all_finite(const char* what, const std::vector<float>& x) {
+    for (float value : x)
+        if (!std::isfinite(value)) {
+            std::printf("%s: %g\n", what, value);
+            return false;
+        }
+    return true;
+}
+
+// `cluster` blocks to a row, or `batches` of its columns: the regime that is meant.
+bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool batches) {
+    host::limits = limits;
+    RowProblem problem{N, C, K, (C + 3) / 4, 4, K, true, 0, 0, 0, 0, 0};
+    RowShared::measure(problem);
+    const RowGeometry g = row_geometry(problem, limits);
+    if ((g.warp_teams ? 1 : g.cluster) != cluster || (g.batches > 1) != batches) {
+        std::printf("%s: %d blocks to a row, %d batches\n", what, g.cluster, g.batches);
+        return false;
+    }
+    std::vector<std::vector<float>> streams;
+    RowLossArgs args{};
+    args.N = args.inner = N;
+    args.C = C;
+    args.K = K;
+    for (int k = 0; k <= K; ++k) {
+        streams.push_back(numbers(size_t(N * C), float(k + 3)));
+        args.streams[k] = {streams[k].data(), N * C, C, DType::f32};
+    }
+    std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
+    target[0] = -100;
+    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), residual(size_t(N * C), NAN), means(4, NAN);
+    args.target = target.data();
+    args.ignore_index = -100;
+    args.formula = {4, 1, 1, Weighting::confidence};
+    args.numbers = out.data();
+    args.residual = residual.data();
+    args.residual_scale = 1;
+    args.mean = {means.data(), means.data() + 1};
+    row_loss(args, nullptr);
+    return all_finite(what, out) && all_finite(what, residual) && all_finite(what, means);
+}
+
+bool run_others(int64_t N, int C, int K) {
+    host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64};
+    const std::vector<float> x = numbers(size_t(N * C), 3), y = numbers(size_t(N * C), 5);
+    std::vector<float> grads(size_t(K * N * C), NAN), weights(size_t(K * N), NAN),
+        ce = weights, lse = weights, error = weights, scaled(size_t(N * C), NAN);
+    const std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
+    ConfidenceArgs confidence{};
+    FeatureArgs features{};
+    confidence.N = confidence.inner = features.N = N;
+    confidence.C = C;
+    confidence.K = features.K = K;
+    for (int k = 0; k < K; ++k) {
+        confidence.logits[k] = features.student[k] = {k % 2 ? x.data() : y.data(), N * C, C, DType::f32};
+        features.teacher[k] = {x.data(), N * C, C, DType::f32};
+        features.M[k] = C;
+        confidence.grads[k] = features.grads[k] = grads.data() + k * N * C;
+    }
+    confidence.target = target.data();
+    confidence.ignore_index = -100;
+    confidence.weights = weights.data();
+    confidence.ce = ce.data();
+    confidence.lse = lse.data();
+    confidence_forward(confidence, nullptr);
+    confidence.grad_ce = weights.data();
+    confidence_backward(confidence, nullptr);
+    bool fine = all_finite("confidence", grads);
+    features.error = error.data();
+    feature_forward(features, nullptr);
+    features.grad_error = error.data();
+    feature_backward(features, nullptr);
+    scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, nullptr);
+    return fine && all_finite("features", grads) && all_finite("scale_rows", scaled);
+}
+
+}  // namespace
+
+int main() {
+    const int threads = 64;
+    // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads)
+    const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads}, 1, false) &
+                      run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false) &
+                      run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false) &
+                      run_rows("batches", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true) &
+                      run_others(5, 70, 2) & run_others(3, 2300, 2);
+    return fine ? 0 : 1;
+}

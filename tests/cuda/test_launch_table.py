@@ -1,0 +1,47 @@
+"""The launch table of the CUDA kernels, asked on the host about real devices."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from tests.cuda.host import build
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+
+# Multiprocessors; shared memory of a block and of a multiprocessor; L2; blocks of a cluster; threads of a block.
+H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256)
+A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> ModuleType:
+    return build.load_module()
+
+
+def test_shipped_regimes(emulated: ModuleType) -> None:
+    """At three teachers in 16 bits: the smallest batch in one cluster; one read of global memory while more than one
+    block fits on a multiprocessor; smaller blocks where they leave fewer slots idle."""
+    emulated.set_limits(*H100)
+    assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
+    assert emulated.row_geometry(16384, 1000, 3, 8)[0]
+    for C, cluster, threads in [(4096, 1, 128), (32000, 4, 256), (65537, 8, 128), (128256, 16, 256)]:
+        warp, _, _, batches, *found = emulated.row_geometry(8192, C, 3, 8)
+        assert (warp, batches, *found[:2]) == (False, 1, cluster, threads)
+    assert emulated.row_geometry(8192, 262144, 3, 8)[3] > 1
+    emulated.set_limits(*A100)
+    assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector: int) -> None:
+    emulated.set_limits(*device)
+    for C in (1, 10, 100, 1000, 1128, 2040, 2041, 21841, 32000, 65537, 128256, 151936, 262144, 2**30):
+        for K in (1, 2, 3, 5, 16):
+            for N in (1, 7, 289, 4096, 10**6):
+                _, rows, slots, batches, cluster, threads, blocks, shared = emulated.row_geometry(N, C, K, vector)
+                assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
+                assert slots * batches * threads * cluster * vector >= C and rows >= 1

@@ -1,0 +1,188 @@
+"""What nvcc made of the CUDA kernels: no spills, no local memory, 16-byte accesses. Nothing is launched, no GPU needed.
+
+The quick part reads the machine code inside the installed module, whatever GPUs that was built for; the slow one
+compiles the sources for each architecture by itself, with warnings as errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.backends import BACKENDS
+
+ROOT = Path(__file__).parents[2]
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Element types of each kernel; row_loss_kernel for rows of a warp and of a block, 1 to 5 teachers and any number.
+KERNELS = {
+    "row_loss_kernel": 36,
+    "batch_count_kernel": 1,
+    "batch_mean_kernel": 1,
+    "confidence_fwd_kernel": 3,
+    "confidence_bwd_kernel": 3,
+    "feature_fwd_kernel": 3,
+    "feature_bwd_kernel": 3,
+    "scale_rows_kernel": 3,
+}
+THREADS = 256  # launch_table.h: of a block
+
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+NVCC = re.search(r"release (\d+)\.(\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
+if NVCC is not None and tuple(map(int, NVCC.groups())) < (12, 8):  # as csrc/cuda/cuda.cmake has it
+    pytest.skip(f"nvcc {NVCC[1]}.{NVCC[2]}, but the kernels need 12.8", allow_module_level=True)
+
+
+def cuobjdump() -> str:
+    """The toolkit's own, or the one that triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="neither the toolkit nor triton has a cuobjdump here")
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+def run(*command: object) -> str:
+    # cuobjdump runs nvdisasm, which lies beside it.
+    path = f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@cache
+def module() -> Path:
+    """The compiled module, which must have CUDA kernels unless it was told at build time to have none."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("a build without the compiled module")
+    from camkd_fast import _C
+
+    built, text = _C.cuda_build()
+    if text == "CAMKD_FAST_CUDA=0 at build time":
+        pytest.skip("built without CUDA kernels on purpose")
+    assert built, f"nvcc is there, but the module has no CUDA kernels: {text}"
+    return Path(_C.__file__)
+
+
+def check_resources(report: str, arch: str) -> None:
+    """`cuobjdump -res-usage`: a line that names a function, then its registers and bytes of local memory."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    for kernel, count in KERNELS.items():
+        assert sum(kernel in name for name, *_ in usage) == count, f"{arch}: {kernel} is missing"
+    for name, registers, stack, local in usage:
+        assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
+        if "row_loss" in name:
+            # As many blocks to a multiprocessor as blocks_per_multiprocessor() in launch_table.h.
+            blocks = 3 if re.search(r"Li[123]E", name) else 2
+            assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
+
+
+def built() -> list[str]:
+    """Architectures whose machine code the module holds."""
+    from camkd_fast import _C
+
+    module()
+    archs = [arch.partition("-") for arch in _C.cuda_build()[1].split()]
+    return [f"sm_{number}" for number, _, kind in archs if kind != "virtual"]
+
+
+def test_no_spills_in_the_module() -> None:
+    for arch in built():
+        check_resources(run(cuobjdump(), "-res-usage", "-arch", arch, module()), arch)
+
+
+def accesses(arch: str) -> dict[str, Counter[str]]:
+    """Instructions of each kernel that access memory, by mnemonic."""
+    found: dict[str, Counter[str]] = {}
+    for line in run(cuobjdump(), "-sass", "-arch", arch, module()).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            counts = found.setdefault(match[1], Counter())
+        elif match := re.search(r"\s(LDGSTS|LDG|LDS|STG|LDL|STL|ATOM\w*|RED)([.\w]*)", line):
+            counts[match[1] + (".128" if ".128" in match[2] else "")] += 1
+    return found
+
+
+def check_accesses(name: str, counts: Counter[str]) -> None:
+    assert not {"LDL", "STL", "RED"} & set(counts) and not any(key.startswith("ATOM") for key in counts), name
+    if "batch_" in name:
+        return  # a few numbers per row
+    assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"
+    if "fwd" not in name:
+        assert counts["STG.128"], f"narrow stores: {name}"
+
+
+def test_wide_accesses_and_no_atomics() -> None:
+    """Logits come in 16 bytes at a time, past the registers in row_loss, and gradients leave so."""
+    for arch in built():
+        found = accesses(arch)
+        assert len(found) == sum(KERNELS.values())
+        for name, counts in found.items():
+            check_accesses(name, counts)
+
+
+def test_module_imports_without_a_driver() -> None:
+    """The CUDA runtime is part of it: nothing named libcuda is asked of the system."""
+    needed = run("readelf", "-d", module())  # of binutils, without which nothing was linked here
+    assert not re.search(r"NEEDED.*libcuda", needed)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "expected"),
+    [
+        ("echo 9.0; echo 9.0; echo 8.6", "", "90-real 86-real"),
+        ("echo 99.0", "", "90"),  # nvcc does not know it: PTX may do
+        ("echo driver 9.0 does not answer; exit 9", "", "90"),
+        ("echo 9.0", "100-real;120", "100-real 120"),
+        ("echo 9.0", "native", None),
+    ],
+)
+def test_a_build_is_for_the_gpus_that_are_there(gpus: str, asked: str, expected: str | None, tmp_path: Path) -> None:
+    """Configured with an nvidia-smi that tells of these GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{gpus}\n")
+    tool.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CAMKD_FAST_CUDA_ARCHS": asked, "CAMKD_FAST_CUDA": "1"}
+    command = [
+        "cmake",
+        "-S",
+        ROOT / "csrc",
+        "-B",
+        tmp_path / "build",
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (expected is not None), done.stderr
+    if expected is None:
+        assert "must be like 80-real;90, got native" in " ".join(done.stderr.split())
+    else:
+        assert f'R"words({expected})words"' in (tmp_path / "build" / "cuda_build.h").read_text()
+
+
+def test_debug_assertions_survive_the_release_build() -> None:
+    assert b"camkd_fast: a label lies outside [0, C)" in module().read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sources_compile_without_a_warning(arch: str, tmp_path: Path) -> None:
+    report = ""
+    for source in SOURCES:
+        cubin = tmp_path / f"{source.stem}.cubin"
+        virtual = arch.replace("sm", "compute")
+        flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+        run("nvcc", *flags, "-gencode", f"arch={virtual},code={arch}", "-cubin", source, "-o", cubin)
+        report += run(cuobjdump(), "-res-usage", cubin)
+    check_resources(report, arch)

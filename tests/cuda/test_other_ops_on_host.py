@@ -1,0 +1,70 @@
+"""The other CUDA kernels executed on the host: confidence weights, feature errors and scaled rows.
+
+See test_row_loss_on_host.py for how.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.cases import FEW, poisoned_slice
+from tests.support.op_contract import (
+    assert_confidence,
+    assert_confidence_edges,
+    assert_feature_module,
+    assert_features,
+    assert_scales_rows,
+)
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+from camkd_fast import cuda_kernels
+from tests.cuda.host.on_host import cuda_on_the_host, emulated
+
+__all__ = ["cuda_on_the_host", "emulated"]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("C", [1, 10, 101, 3000])
+@pytest.mark.parametrize("dtype", [F32, BF16, None], ids=["fp32", "bf16", "mixed"])
+def test_confidence(C: int, dtype: torch.dtype | None) -> None:
+    """An ignored row of NaN, a padded slice."""
+    dtypes = (F32, BF16, F16) if dtype is None else (dtype,) * 3
+    logits = [(3 * torch.randn(4, C)).to(d) for d in dtypes]
+    logits[1] = poisoned_slice(logits[1], 8)
+    logits[0][2] = NAN
+    target = torch.randint(C, (4,))
+    assert_confidence(
+        cuda_kernels,
+        logits,
+        target,
+        forward_floor=5e-7,
+        gradient_floor=lambda ours: 1e-6 if ours.numel() < FEW else 0.0,
+    )
+
+
+def test_confidence_edges() -> None:
+    assert_confidence_edges(cuda_kernels)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_features(mixed: bool) -> None:
+    """Widths, dtypes and row strides that differ between teachers; a warp and a block per sample."""
+    student = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 40)[:, :33]]
+    teachers = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 33)]
+    if mixed:
+        student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
+    assert_features(cuda_kernels, student, teachers)
+
+
+def test_feature_loss_module() -> None:
+    assert_feature_module("cuda")
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("C", [1, 10, 101])
+def test_scale_rows(dtype: torch.dtype, C: int) -> None:
+    assert_scales_rows(cuda_kernels, C, dtype)

@@ -1,0 +1,322 @@
+"""The CUDA kernels of the logit loss, executed on the host: the same sources, against the float64 truth and the
+reference's conventions.
+
+tests/cuda/host/ defines the few names of csrc/cuda/device.cuh for g++: a std::thread for every CUDA thread, barriers of
+threads, shared memory full of NaN, asynchronous copies that do not happen before they are waited for. The launch table
+is the real one; the tests shrink the device that it is told of, so that small rows take the ways of large ones.
+
+What this cannot show: the weaker memory order of a GPU (ThreadSanitizer looks for missing barriers instead), what the
+hardware's approximate exponential does to the last bits, register and shared memory limits (test_offline_compile.py
+reads those), launch attributes and streams, and speed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from camkd_fast import reference
+from tests.support.cases import (
+    Case,
+    assert_accurate,
+    assert_result,
+    make_case,
+    naive,
+    run,
+    run_value_and_grad,
+    truth,
+)
+from tests.support.row_contract import assert_agrees, assert_means, options
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+from camkd_fast import cuda_kernels
+from tests.cuda.host.on_host import THREADS, cuda_on_the_host, emulated, limit
+
+__all__ = ["cuda_on_the_host", "emulated"]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NAN, INF = float("nan"), float("inf")
+REGIMES = ["table", "cluster", "batches"]
+WIDE = 1000  # columns that fill four blocks of such a device: one read by a cluster costs less than two by a block
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
+    """A test that enters it must end in it: the launch table might prefer another way."""
+    yield str(request.param)
+    _, batches, cluster = emulated.last_rows()
+    if request.param != "table":
+        assert (batches > 1, cluster > 1) == (request.param == "batches", request.param == "cluster")
+
+
+def enter(emulated: ModuleType, regime: str, K: int) -> None:
+    """A device on which a block has room for one vector per thread and stream, in clusters of up to 8 or alone."""
+    if regime != "table":
+        limit(emulated, shared=(K + 1) * THREADS * 16 + 4096, cluster=8 if regime == "cluster" else 1)
+
+
+def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
+    actual, R, N = run(case, "cuda", grad_output), truth(case, grad_output), naive(case, grad_output)
+    assert_result(actual, case, R, N, what)
+
+
+# --- every way through the kernel ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("C", "K", "temperature", "weighting", "dtype"),
+    [
+        (1, 2, 4.0, "confidence", F32),
+        (7, 1, 4.0, "entropy", BF16),
+        (10, 16, 2.0, "confidence", F32),
+        (100, 3, 4.0, "confidence", BF16),
+        (100, 2, 1.0, "entropy", F16),
+        (100, 5, 3.3, "uniform", F32),
+        (100, 4, 2.0, "uniform", F16),
+        (1000, 3, 4.0, "confidence", BF16),
+        (1000, 3, 3.3, "confidence", F32),
+        (1128, 5, 4.0, "entropy", F16),
+        (1128, 16, 1.0, "confidence", BF16),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
+def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype: torch.dtype, padded: bool) -> None:
+    """The shipped way of each width; dense odd widths have unaligned rows, padded ones NaN around them."""
+    case = make_case(
+        7, C, K, dtype, peaked=padded, padded=padded, ignored=0.2, temperature=temperature, weighting=weighting
+    )
+    check(case, f"C={C}")
+
+
+@pytest.mark.parametrize(
+    ("regime", "C", "K", "temperature", "weighting", "dtype", "expected"),
+    [
+        ("table", 2100, 3, 4.0, "confidence", BF16, (False, 1, 1)),
+        ("cluster", 1001, 3, 4.0, "confidence", BF16, (False, 1, 2)),
+        ("cluster", 1000, 5, 3.3, "entropy", F32, (False, 1, 4)),
+        ("cluster", 3999, 2, 2.0, "confidence", F16, (False, 1, 8)),
+        ("cluster", 1001, 4, 1.0, "uniform", F16, (False, 1, 2)),
+        ("batches", 1001, 3, 4.0, "confidence", BF16, (False, 2, 1)),
+        ("batches", 1127, 5, 3.3, "entropy", F32, (False, 5, 1)),
+        ("batches", 3999, 1, 1.0, "confidence", F16, (False, 4, 1)),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
+def test_wide_rows(
+    emulated: ModuleType,
+    regime: str,
+    C: int,
+    K: int,
+    temperature: float,
+    weighting: str,
+    dtype: torch.dtype,
+    expected: tuple[bool, int, int],
+    padded: bool,
+) -> None:
+    enter(emulated, regime, K)
+    case = make_case(
+        5, C, K, dtype, peaked=True, padded=padded, ignored=0.3, temperature=temperature, weighting=weighting
+    )
+    check(case, f"{regime} C={C}")
+    assert emulated.last_rows() == expected
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 3.3])
+def test_every_weighting_and_temperature(emulated: ModuleType, regime: str, weighting: str, temperature: float) -> None:
+    enter(emulated, regime, 3)
+    C = 72 if regime == "table" else WIDE
+    # What float32 makes of the entropy of a teacher that is nearly certain, log(1 + little), is luck.
+    peaked = weighting != "entropy"
+    case = make_case(
+        12,
+        C,
+        3,
+        peaked=peaked,
+        padded=False,
+        ignored=0.2,
+        temperature=temperature,
+        weighting=weighting,
+        hard_weight=0.7,
+    )
+    if weighting == "given":
+        case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, 12).contiguous())
+    check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("teacher_dtypes", [(F32, F16, BF16), (F16, F16, F16)], ids=["three", "one"])
+def test_mixed_dtypes(emulated: ModuleType, regime: str, teacher_dtypes: tuple[torch.dtype, ...]) -> None:
+    enter(emulated, regime, 3)
+    check(make_case(4, WIDE, 3, BF16, teacher_dtypes=teacher_dtypes, peaked=True), regime)
+
+
+def test_rows_that_a_warp_takes_together(emulated: ModuleType) -> None:
+    """Two at a time, the last set incomplete, and more sets than warps."""
+    limit(emulated, multiprocessors=1)
+    case = make_case(43, 33, 2, BF16, padded=False, ignored=0.3)
+    assert emulated.row_geometry(43, 33, 2, 8)[:2] == (True, 2)
+    check(case)
+
+
+def test_two_row_strides(emulated: ModuleType, regime: str) -> None:
+    """(B, S, C) slices that no single row stride describes: read in place, each with its own strides."""
+    enter(emulated, regime, 3)
+    case = make_case(6, WIDE, 3, lead=(2, 3), padded=False)
+    wide = torch.full((2, 5, WIDE + 8), NAN)
+    wide[:, 1:4, 8:] = case.student
+    check(case.with_(student=wide[:, 1:4, 8:], teachers=(*case.teachers[:2], case.teachers[2][:1].expand(2, 3, WIDE))))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_reductions(reduction: str) -> None:
+    case = make_case(4, 40, 2, ignored=0.3, reduction=reduction)
+    check(case, reduction, torch.randn(4) if reduction == "none" else torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+def test_value_and_grad(emulated: ModuleType, regime: str, scale: float | torch.Tensor) -> None:
+    enter(emulated, regime, 2)
+    case = make_case(3, WIDE, 2)
+    actual, R, N = run_value_and_grad(case, "cuda", scale), truth(case), naive(case)
+    assert_accurate(actual.grad, 8 * R.grad, 8 * N.grad, "grad")
+    assert_accurate(actual.loss, R.loss, N.loss, "loss", floor=1e-5)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def cuda_rows(*args: object, **kwargs: object) -> reference.RowLoss:
+    return reference.RowLoss(*cuda_kernels.row_loss(*args, **kwargs))
+
+
+agree = functools.partial(assert_agrees, cuda_rows)
+
+
+@pytest.fixture
+def rows(emulated: ModuleType, regime: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    enter(emulated, regime, 3)
+    return torch.randn(4, WIDE), [3 * torch.randn(4, WIDE) for _ in range(3)], torch.tensor([3, WIDE - 1, 0, 40])
+
+
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+def test_means(rows: tuple, scale: float | torch.Tensor) -> None:
+    """The device counts the rows and adds them up."""
+    assert_means(cuda_rows, rows[0], rows[1], rows[2], scale)
+
+
+@pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
+@pytest.mark.parametrize("N", [0, 4, 300])
+@pytest.mark.parametrize("device", REGIMES)
+def test_means_of_narrow_rows(emulated: ModuleType, device: str, N: int, scale: float | torch.Tensor) -> None:
+    """In one launch where a cluster does the batch, else in two more."""
+    enter(emulated, device, 3)
+    student, *teachers = torch.randn(4, N, 40).unbind()
+    assert_means(cuda_rows, student, teachers, torch.randint(40, (N,)), scale)
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "entropy"])
+def test_masked_columns(rows: tuple, weighting: str) -> None:
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 41:900] = -INF  # whole vectors, whole warps and a whole batch of them
+    agree(student, teachers, target, weighting=weighting)
+    student[0, 20] = -INF  # teachers have mass there: KL is infinite, in that row alone
+    agree(student, teachers, target, weighting=weighting)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 0.7])
+def test_columns_masked_with_the_lowest_number(rows: tuple, temperature: float) -> None:
+    """Some columns of every row, and all of one: at a small T their product with the scale overflows."""
+    student, teachers, target = rows
+    for tensor in (student, *teachers):
+        tensor[:, 41:900] = torch.finfo(F32).min
+        tensor[2] = torch.finfo(F32).min
+    agree(student, teachers, target, temperature=temperature)
+    agree(student, teachers, target, temperature=temperature, weighting="entropy")
+
+
+def test_infinite_cross_entropies(rows: tuple) -> None:
+    student, teachers, target = rows
+    teachers[0][0, 3] = -INF  # one: weight 0
+    teachers[0][1, -1] = teachers[2][1, -1] = -INF  # two share the mass
+    for z in teachers:
+        z[2, 0] = -INF  # all: uniform
+    agree(student, teachers, target)
+
+
+def test_certain_teachers() -> None:
+    """Entropies of exactly 0, in all teachers and in all but the last."""
+    target = torch.tensor([1, 2])
+    teachers = [torch.full((2, 40), -INF).scatter_(1, target[:, None], 5.0) for _ in range(3)]
+    teachers[2][1] = torch.randn(40)
+    agree(torch.randn(2, 40), teachers, target, weighting="entropy")
+
+
+def test_ignored_rows_are_zero_whatever_they_hold(rows: tuple) -> None:
+    student, teachers, target = rows
+    target[1] = target[3] = -100
+    student[1], teachers[0][1], teachers[2][3] = NAN, NAN, INF
+    agree(student, teachers, target)
+    target.fill_(-100)
+    agree(student, teachers, target)
+
+
+def test_labels_out_of_range_give_nan_rows(rows: tuple) -> None:
+    student, teachers, target = rows
+    target[0], target[2] = WIDE, -1
+    agree(student, teachers, target)
+    agree(student, teachers, target, hard_weight=0.0, weighting="uniform")
+
+
+def test_given_weight_of_zero_silences_a_teacher(rows: tuple) -> None:
+    """Even a NaN one: loss and gradient are those without it."""
+    student, teachers, target = rows
+    teachers[1].fill_(NAN)
+    weights = torch.tensor([0.5, 0.0, 0.25]).unsqueeze(1).expand(3, 4)
+    actual = cuda_rows(student, teachers, target, **options(weighting=weights))
+    without = cuda_rows(student, teachers[::2], target, **options(weighting=weights[::2]))
+    torch.testing.assert_close(actual.rows, without.rows)
+    torch.testing.assert_close(actual.residual, without.residual)
+
+
+@pytest.mark.parametrize("offset", [1e4, -3e4])
+def test_large_offsets_do_not_cancel(rows: tuple, offset: float) -> None:
+    """A whole number added to logits on a grid of 1/32 loses none of their bits, so that it may change roundings only:
+    a maximum times scale that is off by one part in 2^24 would be off by 1e-3 here.
+    """
+    student, teachers, target = rows
+    student, *teachers = ((32 * tensor).round() / 32 for tensor in (student, *teachers))
+    plain = cuda_rows(student, teachers, target, **options())
+    moved = cuda_rows(student + offset, [z + offset for z in teachers], target, **options())
+    torch.testing.assert_close(moved.numbers, plain.numbers, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved.residual, plain.residual, rtol=1e-6, atol=1e-7)
+
+
+def test_student_equal_to_teachers(rows: tuple) -> None:
+    student, _, target = rows
+    result = cuda_rows(student, [student] * 3, target, **options(hard_weight=0.0))
+    assert torch.equal(result.divergence, torch.zeros(3, 4))
+    assert result.residual.abs().max() <= 1e-7
+
+
+def test_no_residual_repeats_and_writes_no_input(rows: tuple) -> None:
+    student, teachers, target = rows
+    before = [tensor.clone() for tensor in (student, *teachers, target)]
+    first, second = (cuda_rows(*rows, **options()) for _ in range(2))
+    assert torch.equal(first.numbers, second.numbers) and torch.equal(first.residual, second.residual)
+    bare = cuda_rows(*rows, **options(needs_grad=False))
+    assert bare.residual is None and torch.equal(bare.numbers, first.numbers)
+    assert all(torch.equal(old, new) for old, new in zip(before, (student, *teachers, target), strict=True))
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0, 7)
+    result = cuda_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
+    assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
+    assert cuda_kernels.feature_forward([empty], [empty]).shape == (1, 0)
+    assert cuda_kernels.scale_rows(empty, torch.ones(1), empty) is empty

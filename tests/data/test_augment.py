@@ -1,0 +1,90 @@
+"""Augmentation records: where each sample is cut and whether it is mirrored, decided before any pixel is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from camkd_fast.data import Augmentation
+from camkd_fast.data.augment import central_squares, records
+from tests.support.loader_data import CROP, RESIZED
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**6), st.permutations(list(range(30))), st.sampled_from([CROP, RESIZED]))
+def test_a_record_depends_on_seed_view_and_sample_alone(
+    seed: int, view: int, order: list[int], augmentation: Augmentation
+) -> None:
+    sizes = np.random.default_rng(0).integers(5, 99, (30, 2))
+    together = records(augmentation, seed, view, np.arange(30), sizes)
+    shuffled = records(augmentation, seed, view, np.array(order), sizes[order])
+    alone = records(augmentation, seed, view, np.array([7]), sizes[[7]])
+    for a, b, c in zip(together, shuffled, alone, strict=True):
+        np.testing.assert_array_equal(a[order], b)
+        np.testing.assert_array_equal(a[[7]], c)
+
+
+def test_records_are_uniform_and_independent() -> None:
+    n = 20000
+    index = np.arange(n)
+    size = np.array([[64, 64]])
+    first = records(CROP, 0, 0, index, size)
+    shifts = first.shifts - first.shifts.min()
+    counts = np.bincount(shifts[:, 0] * 7 + shifts[:, 1], minlength=49)
+    assert ((counts - n / 49) ** 2 / (n / 49)).sum() < 92  # 48 degrees of freedom, probability 1e-4
+    assert abs(first.mirrored.mean() - 0.5) < 4 * 0.5 / n**0.5
+    others = [records(CROP, 1, 0, index, size), records(CROP, 0, 1, index, size), records(CROP, 0, 0, index + n, size)]
+    others.append(records(CROP, 0, 0, index + 1, size))  # the neighbouring sample
+    for other in others:
+        for a, b in ((first.shifts[:, 0], other.shifts[:, 0]), (first.mirrored, other.mirrored)):
+            assert abs(np.corrcoef(a, b)[0, 1]) < 4 / n**0.5
+    assert abs(np.corrcoef(first.shifts[:, 1], first.mirrored)[0, 1]) < 4 / n**0.5
+
+
+@given(
+    st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    st.floats(0.01, 1.0),
+    st.floats(0.1, 1.0),
+    st.integers(0, 1000),
+)
+def test_windows_lie_in_the_image(size: tuple[int, int], scale: float, ratio: float, view: int) -> None:
+    augmentation = Augmentation("resized-crop", scale=(scale, 1.0), ratio=(ratio, 1 / ratio))
+    top, left, height, width = records(augmentation, 0, view, np.arange(40), np.array([size])).windows.T
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
+
+
+def test_windows_have_the_areas_and_ratios_that_were_asked_for() -> None:
+    n, H, W = 20000, 300, 400
+    augmentation = Augmentation("resized-crop", scale=(0.2, 0.5))
+    top, left, height, width = records(augmentation, 0, 0, np.arange(n), np.array([[H, W]])).windows.T
+    area, ratio = height * width / (H * W), np.log(width / height) / np.log(4 / 3)
+    for value, low, high in ((area, 0.2, 0.5), (ratio, -1, 1), (top / (H - height), 0, 1), (left / (W - width), 0, 1)):
+        deciles = np.quantile(value, np.linspace(0, 1, 11))
+        np.testing.assert_allclose(deciles, np.linspace(low, high, 11), atol=0.03 * (high - low))
+
+
+def test_a_very_long_image_gets_a_central_window_of_a_legal_ratio() -> None:
+    made = records(RESIZED, 0, 0, np.arange(50), np.array([[10, 1000]]))
+    full_height = made.windows[:, 2] == 10
+    assert full_height.any()
+    np.testing.assert_array_equal(made.windows[full_height], [[0, 493, 10, 13]] * full_height.sum())
+    np.testing.assert_array_equal(central_squares(np.array([[10, 25], [8, 3]])), [[0, 7, 10, 10], [2, 0, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "mixup"}, "'mixup'"),
+        ({"padding": -1}, "padding must be at least 0, got -1"),
+        ({"scale": (0.0, 1.0)}, r"\(0.0, 1.0\)"),
+        ({"scale": (0.5, 1.5)}, r"\(0.5, 1.5\)"),
+        ({"ratio": (2.0, 1.0)}, r"\(2.0, 1.0\)"),
+    ],
+)
+def test_unfit_augmentation_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**settings)

@@ -1,0 +1,229 @@
+"""torch.compile and the registered ops: opcheck, fullgraph, few recompilations (need 12)."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import camkd_fast  # noqa: F401  # registers the ops
+from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
+from tests.support.cases import assert_accurate, fields, make_case, naive, run, truth
+
+OPS = torch.ops.camkd_fast
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def op_arguments(backend, lead=(6,), **changes):
+    case = make_case(6, 10, lead=lead, padded=False, ignored=0.3)
+    arguments = {
+        "student": case.student.requires_grad_(),
+        "teachers": list(case.teachers),
+        "target": case.target,
+        "weights": None,
+        "residual_scale": None,
+        "weighting": "confidence",
+        "temperature": 4.0,
+        "hard_weight": 1.0,
+        "soft_weight": 1.0,
+        "ignore_index": -100,
+        "needs_grad": True,
+        "backend": backend,
+    }
+    return tuple((arguments | changes).values())
+
+
+ROW_LOSS = {
+    "plain": {},
+    "no gradient": {"needs_grad": False, "student": torch.randn(6, 10)},
+    "scaled": {"residual_scale": torch.tensor([0.25])},
+    "entropy": {"weighting": "entropy"},
+    "given weights": {"weights": torch.rand(3, 6).requires_grad_(), "weighting": "uniform"},
+    "bfloat16": {"student": torch.randn(6, 10).bfloat16().requires_grad_()},
+    "tokens": {"lead": (2, 3)},
+    "padded rows": {"student": torch.randn(6, 13)[:, :10].detach().requires_grad_()},
+}
+
+
+@pytest.mark.parametrize("what", ROW_LOSS)
+def test_opcheck_row_loss(what, backend):
+    torch.library.opcheck(OPS.row_loss.default, op_arguments(backend, **ROW_LOSS[what]))
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_opcheck_confidence_weights(K, backend):
+    case = make_case(6, 10, K, ignored=0.3)
+    logits = [z.detach().clone().requires_grad_() for z in case.teachers]
+    torch.library.opcheck(OPS.confidence_weights.default, (logits, case.target, -100, backend))
+    _, _, lse = OPS.confidence_weights([z.detach() for z in logits], case.target, -100, backend)
+    arguments = ([z.detach() for z in logits], case.target, lse, torch.randn(K, 6), backend)
+    torch.library.opcheck(OPS.confidence_weights_backward.default, arguments)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck_feature_error(format, backend):
+    shapes = [(3, 4, 2, 5), (3, 6, 3, 3)]
+    student, teachers = ([torch.randn(s).contiguous(memory_format=format) for s in shapes] for _ in range(2))
+    trained = [r.clone().requires_grad_() for r in student]
+    torch.library.opcheck(OPS.feature_error.default, (trained, teachers, backend))
+    torch.library.opcheck(OPS.feature_error_backward.default, (student, teachers, torch.randn(2, 3), backend))
+
+
+def test_every_registered_op_is_checked():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("camkd_fast::")
+    }
+    checked = {
+        "row_loss",
+        "confidence_weights",
+        "confidence_weights_backward",
+        "feature_error",
+        "feature_error_backward",
+        "min_norm_weights",  # in test_min_norm.py; registered when training is imported
+    }
+    assert registered >= checked - {"min_norm_weights"} and registered <= checked
+
+
+# --- whole functions -------------------------------------------------------------------------------------------------
+
+CASES = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "entropy": {"weighting": "entropy", "temperature": 2.0},
+    "per row": {"weighting": torch.rand(3, 16)},
+    "num_items": {"num_items": 5},
+    "num_items tensor": {"num_items": torch.tensor(5)},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "ignored": {"ignored": 0.5},
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_fullgraph_equals_eager(what, backend):
+    case = make_case(16, 33, **CASES[what])
+    grad_output = torch.randn(16) if case.reduction == "none" else torch.tensor(1.7)
+    expected = run(case, backend, grad_output)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(student, teachers, target, weighting):
+        return camkd_loss(student, teachers, target, backend=backend, **(case.options() | {"weighting": weighting}))
+
+    student = case.student.detach().requires_grad_()
+    weighting = case.weighting
+    if isinstance(weighting, torch.Tensor):
+        weighting = weighting.detach().requires_grad_()
+    out = compiled(student, list(case.teachers), case.target, weighting)
+    assert [x.requires_grad for x in fields(out)] == [True, False, False, False, False, False]
+    out.loss.backward(grad_output)
+    for ours, eager in zip(fields(out), expected[:6], strict=True):
+        torch.testing.assert_close(ours.detach(), eager, rtol=1e-6, atol=0)
+    assert_accurate(student.grad, truth(case, grad_output).grad, naive(case, grad_output).grad)
+    if expected.grad_weighting is not None:
+        torch.testing.assert_close(weighting.grad, expected.grad_weighting)
+
+
+@pytest.mark.parametrize("what", ["mean", "none", "num_items tensor", "bfloat16"])
+def test_loss_and_grad_fullgraph_equals_eager(what, backend):
+    case = make_case(16, 33, **CASES[what])
+    scale = torch.tensor(64.0)
+
+    def function(student, teachers, target, scale):
+        return camkd_loss_and_grad(student, teachers, target, loss_scale=scale, backend=backend, **case.options())
+
+    arguments = (case.student, list(case.teachers), case.target, scale)
+    out, grad = torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
+    expected, expected_grad = function(*arguments)
+    for ours, eager in zip((*fields(out), grad), (*fields(expected), expected_grad), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("shape", ["(N, C)", "(B, S, C)"])
+def test_few_recompilations_over_batch_sizes(shape, backend):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(student, teachers, target):
+        return camkd_loss(student, teachers, target, backend=backend).loss
+
+    for N in (32, 17, 64, 9, 33, 128, 5, 48, 31, 2):
+        case = make_case(N, 33, lead=(N,) if shape == "(N, C)" else (N, 1), padded=False)
+        student = case.student.detach().requires_grad_()
+        loss = step(student, list(case.teachers), case.target)
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), truth(case).loss.float())
+    assert counter.frame_count <= 3, f"compiled {counter.frame_count} times for 10 batch sizes"
+
+
+def test_inductor_trains_as_eager_does(backend):
+    # The one run through the real code generator; the tests above stop at the graphs, which is where we can err.
+    torch.manual_seed(0)
+    case = make_case(16, 33)
+    body, twin = (torch.nn.Linear(33, 33) for _ in range(2))
+    twin.load_state_dict(body.state_dict())
+
+    def step(model):
+        out = camkd_loss(model(case.student).relu(), case.teachers, case.target, backend=backend)
+        return out.loss * 2 + out.hard
+
+    torch.compile(step, fullgraph=True)(body).backward()
+    step(twin).backward()
+    torch.testing.assert_close(body.weight.grad, twin.weight.grad)
+
+
+def test_double_backward_is_refused_when_compiled(backend):
+    case = make_case(16, 33)
+    student = case.student.detach().requires_grad_()
+    function = torch.compile(
+        lambda s: camkd_loss(s, case.teachers, case.target, backend=backend).loss, backend="aot_eager", fullgraph=True
+    )
+    (grad,) = torch.autograd.grad(function(student), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.square().sum().backward()
+
+
+def test_labels_are_checked_when_compiled(backend):
+    case = make_case(16, 33)
+    function = torch.compile(
+        lambda target: camkd_loss(case.student, case.teachers, target, backend=backend).loss,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with pytest.raises(ValueError, match="label 33, but there are 33 classes"):
+        function(case.target.masked_fill(case.target == case.target[0], 33))
+
+
+def test_feature_losses_fullgraph_equal_eager(backend):
+    case = make_case(4, 10, 2)
+    student = [torch.randn(4, 6, 3, 3), torch.randn(4, 8, 2, 2)]
+    teachers = [torch.randn(4, 6, 3, 3), torch.randn(4, 8, 2, 2)]
+
+    def function(logits, features):
+        weights, ce = confidence_weights(logits, case.target, backend=backend)
+        return weighted_feature_loss(features, teachers, weights, backend=backend) + ce.mean()
+
+    gradients = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        logits = [z.detach().clone().requires_grad_() for z in case.teachers]
+        features = [r.clone().requires_grad_() for r in student]
+        call(logits, features).backward()
+        gradients.append([x.grad for x in (*logits, *features)])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_feature_module_fullgraph_equals_eager(backend):
+    torch.manual_seed(0)
+    module = CAMKDFeatureLoss(5, [6, 8], backend=backend)
+    heads = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(n, 10)).requires_grad_(False) for n in (54, 32)]
+    student, target = torch.randn(4, 5, 4, 4), torch.tensor([1, 2, 3, 4])
+    teachers = [torch.randn(4, 6, 3, 3), torch.randn(4, 8, 2, 2)]
+    eager = module(student, teachers, heads, target)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)(student, teachers, heads, target)
+    for ours, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -1,0 +1,165 @@
+"""Random cases: shapes, dtypes, layouts, masks, weightings, temperatures, reductions, against float64."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests.support.backends import BACKENDS
+from tests.support.cases import (
+    MASKED,
+    Case,
+    assert_accurate,
+    fields,
+    naive,
+    poisoned_slice,
+    rms,
+    run,
+    run_value_and_grad,
+    truth,
+)
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "padded", "transposed", "expanded", "rows", "columns"]
+
+
+def lay_out(z: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "padded":
+        return poisoned_slice(z, pad=z.shape[-1] % 7, offset=1 + z.shape[-1] % 3)
+    if layout == "transposed" and z.dim() > 1:
+        return z.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded" and z.dim() > 1 and z.shape[0]:
+        return z[:1].expand_as(z)
+    if layout == "rows" and z.dim() > 1:
+        return torch.stack([z, torch.full_like(z, math.nan)], 1).flatten(0, 1)[::2]
+    if layout == "columns":
+        return torch.stack([z, torch.full_like(z, math.nan)], -1).flatten(-2)[..., ::2]
+    return z
+
+
+@st.composite
+def cases(draw) -> Case:
+    lead = tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
+    if draw(st.integers(0, 40)) == 0:
+        lead = (0, *lead)[:3]
+    C = draw(st.one_of(st.integers(1, 70), st.sampled_from([100, 127, 128, 129, 1000, 1128, 4097, 8193])))
+    K = draw(st.one_of(st.integers(1, 5), st.just(16)))
+    N = math.prod(lead)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    scales = st.sampled_from([0.0, 0.1, 1.0, 5.0, 20.0])
+    peak = draw(st.sampled_from([0.0, 0.0, 10.0]))
+    masked = torch.rand(C, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+    masked[int(torch.randint(C, (), generator=generator))] = False
+    allowed = torch.arange(C)[~masked]
+    target = allowed[torch.randint(len(allowed), (N,), generator=generator)]
+    own_mask = draw(st.booleans())
+
+    def logits(dtype: torch.dtype, teacher: bool) -> torch.Tensor:
+        z = torch.randn(N, C, generator=generator) * draw(scales)
+        z += draw(st.sampled_from([0.0, 0.0, 30.0, -50.0]))
+        z.scatter_add_(1, target.unsqueeze(1), torch.full((N, 1), peak))
+        z.masked_fill_(masked, -math.inf)
+        if teacher and own_mask:
+            # Every label stays possible in every row, whichever row an expanded layout repeats.
+            extra = torch.rand(N, C, generator=generator) < 0.2
+            extra[:, target] = False
+            z.masked_fill_(extra, -math.inf)
+        return lay_out(z.to(dtype).view(*lead, C), draw(st.sampled_from(LAYOUTS)))
+
+    student = logits(draw(st.sampled_from(FLOATS)), teacher=False)
+    teachers = [logits(draw(st.sampled_from(FLOATS)), teacher=True) for _ in range(K)]
+    if draw(st.integers(0, 5)) == 0:
+        teachers = [student] * K
+    ignore_index = draw(st.sampled_from([-100, -1, 0]))
+    ignored = torch.rand(N, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    weighting = draw(st.sampled_from(["confidence", "uniform", "entropy", "per teacher", "per row"]))
+    if weighting.startswith("per"):
+        shape = (K,) if weighting == "per teacher" else (K, *lead)
+        weighting = torch.rand(shape, generator=generator) * 2 - draw(st.sampled_from([0.0, 0.5]))
+    reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+    return Case(
+        student,
+        tuple(teachers),
+        target.masked_fill(ignored, ignore_index).view(lead),
+        temperature=draw(st.one_of(st.sampled_from([1, 2.0, 4.0, 20.0]), st.floats(0.5, 10.0))),
+        hard_weight=draw(st.sampled_from([0.0, 0.5, 1.0, -1.0])),
+        soft_weight=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+        weighting=weighting,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        num_items=draw(st.sampled_from([None, 7, 2.5, torch.tensor(3)])) if reduction == "mean" else None,
+    )
+
+
+def magnitude(case: Case, weights: torch.Tensor) -> dict[str, float]:
+    """The size of what is added and subtracted on the way to each result, in float64."""
+    C, T = case.student.shape[-1], case.temperature
+    s, *zs = (z.double().reshape(-1, C).clamp(min=MASKED) for z in (case.student, *case.teachers))
+    w = weights.reshape(len(zs), -1, 1).abs()
+    mixture = sum(w_k * (z / T).softmax(1) for w_k, z in zip(w, zs, strict=True))
+    q = (s / T).softmax(1)
+    grad = abs(case.soft_weight) * T * (w.sum(0) * q + mixture) + abs(case.hard_weight) * (s.softmax(1) + 1 / C)
+    # Each logarithm of a probability is formed from numbers of the size of the logits.
+    widest = max([1.0, *(float(z.where(z > MASKED, 0.0).abs().max()) for z in (s, *zs) if z.numel())])
+    unsure = 1.0
+    if case.weighting == "entropy" and w.numel():
+        # Entropies of nearly certain teachers cancel to rounding noise, and their ratio with them.
+        entropy = sum(torch.special.entr(z.softmax(1)).sum(1) for z in zs)
+        unsure += 1.0 / max(float(entropy.min()), 1e-9)
+    total = float(w.sum(0).mean()) if w.numel() else 0.0
+    soft = total * T * T * (1 + 2 * widest / T) * unsure
+    return {
+        "loss": abs(case.hard_weight) * 2 * widest + abs(case.soft_weight) * soft,
+        "hard": 2 * widest,
+        "soft": soft,
+        "weights": 4 * widest * unsure,
+        "teacher_ce": 2 * widest,
+        "divergence": 2 * widest / T + 1,
+        "grad": rms(grad) * widest * unsure,
+    }
+
+
+def check(case: Case, backend: str) -> None:
+    rows, kept = case.target.numel(), int((case.target != case.ignore_index).sum())
+    divisor = 1.0
+    if case.reduction == "mean":
+        divisor = max(kept, 1) if case.num_items is None else float(case.num_items)
+    grad_output = torch.linspace(-1, 2, rows).view(case.target.shape) if case.reduction == "none" else None
+    R, N = truth(case, grad_output), naive(case, grad_output)
+    sizes = magnitude(case, R.weights)
+    results = [(run(case, backend, grad_output), R, N)]
+    if case.reduction != "none":
+        results.append((run_value_and_grad(case, backend), R, N))
+    eps = torch.finfo(torch.float32).eps
+    for ours, true, plain in results:
+        for name, size in sizes.items():
+            reduced = name in ("loss", "hard", "soft") and case.reduction != "none"
+            scale = max(kept, 1) / divisor if reduced else 2 / divisor if name == "grad" else 1.0
+            # Few numbers: eager may be exact by luck, and the residual may sit among float16's subnormals.
+            floor = 4 * eps * size * scale
+            if name == "grad" and ours.grad.dtype == torch.float16:
+                floor += 2.0**-24
+            assert_accurate(getattr(ours, name), getattr(true, name), getattr(plain, name), name, floor)
+        # Without a -inf student there is nothing that may be infinite, and ignored rows are exactly 0.
+        assert all(x.isfinite().all() for x in (*fields(ours), ours.grad))
+        assert (ours.grad[case.target == case.ignore_index] == 0).all()
+
+
+CHECKS = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(CHECKS, max_examples=150)
+@given(case=cases())
+def test_random_cases(backend, case):
+    check(case, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@settings(CHECKS, max_examples=2500)
+@given(case=cases())
+def test_thousands_of_random_cases(backend, case):
+    check(case, backend)

@@ -1,0 +1,279 @@
+"""The one crossing of a plain call: it takes what it should, declines the rest, and changes no bit of any result."""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from camkd_fast import camkd_loss, camkd_loss_and_grad
+from tests.support.backends import BACKENDS
+from tests.support.cases import fields, make_case, run, run_value_and_grad
+
+if "cpu" not in BACKENDS:
+    pytest.skip("a build without the compiled module", allow_module_level=True)
+
+from camkd_fast import native
+
+if torch.__version__ < (2, 10):
+    pytest.skip("torch < 2.10 does not let C++ read its tensors", allow_module_level=True)
+
+FORMULA = {"temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence"}
+
+
+def mean_loss(student: Any, teachers: Any, target: Any, **changes: Any) -> native.MeanLoss | None:
+    options = {**FORMULA, "ignore_index": -100, "loss_scale": 1.0, **changes}
+    return native.mean_loss(student, teachers, target, **options)
+
+
+def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
+    return torch.randn(N, C), [torch.randn(N, C) for _ in range(K)], torch.randint(C, (N,))
+
+
+def test_a_torch_with_c_functions_is_connected() -> None:
+    assert native._CONNECTED
+
+
+@pytest.fixture
+def general(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A switch between the crossing and the path that every other call takes."""
+
+    def only_general(yes: bool) -> None:
+        monkeypatch.setattr(native, "_CONNECTED", not yes)
+
+    return only_general
+
+
+@pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy"])
+@pytest.mark.parametrize("C, K, temperature", [(10, 1, 4.0), (100, 3, 3.0), (5000, 2, 2.0), (9000, 5, 1.0)])
+def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, general):
+    case = make_case(
+        math.prod(lead),
+        C,
+        K,
+        dtype,
+        lead=lead,
+        ignored=0.3,
+        teacher_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        weighting=weighting,
+        temperature=temperature,
+        hard_weight=0.7,
+        soft_weight=0.4,
+    )
+    options = {name: case.options()[name] for name in (*FORMULA, "ignore_index")}
+    found = mean_loss(case.student, case.teachers, case.target, **options)
+    assert found is not None and all(part is not None for part in found)
+    results = []
+    for yes in (False, True):
+        general(yes)
+        results.append([*run(case, "cpu")[:-1], *run_value_and_grad(case, "cpu", loss_scale=8.0)[:-1]])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+class Wrapped(Tensor):
+    """A tensor whose class may mean anything."""
+
+
+def strided(z: Tensor) -> Tensor:
+    return torch.stack([z, z], -1).flatten(-2)[..., ::2]
+
+
+S, Z, Y = batch()
+DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
+    "no tensor": (S.tolist(), Z, Y, {}),
+    "float16 student": (S.half(), Z, Y, {}),
+    "float64 student": (S.double(), Z, Y, {}),
+    "float64 teacher": (S, [Z[0].double()], Y, {}),
+    "integer student": (Y.new_ones(5, 7), Z, Y, {}),
+    "student on meta": (S.to("meta"), Z, Y, {}),
+    "teacher on meta": (S, [Z[0].to("meta")], Y, {}),
+    "subclass": (S.as_subclass(Wrapped), Z, Y, {}),
+    "subclass of a teacher": (S, [Z[0].as_subclass(Wrapped)], Y, {}),
+    "sparse": (S.to_sparse(), Z, Y, {}),
+    "one dimension": (S[0], [z[0] for z in Z], Y[0], {}),
+    "four dimensions": (S.view(1, 1, 5, 7), [z.view(1, 1, 5, 7) for z in Z], Y.view(1, 1, 5), {}),
+    "strided columns": (strided(S), Z, Y, {}),
+    "strided columns of a teacher": (S, [strided(Z[0])], Y, {}),
+    "no rows": (S[:0], [z[:0] for z in Z], Y[:0], {}),
+    "no classes": (S[:, :0], [z[:, :0] for z in Z], Y, {}),
+    "no teachers": (S, [], Y, {}),
+    "17 teachers": (S, Z[:1] * 17, Y, {}),
+    "teachers as one tensor": (S, torch.stack(Z), Y, {}),
+    "teachers as an iterator": (S, iter(Z), Y, {}),
+    "no teacher": (S, [None], Y, {}),
+    "teacher that learns": (S, [Z[0].clone().requires_grad_()], Y, {}),
+    "teacher of other rows": (S, [Z[0][:4]], Y, {}),
+    "teacher of other classes": (S, [Z[0][:, :6]], Y, {}),
+    "teacher of other dimensions": (S, [Z[0][None]], Y, {}),
+    "int32 labels": (S, Z, Y.int(), {}),
+    "strided labels": (S, Z, torch.stack([Y, Y], 1)[:, 0], {}),
+    "other labels": (S, Z, Y[:4], {}),
+    "label too large": (S, Z, Y.clone().fill_(7), {}),
+    "label below 0": (S, Z, Y.clone().fill_(-1), {}),
+    "temperature 0": (S, Z, Y, {"temperature": 0.0}),
+    "temperature -1": (S, Z, Y, {"temperature": -1}),
+    "temperature inf": (S, Z, Y, {"temperature": math.inf}),
+    "temperature that is a tensor": (S, Z, Y, {"temperature": torch.tensor(4.0)}),
+    "temperature true": (S, Z, Y, {"temperature": True}),
+    "temperature too long": (S, Z, Y, {"temperature": 10**400}),
+    "hard weight nan": (S, Z, Y, {"hard_weight": math.nan}),
+    "soft weight in words": (S, Z, Y, {"soft_weight": "1"}),
+    "unknown weighting": (S, Z, Y, {"weighting": "confident"}),
+    "given weights": (S, Z, Y, {"weighting": torch.ones(3)}),
+    "ignore_index in words": (S, Z, Y, {"ignore_index": "none"}),
+    "ignore_index too long": (S, Z, Y, {"ignore_index": 2**64}),
+    "loss scale that is a tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0)}),
+    "loss scale nan": (S, Z, Y, {"loss_scale": math.nan}),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_is_not_plain_is_declined(name):
+    student, teachers, target, options = DECLINED[name]
+    assert mean_loss(student, teachers, target, **options) is None
+
+
+def test_tensors_without_memory_of_their_own_are_declined():
+    student, teachers, target = batch()
+    with FakeTensorMode() as mode:
+        assert mean_loss(mode.from_tensor(student), teachers, target) is None
+
+    seen = []
+
+    def loss(s: Tensor) -> Tensor:
+        seen.append(mean_loss(s, teachers, target))
+        return s.sum()
+
+    torch.func.grad(loss)(student)
+    torch.func.vmap(loss)(torch.stack([student, student]))
+    assert seen == [None, None]
+
+
+def test_rows_of_any_stride_are_taken():
+    student, teachers, target = batch(8, 9)
+    wide = torch.full((16, 20), math.nan)
+    wide[::2, 3:12] = student
+    for laid_out in (wide[::2, 3:12], nn.Parameter(student), student[:1].expand(8, 9)):
+        found = mean_loss(laid_out, (teachers[0][:1].expand(8, 9), *teachers[1:]), target)
+        assert found is not None and found[2] is not None and found[2].is_contiguous()
+
+
+def test_a_gradient_only_where_somebody_wants_it():
+    student, teachers, target = batch()
+    assert mean_loss(student, teachers, target, loss_scale=None)[2] is None
+    assert mean_loss(student, teachers, target)[2].shape == student.shape
+    student.requires_grad_()
+    assert mean_loss(student, teachers, target, loss_scale=None)[2].shape == student.shape
+    with torch.no_grad():
+        assert mean_loss(student, teachers, target, loss_scale=None)[2] is None
+
+
+def test_every_row_ignored():
+    student, teachers, target = batch()
+    out, grad = camkd_loss_and_grad(student, teachers, target.fill_(-100))
+    assert all(not bool(x.any()) for x in (*fields(out), grad))
+
+
+def test_what_it_made_outlives_the_call_and_what_it_read():
+    """Small tensors and one of recycled pages: written over by nobody, released by their last owner."""
+    for N, C in ((3, 5), (300, 1000)):
+        case = make_case(N, C, padded=False)
+        out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target)
+        kept = [x.clone() for x in (*fields(out), grad)]
+        parts = [*fields(out), grad]
+        del case, out, grad
+        gc.collect()
+        others = [camkd_loss_and_grad(*batch(N, C)) for _ in range(5)]
+        for part, copy in zip(parts, kept, strict=True):
+            torch.testing.assert_close(part, copy, rtol=0, atol=0)
+        del others
+
+
+def test_in_place_on_the_results():
+    student, teachers, target = batch()
+    out, grad = camkd_loss_and_grad(student, teachers, target)
+    value = float(out.loss)
+    out.loss.mul_(2)
+    grad.add_(1)
+    assert float(out.loss) == 2 * value
+    again, fresh = camkd_loss_and_grad(student, teachers, target)
+    assert float(again.loss) == value and not torch.equal(fresh, grad)
+
+
+def test_references_are_given_back():
+    student, teachers, target = batch()
+    objects = [student, *teachers, target, teachers]
+    before = [sys.getrefcount(x) for x in objects]
+    for _ in range(50):
+        mean_loss(student, teachers, target)
+        mean_loss(student, teachers, target.int())
+        mean_loss(student, teachers, target, temperature=torch.ones(()))
+    assert [sys.getrefcount(x) for x in objects] == before
+
+
+def test_memory_is_given_back():
+    script = """
+import torch
+from camkd_fast import camkd_loss, camkd_loss_and_grad
+
+def resident():
+    with open("/proc/self/statm") as numbers:
+        return int(numbers.read().split()[1]) * 4 // 1024
+
+student, teacher, target = torch.randn(512, 400), torch.randn(512, 400), torch.randint(400, (512,))
+learning = student.clone().requires_grad_()
+for step in range(600):
+    camkd_loss_and_grad(student, [teacher], target)
+    camkd_loss(learning, [teacher], target).loss.backward()
+    if step == 100:
+        before = resident()
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 40  # 500 steps of 0.8 MB and more
+
+
+def test_from_many_threads():
+    cases = [make_case(8 + i, 50, padded=False, seed=i) for i in range(4)]
+    expected = [run_value_and_grad(case, "cpu") for case in cases]
+    wrong = []
+
+    def work(i: int) -> None:
+        torch.set_num_threads(1)
+        for _ in range(200):
+            result = run_value_and_grad(cases[i], "cpu")
+            if not torch.equal(result.grad, expected[i].grad) or not torch.equal(result.weights, expected[i].weights):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(2)
+    assert not wrong
+
+
+def test_a_torch_without_c_functions(general):
+    """As before torch 2.10: the general path, which says the same."""
+    assert not native._C.connect_tensors(None, Tensor, nn.Parameter)
+    assert mean_loss(*batch()) is not None  # the refused connection left the earlier one alone
+    general(True)
+    assert mean_loss(*batch()) is None
+    student, teachers, target = batch()
+    loss = camkd_loss(student.requires_grad_(), teachers, target).loss
+    loss.backward()
+    assert loss.isfinite() and student.grad is not None

@@ -1,0 +1,41 @@
+"""Where the tests of this folder run: every backend on the GPU; without one the compiled CPU backend stands in.
+
+The stand-in is a rehearsal of the tests, not of the kernels: it runs each test's own code, so that none of it is
+executed for the first time on a rented machine. Tests that are about the GPU itself ask for `gpu` and are skipped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from camkd_fast import dispatch
+
+CUDA = torch.device("cuda", 0)
+NO_GPU = "no CUDA device"
+
+
+class Place(NamedTuple):
+    """A backend on a device."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def real(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def _on_gpu(backend: str) -> object:
+    state = dispatch.availability(backend)
+    reason = NO_GPU if not torch.cuda.is_available() else f"backend {backend}: {state.reason}"
+    skipped = not torch.cuda.is_available() or not state.usable
+    return pytest.param(Place(CUDA, backend), id=backend, marks=pytest.mark.skipif(skipped, reason=reason))
+
+
+REAL = [_on_gpu(backend) for backend in ("cuda", "triton", "reference")]
+STAND_IN = Place(torch.device("cpu"), "cpu" if dispatch.availability("cpu").usable else "reference")
+# One skipped line says what three would.
+PLACES = REAL if torch.cuda.is_available() else [pytest.param(STAND_IN, id="rehearsal"), REAL[0]]

@@ -1,0 +1,116 @@
+"""What a killed or failing writer of the teacher cache leaves behind, and several writers at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+pytest.importorskip("safetensors")
+
+from camkd_fast.train import cache_writer
+from camkd_fast.train.cache import CacheError, Storage, TeacherCache
+from camkd_fast.train.distributed import World
+from camkd_fast.train.teachers import LiveTeachers
+from tests.support.cache_parts import VIEWS, FakeLoader, N, batch_of, build, make_key, make_teachers
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@given(dies_after=st.integers(1, N * VIEWS), shard_bytes=st.sampled_from([1, 1500, 1 << 20]))
+@settings(max_examples=12)
+def test_a_killed_writer_loses_what_it_had_not_listed(
+    tmp_path_factory: pytest.TempPathFactory, dies_after: int, shard_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    teachers = make_teachers()
+    teachers.dies_after = dies_after
+    try:
+        build(folder, teachers, shard_bytes=shard_bytes)
+    except KeyboardInterrupt:
+        with pytest.raises(CacheError, match=r"no teacher cache|not finished"):
+            TeacherCache.open(folder, make_key(teachers))
+    manifest = folder / "manifest.000.json"
+    kept = sum(shard["rows"] for shard in json.loads(manifest.read_text())["shards"]) if manifest.exists() else 0
+    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    if shard_bytes == 1:
+        assert kept >= dies_after - 8  # all but the batch it died on
+
+    second = make_teachers()
+    # Another batch size: what counts is which rows are there, not who wrote them.
+    cache = build(folder, second, shard_bytes=shard_bytes, loader=FakeLoader(batch_size=8 if dies_after % 2 else 5))
+    assert N * VIEWS - kept <= second.asked
+    assert all((folder / name).read_bytes() == data for name, data in before.items())
+    batch = batch_of(torch.arange(N), 1)
+    for ours, live in zip(cache.answers(1, batch.index), LiveTeachers.__call__(second, batch), strict=True):
+        assert torch.equal(ours.logits, live.logits)
+
+
+def test_ranks_write_their_own_shards_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+    teachers = make_teachers()
+    key = make_key(teachers)
+
+    def write(rank: int, world: int) -> None:
+        # size 1 in `World`, so that nobody waits: the ranks write one after the other here
+        cache_writer.write_missing(tmp_path, teachers, FakeLoader(rank, world), key, Storage(), World(rank, 1, CPU))
+
+    write(1, 3)
+    write(2, 3)
+    assert teachers.asked == 2 * (17 + 16)
+    with pytest.raises(CacheError, match=r"66 of 100 answers"):
+        TeacherCache.open(tmp_path, key)
+    write(0, 1)
+    cache = TeacherCache.open(tmp_path, key)
+    assert {path.name for path in tmp_path.glob("manifest*")} == {f"manifest.00{r}.json" for r in range(3)}
+    assert len(cache.errors) == 3
+    batch = batch_of(torch.arange(N), 0)
+    for ours, live in zip(cache.answers(0, batch.index), LiveTeachers.__call__(teachers, batch), strict=True):
+        assert torch.equal(ours.logits, live.logits)
+
+
+def test_a_full_disk_leaves_the_shards_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = make_teachers()
+    write, left = cache_writer.write_atomically, 3
+
+    def full(path: Path, data: bytes) -> None:
+        nonlocal left
+        left -= path.suffix == ".safetensors"
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(cache_writer, "write_atomically", full)
+    with pytest.raises(OSError, match=r"cannot write .*000-00003.safetensors: No space left on device; .*are kept"):
+        build(tmp_path, teachers, shard_bytes=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"000-0000{i}.safetensors" for i in range(3)),
+        "manifest.000.json",
+    ]
+    monkeypatch.undo()
+    asked = teachers.asked
+    build(tmp_path, teachers, shard_bytes=1)
+    assert teachers.asked - asked == N * VIEWS - 3 * 8
+
+
+def test_unreadable_images_may_be_missing_as_far_as_they_were_allowed(tmp_path: Path) -> None:
+    teachers = make_teachers()
+    with pytest.raises(CacheError, match=r"98 of 100"):
+        build(tmp_path, teachers, loader=FakeLoader(bad=7))
+    cache = build(tmp_path, teachers, loader=FakeLoader(bad=7), unreadable=1)
+    with pytest.raises(CacheError, match="no answer for sample 7 in view 1"):
+        cache.answers(1, torch.tensor([3, 7]))
+    batch = batch_of(torch.tensor([0, 6, 8]), 1)
+    assert torch.equal(cache.answers(1, batch.index)[0].logits, teachers(batch)[0].logits)
+
+
+def test_a_loader_of_other_views_is_noticed(tmp_path: Path) -> None:
+    teachers = make_teachers()
+    with pytest.raises(CacheError, match="delivers view 0 in epoch 1, with views 2"):
+        build(tmp_path, teachers, loader=FakeLoader(views=1))

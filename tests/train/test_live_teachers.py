@@ -1,0 +1,49 @@
+"""Teachers that run beside the student: frozen, in their own precision, told apart by hash."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from camkd_fast.data.batch import Batch
+from camkd_fast.train.teachers import LiveTeachers
+from tests.support.training import CLASSES, SmallNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_live_teachers_share_the_batch_and_stay_out_of_the_graph() -> None:
+    model = SmallNet(4)
+    model.train()
+    teachers = LiveTeachers([model], num_classes=CLASSES)
+    images = torch.randn(3, 3, 8, 8)
+    (taught,) = teachers(Batch(images, torch.zeros(3), torch.zeros(3), 0))
+    assert torch.equal(taught.logits, model(images).detach())
+    assert not taught.logits.requires_grad and not taught.features.requires_grad
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_teachers_run_in_the_precision_they_were_given() -> None:
+    model = SmallNet(4)
+    batch = Batch(torch.randn(3, 3, 8, 8), torch.zeros(3), torch.zeros(3), 0)
+    plain, half = LiveTeachers([model], CLASSES), LiveTeachers([model], CLASSES, autocast=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain(batch)[0].logits.dtype == torch.float32
+    assert half(batch)[0].logits.dtype == torch.bfloat16
+
+
+def test_hashes_tell_weights_layers_and_precision_apart() -> None:
+    model = SmallNet(4)
+    (first,) = LiveTeachers([model], CLASSES).hashes
+    assert LiveTeachers([model], CLASSES).hashes == [first] and len(first) == 64
+    strided = SmallNet(4)
+    strided.load_state_dict(model.state_dict())
+    strided.conv2.stride = (1, 1)
+    changed = SmallNet(4)
+    changed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        changed.fc.bias[0] += 1e-6
+    half = SmallNet(4)
+    half.load_state_dict(model.state_dict())
+    others = LiveTeachers([strided, changed, half.bfloat16()], CLASSES).hashes
+    assert len({first, *others}) == 4
