@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .native import DTYPE_CODES, Matrix, matrix, sizes, weighting_code
+from .native import DTYPE_CODES, feature_pairs, matrix, sizes, weights_of
 
 # Device-side assertions on labels; they stop the context.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
@@ -75,21 +75,14 @@ def row_loss(
     # The loss apart from the others: a caller may write to it.
     means = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (3,))] if mean else []
     residual = torch.empty((N, C), dtype=student.dtype, device=device) if needs_grad else None
-    code, weights = weighting_code(weighting)
     factor = residual_scale if isinstance(residual_scale, Tensor) else None
     with _device_of(student):
         _C.cuda_row_loss(
-            N,
-            C,
-            inner,
+            (N, C, inner),
             [matrix(logits) for logits in (student, *teachers)],
             target.data_ptr(),
-            ignore_index,
-            temperature,
-            hard_weight,
-            soft_weight,
-            code,
-            weights,
+            (float(temperature), float(hard_weight), float(soft_weight), weighting, ignore_index),
+            weights_of(weighting),
             numbers.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             1.0 if residual_scale is None or isinstance(residual_scale, Tensor) else float(residual_scale),
@@ -123,9 +116,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
     weights, ce, lse = (torch.empty((len(logits), N), dtype=torch.float32, device=target.device) for _ in range(3))
     with _device_of(target):
         _C.cuda_confidence_forward(
-            N,
-            C,
-            inner,
+            (N, C, inner),
             [matrix(z) for z in logits],
             target.data_ptr(),
             ignore_index,
@@ -144,9 +135,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     lse, grad_ce = _dense(lse), _dense(grad_ce)
     with _device_of(target):
         _C.cuda_confidence_backward(
-            N,
-            C,
-            inner,
+            (N, C, inner),
             [matrix(z) for z in logits],
             target.data_ptr(),
             lse.data_ptr(),
@@ -157,15 +146,11 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     return grads
 
 
-def _pairs(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[int], list[Matrix], list[Matrix]]:
-    return [r.shape[1] for r in student], [matrix(r) for r in student], [matrix(f) for f in teachers]
-
-
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     N = student[0].shape[0]
     error = torch.empty((len(student), N), dtype=torch.float32, device=student[0].device)
     with _device_of(error):
-        _C.cuda_feature_forward(N, *_pairs(student, teachers), error.data_ptr(), _stream_of(error))
+        _C.cuda_feature_forward(*feature_pairs(student, teachers), error.data_ptr(), _stream_of(error))
     return error
 
 
@@ -174,8 +159,7 @@ def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad
     grad_error = _dense(grad_error)
     with _device_of(grad_error):
         _C.cuda_feature_backward(
-            student[0].shape[0],
-            *_pairs(student, teachers),
+            *feature_pairs(student, teachers),
             grad_error.data_ptr(),
             [grad.data_ptr() for grad in grads],
             _stream_of(grad_error),

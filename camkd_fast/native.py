@@ -14,8 +14,6 @@ from torch.utils import deterministic
 from . import _C  # after torch, whose OpenMP runtime it shares
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WEIGHTING_CODES = {"confidence": 0, "uniform": 1, "entropy": 2}
-_GIVEN = 3
 
 Matrix = tuple[int, int, int, int]
 MeanLoss = tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float]
@@ -34,11 +32,11 @@ def matrix(logits: Tensor) -> Matrix:
     return logits.data_ptr(), strides[0], strides[-2], DTYPE_CODES[logits.dtype]
 
 
-def weighting_code(weighting: str | Tensor) -> tuple[int, tuple[int, int, int]]:
-    """The code of a weighting, and the address and strides of given weights (K, N)."""
+def weights_of(weighting: str | Tensor) -> tuple[int, int, int]:
+    """Address and strides of given weights (K, N); zeros for a named weighting."""
     if isinstance(weighting, Tensor):
-        return _GIVEN, (weighting.data_ptr(), weighting.stride(0), weighting.stride(1))
-    return _WEIGHTING_CODES[weighting], (0, 0, 0)
+        return weighting.data_ptr(), weighting.stride(0), weighting.stride(1)
+    return 0, 0, 0
 
 
 def sizes(logits: Tensor) -> tuple[int, int, int]:
@@ -95,11 +93,7 @@ def mean_loss(
         student,
         teachers,
         target,
-        ignore_index,
-        temperature,
-        hard_weight,
-        soft_weight,
-        weighting,
+        (temperature, hard_weight, soft_weight, weighting, ignore_index),
         loss_scale,
         torch.is_grad_enabled(),
         torch.get_num_threads(),
@@ -124,20 +118,12 @@ def row_loss(
     K = len(teachers)
     numbers = torch.empty(3 + 3 * K, N, dtype=torch.float32)
     residual = new_output(N, C, student.dtype) if needs_grad else None
-    code, weights = weighting_code(weighting)
     sums = _C.row_loss(
-        N,
-        C,
-        inner,
-        matrix(student),
-        [matrix(teacher) for teacher in teachers],
+        (N, C, inner),
+        [matrix(logits) for logits in (student, *teachers)],
         target.data_ptr(),
-        ignore_index,
-        temperature,
-        hard_weight,
-        soft_weight,
-        code,
-        weights,
+        (float(temperature), float(hard_weight), float(soft_weight), weighting, ignore_index),
+        weights_of(weighting),
         numbers.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         float(residual_scale),
@@ -166,9 +152,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
     N, C, inner = sizes(logits[0])
     weights, ce, lse = (torch.empty((len(logits), N), dtype=torch.float32) for _ in range(3))
     _C.confidence_forward(
-        N,
-        C,
-        inner,
+        (N, C, inner),
         [matrix(z) for z in logits],
         target.data_ptr(),
         ignore_index,
@@ -185,9 +169,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     grads = [new_output(N, C, z.dtype) for z in logits]
     grad_ce = grad_ce.contiguous()
     _C.confidence_backward(
-        N,
-        C,
-        inner,
+        (N, C, inner),
         [matrix(z) for z in logits],
         target.data_ptr(),
         lse.data_ptr(),
@@ -198,17 +180,31 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     return grads
 
 
+def feature_pairs(
+    student: Sequence[Tensor], teachers: Sequence[Tensor]
+) -> tuple[int, list[int], list[Matrix], list[Matrix]]:
+    """N, the K widths, and both sides of the pairs."""
+    return (
+        student[0].shape[0],
+        [r.shape[1] for r in student],
+        [matrix(r) for r in student],
+        [matrix(f) for f in teachers],
+    )
+
+
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32)
-    for r, f, row in zip(student, teachers, error, strict=True):
-        _C.feature_forward(r.shape[0], r.shape[1], matrix(r), matrix(f), row.data_ptr(), torch.get_num_threads())
+    _C.feature_forward(*feature_pairs(student, teachers), error.data_ptr(), torch.get_num_threads())
     return error
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     grads = [new_output(r.shape[0], r.shape[1], r.dtype) for r in student]
-    for r, f, g, grad in zip(student, teachers, grad_error.contiguous(), grads, strict=True):
-        _C.feature_backward(
-            r.shape[0], r.shape[1], matrix(r), matrix(f), g.data_ptr(), grad.data_ptr(), torch.get_num_threads()
-        )
+    grad_error = grad_error.contiguous()
+    _C.feature_backward(
+        *feature_pairs(student, teachers),
+        grad_error.data_ptr(),
+        [grad.data_ptr() for grad in grads],
+        torch.get_num_threads(),
+    )
     return grads
