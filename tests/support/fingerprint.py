@@ -99,8 +99,9 @@ def _run(name: str, pattern: str) -> tuple[dict[str, str], str, float]:
     seconds = time.perf_counter() - started
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1]), "", seconds
-    if name.startswith("cpu-") and "does not run on this processor" in done.stderr:
-        return {}, "does not run on this processor", seconds
+    why = done.stderr.strip().rpartition("\n")[2]
+    if "does not run on this processor" in why or "cannot run here" in why:
+        return {}, why, seconds
     return {}, f"failed\n{done.stderr}", seconds
 
 

@@ -34,6 +34,7 @@ class Spec:
     reduction: str = "mean"  # "/number" and "/tensor": with num_items
     layout: str = "contiguous"
     ignored: str = "none"
+    ignore_index: int = -100
     columns: str = ""  # masked columns
     temperature: float = 4.0
     hard_weight: float = 1.0
@@ -72,6 +73,7 @@ LOGIT_OPTIONS: dict[str, Sequence[Any]] = {
     "layout": LAYOUTS,
     "dtype": DTYPES,
     "ignored": ("none", "none", "some", "some", "all"),
+    "ignore_index": (-100, -100, -1, 2),
     "columns": ("", "", *COLUMNS),
     "temperature": TEMPERATURES,
     "hard_weight": (1.0, 1.0, 0.3, 0.0),
@@ -87,6 +89,7 @@ FEATURE_OPTIONS: dict[str, Sequence[Any]] = {
     "format": FORMATS,
     "layout": ("contiguous", "padded", "stacked", "transposed"),
     "ignored": IGNORED,
+    "ignore_index": (-100, 2),
     "columns": COLUMNS,
     "peaked": (False, True),
     "gradient": GRADIENTS,

@@ -68,6 +68,7 @@ def _logits(spec: Spec) -> tuple[list[Tensor], Tensor]:
         teacher_dtypes=MIXED if spec.dtype == "mixed" else (),
         seed=int(torch.randint(1 << 20, (), generator=generator)),
         lead=_lead(spec),
+        ignore_index=spec.ignore_index,
     )
     tensors, target = [case.student, *case.teachers], case.target
     masked = slice(spec.C // 3, spec.C // 3 + 2)
@@ -75,7 +76,7 @@ def _logits(spec: Spec) -> tuple[list[Tensor], Tensor]:
         target = target.where((target < masked.start) | (target >= masked.stop), 0)
     for index, z in enumerate(tensors):
         if index == spec.K:  # nothing may depend on the logits of an ignored row
-            z.masked_fill_((target == -100).unsqueeze(-1), float("nan"))
+            z.masked_fill_((target == spec.ignore_index).unsqueeze(-1), float("nan"))
         if spec.columns and (index == 0 or "student" not in spec.columns):
             fill = torch.finfo(z.dtype).min if spec.columns == "finfo.min" else -float("inf")
             z[..., masked] = fill
@@ -95,7 +96,7 @@ def _case(spec: Spec) -> Case:
         items = 7.0 if count == "number" else torch.tensor(7.0)
     return Case(
         student, tuple(teachers), target, spec.temperature, spec.hard_weight, spec.soft_weight, weighting, reduction,
-        num_items=items,
+        spec.ignore_index, items,
     )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def _confidence(spec: Spec, backend: str) -> Results:
     logits: Any = list(inputs.values())
     if spec.layout == "stacked" and spec.dtype != "mixed":
         logits = torch.stack(logits)
-    weights, ce = confidence_weights(logits, target, backend=backend)
+    weights, ce = confidence_weights(logits, target, spec.ignore_index, backend)
     one, other = (torch.randn(weights.shape, generator=generator).to(weights.dtype) for _ in range(2))
     return _gradients({"weights": weights, "ce": ce}, (weights * one + ce * other).sum(), inputs, spec)
 
