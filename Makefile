@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) setup.py
 SOURCES := $(shell find csrc tests/cuda/host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH := 2.13.0
 
-.PHONY: install demo test test-all lint format bench bench-train bench-report gpu-check study study-quick \
+.PHONY: install demo test test-all fingerprint lint format bench bench-train bench-report gpu-check study study-quick \
   study-report study-check clean
 
 install: $(STAMP)
@@ -27,6 +27,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# One hash per backend over all its results: equal before and after a refactoring.
+fingerprint: $(STAMP)
+	$(BIN)/python -m tests.support.fingerprint
 
 # mypy sees the package as it is installed, with kernels/ inside.
 lint: $(STAMP)
