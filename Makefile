@@ -45,9 +45,9 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks train_step loaders
 
-# One page, PNGs and the README's tables from the committed results; refuses those of a tree that `make test` left red.
+# The HTML page, plots and the tables of README.md and docs/ from the committed results.
 bench-report: $(STAMP)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.publish
 
 # On a machine with a GPU, against the torch, triton and compilers that are there: no .venv, no network.
 gpu-check:
