@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) setup.py
 SOURCES := $(shell find csrc tests/cuda/host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH := 2.13.0
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install demo test test-all lint format bench bench-train bench-report gpu-check study study-quick \
+.PHONY: install demo test test-all lint docs format bench bench-train bench-report gpu-check study study-quick \
   study-report study-check clean
 
 install: $(STAMP)
@@ -33,6 +34,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(MKDOCS) --quiet
+
+# Open build/site/index.html, or serve the folder for the search.
+docs: $(STAMP)
+	$(MKDOCS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
