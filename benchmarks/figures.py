@@ -128,6 +128,7 @@ def headline(results: Sequence[dict[str, Any]]) -> Picture:
     # One below the other, so that the text can be read on a phone.
     figure, axes = plots.new_figure(1, 1.0 + sum(0.55 + 0.42 * len(rows) for _, rows in shown), rows=len(shown))
     figure.set_figwidth(7.0)
+    figure.get_layout_engine().set(h_pad=0.14)
     axes[0].get_gridspec().set_height_ratios([1 + len(rows) for _, rows in shown])
     top = 1.5 * max(row["over"]["backward"][name] for _, rows in shown for row in rows for name in names)
     words = []
