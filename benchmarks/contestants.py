@@ -1,6 +1,6 @@
 """The implementations that are timed: our backends, eager PyTorch, torch.compile, a loop over teachers and more.
 
-All of them compute the loss of `camkd_fast.baselines.eager_loss`. Each is timed at two end points:
+All of them compute the loss of `camkd_fast.losses.eager.eager_loss`. Each is timed at two end points:
 
 - backward: `student.grad` is filled, as after `loss.backward()` in any training loop. Ours is the swap-in,
   `camkd_loss(...).loss.backward()`.
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from benchmarks import timer
 from benchmarks.shapes import Batch
-from camkd_fast import camkd_loss, camkd_loss_and_grad, dispatch
-from camkd_fast.baselines import eager_loss
+from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast.backends import dispatch
+from camkd_fast.losses.eager import eager_loss
 
 Loss = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
 ENDS = ("backward", "grad")

@@ -39,7 +39,7 @@ else:
     print(json.dumps({"problem": "" if there else f"torch {torch.__version__} sees no CUDA device", "name": name}))
 """
 BACKENDS = """
-from camkd_fast import dispatch
+from camkd_fast.backends import dispatch
 for name in dispatch.BACKENDS:
     state = dispatch.availability(name)
     print(f"{name}: {'usable' if state.usable else 'missing'} ({state.reason})")

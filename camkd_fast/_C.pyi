@@ -5,8 +5,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
+Shape = tuple[int, int, int]  # N, C, rows per outer stride
+Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
+Formula = tuple[float, float, float, str | Tensor, int]  # camkd_fast.losses.formula.Formula
 
-RECYCLED_BYTES: int  # outputs of fewer bytes are left to torch
+MAX_TEACHERS: int
+TEMPERATURE_POWERS: tuple[int, ...]  # temperatures T at which e^x is computed as (e^{x/T})^T
+FORMULA_FIELDS: int
+DTYPES: tuple[str, ...]  # by dtype code
+WEIGHTINGS: tuple[str, ...]  # by weighting code
+RECYCLED_BYTES: int  # smaller outputs are allocated by torch
 
 class OutputMemory:
     """`bytes` of uninitialised memory, a writable buffer; its pages are recycled (csrc/cpu/output_memory.h)."""
@@ -16,52 +24,39 @@ class OutputMemory:
 
 def instruction_set() -> str: ...
 def connect_tensors(api: object, tensor: type, parameter: type, /) -> bool:
-    """Takes torch's C functions for tensors; False where it offers none, and `mean_loss` declines every call."""
+    """Connects to torch's C functions for tensors; False if this torch has none, and then `mean_loss` returns None."""
 
 def mean_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
-    ignore_index: int,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: str | Tensor,
+    formula: Formula,
     loss_scale: float | Tensor | None,
     grad_enabled: bool,
     threads: int,
     poison: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float] | None:
-    """Loss, numbers, residual, sums and 1 / valid rows; None where an argument is not plain, or not right."""
+    """Loss, row_stats, grad_student, sums and 1 / valid rows; None for unsupported or invalid arguments."""
 
 def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
 def row_loss(
-    N: int,
-    C: int,
-    inner: int,
-    student: Matrix,
-    teachers: list[Matrix],
+    shape: Shape,
+    streams: list[Matrix],
     target: int,
-    ignore_index: int,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: int,
-    weights: tuple[int, int, int],
-    numbers: int,
-    residual: int,
-    residual_scale: float,
+    formula: Formula,
+    weights: Weights,
+    row_stats: int,
+    grad_student: int,
+    grad_scale: float,
     threads: int,
     /,
 ) -> tuple[float, float, float]: ...
 def scale_rows(
-    N: int, C: int, residual: int, out: int, dtype: int, factor: int, factor_stride: int, threads: int, /
+    N: int, C: int, grad: int, out: int, dtype: int, factor: int, factor_stride: int, threads: int, /
 ) -> None: ...
 def confidence_forward(
-    N: int,
-    C: int,
-    inner: int,
+    shape: Shape,
     logits: list[Matrix],
     target: int,
     ignore_index: int,
@@ -72,9 +67,7 @@ def confidence_forward(
     /,
 ) -> None: ...
 def confidence_backward(
-    N: int,
-    C: int,
-    inner: int,
+    shape: Shape,
     logits: list[Matrix],
     target: int,
     lse: int,
@@ -83,42 +76,43 @@ def confidence_backward(
     threads: int,
     /,
 ) -> None: ...
-def feature_forward(N: int, M: int, student: Matrix, teacher: Matrix, error: int, threads: int, /) -> None: ...
+def feature_forward(
+    N: int, M: list[int], student: list[Matrix], teacher: list[Matrix], error: int, threads: int, /
+) -> None: ...
 def feature_backward(
-    N: int, M: int, student: Matrix, teacher: Matrix, grad_error: int, grad: int, threads: int, /
+    N: int,
+    M: list[int],
+    student: list[Matrix],
+    teacher: list[Matrix],
+    grad_error: int,
+    grads: list[int],
+    threads: int,
+    /,
 ) -> None: ...
 def cuda_build() -> tuple[bool, str]: ...
 
-# The functions below exist where cuda_build()[0] holds; `stream` is a cudaStream_t on the current device.
+# The functions below exist if cuda_build()[0] is true; `stream` is a cudaStream_t of the current device.
 
 def cuda_row_loss(
-    N: int,
-    C: int,
-    inner: int,
+    shape: Shape,
     streams: list[Matrix],
     target: int,
-    ignore_index: int,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: int,
-    weights: tuple[int, int, int],
-    numbers: int,
-    residual: int,
-    residual_scale: float,
-    residual_factor: int,
+    formula: Formula,
+    weights: Weights,
+    row_stats: int,
+    grad_student: int,
+    grad_scale: float,
+    grad_scale_device: int,
     mean: tuple[int, int],
     debug: bool,
     stream: int,
     /,
 ) -> None: ...
 def cuda_scale_rows(
-    N: int, C: int, residual: int, out: int, dtype: int, factor: int, factor_stride: int, stream: int, /
+    N: int, C: int, grad: int, out: int, dtype: int, factor: int, factor_stride: int, stream: int, /
 ) -> None: ...
 def cuda_confidence_forward(
-    N: int,
-    C: int,
-    inner: int,
+    shape: Shape,
     logits: list[Matrix],
     target: int,
     ignore_index: int,
@@ -130,9 +124,7 @@ def cuda_confidence_forward(
     /,
 ) -> None: ...
 def cuda_confidence_backward(
-    N: int,
-    C: int,
-    inner: int,
+    shape: Shape,
     logits: list[Matrix],
     target: int,
     lse: int,

@@ -1,7 +1,7 @@
-"""Fast multi-teacher knowledge distillation for PyTorch: CA-MKD as fused CPU and Triton kernels."""
+"""Fast multi-teacher knowledge distillation for PyTorch: CA-MKD as fused CPU, Triton and CUDA kernels."""
 
-from .feature_loss import CAMKDFeatureLoss, confidence_weights, weighted_feature_loss
-from .logit_loss import CAMKDLoss, camkd_loss, camkd_loss_and_grad
+from .losses.feature import CAMKDFeatureLoss, confidence_weights, weighted_feature_loss
+from .losses.logit import CAMKDLoss, camkd_loss, camkd_loss_and_grad
 
 __version__ = "0.1.0"
 

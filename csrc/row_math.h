@@ -11,28 +11,9 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-// Always inlined: where the number of teachers is a constant all arrays become registers.
-#define CAMKD_HD __host__ __device__ __forceinline__
-#define CAMKD_HD_MEMBER static __host__ __device__ __forceinline__
-#else
-// Internal linkage: each instruction set compiles its own copy, and the linker must not pick one for all.
-#define CAMKD_HD static inline
-#define CAMKD_HD_MEMBER static inline
-#endif
+#include "contract.h"
 
 namespace camkd {
-
-constexpr int kMaxTeachers = 16;  // also a multiple of every vector width
-
-enum class Weighting : int { confidence = 0, uniform = 1, entropy = 2, given = 3 };
-
-struct Formula {
-    float temperature;
-    float hard_weight;
-    float soft_weight;
-    Weighting weighting;
-};
 
 // Sums over the columns seen so far, relative to `max`; while no finite logit was seen, `max` is -inf and all are 0.
 template <class Real>

@@ -1,7 +1,8 @@
-"""The Triton backend: the six functions of the backend contract, for CUDA tensors (CPU tensors under the interpreter).
+"""The Triton backend, for CUDA tensors (CPU tensors under Triton's interpreter).
 
-Contracts, formulas and edge conventions are those of the package's `reference` module. Nothing here synchronises with
-the host, writes an input or uses an atomic, so every call can be captured in a CUDA graph and repeats bit for bit.
+Contracts: `camkd_fast.backends.contract`; formulas and edge conventions: `camkd_fast.backends.reference`. Nothing here
+synchronises with the host, writes an input or uses an atomic, so calls can be captured in a CUDA graph and are
+reproducible bit for bit.
 """
 
 from .confidence import confidence_backward, confidence_forward

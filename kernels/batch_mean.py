@@ -1,7 +1,4 @@
-"""What a mean over a batch needs beside the rows: how many of them count, and their sums; one launch each.
-
-Spelled in PyTorch the same takes eight launches.
-"""
+"""The mean over a batch: the number of valid rows and their sums, one launch each. In PyTorch it takes eight."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from .layout import on_device_of
 def batch_scale_kernel(
     target,  # (N,) int64
     scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
-    out,  # (2,) fp32: scale / rows that count, 1 / rows that count
+    out,  # (2,) fp32: scale / valid rows, 1 / valid rows
     N, ignore_index,
     SCALE_ON_DEVICE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -37,16 +34,16 @@ def batch_scale_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def batch_mean_kernel(
-    numbers,  # (3, N) contiguous: loss, hard, soft
+    row_stats,  # its first rows (3, N): loss, hard, soft
     inverse,  # (1,) fp32
     loss,  # () fp32
     others,  # (3,) fp32: hard, soft, inverse
     N,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per number; its threads sum their own rows and meet once, in an order that N alone determines."""
+    """One program per row of row_stats; threads sum their own columns, then reduce once, in an order fixed by N."""
     i = tl.program_id(0)
-    row = numbers + i.to(tl.int64) * N
+    row = row_stats + i.to(tl.int64) * N
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -77,14 +74,16 @@ def batch_scale(target: Tensor, ignore_index: int, scale: float | Tensor) -> Ten
     return out
 
 
-def batch_mean(numbers: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the first three of `numbers` (3 + 3K, N) times `inverse`: loss (), and (3,) hard, soft, `inverse`."""
-    N = numbers.shape[1]
+def batch_mean(row_stats: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of loss, hard and soft times `inverse`: loss (), and (3,) hard, soft, `inverse`."""
+    N = row_stats.shape[1]
     if (launch := batch_launch(N)) is None:
-        means = numbers[:3].sum(1) * inverse
+        means = row_stats[:3].sum(1) * inverse
         return means[0].clone(), torch.cat([means[1:], inverse])
-    loss = torch.empty((), dtype=torch.float32, device=numbers.device)  # of its own: a caller may write to it
-    others = torch.empty(3, dtype=torch.float32, device=numbers.device)
-    with on_device_of(numbers):
-        batch_mean_kernel[(3,)](numbers, inverse, loss, others, N, BLOCK_N=launch.BLOCK_N, num_warps=launch.num_warps)
+    loss = torch.empty(
+        (), dtype=torch.float32, device=row_stats.device
+    )  # separate memory, since a caller may write to it
+    others = torch.empty(3, dtype=torch.float32, device=row_stats.device)
+    with on_device_of(row_stats):
+        batch_mean_kernel[(3,)](row_stats, inverse, loss, others, N, BLOCK_N=launch.BLOCK_N, num_warps=launch.num_warps)
     return loss, others

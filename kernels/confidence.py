@@ -101,10 +101,7 @@ def confidence_bwd_kernel(
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights w, cross-entropies CE and log-sum-exps at T = 1 of K tensors (N, C) or (B, S, C): (K, N) fp32 each.
-
-    target: (N,) int64, contiguous. Ignored rows give 0, labels outside [0, C) NaN.
-    """
+    """See `contract.Backend`. Labels outside [0, C) give NaN."""
     N, S, C = row_shape(logits[0])
     K = len(logits)
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
@@ -130,10 +127,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
 
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
-    """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)), K tensors (N, C) in their logits' dtypes.
-
-    target: (N,) int64; lse, grad_ce: (K, N) fp32. Rows with grad_ce 0 give 0 and their logits are not read.
-    """
+    """See `contract.Backend`."""
     N, S, C = row_shape(logits[0])
     K = len(logits)
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
@@ -145,14 +139,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
     with on_device_of(target):
         confidence_bwd_kernel[grid](
-            *(
-                tuple(logits),
-                target,
-                lse.contiguous(),
-                grad_ce,
-                tuple(grads),
-                *strides,
-            ),
+            *(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads), *strides),
             *(*grad_ce.stride(), N, S, C // ALIGN),
             K=K,
             TWO_LEVEL=logits[0].dim() == 3,

@@ -22,7 +22,7 @@ def feature_fwd_kernel(
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One sample per program; each thread sums its own columns, and the threads meet once, at the end."""
+    """One sample per program; threads sum their own columns and reduce once, at the end."""
     n = tl.program_id(0).to(tl.int64)
     M = M_units * ALIGN
     s_row = student + n * stride_sn * ALIGN
@@ -63,7 +63,7 @@ def feature_bwd_kernel(
 
 
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """error (K, N) fp32: mean over M_k of (F_k - r_k)^2, from K pairs of (N, M_k) with unit column stride."""
+    """See `contract.Backend`."""
     N = student[0].shape[0]
     error = torch.empty((len(student), N), dtype=torch.float32, device=student[0].device)
     if N == 0:
@@ -83,10 +83,7 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k, K tensors (N, M_k) in the dtypes of `student`.
-
-    grad_error: (K, N) fp32, any strides.
-    """
+    """See `contract.Backend`; grad_error may have any strides."""
     grads = []
     with on_device_of(grad_error):
         for r, f, g in zip(student, teachers, grad_error.unbind(), strict=True):

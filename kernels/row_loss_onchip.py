@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .formula import grad_student_terms
 from .softmax import (
     exp_at_one,
     finite_max,
@@ -28,16 +29,15 @@ def row_loss_onchip_fwd_kernel(
     teachers,  # K pointers to (N, C)
     target,  # (N,) int64
     given,  # (K, N) fp32 weights, or None
-    stats,  # (3 + 3K, N) fp32
-    residual,  # (N, C) contiguous, or None
-    residual_scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
+    row_stats,  # (3 + 3K, N) fp32
+    grad_student,  # (N, C) contiguous, or None
+    grad_scale,  # fp32 number, or pointer to one if SCALE_ON_DEVICE
     stride_so, stride_si,
     stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
     N, S, C_units,
     ignore_index,
-    temperature, exp2_scale,  # T and log2(e) / T
-    hard_weight, soft_weight,
+    formula,  # KernelFormula
     K: tl.constexpr,
     WEIGHTING: tl.constexpr,
     T_POWER: tl.constexpr,
@@ -52,9 +52,10 @@ def row_loss_onchip_fwd_kernel(
 
     The weights depend on every teacher's statistics, but holding K tiles of exponentials until they are known would
     cost K tiles of registers. Two suffice: with e_k the (rescaled) shares of `relative_share`, w_k is proportional to
-    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `plain` = sum_k p_k
+    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `unweighted` = sum_k p_k
     and the total of the e_k. Every term is positive: nothing cancels.
     """
+    exp2_scale = formula.exp2_scale
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_range = n < N
     cols = tl.arange(0, BLOCK_C)
@@ -74,7 +75,7 @@ def row_loss_onchip_fwd_kernel(
 
     divergence, scores, weights = (), (), ()
     mixed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    plain = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    unweighted = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.full((BLOCK_N,), float("-inf") if WEIGHTING == "confidence" else 0.0, tl.float32)
     for k in tl.static_range(K):
@@ -87,12 +88,12 @@ def row_loss_onchip_fwd_kernel(
         z_sumT = tl.sum(e, axis=1)
         e1 = exp_at_one(e, z, T_POWER)
         z_sum1 = tl.sum(e1, axis=1)
-        gap = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
+        cross = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
         # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
-        kl = gap / (z_sumT * temperature) + tl.log(s_sumT / z_sumT)
+        kl = cross / (z_sumT * formula.temperature) + tl.log(s_sumT / z_sumT)
         log_sum = tl.log(z_sum1)
         ce = log_sum - (z_label - z_max)
-        store_teacher(stats, k, N, n, kl, ce, kept, in_range, K)
+        store_teacher(row_stats, k, N, n, kl, ce, kept, in_range, K)
         divergence += (kl,)
         inverse = 1.0 / z_sumT
         if WEIGHTING == "confidence" or WEIGHTING == "entropy":
@@ -102,12 +103,12 @@ def row_loss_onchip_fwd_kernel(
                 # Both terms are positive: no cancellation, and never below 0.
                 score = log_sum - tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1) / z_sum1
             scores += (score,)
-            if residual is not None:
+            if grad_student is not None:
                 new_top = tl.maximum(top, score)
                 decay = relative_share(top, new_top, WEIGHTING)
                 share = relative_share(score, new_top, WEIGHTING)
-                mixed = mixed * decay[:, None] + plain * share[:, None] + e * (total * decay * inverse)[:, None]
-                plain += e * inverse[:, None]
+                mixed = mixed * decay[:, None] + unweighted * share[:, None] + e * (total * decay * inverse)[:, None]
+                unweighted += e * inverse[:, None]
                 total = total * decay + share
                 top = new_top
         else:
@@ -116,16 +117,14 @@ def row_loss_onchip_fwd_kernel(
             else:
                 weight = tl.full((BLOCK_N,), 1.0 / K, tl.float32)
             weights += (weight,)
-            if residual is not None:
+            if grad_student is not None:
                 # A weight of 0 silences even a NaN.
                 mixed += tl.where((weight == 0)[:, None], 0.0, e * (weight * inverse)[:, None])
 
     if WEIGHTING == "confidence" or WEIGHTING == "entropy":
         weights = weights_from_scores(scores, K, WEIGHTING)
-    weight_sum = store_loss(
-        stats, N, n, hard, divergence, weights, kept, inside, in_range, temperature, hard_weight, soft_weight, K
-    )
-    if residual is not None:
+    weight_sum = store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, in_range, formula, K)
+    if grad_student is not None:
         if WEIGHTING == "confidence":
             mixed *= (1.0 / (total * (K - 1)))[:, None]
         elif WEIGHTING == "entropy":
@@ -134,12 +133,12 @@ def row_loss_onchip_fwd_kernel(
         soft_part = e * (weight_sum / s_sumT)[:, None] - mixed
         hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_sum1)[:, None]
         hard_part -= tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
-        out = soft_weight * temperature * soft_part + hard_weight * hard_part
+        out = grad_student_terms(hard_part, soft_part, formula)
         if SCALE_ON_DEVICE:
-            out *= tl.load(residual_scale)
+            out *= tl.load(grad_scale)
         else:
-            out *= residual_scale
+            out *= grad_scale
         out = tl.where(inside[:, None], out, float("nan"))
         out = tl.where(kept[:, None], out, 0.0)
-        pointers = residual + n[:, None] * C + cols[None, :]
-        tl.store(pointers, out.to(residual.dtype.element_ty), mask=tile)
+        pointers = grad_student + n[:, None] * C + cols[None, :]
+        tl.store(pointers, out.to(grad_student.dtype.element_ty), mask=tile)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .formula import grad_student_terms
 from .softmax import (
     LOWEST,
     exp_at_one,
@@ -38,32 +39,32 @@ def teacher_step(lanes, z, s, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTI
     lanes: maximum, sum e^{z/T}, sum e^z, sum e^{z/T} (z - s), sum e^z z, all relative to the maxima of z and s.
     s: the student's columns, less its maximum, which s_drop is the last change of.
     """
-    top, sumT, sum1, gap, plogp = lanes
+    top, sumT, sum1, cross, plogp = lanes
     top, drop = lane_max(top, z)
     z -= top[:, None]
     e = tl.exp2(z * exp2_scale)
     e1 = exp_at_one(e, z, T_POWER)
     decay = tl.exp2(drop * exp2_scale)
     decay1 = exp_at_one(decay, drop, T_POWER)
-    gap = lane_rescale(gap + sumT * (drop - s_drop), decay) + tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
+    cross = lane_rescale(cross + sumT * (drop - s_drop), decay) + tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
     if WEIGHTING == "entropy":
         plogp = lane_rescale(plogp + sum1 * drop, decay1) + tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1)
-    return top, sumT * decay + tl.sum(e, axis=1), sum1 * decay1 + tl.sum(e1, axis=1), gap, plogp
+    return top, sumT * decay + tl.sum(e, axis=1), sum1 * decay1 + tl.sum(e1, axis=1), cross, plogp
 
 
 @triton.jit
 def teacher_total(lanes, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
     """The lanes of `teacher_step` merged into scalars; s_drop: the student's lanes relative to their maximum."""
-    top, sumT, sum1, gap, plogp = lanes
+    top, sumT, sum1, cross, plogp = lanes
     highest = tl.max(top, axis=0)
     drop = top - highest
     decay = tl.exp2(drop * exp2_scale)
     decay1 = exp_at_one(decay, drop, T_POWER)
-    gap = tl.sum(lane_rescale(gap + sumT * (drop - s_drop), decay), axis=0)
+    cross = tl.sum(lane_rescale(cross + sumT * (drop - s_drop), decay), axis=0)
     total_plogp = 0.0
     if WEIGHTING == "entropy":
         total_plogp = tl.sum(lane_rescale(plogp + sum1 * drop, decay1), axis=0)
-    return highest, tl.sum(sumT * decay, axis=0), tl.sum(sum1 * decay1, axis=0), gap, total_plogp
+    return highest, tl.sum(sumT * decay, axis=0), tl.sum(sum1 * decay1, axis=0), cross, total_plogp
 
 
 @triton.jit(
@@ -77,16 +78,15 @@ def row_loss_streaming_fwd_kernel(
     teachers,  # K pointers to (N, C)
     target,  # (N,) int64
     given,  # (K, N) fp32 weights, or None
-    stats,  # (3 + 3K, N) fp32
-    residual,  # (N, C) contiguous, or None
-    residual_scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
+    row_stats,  # (3 + 3K, N) fp32
+    grad_student,  # (N, C) contiguous, or None
+    grad_scale,  # fp32 number, or pointer to one if SCALE_ON_DEVICE
     stride_so, stride_si,
     stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
     N, S, C_units,
     ignore_index,
-    temperature, exp2_scale,  # T and log2(e) / T
-    hard_weight, soft_weight,
+    formula,  # KernelFormula
     K: tl.constexpr,
     WEIGHTING: tl.constexpr,
     T_POWER: tl.constexpr,
@@ -104,6 +104,7 @@ def row_loss_streaming_fwd_kernel(
     nothing between threads, at the price of one more exponential per VEC elements. Teachers go through it GROUP at a
     time, for the sake of registers.
     """
+    exp2_scale = formula.exp2_scale
     R: tl.constexpr = BLOCK_C // VEC
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
@@ -150,7 +151,7 @@ def row_loss_streaming_fwd_kernel(
         s_total1 = tl.sum(s_sum1 * exp_at_one(decay, s_drop, T_POWER), axis=0)
         for k in tl.static_range(first, first + GROUP):
             if k < K:
-                top, totalT, total1, gap, plogp = teacher_total(
+                top, totalT, total1, cross, plogp = teacher_total(
                     lanes[k - first], s_drop, exp2_scale, T_POWER, WEIGHTING
                 )
                 log_sum = tl.log(total1)
@@ -158,8 +159,8 @@ def row_loss_streaming_fwd_kernel(
                 z_totalT += (totalT,)
                 ce = log_sum - (label_logit(z_rows[k], y, kept & inside) - top)
                 # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
-                kl = gap / (totalT * temperature) + tl.log(s_totalT / totalT)
-                store_teacher(stats, k, N, n, kl, ce, kept, n < N, K)
+                kl = cross / (totalT * formula.temperature) + tl.log(s_totalT / totalT)
+                store_teacher(row_stats, k, N, n, kl, ce, kept, n < N, K)
                 divergence += (kl,)
                 if WEIGHTING == "entropy":
                     # Both terms are positive: no cancellation, and never below 0.
@@ -177,14 +178,12 @@ def row_loss_streaming_fwd_kernel(
     else:
         for _ in tl.static_range(K):
             weights += (tl.full((), 1.0 / K, tl.float32),)
-    weight_sum = store_loss(
-        stats, N, n, hard, divergence, weights, kept, inside, n < N, temperature, hard_weight, soft_weight, K
-    )
+    weight_sum = store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, n < N, formula, K)
 
-    if residual is not None:
-        scale = residual_scale
+    if grad_student is not None:
+        scale = grad_scale
         if SCALE_ON_DEVICE:
-            scale = tl.load(residual_scale)
+            scale = tl.load(grad_scale)
         blocks = tl.cdiv(C, BLOCK_C)
         for i in range(blocks):
             # Backwards: what the first loop read last is what L2 still holds.
@@ -204,7 +203,7 @@ def row_loss_streaming_fwd_kernel(
                 mixed += tl.exp2(z * exp2_scale) * coefficient
             soft_part = e * (weight_sum / s_totalT) - mixed
             hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_total1) - tl.where(cols == y, 1.0, 0.0)
-            out = (soft_weight * temperature * soft_part + hard_weight * hard_part) * scale
+            out = grad_student_terms(hard_part, soft_part, formula) * scale
             out = tl.where(inside, out, float("nan"))
             out = tl.where(kept, out, 0.0)
-            tl.store(residual + n * C + cols, out.to(residual.dtype.element_ty), mask=cols < C)
+            tl.store(grad_student + n * C + cols, out.to(grad_student.dtype.element_ty), mask=cols < C)

@@ -1,4 +1,4 @@
-"""`scale_rows`: the finished gradient from a residual and the incoming gradient of each row."""
+"""`scale_rows`: the stored gradient times one factor, or a factor for each row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .layout import alignment, on_device_of
 
 @triton.jit(do_not_specialize=["stride_fn", "N", "C_units"])
 def scale_rows_kernel(
-    residual,  # (N, C) contiguous
+    grad,  # (N, C) contiguous
     factor,  # (N,) fp32
-    out,  # (N, C) contiguous, may be `residual`
+    out,  # (N, C) contiguous, may be `grad`
     stride_fn,
     N, C_units,
     ALIGN: tl.constexpr,
@@ -29,26 +29,23 @@ def scale_rows_kernel(
     mask = (n < N)[:, None] & (cols < C)[None, :]
     offsets = n[:, None] * C + cols[None, :]
     f = tl.load(factor + n * stride_fn, mask=n < N, other=0.0)
-    r = tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    r = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offsets, (r * f[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out = residual * factor, the product in fp32; `out` may be `residual` itself.
-
-    residual, out: (N, C) contiguous, one dtype. factor: (1,) or (N,) fp32, read on the device.
-    """
-    if residual.numel() == 0:
+def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """See `contract.Backend`; the factor is read on the device."""
+    if grad.numel() == 0:
         return out
     # One factor: the matrix is one long row, so that the width does not spoil wide accesses.
-    matrix = residual.view(1, -1) if factor.numel() == 1 else residual
+    matrix = grad.view(1, -1) if factor.numel() == 1 else grad
     N, C = matrix.shape
     ALIGN = alignment([matrix])
-    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, residual.element_size())
+    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, grad.element_size())
     grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
-    with on_device_of(residual):
+    with on_device_of(grad):
         scale_rows_kernel[grid](
-            *(residual, factor, out, factor.stride(0), N, C // ALIGN),
+            *(grad, factor, out, factor.stride(0), N, C // ALIGN),
             ALIGN=ALIGN,
             BLOCK_N=BLOCK_N,
             BLOCK_C=BLOCK_C,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..dispatch import BACKENDS, availability, explain
+from ..backends.dispatch import BACKENDS, availability, explain
 
 
 def _version(package: str) -> str:
@@ -33,9 +33,9 @@ def _processor() -> str:
 def _instruction_set() -> str:
     if not availability("cpu").usable:
         return "none (no compiled CPU module)"
-    from .. import native
+    from ..backends import cpu
 
-    return native.instruction_set()
+    return cpu.instruction_set()
 
 
 def environment() -> dict[str, str]:

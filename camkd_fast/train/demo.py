@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.files import ImageSet
 from ..data.images import LabelledImages, stratified_parts
-from ..feature_loss import confidence_weights
+from ..losses.feature import confidence_weights
 from . import compare, run
 from .compare import CompareConfig, Row
 from .config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig

@@ -11,8 +11,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..baselines import compiled_loss, eager_loss
-from ..logit_loss import camkd_loss
+from ..losses.eager import compiled_loss, eager_loss
+from ..losses.logit import camkd_loss
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..logit_loss import camkd_loss_and_grad
+from ..losses.logit import camkd_loss_and_grad
 from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..feature_loss import CAMKDFeatureLoss, weighted_feature_loss
+from ..losses.feature import CAMKDFeatureLoss, weighted_feature_loss
 from ..models.protocol import Prediction
 from .min_norm import min_norm_weights
 from .teachers import Teachers

@@ -34,10 +34,10 @@ StreamState<double> row_exp_sum(const T* z, int64_t C, const Exp& exp) {
     return state;
 }
 
-void confidence_forward(const ConfidenceArgs& args) {
+void confidence_forward(const ConfidenceArgs& args, int max_threads) {
     constexpr int W = Vec::width;
     const int K = args.K;
-    const int threads = useful_threads(args.N * args.C * K, args.threads);
+    const int threads = useful_threads(args.N * args.C * K, max_threads);
     const Exp exp(1.0f);
     // One row to a lane.
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -52,7 +52,7 @@ void confidence_forward(const ConfidenceArgs& args) {
             kept[lane] = -1;
             for (int k = 0; k < K; ++k) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
-                    const auto* z = row_start<decltype(t)>(args.logits[k], args.inner, begin + lane);
+                    const auto* z = row_start<decltype(t)>(args.logits[k], args.S, begin + lane);
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
                     sum[k][lane] = float(state.sum_1);
                     max[k][lane] = state.max;
@@ -86,8 +86,8 @@ void softmax_gradient(const T* z, int64_t C, float lse, float scale, int64_t y, 
     if (y >= 0 && y < C) store_tail(out + y, value(load_tail(z + y, 1, 0.0f)) - factor, 1);
 }
 
-void confidence_backward(const ConfidenceArgs& args) {
-    const int threads = useful_threads(args.N * args.C * args.K, args.threads);
+void confidence_backward(const ConfidenceArgs& args, int max_threads) {
+    const int threads = useful_threads(args.N * args.C * args.K, max_threads);
     const Exp exp(1.0f);
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
     for (int k = 0; k < args.K; ++k) {
@@ -101,7 +101,7 @@ void confidence_backward(const ConfidenceArgs& args) {
                     std::memset(out, 0, args.C * sizeof(T));
                     return;
                 }
-                const T* z = row_start<T>(args.logits[k], args.inner, n);
+                const T* z = row_start<T>(args.logits[k], args.S, n);
                 softmax_gradient(z, args.C, args.lse[k * args.N + n], scale, args.target[n], exp, out);
             });
         }

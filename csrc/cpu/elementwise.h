@@ -22,16 +22,16 @@ inline Vec load_some(const T* p, int count) {
     return count == Vec::width ? load(p) : load_tail(p, count, 0.0f);
 }
 
-void scale_rows(const ScaleRowsArgs& args) {
-    const int threads = useful_threads(args.N * args.C, args.threads);
+void scale_rows(const ScaleRowsArgs& args, int max_threads) {
+    const int threads = useful_threads(args.N * args.C, max_threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t n = 0; n < args.N; ++n) {
         with_dtype(args.dtype, [&](auto t) {
             using T = decltype(t);
-            const T* in = static_cast<const T*>(args.residual) + n * args.C;
+            const T* grad = static_cast<const T*>(args.grad) + n * args.C;
             const Vec factor = Vec::set(args.factor[n * args.factor_stride]);
             map_row(args.C, static_cast<T*>(args.out) + n * args.C,
-                    [&](int64_t i, int count) { return factor * load_some(in + i, count); });
+                    [&](int64_t i, int count) { return factor * load_some(grad + i, count); });
         });
     }
 }
@@ -52,39 +52,46 @@ double squared_error(const R* r, const F* f, int64_t M) {
     return total;
 }
 
-// Calls f(student row, teacher row) with their element types.
+// Calls f(student row, teacher row) of pair k with their element types.
 template <class F>
-inline void with_feature_rows(const FeatureArgs& args, int64_t n, F f) {
-    with_dtype(args.student.dtype, [&](auto r) {
-        with_dtype(args.teacher.dtype, [&](auto t) {
-            f(row_start<decltype(r)>(args.student, args.N, n), row_start<decltype(t)>(args.teacher, args.N, n));
+inline void with_feature_rows(const FeatureArgs& args, int k, int64_t n, F f) {
+    const Matrix &student = args.student[k], &teacher = args.teacher[k];
+    with_dtype(student.dtype, [&](auto r) {
+        with_dtype(teacher.dtype, [&](auto t) {
+            f(row_start<decltype(r)>(student, args.N, n), row_start<decltype(t)>(teacher, args.N, n));
         });
     });
 }
 
-void feature_forward(const FeatureArgs& args) {
-    const int threads = useful_threads(args.N * args.M, args.threads);
+void feature_forward(const FeatureArgs& args, int max_threads) {
+    for (int k = 0; k < args.K; ++k) {
+        const int64_t M = args.M[k];
+        const int threads = useful_threads(args.N * M, max_threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t n = 0; n < args.N; ++n) {
-        with_feature_rows(args, n, [&](const auto* r, const auto* f) {
-            args.error[n] = float(squared_error(r, f, args.M) / double(args.M));
-        });
+        for (int64_t n = 0; n < args.N; ++n) {
+            with_feature_rows(args, k, n, [&](const auto* r, const auto* f) {
+                args.error[k * args.N + n] = float(squared_error(r, f, M) / double(M));
+            });
+        }
     }
 }
 
-void feature_backward(const FeatureArgs& args) {
-    const int threads = useful_threads(args.N * args.M, args.threads);
+void feature_backward(const FeatureArgs& args, int max_threads) {
+    for (int k = 0; k < args.K; ++k) {
+        const int64_t M = args.M[k];
+        const int threads = useful_threads(args.N * M, max_threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t n = 0; n < args.N; ++n) {
-        const Vec factor = Vec::set(args.grad_error[n] * 2.0f / float(args.M));
-        with_dtype(args.student.dtype, [&](auto t) {
-            auto* out = static_cast<decltype(t)*>(args.grad) + n * args.M;
-            with_feature_rows(args, n, [&](const auto* r, const auto* f) {
-                map_row(args.M, out, [&](int64_t i, int count) {
-                    return factor * (load_some(r + i, count) - load_some(f + i, count));
+        for (int64_t n = 0; n < args.N; ++n) {
+            const Vec factor = Vec::set(args.grad_error[k * args.N + n] * 2.0f / float(M));
+            with_dtype(args.student[k].dtype, [&](auto t) {
+                auto* out = static_cast<decltype(t)*>(args.grads[k]) + n * M;
+                with_feature_rows(args, k, n, [&](const auto* r, const auto* f) {
+                    map_row(M, out, [&](int64_t i, int count) {
+                        return factor * (load_some(r + i, count) - load_some(f + i, count));
+                    });
                 });
             });
-        });
+        }
     }
 }
 

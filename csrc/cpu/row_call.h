@@ -1,4 +1,4 @@
-// What stands around the kernel of one call of the logit loss: its labels, where its numbers go, their sums.
+// Around the kernel of one call of the logit loss: checking labels before it, summing over rows after it.
 #pragma once
 
 #include <array>
@@ -8,9 +8,9 @@
 namespace camkd::cpu {
 
 struct Labels {
-    int64_t valid;  // labels that are not ignore_index, up to the offender
-    bool offends;   // is one of them outside [0, C)?
-    int64_t offender;
+    int64_t valid;     // labels before the first invalid one that are not ignore_index
+    bool has_invalid;  // is one of them outside [0, C)?
+    int64_t invalid;   // the first of these
 };
 
 inline Labels count_labels(const int64_t* labels, int64_t N, int64_t C, int64_t ignore_index) {
@@ -23,17 +23,12 @@ inline Labels count_labels(const int64_t* labels, int64_t N, int64_t C, int64_t 
     return {valid, false, 0};
 }
 
-// Runs the kernel with its numbers in `numbers` (3 + 3K, N): loss, hard, soft, then divergence, teacher_ce and weights
-// by teacher. Returns the sums of the first three over the rows, added in order.
-inline std::array<double, 3> run_row_loss(RowLossArgs& args, float* numbers) {
-    args.rows = numbers;
-    args.divergence = args.rows + 3 * args.N;
-    args.teacher_ce = args.divergence + args.K * args.N;
-    args.weights_out = args.teacher_ce + args.K * args.N;
-    kernels().row_loss(args);
+// Runs the kernel. Returns the sums of loss, hard and soft over the rows, added in order.
+inline std::array<double, 3> run_row_loss(const RowLossArgs& args, int threads) {
+    kernels().row_loss(args, threads);
     std::array<double, 3> sums{};
-    for (int i = 0; i < 3; ++i)
-        for (int64_t n = 0; n < args.N; ++n) sums[i] += args.rows[i * args.N + n];
+    for (int i : {row_stats::loss, row_stats::hard, row_stats::soft})
+        for (int64_t n = 0; n < args.N; ++n) sums[i] += args.row_stats[i * args.N + n];
     return sums;
 }
 

@@ -6,8 +6,6 @@
 namespace camkd::cpu {
 namespace {
 
-constexpr int kStreams = kMaxTeachers + 1;  // the student is stream 0
-
 // The typed functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
@@ -16,7 +14,7 @@ struct RowFunctions {
     using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*,
                              LaneSums&);
     using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
-    Max max[kStreams];
+    Max max[kMaxStreams];
     Student student;
     Teacher teachers[kMaxTeachers], masked_teachers[kMaxTeachers];
     Residual residual;
@@ -44,15 +42,15 @@ RowFunctions choose_functions(const RowLossArgs& args) {
             return [](const void* x, int64_t c, int n) { return block_max(static_cast<const T*>(x) + c, n); };
         });
     };
-    f.max[0] = max_of(args.student.dtype);
-    f.student = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Student {
+    f.max[0] = max_of(args.streams[0].dtype);
+    f.student = with_dtype(args.streams[0].dtype, [](auto t) -> RowFunctions::Student {
         using T = decltype(t);
         return [](const void* s, int64_t c, int n, float ref, const Exps& exps, const char* next, float* d, float* e,
                   float* e1, LaneSums& sums) {
             student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, sums);
         };
     });
-    f.residual = with_dtype(args.student.dtype, [](auto t) -> RowFunctions::Residual {
+    f.residual = with_dtype(args.streams[0].dtype, [](auto t) -> RowFunctions::Residual {
         using T = decltype(t);
         return [](const float* e, const float* e1, float at, float a1, const Term* terms, int count, void* out,
                   int64_t c, int n, bool streaming) {
@@ -60,9 +58,9 @@ RowFunctions choose_functions(const RowLossArgs& args) {
         };
     });
     for (int k = 0; k < args.K; ++k) {
-        f.max[k + 1] = max_of(args.teachers[k].dtype);
-        f.teachers[k] = teacher_of<Power, Entropy, false>(args.teachers[k].dtype);
-        f.masked_teachers[k] = teacher_of<Power, Entropy, true>(args.teachers[k].dtype);
+        f.max[k + 1] = max_of(args.streams[k + 1].dtype);
+        f.teachers[k] = teacher_of<Power, Entropy, false>(args.streams[k + 1].dtype);
+        f.masked_teachers[k] = teacher_of<Power, Entropy, true>(args.streams[k + 1].dtype);
     }
     return f;
 }
@@ -73,11 +71,16 @@ inline RowFunctions choose_functions(const RowLossArgs& args) {
         return args.formula.weighting == Weighting::entropy ? choose_functions<P, true>(args)
                                                             : choose_functions<P, false>(args);
     };
-    const float T = args.formula.temperature;
-    if (T == 1) return with_entropy(std::integral_constant<int, 1>{});
-    if (T == 2) return with_entropy(std::integral_constant<int, 2>{});
-    if (T == 4) return with_entropy(std::integral_constant<int, 4>{});
-    return with_entropy(std::integral_constant<int, 0>{});
+    switch (temperature_power(args.formula.temperature)) {
+        case 1:
+            return with_entropy(std::integral_constant<int, 1>{});
+        case 2:
+            return with_entropy(std::integral_constant<int, 2>{});
+        case 4:
+            return with_entropy(std::integral_constant<int, 4>{});
+        default:
+            return with_entropy(std::integral_constant<int, 0>{});
+    }
 }
 
 }  // namespace

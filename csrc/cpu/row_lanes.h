@@ -16,7 +16,7 @@ struct Lanes {
     struct Stream {
         float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
     };
-    alignas(64) Stream streams[kStreams];
+    alignas(64) Stream streams[kMaxStreams];
     float unfit[W];
     int32_t kept[W];
     float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
@@ -34,7 +34,7 @@ struct Lanes {
     // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
     void finish(const RowLossArgs& args, int64_t begin, int count) {
         const int K = args.K;
-        RowSums<Vec> sums[kStreams];
+        RowSums<Vec> sums[kMaxStreams];
         RowResult<Vec> result;
         ResidualCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
@@ -51,19 +51,19 @@ struct Lanes {
             }
         }
         const Vec of_label = Vec::load(unfit);
-        weigh_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, args.residual_scale, result, coefficients);
+        weigh_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, args.grad_scale, result, coefficients);
         score_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, result);
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
-        auto put = [&](float* rows, int i, Vec x) {
-            store_lanes(rows + i * args.N + begin, Vec::bit_and(x, mask), count);
+        auto put = [&](int row, Vec x) {
+            store_lanes(args.row_stats + row * args.N + begin, Vec::bit_and(x, mask), count);
         };
-        put(args.rows, 0, result.loss);
-        put(args.rows, 1, result.hard);
-        put(args.rows, 2, result.soft);
+        put(row_stats::loss, result.loss);
+        put(row_stats::hard, result.hard);
+        put(row_stats::soft, result.soft);
         for (int k = 0; k < K; ++k) {
-            put(args.divergence, k, result.divergence[k]);
-            put(args.teacher_ce, k, result.teacher_ce[k]);
-            put(args.weights_out, k, result.weights[k]);
+            put(row_stats::divergence(k), result.divergence[k]);
+            put(row_stats::teacher_ce(K, k), result.teacher_ce[k]);
+            put(row_stats::weight(K, k), result.weights[k]);
             coefficients.teacher[k].store(teacher[k]);
         }
         coefficients.student_t.store(student_t);

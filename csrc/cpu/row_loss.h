@@ -59,28 +59,27 @@ struct Row {
     const RowFunctions& functions;
     const Exps& exps;
     RowScratch scratch;
-    const void* data[kStreams];
-    int64_t offset[kStreams];
+    const void* data[kMaxStreams];
+    int64_t offset[kMaxStreams];
     int64_t index;
 
     Row(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s, int64_t n)
         : args(a), functions(f), exps(x), scratch(s), index(n) {}
 
-    bool ignored() const { return args.target[index] == args.ignore_index; }
+    bool ignored() const { return args.target[index] == args.formula.ignore_index; }
 
     // Finds the row's logits, which read_block and put need.
     void start() {
-        const int64_t outer = index / args.inner, inner = index - outer * args.inner;
+        const int64_t outer = index / args.S, inner = index - outer * args.S;
         auto locate = [&](const Matrix& m, int k) {
             data[k] = m.data;
             offset[k] = outer * m.stride_outer + inner * m.stride_inner;
         };
-        locate(args.student, 0);
-        for (int k = 0; k < args.K; ++k) locate(args.teachers[k], k + 1);
+        for (int k = 0; k <= args.K; ++k) locate(args.streams[k], k);
     }
     // Where stream k's columns from c on lie in memory.
     const char* address(int k, int64_t c) const {
-        const DType dtype = k == 0 ? args.student.dtype : args.teachers[k - 1].dtype;
+        const DType dtype = args.streams[k].dtype;
         return static_cast<const char*>(data[k]) + (offset[k] + c) * (dtype == DType::f32 ? 4 : 2);
     }
     bool keeps_e1() const { return functions.power == 0; }
@@ -89,7 +88,7 @@ struct Row {
     // displaced them, and what is prefetched by the line (over_block) would wait for it. Not worth it in short rows, of
     // which many share a page.
     void reach_ahead(int64_t c, int n) const {
-        const int64_t bytes = int64_t(n) * (args.student.dtype == DType::f32 ? 4 : 2);
+        const int64_t bytes = int64_t(n) * (args.streams[0].dtype == DType::f32 ? 4 : 2);
         if (bytes < kPage / 4) return;
         for (int k = 0; k <= args.K; ++k)
             for (int64_t byte = 0; byte < bytes; byte += kPage)
@@ -115,7 +114,7 @@ struct Row {
         // With no finite logit yet any reference will do: every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
         float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
-        LaneSums lanes[kStreams];
+        LaneSums lanes[kMaxStreams];
         auto teacher = [&](RowFunctions::Teacher function, int k) {
             function(data[k], offset[k] + c, n, finite(references[k]), exps, address(k, c + n), student_d,
                      scratch.stream(k) + c, lanes[k]);
@@ -137,7 +136,7 @@ struct Row {
 
     // Adds block b to the states of the streams, whose maxima move to the block's references.
     void add_block(int64_t b, State* states, float* student_d) const {
-        BlockSums sums[kStreams];
+        BlockSums sums[kMaxStreams];
         read_block(b, states, student_d, sums);
         const float* references = scratch.references + b * (args.K + 1);
         const double inverse_t = 1.0 / args.formula.temperature;
@@ -169,20 +168,19 @@ struct Row {
             stream.sum_1[lane] = float(sums[k].sum_1);
             stream.cross[lane] = float(sums[k].cross);
             stream.entropy[lane] = float(sums[k].entropy);
-            stream.label[lane] =
-                fits ? logit(k == 0 ? args.student : args.teachers[k - 1], k, args.target[index]) : NAN;
+            stream.label[lane] = fits ? logit(args.streams[k], k, args.target[index]) : NAN;
         }
     }
 
     // Reads the whole row into one lane of `rows`.
     void read(int64_t blocks, float* student_d, Lanes& rows, int lane) const {
         if (blocks == 1) {
-            BlockSums sums[kStreams];
+            BlockSums sums[kMaxStreams];
             read_block(0, nullptr, student_d, sums);
             put(sums, rows, lane);
             return;
         }
-        State states[kStreams];
+        State states[kMaxStreams];
         for (int64_t b = 0; b < blocks; ++b) add_block(b, states, student_d);
         put(states, rows, lane);
     }
@@ -207,7 +205,7 @@ struct Row {
         const float max = rows.streams[0].max[lane];
         const float at = float(rows.student_t[lane] * shift_factor(references[0], max, inverse_t));
         const float a1 = float(rows.student_1[lane] * shift_factor(references[0], max, 1.0));
-        functions.residual(e, e1, at, a1, terms, count, args.residual, index * args.C + c, n, streaming);
+        functions.residual(e, e1, at, a1, terms, count, args.grad_student, index * args.C + c, n, streaming);
         const int64_t y = args.target[index] - c;
         if (label_fits() && y >= 0 && y < n) {
             float e1_y = keeps_e1() ? e1[y] : e[y];
@@ -215,16 +213,16 @@ struct Row {
             // The two differences apart: beside a label's 1 each of K small terms would be rounded to its scale.
             float value = at * e[y];
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
-            value += a1 * e1_y - label_coefficient(args.formula, args.residual_scale);
-            with_dtype(args.student.dtype, [&](auto t) {
-                store_tail(static_cast<decltype(t)*>(args.residual) + index * args.C + c + y, Vec::set(value), 1);
+            value += a1 * e1_y - label_coefficient(args.formula, args.grad_scale);
+            with_dtype(args.streams[0].dtype, [&](auto t) {
+                store_tail(static_cast<decltype(t)*>(args.grad_student) + index * args.C + c + y, Vec::set(value), 1);
             });
         }
     }
 
     void clear_residual() const {
-        const int64_t bytes = args.C * (args.student.dtype == DType::f32 ? 4 : 2);
-        std::memset(static_cast<char*>(args.residual) + index * bytes, 0, bytes);
+        const int64_t bytes = args.C * (args.streams[0].dtype == DType::f32 ? 4 : 2);
+        std::memset(static_cast<char*>(args.grad_student) + index * bytes, 0, bytes);
     }
 };
 
@@ -267,7 +265,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
                 row.read(blocks, student_d, rows, lane);
             }
             rows.finish(args, begin, count);
-            for (int lane = 0; args.residual && lane < count; ++lane) {
+            for (int lane = 0; args.grad_student && lane < count; ++lane) {
                 const Row row = at(lane);
                 if (row.ignored())
                     row.clear_residual();
@@ -288,14 +286,14 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
     Scratch memory;
     float* base = memory.reserve(row_floats + threads * (kBlock + 2 * Vec::width));
     const double inverse_t = 1.0 / args.formula.temperature;
-    std::unique_ptr<State[]> partial(new State[threads * kStreams]);
+    std::unique_ptr<State[]> partial(new State[threads * kMaxStreams]);
     Lanes shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int team = omp_get_num_threads(), me = omp_get_thread_num();
         const int64_t begin = blocks * me / team, end = blocks * (me + 1) / team;
         float* student_d = base + row_floats + me * (kBlock + 2 * Vec::width);
-        State* mine = partial.get() + me * kStreams;
+        State* mine = partial.get() + me * kMaxStreams;
         for (int64_t n = 0; n < args.N; ++n) {
             Row row(args, functions, exps, RowScratch(base, args.C, streams), n);
             const bool ignored = row.ignored();
@@ -310,25 +308,25 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                 shared.reset(args.K);
                 if (!ignored) {
                     for (int t = 1; t < team; ++t)
-                        merge_states(partial.get(), partial.get() + t * kStreams, args.K, inverse_t);
+                        merge_states(partial.get(), partial.get() + t * kMaxStreams, args.K, inverse_t);
                     row.put(partial.get(), shared, 0);
                 }
                 shared.finish(args, n, 1);
-                if (ignored && args.residual) row.clear_residual();
+                if (ignored && args.grad_student) row.clear_residual();
             }
-            if (args.residual && !ignored)
+            if (args.grad_student && !ignored)
                 for (int64_t b = begin; b < end; ++b) row.write_block(b, shared, 0, streaming);
 #pragma omp barrier
         }
     }
 }
 
-void row_loss(const RowLossArgs& args) {
+void row_loss(const RowLossArgs& args, int max_threads) {
     const RowFunctions functions = choose_functions(args);
     const Exps exps{Exp(1.0f / args.formula.temperature), Exp(1.0f)};
-    const int threads = useful_threads(args.N * args.C * (args.K + 1), args.threads);
+    const int threads = useful_threads(args.N * args.C * (args.K + 1), max_threads);
     const int64_t scratch = (args.K + 2) * args.C * int64_t(sizeof(float));
-    const int64_t bytes = args.N * args.C * (args.student.dtype == DType::f32 ? 4 : 2);
+    const int64_t bytes = args.N * args.C * (args.streams[0].dtype == DType::f32 ? 4 : 2);
     const bool streaming = bytes > kStreamingBytes;
     if (threads > 1 && (args.N < threads || scratch > kRowScratch)) {
         columns_in_parallel(args, functions, exps, threads, streaming);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../row_math.h"
 #include "api.h"
 
 namespace camkd::cpu {

@@ -11,7 +11,7 @@ struct BatchLaunch {
     const int64_t* target;
     int64_t ignore_index;
     const float* numbers;  // (3, N): loss, hard, soft
-    Mean mean;
+    MeanOutput mean;
 };
 
 // Over the block, in order of its warps: the same bits whatever the schedule. For thread 0 alone.
@@ -44,20 +44,20 @@ batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     if (thread_id() == 0) put_mean(launch.mean, i, sum * launch.mean.others[2]);
 }
 
-void launch(void (*kernel)(BatchLaunch), int64_t blocks, const RowLossArgs& args, Stream stream) {
+void launch(void (*kernel)(BatchLaunch), int64_t blocks, const RowLossArgs& args, const LaunchOptions& options) {
     const int threads = batch_threads(device_limits());
-    const BatchLaunch launch{args.N, args.target, args.ignore_index, args.numbers, args.mean};
-    launch_kernel(kernel, {blocks, threads, 1, threads / kWarpThreads * int(sizeof(float))}, launch, stream);
+    const BatchLaunch launch{args.N, args.target, args.formula.ignore_index, args.row_stats, args.mean};
+    launch_kernel(kernel, {blocks, threads, 1, threads / kWarpThreads * int(sizeof(float))}, launch, options);
 }
 
 }  // namespace
 
-void count_rows(const RowLossArgs& args, Stream stream) {
-    launch(&batch_count_kernel, 1, args, stream);
+void count_rows(const RowLossArgs& args, const LaunchOptions& options) {
+    launch(&batch_count_kernel, 1, args, options);
 }
 
-void average_rows(const RowLossArgs& args, Stream stream) {
-    launch(&batch_mean_kernel, 3, args, stream);
+void average_rows(const RowLossArgs& args, const LaunchOptions& options) {
+    launch(&batch_mean_kernel, 3, args, options);
 }
 
 }  // namespace camkd::cuda

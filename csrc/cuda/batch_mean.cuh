@@ -12,13 +12,13 @@ CAMKD_DEVICE float inverse_of(float count) {
 }
 
 // Number i of loss, hard, soft.
-CAMKD_DEVICE void put_mean(const Mean& mean, int i, float value) {
+CAMKD_DEVICE void put_mean(const MeanOutput& mean, int i, float value) {
     *(i == 0 ? mean.loss : mean.others + i - 1) = value;
 }
 
 // Before the rows: 1 / rows that count, into args.mean.others[2].
-void count_rows(const RowLossArgs& args, Stream);
-// After the rows: the means of args.numbers.
-void average_rows(const RowLossArgs& args, Stream);
+void count_rows(const RowLossArgs& args, const LaunchOptions&);
+// After the rows: the means of args.row_stats.
+void average_rows(const RowLossArgs& args, const LaunchOptions&);
 
 }  // namespace camkd::cuda

@@ -1,15 +1,10 @@
-// The CUDA functions of the Python module: addresses, sizes and a stream in, kernels launched on the current device.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The CUDA functions of the Python module. Launching takes microseconds, so the GIL is kept.
+#include "bindings.h"
 
 #include <limits>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "../python/arguments.h"
 #include "api.h"
-#include "bindings.h"
 
 namespace camkd::cuda {
 namespace {
@@ -17,117 +12,61 @@ namespace {
 using namespace camkd::arguments;
 
 // Kernels count the columns of a row in 32 bits, with room for the last vector; rows and elements in 64.
-int columns(int64_t C) {
+void check_columns(int64_t C) {
     constexpr int64_t most = std::numeric_limits<int>::max() - 64 * 1024;
     if (C > most) throw std::invalid_argument("at most " + std::to_string(most) + " columns, got " + std::to_string(C));
-    return int(C);
 }
 
-Stream stream_of(uintptr_t address) {
-    return pointer<void>(address);
+LaunchOptions options_of(uintptr_t stream, bool debug = false) {
+    return {pointer<void>(stream), debug};
 }
 
-void py_row_loss(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& streams, uintptr_t target,
-                 int64_t ignore_index, float temperature, float hard_weight, float soft_weight, int weighting,
-                 std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers, uintptr_t residual,
-                 float residual_scale, uintptr_t residual_factor, std::tuple<uintptr_t, uintptr_t> mean, bool debug,
+void py_row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target,
+                 const pybind11::object& formula, const Weights& weights, uintptr_t row_stats, uintptr_t grad_student,
+                 float grad_scale, uintptr_t grad_scale_device, std::tuple<uintptr_t, uintptr_t> mean, bool debug,
                  uintptr_t stream) {
-    RowLossArgs args{};
-    args.N = N;
-    args.C = columns(C);
-    args.inner = inner;
-    args.streams[0] = matrix(streams.at(0));
-    args.K = fill({streams.begin() + 1, streams.end()}, args.streams + 1);
-    args.target = pointer<const int64_t>(target);
-    args.ignore_index = ignore_index;
-    args.formula = {temperature, hard_weight, soft_weight, static_cast<Weighting>(weighting)};
-    args.weights = pointer<const float>(std::get<0>(weights));
-    args.weight_stride_k = std::get<1>(weights);
-    args.weight_stride_n = std::get<2>(weights);
-    args.numbers = pointer<float>(numbers);
-    args.residual = pointer<void>(residual);
-    args.residual_scale = residual_scale;
-    args.residual_factor = pointer<const float>(residual_factor);
+    RowLossArgs args = row_loss_args(shape, streams, target, formula, weights, row_stats, grad_student, grad_scale);
+    check_columns(args.C);
+    args.grad_scale_device = pointer<const float>(grad_scale_device);
     args.mean = {pointer<float>(std::get<0>(mean)), pointer<float>(std::get<1>(mean))};
-    args.debug = debug;
-    row_loss(args, stream_of(stream));
+    row_loss(args, options_of(stream, debug));
 }
 
-void py_scale_rows(int64_t N, int64_t C, uintptr_t residual, uintptr_t out, int dtype, uintptr_t factor,
+void py_scale_rows(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtype, uintptr_t factor,
                    int64_t factor_stride, uintptr_t stream) {
-    const ScaleRowsArgs args{N,
-                             columns(C),
-                             pointer<const void>(residual),
-                             pointer<void>(out),
-                             static_cast<DType>(dtype),
-                             pointer<const float>(factor),
-                             factor_stride};
-    scale_rows(args, stream_of(stream));
+    scale_rows(scale_rows_args(N, C, grad, out, dtype, factor, factor_stride), options_of(stream));
 }
 
-ConfidenceArgs confidence_args(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits,
-                               uintptr_t target) {
-    ConfidenceArgs args{};
-    args.N = N;
-    args.C = columns(C);
-    args.inner = inner;
-    args.K = fill(logits, args.logits);
-    args.target = pointer<const int64_t>(target);
-    return args;
+void py_confidence_forward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                           int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse, bool debug,
+                           uintptr_t stream) {
+    check_columns(std::get<1>(shape));
+    confidence_forward(confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse),
+                       options_of(stream, debug));
 }
 
-void py_confidence_forward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits,
-                           uintptr_t target, int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse,
-                           bool debug, uintptr_t stream) {
-    ConfidenceArgs args = confidence_args(N, C, inner, logits, target);
-    args.ignore_index = ignore_index;
-    args.weights = pointer<float>(weights);
-    args.ce = pointer<float>(ce);
-    args.lse = pointer<float>(lse);
-    args.debug = debug;
-    confidence_forward(args, stream_of(stream));
-}
-
-void py_confidence_backward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits,
-                            uintptr_t target, uintptr_t lse, uintptr_t grad_ce, const std::vector<uintptr_t>& grads,
-                            uintptr_t stream) {
-    ConfidenceArgs args = confidence_args(N, C, inner, logits, target);
-    args.lse = pointer<float>(lse);
-    args.grad_ce = pointer<const float>(grad_ce);
-    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
-    confidence_backward(args, stream_of(stream));
-}
-
-FeatureArgs feature_args(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                         const std::vector<MatrixTuple>& teacher) {
-    FeatureArgs args{};
-    args.N = N;
-    args.K = fill(student, args.student);
-    fill(teacher, args.teacher);
-    for (int k = 0; k < args.K; ++k) args.M[k] = columns(M.at(k));
-    return args;
+void py_confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target, uintptr_t lse,
+                            uintptr_t grad_ce, const std::vector<uintptr_t>& grads, uintptr_t stream) {
+    check_columns(std::get<1>(shape));
+    confidence_backward(confidence_backward_args(shape, logits, target, lse, grad_ce, grads), options_of(stream));
 }
 
 void py_feature_forward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
                         const std::vector<MatrixTuple>& teacher, uintptr_t error, uintptr_t stream) {
-    FeatureArgs args = feature_args(N, M, student, teacher);
-    args.error = pointer<float>(error);
-    feature_forward(args, stream_of(stream));
+    for (int64_t width : M) check_columns(width);
+    feature_forward(feature_forward_args(N, M, student, teacher, error), options_of(stream));
 }
 
 void py_feature_backward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
                          const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
                          const std::vector<uintptr_t>& grads, uintptr_t stream) {
-    FeatureArgs args = feature_args(N, M, student, teacher);
-    args.grad_error = pointer<const float>(grad_error);
-    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
-    feature_backward(args, stream_of(stream));
+    for (int64_t width : M) check_columns(width);
+    feature_backward(feature_backward_args(N, M, student, teacher, grad_error, grads), options_of(stream));
 }
 
 }  // namespace
 
 void add_bindings(pybind11::module_& m) {
-    // Launching takes microseconds: the GIL is kept.
     m.def("cuda_row_loss", &py_row_loss);
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);

@@ -10,6 +10,8 @@ namespace camkd::cuda {
 
 struct ConfidenceLaunch {
     ConfidenceArgs args;
+    int C;       // columns are counted in 32 bits on the device
+    bool debug;  // assert that labels are valid
     bool warp_teams;
     bool wide[kMaxTeachers];  // the logits (backward: and their gradient) can be accessed in 16-byte vectors
 };
@@ -59,15 +61,15 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_teams ? thread_id() / kWarp : 0];
     for (int64_t n = team.index; n < args.N; n += team.count) {
         const int64_t y = args.target[n];
-        const bool kept = y != args.ignore_index, fits = y >= 0 && y < args.C;
-        if (args.debug) check_label(!kept || fits);
+        const bool kept = y != args.ignore_index, fits = y >= 0 && y < launch.C;
+        if (launch.debug) check_label(!kept || fits);
         for (int k = 0; k < args.K; ++k) {
             float ce = 0, lse = 0;
             if (kept) {
                 const Matrix& matrix = args.logits[k];
-                const char* row = row_address(matrix, args.inner, n);
+                const char* row = row_address(matrix, args.S, n);
                 float max, sum;
-                exp_sum<T>(team, row, matrix.dtype, columns_of<T>(args.C, launch.wide[k], row), max, sum);
+                exp_sum<T>(team, row, matrix.dtype, columns_of<T>(launch.C, launch.wide[k], row), max, sum);
                 merge_exp_sums(max, sum);
                 if (warps > 1) {
                     if (lane == 0) {
@@ -108,9 +110,9 @@ confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         const int64_t n = item - k * args.N;
         const Matrix& matrix = args.logits[k];
         const float g = args.grad_ce[item], lse = args.lse[item];
-        const char* row = row_address(matrix, args.inner, n);
-        char* out = static_cast<char*>(args.grads[k]) + n * args.C * element_bytes(matrix.dtype);
-        const Columns columns = columns_of<T>(args.C, launch.wide[k], out);
+        const char* row = row_address(matrix, args.S, n);
+        char* out = static_cast<char*>(args.grads[k]) + n * launch.C * element_bytes(matrix.dtype);
+        const Columns columns = columns_of<T>(launch.C, launch.wide[k], out);
         for (int v = team.member; v < columns.vectors; v += team.members) {
             float x[V];
             if (g != 0) {

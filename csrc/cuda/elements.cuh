@@ -1,7 +1,7 @@
 // Element types, and vectors of them: what 16 bytes hold, as floats.
 #pragma once
 
-#include "../matrix.h"
+#include "../row_math.h"
 #include "device.cuh"
 
 namespace camkd::cuda {

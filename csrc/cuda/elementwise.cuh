@@ -9,6 +9,7 @@ namespace camkd::cuda {
 
 struct FeatureLaunch {
     FeatureArgs args;
+    int M[kMaxTeachers];  // columns are counted in 32 bits on the device
     bool warp_teams;
     bool wide[kMaxTeachers];
 };
@@ -27,7 +28,7 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
         const char *r = row_address(student, args.N, n), *f = row_address(teacher, args.N, n);
-        const Columns columns = columns_of<T>(args.M[k], launch.wide[k], r);
+        const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], r);
         float sum = 0;
         for (int v = team.member; v < columns.vectors; v += team.members) {
             float x[V], y[V];
@@ -43,7 +44,7 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
             sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
             team.barrier();  // before the next row's
         }
-        if (team.member == 0) args.error[item] = sum / float(args.M[k]);
+        if (team.member == 0) args.error[item] = sum / float(launch.M[k]);
     }
 }
 
@@ -58,9 +59,9 @@ feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
         const char *r = row_address(student, args.N, n), *f = row_address(teacher, args.N, n);
-        char* out = static_cast<char*>(args.grads[k]) + n * args.M[k] * element_bytes(student.dtype);
-        const Columns columns = columns_of<T>(args.M[k], launch.wide[k], out);
-        const float g = args.grad_error[item] * (2.0f / float(args.M[k]));
+        char* out = static_cast<char*>(args.grads[k]) + n * launch.M[k] * element_bytes(student.dtype);
+        const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], out);
+        const float g = args.grad_error[item] * (2.0f / float(launch.M[k]));
         for (int v = team.member; v < columns.vectors; v += team.members) {
             float x[V], y[V];
             load_vector<T>(r, student.dtype, columns, v, 0.0f, x);
@@ -84,7 +85,7 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
     constexpr int V = kVector<T>;
     const ScaleRowsArgs& args = launch.args;
     const int64_t elements = args.N * args.C, vectors = (elements + V - 1) / V;
-    const char* from = static_cast<const char*>(args.residual);
+    const char* from = static_cast<const char*>(args.grad);
     char* to = static_cast<char*>(args.out);
     const int64_t stride = block_count() * block_threads();
     for (int64_t v = block_id() * block_threads() + thread_id(); v < vectors; v += stride) {

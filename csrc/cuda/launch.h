@@ -67,7 +67,7 @@ struct LaunchConfig {
 };
 
 template <class Launch>
-cudaLaunchConfig_t native_config(const LaunchConfig& config, Stream stream, cudaLaunchAttribute* attribute) {
+cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaLaunchAttribute* attribute) {
     cudaLaunchConfig_t native{};
     native.gridDim = dim3(unsigned(config.blocks));
     native.blockDim = dim3(unsigned(config.threads));
@@ -122,9 +122,10 @@ int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
 }
 
 template <class Launch>
-void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Launch& launch, Stream stream) {
+void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Launch& launch,
+                   const LaunchOptions& options) {
     cudaLaunchAttribute attribute{};
-    const cudaLaunchConfig_t native = native_config<Launch>(config, stream, &attribute);
+    const cudaLaunchConfig_t native = native_config<Launch>(config, options.stream, &attribute);
     void* arguments[] = {const_cast<Launch*>(&launch)};
     check(cudaLaunchKernelExC(&native, reinterpret_cast<const void*>(kernel), arguments), "launch");
 }

@@ -57,7 +57,7 @@ class RowKernel {
             team_.barrier();
             // Not by the warp that the next row waits for most, and by one block after the other.
             if (!WarpTeams && team_.prepares() && (turn & (team_.cluster() - 1)) == team_.rank) score(infos[0], 0);
-            for (int b = team_.launch.args.residual ? team_.batches() - 1 : 0; b >= 0; --b) {
+            for (int b = team_.launch.args.grad_student ? team_.batches() - 1 : 0; b >= 0; --b) {
 #pragma unroll 1
                 for (int r = 0; r < team_.together(); ++r) residual(infos[r], r, b, parity);
             }
@@ -75,7 +75,7 @@ class RowKernel {
 
     CAMKD_DEVICE int64_t label_of(int64_t row) const {
         const RowLossArgs& args = team_.launch.args;
-        return row < args.N ? args.target[row] : args.ignore_index;
+        return row < args.N ? args.target[row] : args.formula.ignore_index;
     }
 
     // Finds the team's next rows from `first` on, a row or a stream to each lane; an ignored row, or one beyond the
@@ -88,12 +88,12 @@ class RowKernel {
             RowInfo& info = infos[team_.lane()];
             const int64_t y = ahead_;
             info.row = first + team_.lane();
-            info.kept = y != args.ignore_index;
-            info.fits = y >= 0 && y < args.C;
+            info.kept = y != args.formula.ignore_index;
+            info.fits = y >= 0 && y < team_.launch.C;
             info.label_member = info.label_slot = info.label_place = -1;
             if (info.kept && info.fits) {
                 const Columns columns =
-                    columns_of<T>(args.C, team_.launch.wide_in, row_address(args.streams[0], args.inner, info.row));
+                    columns_of<T>(team_.launch.C, team_.launch.wide_in, row_address(args.streams[0], args.S, info.row));
                 const int c = int(y) + columns.phase, v = c / V;
                 info.label_member = v & (team_.members() - 1);
                 info.label_slot = v >> team_.shift();
@@ -104,7 +104,7 @@ class RowKernel {
         if (team_.lane() <= args.K) {
             for (int r = 0; r < rows; ++r) {
                 if (first + r < args.N)
-                    infos[r].address[team_.lane()] = row_address(args.streams[team_.lane()], args.inner, first + r);
+                    infos[r].address[team_.lane()] = row_address(args.streams[team_.lane()], args.S, first + r);
             }
         }
         warp_barrier();
@@ -116,19 +116,19 @@ class RowKernel {
         float inverse = !team_.launch.alone && args.mean.others ? args.mean.others[2] : 1.0f;
         if (team_.launch.alone) {
             int kept = 0;
-            for (int64_t n = team_.lane(); n < args.N; n += kWarp) kept += args.target[n] != args.ignore_index;
+            for (int64_t n = team_.lane(); n < args.N; n += kWarp) kept += args.target[n] != args.formula.ignore_index;
             inverse = inverse_of(warp_sum(float(kept)));
         }
         if (team_.lane() == 0) {
             team_.of_batch()[0] = inverse;
-            team_.of_batch()[1] = args.residual_scale * inverse * (args.residual_factor ? *args.residual_factor : 1.0f);
+            team_.of_batch()[1] = args.grad_scale * inverse * (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
         }
     }
 
     // What the residual waits for, weigh_row of row_math.h with a lane for each teacher and the others for the student.
     CAMKD_DEVICE void weigh(const RowInfo& info, int r) const {
         const RowLossArgs& args = team_.launch.args;
-        if (args.debug) check_label(!info.kept || info.fits);
+        if (team_.launch.debug) check_label(!info.kept || info.fits);
         if (!info.kept) return;
         RowState& state = team_.rows()[r];
         const int K = team_.teachers(), stream = team_.lane() < K ? team_.lane() + 1 : 0;
@@ -208,7 +208,7 @@ class RowKernel {
             loss = product_or_zero<ScalarMath>(formula.hard_weight, hard) +
                    product_or_zero<ScalarMath>(formula.soft_weight, soft) + unfit(info);
         }
-        float* const numbers = args.numbers + info.row;
+        float* const numbers = args.row_stats + info.row;
         if (team_.lane() < 3)
             numbers[team_.lane() * args.N] = team_.lane() == 0 ? loss : team_.lane() == 1 ? hard : soft;
         if (team_.lane() < K) {
@@ -225,8 +225,9 @@ class RowKernel {
         const RowInfo& after = b > 0 ? info : team_.infos(parity ^ 1)[r];
         Batch next = team_.batch_of(after, r, b > 0 ? b - 1 : 0);
         if (!after.kept) next.held = 0;
-        char* const out = static_cast<char*>(args.residual) + info.row * args.C * element_bytes(args.streams[0].dtype);
-        if (args.residual != nullptr && info.kept) {
+        char* const out =
+            static_cast<char*>(args.grad_student) + info.row * team_.launch.C * element_bytes(args.streams[0].dtype);
+        if (args.grad_student != nullptr && info.kept) {
             copies_wait();
             const RowState& state = team_.rows()[r];
             if (Teachers > 0 && state.plain)
@@ -235,8 +236,8 @@ class RowKernel {
                 any_residuals(info, state, team_.batch_of(info, r, b), b, out, after, next);
             return;
         }
-        if (args.residual != nullptr) {
-            const Columns columns = columns_of<T>(args.C, team_.launch.wide_out, out);
+        if (args.grad_student != nullptr) {
+            const Columns columns = columns_of<T>(team_.launch.C, team_.launch.wide_out, out);
             const float zeros[V] = {};
             const int stride = team_.members() * team_.batches();
             for (int v = b * team_.members() + team_.member(); v < columns.vectors; v += stride)
@@ -302,7 +303,7 @@ class RowKernel {
         for (int i = thread_id() / kWarp; i < 3; i += block_threads() / kWarp) {
             float sum = 0;
             for (int64_t n = team_.lane(); n < team_.launch.args.N; n += kWarp)
-                sum += team_.launch.args.numbers[i * team_.launch.args.N + n];
+                sum += team_.launch.args.row_stats[i * team_.launch.args.N + n];
             sum = warp_sum(sum);
             if (team_.lane() == 0) put_mean(team_.launch.args.mean, i, sum * team_.of_batch()[0]);
         }

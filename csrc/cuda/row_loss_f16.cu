@@ -2,6 +2,6 @@
 
 namespace camkd::cuda {
 
-template void launch_row_loss<f16>(RowLaunch&, Stream);
+template void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&);
 
 }  // namespace camkd::cuda

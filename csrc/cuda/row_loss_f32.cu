@@ -2,6 +2,6 @@
 
 namespace camkd::cuda {
 
-template void launch_row_loss<float>(RowLaunch&, Stream);
+template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);
 
 }  // namespace camkd::cuda

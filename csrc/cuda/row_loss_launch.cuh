@@ -27,15 +27,15 @@ auto kernel_of(int known) {
 }
 
 template <class T>
-void launch_row_loss(RowLaunch& launch, Stream stream) {
+void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     const RowLossArgs& args = launch.args;
     RowProblem problem{};
     problem.N = args.N;
-    problem.C = args.C;
+    problem.C = launch.C;
     problem.K = args.K;
     // A row that does not begin at a 16-byte boundary touches one vector more.
     const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
-    const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.inner);
+    const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
     problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
     problem.vector = kVector<T>;
     problem.wants_mean = args.mean.loss != nullptr;
@@ -57,13 +57,13 @@ void launch_row_loss(RowLaunch& launch, Stream stream) {
     RowShared::lay_out(launch, problem);
     launch.alone = problem.wants_mean && g.warp_teams && g.blocks == g.cluster;
     const bool apart = problem.wants_mean && !launch.alone;
-    if (apart) count_rows(args, stream);
-    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, stream);
-    if (apart) average_rows(args, stream);
+    if (apart) count_rows(args, options);
+    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);
+    if (apart) average_rows(args, options);
 }
 
-extern template void launch_row_loss<float>(RowLaunch&, Stream);
-extern template void launch_row_loss<bf16>(RowLaunch&, Stream);
-extern template void launch_row_loss<f16>(RowLaunch&, Stream);
+extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);
+extern template void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&);
+extern template void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&);
 
 }  // namespace camkd::cuda

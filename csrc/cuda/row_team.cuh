@@ -10,6 +10,8 @@ namespace camkd::cuda {
 
 struct RowLaunch {
     RowLossArgs args;
+    int C;       // columns are counted in 32 bits on the device
+    bool debug;  // assert that labels are valid
     RowGeometry geometry;
     Temperature temperature;
     bool alone;     // the grid is one cluster, which counts the rows and adds them up itself
@@ -158,7 +160,7 @@ struct RowTeam {
 
     CAMKD_DEVICE Batch batch_of(const RowInfo& info, int r, int b) const {
         const RowGeometry& g = launch.geometry;
-        const Columns columns = columns_of<T>(launch.args.C, launch.wide_in, info.address[0]);
+        const Columns columns = columns_of<T>(launch.C, launch.wide_in, info.address[0]);
         const int first = (b * g.slots << shift()) + member(), left = columns.vectors - first;
         const int held = left > 0 ? (left + members() - 1) >> shift() : 0;
         return {columns, first, members(), r * g.slots, g.slots, held < g.slots ? held : g.slots};

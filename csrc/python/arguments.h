@@ -1,20 +1,24 @@
-// How Python passes what kernels take: addresses as integers, matrices as tuples.
+// From Python's arguments to the structs of ops.h, for the CPU's and the CUDA functions alike: addresses come as
+// integers, matrices and shapes as tuples.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
 #include <cstddef>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../matrix.h"
-#include "../row_math.h"
+#include "../ops.h"
 
 namespace camkd::arguments {
 
-// (address, outer row stride, inner row stride, dtype code)
-using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;  // address, outer and inner row stride, dtype code
+using Shape = std::tuple<int64_t, int64_t, int64_t>;               // N, C, S of Matrix
+using Weights = std::tuple<uintptr_t, int64_t, int64_t>;           // address and strides of (K, N) weights, or zeros
 
 template <class T>
 inline T* pointer(uintptr_t address) {
@@ -25,12 +29,137 @@ inline Matrix matrix(const MatrixTuple& m) {
     return {pointer<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), static_cast<DType>(std::get<3>(m))};
 }
 
-inline int fill(const std::vector<MatrixTuple>& from, Matrix* to) {
-    if (from.size() > kMaxTeachers)
-        throw std::invalid_argument("at most " + std::to_string(kMaxTeachers) + " teachers, got " +
+inline int fill(const std::vector<MatrixTuple>& from, Matrix* to, size_t most) {
+    if (from.size() > most)
+        throw std::invalid_argument("at most " + std::to_string(most) + " matrices, got " +
                                     std::to_string(from.size()));
     for (size_t k = 0; k < from.size(); ++k) to[k] = matrix(from[k]);
     return int(from.size());
+}
+
+// An int or a float, finite, and no subclass (a bool, a tensor).
+inline bool read_number(PyObject* object, double& out) {
+    if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
+    out = PyFloat_AsDouble(object);
+    if (PyErr_Occurred()) PyErr_Clear(), out = NAN;
+    return std::isfinite(out);
+}
+
+inline bool read_integer(PyObject* object, int64_t& out) {
+    if (!PyLong_CheckExact(object)) return false;
+    int overflow = 0;
+    out = PyLong_AsLongLongAndOverflow(object, &overflow);
+    return overflow == 0;
+}
+
+// A weighting's name; `given` for anything that is not a string.
+inline bool read_weighting(PyObject* object, Weighting& out) {
+    out = Weighting::given;
+    if (!PyUnicode_CheckExact(object)) return true;
+    for (int code = 0; code < int(Weighting::given); ++code) {
+        if (PyUnicode_CompareWithASCIIString(object, kWeightingNames[code]) != 0) continue;
+        out = static_cast<Weighting>(code);
+        return true;
+    }
+    return false;
+}
+
+constexpr int kFormulaFields = 5;
+
+// The only place that reads a camkd_fast.losses.formula.Formula, a tuple. False if a field is invalid; no error is set.
+inline bool read_formula(PyObject* from, Formula& out) {
+    if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != kFormulaFields) return false;
+    double T, hard, soft;
+    if (!read_number(PyTuple_GET_ITEM(from, 0), T) || T <= 0) return false;
+    if (!read_number(PyTuple_GET_ITEM(from, 1), hard) || !read_number(PyTuple_GET_ITEM(from, 2), soft)) return false;
+    out.temperature = float(T), out.hard_weight = float(hard), out.soft_weight = float(soft);
+    return read_weighting(PyTuple_GET_ITEM(from, 3), out.weighting) &&
+           read_integer(PyTuple_GET_ITEM(from, 4), out.ignore_index);
+}
+
+inline RowLossArgs row_loss_args(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target,
+                                 const pybind11::object& formula, const Weights& weights, uintptr_t row_stats,
+                                 uintptr_t grad_student, float grad_scale) {
+    RowLossArgs args{};
+    std::tie(args.N, args.C, args.S) = shape;
+    args.K = fill(streams, args.streams, kMaxStreams) - 1;
+    args.target = pointer<const int64_t>(target);
+    if (!read_formula(formula.ptr(), args.formula)) throw std::invalid_argument("not a checked Formula");
+    args.weights = pointer<const float>(std::get<0>(weights));
+    args.weight_stride_k = std::get<1>(weights);
+    args.weight_stride_n = std::get<2>(weights);
+    args.row_stats = pointer<float>(row_stats);
+    args.grad_student = pointer<void>(grad_student);
+    args.grad_scale = grad_scale;
+    return args;
+}
+
+inline ScaleRowsArgs scale_rows_args(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtype, uintptr_t factor,
+                                     int64_t factor_stride) {
+    return {N,
+            C,
+            pointer<const void>(grad),
+            pointer<void>(out),
+            static_cast<DType>(dtype),
+            pointer<const float>(factor),
+            factor_stride};
+}
+
+inline ConfidenceArgs confidence_args(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target) {
+    ConfidenceArgs args{};
+    std::tie(args.N, args.C, args.S) = shape;
+    args.K = fill(logits, args.logits, kMaxTeachers);
+    args.target = pointer<const int64_t>(target);
+    return args;
+}
+
+inline ConfidenceArgs confidence_forward_args(const Shape& shape, const std::vector<MatrixTuple>& logits,
+                                              uintptr_t target, int64_t ignore_index, uintptr_t weights, uintptr_t ce,
+                                              uintptr_t lse) {
+    ConfidenceArgs args = confidence_args(shape, logits, target);
+    args.ignore_index = ignore_index;
+    args.weights = pointer<float>(weights);
+    args.ce = pointer<float>(ce);
+    args.lse = pointer<float>(lse);
+    return args;
+}
+
+inline ConfidenceArgs confidence_backward_args(const Shape& shape, const std::vector<MatrixTuple>& logits,
+                                               uintptr_t target, uintptr_t lse, uintptr_t grad_ce,
+                                               const std::vector<uintptr_t>& grads) {
+    ConfidenceArgs args = confidence_args(shape, logits, target);
+    args.lse = pointer<float>(lse);
+    args.grad_ce = pointer<const float>(grad_ce);
+    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
+    return args;
+}
+
+inline FeatureArgs feature_args(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
+                                const std::vector<MatrixTuple>& teacher) {
+    FeatureArgs args{};
+    args.N = N;
+    args.K = fill(student, args.student, kMaxTeachers);
+    fill(teacher, args.teacher, kMaxTeachers);
+    for (int k = 0; k < args.K; ++k) args.M[k] = M.at(k);
+    return args;
+}
+
+inline FeatureArgs feature_forward_args(int64_t N, const std::vector<int64_t>& M,
+                                        const std::vector<MatrixTuple>& student,
+                                        const std::vector<MatrixTuple>& teacher, uintptr_t error) {
+    FeatureArgs args = feature_args(N, M, student, teacher);
+    args.error = pointer<float>(error);
+    return args;
+}
+
+inline FeatureArgs feature_backward_args(int64_t N, const std::vector<int64_t>& M,
+                                         const std::vector<MatrixTuple>& student,
+                                         const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
+                                         const std::vector<uintptr_t>& grads) {
+    FeatureArgs args = feature_args(N, M, student, teacher);
+    args.grad_error = pointer<const float>(grad_error);
+    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
+    return args;
 }
 
 }  // namespace camkd::arguments

@@ -1,15 +1,8 @@
 // The Python module: addresses and sizes in, kernels called without the GIL. No maths and no framework header.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <tuple>
-#include <vector>
-
+#include "../cuda/bindings.h"
 #include "../cpu/api.h"
 #include "../cpu/output_memory.h"
 #include "../cpu/row_call.h"
-#include "../cuda/bindings.h"
 #include "arguments.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
 #include "mean_loss.h"
@@ -22,105 +15,70 @@ using namespace camkd::arguments;
 namespace {
 
 // Returns the sums of loss, hard and soft over the rows, added in order.
-std::tuple<double, double, double> row_loss(int64_t N, int64_t C, int64_t inner, const MatrixTuple& student,
-                                            const std::vector<MatrixTuple>& teachers, uintptr_t target,
-                                            int64_t ignore_index, float temperature, float hard_weight,
-                                            float soft_weight, int weighting,
-                                            std::tuple<uintptr_t, int64_t, int64_t> weights, uintptr_t numbers,
-                                            uintptr_t residual, float residual_scale, int threads) {
-    RowLossArgs args{};
-    args.N = N;
-    args.C = C;
-    args.inner = inner;
-    args.student = matrix(student);
-    args.K = fill(teachers, args.teachers);
-    args.target = pointer<const int64_t>(target);
-    args.ignore_index = ignore_index;
-    args.formula = {temperature, hard_weight, soft_weight, static_cast<Weighting>(weighting)};
-    args.weights = pointer<const float>(std::get<0>(weights));
-    args.weight_stride_k = std::get<1>(weights);
-    args.weight_stride_n = std::get<2>(weights);
-    args.residual = pointer<void>(residual);
-    args.residual_scale = residual_scale;
-    args.threads = threads;
+std::tuple<double, double, double> row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams,
+                                            uintptr_t target, const py::object& formula, const Weights& weights,
+                                            uintptr_t row_stats, uintptr_t grad_student, float grad_scale,
+                                            int threads) {
+    const RowLossArgs args =
+        row_loss_args(shape, streams, target, formula, weights, row_stats, grad_student, grad_scale);
     py::gil_scoped_release release;
-    const auto sums = run_row_loss(args, pointer<float>(numbers));
+    const auto sums = run_row_loss(args, threads);
     return {sums[0], sums[1], sums[2]};
 }
 
-void scale_rows(int64_t N, int64_t C, uintptr_t residual, uintptr_t out, int dtype, uintptr_t factor,
-                int64_t factor_stride, int threads) {
-    ScaleRowsArgs args{N,
-                       C,
-                       pointer<const void>(residual),
-                       pointer<void>(out),
-                       static_cast<DType>(dtype),
-                       pointer<const float>(factor),
-                       factor_stride,
-                       threads};
+void scale_rows(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtype, uintptr_t factor, int64_t factor_stride,
+                int threads) {
+    const ScaleRowsArgs args = scale_rows_args(N, C, grad, out, dtype, factor, factor_stride);
     py::gil_scoped_release release;
-    kernels().scale_rows(args);
+    kernels().scale_rows(args, threads);
 }
 
-ConfidenceArgs confidence_args(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits,
-                               uintptr_t target, int threads) {
-    ConfidenceArgs args{};
-    args.N = N;
-    args.C = C;
-    args.inner = inner;
-    args.K = fill(logits, args.logits);
-    args.target = pointer<const int64_t>(target);
-    args.threads = threads;
-    return args;
-}
-
-void confidence_forward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits, uintptr_t target,
+void confidence_forward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
                         int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse, int threads) {
-    ConfidenceArgs args = confidence_args(N, C, inner, logits, target, threads);
-    args.ignore_index = ignore_index;
-    args.weights = pointer<float>(weights);
-    args.ce = pointer<float>(ce);
-    args.lse = pointer<float>(lse);
+    const ConfidenceArgs args = confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse);
     py::gil_scoped_release release;
-    kernels().confidence_forward(args);
+    kernels().confidence_forward(args, threads);
 }
 
-void confidence_backward(int64_t N, int64_t C, int64_t inner, const std::vector<MatrixTuple>& logits, uintptr_t target,
-                         uintptr_t lse, uintptr_t grad_ce, const std::vector<uintptr_t>& grads, int threads) {
-    ConfidenceArgs args = confidence_args(N, C, inner, logits, target, threads);
-    args.lse = pointer<float>(lse);
-    args.grad_ce = pointer<const float>(grad_ce);
-    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
+void confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target, uintptr_t lse,
+                         uintptr_t grad_ce, const std::vector<uintptr_t>& grads, int threads) {
+    const ConfidenceArgs args = confidence_backward_args(shape, logits, target, lse, grad_ce, grads);
     py::gil_scoped_release release;
-    kernels().confidence_backward(args);
+    kernels().confidence_backward(args, threads);
 }
 
-void feature_forward(int64_t N, int64_t M, const MatrixTuple& student, const MatrixTuple& teacher, uintptr_t error,
-                     int threads) {
-    FeatureArgs args{N, M, matrix(student), matrix(teacher), pointer<float>(error), nullptr, nullptr, threads};
+void feature_forward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
+                     const std::vector<MatrixTuple>& teacher, uintptr_t error, int threads) {
+    const FeatureArgs args = feature_forward_args(N, M, student, teacher, error);
     py::gil_scoped_release release;
-    kernels().feature_forward(args);
+    kernels().feature_forward(args, threads);
 }
 
-void feature_backward(int64_t N, int64_t M, const MatrixTuple& student, const MatrixTuple& teacher,
-                      uintptr_t grad_error, uintptr_t grad, int threads) {
-    FeatureArgs args{
-        N,      M, matrix(student), matrix(teacher), nullptr, pointer<const float>(grad_error), pointer<void>(grad),
-        threads};
+void feature_backward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
+                      const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
+                      const std::vector<uintptr_t>& grads, int threads) {
+    const FeatureArgs args = feature_backward_args(N, M, student, teacher, grad_error, grads);
     py::gil_scoped_release release;
-    kernels().feature_backward(args);
+    kernels().feature_backward(args, threads);
 }
 
-// (labels that are not ignore_index, whether one of them is outside [0, C), that label)
+// (number of labels that are not ignore_index, whether one of them is outside [0, C), that label)
 std::tuple<int64_t, bool, int64_t> label_counts(uintptr_t target, int64_t N, int64_t C, int64_t ignore_index) {
     const Labels labels = count_labels(pointer<const int64_t>(target), N, C, ignore_index);
-    return {labels.valid, labels.offends, labels.offender};
+    return {labels.valid, labels.has_invalid, labels.invalid};
+}
+
+template <class T, size_t count>
+py::tuple exported(const T (&values)[count]) {
+    py::tuple out(count);
+    for (size_t i = 0; i < count; ++i) out[i] = values[i];
+    return out;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of camkd_fast; called by camkd_fast.native and camkd_fast.cuda_kernels only.";
+    m.doc() = "Compiled kernels of camkd_fast; called only by camkd_fast.backends.";
     python::add_mean_loss(m);
     m.def("row_loss", &row_loss);
     m.def("scale_rows", &scale_rows);
@@ -130,6 +88,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("feature_backward", &feature_backward);
     m.def("count_labels", &label_counts);
     m.def("instruction_set", [] { return kernels().name; });
+    m.attr("MAX_TEACHERS") = kMaxTeachers;
+    m.attr("TEMPERATURE_POWERS") = exported(kTemperaturePowers);
+    m.attr("FORMULA_FIELDS") = kFormulaFields;
+    m.attr("DTYPES") = exported(kDTypeNames);
+    m.attr("WEIGHTINGS") = exported(kWeightingNames);
     m.attr("RECYCLED_BYTES") = kRecycledBytes;
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
         .def(py::init<size_t>())

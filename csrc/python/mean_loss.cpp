@@ -7,56 +7,18 @@
 #include <new>
 
 #include "../cpu/row_call.h"
+#include "arguments.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 using namespace camkd::cpu;
+using namespace camkd::arguments;
 
 namespace camkd::python {
 namespace {
 
 // The arguments by position.
-enum Argument {
-    student,
-    teachers,
-    target,
-    ignore_index,
-    temperature,
-    hard_weight,
-    soft_weight,
-    weighting,
-    loss_scale,
-    grad_enabled,
-    threads,
-    poison,
-    argument_count
-};
-
-// An int or a float, no subclass (a bool, a tensor), and finite.
-bool number(PyObject* object, double& out) {
-    if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
-    out = PyFloat_AsDouble(object);
-    if (PyErr_Occurred()) PyErr_Clear(), out = NAN;
-    return std::isfinite(out);
-}
-
-bool integer(PyObject* object, int64_t& out) {
-    if (!PyLong_CheckExact(object)) return false;
-    int overflow = 0;
-    out = PyLong_AsLongLongAndOverflow(object, &overflow);
-    return overflow == 0;
-}
-
-bool weighting_of(PyObject* object, Weighting& out) {
-    if (!PyUnicode_CheckExact(object)) return false;
-    auto is = [&](const char* name, Weighting value) {
-        if (PyUnicode_CompareWithASCIIString(object, name) != 0) return false;
-        out = value;
-        return true;
-    };
-    return is("confidence", Weighting::confidence) || is("uniform", Weighting::uniform) ||
-           is("entropy", Weighting::entropy);
-}
+enum Argument { student, teachers, target, formula, loss_scale, grad_enabled, threads, poison, argument_count };
 
 bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b, int dimensions) {
     for (int i = 0; i < dimensions; ++i)
@@ -81,36 +43,28 @@ bool matrix_of(const dlpack::Tensor& logits, Matrix& out) {
     return true;
 }
 
-// A plain call and the references that keep its tensors alive.
-struct PlainCall {
+// One call's arguments, and the references that keep its tensors alive.
+struct MeanLossCall {
     RowLossArgs args{};
+    int64_t max_threads = 1;
     dlpack::Tensor student_logits, labels;
     py::object held[kMaxTeachers];
 
-    // False where anything is out of the ordinary.
+    // False for anything that the general path must handle.
     bool read(PyObject* const* from) {
-        if (!tensors::look(from[student], student_logits) || !matrix_of_student()) return false;
-        if (!read_teachers(from[teachers]) || !read_labels(from[target])) return false;
-        double T, hard, soft;
-        if (!number(from[temperature], T) || T <= 0) return false;
-        if (!number(from[hard_weight], hard) || !number(from[soft_weight], soft)) return false;
-        args.formula = {float(T), float(hard), float(soft), Weighting::confidence};
-        int64_t count;
-        if (!weighting_of(from[weighting], args.formula.weighting) || !integer(from[ignore_index], args.ignore_index) ||
-            !integer(from[threads], count))
-            return false;
-        args.threads = int(count);
-        return true;
+        return tensors::look(from[student], student_logits) && read_student() && read_teachers(from[teachers]) &&
+               read_labels(from[target]) && read_formula(from[formula], args.formula) &&
+               args.formula.weighting != Weighting::given && read_integer(from[threads], max_threads);
     }
 
-    // (N, C) or (B, S, C). Not float16, whose exponent range 1/N would eat.
-    bool matrix_of_student() {
+    // (N, C) or (B, S, C). Not float16: scaled by 1/N in the kernel its gradients could underflow.
+    bool read_student() {
         const dlpack::Tensor& s = student_logits;
         if (s.dimensions != 2 && s.dimensions != 3) return false;
         args.C = s.shape[s.dimensions - 1];
-        args.inner = s.shape[s.dimensions - 2];
-        args.N = s.dimensions == 2 ? args.inner : s.shape[0] * args.inner;
-        return args.N > 0 && args.C > 0 && matrix_of(s, args.student) && args.student.dtype != DType::f16;
+        args.S = s.shape[s.dimensions - 2];
+        args.N = s.dimensions == 2 ? args.S : s.shape[0] * args.S;
+        return args.N > 0 && args.C > 0 && matrix_of(s, args.streams[0]) && args.streams[0].dtype != DType::f16;
     }
 
     bool read_teachers(PyObject* sequence) {
@@ -124,7 +78,7 @@ struct PlainCall {
                 py::reinterpret_borrow<py::object>(list ? PyList_GET_ITEM(sequence, k) : PyTuple_GET_ITEM(sequence, k));
             dlpack::Tensor logits;
             if (!tensors::look(held[k].ptr(), logits) || logits.dimensions != student_logits.dimensions ||
-                !same_shape(logits, student_logits, logits.dimensions) || !matrix_of(logits, args.teachers[k]) ||
+                !same_shape(logits, student_logits, logits.dimensions) || !matrix_of(logits, args.streams[k + 1]) ||
                 tensors::requires_grad(held[k].ptr()))
                 return false;
         }
@@ -150,30 +104,31 @@ PyObject* mean_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         return nullptr;
     }
     try {
-        PlainCall call;
+        MeanLossCall call;
         RowLossArgs& args = call.args;
         double scale = 1;
-        if (from[loss_scale] != Py_None && !number(from[loss_scale], scale)) Py_RETURN_NONE;
+        if (from[loss_scale] != Py_None && !read_number(from[loss_scale], scale)) Py_RETURN_NONE;
         if (!call.read(from)) Py_RETURN_NONE;
-        const Labels found = count_labels(args.target, args.N, args.C, args.ignore_index);
-        if (found.offends) Py_RETURN_NONE;
+        const Labels found = count_labels(args.target, args.N, args.C, args.formula.ignore_index);
+        if (found.has_invalid) Py_RETURN_NONE;
         const double inverse = 1.0 / double(found.valid > 0 ? found.valid : 1);
-        args.residual_scale = float(inverse * scale);
+        args.grad_scale = float(inverse * scale);
 
         const bool fill = from[poison] == Py_True;
-        const int64_t numbers_shape[] = {3 + 3 * args.K, args.N}, residual_shape[] = {args.N, args.C};
-        void *value_data = nullptr, *numbers_data = nullptr;
-        py::object numbers = tensors::make(numbers_shape, 2, dlpack::kFloat32, fill, numbers_data);
-        py::object value = tensors::make(nullptr, 0, dlpack::kFloat32, fill, value_data), residual = py::none();
+        const int64_t stats_shape[] = {row_stats::count(args.K), args.N}, grad_shape[] = {args.N, args.C};
+        void *loss_data = nullptr, *stats_data = nullptr;
+        py::object stats = tensors::make(stats_shape, 2, dlpack::kFloat32, fill, stats_data);
+        py::object loss = tensors::make(nullptr, 0, dlpack::kFloat32, fill, loss_data), grad_student = py::none();
         if (from[loss_scale] != Py_None || (from[grad_enabled] == Py_True && tensors::requires_grad(from[student])))
-            residual = tensors::make(residual_shape, 2, call.student_logits.dtype, fill, args.residual);
+            grad_student = tensors::make(grad_shape, 2, call.student_logits.dtype, fill, args.grad_student);
+        args.row_stats = static_cast<float*>(stats_data);
         std::array<double, 3> sums;
         {
             py::gil_scoped_release release;
-            sums = run_row_loss(args, static_cast<float*>(numbers_data));
+            sums = run_row_loss(args, int(call.max_threads));
         }
-        *static_cast<float*>(value_data) = float(sums[0] * inverse);
-        return Py_BuildValue("(NNN(ddd)d)", value.release().ptr(), numbers.release().ptr(), residual.release().ptr(),
+        *static_cast<float*>(loss_data) = float(sums[0] * inverse);
+        return Py_BuildValue("(NNN(ddd)d)", loss.release().ptr(), stats.release().ptr(), grad_student.release().ptr(),
                              sums[0], sums[1], sums[2], inverse);
     } catch (py::error_already_set& error) {
         error.restore();

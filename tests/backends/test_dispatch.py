@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from camkd_fast import camkd_loss, dispatch
+from camkd_fast import camkd_loss
+from camkd_fast.backends import dispatch
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case, run
 
@@ -111,7 +112,7 @@ def test_the_cuda_backend_refuses_gpus_that_it_was_not_built_for(gpu_logits, mon
     ],
 )
 def test_a_build_runs_on_the_gpus_of_its_architectures(archs, capability, expected, monkeypatch):
-    from camkd_fast import cuda_kernels
+    from camkd_fast.backends import cuda as cuda_backend
 
-    monkeypatch.setattr(cuda_kernels, "build", lambda: (True, archs))
-    assert cuda_kernels.built_for.__wrapped__(capability) is expected
+    monkeypatch.setattr(cuda_backend, "build", lambda: (True, archs))
+    assert cuda_backend.built_for.__wrapped__(capability) is expected

@@ -16,13 +16,13 @@ from tests.support.backends import BACKENDS
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
 
-from camkd_fast import native
+from camkd_fast.backends import cpu as cpu_backend
 
 MB = 2**20
 
 
 def output(megabytes: float) -> Tensor:
-    return native.new_output(int(megabytes * MB) // 4, 1, torch.float32)
+    return cpu_backend.new_output(int(megabytes * MB) // 4, 1, torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def run(script: str) -> list[int]:
 def test_waiting_memory_is_bounded() -> None:
     script = """
 import torch
-from camkd_fast import native
+from camkd_fast.backends import cpu as cpu_backend
 
 def resident():
     with open("/proc/self/statm") as numbers:
@@ -120,7 +120,7 @@ def resident():
 
 torch.zeros(10).sum()
 before = resident()
-blocks = [native.new_output(2**22, 1, torch.float32).zero_() for _ in range(12)]
+blocks = [cpu_backend.new_output(2**22, 1, torch.float32).zero_() for _ in range(12)]
 held = resident() - before
 del blocks
 print(held, resident() - before)
@@ -133,11 +133,11 @@ print(held, resident() - before)
 def test_a_child_after_fork() -> None:
     script = """
 import os, torch
-from camkd_fast import native
+from camkd_fast.backends import cpu as cpu_backend
 
 torch.set_num_threads(1)
 def output(value):
-    return native.new_output(2**22, 1, torch.float32).fill_(value)
+    return cpu_backend.new_output(2**22, 1, torch.float32).fill_(value)
 
 kept = output(1)
 waiting = output(2)

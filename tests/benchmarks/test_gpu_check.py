@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu_check, results
 from benchmarks.gpu_check import FAILED, PASSED, SECTIONS, SKIPPED, Check, CheckError, SkipError
-from camkd_fast import dispatch
+from camkd_fast.backends import dispatch
 from tests.benchmarks.test_published import loss_result
 from tests.gpu import sanitized
 

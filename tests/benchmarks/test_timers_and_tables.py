@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from benchmarks import bench_small_batch, contestants, environment, results, shapes, suite_tables, timer
 from benchmarks.contestants import ENDS, by_autograd, disagreement
 from benchmarks.shapes import Shape
-from camkd_fast import dispatch
-from camkd_fast.baselines import eager_loss
+from camkd_fast.backends import dispatch
+from camkd_fast.losses.eager import eager_loss
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from camkd_fast import __version__, cli
-from camkd_fast.dispatch import BACKENDS, availability
+from camkd_fast.backends.dispatch import BACKENDS, availability
 
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")

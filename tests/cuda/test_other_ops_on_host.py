@@ -19,7 +19,7 @@ from tests.support.op_contract import (
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
-from camkd_fast import cuda_kernels
+from camkd_fast.backends import cuda as cuda_backend
 from tests.cuda.host.on_host import cuda_on_the_host, emulated
 
 __all__ = ["cuda_on_the_host", "emulated"]
@@ -38,7 +38,7 @@ def test_confidence(C: int, dtype: torch.dtype | None) -> None:
     logits[0][2] = NAN
     target = torch.randint(C, (4,))
     assert_confidence(
-        cuda_kernels,
+        cuda_backend,
         logits,
         target,
         forward_floor=5e-7,
@@ -47,7 +47,7 @@ def test_confidence(C: int, dtype: torch.dtype | None) -> None:
 
 
 def test_confidence_edges() -> None:
-    assert_confidence_edges(cuda_kernels)
+    assert_confidence_edges(cuda_backend)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -57,7 +57,7 @@ def test_features(mixed: bool) -> None:
     teachers = [torch.randn(3, 100), torch.randn(3, 1300), torch.randn(3, 33)]
     if mixed:
         student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
-    assert_features(cuda_kernels, student, teachers)
+    assert_features(cuda_backend, student, teachers)
 
 
 def test_feature_loss_module() -> None:
@@ -67,4 +67,4 @@ def test_feature_loss_module() -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("C", [1, 10, 101])
 def test_scale_rows(dtype: torch.dtype, C: int) -> None:
-    assert_scales_rows(cuda_kernels, C, dtype)
+    assert_scales_rows(cuda_backend, C, dtype)

@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from camkd_fast import reference
+from camkd_fast.backends import reference
 from tests.support.cases import (
     Case,
     assert_accurate,
@@ -34,7 +34,7 @@ from tests.support.row_contract import assert_agrees, assert_means, options
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
-from camkd_fast import cuda_kernels
+from camkd_fast.backends import cuda as cuda_backend
 from tests.cuda.host.on_host import THREADS, cuda_on_the_host, emulated, limit
 
 __all__ = ["cuda_on_the_host", "emulated"]
@@ -191,7 +191,7 @@ def test_value_and_grad(emulated: ModuleType, regime: str, scale: float | torch.
 
 
 def cuda_rows(*args: object, **kwargs: object) -> reference.RowLoss:
-    return reference.RowLoss(*cuda_kernels.row_loss(*args, **kwargs))
+    return reference.RowLoss(*cuda_backend.row_loss(*args, **kwargs))
 
 
 agree = functools.partial(assert_agrees, cuda_rows)
@@ -318,5 +318,5 @@ def test_no_rows() -> None:
     empty = torch.empty(0, 7)
     result = cuda_rows(empty, [empty, empty], torch.empty(0, dtype=torch.int64), **options())
     assert result.numbers.shape == (9, 0) and result.residual.shape == (0, 7)
-    assert cuda_kernels.feature_forward([empty], [empty]).shape == (1, 0)
-    assert cuda_kernels.scale_rows(empty, torch.ones(1), empty) is empty
+    assert cuda_backend.feature_forward([empty], [empty]).shape == (1, 0)
+    assert cuda_backend.scale_rows(empty, torch.ones(1), empty) is empty

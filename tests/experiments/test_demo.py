@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss
-from camkd_fast.baselines import eager_loss
 from camkd_fast.data import ImageSet, LabelledImages, Splits, corrupt_labels, stratified_parts
 from camkd_fast.data.images import swap_labels
+from camkd_fast.losses.eager import eager_loss
 from camkd_fast.train.journal import METRICS, read_metrics
 
 pytest.importorskip("sklearn")

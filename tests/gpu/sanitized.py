@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from camkd_fast import camkd_loss, camkd_loss_and_grad, confidence_weights, dispatch, weighted_feature_loss
+from camkd_fast import camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
+from camkd_fast.backends import dispatch
 
 WIDTHS = (10, 100, 1001, 9000, 33000)
 DTYPES = (torch.float32, torch.bfloat16)

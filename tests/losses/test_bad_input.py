@@ -14,7 +14,7 @@ from camkd_fast import (
     confidence_weights,
     weighted_feature_loss,
 )
-from camkd_fast.dispatch import explain
+from camkd_fast.backends.dispatch import explain
 
 META = torch.device("meta")
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from camkd_fast import camkd_loss, camkd_loss_and_grad, checks, dispatch
+from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast.backends import dispatch
+from camkd_fast.losses import checks
 from tests.support.cases import assert_accurate, assert_result, make_case, naive, run, run_value_and_grad, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on lanes that are masked

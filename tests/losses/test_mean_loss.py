@@ -21,7 +21,7 @@ from tests.support.cases import fields, make_case, run, run_value_and_grad
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
 
-from camkd_fast import native
+from camkd_fast.backends import cpu as cpu_backend
 
 if torch.__version__ < (2, 10):
     pytest.skip("torch < 2.10 does not let C++ read its tensors", allow_module_level=True)
@@ -29,9 +29,9 @@ if torch.__version__ < (2, 10):
 FORMULA = {"temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence"}
 
 
-def mean_loss(student: Any, teachers: Any, target: Any, **changes: Any) -> native.MeanLoss | None:
+def mean_loss(student: Any, teachers: Any, target: Any, **changes: Any) -> cpu_backend.MeanLoss | None:
     options = {**FORMULA, "ignore_index": -100, "loss_scale": 1.0, **changes}
-    return native.mean_loss(student, teachers, target, **options)
+    return cpu_backend.mean_loss(student, teachers, target, **options)
 
 
 def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -39,7 +39,7 @@ def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Ten
 
 
 def test_a_torch_with_c_functions_is_connected() -> None:
-    assert native._CONNECTED
+    assert cpu_backend._CONNECTED
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def general(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A switch between the crossing and the path that every other call takes."""
 
     def only_general(yes: bool) -> None:
-        monkeypatch.setattr(native, "_CONNECTED", not yes)
+        monkeypatch.setattr(cpu_backend, "_CONNECTED", not yes)
 
     return only_general
 
@@ -269,7 +269,7 @@ def test_from_many_threads():
 
 def test_a_torch_without_c_functions(general):
     """As before torch 2.10: the general path, which says the same."""
-    assert not native._C.connect_tensors(None, Tensor, nn.Parameter)
+    assert not cpu_backend._C.connect_tensors(None, Tensor, nn.Parameter)
     assert mean_loss(*batch()) is not None  # the refused connection left the earlier one alone
     general(True)
     assert mean_loss(*batch()) is None

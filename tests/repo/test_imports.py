@@ -90,7 +90,7 @@ def test_nothing_imports_the_command_line():
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
 def test_kernels_import_nothing_of_ours_but_kernels(path):
-    # `camkd_fast.reference` holds the RowLoss that a backend returns; the package's other modules are above it.
+    # `camkd_fast.backends.reference` holds the RowLoss that a backend returns; the package's other modules are above it.
     assert ours(path) <= {"kernels", "reference"}
 
 

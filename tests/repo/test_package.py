@@ -63,7 +63,7 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 STEP = """
 import warnings, torch
 from camkd_fast import camkd_loss, confidence_weights
-from camkd_fast.dispatch import explain
+from camkd_fast.backends.dispatch import explain
 student, teachers = torch.randn(4, 10, requires_grad=True), [torch.randn(4, 10) for _ in range(3)]
 target = torch.arange(4)
 with warnings.catch_warnings(record=True) as caught:

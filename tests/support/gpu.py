@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from camkd_fast import dispatch
+from camkd_fast.backends import dispatch
 
 CUDA = torch.device("cuda", 0)
 NO_GPU = "no CUDA device"

@@ -1,6 +1,6 @@
 """What every backend's other functions owe the reference, for tests that call them directly; see row_contract.py.
 
-`backend` is a module with the functions of `camkd_fast.reference`; a floor is an RMS error that rounding alone may
+`backend` is a module with the functions of `camkd_fast.backends.reference`; a floor is an RMS error that rounding alone may
 cost, see `assert_accurate`.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkd_fast import CAMKDFeatureLoss, reference
+from camkd_fast import CAMKDFeatureLoss
+from camkd_fast.backends import reference
 from tests.support.cases import assert_accurate
 
 Floor = Callable[[Tensor], float]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkd_fast import reference
+from camkd_fast.backends import reference
 
 RowFunction = Callable[..., reference.RowLoss]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data import choose
 from ...data.batch import LoaderConfig
 from ...data.files import ImageSet
-from ...logit_loss import camkd_loss
+from ...losses.logit import camkd_loss
 from ...models.protocol import feature_model, predict
 from .. import run
 from ..cache import CachedTeachers

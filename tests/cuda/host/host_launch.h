@@ -25,7 +25,8 @@ int64_t resident_blocks(void (*)(const Launch), const LaunchConfig& config) {
 }
 
 template <class Launch>
-void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, const Launch& launch, Stream) {
+void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, const Launch& launch,
+                   const LaunchOptions&) {
     if (config.shared > host::limits.shared_per_block || config.blocks % config.cluster != 0 || config.blocks < 1)
         throw std::runtime_error("camkd_fast: launch: impossible configuration");
     if constexpr (requires { launch.geometry.batches; }) host::last_rows = launch.geometry;

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from camkd_fast import cuda_kernels, dispatch
+from camkd_fast.backends import cuda as cuda_backend
+from camkd_fast.backends import dispatch
 from tests.cuda.host import build
 
 THREADS = 64  # of a block: two warps, the fewest that merge
@@ -24,9 +25,9 @@ def cuda_on_the_host(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
     """backend="cuda" for CPU tensors."""
     refusal = dispatch._refusal
     monkeypatch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
-    monkeypatch.setattr(cuda_kernels, "_C", emulated)
-    monkeypatch.setattr(cuda_kernels, "_device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_kernels, "_stream_of", lambda tensor: 0)
+    monkeypatch.setattr(cuda_backend, "_C", emulated)
+    monkeypatch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
     limit(emulated)
     yield
 

@@ -40,7 +40,7 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     }
     std::vector<std::vector<float>> streams;
     RowLossArgs args{};
-    args.N = args.inner = N;
+    args.N = args.S = N;
     args.C = C;
     args.K = K;
     for (int k = 0; k <= K; ++k) {
@@ -49,16 +49,15 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     }
     std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
     target[0] = -100;
-    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), residual(size_t(N * C), NAN), means(4, NAN);
+    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), means(4, NAN);
     args.target = target.data();
-    args.ignore_index = -100;
-    args.formula = {4, 1, 1, Weighting::confidence};
-    args.numbers = out.data();
-    args.residual = residual.data();
-    args.residual_scale = 1;
+    args.formula = {4, 1, 1, Weighting::confidence, -100};
+    args.row_stats = out.data();
+    args.grad_student = grad.data();
+    args.grad_scale = 1;
     args.mean = {means.data(), means.data() + 1};
-    row_loss(args, nullptr);
-    return all_finite(what, out) && all_finite(what, residual) && all_finite(what, means);
+    row_loss(args, {});
+    return all_finite(what, out) && all_finite(what, grad) && all_finite(what, means);
 }
 
 bool run_others(int64_t N, int C, int K) {
@@ -69,7 +68,7 @@ bool run_others(int64_t N, int C, int K) {
     const std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
     ConfidenceArgs confidence{};
     FeatureArgs features{};
-    confidence.N = confidence.inner = features.N = N;
+    confidence.N = confidence.S = features.N = N;
     confidence.C = C;
     confidence.K = features.K = K;
     for (int k = 0; k < K; ++k) {
@@ -83,15 +82,15 @@ bool run_others(int64_t N, int C, int K) {
     confidence.weights = weights.data();
     confidence.ce = ce.data();
     confidence.lse = lse.data();
-    confidence_forward(confidence, nullptr);
+    confidence_forward(confidence, {});
     confidence.grad_ce = weights.data();
-    confidence_backward(confidence, nullptr);
+    confidence_backward(confidence, {});
     bool fine = all_finite("confidence", grads);
     features.error = error.data();
-    feature_forward(features, nullptr);
+    feature_forward(features, {});
     features.grad_error = error.data();
-    feature_backward(features, nullptr);
-    scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, nullptr);
+    feature_backward(features, {});
+    scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, {});
     return fine && all_finite("features", grads) && all_finite("scale_rows", scaled);
 }
 

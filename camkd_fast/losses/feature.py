@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.contract import MAX_TEACHERS
 from . import checks
-from .dispatch import MAX_TEACHERS
-from .feature_op import confidence_rows, feature_error
+from .confidence_op import confidence_rows
+from .feature_op import feature_error
+from .formula import check_choice, check_ignore_index
 
 
 def confidence_weights(
@@ -35,7 +37,7 @@ def confidence_weights(
         checks.check_floating(f"logits[{k}]", tensor)
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
     checks.check_target(target, tensors[0], "logits[0]")
-    checks.check_ignore_index(ignore_index)
+    check_ignore_index(ignore_index)
     weights, ce = confidence_rows(tensors, target, ignore_index, backend)
     shape = (len(tensors), *target.shape)
     return weights.view(shape), ce.view(shape)
@@ -66,7 +68,7 @@ def weighted_feature_loss(
     teachers = checks.as_teacher_list("teacher_features", teacher_features)
     checks.check_features(student, teachers)
     checks.check_floating("weights", weights)
-    checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    check_choice("reduction", reduction, checks.REDUCTIONS)
     expected = (len(student), student[0].shape[0])
     if weights.shape != expected:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")

@@ -1,7 +1,7 @@
-"""The `cuda` backend: turns CUDA tensors into addresses, strides and dtype codes for the kernels of `_C`.
+"""The `cuda` backend: calls the CUDA kernels of the compiled module `_C`. Contracts: `contract.Backend`.
 
-Contracts of the six functions: `camkd_fast.reference`. Nothing here synchronises with the host; launches go to the
-tensors' device and its current stream, so every call can be captured in a CUDA graph.
+Nothing here synchronises with the host; launches go to the tensors' device and its current stream, so every call can
+be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
-from .native import DTYPE_CODES, Matrix, matrix, sizes, weighting_code
+from .. import _C
+from ..losses.formula import Formula
+from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
+from .contract import RowLossResult, row_stats_count
 
 # Device-side assertions on labels; they stop the context.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
@@ -30,8 +32,8 @@ def build() -> tuple[bool, str]:
 def built_for(capability: tuple[int, int]) -> bool:
     """Whether the module's machine code or PTX runs on a GPU of that compute capability.
 
-    Machine code ("80-real") runs on its own major version from its minor version on, PTX ("90-virtual") on all later
-    GPUs, "90" is both; what a letter marks runs on no other GPU.
+    Machine code ("80-real") runs on GPUs of its major version from its minor version on, PTX ("90-virtual") on all
+    later GPUs; "90" is both. An architecture with a letter ("90a") runs on no other GPU.
     """
     for arch in build()[1].split():
         number, _, kind = arch.partition("-")
@@ -50,82 +52,66 @@ def _stream_of(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """(K, N) or (N,) numbers in fp32 without strides, of which the kernels know none."""
-    return tensor.contiguous()
-
-
 def row_loss(
     student: Tensor,
     teachers: Sequence[Tensor],
     target: Tensor,
+    formula: Formula,
     *,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: str | Tensor,
-    ignore_index: int,
     needs_grad: bool,
-    residual_scale: float | Tensor | None,
+    grad_scale: float | Tensor = 1.0,
     mean: bool = False,
-) -> tuple[Tensor, Tensor | None, None, tuple[Tensor, Tensor] | None]:
-    N, C, inner = sizes(student)
-    K, device = len(teachers), student.device
-    numbers = torch.empty((3 + 3 * K, N), dtype=torch.float32, device=device)
-    # The loss apart from the others: a caller may write to it.
+) -> RowLossResult:
+    N, C, _ = shape = shape_of(student)
+    device = student.device
+    row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
+    # The loss has memory of its own, since a caller may write to it.
     means = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (3,))] if mean else []
-    residual = torch.empty((N, C), dtype=student.dtype, device=device) if needs_grad else None
-    code, weights = weighting_code(weighting)
-    factor = residual_scale if isinstance(residual_scale, Tensor) else None
+    grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if needs_grad else None
+    on_device = grad_scale if isinstance(grad_scale, Tensor) else None
     with _device_of(student):
         _C.cuda_row_loss(
-            N,
-            C,
-            inner,
+            shape,
             [matrix(logits) for logits in (student, *teachers)],
             target.data_ptr(),
-            ignore_index,
-            temperature,
-            hard_weight,
-            soft_weight,
-            code,
-            weights,
-            numbers.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            1.0 if residual_scale is None or isinstance(residual_scale, Tensor) else float(residual_scale),
-            0 if factor is None else factor.data_ptr(),
+            formula,
+            weights_of(formula),
+            row_stats.data_ptr(),
+            address_of(grad_student),
+            1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
+            address_of(on_device),
             (means[0].data_ptr(), means[1].data_ptr()) if mean else (0, 0),
             DEBUG,
             _stream_of(student),
         )
-    return numbers, residual, None, (means[0], means[1]) if mean else None
+    return RowLossResult(row_stats, grad_student, None, (means[0], means[1]) if mean else None)
 
 
-def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    N, C = residual.shape
-    factor = _dense(factor)
-    with _device_of(residual):
+def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    N, C = grad.shape
+    factor = factor.contiguous()  # the kernels take per-row numbers without strides
+    with _device_of(grad):
         _C.cuda_scale_rows(
             N,
             C,
-            residual.data_ptr(),
+            grad.data_ptr(),
             out.data_ptr(),
-            DTYPE_CODES[residual.dtype],
+            DTYPE_CODES[grad.dtype],
             factor.data_ptr(),
             0 if factor.numel() == 1 else 1,
-            _stream_of(residual),
+            _stream_of(grad),
         )
     return out
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    N, C, inner = sizes(logits[0])
-    weights, ce, lse = (torch.empty((len(logits), N), dtype=torch.float32, device=target.device) for _ in range(3))
+    shape = shape_of(logits[0])
+    weights, ce, lse = (
+        torch.empty((len(logits), shape[0]), dtype=torch.float32, device=target.device) for _ in range(3)
+    )
     with _device_of(target):
         _C.cuda_confidence_forward(
-            N,
-            C,
-            inner,
+            shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
             ignore_index,
@@ -139,14 +125,12 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
 
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
-    N, C, inner = sizes(logits[0])
+    N, C, _ = shape = shape_of(logits[0])
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
-    lse, grad_ce = _dense(lse), _dense(grad_ce)
+    lse, grad_ce = lse.contiguous(), grad_ce.contiguous()
     with _device_of(target):
         _C.cuda_confidence_backward(
-            N,
-            C,
-            inner,
+            shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
             lse.data_ptr(),
@@ -157,25 +141,19 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     return grads
 
 
-def _pairs(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[int], list[Matrix], list[Matrix]]:
-    return [r.shape[1] for r in student], [matrix(r) for r in student], [matrix(f) for f in teachers]
-
-
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    N = student[0].shape[0]
-    error = torch.empty((len(student), N), dtype=torch.float32, device=student[0].device)
+    error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32, device=student[0].device)
     with _device_of(error):
-        _C.cuda_feature_forward(N, *_pairs(student, teachers), error.data_ptr(), _stream_of(error))
+        _C.cuda_feature_forward(*pairs_of(student, teachers), error.data_ptr(), _stream_of(error))
     return error
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     grads = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in student]
-    grad_error = _dense(grad_error)
+    grad_error = grad_error.contiguous()
     with _device_of(grad_error):
         _C.cuda_feature_backward(
-            student[0].shape[0],
-            *_pairs(student, teachers),
+            *pairs_of(student, teachers),
             grad_error.data_ptr(),
             [grad.data_ptr() for grad in grads],
             _stream_of(grad_error),

@@ -14,7 +14,7 @@ Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all
 
 Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enough whatever K is:
 
-    d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   ("residual")
+    d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   (grad_student)
     d loss / dw_k = soft_weight * T^2 * KL_k
 
 Feature loss (eq. 6): error_k = mean over the M values of one sample of (F_k - r_k)^2, loss = sum_k w_k error_k;
@@ -28,53 +28,23 @@ Conventions at the edges, which every backend shares:
     K = 1                 w = 1 for "confidence" and "entropy"
     all H_k = 0           each ratio H_k / sum_j H_j is 1/K
     target = ignore_index every output of that row is exactly 0, even if its logits are NaN
-    label outside [0, C)  loss, hard, CE_k and residual of that row are NaN (refused beforehand for CPU tensors)
+    label outside [0, C)  loss, hard, CE_k and gradient of that row are NaN (refused beforehand for CPU tensors)
 
 Layouts: logits are (N, C) or, for rows that no single stride can describe, (B, S, C) with N = B * S; target is (N,)
-int64. Arithmetic is float64 for float64 logits and float32 for everything else. Imports nothing of this package.
+int64. Arithmetic is float64 for float64 logits and float32 for everything else. Every backend is tested
+against this file in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class RowLoss(NamedTuple):
-    """What a backend returns for N rows and K teachers, before any reduction (a plain tuple in this order will do)."""
-
-    numbers: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
-    residual: Tensor | None  # (N, C) in the student's dtype: d loss / d student * residual_scale
-    sums: tuple[float, float, float] | None = None  # of loss, hard and soft, from a backend that adds up on the host
-    means: tuple[Tensor, Tensor] | None = None  # if asked for: loss (), and (3,) hard, soft, 1 / rows that count
-
-    @property
-    def rows(self) -> Tensor:
-        """(3, N): loss, hard, soft."""
-        return self.numbers[:3]
-
-    @property
-    def divergence(self) -> Tensor:
-        """(K, N): KL_k."""
-        return self._per_teacher(0)
-
-    @property
-    def teacher_ce(self) -> Tensor:
-        """(K, N): CE_k."""
-        return self._per_teacher(1)
-
-    @property
-    def weights(self) -> Tensor:
-        """(K, N): w_k."""
-        return self._per_teacher(2)
-
-    def _per_teacher(self, i: int) -> Tensor:
-        K = (self.numbers.shape[0] - 3) // 3
-        return self.numbers[3 + i * K : 3 + (i + 1) * K]
+from ..losses.formula import Formula
+from .contract import PER_TEACHER, RowLossResult
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -128,18 +98,9 @@ def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
     return torch.where(weights == 0, 0.0, weights * terms).sum(0)
 
 
-def loss_terms(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    target: Tensor,
-    *,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: str | Tensor,
-    ignore_index: int,
-) -> RowLoss:
-    """The formulas above as a differentiable expression, without the residual. Ignored rows give 0."""
+def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula) -> RowLossResult:
+    """The formulas above as a differentiable expression, without the closed-form gradient. Ignored rows give 0."""
+    temperature, weighting, ignore_index = formula.temperature, formula.weighting, formula.ignore_index
     kept = (target != ignore_index).unsqueeze(-1)
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
     label = torch.where(kept.squeeze(-1), target, 0)
@@ -162,38 +123,31 @@ def loss_terms(
     hard = -_label_log_prob(F.log_softmax(s, dim=-1), label)
     soft = temperature**2 * _weighted_sum(weights, divergence)
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
-    coefficients = torch.stack([torch.full_like(hard, hard_weight), torch.full_like(hard, soft_weight)])
+    coefficients = torch.stack([torch.full_like(hard, weight) for weight in formula[1:3]])
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
     loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))
     mask = kept.squeeze(-1)
-    numbers = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
-    return RowLoss(numbers.where(mask, 0.0), None)
+    row_stats = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
+    return RowLossResult(row_stats.where(mask, 0.0), None)
 
 
-def residual(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    target: Tensor,
-    weights: Tensor,
-    *,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    ignore_index: int,
+def grad_student(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula, weights: Tensor
 ) -> Tensor:
     """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
+    T = formula.temperature
     C = student.shape[-1]
     s = _rows(student)
     w = weights.to(s.dtype).unsqueeze(-1)
     mixture = torch.zeros_like(s)
     for w_k, z in zip(w, teachers, strict=True):
-        mixture += torch.where(w_k == 0, 0.0, w_k * (_rows(z).to(s.dtype) / temperature).softmax(-1))
-    out = soft_weight * temperature * (w.sum(0) * (s / temperature).softmax(-1) - mixture)
+        mixture += torch.where(w_k == 0, 0.0, w_k * (_rows(z).to(s.dtype) / T).softmax(-1))
+    out = formula.soft_weight * T * (w.sum(0) * (s / T).softmax(-1) - mixture)
     onehot = F.one_hot(target.clamp(0, C - 1), C).to(s.dtype)
-    out += hard_weight * (s.softmax(-1) - onehot)
+    out += formula.hard_weight * (s.softmax(-1) - onehot)
     out.masked_fill_(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
-    return out.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
+    return out.masked_fill_((target == formula.ignore_index).unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()
@@ -201,67 +155,32 @@ def row_loss(
     student: Tensor,
     teachers: Sequence[Tensor],
     target: Tensor,
+    formula: Formula,
     *,
-    temperature: float,
-    hard_weight: float,
-    soft_weight: float,
-    weighting: str | Tensor,
-    ignore_index: int,
     needs_grad: bool,
-    residual_scale: float | Tensor | None,
+    grad_scale: float | Tensor = 1.0,
     mean: bool = False,
-) -> RowLoss:
-    """The backend contract: every row's numbers, with `needs_grad` the residual, and with `mean` the means.
-
-    Args:
-        student: (N, C) or (B, S, C), any floating dtype.
-        teachers: K tensors of the student's shape; dtypes may differ.
-        target: (N,) int64, contiguous.
-        weighting: "confidence" | "uniform" | "entropy" | weights (K, N) in the accumulation dtype.
-        residual_scale: multiplies the residual: a number, a one-element tensor on the student's device, or None for 1.
-        mean: divide the residual by the number of rows that count, those that are not ignored (at least 1), and return
-            the means over them. Asked for where that number is on a device and the host cannot know it without waiting.
-    """
-    result = loss_terms(
-        student,
-        teachers,
-        target,
-        temperature=temperature,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        weighting=weighting,
-        ignore_index=ignore_index,
-    )
-    inverse = None
+) -> RowLossResult:
+    """See `contract.Backend`."""
+    result = loss_terms(student, teachers, target, formula)
+    scales = [grad_scale]
     if mean:
-        kept = (target != ignore_index).sum().clamp(min=1)
-        inverse = kept.to(result.numbers.dtype).reciprocal().reshape(1)
-        loss, hard, soft = (result.numbers[:3].sum(1) * inverse).unbind()
+        valid = (target != formula.ignore_index).sum().clamp(min=1)
+        inverse = valid.to(result.row_stats.dtype).reciprocal().reshape(1)
+        loss, hard, soft = (result.row_stats[:PER_TEACHER].sum(1) * inverse).unbind()
         result = result._replace(means=(loss.clone(), torch.stack([hard, soft, inverse[0]])))
+        scales.append(inverse)
     if not needs_grad:
         return result
-    gradient = residual(
-        student,
-        teachers,
-        target,
-        result.weights,
-        temperature=temperature,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        ignore_index=ignore_index,
-    )
-    for factor in (residual_scale, inverse):
-        if factor is not None:
-            gradient = gradient * factor
-    return result._replace(residual=gradient.to(student.dtype))
+    gradient = grad_student(student, teachers, target, formula, result.weights)
+    for scale in scales:
+        gradient = gradient * scale
+    return result._replace(grad_student=gradient.to(student.dtype))
 
 
-def scale_rows(residual: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out = residual * factor with the product formed in the accumulation dtype; `out` may be `residual` itself.
-
-    residual, out: (N, C) contiguous, one dtype. factor: (1,) or (N,) in the accumulation dtype.
-    """
-    return out.copy_(residual.to(factor.dtype) * factor.unsqueeze(-1))
+def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """See `contract.Backend`."""
+    return out.copy_(grad.to(factor.dtype) * factor.unsqueeze(-1))
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,6 +209,13 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
         gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - onehot)
         gradients.append(gradient.masked_fill_((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
     return gradients
+
+
+def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
+    """See `contract.LabelCounter`."""
+    kept = target[target != ignore_index]
+    outside = kept[(kept < 0) | (kept >= C)]
+    return kept.numel(), int(outside[0]) if outside.numel() else None
 
 
 def ce_gradient(weights: Tensor, grad_weights: Tensor, grad_ce: Tensor) -> Tensor:

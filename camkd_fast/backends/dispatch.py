@@ -1,8 +1,8 @@
-"""The only list of backends, and the only place that chooses one.
+"""The only list of backends, and the only place that picks one.
 
-A backend is a module with the six functions of `camkd_fast.reference` that the `Backend` protocol names; it supplies
-numbers, while checks, reductions and autograd exist once, above it. `auto` takes the fastest that can run the tensors
-and `explain` says why; a backend asked for by name that cannot run raises with the reason.
+A backend supplies numbers (`contract.Backend`); checks, reductions and autograd exist once, in `losses`. `auto` picks
+the fastest backend that can run the tensors, and `explain` says why. A backend requested by name that cannot run raises
+with the reason.
 """
 
 from __future__ import annotations
@@ -14,45 +14,34 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .contract import COMPILED_DTYPES, Backend, LabelCounter, MeanLossBackend
+
+if TYPE_CHECKING:  # holds every backend to the contract
+    from .. import kernels
+    from . import cpu, cuda, reference
+
+    _backends: tuple[Backend, ...] = (cpu, cuda, kernels, reference)
+    _label_counters: tuple[LabelCounter, ...] = (cpu, reference)
+    _mean_loss: MeanLossBackend = cpu
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_TEACHERS = 16
 
 _MODULES = {
-    "reference": "camkd_fast.reference",
-    "cpu": "camkd_fast.native",
+    "reference": "camkd_fast.backends.reference",
+    "cpu": "camkd_fast.backends.cpu",
     "triton": "camkd_fast.kernels",
-    "cuda": "camkd_fast.cuda_kernels",
+    "cuda": "camkd_fast.backends.cuda",
 }
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
-# Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). An entry is earned
-# by a result under benchmarks/results/ that was taken on that architecture and shows them faster at those widths.
+# Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). Every entry needs
+# a result under benchmarks/results/ from that architecture that shows them faster at those widths.
 CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1000, 128256),)
-
-
-class Backend(Protocol):
-    """What a backend module provides; contracts in `camkd_fast.reference`."""
-
-    def row_loss(
-        self, student: Tensor, teachers: Sequence[Tensor], target: Tensor, **options: Any
-    ) -> tuple[Any, ...]: ...
-    def scale_rows(self, residual: Tensor, factor: Tensor, out: Tensor) -> Tensor: ...
-    def confidence_forward(
-        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def confidence_backward(
-        self, logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor
-    ) -> list[Tensor]: ...
-    def feature_forward(self, student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor: ...
-    def feature_backward(
-        self, student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor
-    ) -> list[Tensor]: ...
 
 
 class Availability(NamedTuple):
@@ -69,13 +58,13 @@ def interpreting() -> bool:
 
 @functools.cache
 def availability(name: str) -> Availability:
-    """Can backend `name` be loaded here? Nothing is loaded that `import torch` has not, except on success."""
+    """Whether backend `name` can be loaded here. Imports the backend's module if it can."""
     if name == "reference":
         return Availability(True, "plain PyTorch")
     try:
         module = importlib.import_module("triton" if name == "triton" else _MODULES[name])
     except ImportError as error:
-        failure = Path(__file__).with_name("_build_failure.txt")
+        failure = Path(__file__).parents[1] / "_build_failure.txt"
         why = f"; the build said: {failure.read_text().strip()}" if name != "triton" and failure.exists() else ""
         return Availability(False, f"{error}{why}")
     if name == "cpu":
@@ -85,21 +74,21 @@ def availability(name: str) -> Availability:
         if not built:
             return Availability(False, f"this build has no CUDA C++ kernels: {text}")
         if not torch.cuda.is_available():
-            return Availability(False, f"CUDA C++ kernels for {text} are there, but there is no GPU")
+            return Availability(False, f"CUDA C++ kernels for {text} were built, but there is no GPU")
         return Availability(True, f"CUDA C++ kernels for {text}")
     if not torch.cuda.is_available() and not interpreting():
-        return Availability(False, f"triton {module.__version__} is there, but there is no GPU")
+        return Availability(False, f"triton {module.__version__} is installed, but there is no GPU")
     return Availability(True, f"triton {module.__version__}" + (", interpreted" if interpreting() else ""))
 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Asked of torch once: it takes 10 us, as long as the kernels of a small batch."""
+    """Cached: torch takes 10 us, as long as the kernels of a small batch."""
     return torch.cuda.get_device_capability(device)
 
 
 def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why backend `name` cannot take these tensors, or None when it can."""
+    """Why backend `name` cannot run these tensors; None if it can."""
     if name == "reference":
         return None
     state = availability(name)
@@ -119,7 +108,7 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"camkd_fast runs on plain PyTorch here, several times slower: {reason}", stacklevel=4)
+    warnings.warn(f"camkd_fast falls back to PyTorch operations, several times slower: {reason}", stacklevel=4)
 
 
 def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
@@ -139,8 +128,8 @@ def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
     """The backend for these tensors and the reason.
 
     Raises:
-        ValueError: `requested` is no backend's name.
-        NotImplementedError: the named backend cannot take these tensors.
+        ValueError: `requested` is not the name of a backend.
+        NotImplementedError: the named backend cannot run these tensors.
     """
     if requested != "auto":
         if requested not in BACKENDS:
@@ -148,7 +137,7 @@ def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
         refusal = _refusal(requested, tensors)
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
-        return requested, "asked for"
+        return requested, "requested"
     names, why = _candidates(tensors[0])
     reasons, missing = [], []
     for name in names:
@@ -180,20 +169,27 @@ def _module(name: str) -> ModuleType:
 
 def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:
     """The module that runs these tensors; raises as `choose` does."""
-    if requested == "auto" and tensors[0].device.type == "cpu" and _all_native(tensors):
+    if requested == "auto" and tensors[0].device.type == "cpu" and _all_compiled(tensors):
         return cast(Backend, _module("cpu"))
     return cast(Backend, _module(choose(requested, tensors)[0]))
 
 
-@functools.cache
-def mean_loss_module(requested: str) -> ModuleType | None:
-    """The module whose `mean_loss` to try first where `requested` can mean it; it declines tensors not for it."""
-    return _module("cpu") if requested in ("auto", "cpu") and availability("cpu").usable else None
-
-
-def _all_native(tensors: Sequence[Tensor]) -> bool:
-    """The common case of `choose` without its strings: a compiled module and dtypes that it takes."""
+def _all_compiled(tensors: Sequence[Tensor]) -> bool:
+    """The common case of `choose` for CPU tensors, without building its reasons."""
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return False
     return availability("cpu").usable
+
+
+@functools.cache
+def mean_loss_backend(requested: str) -> MeanLossBackend | None:
+    """The backend with a fast path for the mean loss, if `requested` allows it."""
+    usable = requested in ("auto", "cpu") and availability("cpu").usable
+    return cast(MeanLossBackend, _module("cpu")) if usable else None
+
+
+@functools.cache
+def label_counter() -> LabelCounter:
+    """The backend that counts the labels of CPU targets, whichever backend computes the loss."""
+    return cast(LabelCounter, _module("cpu" if availability("cpu").usable else "reference"))

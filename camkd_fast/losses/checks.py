@@ -6,15 +6,15 @@ torch.compile. The one check of tensor values, `count_labels`, runs for CPU tens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .dispatch import MAX_TEACHERS, availability
+from ..backends.contract import MAX_TEACHERS
+from ..backends.dispatch import label_counter
+from .formula import check_number
 
-WEIGHTINGS = ("confidence", "uniform", "entropy")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -46,18 +46,6 @@ def check_classes(name: str, logits: Tensor) -> None:
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}")
-
-
-def check_number(name: str, value: float, *, positive: bool) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
 def as_teacher_list(name: str, teachers: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -121,14 +109,9 @@ def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: T
     return teacher_list
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-
-
 def check_weighting(weighting: str | Tensor, K: int, student: Tensor) -> None:
+    """The shape of a weighting tensor; its name is checked by `Formula.checked`."""
     if not isinstance(weighting, Tensor):
-        check_choice("weighting", weighting, WEIGHTINGS)
         return
     check_floating("weighting", weighting)
     if weighting.shape != (K,) and weighting.shape != (K, *student.shape[:-1]):
@@ -176,14 +159,7 @@ def check_scale(name: str, scale: float | Tensor) -> None:
 
 def count_labels(target: Tensor, C: int, ignore_index: int) -> int:
     """How many labels of a CPU `target` (N,) are not `ignore_index`; refuses labels outside [0, C)."""
-    if availability("cpu").usable:
-        from . import native
-
-        valid, offender = native.count_labels(target, C, ignore_index)
-    else:
-        kept = target[target != ignore_index]
-        outside = kept[(kept < 0) | (kept >= C)]
-        valid, offender = kept.numel(), int(outside[0]) if outside.numel() else None
-    if offender is not None:
-        raise ValueError(f"target holds label {offender}, but there are {C} classes (ignore_index is {ignore_index})")
+    valid, invalid = label_counter().count_labels(target, C, ignore_index)
+    if invalid is not None:
+        raise ValueError(f"target holds label {invalid}, but there are {C} classes (ignore_index is {ignore_index})")
     return valid

@@ -1,0 +1,149 @@
+"""What every backend provides: six functions with these signatures, and one type for what the row loss returns.
+
+Formulas, edge conventions and layouts are specified in `reference`; `dispatch` holds the list of backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..losses.formula import Formula
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every backend but the reference
+MAX_TEACHERS = 16
+TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as (e^{x/T})^T
+
+# Rows of the (3 + 3K, N) tensor `row_stats`; csrc/contract.h and kernels/softmax.py name the same rows.
+LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
+
+
+def row_stats_count(K: int) -> int:
+    """Rows of `row_stats` for K teachers."""
+    return PER_TEACHER + 3 * K
+
+
+class RowLossResult(NamedTuple):
+    """The numbers of N rows and K teachers before any reduction."""
+
+    row_stats: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
+    grad_student: Tensor | None  # (N, C) in the student's dtype: d loss / d student * grad_scale
+    sums: tuple[float, float, float] | None = None  # of loss, hard and soft, if the backend adds up on the host
+    means: tuple[Tensor, Tensor] | None = None  # on request: loss (), and (3,) hard, soft, 1 / number of valid rows
+
+    @property
+    def divergence(self) -> Tensor:
+        """(K, N): KL_k."""
+        return self._per_teacher(0)
+
+    @property
+    def teacher_ce(self) -> Tensor:
+        """(K, N): CE_k."""
+        return self._per_teacher(1)
+
+    @property
+    def weights(self) -> Tensor:
+        """(K, N): w_k."""
+        return self._per_teacher(2)
+
+    def _per_teacher(self, i: int) -> Tensor:
+        K = (self.row_stats.shape[0] - PER_TEACHER) // 3
+        return self.row_stats[PER_TEACHER + i * K : PER_TEACHER + (i + 1) * K]
+
+
+class Backend(Protocol):
+    """A backend is a module with these functions.
+
+    Logits are (N, C), or (B, S, C) with N = B * S if no single stride describes the rows; the column stride is 1 and
+    row strides are arbitrary. Targets are (N,) int64, contiguous. Accumulation is float64 for float64 tensors, else
+    float32. No input is written.
+    """
+
+    def row_loss(
+        self,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        target: Tensor,
+        formula: Formula,
+        *,
+        needs_grad: bool,
+        grad_scale: float | Tensor = 1.0,
+        mean: bool = False,
+    ) -> RowLossResult:
+        """The numbers of every row, and with `needs_grad` the gradient, in one pass.
+
+        Args:
+            student, teachers: logits of one shape; dtypes and strides may differ.
+            formula: checked; a weighting tensor is (K, N) in the accumulation dtype.
+            grad_scale: multiplies the gradient: a number, or a one-element tensor on the student's device.
+            mean: also divide the gradient by the number of valid rows (those not ignored, at least 1), and return
+                the means over them. Used if that number is on a device and reading it would synchronise.
+        """
+        ...
+
+    def scale_rows(self, grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        """out = grad * factor, multiplied in the accumulation dtype; `out` may be `grad`.
+
+        grad, out: (N, C) contiguous, one dtype. factor: (1,) or (N,) in the accumulation dtype.
+        """
+        ...
+
+    def confidence_forward(
+        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Confidence weights w, cross-entropies CE and log-sum-exps at T = 1, each (K, N)."""
+        ...
+
+    def confidence_backward(
+        self, logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor
+    ) -> list[Tensor]:
+        """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)): K tensors (N, C) in the dtypes of the logits.
+
+        grad_ce: (K, N), the total d loss / d CE_k; rows where it is 0 give 0 and their logits are not read.
+        """
+        ...
+
+    def feature_forward(self, student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """error (K, N): mean over the M_k columns of (F_k - r_k)^2, from K pairs of (N, M_k) matrices."""
+        ...
+
+    def feature_backward(
+        self, student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor
+    ) -> list[Tensor]:
+        """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k: K tensors (N, M_k) in the student's dtypes."""
+        ...
+
+
+class LabelCounter(Protocol):
+    """A backend for CPU tensors also counts labels."""
+
+    def count_labels(self, target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
+        """How many labels (N,) are not `ignore_index`, and the first one outside [0, C), if any."""
+        ...
+
+
+MeanLoss = tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float]
+
+
+class MeanLossBackend(Protocol):
+    """A backend that computes the whole mean loss, unchecked arguments included, in one call."""
+
+    def mean_loss(
+        self,
+        student: Tensor,
+        teachers: Tensor | Sequence[Tensor],
+        target: Tensor,
+        formula: Formula,
+        loss_scale: float | Tensor | None,
+    ) -> MeanLoss | None:
+        """Fast path for ordinary CPU tensors. Returns None for unsupported or invalid input; the general path then
+        reports the error.
+
+        Returns:
+            The loss; row_stats; d(loss_scale * loss) / d student as (N, C), or None if there is no loss_scale and
+            the student requires no gradient; the sums of loss, hard and soft; 1 / number of valid rows.
+        """
+        ...

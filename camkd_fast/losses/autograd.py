@@ -1,0 +1,51 @@
+"""What the losses need to know of the autograd engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+# Exists since torch 2.4 but is not public; without it every backward assumes a retained graph and copies.
+_engine_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def keeps_graph() -> bool:
+    """Inside a backward: whether the graph is retained (`retain_graph=True`), so saved tensors must not be changed."""
+    return True if _engine_keeps_graph is None else bool(_engine_keeps_graph())
+
+
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Wraps a backward function so that differentiating its gradients again raises. Entries may be lists of gradients.
+
+    torch's `once_differentiable` raises only if grad_output has a graph. Our gradients also depend on the inputs, so
+    under create_graph=True a gradient penalty would silently lose its term.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():  # create_graph=False
+            return backward(ctx, *grad_outputs)
+        with torch.no_grad():
+            grads = backward(ctx, *grad_outputs)
+        return tuple(_refusing(grad) for grad in grads)
+
+    return wrapper
+
+
+def _refusing(grad: Any) -> Any:
+    """`grad` with a graph that raises when it is differentiated."""
+    if isinstance(grad, list):
+        return [_refusing(entry) for entry in grad]
+    if grad is None:
+        return None
+    refusal = torch._C._functions.DelayedError("camkd_fast: double backward through the loss is not supported", 1)
+    return refusal(grad.detach().requires_grad_())

@@ -1,0 +1,108 @@
+"""Confidence weights as a differentiable call.
+
+In eager mode it is a torch.autograd.Function around the backend; under torch.compile, a registered operator with a fake
+and the same gradient formula.
+
+Two forms because an operator's dispatch costs, right after other work, as much as reading some MB of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.dispatch import backend_for
+from ..backends.reference import accumulation_dtype, ce_gradient
+from . import checks
+from .autograd import first_order, needs_grad
+from .layout import contiguous_labels, row_view
+
+
+def _confidence_forward(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weights, ce and log-sum-exp, each (K, N)."""
+    labels = contiguous_labels(target)
+    if not target.is_cuda:
+        checks.count_labels(labels, logits[0].shape[-1], ignore_index)
+    return backend_for(backend, logits).confidence_forward([row_view(z) for z in logits], labels, ignore_index)
+
+
+def _confidence_backward(
+    logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str
+) -> list[Tensor]:
+    rows = [row_view(z) for z in logits]
+    grads = backend_for(backend, logits).confidence_backward(rows, contiguous_labels(target), lse, grad_ce)
+    return [grad.view(z.shape) for grad, z in zip(grads, logits, strict=True)]
+
+
+def _grad_ce(target: Tensor, ignore_index: int, weights: Tensor, grad_weights: Tensor, grad_ce: Tensor) -> Tensor:
+    """d loss / d CE_k through the weights and through the cross-entropies themselves, 0 on ignored rows: (K, N)."""
+    total = ce_gradient(weights, grad_weights, grad_ce)
+    return total.masked_fill(target.reshape(-1) == ignore_index, 0.0)
+
+
+class _Confidence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, ignore_index: int, backend: str, *logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ce, lse = _confidence_forward(logits, target, ignore_index, backend)
+        ctx.save_for_backward(*logits, target, weights, lse)
+        ctx.ignore_index, ctx.backend = ignore_index, backend
+        return weights, ce
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor) -> tuple[Any, ...]:
+        *logits, target, weights, lse = ctx.saved_tensors
+        total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
+        return None, None, None, *_confidence_backward(logits, target, lse, total, ctx.backend)
+
+
+_confidence_op = torch.library.custom_op("camkd_fast::confidence_weights", _confidence_forward, mutates_args=())
+_confidence_backward_op = torch.library.custom_op(
+    "camkd_fast::confidence_weights_backward", _confidence_backward, mutates_args=()
+)
+
+
+@_confidence_op.register_fake
+def _(logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(logits[0].dtype)
+    weights, ce, lse = (logits[0].new_empty((len(logits), target.numel()), dtype=dtype) for _ in range(3))
+    return weights, ce, lse
+
+
+@_confidence_backward_op.register_fake
+def _(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str) -> list[Tensor]:
+    return [z.new_empty(z.shape) for z in logits]
+
+
+def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, ignore_index, backend = inputs
+    weights, _, lse = output
+    ctx.save_for_backward(*logits, target, weights, lse)
+    ctx.ignore_index, ctx.backend = ignore_index, backend
+    ctx.mark_non_differentiable(lse)
+
+
+@first_order
+def _confidence_op_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *logits, target, weights, lse = ctx.saved_tensors
+    total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
+    return _confidence_backward_op(logits, target, lse, total, ctx.backend), None, None, None
+
+
+_confidence_op.register_autograd(_confidence_op_backward, setup_context=_confidence_setup)
+
+
+def confidence_rows(logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Weights and cross-entropies, each (K, N), of checked logits; differentiable once with respect to the logits."""
+    if torch.compiler.is_compiling():
+        weights, ce, _ = _confidence_op(list(logits), target, ignore_index, backend)
+        return weights, ce
+    if not needs_grad(logits):
+        return _confidence_forward(logits, target, ignore_index, backend)[:2]
+    result: tuple[Tensor, Tensor] = _Confidence.apply(target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,204 @@
+"""The logit loss: camkd_loss, camkd_loss_and_grad and CAMKDLoss (arXiv 2201.00007, eq. 2 to 4).
+
+The kernel writes the gradient together with the loss, so in eager mode the autograd node only returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.dispatch import BACKENDS, backend_for
+from . import checks
+from .autograd import first_order, keeps_graph
+from .evaluate import Evaluation, evaluate
+from .formula import Formula, check_choice
+from .output import CAMKDOutput
+
+
+class _LogitLoss(torch.autograd.Function):
+    """Attaches the gradient that the kernel has written to a finished loss value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluation, formula: Formula, backend: str
+    ) -> Tensor:
+        output, grad_student, _, plan = evaluation
+        ctx.save_for_backward(grad_student, None if weights is None else output._result.divergence)
+        ctx.shape, ctx.in_backward, ctx.backend = student.shape, plan.in_backward, backend
+        if weights is not None:
+            assert plan.inverse_divisor is not None  # `evaluate` fills it in
+            ctx.divergence_scale = plan.inverse_divisor * formula.soft_scale
+        return output.loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad, divergence = ctx.saved_tensors
+        needs_student, needs_weights = ctx.needs_input_grad[:2]
+        grad_weights = None
+        if needs_weights:
+            grad_weights = divergence * (grad_output.reshape(-1) * ctx.divergence_scale)
+        if not needs_student:
+            return None, grad_weights, None, None, None
+        retained = keeps_graph()
+        if retained or not _is_one(grad_output, ctx.in_backward):
+            # Unless it is retained, the graph is freed after this call and the saved gradient with it: scale in place.
+            out = torch.empty_like(grad) if retained else grad
+            factor = grad_output.reshape(-1)
+            if isinstance(ctx.in_backward, Tensor) or ctx.in_backward != 1.0:
+                factor = factor * ctx.in_backward
+            grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
+        return _shaped(grad, ctx.shape), grad_weights, None, None, None
+
+
+def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient (N, C) as the student's (..., C); the comparison costs less than a view."""
+    return grad if grad.shape == shape else grad.view(shape)
+
+
+def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
+    """Whether backward multiplies by 1, as in `loss.backward()`. False on a GPU, where reading would synchronise."""
+    on_host = grad_output.device.type == "cpu" and isinstance(in_backward, float)
+    return on_host and grad_output.dim() == 0 and bool(grad_output.item() * in_backward == 1.0)
+
+
+def _differentiable_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
+    backend: str,
+) -> CAMKDOutput:
+    evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, None)
+    output, weights = evaluation.output, evaluation.weights
+    needs_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
+    if needs_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        output.loss = _LogitLoss.apply(student_logits, weights, evaluation, formula, backend)  # type: ignore[no-untyped-call]
+    return output
+
+
+def camkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 1.0,
+    soft_weight: float = 1.0,
+    weighting: str | Tensor = "confidence",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    backend: str = "auto",
+) -> CAMKDOutput:
+    """Confidence-aware multi-teacher distillation loss (CA-MKD, arXiv 2201.00007, eq. 2 to 4).
+
+    loss = hard_weight * CE(student, target) + soft_weight * T^2 * sum_k w_k KL(softmax(z_k/T) || softmax(s/T))
+
+    Args:
+        student_logits: (..., C); float32, bfloat16, float16, or float64 (which runs on the reference).
+        teacher_logits: K tensors (..., C), whose dtypes may differ, or one (K, ..., C) tensor; K from 1 to 16.
+        target: (...) int64 labels in [0, C), or `ignore_index`.
+        temperature: T > 0. Cross-entropies are always at temperature 1.
+        weighting: "confidence" (the paper), "uniform" (AVER), "entropy" (EBKD), or weights (K,) or (K, ...), which
+            are differentiable.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+        num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        CAMKDOutput; its `loss` is differentiable once with respect to the student (and given weights).
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; both offending values are named. Labels out of range raise for
+            CPU tensors and give NaN rows on a GPU, where reading them would synchronise.
+        NotImplementedError: `backend` names a backend that cannot run these tensors.
+    """
+    formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
+    return _differentiable_loss(student_logits, teacher_logits, target, formula, reduction, num_items, backend)
+
+
+def camkd_loss_and_grad(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 1.0,
+    soft_weight: float = 1.0,
+    weighting: str | Tensor = "confidence",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> tuple[CAMKDOutput, Tensor]:
+    """`camkd_loss` and d(loss_scale * loss) / d student_logits in one pass, for `student_logits.backward(grad)`.
+
+    Reads K+1 inputs and writes one gradient, (K+2) N C elements in all, and records no graph. Arguments, errors and
+    the first result are those of `camkd_loss`; for reduction="none" the gradient is that of each row's own loss.
+
+    Args:
+        loss_scale: multiplies the gradient only (a GradScaler's scale: a number or a one-element tensor).
+
+    Returns:
+        (output, grad): grad has the student's shape and dtype, contiguous.
+    """
+    formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
+    checks.check_scale("loss_scale", loss_scale)
+    evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, loss_scale)
+    assert evaluation.grad_student is not None  # a loss_scale requests it
+    return evaluation.output, _shaped(evaluation.grad_student, student_logits.shape)
+
+
+class CAMKDLoss(nn.Module):
+    """`camkd_loss` as a module: same keywords at construction, tensors at the call.
+
+    >>> criterion = CAMKDLoss(temperature=4.0)
+    >>> criterion(student_logits, teacher_logits, target).loss.backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        hard_weight: float = 1.0,
+        soft_weight: float = 1.0,
+        weighting: str | Tensor = "confidence",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        Formula(temperature, hard_weight, soft_weight, weighting, ignore_index).checked()
+        check_choice("reduction", reduction, checks.REDUCTIONS)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
+        self.weighting = weighting  # an nn.Parameter is registered by torch, so it is learned
+        self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
+
+    @property
+    def formula(self) -> Formula:
+        """The constants as they are now: attributes may be changed between calls."""
+        return Formula(*(getattr(self, name) for name in Formula._fields))
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None = None,
+    ) -> CAMKDOutput:
+        return _differentiable_loss(
+            student_logits, teacher_logits, target, self.formula, self.reduction, num_items, self.backend
+        )
+
+    def extra_repr(self) -> str:
+        values = self.formula._replace(weighting=self.formula.weighting_name)._asdict()
+        values |= {"reduction": self.reduction, "backend": self.backend}
+        return ", ".join(f"{name}={value}" for name, value in values.items())

@@ -1,0 +1,136 @@
+"""The rows of the logit loss: a direct call of a backend, or the registered operator `camkd_fast::row_loss`.
+
+`run_rows` is for eager mode, since an operator's dispatch costs more than the kernel at C = 100. `traced_rows` is for
+torch.compile, which needs an opaque operator with a fake and its own autograd formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, row_stats_count
+from ..backends.dispatch import backend_for
+from ..backends.reference import accumulation_dtype
+from . import checks
+from .autograd import first_order
+from .formula import Formula
+from .layout import contiguous_labels, row_view
+
+
+class RowLossCall(NamedTuple):
+    """Checked arguments."""
+
+    student: Tensor  # (..., C)
+    teachers: Sequence[Tensor]  # K tensors (..., C)
+    labels: Tensor  # (N,) int64, contiguous
+    formula: Formula  # a weighting tensor is (K, N)
+    needs_grad: bool
+    backend: str
+
+    @property
+    def given_weights(self) -> Tensor | None:
+        weighting = self.formula.weighting
+        return weighting if isinstance(weighting, Tensor) else None
+
+
+def run_rows(call: RowLossCall, grad_scale: float | Tensor, mean: bool = False) -> RowLossResult:
+    """The backend's numbers for tensors of any layout; with `mean` also the means."""
+    return backend_for(call.backend, [call.student, *call.teachers]).row_loss(
+        row_view(call.student),
+        [row_view(teacher) for teacher in call.teachers],
+        call.labels,
+        call.formula,
+        needs_grad=call.needs_grad,
+        grad_scale=grad_scale,
+        mean=mean,
+    )
+
+
+@torch.library.custom_op("camkd_fast::row_loss", mutates_args=())
+def _row_loss_op(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    weights: Tensor | None,
+    grad_scale: Tensor | None,
+    constants: Sequence[float],
+    weighting: str,
+    ignore_index: int,
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """row_stats, and the gradient (N, C), or (0, C)."""
+    labels = contiguous_labels(target)
+    if not target.is_cuda:
+        checks.count_labels(labels, student.shape[-1], ignore_index)
+    formula = Formula.from_constants(constants, weighting, ignore_index, weights)
+    call = RowLossCall(student, teachers, labels, formula, needs_grad, backend)
+    result = run_rows(call, 1.0 if grad_scale is None else grad_scale)
+    grad = student.new_empty((0, student.shape[-1])) if result.grad_student is None else result.grad_student
+    return result.row_stats, grad
+
+
+@_row_loss_op.register_fake
+def _(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    weights: Tensor | None,
+    grad_scale: Tensor | None,
+    constants: Sequence[float],
+    weighting: str,
+    ignore_index: int,
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    N, C = target.numel(), student.shape[-1]
+    row_stats = student.new_empty((row_stats_count(len(teachers)), N), dtype=accumulation_dtype(student.dtype))
+    return row_stats, student.new_empty((N if needs_grad else 0, C))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teachers, _, weights, _, constants, weighting, ignore_index, _, _ = inputs
+    row_stats, grad_student = output
+    K = len(teachers)
+    ctx.save_for_backward(grad_student, row_stats[PER_TEACHER : PER_TEACHER + K])
+    ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
+    ctx.soft_scale = Formula.from_constants(constants, weighting, ignore_index, None).soft_scale
+    ctx.mark_non_differentiable(grad_student)
+
+
+@first_order
+def _backward(ctx: Any, grad_row_stats: Tensor, _: Tensor) -> tuple[Any, ...]:
+    stored, divergence = ctx.saved_tensors
+    factor = grad_row_stats[LOSS]
+    grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
+    grad_weights = divergence * (factor * ctx.soft_scale) if ctx.has_weights else None
+    return (grad_student, [None] * ctx.K, None, grad_weights, *(None,) * 6)
+
+
+_row_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
+    """`run_rows` as one opaque, differentiable operator, for torch.compile."""
+    row_stats, grad_student = _row_loss_op(
+        call.student,
+        list(call.teachers),
+        call.labels,
+        call.given_weights,
+        _scale_tensor(grad_scale, call.student),
+        *call.formula.constants(),
+        call.needs_grad,
+        call.backend,
+    )
+    return RowLossResult(row_stats, grad_student)
+
+
+def _scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor | None:
+    """The scale as the operator takes it: a one-element tensor, or None for 1."""
+    if isinstance(scale, Tensor):
+        return scale
+    return None if scale == 1.0 else torch.full((1,), scale, dtype=accumulation_dtype(like.dtype), device=like.device)

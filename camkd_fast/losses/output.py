@@ -1,0 +1,86 @@
+"""What the logit loss returns: the loss, and the kernel's numbers by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import HARD, LOSS, SOFT, RowLossResult
+
+
+class CAMKDOutput:
+    """The result of the logit loss, in the accumulation dtype. Only `loss` is differentiable.
+
+    Everything but the loss is computed from the kernel's numbers when it is read.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        row_stats: Tensor,
+        sums: tuple[float, float, float] | None,
+        means: tuple[Tensor, Tensor] | None,
+        inverse_divisor: float | Tensor | None,
+        lead: torch.Size,
+    ) -> None:
+        self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
+        self._row_stats, self._sums, self._means = row_stats, sums, means
+        self._inverse_divisor, self._lead = inverse_divisor, lead
+
+    @property
+    def hard(self) -> Tensor:
+        """Cross-entropy of the student, reduced like `loss`."""
+        return self._reduced(HARD)
+
+    @property
+    def soft(self) -> Tensor:
+        """T^2 sum_k w_k KL_k, reduced like `loss`."""
+        return self._reduced(SOFT)
+
+    @property
+    def weights(self) -> Tensor:
+        """w_k as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._result.weights)
+
+    @property
+    def teacher_ce(self) -> Tensor:
+        """CE_k at temperature 1 as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._result.teacher_ce)
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL_k at temperature T as (K, ...), 0 on ignored rows."""
+        return self._per_teacher(self._result.divergence)
+
+    @property
+    def _result(self) -> RowLossResult:
+        return RowLossResult(self._row_stats, None)
+
+    def _reduced(self, row: int) -> Tensor:
+        return reduce_rows(self._row_stats, row, self._sums, self._means, self._inverse_divisor, self._lead).detach()
+
+    def _per_teacher(self, rows: Tensor) -> Tensor:
+        return rows.detach().view(rows.shape[0], *self._lead)
+
+
+def reduce_rows(
+    row_stats: Tensor,
+    row: int,
+    sums: tuple[float, float, float] | None,
+    means: tuple[Tensor, Tensor] | None,
+    inverse_divisor: float | Tensor | None,
+    lead: torch.Size,
+) -> Tensor:
+    """LOSS, HARD or SOFT of `row_stats`: summed and times `inverse_divisor`, or as (...) if that is None.
+
+    Uses the backend's `sums` or `means` if there are any.
+    """
+    if means is not None:
+        return means[0] if row == LOSS else means[1][row - 1]
+    if inverse_divisor is None:
+        return row_stats[row].view(lead)
+    if sums is not None and isinstance(inverse_divisor, float):
+        # By way of float64: a sum beyond the range of float32 becomes inf rather than an error.
+        return torch.scalar_tensor(sums[row] * inverse_divisor, dtype=torch.float64).to(row_stats.dtype)
+    total = row_stats[row].sum()
+    return total * inverse_divisor if isinstance(inverse_divisor, float) else total * inverse_divisor.squeeze(0)

@@ -1,0 +1,83 @@
+"""Who multiplies the gradient by loss_scale / divisor: the kernel when it stores the gradient, or backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ScalePlan(NamedTuple):
+    """How the factor loss_scale / divisor of the gradient is split between kernel and backward.
+
+    Invariant (loss_scale is 1 in `camkd_loss`):
+
+        in_kernel * in_backward == loss_scale / divisor
+
+    If only the device knows the divisor (`mean_in_kernel`), the kernel counts the rows and divides by their number
+    itself; then in_kernel * in_backward == loss_scale.
+
+    Scales are numbers where the host knows them, else one-element tensors in the accumulation dtype.
+    """
+
+    in_kernel: float | Tensor
+    in_backward: float | Tensor
+    inverse_divisor: float | Tensor | None  # None: the kernel returns it
+
+    @property
+    def mean_in_kernel(self) -> bool:
+        return self.inverse_divisor is None
+
+
+def plan_scales(
+    inverse_divisor: float | Tensor | None,
+    loss_scale: float | Tensor | None,
+    student_dtype: torch.dtype,
+    accumulation_dtype: torch.dtype,
+    tracing: bool = False,
+) -> ScalePlan:
+    """Splits the factor.
+
+    Args:
+        inverse_divisor: 1 / the divisor of "mean", 1 for the other reductions, None if the kernel counts the rows.
+        loss_scale: None in `camkd_loss`, where backward can multiply. With a number or a one-element tensor
+            (`camkd_loss_and_grad`) the kernel writes the finished gradient.
+        tracing: under torch.compile the operator's own backward formula multiplies.
+    """
+    if inverse_divisor is None:
+        return ScalePlan(_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype), 1.0, None)
+    if loss_scale is not None:
+        return ScalePlan(_scale(inverse_divisor * loss_scale, accumulation_dtype), 1.0, inverse_divisor)
+    if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not tracing:
+        return ScalePlan(inverse_divisor, 1.0, inverse_divisor)
+    return ScalePlan(1.0, inverse_divisor, inverse_divisor)
+
+
+def can_divide_in_kernel(student_dtype: torch.dtype, loss_scale: float | Tensor | None = None) -> bool:
+    """Scaling float16 gradients by 1/N in the kernel could underflow, so it is done only under a loss scale."""
+    return student_dtype != torch.float16 or loss_scale is not None
+
+
+def inverse_divisor(
+    num_items: float | Tensor | None, valid: int | None, labels: Tensor, ignore_index: int, dtype: torch.dtype
+) -> float | Tensor:
+    """1 / the divisor of "mean".
+
+    Args:
+        num_items: the caller's divisor; None for the number of valid rows.
+        valid: how many labels are not `ignore_index`, if the host has counted them.
+        labels: (N,) int64, counted on their device if `valid` is None.
+        dtype: of a tensor result.
+    """
+    if isinstance(num_items, Tensor):
+        return num_items.to(labels.device, dtype).reshape(1).reciprocal()
+    if num_items is not None:
+        return 1.0 / num_items
+    if valid is not None:
+        return 1.0 / max(valid, 1)
+    return (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal().reshape(1)
+
+
+def _scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return scale.reshape(1).to(dtype) if isinstance(scale, Tensor) else scale
