@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f) setup.py
 SOURCES := $(shell find csrc tests/cuda/host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH := 2.13.0
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install demo test test-all fingerprint lint format bench bench-train bench-report gpu-check study study-quick \
-  study-report study-check clean
+.PHONY: install demo test test-all fingerprint lint docs format bench bench-train bench-report gpu-check study \
+  study-quick study-report study-check clean
 
 install: $(STAMP)
 
@@ -40,6 +41,11 @@ lint: $(STAMP)
 	ln -s $(CURDIR)/camkd_fast/* $(CURDIR)/kernels build/mypy/camkd_fast/
 	cd build/mypy && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml camkd_fast
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(MKDOCS) --quiet
+
+# Open build/site/index.html, or serve the folder for the search.
+docs: $(STAMP)
+	$(MKDOCS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -52,9 +58,9 @@ bench: $(STAMP)
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks train_step loaders
 
-# One page, PNGs and the README's tables from the committed results; refuses those of a tree that `make test` left red.
+# The HTML page, plots and the tables of README.md and docs/ from the committed results.
 bench-report: $(STAMP)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.publish
 
 # On a machine with a GPU, against the torch, triton and compilers that are there: no .venv, no network.
 gpu-check:

@@ -1,1 +1,1 @@
-"""Speed measurements; they import the package, never the reverse."""
+"""Speed measurements. They import the package; the package never imports them."""

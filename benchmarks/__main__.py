@@ -1,7 +1,7 @@
-"""`python -m benchmarks SUITE ... [pytest's options]`: each suite prints its table and writes its JSON.
+"""`python -m benchmarks SUITE ... [pytest options]`: every suite prints a table and writes a JSON file.
 
-`python -m benchmarks logit_loss --shapes quick -k 64x100`. pytest-benchmark's own options work as well
-(`--benchmark-autosave --benchmark-compare` to compare commits, `--benchmark-verbose`); its table is off.
+Example: `python -m benchmarks logit_loss --shapes quick -k 64x100`. The options of pytest-benchmark work too
+(`--benchmark-autosave --benchmark-compare` to compare commits, `--benchmark-verbose`); its own table is disabled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.results import SUITES
 
-# The suites are no tests of the tree, so no cache and no verdict; a compilation may take minutes.
+# The suites do not test the tree, so they write no cache and no verdict. A compilation may take minutes.
 FLAGS = ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--benchmark-quiet", "--override-ini", "timeout=900"]
 
 

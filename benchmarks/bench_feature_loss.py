@@ -1,7 +1,7 @@
 """The feature loss with its confidence weights, forward + backward, against eager PyTorch and torch.compile.
 
-Gradients reach the student's feature maps and the logits that the weights come from. Floor: features read once, their
-gradient written once, the logits read and their gradient written: K N (3 M + 2 C) elements.
+The backward pass computes gradients for the student's feature maps and for the logits behind the weights. Floor: both
+sets of features read once, one gradient written, the logits read and their gradient written: K N (3 M + 2 C) elements.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Features(NamedTuple):
         return f"{self.N}x{self.channels}x{self.side}x{self.side}-{str(self.dtype).removeprefix('torch.')}"
 
 
-# CIFAR's and ImageNet's last feature maps at a usual batch size.
+# Last feature maps for CIFAR and ImageNet at common batch sizes.
 FEATURES = {
     "cpu": [Features(64, 256, 8, 100, 3, torch.float32), Features(32, 512, 7, 1000, 3, torch.float32)],
     "cuda": [Features(64, 256, 8, 100, 3, torch.float32), Features(1024, 2048, 7, 1000, 3, torch.bfloat16)],
@@ -48,7 +48,7 @@ FEATURES = {
 
 
 def eager(student: list[Tensor], teachers: list[Tensor], logits: list[Tensor], target: Tensor) -> Tensor:
-    """sum_k w_k ||F_k - r_k||^2 as a PyTorch user writes it."""
+    """sum_k w_k ||F_k - r_k||^2 as a PyTorch user would write it."""
     ce = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits])
     weights = (1.0 - ce.softmax(0)) / (len(logits) - 1)
     errors = torch.stack([(r - f).square().mean((1, 2, 3)) for r, f in zip(student, teachers, strict=True)])

@@ -1,7 +1,7 @@
 """Images per second of the loaders, for arrays and for a folder of JPEG files.
 
-One call is an epoch of augmented training batches; all loaders run in turn. The JPEG files are generated. On a GPU the
-batches are left there: resident pixels and DALI's decoder work on it, DataLoader's batches are copied to it.
+One call is an epoch of augmented training batches; the loaders are timed in interleaved rounds. The JPEG files are
+generated. On a GPU all batches end on the device: the resident loader and DALI work there, and DataLoader copies to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def arrays() -> LabelledImages:
 
 
 def jpeg_folder(root: Path) -> ImageFiles:
-    """Smooth random images of 320 x 256 pixels, quality 90: about 20 kB each, like photographs of that size."""
+    """Smooth random images of 320 x 256 pixels, quality 90: about 20 kB each, as photographs of that size."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def jpeg_folder(root: Path) -> ImageFiles:
         path = root / "train" / str(i % 4) / f"{i:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse.resize((320, 256), Image.Resampling.BICUBIC).save(path, quality=90)
-        if i < 8:  # a test part, which the folder layout asks for
+        if i < 8:  # the folder layout requires a test part
             test = root / "test" / str(i % 4) / f"{i}.jpg"
             test.parent.mkdir(parents=True, exist_ok=True)
             coarse.resize((320, 256)).save(test)
@@ -57,13 +57,13 @@ def jpeg_folder(root: Path) -> ImageFiles:
 
 
 def epoch_of(loader: Loader) -> Callable[[], None]:
-    """Runs the next epoch."""
+    """A function that runs the next epoch."""
     epochs = iter(range(1_000_000))
 
     def run() -> None:
         loader.set_epoch(next(epochs))
         images = sum(len(batch.target) for batch in loader)
-        assert images == loader.num_samples, f"{images} images came, {loader.num_samples} were promised"
+        assert images == loader.num_samples, f"the loader gave {images} images, but num_samples is {loader.num_samples}"
 
     return run
 
@@ -71,7 +71,7 @@ def epoch_of(loader: Loader) -> Callable[[], None]:
 def measure(
     benchmark: Any, suite: Suite, title: str, images: ImageSet, kinds: tuple[Kind, ...], augmentation: Augmentation
 ) -> None:
-    """One row per kind of loader; those that cannot run here are left out with their reason."""
+    """Record one row per kind of loader. Those that cannot run here are left out, with the reason."""
     workers = torch.get_num_threads()
     config = LoaderConfig(BATCH, augmentation=augmentation, workers=workers, device=suite.device)
     with ExitStack() as stack:

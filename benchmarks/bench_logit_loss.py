@@ -1,7 +1,6 @@
-"""The logit loss, value and gradient, against the same formulas in eager PyTorch, torch.compile and others.
+"""The logit loss and its gradient against the same formulas in eager PyTorch, torch.compile and other libraries.
 
-Two fair ends (benchmarks/baselines.py): `backward`, at which everybody has filled `student.grad`, and `grad`, at which
-everybody has loss and gradient in hand. Every ratio is a median over rounds in which all contestants ran in turn.
+The two end points are defined in benchmarks/contestants.py. Every ratio is a median over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baselines, shapes, timer
-from benchmarks.baselines import ENDS, Contestant
+from benchmarks import contestants, shapes, timer
 from benchmarks.conftest import Suite
+from benchmarks.contestants import ENDS, Contestant
 from benchmarks.shapes import Batch, Shape
 
 pytestmark = pytest.mark.benchmark(timer=timer.CLOCK)
@@ -25,16 +24,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is test_against_others:
         metafunc.parametrize("shape", shapes.COMPARED[option.device], ids=str)
     elif metafunc.function is test_over_classes:
-        metafunc.parametrize("shape", shapes.sweep(option.device, option.shapes), ids=str)
+        metafunc.parametrize("shape", shapes.over_classes(option.device, option.shapes), ids=str)
 
 
 def measure(
     suite: Suite, benchmark: Any, shape: Shape, batch: Batch, contestants: dict[str, Contestant], seconds: float
 ) -> dict[str, Any]:
-    """One row: times of every contestant at both ends; "over" is how many times longer each takes than ours.
+    """One row: times of every contestant at both end points; "over" is the ratio of each time to ours.
 
-    Each has a leaf of its own: on a CPU the last gradient's memory goes back to the system when `backward` drops it, in
-    milliseconds that are the owner's.
+    Every contestant has its own leaf tensor: on a CPU, `backward` frees the previous gradient, which can take
+    milliseconds that must be counted for the contestant that allocated it.
     """
     batches = {name: batch.with_own_leaf() for name in contestants}
     subjects = {
@@ -78,15 +77,15 @@ def measure(
 
 
 def test_against_others(benchmark: Any, suite: Suite, shape: Shape) -> None:
-    suite.extra.setdefault("engine_start_us", 1e6 * baselines.engine_start_seconds(suite.device))
+    suite.extra.setdefault("engine_start_us", 1e6 * contestants.engine_start_seconds(suite.device))
     batch = shape.batch(suite.device)
-    others, missing = baselines.others(suite.device, suite.max_autotune)
+    others, missing = contestants.others(suite.device, suite.max_autotune)
     truth = others["eager"].grad(batch)
-    contestants = {}
-    for name, contestant in (baselines.ours(batch) | others).items():
-        reason = baselines.disagreement(contestant, truth, batch)
+    checked = {}
+    for name, contestant in (contestants.ours(batch) | others).items():
+        reason = contestants.disagreement(contestant, truth, batch)
         if reason is None:
-            contestants[name] = contestant
+            checked[name] = contestant
         elif name.startswith("camkd"):
             pytest.fail(f"{name}: {reason}")
         else:
@@ -94,11 +93,11 @@ def test_against_others(benchmark: Any, suite: Suite, shape: Shape) -> None:
     del truth
     for reason in missing:
         suite.note(f"left out: {reason}")
-    row = measure(suite, benchmark, shape, batch, contestants, suite.seconds(8.0))
+    row = measure(suite, benchmark, shape, batch, checked, suite.seconds(8.0))
     suite.record(benchmark, {"grid": "compared", **row})
 
 
 def test_over_classes(benchmark: Any, suite: Suite, shape: Shape) -> None:
     batch = shape.batch(suite.device)
-    row = measure(suite, benchmark, shape, batch, baselines.ours(batch), suite.seconds(0.5))
-    suite.record(benchmark, {"grid": "sweep", **row})
+    row = measure(suite, benchmark, shape, batch, contestants.ours(batch), suite.seconds(0.5))
+    suite.record(benchmark, {"grid": "classes", **row})

@@ -1,7 +1,7 @@
-"""64 x 100, K = 3, loss + backward: what a call costs where launches and Python decide, not bytes.
+"""The cost of one call at 64 x 100, K = 3, loss + backward, where launches and Python dominate.
 
-For every contestant: host time of a call to the end of the device's work, the same replayed from a CUDA graph, and, by
-torch.profiler, the device's own time and the number of kernels launched. Without a GPU only the first exists.
+For every contestant: host time until the device has finished, the same for a CUDA graph replay, and, from
+torch.profiler, device time and number of kernel launches. Without a GPU only the first is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, shapes, timer
+from benchmarks import contestants, shapes, timer
 from benchmarks.conftest import Suite
 from benchmarks.timer import Subject
 
@@ -23,7 +23,7 @@ PROFILED = 20  # calls
 
 
 def recorded(subject: Subject, device: torch.device) -> Subject:
-    """The call as a CUDA graph's replay; warmed up on a side stream, as capture asks for."""
+    """The call captured as a CUDA graph, after the warm-up on a side stream that capture requires."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -37,7 +37,7 @@ def recorded(subject: Subject, device: torch.device) -> Subject:
 
 
 def kernels_of(events: Iterable[Any], calls: int) -> tuple[float, float]:
-    """Device microseconds and launches per call from torch.profiler's events; memory copies and fills count."""
+    """Device microseconds and launches per call from torch.profiler's events, memory copies and fills included."""
     launched = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     return sum(event.time_range.elapsed_us() for event in launched) / calls, len(launched) / calls
 
@@ -55,11 +55,11 @@ def profiled(subject: Subject, device: torch.device) -> tuple[float, float]:
 def test_small_batch(benchmark: Any, suite: Suite) -> None:
     shape = shapes.Shape(64, 100, 3, torch.float32 if suite.device.type == "cpu" else torch.bfloat16)
     batch = shape.batch(suite.device)
-    others, missing = baselines.others(suite.device, suite.max_autotune)
+    others, missing = contestants.others(suite.device, suite.max_autotune)
     truth = others["eager"].grad(batch)
     subjects: dict[str, Subject] = {}
-    for name, contestant in (baselines.ours(batch) | others).items():
-        reason = baselines.disagreement(contestant, truth, batch)
+    for name, contestant in (contestants.ours(batch) | others).items():
+        reason = contestants.disagreement(contestant, truth, batch)
         if reason is not None:
             missing.append(f"{name}: {reason}")
             continue
@@ -85,7 +85,7 @@ def test_small_batch(benchmark: Any, suite: Suite) -> None:
 
 
 def replayed(suite: Suite, name: str, subject: Subject) -> float | None:
-    """Microseconds of a replay, or None with a note where the call cannot be captured."""
+    """Microseconds of a replay. None, with a note, if the call cannot be captured."""
     try:
         replay = recorded(subject, suite.device)
     except RuntimeError as error:

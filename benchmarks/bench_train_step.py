@@ -1,7 +1,7 @@
-"""A distillation step, loader included, against an eager loop as in the official code.
+"""A distillation step, loader included, against an eager loop written like the official code.
 
-Three ResNet-32x4 teach a VGG-8 by the whole of CA-MKD (logits and features) on 100 classes of 3x32x32 images, batch 64.
-Images and weights are random: only time is measured. Every ratio is a median over rounds in which all ran in turn.
+Three ResNet-32x4 teach a VGG-8 with CA-MKD (logits and features) on 100 classes of 3x32x32 images, batch 64. Images and
+parameters are random, because only time is measured. Every ratio is a median over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AUGMENTATION = Augmentation("crop", 4, True)
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run our step."""
+    """One configuration of our step."""
 
     name: str
     precision: PrecisionConfig
@@ -76,7 +76,7 @@ def endless(loader: Loader) -> Iterator[Batch]:
 def our_step(
     setting: Setting, images: LabelledImages, folder: Path, device: torch.device
 ) -> tuple[Callable[[], None], float]:
-    """The step on the next batch, and how long its first two calls took (compilation)."""
+    """A function that runs the step on the next batch, and the seconds of its first two calls (compilation)."""
     precision, world = setting.precision, World(0, 1, device)
     config = LoaderConfig(
         BATCH,
@@ -114,7 +114,7 @@ def our_step(
 
 
 def loss_seconds(device: torch.device) -> float:
-    """Median of the fused loss and its gradient at this step's shape."""
+    """Median seconds of the fused loss and its gradient at the shape of this step."""
     student, *teachers = torch.randn(K + 1, BATCH, CLASSES, device=device).unbind()
     target = torch.randint(CLASSES, (BATCH,), device=device)
     call = {"loss": lambda: camkd_loss_and_grad(student, teachers, target)}

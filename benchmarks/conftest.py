@@ -1,4 +1,4 @@
-"""Options of the suites, and one recorder per suite: rows as they come, a JSON file and a table at its end."""
+"""Command-line options of the suites, and the recorder that writes the JSON file and the table of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, results, tables, timer
+from benchmarks import environment, results, suite_tables, timer
 
 WRITTEN = pytest.StashKey[list[str]]()
 
@@ -18,22 +18,24 @@ WRITTEN = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("camkd-fast")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    group.addoption("--device", choices=("cpu", "cuda"), default=default, help="default: the GPU if there is one")
-    group.addoption("--shapes", choices=("quick", "full"), default="full", help="how much of the grid (default: full)")
-    group.addoption("--seconds", type=float, help="time per test instead of the suite's own")
-    group.addoption("--max-autotune", action="store_true", help="also on a CPU, where it compiles for minutes")
-    group.addoption("--out", type=Path, help="folder of the JSON files (default: benchmarks/results/<device>)")
+    group.addoption("--device", choices=("cpu", "cuda"), default=default, help="default: cuda if a GPU is available")
+    group.addoption("--shapes", choices=("quick", "full"), default="full", help="size of the grid (default: full)")
+    group.addoption("--seconds", type=float, help="seconds per test (default: set by each suite)")
+    group.addoption("--max-autotune", action="store_true", help="time this mode on a CPU too; it compiles for minutes")
+    group.addoption("--out", type=Path, help="folder for the JSON files (default: benchmarks/results/<device>)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if torch.are_deterministic_algorithms_enabled():
-        raise pytest.UsageError("torch fills new memory here, as in the test suite: run the benchmarks by themselves")
+        raise pytest.UsageError(
+            "deterministic algorithms are on, so torch fills new memory: run the benchmarks in a process of their own"
+        )
     config.stash[WRITTEN] = []
 
 
 @dataclass
 class Suite:
-    """What one file of benchmarks measures with, and where its rows go."""
+    """Settings and results of one benchmark file."""
 
     device: torch.device
     name: str
@@ -50,7 +52,7 @@ class Suite:
         return default if self._seconds is None else self._seconds
 
     def record(self, benchmark: Any, row: results.Row) -> None:
-        """Keep one row, also beside pytest-benchmark's own numbers; the file is whole after every row."""
+        """Add a row and write the file, which is valid after every row; copy the row to pytest-benchmark's output."""
         row["clocks_mhz"] = environment.clocks(self.device)
         self.rows.append(row)
         results.write(self.folder, self.name, self.result())
@@ -88,8 +90,8 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     )
     yield suite
     if suite.rows:
-        path = results.write(suite.folder, suite.name, suite.result())  # notes may follow the last row
-        request.config.stash[WRITTEN].append(f"{tables.text(suite.name, suite.result())}\nwritten to {path}")
+        path = results.write(suite.folder, suite.name, suite.result())  # notes may come after the last row
+        request.config.stash[WRITTEN].append(f"{suite_tables.text(suite.name, suite.result())}\nwritten to {path}")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

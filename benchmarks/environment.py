@@ -1,4 +1,4 @@
-"""What a measurement was taken on: recorded in every result."""
+"""Device, versions and commit of a measurement, recorded in every result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Device, versions, commit, verdict of its tests and date of this process."""
+    """Device, versions, commit, test verdict of the commit, and date."""
     return environment() | {
         "device": device.type,
         "commit": commit(),
@@ -27,7 +27,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def title(where: dict[str, str]) -> str:
-    """The device in words."""
+    """Name of the device for titles."""
     if where["device"] == "cuda":
         return where["GPU"]
     return f"{where['processor']} ({where['instruction set']}), {where['threads']} threads"
@@ -39,15 +39,15 @@ def results_folder(where: dict[str, str]) -> Path:
 
 
 def clocks(device: torch.device) -> dict[str, float] | None:
-    """Clock rates in MHz right now; None where the system does not tell them."""
+    """Clock rates in MHz right now; None if the system does not report them."""
     if device.type == "cuda":
         names = ("sm", "mem", "max.sm", "max.mem")
         query = f"--query-gpu={','.join(f'clocks.{name}' for name in names)}"
         index = torch.cuda.current_device() if device.index is None else device.index
         command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", str(index)]
         try:
-            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-            return dict(zip(names, map(float, told.strip().split(",")), strict=True))
+            output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+            return dict(zip(names, map(float, output.strip().split(",")), strict=True))
         except (OSError, ValueError, subprocess.SubprocessError):
             return None
     cpuinfo = Path("/proc/cpuinfo")

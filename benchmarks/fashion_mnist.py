@@ -1,7 +1,7 @@
-"""`python -m benchmarks.fashion_mnist`: the README's walk-through, three teachers and a student on Fashion-MNIST.
+"""`python -m benchmarks.fashion_mnist`: the example of docs/training.md, three teachers and a student on Fashion-MNIST.
 
-Runs the commands below through the command line, keeps runs that are finished, writes
-benchmarks/results/<device>/fashion_mnist.json and the README's table. About a quarter of an hour on two quiet cores.
+Runs the commands below through the command line, skipping finished runs, and writes the table of docs/training.md and
+benchmarks/results/<device>/fashion_mnist.json. Takes about a quarter of an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, readme, results, tables
+from benchmarks import doc_tables, environment, results, suite_tables
 from camkd_fast.cli import main as camkd_fast
 from camkd_fast.report.page import Table
 from camkd_fast.train.journal import METRICS, read_metrics
@@ -29,12 +29,12 @@ COMMANDS = {
 
 
 def command(name: str, runs: Path) -> str:
-    """What follows `camkd-fast` for one of the runs."""
+    """Arguments of `camkd-fast` for one of the runs."""
     return f"{COMMANDS[name].format(runs=runs)} {SETTINGS} --out {runs / name}"
 
 
 def section(result: dict[str, Any]) -> str:
-    """Commands, accuracies and times for the README."""
+    """Commands, accuracies and times in Markdown."""
     commands = "\n".join(row["command"] for row in result["rows"])
     rows = [
         [
@@ -46,12 +46,12 @@ def section(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     table = Table(["run", "test accuracy", "images/s", "seconds in all"], rows)
-    return f"```\n{commands}\n```\n\n{readme.markdown(table)}\n{tables.where(result)}\n"
+    return f"```\n{commands}\n```\n\n{doc_tables.markdown(table)}\n{suite_tables.where(result)}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the runs (default: runs)")
     runs = parser.parse_args().runs
     rows = []
     for name in COMMANDS:
@@ -65,8 +65,9 @@ def main() -> None:
     where = environment.describe(torch.device("cpu"))
     result = {"environment": where, "rows": rows}
     path = results.write(environment.results_folder(where), "fashion_mnist", result)
-    readme.README.write_text(readme.replaced(readme.README.read_text(), "fashion_mnist", section(result)))
-    print(f"written to {path}, and its table to {readme.README}")
+    page = doc_tables.TRAINING
+    page.write_text(doc_tables.replaced(page.read_text(), "fashion_mnist", section(result)))
+    print(f"written to {path}, and the table to {page}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Plots of one device's results: fraction of copy bandwidth over C, speed-up bars, memory bars.
 
-`python -m benchmarks.figures DIR/logit_loss.json` draws a result that is not published, and says so in the picture.
+`python -m benchmarks.figures DIR/logit_loss.json` draws an unpublished result, with its test verdict in the picture.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.tables import ENDS, compared, share_of_copy, where
+from benchmarks import environment
+from benchmarks.suite_tables import ENDS, compared, headline_rows, share_of_copy, where
 from camkd_fast.report import plots
 from camkd_fast.report.page import Picture
 from camkd_fast.report.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION
@@ -35,25 +37,25 @@ OTHERS = {
 class Drawing(NamedTuple):
     name: str
     figure: Figure
-    description: str  # for readers who do not see it
+    description: str  # alternative text
 
     def picture(self) -> Picture:
         return plots.picture(self.figure, self.description)
 
     def save(self, folder: Path) -> None:
-        # Without the software's version in it, the same results give the same bytes.
+        # No software version in the file, so that equal results give equal bytes.
         self.figure.savefig(folder / f"{self.name}.png", dpi=110, metadata={"Software": None})
 
 
 def _colors(rows: list[Row]) -> dict[str, str]:
-    """One of each contestant's name; our backends first."""
+    """Colour of each contestant, our backends first."""
     ours = dict.fromkeys(name for row in rows for name in row["times"] if name not in OTHERS)
     return dict(zip(ours, OURS, strict=False)) | OTHERS
 
 
 def roofline(result: dict[str, Any]) -> Drawing | None:
     """One panel per backend and dtype, one line per K, over C."""
-    rows = [row for row in result["rows"] if row["grid"] == "sweep"]
+    rows = [row for row in result["rows"] if row["grid"] == "classes"]
     if not rows:
         return None
     lines: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
@@ -81,7 +83,7 @@ def roofline(result: dict[str, Any]) -> Drawing | None:
 
 
 def _bars(axis: Axes, rows: list[Row], values: list[dict[str, float]], colors: dict[str, str], unit: str) -> None:
-    """One group of horizontal bars per row, first row on top, on a logarithmic scale."""
+    """One group of horizontal bars per row on a logarithmic scale, the first row at the top."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     names = [name for name in colors if any(name in value for value in values)]
@@ -106,20 +108,56 @@ def _bars(axis: Axes, rows: list[Row], values: list[dict[str, float]], colors: d
 
 
 def speed_ups(result: dict[str, Any]) -> Drawing | None:
-    """How many times longer the others take to loss and gradient."""
+    """Time of each contestant for loss and gradient, divided by ours."""
     rows = compared(result)
     if not rows:
         return None
     values = [row["over"]["grad"] for row in rows]
     figure, (axis,) = plots.new_figure(1, 0.9 + 0.17 * sum(map(len, values)) + 0.12 * len(rows))
     _bars(axis, rows, values, _colors(rows), "x")
-    axis.set_xlabel("times as long as ours (logarithmic)", color=INK)
+    axis.set_xlabel("time divided by ours (logarithmic)", color=INK)
     plots.set_title(axis, f"Speed-up, {ENDS['grad']}")
     return Drawing("speed_up", figure, f"Speed-up over each contestant at {len(rows)} sizes, loss and gradient.")
 
 
+def headline(results: Sequence[dict[str, Any]]) -> Picture:
+    """The README's picture: one panel per device, speed-up of the swap-in over eager PyTorch and torch.compile."""
+    shown = [(result, headline_rows(result)) for result in results]
+    shown.sort(key=lambda found: found[0]["environment"]["device"], reverse=True)  # the GPU first
+    names = {"eager": "eager PyTorch", "compile": "torch.compile"}
+    # One below the other, so that the text can be read on a phone.
+    figure, axes = plots.new_figure(1, 1.0 + sum(0.55 + 0.42 * len(rows) for _, rows in shown), rows=len(shown))
+    figure.set_figwidth(7.0)
+    figure.get_layout_engine().set(h_pad=0.14)
+    axes[0].get_gridspec().set_height_ratios([1 + len(rows) for _, rows in shown])
+    top = 1.5 * max(row["over"]["backward"][name] for _, rows in shown for row in rows for name in names)
+    words = []
+    for axis, (result, rows) in zip(axes, shown, strict=True):
+        for i, (name, label) in enumerate(names.items()):
+            ratios = [row["over"]["backward"][name] for row in rows]
+            places = [group + (i - 0.5) * 0.38 for group in range(len(rows))]
+            axis.barh(places, ratios, height=0.34, color=(GREY, BLUE)[i], label=f"over {label}")
+            for y, ratio in zip(places, ratios, strict=True):
+                axis.annotate(f"{ratio:.1f}x", (ratio, y), (4, 0), "data", "offset points", va="center", color=INK)
+        axis.set_xscale("log")
+        axis.set_xlim(1.0, top)
+        axis.set_xticks([tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick < top])
+        axis.xaxis.set_major_formatter("{x:g}x")
+        axis.minorticks_off()
+        axis.set_yticks(range(len(rows)), [f"{row['N']} x {row['C']:,}, K = {row['K']}" for row in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.grid(axis="x", color=FAINT, linewidth=0.8)
+        title = f"{environment.title(result['environment'])}, {rows[0]['dtype']}"
+        plots.set_title(axis, title)
+        each = (f"{row['N']} x {row['C']}: {row['over']['backward']['eager']:.1f}x" for row in rows)
+        words.append(f"{title}: {'; '.join(each)}")
+    axes[0].legend(frameon=False, fontsize=9.5, loc="lower right", labelcolor=INK)
+    axes[-1].set_xlabel("speed-up of camkd_loss(...).loss.backward() (logarithmic)", color=INK)
+    return plots.picture(figure, f"Speed-up of loss and gradient over eager PyTorch. {'. '.join(words)}.")
+
+
 def memory(result: dict[str, Any]) -> Drawing | None:
-    """Peak memory beyond the inputs, in student gradients; only a GPU's allocator tells it."""
+    """Peak memory beyond the inputs, in student gradients; only a GPU's allocator reports it."""
     rows = [row for row in compared(result) if row["times"][row["ours"]]["grad"]["peak_bytes"] is not None]
     if not rows:
         return None
@@ -135,7 +173,7 @@ def memory(result: dict[str, Any]) -> Drawing | None:
 
 
 def of_loss(result: dict[str, Any]) -> list[Drawing]:
-    """Every plot that these results allow."""
+    """Every plot that these results have data for."""
     return [drawing for drawing in (roofline(result), speed_ups(result), memory(result)) if drawing is not None]
 
 

@@ -1,10 +1,10 @@
-"""`make gpu-check`: everything that only a GPU can tell, in one command of less than nine minutes and without network.
+"""`make gpu-check`: GPU tests, sanitizers and benchmarks in one command, in under nine minutes and without network.
 
-Sections run one after another, each in processes of its own with a budget of seconds; one that fails or runs out of
-time does not stop the next. JSON, PNGs and the whole log go to $OUT (default runs/gpu-check), a short table comes last,
-and the exit status is 1 if any section failed. `python -m benchmarks.gpu_check SECTION ...` runs only those.
+Sections run one after another, each in its own processes and with a time limit. A section that fails or exceeds its
+limit does not stop the next. JSON, PNGs and the log go to $OUT (default runs/gpu-check); a table comes last. The exit
+status is 1 if a section failed. `python -m benchmarks.gpu_check SECTION ...` runs only the named sections.
 
-Imports nothing but the standard library: it must be able to say in words what is missing.
+Imports only the standard library, so that it can report what is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parent.parent
-TOTAL, LAST = 510, 20  # seconds in all, half a minute short of nine minutes; and those of the last section
+TOTAL, LAST = 510, 20  # seconds: in total, half a minute below nine minutes; for the last section
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
@@ -51,18 +51,18 @@ class CheckError(Exception):
 
 
 class SkipError(Exception):
-    """Why a section has nothing to do here."""
+    """Why a section is skipped here."""
 
 
 @dataclass
 class Check:
-    """Where the sections write and how long they may take."""
+    """Output folder, log and time limits of the sections."""
 
     out: Path
     log: IO[str]
     deadline: float
-    ends: float = 0.0  # of the section that runs
-    found: list[str] = field(default_factory=list)  # what the table says about it
+    ends: float = 0.0  # time limit of the current section
+    found: list[str] = field(default_factory=list)  # findings of the current section, for the table
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -70,10 +70,10 @@ class Check:
         self.log.flush()
 
     def run(self, command: list[str], **environment: str) -> str:
-        """What the command printed; it goes to the log and the terminal as it comes.
+        """Run a command, copy its output to log and terminal line by line, and return the output.
 
         Raises:
-            CheckError: it failed or ran out of the section's time.
+            CheckError: the command failed or exceeded the section's time limit.
         """
         self.say(f"$ {' '.join(command) if len(command[-1]) < 200 else command[0]}")
         left = self.ends - time.monotonic()
@@ -83,7 +83,7 @@ class Check:
             command, cwd=ROOT, env=os.environ | environment, text=True, bufsize=1, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        # An alarm rather than communicate(timeout=...), so that lines appear as they are printed.
+        # An alarm instead of communicate(timeout=...), so that lines appear as they are printed.
         late = False
 
         def stop(*_: object) -> None:
@@ -117,46 +117,46 @@ def _last(text: str) -> str:
 
 
 def device(check: Check) -> str:
-    """The GPU's name.
+    """Name of the GPU.
 
     Raises:
-        CheckError: there is none.
+        CheckError: torch finds no GPU.
     """
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckError(f"no CUDA device: torch cannot be imported: {_last(done.stderr)}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    if told["problem"]:
-        raise CheckError(f"no CUDA device: {told['problem']}")
-    return str(told["name"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["problem"]:
+        raise CheckError(f"no CUDA device: {found['problem']}")
+    return str(found["name"])
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
 def build(check: Check) -> None:
-    """Against the compilers, torch and triton that are there: nothing is downloaded."""
+    """Build with the installed compilers, torch and triton; nothing is downloaded."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
     check.run(pip, PIP_BREAK_SYSTEM_PACKAGES="1")
-    told = check.run([sys.executable, "-c", BACKENDS])
-    usable = {line.partition(":")[0]: ": usable" in line for line in told.splitlines()}
+    output = check.run([sys.executable, "-c", BACKENDS])
+    usable = {line.partition(":")[0]: ": usable" in line for line in output.splitlines()}
     check.found.append(", ".join(name for name, there in usable.items() if there))
     if not usable["cpu"]:
-        raise CheckError(next(line for line in told.splitlines() if line.startswith("cpu:")))
-    cuda = next(line for line in told.splitlines() if line.startswith("cuda:"))
+        raise CheckError(next(line for line in output.splitlines() if line.startswith("cpu:")))
+    cuda = next(line for line in output.splitlines() if line.startswith("cuda:"))
     if shutil.which("nvcc") and "no CUDA C++ kernels" in cuda:
-        raise CheckError(f"nvcc is there, but {cuda}")
+        raise CheckError(f"nvcc is installed, but {cuda}")
 
 
 def tests(check: Check) -> None:
     """tests/gpu: every backend against float64, streams, graphs, memory, compile, training."""
     check.found.append(device(check))
-    # Most of the time is Triton's compiler's, on one core: pytest-xdist, where it is there, uses the others.
+    # Triton's compiler takes most of the time on one core; pytest-xdist, if installed, uses the other cores.
     several = ["-n", str(min(os.cpu_count() or 1, 12))] if importlib.util.find_spec("xdist") else []
-    told = check.run(
+    output = check.run(
         [sys.executable, "-m", "pytest", "tests/gpu", "-m", "not slow", "-q", "-rs", "--durations=5", *several]
     )
-    check.found.append(_last(told))
+    check.found.append(_last(output))
 
 
 def sanitizer(check: Check) -> None:
@@ -169,13 +169,13 @@ def sanitizer(check: Check) -> None:
         raise SkipError("compute-sanitizer is not on PATH nor in /usr/local/cuda")
     problems, ends = [], check.ends
     for i, name in enumerate(SANITIZERS):
-        # An equal part of what is left, so that a slow one does not starve the others.
+        # An equal share of the remaining time each, so that a slow tool does not starve the others.
         now = time.monotonic()
         check.ends = now + (ends - now) / (len(SANITIZERS) - i)
         command = [tool, "--tool", name, "--error-exitcode", "1", "--print-limit", "20", "--target-processes"]
         command += ["application-only", sys.executable, "-m", "tests.gpu.sanitized"]
         try:
-            # Without torch's cache every allocation has its own bounds.
+            # Without torch's caching allocator the tool sees the bounds of every allocation.
             check.run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             check.found.append(name)
         except CheckError as error:
@@ -185,7 +185,7 @@ def sanitizer(check: Check) -> None:
 
 
 def headline(path: Path) -> str:
-    """The loss's figures in one line."""
+    """The results of the logit loss in one line."""
     rows = [row for row in json.loads(path.read_text())["rows"] if row["grid"] == "compared"]
     return ", ".join(
         f"{row['N']}x{row['C']} {row['share_of_copy']:.0%} of copy"
@@ -204,7 +204,7 @@ def suites(*names: str, seconds: str) -> Callable[[Check], None]:
             check.run([*command, "--seconds", seconds, "--out", str(check.out)])
         finally:
             for name in names:
-                path = check.out / f"{name}.json"  # rows are there as soon as they are measured
+                path = check.out / f"{name}.json"  # rows are written as soon as they are measured
                 if path.exists():
                     check.found.append(headline(path) if name == "logit_loss" else f"{name}.json")
 
@@ -212,7 +212,7 @@ def suites(*names: str, seconds: str) -> Callable[[Check], None]:
 
 
 def plots(check: Check) -> None:
-    """PNGs of this run's loss results, whatever its tests said; publishing is `make bench-report`'s."""
+    """Draw this run's results of the logit loss, whatever its tests reported. `make bench-report` publishes results."""
     device(check)
     results = check.out / "logit_loss.json"
     if not results.exists():
@@ -221,7 +221,7 @@ def plots(check: Check) -> None:
     check.found.append(", ".join(sorted(path.name for path in check.out.glob("*.png"))))
 
 
-# Seconds each may take at most, and at most what is left of TOTAL less what the last one needs.
+# Time limit of each section in seconds; also limited by what remains of TOTAL, minus the time of the last section.
 SECTIONS: dict[str, tuple[int, Callable[[Check], None]]] = {
     "build": (100, build),
     "tests": (160, tests),
@@ -236,7 +236,7 @@ SECTIONS: dict[str, tuple[int, Callable[[Check], None]]] = {
 
 
 def run_sections(check: Check, names: list[str]) -> list[tuple[str, str, float, str]]:
-    """(section, outcome, seconds, what it found) of each."""
+    """(section, outcome, seconds, findings) for each."""
     table = []
     for name in names:
         budget, section = SECTIONS[name]
@@ -260,7 +260,7 @@ def run_sections(check: Check, names: list[str]) -> list[tuple[str, str, float, 
 def main(arguments: list[str]) -> int:
     unknown = set(arguments) - set(SECTIONS)
     if unknown:
-        raise SystemExit(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+        raise SystemExit(f"unknown section {', '.join(sorted(unknown))}; sections are {', '.join(SECTIONS)}")
     out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu-check").resolve()
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "gpu_check.log", "w") as log:
@@ -273,7 +273,7 @@ def main(arguments: list[str]) -> int:
         check.say(f"\n{len(table) - len(failed)} of {len(table)} sections without failure; everything is in {out}")
     keys = ("section", "outcome", "seconds", "found")
     summary = [dict(zip(keys, row, strict=True)) for row in table]
-    # In a folder of its own kind: *.json beside the log are results.
+    # Not a .json name: those in this folder are results.
     (out / "gpu_check_summary.txt").write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if failed else 0
 

@@ -1,8 +1,7 @@
-"""A distillation step as the published CA-MKD code does it, in plain eager PyTorch: what the training step is measured
-against.
+"""The baseline of the training step: a distillation step in eager PyTorch that works like the published CA-MKD code.
 
-Written anew from what that code does: images augmented one by one in a DataLoader, float32 teachers as they were
-trained, a loss per teacher, feature maps regressed with gradients through teacher heads, `.item()` after every step.
+Rewritten from its behaviour: images augmented one by one in a DataLoader, unmodified float32 teachers, one loss per
+teacher, regressed feature maps with gradients through the teacher heads, `.item()` after every step.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from camkd_fast.models.protocol import feature_model, predict
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """One image at a time: crop with padding 4, flip, normalise."""
+    """Augments one image at a time: crop with padding 4, flip, normalise."""
 
     def __init__(self, images: LabelledImages) -> None:
         self.images = images
@@ -88,15 +87,15 @@ class OfficialStep:
         images, target = (tensor.to(self.device) for tensor in next(self.batches))
         student = predict(self.student, images)
         with torch.no_grad():
-            taught = [predict(teacher, images) for teacher in self.teachers]
+            teachers = [predict(teacher, images) for teacher in self.teachers]
         loss = F.cross_entropy(student.logits, target)
         log_q = F.log_softmax(student.logits / self.T, dim=1)
         divergences = [
-            self.T**2 * F.kl_div(log_q, F.softmax(t.logits / self.T, dim=1), reduction="none").sum(1) for t in taught
+            self.T**2 * F.kl_div(log_q, F.softmax(t.logits / self.T, dim=1), reduction="none").sum(1) for t in teachers
         ]
-        loss = loss + (self.weights([t.logits for t in taught], target) * torch.stack(divergences)).sum(0).mean()
+        loss = loss + (self.weights([t.logits for t in teachers], target) * torch.stack(divergences)).sum(0).mean()
         mapped, errors = [], []
-        for regressor, teacher, answer in zip(self.regressors, self.teachers, taught, strict=True):
+        for regressor, teacher, answer in zip(self.regressors, self.teachers, teachers, strict=True):
             feature = regressor(F.adaptive_avg_pool2d(student.features, answer.features.shape[2:]))
             mapped.append(teacher.forward_head(feature))
             errors.append((answer.features - feature).square().mean((1, 2, 3)))

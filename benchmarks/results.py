@@ -1,4 +1,4 @@
-"""Results as files: one JSON per suite and device, and the rule which of them may be published."""
+"""Result files, one JSON per suite and device, and the check whether they may be published."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks import verdict
 
 Row = dict[str, Any]
-# fashion_mnist.json is no suite but a walk-through, which `python -m benchmarks.fashion_mnist` publishes by itself.
+# fashion_mnist.json is not a suite: `python -m benchmarks.fashion_mnist` measures and publishes that example.
 SUITES = ("logit_loss", "small_batch", "feature_loss", "train_step", "loaders")
 
 
 class RefusedError(Exception):
-    """A result that must not be published; one line per file."""
+    """Results that must not be published, one line per file."""
 
 
 def write(folder: Path, suite: str, result: dict[str, Any]) -> Path:
@@ -26,10 +26,10 @@ def write(folder: Path, suite: str, result: dict[str, Any]) -> Path:
 
 
 def publishable(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every suite's results under root/<device>/, as device -> suite -> result, both in a fixed order.
+    """Results of every suite under root/<device>/, as device -> suite -> result, both sorted.
 
     Raises:
-        RefusedError: one comes from a tree whose tests are not known to be green, or there is none at all.
+        RefusedError: a result comes from a commit whose tests are not known to be green, or there are no results.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     refused = []
@@ -45,7 +45,7 @@ def publishable(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
                 refused.append(f"{folder.name}/{path.name}: tests {tests} at commit {where['commit']}")
             found.setdefault(folder.name, {})[suite] = result
     if refused:
-        rule = "a result counts when `make test` (on a GPU: or tests/gpu) was green for its very commit before it ran"
+        rule = "to publish a result, `make test` (on a GPU: or tests/gpu) must have passed at its commit beforehand"
         raise RefusedError("\n".join([*refused, rule]))
     if not found:
         raise RefusedError(f"no results under {root}")

@@ -1,4 +1,4 @@
-"""What the loss is measured at: the sizes that are compared with others, and a sweep over C for the roofline."""
+"""Shapes of the measurements: those compared with other implementations, and a range of C for the roofline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     target: Tensor  # (N,) int64
 
     def with_own_leaf(self) -> Batch:
-        """The same numbers under another leaf, which has a gradient of its own."""
+        """The same values in a new leaf tensor, with a gradient of its own."""
         return self._replace(student=self.student.detach().requires_grad_())
 
 
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
         return (self.K + 2) * self.N * self.C * self.dtype.itemsize
 
     def batch(self, device: torch.device) -> Batch:
-        """Random logits, the same for every contestant; made on the device, where 10 GB take a moment."""
+        """Random logits, equal for every contestant; generated on the device, where 10 GB take a moment."""
         generator = torch.Generator(device).manual_seed(0)
 
         def logits() -> Tensor:
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
         return f"{self.N}x{self.C}-K{self.K}-{str(self.dtype).removeprefix('torch.')}"
 
 
-# Against others. On a GPU sizes at which a training step needs its loss: language models, ImageNet, CIFAR.
+# Compared with other implementations. On a GPU: batches of language models, ImageNet and CIFAR.
 COMPARED = {
     "cpu": [
         *(Shape(N, C, 3, F32) for N, C in ((64, 100), (1024, 100), (1024, 1000))),
@@ -57,18 +57,26 @@ COMPARED = {
     ],
     "cuda": [Shape(N, C, 3, BF16) for N, C in ((8192, 128256), (4096, 32000), (16384, 1000), (64, 100), (1024, 100))],
 }
-SWEEP_C = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 262144)
-# Far beyond every cache, and small enough that 72 sizes take about a minute.
-SWEEP_BYTES = {"cpu": 100e6, "cuda": 2e9}
+CLASSES = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 262144)
+# The sizes of COMPARED that the README and its picture show, in the dtype that is usual on the device.
+HEADLINE = {
+    "cpu": [
+        Shape(N, C, K, F32)
+        for N, C, K in ((64, 100, 3), (1024, 1000, 3), (4096, 1000, 5), (256, 32000, 3), (128, 128256, 3))
+    ],
+    "cuda": COMPARED["cuda"],
+}
+# Larger than every cache, and small enough that 72 sizes take about a minute.
+CLASSES_BYTES = {"cpu": 100e6, "cuda": 2e9}
 
 
-def sweep(device: str, which: str) -> list[Shape]:
-    """Our kernels alone over C. "quick" leaves out K = 1 and 2 and the dtype that is rarer on the device."""
+def over_classes(device: str, which: str) -> list[Shape]:
+    """Shapes over C for our kernels only. "quick" leaves out K = 1 and 2 and the dtype that is rarer on the device."""
     quick = which == "quick"
     shapes = []
     for dtype in ({"cpu": F32, "cuda": BF16}[device],) if quick else (F32, BF16):
         for K in (3, 5) if quick else (1, 2, 3, 5):
-            for C in SWEEP_C:
-                N = max(int(SWEEP_BYTES[device] / ((K + 2) * C * dtype.itemsize)), 1)
+            for C in CLASSES:
+                N = max(int(CLASSES_BYTES[device] / ((K + 2) * C * dtype.itemsize)), 1)
                 shapes.append(Shape(N, C, K, dtype))
     return shapes

@@ -1,48 +1,49 @@
-"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results alone.
+"""`make study-report`: the study's page and the tables of docs/strategies.md, from the committed results.
 
-Reads benchmarks/study/study.yaml and results.jsonl and needs no run: equal results give equal bytes.
+Reads benchmarks/study/study.yaml and results.jsonl and needs no run. Equal results give equal bytes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import readme
+from benchmarks import doc_tables
 from camkd_fast.train.study import report, results, spec, tables
 from camkd_fast.train.study.findings import Findings, conclusions, core_hours
 
 FOLDER = Path(__file__).parent / "study"
-STRATEGIES = readme.README.parent / "docs" / "strategies.md"
+STRATEGIES = doc_tables.DOCS / "strategies.md"
 
 
 def summary(findings: Findings) -> str:
-    """What the README says: conclusions, and each strategy over all pools."""
+    """The conclusions, and a table of each strategy over all pools."""
     said = "".join(f"- {sentence}\n" for sentence in conclusions(findings))
     if not findings.results.cells:
         return said
-    return f"{said}\n{readme.markdown(tables.overview(findings))}\n{findings.results.origin}.\n"
+    return f"{said}\n{doc_tables.markdown(tables.overview(findings))}\n{findings.results.origin}.\n"
 
 
 def evidence(findings: Findings) -> str:
-    """What the page on strategies shows: every table of the study."""
+    """The summary and every table of the study."""
     parts = [summary(findings)]
     for student in findings.results.study.students if findings.results.cells else ():
         parts.append(f"{student.model}, test accuracy in percent by pool:\n\n")
-        parts[-1] += readme.markdown(tables.accuracy_by_pool(findings, student))
+        parts[-1] += doc_tables.markdown(tables.accuracy_by_pool(findings, student))
         parts.append(f"{student.model}, points over AVER from the same seed:\n\n")
-        parts[-1] += readme.markdown(tables.difference_by_pool(findings, student))
+        parts[-1] += doc_tables.markdown(tables.difference_by_pool(findings, student))
     for table, title in (("official", "At the official code's scale"), ("ablation", "Ablations")):
-        parts.append(f"{title}:\n\n{readme.markdown(tables.against_others(findings, table))}")
+        parts.append(f"{title}:\n\n{doc_tables.markdown(tables.against_others(findings, table))}")
     for kind in ("logits", "features"):
         parts.append(f"CA-MKD's mean weight of bad teachers on {kind}, by class:\n\n")
-        parts[-1] += readme.markdown(tables.by_class(findings, kind))
+        parts[-1] += doc_tables.markdown(tables.by_class(findings, kind))
     parts.append(
-        "Calibration, expected error of students on test images:\n\n" + readme.markdown(tables.calibration(findings))
+        "Calibration, expected error of students on test images:\n\n"
+        + doc_tables.markdown(tables.calibration(findings))
     )
     cost = f"the whole study is {core_hours(findings):.1f} hours of one core"
-    parts.append(f"Cost, one thread, teachers from the cache; {cost}:\n\n{readme.markdown(tables.cost(findings))}")
-    parts.append("Pools and teachers:\n\n" + readme.markdown(tables.pools(findings)))
-    parts.append(readme.markdown(tables.teachers(findings)))
+    parts.append(f"Cost, one thread, teachers from the cache; {cost}:\n\n{doc_tables.markdown(tables.cost(findings))}")
+    parts.append("Pools and teachers:\n\n" + doc_tables.markdown(tables.pools(findings)))
+    parts.append(doc_tables.markdown(tables.teachers(findings)))
     return "\n".join(parts)
 
 
@@ -50,11 +51,7 @@ def main() -> None:
     known = results.read(spec.load(FOLDER / "study.yaml"), FOLDER / "results.jsonl")
     findings = Findings(known)
     report.write(known, FOLDER / "report.html")
-    for path, name, content in (
-        (readme.README, "study", summary(findings)),
-        (STRATEGIES, "evidence", evidence(findings)),
-    ):
-        path.write_text(readme.replaced(path.read_text(), name, content))
+    STRATEGIES.write_text(doc_tables.replaced(STRATEGIES.read_text(), "evidence", evidence(findings)))
 
 
 if __name__ == "__main__":

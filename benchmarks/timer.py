@@ -1,10 +1,10 @@
-"""The one timer: several subjects in turn, round after round, so that a noisy machine hits all of them alike.
+"""The only timer. Every round times all subjects once, so that noise on the machine affects all of them equally.
 
-On a CPU it reads perf_counter around the call. On a GPU it reads CUDA events around it, after a write of twice the L2
-cache, so that no subject finds its inputs there and the queue is never empty when a kernel is launched.
+On a CPU it reads perf_counter around the call. On a GPU it reads CUDA events around the call, after a write of twice
+the L2 cache size: no subject finds its inputs in the cache, and the queue is not empty when a kernel is launched.
 
-pytest-benchmark drives the rounds (`benchmark.pedantic`) and reads `CLOCK`, which stands still but while the watched
-subject runs: its table, its JSON and its comparison of commits then hold exactly the times measured here.
+pytest-benchmark runs the rounds (`benchmark.pedantic`) and reads `CLOCK`, which advances only while the watched subject
+runs. Its table, its JSON and its comparison of commits therefore hold exactly the times measured here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM_UP = 3  # calls: compilation, page faults, threads
 
 
 class Clock:
-    """Seconds that the watched subject has run so far."""
+    """Total seconds of the watched subject so far."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -34,7 +34,7 @@ CLOCK = Clock()
 
 
 def wall_seconds(subject: Subject, device: torch.device) -> float:
-    """What a caller waits for: host time from the call to the end of the device's work."""
+    """Host time from the call until the device has finished."""
     start = time.perf_counter()
     subject()
     if device.type == "cuda":
@@ -70,13 +70,13 @@ def interleaved(
     watch: str = "",
     wall: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of every subject, one entry a round; entry i of each was taken in the same round.
+    """Seconds of every subject, one entry per round; entries with the same index come from the same round.
 
     Args:
-        subjects: what to time, under its name.
-        seconds: about how long the rounds may take together, within the bounds that `rounds` sets on their number.
-        benchmark: pytest-benchmark's fixture, which then drives the rounds and reports subject `watch`.
-        wall: host time to the end of the device's work also on a GPU.
+        subjects: functions to time, by name.
+        seconds: approximate time for all rounds; `rounds` sets the least and the greatest number of rounds.
+        benchmark: pytest-benchmark's fixture, which then runs the rounds and reports subject `watch`.
+        wall: use host time on a GPU too.
     """
     measure = _EventTimer(device) if device.type == "cuda" and not wall else wall_seconds
     for subject in subjects.values():
@@ -92,7 +92,7 @@ def interleaved(
 
     number = min(max(int(seconds / wall_seconds(one_round, device)), rounds[0]), rounds[1])
     for values in times.values():
-        values.clear()  # that round was to see how long one takes
+        values.clear()  # the first round only measured how long a round takes
     if benchmark is not None:
         benchmark.pedantic(one_round, rounds=number)
     else:
@@ -113,10 +113,10 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def peak_bytes(subject: Subject, device: torch.device) -> int | None:
-    """Most memory that one call holds beyond what was allocated before, on a GPU.
+    """Peak GPU memory of one call beyond what was allocated before it.
 
-    None on a CPU: the resident set also counts what the allocator keeps; tests/losses/test_memory.py measures it in a
-    process of its own.
+    None on a CPU, where the resident set includes memory kept by the allocator; tests/losses/test_memory.py measures it
+    in a separate process.
     """
     if device.type != "cuda":
         return None
@@ -129,7 +129,7 @@ def peak_bytes(subject: Subject, device: torch.device) -> int | None:
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 2.0) -> float:
-    """GB/s of `Tensor.copy_` between two buffers that fit no cache, bytes read plus bytes written."""
+    """GB/s of `Tensor.copy_` between two buffers larger than any cache, counting bytes read and bytes written."""
     elements = (2**30 if device.type == "cuda" else 2**28) // 4
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)

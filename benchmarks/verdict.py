@@ -1,9 +1,9 @@
-"""Whether the tests of a tree are green: written by pytest when it ends, read by whoever publishes a measurement.
+"""Whether the tests passed at a commit: written when pytest ends, read before a measurement is published.
 
-`tests/conftest.py` calls `note` at the end of every session. One of the whole suite (`make test`, `make test-all`) that
-passed makes the commit green for the CPU, and for the GPU where there is one; one of `tests/gpu` that passed makes it
-green for the GPU. Any session with a failure, however small, makes it red until a whole one passes. The stamp names
-the commit; a tree with uncommitted changes gets none that counts.
+`tests/conftest.py` calls `note` at the end of every session. A passed session of the whole suite (`make test`,
+`make test-all`) makes the commit green for the CPU, and for the GPU if there is one; a passed session of `tests/gpu`
+makes it green for the GPU. Any session with a failure, however small, makes it red until the whole suite passes. The
+stamp names the commit; a stamp of a tree with uncommitted changes does not count.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ GREEN, RED, UNKNOWN = "green", "red", "unknown"
 
 
 def read(device: str, stamp: Path = STAMP) -> str:
-    """green, red or unknown: the verdict on exactly this tree for a type of device."""
+    """green, red or unknown: the verdict on exactly this tree for one type of device."""
     return judge(json.loads(stamp.read_text()), commit(), device) if stamp.exists() else UNKNOWN
 
 
 def judge(stamp: dict[str, object], tree: str, device: str) -> str:
-    """What a stamp says about a tree; nothing about one that no commit describes."""
+    """Verdict of a stamp on a tree; unknown if the tree does not match a commit."""
     if stamp["commit"] != tree or tree == "unknown" or tree.endswith("+"):
         return UNKNOWN
     return str(stamp.get(device, UNKNOWN))
 
 
 def note(config: pytest.Config, status: int, stamp: Path = STAMP) -> None:
-    """Keep what the session that ends with `status` has shown, if anything."""
+    """Record the verdict of a session that ended with `status`, if it gives one."""
     verdicts: dict[str, str] = {}
     if status == pytest.ExitCode.TESTS_FAILED:
         verdicts = {"cpu": RED, "cuda": RED}
@@ -49,7 +49,7 @@ def note(config: pytest.Config, status: int, stamp: Path = STAMP) -> None:
 
 
 def _devices(config: pytest.Config) -> list[str]:
-    """The types of device on which a session without failures has shown that everything works."""
+    """The types of device for which a session without failures counts as green."""
     option = config.option
     narrowed = (option.keyword, option.deselect, option.ignore, option.ignore_glob, option.collectonly)
     if any(narrowed) or option.markexpr not in ("", "not slow"):

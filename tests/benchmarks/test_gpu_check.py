@@ -1,4 +1,4 @@
-"""`make gpu-check` where there is no GPU: it fails in the right places, in the right words, and runs what it can."""
+"""`make gpu-check` without a GPU: sections fail with the right message, and the remaining code runs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def check(out: Path, seconds: float = 60.0) -> Check:
     return made
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the command itself")
-def test_without_a_gpu_every_section_says_so_and_the_command_fails(tmp_path: Path) -> None:
-    """All but the build, which would install the package a second time under the running tests."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available: run the command itself")
+def test_without_a_gpu_every_section_reports_it_and_the_command_fails(tmp_path: Path) -> None:
+    """Every section but the build, which would reinstall the package under the running tests."""
     names = [name for name in SECTIONS if name != "build"]
     command = [sys.executable, "-m", "benchmarks.gpu_check", *names]
     environment = os.environ | {"OUT": str(tmp_path)}
@@ -39,12 +39,12 @@ def test_without_a_gpu_every_section_says_so_and_the_command_fails(tmp_path: Pat
     summary = json.loads((tmp_path / "gpu_check_summary.txt").read_text())
     assert [(row["section"], row["outcome"]) for row in summary] == [(name, FAILED) for name in names]
     assert all(row["found"].startswith("no CUDA device: torch") for row in summary)
-    assert done.stdout.strip() == (tmp_path / "gpu_check.log").read_text().strip(), "the log is all that was printed"
+    assert done.stdout.strip() == (tmp_path / "gpu_check.log").read_text().strip(), "the log differs from the output"
     assert done.stdout.strip().endswith(f"0 of {len(names)} sections without failure; everything is in {tmp_path}")
 
 
 def test_an_unknown_section_is_refused() -> None:
-    with pytest.raises(SystemExit, match="no section plot; there are build"):
+    with pytest.raises(SystemExit, match="unknown section plot; sections are build"):
         gpu_check.main(["plot"])
 
 
@@ -61,11 +61,11 @@ def test_a_failing_section_does_not_stop_the_next(tmp_path: Path, monkeypatch: p
     sections = {"a": (5, fails), "b": (5, skips), "plots": (5, works)}
     monkeypatch.setattr(gpu_check, "SECTIONS", sections)
     table = gpu_check.run_sections(check(tmp_path), list(sections))
-    told = [(name, outcome, found) for name, outcome, _, found in table]
-    assert told == [("a", FAILED, "broken"), ("b", SKIPPED, "no tool"), ("plots", PASSED, "fine")]
+    rows = [(name, outcome, found) for name, outcome, _, found in table]
+    assert rows == [("a", FAILED, "broken"), ("b", SKIPPED, "no tool"), ("plots", PASSED, "fine")]
 
 
-def test_commands_are_logged_and_their_failures_told(tmp_path: Path) -> None:
+def test_commands_are_logged_and_their_failures_reported(tmp_path: Path) -> None:
     made = check(tmp_path)
     assert made.run([sys.executable, "-c", "print('one'); print('two')"]) == "one\ntwo\n"
     assert isinstance(made.log, io.StringIO) and "one\ntwo\n" in made.log.getvalue()
@@ -76,15 +76,15 @@ def test_commands_are_logged_and_their_failures_told(tmp_path: Path) -> None:
 def test_a_command_that_runs_out_of_time_is_ended(tmp_path: Path) -> None:
     made = check(tmp_path, seconds=1.0)
     started = time.monotonic()
-    with pytest.raises(CheckError, match="out of time after 1 s: still here"):
-        made.run([sys.executable, "-c", "import time; print('still here', flush=True); time.sleep(60)"])
+    with pytest.raises(CheckError, match="out of time after 1 s: not done"):
+        made.run([sys.executable, "-c", "import time; print('not done', flush=True); time.sleep(60)"])
     assert time.monotonic() - started < 20
     with pytest.raises(CheckError, match="no time left"):
         made.run([sys.executable, "-c", ""])
 
 
-def test_the_build_section_tells_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its pip, which would rebuild the package under the running tests."""
+def test_the_build_section_reports_the_usable_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the pip command, which would rebuild the package under the running tests."""
     run = Check.run
     monkeypatch.setattr(
         Check, "run", lambda self, command, **env: "" if "pip" in command else run(self, command, **env)
@@ -100,12 +100,12 @@ def test_the_build_section_tells_what_is_usable(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         gpu_check, "BACKENDS", "print('cpu: usable\\ncuda: missing (this build has no CUDA C++ kernels)')"
     )
-    with pytest.raises(CheckError, match="nvcc is there, but cuda: missing"):
+    with pytest.raises(CheckError, match="nvcc is installed, but cuda: missing"):
         gpu_check.build(made)
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]) -> None:
-    """Sections believe in a GPU, and their commands are only noted."""
+    """Pretend that a GPU is available, and record commands instead of running them."""
 
     def noted(self: Check, command: list[str], **environment: str) -> str:
         commands.append(command)
@@ -131,7 +131,7 @@ def test_sections_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [command[2] for command in commands if command[0].endswith("compute-sanitizer")] == [*gpu_check.SANITIZERS]
 
 
-def test_a_missing_sanitizer_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sanitizer_is_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch, [])
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
     ((_, outcome, _, found),) = gpu_check.run_sections(check(tmp_path), ["sanitizer"])
@@ -140,11 +140,11 @@ def test_a_missing_sanitizer_is_no_failure(tmp_path: Path, monkeypatch: pytest.M
 
 def test_budgets_leave_the_last_section_its_time() -> None:
     assert gpu_check.TOTAL + 30 <= 9 * 60 and [*SECTIONS][-1] == "plots"
-    # What must not be starved by what comes before it.
+    # The earlier sections must leave time for the measurements of the loss.
     early = sum(SECTIONS[name][0] for name in ("build", "tests", "sanitizer"))
     assert early + gpu_check.LAST <= gpu_check.TOTAL - 120
 
 
-def test_what_the_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_under_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitized, "WIDTHS", (10, 100))
     assert sanitized.run("reference", torch.device("cpu")) == 2 * (2 * 3 + 1)

@@ -1,4 +1,4 @@
-"""What may be published: verdicts of the tests, the page, the README's tables."""
+"""Publishing of results: test verdicts, the page, the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import figures, readme, report, results, verdict
+from benchmarks import doc_tables, figures, publish, results, verdict
 from benchmarks.verdict import GREEN, RED, UNKNOWN
 from camkd_fast.train import provenance
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def session(*arguments: str, **options: Any) -> Any:
-    """A pytest.Config of a session; the whole suite without arguments."""
+    """A pytest.Config of a session; of the whole suite if no arguments are given."""
     given = {"keyword": "", "markexpr": "", "deselect": None, "ignore": None, "ignore_glob": None, "collectonly": False}
     source = pytest.Config.ArgsSource.ARGS if arguments else pytest.Config.ArgsSource.TESTPATHS
     return SimpleNamespace(option=SimpleNamespace(**given | options), args=[*arguments], args_source=source)
@@ -54,12 +54,12 @@ def test_a_whole_green_session_makes_a_commit_green(stamp: Path, monkeypatch: py
         session(collectonly=True),
     ],
 )
-def test_a_part_of_it_does_not(stamp: Path, part: Any) -> None:
+def test_a_part_of_the_suite_does_not(stamp: Path, part: Any) -> None:
     verdict.note(part, 0, stamp)
     assert not stamp.exists()
 
 
-def test_any_failure_makes_it_red_until_a_whole_session_passes(stamp: Path) -> None:
+def test_any_failure_makes_a_commit_red_until_a_whole_session_passes(stamp: Path) -> None:
     verdict.note(session(), 0, stamp)
     verdict.note(session("tests/losses/test_layout.py"), 1, stamp)
     assert verdict.read("cpu", stamp) == RED and verdict.read("cuda", stamp) == RED
@@ -70,7 +70,7 @@ def test_any_failure_makes_it_red_until_a_whole_session_passes(stamp: Path) -> N
     assert verdict.read("cpu", stamp) == GREEN
 
 
-def test_the_gpus_own_tests_count_for_the_gpu(stamp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_tests_count_for_the_gpu(stamp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     verdict.note(session(str(ROOT / "tests" / "gpu"), markexpr="not slow"), 0, stamp)
     assert verdict.read("cuda", stamp) == GREEN and verdict.read("cpu", stamp) == UNKNOWN
@@ -79,7 +79,7 @@ def test_the_gpus_own_tests_count_for_the_gpu(stamp: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("tree", ["abc+", "unknown"])
-def test_nothing_counts_for_a_tree_that_no_commit_describes(tree: str) -> None:
+def test_a_tree_with_uncommitted_changes_has_no_verdict(tree: str) -> None:
     assert verdict.judge({"commit": tree, "cpu": GREEN}, tree, "cpu") == UNKNOWN
 
 
@@ -87,7 +87,7 @@ def test_nothing_counts_for_a_tree_that_no_commit_describes(tree: str) -> None:
 
 
 def loss_result(device: str = "cpu", tests: str = GREEN) -> dict[str, Any]:
-    """Two sizes against others and a sweep, as the suite writes them; the numbers are made up."""
+    """Two sizes against others and a range of C, as the suite writes them, with invented numbers."""
     ours = "camkd[cpu]" if device == "cpu" else "camkd[triton]"
 
     def entry(milliseconds: float) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def loss_result(device: str = "cpu", tests: str = GREEN) -> dict[str, Any]:
         return {"grid": grid, **sizes, "ours": ours, "times": times, "over": over, "share_of_copy": share}
 
     rows = [row("compared", C, 3, {"eager": 9.0, "compile": 4.0}) for C in (100, 1000)]
-    rows += [row("sweep", C, K, {}) for K in (1, 3) for C in (100, 1000, 30000)]
+    rows += [row("classes", C, K, {}) for K in (1, 3) for C in (100, 1000, 30000)]
     where = {
         "processor": "Some CPU", "instruction set": "avx2", "threads": "2", "GPU": "Some GPU", "torch": "2.13.0",
         "commit": "abc", "date": "2026-01-01", "device": device, "tests": tests,
@@ -118,14 +118,17 @@ def place(root: Path, **devices: dict[str, Any]) -> Path:
     return root
 
 
-def test_the_report_is_one_page_pngs_and_tables_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_equal_results_give_an_equal_page_plots_and_tables(tmp_path: Path) -> None:
     root = place(tmp_path / "results", cpu=loss_result(), gpu=loss_result("cuda"))
     text = tmp_path / "README.md"
-    places = "".join(f"<!-- {name}: start -->\nold\n<!-- {name}: end -->\n" for name in ("logit_loss", "sweep"))
+    places = "".join(
+        f"<!-- {name}: start -->\nold\n<!-- {name}: end -->\n" for name in ("headline", "logit_loss", "classes")
+    )
     text.write_text(f"before\n{places}after\n")
-    written = report.write(root, root / "report.html", [text])
+    targets = (root, root / "report.html", [text], tmp_path / "docs" / "speedup.svg")
+    written = publish.write(*targets)
     assert {str(path.relative_to(tmp_path)) for path in written} == {
-        "README.md", "results/report.html", "results/cpu/roofline.png", "results/cpu/speed_up.png",
+        "README.md", "docs/speedup.svg", "results/report.html", "results/cpu/roofline.png", "results/cpu/speed_up.png",
         "results/gpu/roofline.png", "results/gpu/speed_up.png", "results/gpu/memory.png",
     }  # fmt: skip
     first = [path.read_bytes() for path in written]
@@ -133,23 +136,24 @@ def test_the_report_is_one_page_pngs_and_tables_the_same_bytes_each_time(tmp_pat
     assert "Some CPU (avx2), 2 threads" in page and "Some GPU" in page and "http" not in page.replace("http-equiv", "")
     tables = text.read_text()
     assert tables.startswith("before\n") and tables.endswith("after\n") and "old" not in tables
-    assert "| 10 x 1000 | 3 | float32 | 1.000 | 9.0x | 4.0x |" in tables and "Some GPU, torch" in tables
+    row = "| 10 x 1000 | 3 | float32 | 1.000 | 9.0x | 4.0x |"
+    assert tables.count(row) == 4 and "Some GPU, torch" in tables, "headline and logit_loss of two devices"
     assert "| of copy at C = | 100 | 1000 | 30000 |" in tables and "| camkd[cpu], float32, K = 1 | 0%" in tables
     assert "swap-in 9.0x eager and 4.0x compile, at least 4.0x compile" in tables
-    report.write(root, root / "report.html", [text])
+    publish.write(*targets)
     assert [path.read_bytes() for path in written] == first
 
 
-def test_results_without_a_sweep_have_no_table_of_it() -> None:
+def test_results_without_a_range_of_classes_have_no_table_of_it() -> None:
     whole, part = loss_result(), loss_result("cuda")
     part["rows"] = [row for row in part["rows"] if row["grid"] == "compared"]
-    text = readme.with_tables(
-        "<!-- sweep: start -->\n<!-- sweep: end -->", {"a": {"logit_loss": whole}, "b": {"logit_loss": part}}
+    text = doc_tables.with_tables(
+        "<!-- classes: start -->\n<!-- classes: end -->", {"a": {"logit_loss": whole}, "b": {"logit_loss": part}}
     )
     assert text.count("of copy at C =") == 1
 
 
-def test_a_copy_without_its_history_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_can_name_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMKD_FAST_COMMIT", "0123456789")
     assert provenance.commit() == "0123456789"
 
@@ -166,14 +170,20 @@ def test_results_of_a_tree_that_is_not_green_are_refused(
     root = place(tmp_path / "results", good=loss_result(), bad=bad)
     text = tmp_path / "README.md"
     text.write_text("kept")
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(root), "--texts", str(text)])
-    assert report.main() == 1
-    told = capsys.readouterr().err
-    assert f"bad/logit_loss.json: tests {tests or UNKNOWN} at commit abc" in told and "make test" in told
-    assert not (root / "report.html").exists() and text.read_text() == "kept" and not list(root.rglob("*.png"))
+    monkeypatch.setattr(
+        "sys.argv", ["publish", "--results", str(root), "--texts", str(text), "--speed-up", str(root / "s.svg")]
+    )
+    assert publish.main() == 1
+    printed = capsys.readouterr().err
+    assert f"bad/logit_loss.json: tests {tests or UNKNOWN} at commit abc" in printed and "make test" in printed
+    assert (
+        not (root / "report.html").exists()
+        and text.read_text() == "kept"
+        and not [*root.rglob("*.png"), *root.rglob("*.svg")]
+    )
 
 
-def test_no_results_are_no_report(tmp_path: Path) -> None:
+def test_publishing_needs_results(tmp_path: Path) -> None:
     with pytest.raises(results.RefusedError, match="no results"):
         results.publishable(tmp_path)
 
@@ -184,13 +194,14 @@ def test_an_unpublished_result_can_be_drawn(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.glob("*.png")} == {"roofline.png", "speed_up.png", "memory.png"}
 
 
-def test_the_readme_has_a_place_for_each_table() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_every_table_has_a_place() -> None:
+    text = doc_tables.PERFORMANCE.read_text()
     for suite in results.SUITES:
-        if suite != "small_batch":  # its figures are a GPU's, of which there are none yet
+        if suite != "small_batch":  # its table is for a GPU, and there are no such results yet
             assert f"<!-- {suite}: start -->" in text and f"<!-- {suite}: end -->" in text
-    assert "<!-- sweep: start -->" in readme.PERFORMANCE.read_text()
-    assert readme.replaced("nothing", "logit_loss", "table") == "nothing"
+    assert "<!-- classes: start -->" in text and "<!-- headline: start -->" in doc_tables.README.read_text()
+    assert "<!-- fashion_mnist: start -->" in doc_tables.TRAINING.read_text()
+    assert doc_tables.replaced("nothing", "logit_loss", "table") == "nothing"
 
 
 def test_committed_results_are_readable() -> None:

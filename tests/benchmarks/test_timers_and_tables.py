@@ -1,4 +1,4 @@
-"""The benchmarks' own code: timer, contestants, suites. What a GPU would run is run on stand-ins for torch.cuda."""
+"""The code of the benchmarks: timer, contestants, suites. Code for a GPU runs against fakes of torch.cuda."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import baselines, bench_small_batch, environment, results, shapes, tables, timer
-from benchmarks.baselines import ENDS, by_autograd, disagreement
+from benchmarks import bench_small_batch, contestants, environment, results, shapes, suite_tables, timer
+from benchmarks.contestants import ENDS, by_autograd, disagreement
 from benchmarks.shapes import Shape
 from camkd_fast.backends import dispatch
 from camkd_fast.losses.eager import eager_loss
@@ -27,11 +27,11 @@ CPU = torch.device("cpu")
 SMALL = Shape(16, 33, 3, torch.float32)
 
 
-# --- the timer -------------------------------------------------------------------------------------------------------
+# --- timer -----------------------------------------------------------------------------------------------------------
 
 
 class FakeBenchmark:
-    """pytest-benchmark's fixture, as far as the timer uses it."""
+    """The part of pytest-benchmark's fixture that the timer uses."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -49,15 +49,15 @@ def test_rounds_are_interleaved_and_the_watched_subject_is_what_pytest_benchmark
     benchmark = FakeBenchmark()
     times = timer.interleaved(subjects, CPU, seconds=0.0, rounds=(9, 9), benchmark=benchmark, watch="b")
     assert calls[: 2 * timer.WARM_UP] == ["a"] * timer.WARM_UP + ["b"] * timer.WARM_UP
-    assert calls[2 * timer.WARM_UP :] == ["a", "b"] * 10  # nine, after one that shows how long a round takes
+    assert calls[2 * timer.WARM_UP :] == ["a", "b"] * 10  # nine, after one that measures the duration of a round
     assert len(times["a"]) == 9
     assert benchmark.seconds == pytest.approx(times["b"], abs=1e-9)
 
 
 def test_ratios_are_taken_within_rounds() -> None:
     assert timer.median_ratio([2.0, 40.0, 6.0], [1.0, 10.0, 3.0]) == 2.0
-    told = timer.percentiles([0.001 * i for i in range(1, 10)])
-    assert told["p50_ms"] == pytest.approx(5.0) and told["p20_ms"] < 5.0 < told["p80_ms"]
+    found = timer.percentiles([0.001 * i for i in range(1, 10)])
+    assert found["p50_ms"] == pytest.approx(5.0) and found["p20_ms"] < 5.0 < found["p80_ms"]
 
 
 class FakeEvent:
@@ -115,8 +115,8 @@ def test_clocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     answer = SimpleNamespace(stdout="1980, 2619, 1980, 2619\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
-    told = environment.clocks(torch.device("cuda"))
-    assert told == {"sm": 1980.0, "mem": 2619.0, "max.sm": 1980.0, "max.mem": 2619.0}
+    found = environment.clocks(torch.device("cuda"))
+    assert found == {"sm": 1980.0, "mem": 2619.0, "max.sm": 1980.0, "max.mem": 2619.0}
     answer.stdout = "[N/A]\n"
     assert environment.clocks(torch.device("cuda")) is None
 
@@ -124,22 +124,22 @@ def test_clocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- contestants -----------------------------------------------------------------------------------------------------
 
 
-def test_everybody_computes_the_same_at_both_ends() -> None:
+def test_all_contestants_agree_at_both_ends() -> None:
     batch = SMALL.batch(CPU)
-    others, missing = baselines.others(CPU, max_autotune=False)
-    assert list(others) == ["eager", "compile", "loop"] and len(missing) == len(baselines.PEERS)
-    others.pop("compile")  # the suite's own run compiles it
+    others, missing = contestants.others(CPU, max_autotune=False)
+    assert list(others) == ["eager", "compile", "loop"] and len(missing) == len(contestants.PEERS)
+    others.pop("compile")  # compiled in the test of the suite
     truth = others["eager"].grad(batch)
-    for name, contestant in (baselines.ours(batch) | others).items():
+    for name, contestant in (contestants.ours(batch) | others).items():
         assert disagreement(contestant, truth, batch) is None, name
 
 
-def test_ours_comes_first_under_the_name_of_its_backend() -> None:
+def test_our_first_contestant_is_named_after_the_backend_of_auto() -> None:
     picked, _ = dispatch.choose("auto", [torch.zeros(2, 3)])
-    assert list(baselines.ours(SMALL.batch(CPU))) == [f"camkd[{picked}]"]
+    assert list(contestants.ours(SMALL.batch(CPU))) == [f"camkd[{picked}]"]
 
 
-def test_a_contestant_that_computes_something_else_is_found() -> None:
+def test_a_contestant_with_another_loss_is_rejected() -> None:
     batch = SMALL.batch(CPU)
     truth = by_autograd(eager_loss).grad(batch)
     reason = disagreement(by_autograd(lambda *tensors: 1.01 * eager_loss(*tensors)), truth, batch)
@@ -149,10 +149,10 @@ def test_a_contestant_that_computes_something_else_is_found() -> None:
 
 
 class FakeKL(torch.nn.KLDivLoss):
-    """liger-kernel's module has torch's interface."""
+    """The module of liger-kernel has the interface of torch's."""
 
 
-@pytest.mark.parametrize("name", baselines.PEERS)
+@pytest.mark.parametrize("name", contestants.PEERS)
 def test_peers_through_their_documented_interface(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     liger, quack = ModuleType("liger_kernel.transformers"), ModuleType("quack")
     liger.LigerKLDIVLoss = FakeKL  # type: ignore[attr-defined]
@@ -161,7 +161,7 @@ def test_peers_through_their_documented_interface(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
     monkeypatch.setitem(sys.modules, "quack", quack)
     batch = SMALL.batch(CPU)
-    assert disagreement(baselines.PEERS[name][1](), by_autograd(eager_loss).grad(batch), batch) is None
+    assert disagreement(contestants.PEERS[name][1](), by_autograd(eager_loss).grad(batch), batch) is None
 
 
 def test_sizes() -> None:
@@ -169,17 +169,17 @@ def test_sizes() -> None:
         (64, 100, 3), (1024, 100, 3), (1024, 1000, 3), (4096, 1000, 5),
     ]  # fmt: skip
     for device in ("cpu", "cuda"):
-        quick, full = (shapes.sweep(device, which) for which in ("quick", "full"))
-        assert set(quick) < set(full) and len(full) == 2 * 4 * len(shapes.SWEEP_C)
-        assert all(s.floor_bytes() <= max(shapes.SWEEP_BYTES[device], 8 * s.C * 4) for s in full)
+        quick, full = (shapes.over_classes(device, which) for which in ("quick", "full"))
+        assert set(quick) < set(full) and len(full) == 2 * 4 * len(shapes.CLASSES)
+        assert all(s.floor_bytes() <= max(shapes.CLASSES_BYTES[device], 8 * s.C * 4) for s in full)
     assert shapes.Shape(4096, 32000, 3, torch.bfloat16).floor_bytes() == 5 * 4096 * 32000 * 2
 
 
 def test_the_engine_starts_in_microseconds() -> None:
-    assert 0 < baselines.engine_start_seconds(CPU) < 0.01
+    assert 0 < contestants.engine_start_seconds(CPU) < 0.01
 
 
-# --- whole suites ----------------------------------------------------------------------------------------------------
+# --- suites ----------------------------------------------------------------------------------------------------------
 
 
 def run_suites(folder: Path, *words: str) -> str:
@@ -199,13 +199,13 @@ def check_rows(folder: Path, suite: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def test_loss_suites(tmp_path: Path) -> None:
-    """Two sizes against others, one of the sweep, and the small batch."""
+    """One size against others, one of the range of C, and the small batch."""
     printed = run_suites(tmp_path, "logit_loss", "small_batch", "-k", "64x100 or 19x262144-K3-float32 or small_batch")
     result = check_rows(tmp_path, "logit_loss", ["floor_bytes", "times", "over", "share_of_copy", "rounds"])
-    assert [row["grid"] for row in result["rows"]] == ["compared", "sweep"]
-    compared, swept = result["rows"]
+    assert [row["grid"] for row in result["rows"]] == ["compared", "classes"]
+    compared, by_classes = result["rows"]
     ours = compared["ours"]
-    assert list(compared["times"]) == [ours, "eager", "compile", "loop"] and list(swept["times"]) == [ours]
+    assert list(compared["times"]) == [ours, "eager", "compile", "loop"] and list(by_classes["times"]) == [ours]
     for end in ENDS:
         assert set(compared["over"][end]) == {"eager", "compile", "loop"}
         entry = compared["times"][ours][end]
@@ -228,5 +228,5 @@ def test_the_other_suites(tmp_path: Path) -> None:
 
 
 def test_every_suite_has_a_file_and_a_table() -> None:
-    assert set(results.SUITES) == set(tables.TABLES)
+    assert set(results.SUITES) == set(suite_tables.TABLES)
     assert {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} == {f"bench_{s}" for s in results.SUITES}

@@ -1,11 +1,11 @@
-"""The table of each suite, for the terminal, the README and the page alike, and the sentence below it."""
+"""The table of each suite and the sentence below it, for the terminal, the documentation and the HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, shapes
 from benchmarks.results import geometric_mean
 from camkd_fast.report.page import Table
 
@@ -14,13 +14,33 @@ ENDS = {"backward": "swap-in", "grad": "value + gradient"}
 
 
 def where(result: Result) -> str:
-    """What a measurement must say about itself."""
-    told = result["environment"]
-    return f"{environment.title(told)}, torch {told['torch']}, commit {told['commit']}, {told['date']}."
+    """Device, torch version, commit and date of a measurement, in one sentence."""
+    found = result["environment"]
+    return f"{environment.title(found)}, torch {found['torch']}, commit {found['commit']}, {found['date']}."
 
 
 def compared(result: Result) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["grid"] == "compared"]
+
+
+def headline_rows(result: Result) -> list[dict[str, Any]]:
+    """The rows that the README and its picture show; all compared rows if none of their sizes is in the result."""
+    shown = {
+        (s.N, s.C, s.K, str(s.dtype).removeprefix("torch.")) for s in shapes.HEADLINE[result["environment"]["device"]]
+    }
+    rows = compared(result)
+    return [row for row in rows if (row["N"], row["C"], row["K"], row["dtype"]) in shown] or rows
+
+
+def headline(result: Result) -> Table:
+    """The swap-in loss of the README: milliseconds, and the time of the others divided by ours."""
+    rows = headline_rows(result)
+    names = {"eager": "over eager", "compile": "over torch.compile"}
+    cells = []
+    for row in rows:
+        over = [f"{row['over']['backward'][name]:.1f}x" for name in names]
+        cells.append([*_size(row), f"{row['times'][row['ours']]['backward']['p50_ms']:.3f}", *over])
+    return Table(["N x C", "K", "dtype", "ms", *names.values()], cells)
 
 
 def _size(row: dict[str, Any]) -> list[str]:
@@ -28,7 +48,7 @@ def _size(row: dict[str, Any]) -> list[str]:
 
 
 def logit_loss(result: Result) -> tuple[Table, str]:
-    """Milliseconds of ours at both ends, and how many times longer the others take."""
+    """Our milliseconds at both end points, and the time of the others divided by ours."""
     rows = compared(result)
     others = list(dict.fromkeys(name for row in rows for name in row["over"]["grad"]))
     header = ["N x C", "K", "dtype"]
@@ -61,9 +81,9 @@ def logit_loss_note(result: Result) -> str:
     )
 
 
-def sweep(result: Result) -> Table:
-    """Fraction of the copy bandwidth over C, value and gradient; a line per backend, dtype and K."""
-    rows = [row for row in result["rows"] if row["grid"] == "sweep"]
+def over_classes(result: Result) -> Table:
+    """Fraction of the copy bandwidth over C for value and gradient; one row per backend, dtype and K."""
+    rows = [row for row in result["rows"] if row["grid"] == "classes"]
     classes = sorted({row["C"] for row in rows})
     shares: dict[tuple[str, str, int], dict[int, float]] = {}
     for row in rows:
@@ -82,12 +102,12 @@ def share_of_copy(row: dict[str, Any], name: str, result: Result) -> float:
 
 
 def small_batch(result: Result) -> tuple[Table, str]:
-    """What a call costs where launches, not bytes, decide."""
+    """The cost of one call where launches dominate, not bytes."""
     header = ["64 x 100, loss + backward", "call us", "in a CUDA graph us", "on the device us", "launches"]
     rows = []
     for row in result["rows"]:
-        told = (row["call_us"], row["graph_us"], row["device_us"], row["launches"])
-        rows.append([row["name"], *("" if value is None else f"{value:.0f}" for value in told)])
+        values = (row["call_us"], row["graph_us"], row["device_us"], row["launches"])
+        rows.append([row["name"], *("" if value is None else f"{value:.0f}" for value in values)])
     return Table(header, rows), " ".join(result["notes"])
 
 
@@ -105,7 +125,7 @@ def feature_loss(result: Result) -> tuple[Table, str]:
 
 
 def train_step(result: Result) -> tuple[Table, str]:
-    """Speed of the training step over settings."""
+    """Speed of the training step by configuration."""
     header = ["step", "ms", "images/s", "speed-up", "the loss's share", "first two steps, s"]
     rows = []
     for row in result["rows"]:
@@ -136,7 +156,7 @@ TABLES: dict[str, Callable[[Result], tuple[Table, str]]] = {
 def text(suite: str, result: Result) -> str:
     """For a terminal."""
     if suite == "logit_loss" and not compared(result):
-        return f"{len(result['rows'])} sizes of the sweep"
+        return f"{len(result['rows'])} sizes over C"
     table, note = TABLES[suite](result)
     tests = f"tests of this tree: {result['environment']['tests']}"
     return "\n".join(filter(None, [table.text(), note, *result["notes"], where(result), tests]))

@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/performance.md, each between `<!-- NAME: start -->` and `<!-- NAME: end -->`.
+"""The generated tables of the README and docs/, each between `<!-- NAME: start -->` and `<!-- NAME: end -->`.
 
-A name is that of a suite, or `sweep`: the logit loss over the number of classes.
+NAME is a suite, `classes` (the logit loss over the number of classes), or `headline` (the README's short tables).
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import suite_tables
 from camkd_fast.report.page import Table
 
 ROOT = Path(__file__).parent.parent
-README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+DOCS = ROOT / "docs"
+README, PERFORMANCE, TRAINING = ROOT / "README.md", DOCS / "performance.md", DOCS / "training.md"
+SPEED_UP = DOCS / "images" / "speedup.svg"
 
 
 def markdown(table: Table) -> str:
@@ -22,7 +24,7 @@ def markdown(table: Table) -> str:
 
 
 def replaced(text: str, name: str, section: str) -> str:
-    """`text` with the section of that name exchanged; unchanged where it has none."""
+    """`text` with the content of section `name` replaced; unchanged if it has no such section."""
     start, end = f"<!-- {name}: start -->\n", f"<!-- {name}: end -->"
     if start not in text:
         return text
@@ -31,18 +33,21 @@ def replaced(text: str, name: str, section: str) -> str:
 
 
 def with_tables(text: str, published: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
-    """`text` with the tables of `published` (device -> suite -> result), one after another where devices share one."""
+    """`text` with the tables of `published` (device -> suite -> result); tables of all devices in a row."""
     sections: dict[str, list[str]] = {}
     for found in published.values():
         for suite, result in found.items():
-            table, note = tables.TABLES[suite](result)
+            table, note = suite_tables.TABLES[suite](result)
             sections.setdefault(suite, []).append(_section(table, note, result))
-        if "logit_loss" in found and (swept := tables.sweep(found["logit_loss"])).rows:
-            sections.setdefault("sweep", []).append(_section(swept, "", found["logit_loss"]))
+        if "logit_loss" in found:
+            loss = found["logit_loss"]
+            sections.setdefault("headline", []).append(_section(suite_tables.headline(loss), "", loss))
+            if (by_classes := suite_tables.over_classes(loss)).rows:
+                sections.setdefault("classes", []).append(_section(by_classes, "", loss))
     for name, parts in sections.items():
         text = replaced(text, name, "\n".join(parts))
     return text
 
 
 def _section(table: Table, note: str, result: dict[str, Any]) -> str:
-    return f"{markdown(table)}\n{' '.join(filter(None, (note, tables.where(result))))}\n"
+    return f"{markdown(table)}\n{' '.join(filter(None, (note, suite_tables.where(result))))}\n"

@@ -1,12 +1,12 @@
-"""Who is measured: our backends, eager PyTorch, torch.compile, a loop over teachers, and peers where installed.
+"""The implementations that are timed: our backends, eager PyTorch, torch.compile, a loop over teachers and more.
 
-Everybody computes the loss of `camkd_fast.losses.eager.eager_loss` and is asked for it at two ends:
+All of them compute the loss of `camkd_fast.losses.eager.eager_loss`. Each is timed at two end points:
 
-- backward: `student.grad` is filled, as `loss.backward()` does in any loop. Ours is the swap-in,
+- backward: `student.grad` is filled, as after `loss.backward()` in any training loop. Ours is the swap-in,
   `camkd_loss(...).loss.backward()`.
-- grad: loss and gradient with respect to the logits are in hand and nothing is accumulated. Ours is
-  `camkd_loss_and_grad`, everybody else's `torch.autograd.grad`. A training loop then calls `logits.backward(grad)`, and
-  we pay for the start of the autograd engine as the others have by then (`engine_start_seconds`).
+- grad: the loss and its gradient with respect to the logits are returned, without accumulation. Ours is
+  `camkd_loss_and_grad`; the others use `torch.autograd.grad`. A training loop then calls `logits.backward(grad)`, which
+  starts the autograd engine once more for us (`engine_start_seconds`); the others have paid for it already.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = 4.0
 
 
 class Contestant(NamedTuple):
-    """One way to the loss, at both ends."""
+    """One implementation of the loss, at both end points."""
 
     backward: Callable[[Batch], object]  # fills student.grad
     grad: Callable[[Batch], tuple[Tensor, Tensor]]  # loss and gradient
@@ -58,7 +58,7 @@ def by_autograd(loss: Loss) -> Contestant:
 
 
 def fused(backend: str) -> Contestant:
-    """The public interface on one backend."""
+    """The public functions on one backend."""
 
     def loss(student: Tensor, teachers: Sequence[Tensor], target: Tensor) -> Tensor:
         return camkd_loss(student, teachers, target, backend=backend).loss
@@ -75,7 +75,7 @@ def name_of(backend: str) -> str:
 
 
 def ours(batch: Batch) -> dict[str, Contestant]:
-    """Every compiled backend that can take these tensors; first the one that "auto" takes, by that very path."""
+    """Every compiled backend that supports these tensors. The choice of "auto" comes first and runs as "auto"."""
     picked, _ = dispatch.choose("auto", batch[:1])
     contestants = {name_of(picked): fused("auto")}
     for backend in ("cuda", "triton"):
@@ -95,7 +95,7 @@ def confidence(teachers: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor) -> Iterator[Tensor]:
-    """The loss as K + 1 separate ones: one F.kl_div per teacher, each with its own softmax of the student."""
+    """The loss as K + 1 separate terms: one F.kl_div per teacher, each with its own softmax of the student."""
     yield F.cross_entropy(student, target)
     for weight, z in zip(confidence(teachers, target), teachers, strict=True):
         divergence = F.kl_div(F.log_softmax(student / T, 1), F.softmax(z / T, 1), reduction="none").sum(1)
@@ -116,11 +116,11 @@ def loop_grad(batch: Batch) -> tuple[Tensor, Tensor]:
     return value, grad
 
 
-# --- peers, through their documented interfaces ----------------------------------------------------------------------
+# --- other libraries, through their documented interfaces ------------------------------------------------------------
 
 
 def liger() -> Contestant:
-    """liger-kernel's KL divergence; its cross-entropy is not used, as it overwrites the logits."""
+    """liger-kernel's KL divergence; its cross-entropy is not used because it overwrites the logits."""
     kl = importlib.import_module("liger_kernel.transformers").LigerKLDIVLoss(reduction="none", log_target=True)
 
     def loss(student: Tensor, teachers: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def liger() -> Contestant:
 
 
 def quack() -> Contestant:
-    """quack's cross-entropy and softmax; it has no KL divergence, so that sum is PyTorch's."""
+    """quack's cross-entropy and softmax; it has no KL divergence, so PyTorch computes that sum."""
     peer = importlib.import_module("quack")
 
     def loss(student: Tensor, teachers: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -153,13 +153,13 @@ def quack() -> Contestant:
 PEERS = {"liger": ("liger_kernel", liger), "quack": ("quack", quack)}
 
 
-# --- who takes part --------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 
 def others(device: torch.device, max_autotune: bool) -> tuple[dict[str, Contestant], list[str]]:
-    """The baselines for a device, and why a peer is missing.
+    """The baselines for a device, and the reason for each library that is missing.
 
-    torch.compile is specialised to the shape, the best that it does; without CUDA graphs, which copy all inputs first.
+    torch.compile is specialised to the shape, its fastest mode; without CUDA graphs, which would copy all inputs first.
     """
     torch._dynamo.reset()
     contestants = {"eager": by_autograd(eager_loss), "compile": by_autograd(torch.compile(eager_loss, dynamic=False))}
@@ -182,14 +182,14 @@ def others(device: torch.device, max_autotune: bool) -> tuple[dict[str, Contesta
 
 
 def disagreement(contestant: Contestant, truth: tuple[Tensor, Tensor], batch: Batch) -> str | None:
-    """Why a contestant must not be timed: it fails, or its numbers are not eager PyTorch's within their precision."""
+    """Why a contestant must not be timed: it fails, or differs from eager PyTorch by more than the dtype allows."""
     try:
         loss, grad = contestant.grad(batch)
         contestant.backward(batch)
-    except Exception as error:  # a peer's failure of whatever kind must not end the run
+    except Exception as error:  # a failure of another library must not end the run
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     assert batch.student.grad is not None
-    # Eager arithmetic in 16 bits is itself several per cent off.
+    # Eager arithmetic in 16 bits has errors of several per cent itself.
     allowed = 1e-3 if batch.student.dtype == torch.float32 else 0.1
     for name, value, expected in (
         ("loss", loss, truth[0]),
@@ -203,7 +203,7 @@ def disagreement(contestant: Contestant, truth: tuple[Tensor, Tensor], batch: Ba
 
 
 def engine_start_seconds(device: torch.device) -> float:
-    """Host time of `logits.backward(grad)` for a single number: the start of the autograd engine, and nothing else."""
+    """Host time of `logits.backward(grad)` for a single number, which is the start of the autograd engine."""
     logits, grad = torch.zeros(1, device=device, requires_grad=True), torch.ones(1, device=device)
 
     def start() -> None:
