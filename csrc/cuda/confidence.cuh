@@ -3,8 +3,9 @@
 #pragma once
 
 #include "api.h"
+#include "exponentials.cuh"
 #include "launch_table.h"
-#include "row_sweeps.cuh"
+#include "rows.cuh"
 
 namespace camkd::cuda {
 

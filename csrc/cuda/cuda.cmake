@@ -66,8 +66,8 @@ if(archs STREQUAL "")
 elseif(NOT archs MATCHES "^([0-9]+[af]?(-real|-virtual)?;?)+$")
   message(FATAL_ERROR "CAMKD_FAST_CUDA_ARCHS must be like 80-real;90, got ${archs}")
 endif()
-target_sources(_C PRIVATE cuda/bindings.cpp cuda/batch_mean.cu cuda/row_loss.cu
-                          cuda/row_loss_f32.cu cuda/row_loss_bf16.cu cuda/row_loss_f16.cu cuda/confidence.cu cuda/elementwise.cu)
+target_sources(_C PRIVATE cuda/bindings.cpp cuda/batch_mean.cu cuda/confidence.cu cuda/elementwise.cu
+                          cuda/row_loss/row_loss.cu cuda/row_loss/f32.cu cuda/row_loss/bf16.cu cuda/row_loss/f16.cu)
 string(REPLACE ";" " " listed "${archs}")
 say(1 "${listed}")
 # The runtime is part of the module, so that importing it needs neither a driver nor a toolkit.

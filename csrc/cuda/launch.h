@@ -43,9 +43,7 @@ inline Limits read_limits(int device) {
     limits.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     limits.shared_per_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     limits.l2 = read(cudaDevAttrL2CacheSize);
-    // 16 blocks are more than the portable 8; consumer Blackwell (12.x) has no more than those.
-    const int major = read(cudaDevAttrComputeCapabilityMajor);
-    limits.cluster = !read(cudaDevAttrClusterLaunch) ? 1 : major < 12 ? 16 : 8;
+    limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
     limits.block_threads = kBlockThreads;
     return limits;
 }

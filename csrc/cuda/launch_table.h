@@ -26,6 +26,13 @@ constexpr int blocks_per_multiprocessor(int known_teachers) {
 }
 constexpr int kWarpThreads = 32;
 
+// Most blocks of a cluster on a device of this major compute capability. 8 are portable; Hopper (9.x) and data-centre
+// Blackwell (10.x) also take 16, consumer Blackwell (12.x) does not.
+constexpr int kPortableCluster = 8;
+constexpr int largest_cluster(int major) {
+    return major < 9 ? 1 : major < 12 ? 16 : kPortableCluster;
+}
+
 // A warp takes whole rows up to this many vectors per lane, 2048 columns of 16 bits or 1024 of fp32 for the usual K =
 // 3: no block barrier is needed, and the rows of 13 warps at least fit on a multiprocessor.
 constexpr int kWarpVectors = 8;
@@ -36,7 +43,6 @@ constexpr int kRowsTogetherStash = 8 * 1024;  // bytes of stash per warp that su
 // Up to this many elements of all K + 1 tensors per block (two or three rows of 100 classes per warp) one cluster does
 // the whole batch, and adds up its rows: the idle multiprocessors cost less than a second launch, about 3 us.
 constexpr int64_t kOneClusterElements = 8 * 1024;
-constexpr int kOneClusterBlocks = 8;  // the largest portable cluster
 
 // How row_loss runs. A team is a warp, a block or a cluster of blocks; it takes `rows` rows at a time.
 struct RowGeometry {
@@ -122,7 +128,7 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry
     }
     if (most == 0) return false;
     g.blocks = ceil_div(p.N, int64_t(g.rows) * (g.threads / kWarpThreads));
-    const int blocks = std::min(limits.cluster, kOneClusterBlocks);
+    const int blocks = std::min(limits.cluster, kPortableCluster);
     if (p.wants_mean && p.N * p.C * (p.K + 1) <= kOneClusterElements * blocks) {
         g.cluster = int(std::min<int64_t>(g.blocks, blocks));
         while (g.cluster & (g.cluster - 1)) ++g.cluster;  // clusters come in powers of two

@@ -14,9 +14,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc" / "cuda"
-ROW_LOSS = ("row_loss", "row_loss_f32", "row_loss_bf16", "row_loss_f16")
-NAMES = ("batch_mean", *ROW_LOSS, "confidence", "elementwise")
-KERNELS = [CUDA / f"{name}.cu" for name in NAMES]
+KERNELS = sorted(CUDA.rglob("*.cu"))
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
 

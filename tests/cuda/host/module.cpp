@@ -1,7 +1,7 @@
 // The CUDA functions of the Python module, compiled for the host.
 #include "../../../csrc/cuda/bindings.h"
 #include "../../../csrc/cuda/launch.h"
-#include "../../../csrc/cuda/row_loss.cuh"
+#include "../../../csrc/cuda/row_loss/kernel.cuh"
 
 PYBIND11_MODULE(emulated_cuda, m) {
     camkd::cuda::add_bindings(m);

@@ -2,7 +2,7 @@
 #include <cstdio>
 
 #include "../../../csrc/cuda/launch.h"
-#include "../../../csrc/cuda/row_team.cuh"
+#include "../../../csrc/cuda/row_loss/group.cuh"
 
 using namespace camkd;
 using namespace camkd::cuda;

@@ -1,8 +1,8 @@
 // Launcher of the logit loss for one element type; compiled apart for each.
 #pragma once
 
-#include "launch.h"
-#include "row_loss.cuh"
+#include "../launch.h"
+#include "kernel.cuh"
 
 namespace camkd::cuda {
 

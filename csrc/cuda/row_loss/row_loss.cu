@@ -1,5 +1,5 @@
 // Entry of the logit loss: which element type, and how rows are aligned.
-#include "row_loss_launch.cuh"
+#include "launch.cuh"
 
 namespace camkd::cuda {
 namespace {

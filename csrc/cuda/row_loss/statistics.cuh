@@ -2,7 +2,7 @@
 // cluster.
 #pragma once
 
-#include "row_team.cuh"
+#include "group.cuh"
 
 namespace camkd::cuda {
 

@@ -2,9 +2,9 @@
 // everything is.
 #pragma once
 
-#include "api.h"
-#include "known_sweeps.cuh"
-#include "launch_table.h"
+#include "../api.h"
+#include "../launch_table.h"
+#include "fixed_k_passes.cuh"
 
 namespace camkd::cuda {
 

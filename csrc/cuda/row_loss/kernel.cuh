@@ -4,8 +4,8 @@
 // same slots in batches, forwards for the sums and backwards for the residual.
 #pragma once
 
-#include "batch_mean.cuh"
-#include "row_statistics.cuh"
+#include "../batch_mean.cuh"
+#include "statistics.cuh"
 
 namespace camkd::cuda {
 

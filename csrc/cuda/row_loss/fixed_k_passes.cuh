@@ -2,7 +2,7 @@
 // for what is rare, and all that a thread has to remember in registers.
 #pragma once
 
-#include "row_sweeps.cuh"
+#include "passes.cuh"
 
 namespace camkd::cuda {
 
