@@ -19,68 +19,68 @@ namespace camkd {
 template <class Real>
 struct StreamState {
     float max = -INFINITY;
-    Real sum_t = 0;    // sum e^{(x - max) / T}
-    Real sum_1 = 0;    // sum e^{x - max}
-    Real cross = 0;    // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s))
-    Real entropy = 0;  // teachers: sum e^{z - max} (z - max)
+    Real sumT = 0;   // sum e^{(x - max) / T}
+    Real sum1 = 0;   // sum e^{x - max}
+    Real cross = 0;  // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s))
+    Real plogp = 0;  // teachers: sum e^{z - max} (z - max)
 };
 
-// The factor that takes e^{(x - old_max) * inverse_t} to e^{(x - new_max) * inverse_t}.
+// The factor that takes e^{(x - old_max) * inverseT} to e^{(x - new_max) * inverseT}.
 template <class Real>
-CAMKD_HD Real shift_factor(float old_max, float new_max, Real inverse_t) {
+CAMKD_HD Real shift_factor(float old_max, float new_max, Real inverseT) {
     if (old_max == new_max) return Real(1);
-    return old_max == -INFINITY ? Real(0) : std::exp((Real(old_max) - Real(new_max)) * inverse_t);
+    return old_max == -INFINITY ? Real(0) : std::exp((Real(old_max) - Real(new_max)) * inverseT);
 }
 
 template <class Real>
-CAMKD_HD void move_student(StreamState<Real>& student, float new_max, Real inverse_t) {
+CAMKD_HD void move_student(StreamState<Real>& student, float new_max, Real inverseT) {
     if (student.max == new_max) return;
-    student.sum_t *= shift_factor(student.max, new_max, inverse_t);
-    student.sum_1 *= shift_factor(student.max, new_max, Real(1));
+    student.sumT *= shift_factor(student.max, new_max, inverseT);
+    student.sum1 *= shift_factor(student.max, new_max, Real(1));
     student.max = new_max;
 }
 
 // A teacher's `cross` also depends on the student's maximum, which has just gone from `old_student` to `new_student`.
 template <class Real>
 CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_student, float new_student,
-                           Real inverse_t) {
+                           Real inverseT) {
     if (teacher.max == -INFINITY) {
         teacher.max = new_max;
         return;
     }
     Real shift = Real(new_max) - Real(teacher.max);
     Real student_shift = old_student == -INFINITY ? Real(0) : Real(new_student) - Real(old_student);
-    teacher.cross -= (shift - student_shift) * teacher.sum_t;
+    teacher.cross -= (shift - student_shift) * teacher.sumT;
     if (teacher.max == new_max) return;
-    Real factor_t = shift_factor(teacher.max, new_max, inverse_t);
-    Real factor_1 = shift_factor(teacher.max, new_max, Real(1));
+    Real factorT = shift_factor(teacher.max, new_max, inverseT);
+    Real factor1 = shift_factor(teacher.max, new_max, Real(1));
     // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
-    teacher.cross = factor_t > 0 ? factor_t * teacher.cross : Real(0);
+    teacher.cross = factorT > 0 ? factorT * teacher.cross : Real(0);
     // The shift from the lowest float overflows when it is multiplied.
-    teacher.entropy = factor_1 > 0 ? factor_1 * (teacher.entropy - shift * teacher.sum_1) : Real(0);
-    teacher.sum_t *= factor_t;
-    teacher.sum_1 *= factor_1;
+    teacher.plogp = factor1 > 0 ? factor1 * (teacher.plogp - shift * teacher.sum1) : Real(0);
+    teacher.sumT *= factorT;
+    teacher.sum1 *= factor1;
     teacher.max = new_max;
 }
 
 // Adds the sums of other columns of the same row, student first then K teachers; `b` is left at the common references.
 template <class Real>
-CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Real inverse_t) {
+CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Real inverseT) {
     const float student_a = a[0].max, student_b = b[0].max;
     const float student = student_a > student_b ? student_a : student_b;
     for (int k = 0; k <= K; ++k) {
         const float max = a[k].max > b[k].max ? a[k].max : b[k].max;
         if (k == 0) {
-            move_student(a[k], max, inverse_t);
-            move_student(b[k], max, inverse_t);
+            move_student(a[k], max, inverseT);
+            move_student(b[k], max, inverseT);
         } else {
-            move_teacher(a[k], max, student_a, student, inverse_t);
-            move_teacher(b[k], max, student_b, student, inverse_t);
+            move_teacher(a[k], max, student_a, student, inverseT);
+            move_teacher(b[k], max, student_b, student, inverseT);
         }
-        a[k].sum_t += b[k].sum_t;
-        a[k].sum_1 += b[k].sum_1;
+        a[k].sumT += b[k].sumT;
+        a[k].sum1 += b[k].sum1;
         a[k].cross += b[k].cross;
-        a[k].entropy += b[k].entropy;
+        a[k].plogp += b[k].plogp;
     }
 }
 
@@ -136,7 +136,7 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
 // The finished sums of a stream (StreamState) and its logit at the label, which is NaN for a label outside [0, C).
 template <class F>
 struct RowSums {
-    F max, sum_t, sum_1, cross, entropy, label;
+    F max, sumT, sum1, cross, plogp, label;
 };
 
 template <class F>
@@ -148,11 +148,11 @@ struct RowResult {
     F scratch[kMaxTeachers];  // entropies, or shares of the softmax over teachers
 };
 
-// residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
+// residual_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
 // y]
 template <class F>
 struct ResidualCoefficients {
-    F student_t, student_1;
+    F studentT, student1;
     F teacher[kMaxTeachers];
 };
 
@@ -169,9 +169,9 @@ CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student
     F* const entropy = result.scratch;
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
-        const F log_1 = Math::log(z.sum_1);
-        result.teacher_ce[k] = log_1 - (z.label - z.max);
-        if (formula.weighting == Weighting::entropy) entropy[k] = log_1 - z.entropy / z.sum_1;
+        const F log_sum1 = Math::log(z.sum1);
+        result.teacher_ce[k] = log_sum1 - (z.label - z.max);
+        if (formula.weighting == Weighting::entropy) entropy[k] = log_sum1 - z.plogp / z.sum1;
     }
     F* w = result.weights;
     if (formula.weighting == Weighting::confidence) {
@@ -185,9 +185,9 @@ CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student
     for (int k = 0; k < K; ++k) total = total + w[k];
 
     const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
-    coefficients.student_t = soft_scale * total / student.sum_t + unfit;
-    coefficients.student_1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum_1;
-    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sum_t);
+    coefficients.studentT = soft_scale * total / student.sumT + unfit;
+    coefficients.student1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum1;
+    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
 }
 
 // The other numbers of a row, once it is weighed.
@@ -199,10 +199,10 @@ CAMKD_HD void score_row(const Formula& formula, int K, const RowSums<F>& student
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
         // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-        result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
+        result.divergence[k] = z.cross / (z.sumT * Math::set(T)) + Math::log(student.sumT / z.sumT);
         soft = soft + product_or_zero<Math>(result.weights[k], result.divergence[k]);
     }
-    result.hard = Math::log(student.sum_1) - (student.label - student.max);
+    result.hard = Math::log(student.sum1) - (student.label - student.max);
     result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +

@@ -27,9 +27,9 @@ StreamState<double> row_exp_sum(const T* z, int64_t C, const Exp& exp) {
     for (int64_t c = 0; c < C; c += kBlock) {
         const int n = int(std::min<int64_t>(kBlock, C - c));
         const float max = std::max(state.max, block_max(z + c, n));
-        state.sum_1 *= shift_factor(state.max, max, 1.0);
+        state.sum1 *= shift_factor(state.max, max, 1.0);
         state.max = max;
-        state.sum_1 += exp_sum(z + c, n, max == -INFINITY ? 0.0f : max, exp);
+        state.sum1 += exp_sum(z + c, n, max == -INFINITY ? 0.0f : max, exp);
     }
     return state;
 }
@@ -54,7 +54,7 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
                     const auto* z = row_start<decltype(t)>(args.logits[k], args.S, begin + lane);
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
-                    sum[k][lane] = float(state.sum_1);
+                    sum[k][lane] = float(state.sum1);
                     max[k][lane] = state.max;
                     label[k][lane] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
                 });

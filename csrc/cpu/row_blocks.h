@@ -87,32 +87,32 @@ using State = StreamState<double>;
 
 // The sums over one block of one stream, relative to the block's references, of which `max` is the stream's own.
 struct BlockSums {
-    float max, sum_t, sum_1, cross, entropy;
+    float max, sumT, sum1, cross, plogp;
 
     // Is no sum of products inf or NaN, as 0 * inf makes it?
-    bool finite() const { return std::isfinite(cross) && std::isfinite(entropy); }
+    bool finite() const { return std::isfinite(cross) && std::isfinite(plogp); }
     void add_to(State& state) const {
-        state.sum_t += sum_t;
-        state.sum_1 += sum_1;
+        state.sumT += sumT;
+        state.sum1 += sum1;
         state.cross += cross;
-        state.entropy += entropy;
+        state.plogp += plogp;
     }
 };
 
 // What a pass over a block of one stream leaves: sums still apart in lanes. A row adds up those of all its streams
 // together, as one sum at a time is a chain of instructions that wait for each other.
 struct LaneSums {
-    Vec sum_t, sum_1, cross, entropy;
+    Vec sumT, sum1, cross, plogp;
 
     BlockSums added_up(float reference) const {
         float sums[4];
-        Vec::four_sums(sum_t, sum_1, cross, entropy, sums);
+        Vec::four_sums(sumT, sum1, cross, plogp, sums);
         return {reference, sums[0], sums[1], sums[2], sums[3]};
     }
 };
 
 struct Exps {
-    Exp at_t, at_1;
+    Exp atT, at1;
 };
 
 // Keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
@@ -123,29 +123,29 @@ __attribute__((flatten)) void student_block(const T* s, int n, float reference, 
                                             LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
-    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
+    Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
     over_block(s, n, next, [&](auto& x, int i, int lane, auto counts) {
         constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
         Vec d[Count], e[Count], e1[Count];
         each<Count>([&](int j) { d[j] = x[j] - ref; });
-        exps.at_t(d, e);
-        if constexpr (Power == 0) exps.at_1(d, e1);
+        exps.atT(d, e);
+        if constexpr (Power == 0) exps.at1(d, e1);
         each<Count>([&](int j) {
             const int at = i + j * Vec::width, l = (lane + j) % 2;
             d[j].store(d_out + at);
             e[j].store(e_out + at);
             const Vec counted = counts(e[j]);
-            sum_t[l] = sum_t[l] + counted;
+            sumT[l] = sumT[l] + counted;
             if constexpr (Power == 0) {
                 e1[j].store(e1_out + at);
-                sum_1[l] = sum_1[l] + counts(e1[j]);
+                sum1[l] = sum1[l] + counts(e1[j]);
             } else if constexpr (Power != 1) {
-                sum_1[l] = add_power<Power>(sum_1[l], counted);
+                sum1[l] = add_power<Power>(sum1[l], counted);
             }
         });
     });
-    const Vec total = sum_t[0] + sum_t[1];
-    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], Vec::zero(), Vec::zero()};
+    const Vec total = sumT[0] + sumT[1];
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], Vec::zero(), Vec::zero()};
 }
 
 // `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf. -inf logits are rare: only a
@@ -155,14 +155,14 @@ __attribute__((flatten)) void teacher_block(const T* z, int n, float reference, 
                                             const char* next, const float* student_d, float* e_out, LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
-    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
-    Vec cross[2] = {Vec::zero(), Vec::zero()}, entropy[2] = {Vec::zero(), Vec::zero()};
+    Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
+    Vec cross[2] = {Vec::zero(), Vec::zero()}, plogp[2] = {Vec::zero(), Vec::zero()};
     over_block(z, n, next, [&](auto& x, int i, int lane, auto counts) {
         constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
         Vec d[Count], e[Count], e1[Count];
         each<Count>([&](int j) { d[j] = x[j] - ref; });
-        exps.at_t(d, e);
-        if constexpr (Power == 0) exps.at_1(d, e1);
+        exps.atT(d, e);
+        if constexpr (Power == 0) exps.at1(d, e1);
         each<Count>([&](int j) {
             const int at = i + j * Vec::width, l = (lane + j) % 2;
             Vec difference = d[j] - Vec::load(student_d + at);
@@ -170,20 +170,20 @@ __attribute__((flatten)) void teacher_block(const T* z, int n, float reference, 
             const Vec counted = counts(e[j]);
             // After `counts`: a column that is not counted here may be infinite as well.
             if constexpr (Masked) difference = Vec::zero_where_zero(difference, counted);
-            sum_t[l] = sum_t[l] + counted;
+            sumT[l] = sumT[l] + counted;
             cross[l] = Vec::fma(counted, difference, cross[l]);
             if constexpr (Power == 0 || Entropy) {
-                const Vec at_1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
-                sum_1[l] = sum_1[l] + at_1;
+                const Vec at1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
+                sum1[l] = sum1[l] + at1;
                 if constexpr (Entropy)
-                    entropy[l] = Vec::fma(at_1, Masked ? Vec::zero_where_zero(d[j], at_1) : d[j], entropy[l]);
+                    plogp[l] = Vec::fma(at1, Masked ? Vec::zero_where_zero(d[j], at1) : d[j], plogp[l]);
             } else if constexpr (Power != 1) {
-                sum_1[l] = add_power<Power>(sum_1[l], counted);
+                sum1[l] = add_power<Power>(sum1[l], counted);
             }
         });
     });
-    const Vec total = sum_t[0] + sum_t[1];
-    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], cross[0] + cross[1], entropy[0] + entropy[1]};
+    const Vec total = sumT[0] + sumT[1];
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], cross[0] + cross[1], plogp[0] + plogp[1]};
 }
 
 // One term of the residual: a coefficient and the exponentials that it multiplies.
@@ -192,12 +192,12 @@ struct Term {
     const float* e;
 };
 
-// out = student_t e_s + student_1 e1_s - sum of terms, for n columns.
+// out = studentT e_s + student1 e1_s - sum of terms, for n columns.
 template <class T, int Power>
-void residual_block(const float* e_s, const float* e1_s, float student_t, float student_1, const Term* terms,
-                    int n_terms, T* out, int n, bool streaming) {
+void residual_block(const float* e_s, const float* e1_s, float studentT, float student1, const Term* terms, int n_terms,
+                    T* out, int n, bool streaming) {
     constexpr int W = Vec::width;
-    const Vec a = Vec::set(student_t), b = Vec::set(student_1);
+    const Vec a = Vec::set(studentT), b = Vec::set(student1);
     // `Count` neighbouring vectors at once, which share the coefficients' loads.
     auto values = [&](auto count, int i, Vec* r) {
         constexpr int Count = decltype(count)::value;

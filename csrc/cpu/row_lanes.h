@@ -14,20 +14,20 @@ namespace {
 struct Lanes {
     static constexpr int W = Vec::width;
     struct Stream {
-        float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
+        float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W];
     };
     alignas(64) Stream streams[kMaxStreams];
     float unfit[W];
     int32_t kept[W];
-    float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
+    float studentT[W], student1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
 
     void reset(int K) {
         std::fill_n(kept, W, 0);
         std::fill_n(unfit, W, 0.0f);
         for (int k = 0; k <= K; ++k) {
             Stream& stream = streams[k];
-            for (float* zeros : {stream.max, stream.cross, stream.entropy, stream.label}) std::fill_n(zeros, W, 0.0f);
-            for (float* ones : {stream.sum_t, stream.sum_1}) std::fill_n(ones, W, 1.0f);
+            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label}) std::fill_n(zeros, W, 0.0f);
+            for (float* ones : {stream.sumT, stream.sum1}) std::fill_n(ones, W, 1.0f);
         }
     }
 
@@ -39,8 +39,8 @@ struct Lanes {
         ResidualCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
             const Stream& s = streams[k];
-            sums[k] = {Vec::load(s.max),   Vec::load(s.sum_t),   Vec::load(s.sum_1),
-                       Vec::load(s.cross), Vec::load(s.entropy), Vec::load(s.label)};
+            sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1),
+                       Vec::load(s.cross), Vec::load(s.plogp), Vec::load(s.label)};
         }
         if (args.formula.weighting == Weighting::given) {
             for (int k = 0; k < K; ++k) {
@@ -66,8 +66,8 @@ struct Lanes {
             put(row_stats::weight(K, k), result.weights[k]);
             coefficients.teacher[k].store(teacher[k]);
         }
-        coefficients.student_t.store(student_t);
-        coefficients.student_1.store(student_1);
+        coefficients.studentT.store(studentT);
+        coefficients.student1.store(student1);
     }
 };
 

@@ -139,11 +139,11 @@ struct Row {
         BlockSums sums[kMaxStreams];
         read_block(b, states, student_d, sums);
         const float* references = scratch.references + b * (args.K + 1);
-        const double inverse_t = 1.0 / args.formula.temperature;
+        const double inverseT = 1.0 / args.formula.temperature;
         const float old_student = states[0].max;
-        move_student(states[0], references[0], inverse_t);
+        move_student(states[0], references[0], inverseT);
         for (int k = 0; k <= args.K; ++k) {
-            if (k > 0) move_teacher(states[k], references[k], old_student, references[0], inverse_t);
+            if (k > 0) move_teacher(states[k], references[k], old_student, references[0], inverseT);
             sums[k].add_to(states[k]);
         }
     }
@@ -164,10 +164,10 @@ struct Row {
         for (int k = 0; k <= args.K; ++k) {
             Lanes::Stream& stream = rows.streams[k];
             stream.max[lane] = sums[k].max;
-            stream.sum_t[lane] = float(sums[k].sum_t);
-            stream.sum_1[lane] = float(sums[k].sum_1);
+            stream.sumT[lane] = float(sums[k].sumT);
+            stream.sum1[lane] = float(sums[k].sum1);
             stream.cross[lane] = float(sums[k].cross);
-            stream.entropy[lane] = float(sums[k].entropy);
+            stream.plogp[lane] = float(sums[k].plogp);
             stream.label[lane] = fits ? logit(args.streams[k], k, args.target[index]) : NAN;
         }
     }
@@ -190,21 +190,21 @@ struct Row {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         const float* references = scratch.references + b * (K + 1);
-        const double inverse_t = 1.0 / args.formula.temperature;
+        const double inverseT = 1.0 / args.formula.temperature;
         Term terms[kMaxTeachers];
         int count = 0;
         for (int k = 0; k < K; ++k) {
             const float coefficient = rows.teacher[k][lane];
             // Weight 0 drops the teacher, even one whose logits are NaN.
             if (coefficient == 0) continue;
-            double factor = shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverse_t);
+            double factor = shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverseT);
             terms[count++] = {float(coefficient * factor), scratch.stream(k + 1) + c};
         }
         const float* e = scratch.stream(0) + c;
         const float* e1 = keeps_e1() ? scratch.stream(K + 1) + c : e;
         const float max = rows.streams[0].max[lane];
-        const float at = float(rows.student_t[lane] * shift_factor(references[0], max, inverse_t));
-        const float a1 = float(rows.student_1[lane] * shift_factor(references[0], max, 1.0));
+        const float at = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
+        const float a1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
         functions.residual(e, e1, at, a1, terms, count, args.grad_student, index * args.C + c, n, streaming);
         const int64_t y = args.target[index] - c;
         if (label_fits() && y >= 0 && y < n) {
@@ -285,7 +285,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
     const int64_t row_floats = RowScratch::floats(args.C, streams, blocks);
     Scratch memory;
     float* base = memory.reserve(row_floats + threads * (kBlock + 2 * Vec::width));
-    const double inverse_t = 1.0 / args.formula.temperature;
+    const double inverseT = 1.0 / args.formula.temperature;
     std::unique_ptr<State[]> partial(new State[threads * kMaxStreams]);
     Lanes shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -308,7 +308,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                 shared.reset(args.K);
                 if (!ignored) {
                     for (int t = 1; t < team; ++t)
-                        merge_states(partial.get(), partial.get() + t * kMaxStreams, args.K, inverse_t);
+                        merge_states(partial.get(), partial.get() + t * kMaxStreams, args.K, inverseT);
                     row.put(partial.get(), shared, 0);
                 }
                 shared.finish(args, n, 1);

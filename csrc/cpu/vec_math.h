@@ -89,14 +89,14 @@ inline void each(F f) {
     for (int j = 0; j < Count; ++j) f(j);
 }
 
-// e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder. The relative error is 1.7e-7 near d = 0, where
-// it counts, and grows by the rounding of the exponent, 4e-8 |d| * inverse_t. Exactly 1 at d = 0, and 0 below 2^-127
+// e^(d * inverseT) for d <= 0: 2^n times a polynomial in the remainder. The relative error is 1.7e-7 near d = 0, where
+// it counts, and grows by the rounding of the exponent, 4e-8 |d| * inverseT. Exactly 1 at d = 0, and 0 below 2^-127
 // (2^-149 where the instruction set scales by itself). d = -inf gives 0 and NaN stays NaN.
 struct Exp {
     Vec scale, floor;
 
-    explicit Exp(float inverse_t) {
-        float c = inverse_t * 1.44269504f;
+    explicit Exp(float inverseT) {
+        float c = inverseT * 1.44269504f;
         scale = Vec::set(c);
         floor = Vec::set(-127.0f / c);
     }

@@ -68,7 +68,7 @@ struct Temperature {
         return power == 4 ? e * e : e;
     }
     // factor() of the exponentials at T = 1.
-    CAMKD_DEVICE float factor_1(const Reference& reference, float max, bool exact = false) const {
+    CAMKD_DEVICE float factor1(const Reference& reference, float max, bool exact = false) const {
         return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
     }
 };

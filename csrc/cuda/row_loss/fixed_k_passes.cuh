@@ -155,11 +155,11 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
 template <int K>
 struct KnownRow {
     float at[K + 1];
-    float student_t, student_1, teacher[K];
+    float studentT, student1, teacher[K];
 
     CAMKD_DEVICE KnownRow(const Reference* references, const ResidualCoefficients<float>& coefficients) {
-        student_t = coefficients.student_t;
-        student_1 = coefficients.student_1;
+        studentT = coefficients.studentT;
+        student1 = coefficients.student1;
 #pragma unroll
         for (int k = 0; k <= K; ++k) at[k] = references[k].at;
 #pragma unroll
@@ -177,7 +177,7 @@ CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature
     Reference::scale_from(row.at[0], temperature.scale, x);
     exps(x, e);
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = row.student_t * e[j];
+    for (int j = 0; j < V; ++j) out[j] = row.studentT * e[j];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
         Elements<T>::unpack(*stash.slot(k + 1, slot), x);
@@ -190,10 +190,10 @@ CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature
     if (unsigned(label) < unsigned(V)) {
         // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] += row.student_1 * e[j] - (j == label ? at_label : 0.0f);
+        for (int j = 0; j < V; ++j) out[j] += row.student1 * e[j] - (j == label ? at_label : 0.0f);
     } else {
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student_1, e[j], out[j]);
+        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student1, e[j], out[j]);
     }
 }
 
@@ -218,12 +218,12 @@ CAMKD_DEVICE void known_merge(int lane, int parts, float scale, Load load, Put p
         const bool seen = state.max != -INFINITY;
         const float top = shuffle(folded, k * fold_stride<K + 1>), drop = seen ? state.max - top : 0.0f;
         if (k == 0) student_drop = drop;
-        const float factor_t = seen ? exp2_fast(drop * scale) : 0.0f;
-        const float cross = fmaf(drop - student_drop, state.sum_t, state.cross);
-        sums[kSums * k + kSumT] = state.sum_t * factor_t;
-        sums[kSums * k + kSum1] = state.sum_1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
+        const float factorT = seen ? exp2_fast(drop * scale) : 0.0f;
+        const float cross = fmaf(drop - student_drop, state.sumT, state.cross);
+        sums[kSums * k + kSumT] = state.sumT * factorT;
+        sums[kSums * k + kSum1] = state.sum1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
         // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
-        sums[kSums * k + kCross] = factor_t > 0 ? cross * factor_t : 0.0f;
+        sums[kSums * k + kCross] = factorT > 0 ? cross * factorT : 0.0f;
     }
     const float sum = warp_fold(sums, lane, 0.0f, [](float a, float b) { return a + b; });
     constexpr int wide = fold_stride<K + 1>, narrow = fold_stride<kSums*(K + 1)>;

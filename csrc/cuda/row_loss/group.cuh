@@ -184,7 +184,7 @@ struct RowTeam {
         return member() == info.label_member ? info.label_slot - b * launch.geometry.slots : -1;
     }
 
-    CAMKD_DEVICE float inverse_t() const { return 1.0f / launch.args.formula.temperature; }
+    CAMKD_DEVICE float inverseT() const { return 1.0f / launch.args.formula.temperature; }
 
     // Two numbers of the batch, the same for all: 1 / rows that count, and what the residual is multiplied by.
     CAMKD_DEVICE float* of_batch() const { return reinterpret_cast<float*>(shared_memory() + launch.batch); }

@@ -133,8 +133,8 @@ class RowKernel {
         RowState& state = team_.rows()[r];
         const int K = team_.teachers(), stream = team_.lane() < K ? team_.lane() + 1 : 0;
         const RowSums<float>& sums = state.sums[stream];
-        const float sum_t = sums.sum_t, sum_1 = sums.sum_1, max = sums.max, log_1 = std::log(sum_1);
-        const float label = info.fits ? *team_.label_at(r, stream) : NAN, ce = log_1 - (label - max);
+        const float sumT = sums.sumT, sum1 = sums.sum1, max = sums.max, log_sum1 = std::log(sum1);
+        const float label = info.fits ? *team_.label_at(r, stream) : NAN, ce = log_sum1 - (label - max);
         float weight = 1.0f / float(K);
         if (args.formula.weighting == Weighting::given) {
             if (team_.lane() < K)
@@ -150,7 +150,7 @@ class RowKernel {
             }
             weight = others * (1.0f / (total * float(K - 1)));
         } else if (args.formula.weighting == Weighting::entropy && K > 1) {
-            const float entropy = log_1 - sums.entropy / sum_1, total = over_teachers(entropy);
+            const float entropy = log_sum1 - sums.plogp / sum1, total = over_teachers(entropy);
             weight = 1.0f - ScalarMath::where_positive(total, entropy / total, 1.0f / float(K));
         }
         const float total = over_teachers(weight), scale = team_.residual_scale();
@@ -159,16 +159,16 @@ class RowKernel {
         const Reference reference(max, team_.temperature().scale);
         bool plain = !reference.far();
         if (team_.lane() < K) {
-            const float coefficient = product_or_zero<ScalarMath>(weight, soft_scale / sum_t);
+            const float coefficient = product_or_zero<ScalarMath>(weight, soft_scale / sumT);
             // Weight 0 silences even a NaN.
-            plain = plain && (coefficient != 0 || sum_t < INFINITY);
+            plain = plain && (coefficient != 0 || sumT < INFINITY);
             state.coefficients.teacher[team_.lane()] = coefficient * reference.factor();
             state.result.teacher_ce[team_.lane()] = ce;
             state.result.weights[team_.lane()] = weight;
         } else if (team_.lane() == K) {
-            state.coefficients.student_t = (soft_scale * total / sum_t + unfit(info)) * reference.factor();
-            state.coefficients.student_1 =
-                label_coefficient(args.formula, scale) / sum_1 * team_.temperature().factor_1(reference, max);
+            state.coefficients.studentT = (soft_scale * total / sumT + unfit(info)) * reference.factor();
+            state.coefficients.student1 =
+                label_coefficient(args.formula, scale) / sum1 * team_.temperature().factor1(reference, max);
             state.result.hard = ce;
         }
         if (team_.lane() <= K) state.references[stream] = reference;
@@ -198,7 +198,7 @@ class RowKernel {
         if (info.kept) {
             const RowSums<float>& z = state.sums[k + 1];
             // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-            divergence = z.cross / (z.sum_t * formula.temperature) + std::log(state.sums[0].sum_t / z.sum_t);
+            divergence = z.cross / (z.sumT * formula.temperature) + std::log(state.sums[0].sumT / z.sumT);
             ce = state.result.teacher_ce[k];
             weight = state.result.weights[k];
             hard = state.result.hard;

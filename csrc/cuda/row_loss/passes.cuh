@@ -132,8 +132,8 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                 if (first == 1) {
                     exps(s, e);
 #pragma unroll
-                    for (int j = 0; j < V; ++j) student.sum_t += e[j];
-                    student.sum_1 +=
+                    for (int j = 0; j < V; ++j) student.sumT += e[j];
+                    student.sum1 +=
                         sum_at_one(temperature, states[0].max, false, e, [&](float (&x)[V]) { read(0, x); });
                 }
 #pragma unroll
@@ -148,42 +148,42 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                         Reference::scale_from(at[g], scale, z);
                     exps(z, e);
 #pragma unroll
-                    for (int j = 0; j < V; ++j) teacher.sum_t += e[j];
+                    for (int j = 0; j < V; ++j) teacher.sumT += e[j];
                     teacher.cross += cross_term(e, z, s);
-                    teacher.sum_1 += sum_at_one(temperature, states[first + g].max, entropy, e,
-                                                [&](float (&x)[V]) { read(first + g, x); });
+                    teacher.sum1 += sum_at_one(temperature, states[first + g].max, entropy, e,
+                                               [&](float (&x)[V]) { read(first + g, x); });
                     if (entropy) {
 #pragma unroll
                         for (int j = 0; j < V; ++j) {
                             const float e1 = temperature.power >= 2 ? e[j] * e[j] : e[j];
-                            if (e1 > 0) teacher.entropy = fmaf(e1, z[j], teacher.entropy);
+                            if (e1 > 0) teacher.plogp = fmaf(e1, z[j], teacher.plogp);
                         }
                     }
                 }
             }
         }
         if (first == 1) {
-            const float sum_t = warp_sum(student.sum_t), sum_1 = warp_sum(student.sum_1);
+            const float sumT = warp_sum(student.sumT), sum1 = warp_sum(student.sum1);
             if (lane == 0) {
-                states[0].sum_t = sum_t * of_student.factor();
-                states[0].sum_1 = sum_1 * temperature.factor_1(of_student, states[0].max);
+                states[0].sumT = sumT * of_student.factor();
+                states[0].sum1 = sum1 * temperature.factor1(of_student, states[0].max);
             }
         }
 #pragma unroll
         for (int g = 0; g < kTeacherGroup; ++g) {
             if (first + g > K) continue;
-            const float sum_t = warp_sum(teachers[g].sum_t), sum_1 = warp_sum(teachers[g].sum_1);
-            const float cross = warp_sum(teachers[g].cross), entropy_sum = warp_sum(teachers[g].entropy);
+            const float sumT = warp_sum(teachers[g].sumT), sum1 = warp_sum(teachers[g].sum1);
+            const float cross = warp_sum(teachers[g].cross), plogp = warp_sum(teachers[g].plogp);
             if (lane == 0) {
                 State& to = states[first + g];
                 const Reference reference(to.max, scale, entropy);
                 const float factor = reference.factor();
-                const float factor_1 = temperature.factor_1(reference, to.max, entropy);
-                to.sum_t = sum_t * factor;
-                to.sum_1 = sum_1 * factor_1;
+                const float factor1 = temperature.factor1(reference, to.max, entropy);
+                to.sumT = sumT * factor;
+                to.sum1 = sum1 * factor1;
                 // Back from scaled distances to logits.
-                to.cross = (cross - (reference.left() - of_student.left()) * sum_t) * (factor * temperature.inverse);
-                to.entropy = (entropy_sum - reference.left() * sum_1) * (factor_1 * temperature.inverse);
+                to.cross = (cross - (reference.left() - of_student.left()) * sumT) * (factor * temperature.inverse);
+                to.plogp = (plogp - reference.left() * sum1) * (factor1 * temperature.inverse);
             }
         }
     }
@@ -202,7 +202,7 @@ CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i,
     references[0].apply(temperature.scale, sums[0].max, x);
     exps(x, e);
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = coefficients.student_t * e[j];
+    for (int j = 0; j < V; ++j) out[j] = coefficients.studentT * e[j];
     for (int k = 0; k < K; ++k) {
         const float coefficient = coefficients.teacher[k];
         // Weight 0 drops the teacher, even one whose logits are NaN.
@@ -224,33 +224,33 @@ CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i,
         // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const float hard = coefficients.student_1 * e[j] - (j == label ? label_coefficient : 0.0f);
+            const float hard = coefficients.student1 * e[j] - (j == label ? label_coefficient : 0.0f);
             out[j] += hard;
         }
     } else {
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = fmaf(coefficients.student_1, e[j], out[j]);
+        for (int j = 0; j < V; ++j) out[j] = fmaf(coefficients.student1, e[j], out[j]);
     }
 }
 
 // The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) and store(k, state) for each stream.
 template <class Load, class Store>
-CAMKD_DEVICE void merge_lanes(int lane, int parts, int K, float inverse_t, Load load, Store store) {
+CAMKD_DEVICE void merge_lanes(int lane, int parts, int K, float inverseT, Load load, Store store) {
     const bool live = lane < parts;
     State state = live ? load(lane, 0) : State();
     const float old_student = state.max, student = warp_max(old_student);
-    move_student(state, student, inverse_t);
+    move_student(state, student, inverseT);
     for (int k = 0; k <= K; ++k) {
         if (k > 0) {
             state = live ? load(lane, k) : State();
             const float max = warp_max(state.max);
-            move_teacher(state, max, old_student, student, inverse_t);
+            move_teacher(state, max, old_student, student, inverseT);
         }
-        state.sum_t = warp_sum(state.sum_t);
-        state.sum_1 = warp_sum(state.sum_1);
+        state.sumT = warp_sum(state.sumT);
+        state.sum1 = warp_sum(state.sum1);
         if (k > 0) {
             state.cross = warp_sum(state.cross);
-            state.entropy = warp_sum(state.entropy);
+            state.plogp = warp_sum(state.plogp);
         }
         if (lane == 0) store(k, state);
     }

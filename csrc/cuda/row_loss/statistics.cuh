@@ -46,12 +46,12 @@ class RowStatistics {
                                        numbers_of(row + k)[field] = value;
                                });
         } else {
-            merge_lanes(team_.lane(), team_.warps(), team_.teachers(), team_.inverse_t(), load,
+            merge_lanes(team_.lane(), team_.warps(), team_.teachers(), team_.inverseT(), load,
                         [&](int k, const State& state) {
                             if (team_.cluster() > 1) {
-                                team_.outgoing(k)[0] = {{float_to_bits(state.max), float_to_bits(state.sum_t),
-                                                         float_to_bits(state.sum_1), float_to_bits(state.cross)}};
-                                team_.outgoing(k)[1] = {{float_to_bits(state.entropy), 0, 0, 0}};
+                                team_.outgoing(k)[0] = {{float_to_bits(state.max), float_to_bits(state.sumT),
+                                                         float_to_bits(state.sum1), float_to_bits(state.cross)}};
+                                team_.outgoing(k)[1] = {{float_to_bits(state.plogp), 0, 0, 0}};
                             } else {
                                 put(k, state, row);
                             }
@@ -83,17 +83,17 @@ class RowStatistics {
             const Pack* const from = team_.inbox(turn, rank, k);
             State state;
             state.max = bits_to_float(from->word[0]);
-            state.sum_t = bits_to_float(from->word[1]);
-            state.sum_1 = bits_to_float(from->word[2]);
+            state.sumT = bits_to_float(from->word[1]);
+            state.sum1 = bits_to_float(from->word[2]);
             state.cross = bits_to_float(from->word[3]);
-            if (Teachers == 0) state.entropy = bits_to_float(from[1].word[0]);
+            if (Teachers == 0) state.plogp = bits_to_float(from[1].word[0]);
             return state;
         };
         if constexpr (Teachers > 0) {
             known_merge<Known>(team_.lane(), team_.cluster(), team_.temperature().scale, load,
                                [&](int k, int field, float value) { numbers_of(row + k)[field] = value; });
         } else {
-            merge_lanes(team_.lane(), team_.cluster(), team_.teachers(), team_.inverse_t(), load,
+            merge_lanes(team_.lane(), team_.cluster(), team_.teachers(), team_.inverseT(), load,
                         [&](int k, const State& state) { put(k, state, row); });
         }
         if (info.fits) {
@@ -154,11 +154,11 @@ class RowStatistics {
             // Back from scaled distances to logits, and what the references lack.
             State& to = states[team_.lane()];
             const Reference reference(to.max, scale), of_student(states[0].max, scale);
-            const float factor = reference.factor(), sum_t = to.sum_t;
+            const float factor = reference.factor(), sumT = to.sumT;
             to.cross =
-                (to.cross - (reference.left() - of_student.left()) * sum_t) * (factor * team_.temperature().inverse);
-            to.sum_t = sum_t * factor;
-            to.sum_1 *= team_.temperature().factor_1(reference, to.max);
+                (to.cross - (reference.left() - of_student.left()) * sumT) * (factor * team_.temperature().inverse);
+            to.sumT = sumT * factor;
+            to.sum1 *= team_.temperature().factor1(reference, to.max);
         }
         warp_barrier();
         return true;
@@ -173,7 +173,7 @@ class RowStatistics {
                 [&](int k, int field, float value) { numbers_of(team_.states(team_.warp(), 0) + k)[field] = value; });
         } else if (team_.lane() == 0) {
             merge_states(team_.states(team_.warp(), 0), team_.states(team_.warp(), 1), team_.teachers(),
-                         team_.inverse_t());
+                         team_.inverseT());
         }
         warp_barrier();
     }
@@ -187,10 +187,10 @@ class RowStatistics {
 
     static CAMKD_DEVICE void put(int k, const State& state, RowSums<float>* sums) {
         sums[k].max = state.max;
-        sums[k].sum_t = state.sum_t;
-        sums[k].sum_1 = state.sum_1;
+        sums[k].sumT = state.sumT;
+        sums[k].sum1 = state.sum1;
         sums[k].cross = state.cross;
-        sums[k].entropy = state.entropy;
+        sums[k].plogp = state.plogp;
     }
 
     const Team team_;
