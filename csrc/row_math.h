@@ -1,7 +1,7 @@
 // The per-row formulas of the compiled kernels (host and device): online merge of column blocks, confidence weights,
 // the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py. Only
-// csrc/cuda/row_loss.cuh writes weigh_row and score_row a second time, with a lane for each teacher: as one thread's
-// work the row waits for them.
+// csrc/cuda/row_loss.cuh writes compute_weights and compute_losses a second time, with a lane for each teacher: as one
+// thread's work the row waits for them.
 //
 // What is K wide is written for a number `F`: a float, or a vector that holds several rows, one to a lane. Its `Math`
 // policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b, infinities
@@ -151,20 +151,20 @@ struct RowResult {
 // residual_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
 // y]
 template <class F>
-struct ResidualCoefficients {
+struct GradCoefficients {
     F studentT, student1;
     F teacher[kMaxTeachers];
 };
 
-CAMKD_HD float label_coefficient(const Formula& formula, float residual_scale) {
-    return formula.hard_weight * residual_scale;
+CAMKD_HD float label_coefficient(const Formula& formula, float grad_scale) {
+    return formula.hard_weight * grad_scale;
 }
 
-// What the residual waits for: the teachers' cross-entropies and weights, and the coefficients. `unfit` is NaN for a
-// label outside [0, C) and else 0; `result.weights` holds the weights on entry when they are given.
+// What the residual waits for: the teachers' cross-entropies and weights, and the coefficients. `label_nan` is NaN for
+// a label outside [0, C) and else 0; `result.weights` holds the weights on entry when they are given.
 template <class Math, class F>
-CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
-                        float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
+CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
+                              F label_nan, float grad_scale, RowResult<F>& result, GradCoefficients<F>& coefficients) {
     const float T = formula.temperature;
     F* const entropy = result.scratch;
     for (int k = 0; k < K; ++k) {
@@ -184,16 +184,16 @@ CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student
     F total = Math::set(0.0f);
     for (int k = 0; k < K; ++k) total = total + w[k];
 
-    const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
-    coefficients.studentT = soft_scale * total / student.sumT + unfit;
-    coefficients.student1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum1;
+    const F soft_scale = Math::set(formula.soft_weight * T * grad_scale);
+    coefficients.studentT = soft_scale * total / student.sumT + label_nan;
+    coefficients.student1 = Math::set(label_coefficient(formula, grad_scale)) / student.sum1;
     for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
 }
 
 // The other numbers of a row, once it is weighed.
 template <class Math, class F>
-CAMKD_HD void score_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
-                        RowResult<F>& result) {
+CAMKD_HD void compute_losses(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
+                             F label_nan, RowResult<F>& result) {
     const float T = formula.temperature;
     F soft = Math::set(0.0f);
     for (int k = 0; k < K; ++k) {
@@ -206,7 +206,7 @@ CAMKD_HD void score_row(const Formula& formula, int K, const RowSums<F>& student
     result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +
-                  product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + unfit;
+                  product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + label_nan;
 }
 
 }  // namespace camkd

@@ -194,8 +194,8 @@ struct Term {
 
 // out = studentT e_s + student1 e1_s - sum of terms, for n columns.
 template <class T, int Power>
-void residual_block(const float* e_s, const float* e1_s, float studentT, float student1, const Term* terms, int n_terms,
-                    T* out, int n, bool streaming) {
+void grad_block(const float* e_s, const float* e1_s, float studentT, float student1, const Term* terms, int n_terms,
+                T* out, int n, bool streaming) {
     constexpr int W = Vec::width;
     const Vec a = Vec::set(studentT), b = Vec::set(student1);
     // `Count` neighbouring vectors at once, which share the coefficients' loads.

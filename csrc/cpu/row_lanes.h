@@ -17,13 +17,13 @@ struct Lanes {
         float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W];
     };
     alignas(64) Stream streams[kMaxStreams];
-    float unfit[W];
+    float label_nan[W];
     int32_t kept[W];
     float studentT[W], student1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
 
     void reset(int K) {
         std::fill_n(kept, W, 0);
-        std::fill_n(unfit, W, 0.0f);
+        std::fill_n(label_nan, W, 0.0f);
         for (int k = 0; k <= K; ++k) {
             Stream& stream = streams[k];
             for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label}) std::fill_n(zeros, W, 0.0f);
@@ -36,7 +36,7 @@ struct Lanes {
         const int K = args.K;
         RowSums<Vec> sums[kMaxStreams];
         RowResult<Vec> result;
-        ResidualCoefficients<Vec> coefficients;
+        GradCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
             const Stream& s = streams[k];
             sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1),
@@ -50,9 +50,10 @@ struct Lanes {
                 result.weights[k] = Vec::load(given);
             }
         }
-        const Vec of_label = Vec::load(unfit);
-        weigh_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, args.grad_scale, result, coefficients);
-        score_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, result);
+        const Vec label_nans = Vec::load(label_nan);
+        compute_weights<LaneMath>(args.formula, K, sums[0], sums + 1, label_nans, args.grad_scale, result,
+                                  coefficients);
+        compute_losses<LaneMath>(args.formula, K, sums[0], sums + 1, label_nans, result);
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
         auto put = [&](int row, Vec x) {
             store_lanes(args.row_stats + row * args.N + begin, Vec::bit_and(x, mask), count);

@@ -160,7 +160,7 @@ struct Row {
     void put(const Sums* sums, Lanes& rows, int lane) const {
         const bool fits = label_fits();
         rows.kept[lane] = -1;
-        rows.unfit[lane] = fits ? 0.0f : NAN;
+        rows.label_nan[lane] = fits ? 0.0f : NAN;
         for (int k = 0; k <= args.K; ++k) {
             Lanes::Stream& stream = rows.streams[k];
             stream.max[lane] = sums[k].max;
@@ -205,7 +205,7 @@ struct Row {
         const float max = rows.streams[0].max[lane];
         const float at = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
         const float a1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
-        functions.residual(e, e1, at, a1, terms, count, args.grad_student, index * args.C + c, n, streaming);
+        functions.grad(e, e1, at, a1, terms, count, args.grad_student, index * args.C + c, n, streaming);
         const int64_t y = args.target[index] - c;
         if (label_fits() && y >= 0 && y < n) {
             float e1_y = keeps_e1() ? e1[y] : e[y];
@@ -220,7 +220,7 @@ struct Row {
         }
     }
 
-    void clear_residual() const {
+    void clear_grad() const {
         const int64_t bytes = args.C * (args.streams[0].dtype == DType::f32 ? 4 : 2);
         std::memset(static_cast<char*>(args.grad_student) + index * bytes, 0, bytes);
     }
@@ -268,7 +268,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
             for (int lane = 0; args.grad_student && lane < count; ++lane) {
                 const Row row = at(lane);
                 if (row.ignored())
-                    row.clear_residual();
+                    row.clear_grad();
                 else
                     for (int64_t b = 0; b < blocks; ++b) row.write_block(b, rows, lane, streaming);
             }
@@ -312,7 +312,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                     row.put(partial.get(), shared, 0);
                 }
                 shared.finish(args, n, 1);
-                if (ignored && args.grad_student) row.clear_residual();
+                if (ignored && args.grad_student) row.clear_grad();
             }
             if (args.grad_student && !ignored)
                 for (int64_t b = begin; b < end; ++b) row.write_block(b, shared, 0, streaming);

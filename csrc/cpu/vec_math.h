@@ -185,10 +185,9 @@ inline void store_lanes(float* p, Vec x, int n) {
 }
 
 template <class T>
-inline const T* row_start(const Matrix& matrix, int64_t inner, int64_t row) {
-    int64_t outer = row / inner;
-    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer +
-           (row - outer * inner) * matrix.stride_inner;
+inline const T* row_start(const Matrix& matrix, int64_t S, int64_t row) {
+    int64_t outer = row / S;
+    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer + (row - outer * S) * matrix.stride_inner;
 }
 
 constexpr int64_t kWorkPerThread = 32 * 1024;  // elements that pay for waking a thread

@@ -10,7 +10,7 @@ struct BatchLaunch {
     int64_t N;
     const int64_t* target;
     int64_t ignore_index;
-    const float* numbers;  // (3, N): loss, hard, soft
+    const float* row_stats;  // loss, hard and soft are read
     MeanOutput mean;
 };
 
@@ -37,9 +37,9 @@ batch_count_kernel(CAMKD_PARAMETER BatchLaunch launch) {
 CAMKD_KERNEL(kBatchThreads, 1)
 batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     const int i = int(block_id());
-    const float* const numbers = launch.numbers + i * launch.N;
+    const float* const stats = launch.row_stats + i * launch.N;
     float sum = 0;
-    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += numbers[n];
+    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += stats[n];
     sum = block_sum(sum);
     if (thread_id() == 0) put_mean(launch.mean, i, sum * launch.mean.others[2]);
 }
@@ -57,7 +57,7 @@ void count_rows(const RowLossArgs& args, const LaunchOptions& options) {
 }
 
 void average_rows(const RowLossArgs& args, const LaunchOptions& options) {
-    launch(&batch_mean_kernel, 3, args, options);
+    launch(&batch_mean_kernel, row_stats::per_teacher, args, options);
 }
 
 }  // namespace camkd::cuda

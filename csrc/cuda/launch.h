@@ -135,7 +135,7 @@ void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Lau
 namespace camkd::cuda {
 
 // The same offset from a 16-byte boundary in every row of all these matrices? N rows, `inner` of them per outer stride.
-inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, int64_t inner) {
+inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, int64_t S) {
     auto bytes = [](const Matrix& m, int64_t elements) {
         return uint64_t(elements) * (m.dtype == DType::f32 ? 4 : 2) % sizeof(Pack);
     };
@@ -145,19 +145,19 @@ inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, i
         const Matrix& other = *matrices[i];
         if (other.dtype != one.dtype || address(other) != address(one)) return false;
         // The stride of a dimension of one row is never used, and arbitrary in torch.
-        if (inner > 1 && bytes(other, other.stride_inner) != bytes(one, one.stride_inner)) return false;
-        if (N > inner && bytes(other, other.stride_outer) != bytes(one, one.stride_outer)) return false;
+        if (S > 1 && bytes(other, other.stride_inner) != bytes(one, one.stride_inner)) return false;
+        if (N > S && bytes(other, other.stride_outer) != bytes(one, one.stride_outer)) return false;
     }
     return true;
 }
 
-inline bool aligned_alike(std::initializer_list<const Matrix*> matrices, int64_t N, int64_t inner) {
-    return aligned_alike(matrices.begin(), int(matrices.size()), N, inner);
+inline bool aligned_alike(std::initializer_list<const Matrix*> matrices, int64_t N, int64_t S) {
+    return aligned_alike(matrices.begin(), int(matrices.size()), N, S);
 }
 
 // An output: (N, C) contiguous.
-inline Matrix dense(const void* data, int64_t C, int64_t inner, DType dtype) {
-    return {data, inner * C, C, dtype};
+inline Matrix dense(const void* data, int64_t C, int64_t S, DType dtype) {
+    return {data, S * C, C, dtype};
 }
 
 // Calls f(T{}) with the element type of the kernel for these dtypes: float also serves any mixture.

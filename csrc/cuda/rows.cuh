@@ -9,10 +9,10 @@
 
 namespace camkd::cuda {
 
-CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t inner, int64_t row) {
-    const int64_t outer = row < inner ? 0 : row / inner;  // a division of 64 bits takes a hundred instructions
+CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t S, int64_t row) {
+    const int64_t outer = row < S ? 0 : row / S;  // a division of 64 bits takes a hundred instructions
     return static_cast<const char*>(matrix.data) +
-           (outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner) * element_bytes(matrix.dtype);
+           (outer * matrix.stride_outer + (row - outer * S) * matrix.stride_inner) * element_bytes(matrix.dtype);
 }
 
 struct Columns {

@@ -157,7 +157,7 @@ struct KnownRow {
     float at[K + 1];
     float studentT, student1, teacher[K];
 
-    CAMKD_DEVICE KnownRow(const Reference* references, const ResidualCoefficients<float>& coefficients) {
+    CAMKD_DEVICE KnownRow(const Reference* references, const GradCoefficients<float>& coefficients) {
         studentT = coefficients.studentT;
         student1 = coefficients.student1;
 #pragma unroll
@@ -169,8 +169,8 @@ struct KnownRow {
 
 // The vector in slot `slot` of the residual. `label` is the label's place in it, or none of 0 .. V - 1.
 template <class T, int K>
-CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature& temperature, const KnownRow<K>& row,
-                                 int label, float at_label, float (&out)[kVector<T>]) {
+CAMKD_DEVICE void fixed_k_grad_vector(const Stash& stash, int slot, const Temperature& temperature,
+                                      const KnownRow<K>& row, int label, float at_label, float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
     Elements<T>::unpack(*stash.slot(0, slot), x);

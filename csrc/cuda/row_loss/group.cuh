@@ -38,7 +38,7 @@ struct RowInfo {
 struct RowState {
     RowSums<float> sums[kMaxStreams];
     RowResult<float> result;
-    ResidualCoefficients<float> coefficients;
+    GradCoefficients<float> coefficients;
     Reference references[kMaxStreams];
     bool plain;  // nothing that only the sweeps for any row can do
 };
@@ -188,7 +188,7 @@ struct RowTeam {
 
     // Two numbers of the batch, the same for all: 1 / rows that count, and what the residual is multiplied by.
     CAMKD_DEVICE float* of_batch() const { return reinterpret_cast<float*>(shared_memory() + launch.batch); }
-    CAMKD_DEVICE float residual_scale() const { return of_batch()[1]; }
+    CAMKD_DEVICE float grad_scale() const { return of_batch()[1]; }
 
     const RowLaunch& launch;
     const int rank;  // of the block in its cluster

@@ -50,16 +50,17 @@ class RowKernel {
             if (team_.merges()) {
 #pragma unroll 1
                 for (int r = 0; r < team_.together(); ++r) {
-                    weigh(infos[r], r);
-                    if (WarpTeams) score(infos[r], r);
+                    compute_weights(infos[r], r);
+                    if (WarpTeams) write_row_stats(infos[r], r);
                 }
             }
             team_.barrier();
             // Not by the warp that the next row waits for most, and by one block after the other.
-            if (!WarpTeams && team_.prepares() && (turn & (team_.cluster() - 1)) == team_.rank) score(infos[0], 0);
+            if (!WarpTeams && team_.prepares() && (turn & (team_.cluster() - 1)) == team_.rank)
+                write_row_stats(infos[0], 0);
             for (int b = team_.launch.args.grad_student ? team_.batches() - 1 : 0; b >= 0; --b) {
 #pragma unroll 1
-                for (int r = 0; r < team_.together(); ++r) residual(infos[r], r, b, parity);
+                for (int r = 0; r < team_.together(); ++r) write_grad(infos[r], r, b, parity);
             }
         }
         if (team_.launch.alone) add_up();
@@ -125,8 +126,9 @@ class RowKernel {
         }
     }
 
-    // What the residual waits for, weigh_row of row_math.h with a lane for each teacher and the others for the student.
-    CAMKD_DEVICE void weigh(const RowInfo& info, int r) const {
+    // What the residual waits for, compute_weights of row_math.h with a lane for each teacher and the others for the
+    // student.
+    CAMKD_DEVICE void compute_weights(const RowInfo& info, int r) const {
         const RowLossArgs& args = team_.launch.args;
         if (team_.launch.debug) check_label(!info.kept || info.fits);
         if (!info.kept) return;
@@ -153,7 +155,7 @@ class RowKernel {
             const float entropy = log_sum1 - sums.plogp / sum1, total = over_teachers(entropy);
             weight = 1.0f - ScalarMath::where_positive(total, entropy / total, 1.0f / float(K));
         }
-        const float total = over_teachers(weight), scale = team_.residual_scale();
+        const float total = over_teachers(weight), scale = team_.grad_scale();
         const float soft_scale = args.formula.soft_weight * args.formula.temperature * scale;
         // The coefficients of the residual take the factors that the exponentials of their references lack.
         const Reference reference(max, team_.temperature().scale);
@@ -166,7 +168,7 @@ class RowKernel {
             state.result.teacher_ce[team_.lane()] = ce;
             state.result.weights[team_.lane()] = weight;
         } else if (team_.lane() == K) {
-            state.coefficients.studentT = (soft_scale * total / sumT + unfit(info)) * reference.factor();
+            state.coefficients.studentT = (soft_scale * total / sumT + label_nan(info)) * reference.factor();
             state.coefficients.student1 =
                 label_coefficient(args.formula, scale) / sum1 * team_.temperature().factor1(reference, max);
             state.result.hard = ce;
@@ -177,7 +179,7 @@ class RowKernel {
         warp_barrier();
     }
 
-    static CAMKD_DEVICE float unfit(const RowInfo& info) { return info.fits ? 0.0f : NAN; }
+    static CAMKD_DEVICE float label_nan(const RowInfo& info) { return info.fits ? 0.0f : NAN; }
 
     // The sum of a number of every teacher, in their order.
     CAMKD_DEVICE float over_teachers(float x) const {
@@ -186,9 +188,9 @@ class RowKernel {
         return sum;
     }
 
-    // The numbers that nothing waits for, score_row of row_math.h in the same way, and all of them where they are
+    // The numbers that nothing waits for, compute_losses of row_math.h in the same way, and all of them where they are
     // wanted.
-    CAMKD_DEVICE void score(const RowInfo& info, int r) const {
+    CAMKD_DEVICE void write_row_stats(const RowInfo& info, int r) const {
         const RowLossArgs& args = team_.launch.args;
         const Formula& formula = args.formula;
         if (info.row >= args.N) return;
@@ -206,20 +208,24 @@ class RowKernel {
                    over_teachers(product_or_zero<ScalarMath>(weight, divergence));
             // A label outside [0, C) makes the whole row NaN, whatever the weights are.
             loss = product_or_zero<ScalarMath>(formula.hard_weight, hard) +
-                   product_or_zero<ScalarMath>(formula.soft_weight, soft) + unfit(info);
+                   product_or_zero<ScalarMath>(formula.soft_weight, soft) + label_nan(info);
         }
-        float* const numbers = args.row_stats + info.row;
-        if (team_.lane() < 3)
-            numbers[team_.lane() * args.N] = team_.lane() == 0 ? loss : team_.lane() == 1 ? hard : soft;
+        float* const stats = args.row_stats + info.row;
+        // Lanes 0, 1 and 2 write a row of row_stats each.
+        static_assert(row_stats::loss == 0 && row_stats::hard == 1 && row_stats::soft == 2);
+        if (team_.lane() <= row_stats::soft)
+            stats[team_.lane() * args.N] = team_.lane() == row_stats::loss   ? loss
+                                           : team_.lane() == row_stats::hard ? hard
+                                                                             : soft;
         if (team_.lane() < K) {
-            numbers[(3 + k) * args.N] = divergence;
-            numbers[(3 + K + k) * args.N] = ce;
-            numbers[(3 + 2 * K + k) * args.N] = weight;
+            stats[row_stats::divergence(k) * args.N] = divergence;
+            stats[row_stats::teacher_ce(K, k) * args.N] = ce;
+            stats[row_stats::weight(K, k) * args.N] = weight;
         }
     }
 
     // Batch b of a row's residual; what is needed next takes its place in the stash.
-    CAMKD_DEVICE void residual(const RowInfo& info, int r, int b, int parity) const {
+    CAMKD_DEVICE void write_grad(const RowInfo& info, int r, int b, int parity) const {
         const RowLossArgs& args = team_.launch.args;
         if (info.row >= args.N) return;
         const RowInfo& after = b > 0 ? info : team_.infos(parity ^ 1)[r];
@@ -231,9 +237,9 @@ class RowKernel {
             copies_wait();
             const RowState& state = team_.rows()[r];
             if (Teachers > 0 && state.plain)
-                known_residuals(info, state, team_.batch_of(info, r, b), b, out, after, next);
+                fixed_k_grad(info, state, team_.batch_of(info, r, b), b, out, after, next);
             else
-                any_residuals(info, state, team_.batch_of(info, r, b), b, out, after, next);
+                general_grad(info, state, team_.batch_of(info, r, b), b, out, after, next);
             return;
         }
         if (args.grad_student != nullptr) {
@@ -253,28 +259,29 @@ class RowKernel {
         return columns;
     }
 
-    CAMKD_DEVICE void any_residuals(const RowInfo& info, const RowState& state, const Batch& batch, int b, char* out,
-                                    const RowInfo& after, const Batch& next) const {
+    CAMKD_DEVICE void general_grad(const RowInfo& info, const RowState& state, const Batch& batch, int b, char* out,
+                                   const RowInfo& after, const Batch& next) const {
         const Columns columns = columns_out(batch);
-        const float at_label = label_coefficient(team_.launch.args.formula, team_.residual_scale());
+        const float at_label = label_coefficient(team_.launch.args.formula, team_.grad_scale());
         const int labelled = team_.label_slot(info, b);
 #pragma unroll 1
         for (int i = 0; i < batch.count; ++i) {
             if (i < batch.held) {
                 float x[V];
-                residual_vector<T>(team_.stash(), batch, i, team_.launch.args.K, team_.temperature(), state.references,
-                                   state.sums, state.coefficients, i == labelled ? info.label_place : -1, at_label, x);
+                general_grad_vector<T>(team_.stash(), batch, i, team_.launch.args.K, team_.temperature(),
+                                       state.references, state.sums, state.coefficients,
+                                       i == labelled ? info.label_place : -1, at_label, x);
                 store_vector<T>(out, team_.launch.args.streams[0].dtype, columns, batch.vector(i), x);
             }
             team_.fetch_slot(after, next, i);
         }
     }
 
-    CAMKD_DEVICE void known_residuals(const RowInfo& info, const RowState& state, const Batch& batch, int b, char* out,
-                                      const RowInfo& after, const Batch& next) const {
+    CAMKD_DEVICE void fixed_k_grad(const RowInfo& info, const RowState& state, const Batch& batch, int b, char* out,
+                                   const RowInfo& after, const Batch& next) const {
         constexpr int K = Known;
         const Columns columns = columns_out(batch);
-        const float at_label = label_coefficient(team_.launch.args.formula, team_.residual_scale());
+        const float at_label = label_coefficient(team_.launch.args.formula, team_.grad_scale());
         const int labelled = team_.label_slot(info, b);
         const KnownRow<K> row(state.references, state.coefficients);
         const char* addresses[K + 1];
@@ -284,8 +291,8 @@ class RowKernel {
         for (int i = 0; i < batch.count; ++i) {
             if (i < batch.held) {
                 float x[V];
-                known_residual<T, K>(team_.stash(), batch.begin + i, team_.temperature(), row,
-                                     i == labelled ? info.label_place : -1, at_label, x);
+                fixed_k_grad_vector<T, K>(team_.stash(), batch.begin + i, team_.temperature(), row,
+                                          i == labelled ? info.label_place : -1, at_label, x);
                 store_vector<T>(out, team_.launch.args.streams[0].dtype, columns, batch.vector(i), x);
             }
             if (i >= next.held) continue;
@@ -300,7 +307,7 @@ class RowKernel {
     CAMKD_DEVICE void add_up() {
         cluster_barrier(true);
         if (cluster_rank() != 0) return;
-        for (int i = thread_id() / kWarp; i < 3; i += block_threads() / kWarp) {
+        for (int i = thread_id() / kWarp; i < row_stats::per_teacher; i += block_threads() / kWarp) {
             float sum = 0;
             for (int64_t n = team_.lane(); n < team_.launch.args.N; n += kWarp)
                 sum += team_.launch.args.row_stats[i * team_.launch.args.N + n];

@@ -192,10 +192,10 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
 // Vector(i) of the residual. `label` is the label's place in it, or none of 0 .. V - 1. The coefficients contain the
 // factors of their streams' references.
 template <class T>
-CAMKD_DEVICE void residual_vector(const Stash& stash, const Batch& batch, int i, int K, Temperature temperature,
-                                  const Reference* references, const RowSums<float>* sums,
-                                  const ResidualCoefficients<float>& coefficients, int label, float label_coefficient,
-                                  float (&out)[kVector<T>]) {
+CAMKD_DEVICE void general_grad_vector(const Stash& stash, const Batch& batch, int i, int K, Temperature temperature,
+                                      const Reference* references, const RowSums<float>* sums,
+                                      const GradCoefficients<float>& coefficients, int label, float label_coefficient,
+                                      float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
     Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
