@@ -41,7 +41,7 @@ batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     float sum = 0;
     for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += stats[n];
     sum = block_sum(sum);
-    if (thread_id() == 0) put_mean(launch.mean, i, sum * launch.mean.others[2]);
+    if (thread_id() == 0) write_mean(launch.mean, i, sum * launch.mean.others[2]);
 }
 
 void launch(void (*kernel)(BatchLaunch), int64_t blocks, const RowLossArgs& args, const LaunchOptions& options) {

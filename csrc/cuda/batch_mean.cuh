@@ -12,7 +12,7 @@ CAMKD_DEVICE float inverse_of(float count) {
 }
 
 // Number i of loss, hard, soft.
-CAMKD_DEVICE void put_mean(const MeanOutput& mean, int i, float value) {
+CAMKD_DEVICE void write_mean(const MeanOutput& mean, int i, float value) {
     *(i == 0 ? mean.loss : mean.others + i - 1) = value;
 }
 

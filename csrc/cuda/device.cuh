@@ -146,13 +146,13 @@ CAMKD_DEVICE void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) 
 #endif
 }
 // Until the bytes of wait number `turn` have come.
-CAMKD_DEVICE void mailbox_wait(Mailbox* box, int turn) {
+CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .pred done;\n"
         "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again_%=; }" ::"r"(shared_address(box)),
-        "r"(turn & 1)
+        "r"(phase & 1)
         : "memory");
 #endif
 }
@@ -232,8 +232,8 @@ CAMKD_DEVICE uint32_t max_bfloats(uint32_t a, uint32_t b) {
 }
 
 // CAMKD_FAST_DEBUG=1: stops the kernel with a message.
-CAMKD_DEVICE void check_label(bool fits) {
-    assert(fits && "camkd_fast: a label lies outside [0, C)");
+CAMKD_DEVICE void check_label(bool label_valid) {
+    assert(label_valid && "camkd_fast: a label lies outside [0, C)");
 }
 
 }  // namespace camkd::cuda

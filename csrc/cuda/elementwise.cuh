@@ -10,7 +10,7 @@ namespace camkd::cuda {
 struct FeatureLaunch {
     FeatureArgs args;
     int M[kMaxTeachers];  // columns are counted in 32 bits on the device
-    bool warp_teams;
+    bool warp_per_row;
     bool wide[kMaxTeachers];
 };
 
@@ -20,17 +20,17 @@ CAMKD_KERNEL(kBlockThreads, 2)
 feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    const int warps = team.members / kWarp, warp = team.member / kWarp, lane = thread_id() % kWarp;
+    const ThreadGroup group(launch.warp_per_row);
+    const int warps = group.members / kWarp, warp = group.member / kWarp, lane = thread_id() % kWarp;
     float* const partial = reinterpret_cast<float*>(shared_memory());
-    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+    for (int64_t item = group.index; item < args.N * args.K; item += group.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
         const char *r = row_address(student, args.N, n), *f = row_address(teacher, args.N, n);
         const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], r);
         float sum = 0;
-        for (int v = team.member; v < columns.vectors; v += team.members) {
+        for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V], y[V];
             load_vector<T>(r, student.dtype, columns, v, 0.0f, x);
             load_vector<T>(f, teacher.dtype, columns, v, 0.0f, y);
@@ -40,11 +40,11 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         sum = warp_sum(sum);
         if (warps > 1) {
             if (lane == 0) partial[warp] = sum;
-            team.barrier();
+            group.barrier();
             sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
-            team.barrier();  // before the next row's
+            group.barrier();  // before the next row's
         }
-        if (team.member == 0) args.error[item] = sum / float(launch.M[k]);
+        if (group.member == 0) args.error[item] = sum / float(launch.M[k]);
     }
 }
 
@@ -53,8 +53,8 @@ CAMKD_KERNEL(kBlockThreads, 2)
 feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+    const ThreadGroup group(launch.warp_per_row);
+    for (int64_t item = group.index; item < args.N * args.K; item += group.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
@@ -62,7 +62,7 @@ feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         char* out = static_cast<char*>(args.grads[k]) + n * launch.M[k] * element_bytes(student.dtype);
         const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], out);
         const float g = args.grad_error[item] * (2.0f / float(launch.M[k]));
-        for (int v = team.member; v < columns.vectors; v += team.members) {
+        for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V], y[V];
             load_vector<T>(r, student.dtype, columns, v, 0.0f, x);
             load_vector<T>(f, teacher.dtype, columns, v, 0.0f, y);

@@ -49,10 +49,10 @@ struct Reference {
 #pragma unroll
         for (int j = 0; j < V; ++j) x[j] = (x[j] - finite(max)) * scale;
     }
-    CAMKD_DEVICE float left() const { return far() ? 0.0f : rest; }
+    CAMKD_DEVICE float correction() const { return far() ? 0.0f : rest; }
     // 2^-left, the factor that sums of exponentials lack; the hardware's exponential would err by 2 ulp.
     CAMKD_DEVICE float factor() const {
-        const float y = left() * 0.693147181f;
+        const float y = correction() * 0.693147181f;
         return 1.0f - (y - 0.5f * y * y);
     }
 };

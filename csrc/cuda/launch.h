@@ -51,11 +51,11 @@ inline Limits read_limits(int device) {
 // Asked of the driver once per device.
 inline const Limits& device_limits() {
     static std::mutex mutex;
-    static std::map<int, Limits> known;
+    static std::map<int, Limits> cache;
     const int device = current_device();
     std::lock_guard<std::mutex> lock(mutex);
-    auto at = known.find(device);
-    if (at == known.end()) at = known.emplace(device, read_limits(device)).first;
+    auto at = cache.find(device);
+    if (at == cache.end()) at = cache.emplace(device, read_limits(device)).first;
     return at->second;
 }
 
@@ -86,12 +86,12 @@ cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaL
 template <class Launch>
 int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> known;
+    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> cache;
     const void* address = reinterpret_cast<const void*>(kernel);
     const auto key = std::make_tuple(current_device(), address, config.threads, config.cluster, config.shared);
     std::lock_guard<std::mutex> lock(mutex);
-    auto at = known.find(key);
-    if (at != known.end()) return at->second;
+    auto at = cache.find(key);
+    if (at != cache.end()) return at->second;
     // The most of the device, so that launches of other threads need not agree on an order.
     check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_per_block),
           "shared memory of a kernel");
@@ -115,7 +115,7 @@ int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
               "occupancy of a kernel");
         count *= device_limits().multiprocessors;
     }
-    known[key] = count;
+    cache[key] = count;
     return count;
 }
 

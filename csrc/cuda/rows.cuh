@@ -72,17 +72,17 @@ CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, i
 }
 
 // The threads that share a row where it takes no more than a block: a warp or the block. (row_team.cuh: the loss's.)
-struct Team {
+struct ThreadGroup {
     bool is_warp;
     int member, members;
     int64_t index, count;  // of teams in the grid
 
-    CAMKD_DEVICE Team(bool warp_teams) : is_warp(warp_teams) {
+    CAMKD_DEVICE ThreadGroup(bool warp_per_row) : is_warp(warp_per_row) {
         const int warps = block_threads() / kWarp;
-        member = warp_teams ? thread_id() % kWarp : thread_id();
-        members = warp_teams ? kWarp : block_threads();
-        index = warp_teams ? block_id() * warps + thread_id() / kWarp : block_id();
-        count = warp_teams ? block_count() * warps : block_count();
+        member = warp_per_row ? thread_id() % kWarp : thread_id();
+        members = warp_per_row ? kWarp : block_threads();
+        index = warp_per_row ? block_id() * warps + thread_id() / kWarp : block_id();
+        count = warp_per_row ? block_count() * warps : block_count();
     }
     CAMKD_DEVICE void barrier() const {
         if (is_warp)

@@ -69,14 +69,14 @@ CAMKD_DEVICE float warp_fold(const float (&x)[N], int lane, float neutral, Op op
 
 // Maxima of the warp's vectors of K + 1 streams, in every lane.
 template <class T, int K>
-CAMKD_DEVICE void known_maxima(const Stash& stash, const Batch& batch, int lane, float (&max)[K + 1]) {
+CAMKD_DEVICE void fixed_k_maxima(const RowBuffer& buffer, const Chunk& chunk, int lane, float (&max)[K + 1]) {
     Pack top[K + 1];
 #pragma unroll
     for (int k = 0; k <= K; ++k) top[k] = lowest_pack<T>();
 #pragma unroll 1
-    for (int i = 0; i < batch.held; ++i) {
+    for (int i = 0; i < chunk.held; ++i) {
 #pragma unroll
-        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *stash.slot(k, batch.begin + i));
+        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *buffer.slot(k, chunk.begin + i));
     }
 #pragma unroll
     for (int k = 0; k <= K; ++k) max[k] = highest<T>(top[k]);
@@ -102,13 +102,13 @@ CAMKD_DEVICE float element_at(const float (&x)[N], int k) {
 
 // Sums over the thread's vectors, relative to `at`.
 template <class T, int K, int P>
-CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale, const float (&at)[K + 1],
-                             float (&sums)[kSums * (K + 1)]) {
+CAMKD_DEVICE void fixed_k_sums(const RowBuffer& buffer, const Chunk& chunk, float scale, const float (&at)[K + 1],
+                               float (&sums)[kSums * (K + 1)]) {
     constexpr int V = kVector<T>;
 #pragma unroll 1
-    for (int i = 0; i < batch.held; ++i) {
+    for (int i = 0; i < chunk.held; ++i) {
         float s[V], cross[K], check = 0;
-        Elements<T>::unpack(*stash.slot(0, batch.begin + i), s);
+        Elements<T>::unpack(*buffer.slot(0, chunk.begin + i), s);
         Reference::scale_from(at[0], scale, s);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -120,7 +120,7 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
         for (int k = 0; k < K; ++k) {
             float* const of = sums + kSums * (k + 1);
             float z[V];
-            Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+            Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
             Reference::scale_from(at[k + 1], scale, z);
             cross[k] = 0;
 #pragma unroll
@@ -137,7 +137,7 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
 #pragma unroll 1
             for (int k = 0; k < K; ++k) {
                 float z[V], e[V];
-                Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+                Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
                 Reference::scale_from(element_at(at, k + 1), scale, z);
                 exps(z, e);
                 const float careful = cross_term(e, z, s);
@@ -153,11 +153,11 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
 
 // What the residual of a row needs, the same for all threads.
 template <int K>
-struct KnownRow {
+struct FixedKRow {
     float at[K + 1];
     float studentT, student1, teacher[K];
 
-    CAMKD_DEVICE KnownRow(const Reference* references, const GradCoefficients<float>& coefficients) {
+    CAMKD_DEVICE FixedKRow(const Reference* references, const GradCoefficients<float>& coefficients) {
         studentT = coefficients.studentT;
         student1 = coefficients.student1;
 #pragma unroll
@@ -169,18 +169,18 @@ struct KnownRow {
 
 // The vector in slot `slot` of the residual. `label` is the label's place in it, or none of 0 .. V - 1.
 template <class T, int K>
-CAMKD_DEVICE void fixed_k_grad_vector(const Stash& stash, int slot, const Temperature& temperature,
-                                      const KnownRow<K>& row, int label, float at_label, float (&out)[kVector<T>]) {
+CAMKD_DEVICE void fixed_k_grad_vector(const RowBuffer& buffer, int slot, const Temperature& temperature,
+                                      const FixedKRow<K>& row, int label, float at_label, float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
-    Elements<T>::unpack(*stash.slot(0, slot), x);
+    Elements<T>::unpack(*buffer.slot(0, slot), x);
     Reference::scale_from(row.at[0], temperature.scale, x);
     exps(x, e);
 #pragma unroll
     for (int j = 0; j < V; ++j) out[j] = row.studentT * e[j];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        Elements<T>::unpack(*stash.slot(k + 1, slot), x);
+        Elements<T>::unpack(*buffer.slot(k + 1, slot), x);
         Reference::scale_from(row.at[k + 1], temperature.scale, x);
 #pragma unroll
         for (int j = 0; j < V; ++j) out[j] = fmaf(-row.teacher[k], exp2_fast(x[j]), out[j]);
@@ -200,7 +200,7 @@ CAMKD_DEVICE void fixed_k_grad_vector(const Stash& stash, int slot, const Temper
 // The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) for each stream; put(k, field, value)
 // for each number of it, `field` counting those of StreamState but for the entropy.
 template <int K, class Load, class Put>
-CAMKD_DEVICE void known_merge(int lane, int parts, float scale, Load load, Put put) {
+CAMKD_DEVICE void fixed_k_merge(int lane, int parts, float scale, Load load, Put put) {
     State states[K + 1];
     float max[K + 1], sums[kSums * (K + 1)];
     if (lane < parts) {

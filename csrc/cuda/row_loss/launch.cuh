@@ -7,22 +7,22 @@
 namespace camkd::cuda {
 
 // The kernel for `known` teachers, or for any number (0).
-template <class T, bool WarpTeams>
-auto kernel_of(int known) {
-    static_assert(kMostKnownTeachers == 5);
-    switch (known) {
+template <class T, bool WarpPerRow>
+auto kernel_for(int fixed_k) {
+    static_assert(kMaxFixedK == 5);
+    switch (fixed_k) {
         case 1:
-            return &row_loss_kernel<T, WarpTeams, 1>;
+            return &row_loss_kernel<T, WarpPerRow, 1>;
         case 2:
-            return &row_loss_kernel<T, WarpTeams, 2>;
+            return &row_loss_kernel<T, WarpPerRow, 2>;
         case 3:
-            return &row_loss_kernel<T, WarpTeams, 3>;
+            return &row_loss_kernel<T, WarpPerRow, 3>;
         case 4:
-            return &row_loss_kernel<T, WarpTeams, 4>;
+            return &row_loss_kernel<T, WarpPerRow, 4>;
         case 5:
-            return &row_loss_kernel<T, WarpTeams, 5>;
+            return &row_loss_kernel<T, WarpPerRow, 5>;
         default:
-            return &row_loss_kernel<T, WarpTeams, 0>;
+            return &row_loss_kernel<T, WarpPerRow, 0>;
     }
 }
 
@@ -38,16 +38,16 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
     problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
     problem.vector = kVector<T>;
-    problem.wants_mean = args.mean.loss != nullptr;
-    const bool plain = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
-    problem.known = plain && args.K <= kMostKnownTeachers ? args.K : 0;
+    problem.needs_mean = args.mean.loss != nullptr;
+    const bool common_case = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
+    problem.fixed_k = common_case && args.K <= kMaxFixedK ? args.K : 0;
     RowShared::measure(problem);
     Limits limits = device_limits();
     RowGeometry& g = launch.geometry;
     void (*kernel)(RowLaunch) = nullptr;
     for (;; limits.cluster /= 2) {
         g = row_geometry(problem, limits);
-        kernel = g.warp_teams ? kernel_of<T, true>(problem.known) : kernel_of<T, false>(problem.known);
+        kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
         // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
         if (resident == 0 && g.cluster > 1) continue;
@@ -55,11 +55,11 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
         break;
     }
     RowShared::lay_out(launch, problem);
-    launch.alone = problem.wants_mean && g.warp_teams && g.blocks == g.cluster;
-    const bool apart = problem.wants_mean && !launch.alone;
-    if (apart) count_rows(args, options);
+    launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
+    const bool separate_kernels = problem.needs_mean && !launch.single_cluster;
+    if (separate_kernels) count_rows(args, options);
     launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);
-    if (apart) average_rows(args, options);
+    if (separate_kernels) average_rows(args, options);
 }
 
 extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);

@@ -9,21 +9,21 @@
 
 namespace camkd::cuda {
 
-// Teachers whose sums one sweep keeps in registers, five numbers each; a fourth would spill. More take another sweep.
+// FixedK whose sums one sweep keeps in registers, five numbers each; a fourth would spill. More take another sweep.
 constexpr int kTeacherGroup = 3;
 
 using State = StreamState<float>;
 
 // Slot i of stream k; one slot of all threads is contiguous, so that no two of them meet in a bank.
-struct Stash {
-    Pack* mine;
+struct RowBuffer {
+    Pack* first;
     int slots, stride;  // slots per stream, threads of the block
 
-    CAMKD_DEVICE Pack* slot(int k, int i) const { return mine + int64_t(k * slots + i) * stride; }
+    CAMKD_DEVICE Pack* slot(int k, int i) const { return first + int64_t(k * slots + i) * stride; }
 };
 
 // The vectors of one row in slots begin .. begin + held - 1, of `count` that there are: vector(i) in slot begin + i.
-struct Batch {
+struct Chunk {
     Columns columns;
     int first, stride;  // vector(i) = first + i * stride
     int begin, count, held;
@@ -33,28 +33,28 @@ struct Batch {
 
 // Starts copying vector(i) of every stream, a whole one.
 template <class T>
-CAMKD_DEVICE void fetch_whole(const Stash& stash, const Batch& batch, int i, const char* const* addresses, int K) {
-    const int v = batch.vector(i);
+CAMKD_DEVICE void fetch_whole(const RowBuffer& buffer, const Chunk& chunk, int i, const char* const* addresses, int K) {
+    const int v = chunk.vector(i);
 #pragma unroll
     for (int k = 0; k <= K; ++k)
-        copy_async(stash.slot(k, batch.begin + i), vector_address<T>(addresses[k], batch.columns, v));
+        copy_async(buffer.slot(k, chunk.begin + i), vector_address<T>(addresses[k], chunk.columns, v));
 }
 
 // Vector(i) of every stream by the element, -inf beyond the row.
 template <class T>
-CAMKD_DEVICE void fetch_elements(const Stash& stash, const Batch& batch, int i, const Matrix* streams,
+CAMKD_DEVICE void fetch_elements(const RowBuffer& buffer, const Chunk& chunk, int i, const Matrix* streams,
                                  const char* const* addresses, int K) {
 #pragma unroll 1
     for (int k = 0; k <= K; ++k)
-        *stash.slot(k, batch.begin + i) =
-            gather<T>(addresses[k], streams[k].dtype, batch.columns, batch.vector(i), -INFINITY);
+        *buffer.slot(k, chunk.begin + i) =
+            gather<T>(addresses[k], streams[k].dtype, chunk.columns, chunk.vector(i), -INFINITY);
 }
 
 template <class T>
-CAMKD_DEVICE float stash_max(const Stash& stash, const Batch& batch, int k) {
+CAMKD_DEVICE float general_max(const RowBuffer& buffer, const Chunk& chunk, int k) {
     Pack top = lowest_pack<T>();
 #pragma unroll 2
-    for (int i = 0; i < batch.held; ++i) top = max_pack<T>(top, *stash.slot(k, batch.begin + i));
+    for (int i = 0; i < chunk.held; ++i) top = max_pack<T>(top, *buffer.slot(k, chunk.begin + i));
     return highest<T>(top);
 }
 
@@ -105,10 +105,10 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
 // columns at a time: with all that the compiler must provide for, eight of four streams would take more registers than
 // there are.
 template <class T, int V>
-CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool entropy, Temperature temperature,
-                             int lane, State* states) {
+CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int K, bool entropy,
+                               Temperature temperature, int lane, State* states) {
     const float scale = temperature.scale;
-    const Reference of_student(states[0].max, scale);
+    const Reference student_reference(states[0].max, scale);
     for (int first = 1; first <= K; first += kTeacherGroup) {
         State student, teachers[kTeacherGroup];
         float at[kTeacherGroup];
@@ -120,15 +120,15 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
             at[g] = reference.at;
             far = far || reference.far();
         }
-        for (int i = 0; i < batch.held; ++i) {
+        for (int i = 0; i < chunk.held; ++i) {
 #pragma unroll 1
             for (int part = 0; part < kVector<T> / V; ++part) {
                 const auto read = [&](int k, float (&x)[V]) {
-                    Elements<T>::unpack_part(stash.slot(k, batch.begin + i), part, x);
+                    Elements<T>::unpack_part(buffer.slot(k, chunk.begin + i), part, x);
                 };
                 float s[V], e[V];
                 read(0, s);
-                of_student.apply(scale, states[0].max, s);
+                student_reference.apply(scale, states[0].max, s);
                 if (first == 1) {
                     exps(s, e);
 #pragma unroll
@@ -165,8 +165,8 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
         if (first == 1) {
             const float sumT = warp_sum(student.sumT), sum1 = warp_sum(student.sum1);
             if (lane == 0) {
-                states[0].sumT = sumT * of_student.factor();
-                states[0].sum1 = sum1 * temperature.factor1(of_student, states[0].max);
+                states[0].sumT = sumT * student_reference.factor();
+                states[0].sum1 = sum1 * temperature.factor1(student_reference, states[0].max);
             }
         }
 #pragma unroll
@@ -182,8 +182,9 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
                 to.sumT = sumT * factor;
                 to.sum1 = sum1 * factor1;
                 // Back from scaled distances to logits.
-                to.cross = (cross - (reference.left() - of_student.left()) * sumT) * (factor * temperature.inverse);
-                to.plogp = (plogp - reference.left() * sum1) * (factor1 * temperature.inverse);
+                to.cross = (cross - (reference.correction() - student_reference.correction()) * sumT) *
+                           (factor * temperature.inverse);
+                to.plogp = (plogp - reference.correction() * sum1) * (factor1 * temperature.inverse);
             }
         }
     }
@@ -192,13 +193,13 @@ CAMKD_DEVICE void stash_sums(const Stash& stash, const Batch& batch, int K, bool
 // Vector(i) of the residual. `label` is the label's place in it, or none of 0 .. V - 1. The coefficients contain the
 // factors of their streams' references.
 template <class T>
-CAMKD_DEVICE void general_grad_vector(const Stash& stash, const Batch& batch, int i, int K, Temperature temperature,
-                                      const Reference* references, const RowSums<float>* sums,
+CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chunk, int i, int K,
+                                      Temperature temperature, const Reference* references, const RowSums<float>* sums,
                                       const GradCoefficients<float>& coefficients, int label, float label_coefficient,
                                       float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
-    Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
+    Elements<T>::unpack(*buffer.slot(0, chunk.begin + i), x);
     references[0].apply(temperature.scale, sums[0].max, x);
     exps(x, e);
 #pragma unroll
@@ -207,13 +208,13 @@ CAMKD_DEVICE void general_grad_vector(const Stash& stash, const Batch& batch, in
         const float coefficient = coefficients.teacher[k];
         // Weight 0 drops the teacher, even one whose logits are NaN.
         if (coefficient == 0) continue;
-        Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), x);
+        Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), x);
         references[k + 1].apply(temperature.scale, sums[k + 1].max, x);
 #pragma unroll
         for (int j = 0; j < V; ++j) out[j] = fmaf(-coefficient, exp2_fast(x[j]), out[j]);
     }
     if (temperature.power == 0) {
-        Elements<T>::unpack(*stash.slot(0, batch.begin + i), x);
+        Elements<T>::unpack(*buffer.slot(0, chunk.begin + i), x);
         Reference(sums[0].max, kLog2E).apply(kLog2E, sums[0].max, x);
         exps(x, e);
     } else {
@@ -235,7 +236,7 @@ CAMKD_DEVICE void general_grad_vector(const Stash& stash, const Batch& batch, in
 
 // The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) and store(k, state) for each stream.
 template <class Load, class Store>
-CAMKD_DEVICE void merge_lanes(int lane, int parts, int K, float inverseT, Load load, Store store) {
+CAMKD_DEVICE void general_merge(int lane, int parts, int K, float inverseT, Load load, Store store) {
     const bool live = lane < parts;
     State state = live ? load(lane, 0) : State();
     const float old_student = state.max, student = warp_max(old_student);

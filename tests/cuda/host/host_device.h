@@ -37,7 +37,7 @@ namespace host {
 
 using Barrier = std::barrier<>;
 
-// A warp's exchange of values: two sets of slots by turns, so that one barrier per exchange is enough.
+// A warp's exchange of values: two sets of slots by phases, so that one barrier per exchange is enough.
 struct Warp {
     Barrier barrier{kWarp};
     float slots[2][kWarp];
@@ -66,7 +66,7 @@ struct Thread {
     Cluster* cluster;
     int rank, thread, threads;
     int64_t block, blocks;
-    int turn = 0;
+    int parity = 0;
     std::vector<std::pair<Pack*, const void*>> copies;
 
     Block& own_block() const { return *cluster->blocks[rank]; }
@@ -78,8 +78,8 @@ inline thread_local Thread* self = nullptr;
 // Every lane's value, in order of the lanes.
 inline const float* exchange(float x) {
     Warp& warp = self->own_warp();
-    float* slots = warp.slots[self->turn];
-    self->turn ^= 1;
+    float* slots = warp.slots[self->parity];
+    self->parity ^= 1;
     slots[self->thread % kWarp] = x;
     warp.barrier.arrive_and_wait();
     return slots;
@@ -102,15 +102,15 @@ float butterfly(float x, F f) {
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
     for (int64_t first = 0; first < blocks; first += cluster_size) {
         Cluster cluster(cluster_size, threads, shared);
-        std::vector<std::thread> team;
+        std::vector<std::thread> running;
         for (int rank = 0; rank < cluster_size; ++rank)
             for (int thread = 0; thread < threads; ++thread)
-                team.emplace_back([&, rank, thread, first] {
-                    Thread me{&cluster, rank, thread, threads, first + rank, blocks};
-                    self = &me;
+                running.emplace_back([&, rank, thread, first] {
+                    Thread current{&cluster, rank, thread, threads, first + rank, blocks};
+                    self = &current;
                     kernel();
                 });
-        for (auto& one : team) one.join();
+        for (auto& one : running) one.join();
     }
 }
 
@@ -171,22 +171,22 @@ inline bool warp_any(bool x) {
 inline char* shared_memory() {
     return reinterpret_cast<char*>(host::self->own_block().shared.get());
 }
-// What a block keeps where this one has `mine`.
+// What a block keeps where this one has `own`.
 template <class T>
-T* remote(T* mine, int rank) {
-    const auto offset = reinterpret_cast<char*>(mine) - shared_memory();
+T* remote(T* own, int rank) {
+    const auto offset = reinterpret_cast<char*>(own) - shared_memory();
     return reinterpret_cast<T*>(reinterpret_cast<char*>(host::self->cluster->blocks[rank]->shared.get()) + offset);
 }
 
 // Bytes that are still to come, `kUnknown` more until it is known how many, and how often all had come.
 struct Mailbox {
     static constexpr int32_t kUnknown = 1 << 24;
-    std::atomic<int32_t> missing, turns;
+    std::atomic<int32_t> missing, phases;
 
     void add(int32_t bytes) {
         if (missing.fetch_add(bytes) + bytes != 0) return;
         missing.fetch_add(kUnknown);
-        turns.fetch_add(1);
+        phases.fetch_add(1);
     }
 };
 inline void mailbox_open(Mailbox* box) {
@@ -199,10 +199,10 @@ inline void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
     *remote(at, rank) = p;
     remote(box, rank)->add(-int32_t(sizeof(Pack)));
 }
-inline void mailbox_wait(Mailbox* box, int turn) {
+inline void mailbox_wait(Mailbox* box, int phase) {
 #ifndef CAMKD_DROP_MAILBOX_WAIT
     const auto start = std::chrono::steady_clock::now();
-    while (box->turns.load() <= turn) {
+    while (box->phases.load() <= phase) {
         std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
@@ -287,8 +287,8 @@ inline uint32_t max_bfloats(uint32_t a, uint32_t b) {
                              std::fmax(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
 }
 
-inline void check_label(bool fits) {
-    if (!fits) std::abort();
+inline void check_label(bool label_valid) {
+    if (!label_valid) std::abort();
 }
 
 }  // namespace camkd::cuda

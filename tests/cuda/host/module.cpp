@@ -8,19 +8,19 @@ PYBIND11_MODULE(emulated_cuda, m) {
     m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads) {
         camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads};
     });
-    // How it ran last: (warp teams, batches, cluster).
+    // How it ran last: (warp teams, chunks, cluster).
     m.def("last_rows", [] {
         const auto& g = camkd::cuda::host::last_rows;
-        return pybind11::make_tuple(g.warp_teams, g.batches, g.cluster);
+        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster);
     });
-    // How row_loss would run: (warp teams, rows together, slots, batches, cluster).
+    // How row_loss would run: (warp teams, rows together, slots, chunks, cluster).
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows: of widths that are no multiple of a vector some begin within one.
         const int vectors = (C + (C % vector ? 2 * vector - 2 : 0)) / vector;
-        camkd::cuda::RowProblem p{N,    C, K, vectors, vector, K <= camkd::cuda::kMostKnownTeachers ? K : 0,
-                                  true, 0, 0, 0,       0,      0};
+        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0, 0, 0, 0, 0};
         camkd::cuda::RowShared::measure(p);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
-        return pybind11::make_tuple(g.warp_teams, g.rows, g.slots, g.batches, g.cluster, g.threads, g.blocks, g.shared);
+        return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks,
+                                    g.shared);
     });
 }
