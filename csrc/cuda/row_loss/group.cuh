@@ -1,5 +1,5 @@
-// What the threads that share a row know of each other: the launch, the rows in flight, and where in shared memory
-// everything is.
+// What the threads of one row share: the launch parameters, the rows in flight, and the layout of shared memory.
+// RowShared computes the layout on the host, RowGroup finds its parts on the device.
 #pragma once
 
 #include "../api.h"
@@ -10,51 +10,51 @@ namespace camkd::cuda {
 
 struct RowLaunch {
     RowLossArgs args;
-    int C;       // columns are counted in 32 bits on the device
+    int C;       // columns fit 32 bits on the device
     bool debug;  // assert that labels are valid
     RowGeometry geometry;
     Temperature temperature;
-    bool single_cluster;  // the grid is one cluster, which counts the rows and adds them up itself
-    bool wide_in;         // all inputs are aligned alike, so that rows are read in 16-byte vectors
-    bool wide_out;        // and the residual is aligned like them
-    // What follows from the above; a kernel takes it from here rather than keep it in registers.
+    bool single_cluster;  // the grid is one cluster, which also counts the rows and writes the means
+    bool wide_in;         // all inputs have the same alignment, so rows are read in 16-byte vectors
+    bool wide_out;        // the gradient has that alignment too
+    // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
     int groups;  // of the grid
-    int shift;   // 1 << shift threads to a team
-    // Where the parts of shared memory begin, in bytes; the stash comes first.
+    int shift;   // a group has 1 << shift threads
+    // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, labels, inbox, inbox_labels, outgoing, boxes, infos, rows, states;
 };
 
-// A row that is in flight, as its team must know it before it looks at a logit.
+// A row in flight: all that its group must know before it reads a logit.
 struct RowInfo {
     const char* address[kMaxStreams];
     int64_t row;
-    // The label's column: member of the team that has it, its slot over all chunks, place in the vector; -1 for a
-    // label outside [0, C).
+    // Position of the label's column: group member, slot counted over all chunks, element of the vector. -1 for a label
+    // outside [0, C).
     int label_member, label_slot, label_element;
-    bool kept, label_valid;
+    bool kept, label_valid;  // not ignored; in [0, C)
 };
 
-// A row between its statistics and its residual.
+// A row between its statistics and its gradient.
 struct RowState {
     RowSums<float> sums[kMaxStreams];
     RowResult<float> result;
     GradCoefficients<float> coefficients;
     Reference references[kMaxStreams];
-    bool fast_path;  // nothing that only the sweeps for any row can do
+    bool fast_path;  // true if the fixed-K gradient pass can handle this row
 };
 
-// Shared memory: stash, logits at the label, what the blocks of a cluster send each other, rows in flight (this one and
-// the next), warp states.
+// Shared memory: row buffers, logits at the label, messages between the blocks of a cluster, rows in flight (current
+// and next), states of the warps.
 struct RowShared {
     static constexpr int pack_bytes = int(sizeof(Pack));
     static int streams_bytes(int K, bool fixed_k) { return (K + 1) * packs(fixed_k) * pack_bytes; }
     static int label_bytes(int K) { return label_packs(K) * pack_bytes; }
 
-    // A stream's state takes so many packs on its way to other blocks: entropies are of no use to known kernels.
+    // Packs per stream in a message to other blocks: max, sumT, sum1, cross; fixed-K kernels need no plogp.
     CAMKD_HD_MEMBER int packs(bool fixed_k) { return fixed_k ? 1 : 2; }
     CAMKD_HD_MEMBER int label_packs(int K) { return (K + 4) / 4; }
 
-    // What the launch table must know of it.
+    // The sizes that the launch table needs.
     static void measure(RowProblem& problem) {
         const int K = problem.K;
         const bool fixed_k = problem.fixed_k > 0;
@@ -65,7 +65,7 @@ struct RowShared {
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
     }
 
-    // Fills in what follows from arguments and geometry.
+    // Fills in the derived fields and offsets of a launch.
     static void lay_out(RowLaunch& launch, const RowProblem& problem) {
         const RowGeometry& g = launch.geometry;
         const int K = problem.K, warps = g.threads / kWarpThreads, groups = g.warp_per_row ? warps : 1;
@@ -91,21 +91,22 @@ struct RowShared {
     }
 };
 
-// `FixedK`: how many there are, for the sweeps of known_sweeps.cuh; 0 for any number, temperature and weighting.
+// The threads that share a row: a warp (`WarpPerRow`), a block, or a cluster of blocks. `FixedK` is the number of
+// teachers for the passes of fixed_k_passes.cuh; 0 selects the general passes: any K, temperature and weighting.
 template <class T, bool WarpPerRow, int FixedK>
 struct RowGroup {
     static constexpr int V = kVector<T>;
-    static constexpr int ArrayK = FixedK > 0 ? FixedK : 1;  // of what is never run where it is not known
+    static constexpr int ArrayK = FixedK > 0 ? FixedK : 1;  // array sizes of code that must compile for FixedK = 0 too
 
     CAMKD_DEVICE int lane() const { return thread_id() % kWarp; }
     CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
     CAMKD_DEVICE int warps() const { return block_threads() / kWarp; }
-    // Of a team; clusters of warp teams share nothing but the end of a whole batch.
+    // Blocks per group. With a warp per row the blocks of a cluster share only the end of the whole minibatch.
     CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpPerRow ? launch.geometry.cluster : 1; }
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : 1 << launch.shift; }
     CAMKD_DEVICE int shift() const { return WarpPerRow ? 5 : launch.shift; }
     CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : rank * block_threads() + thread_id(); }
-    // Which warp looks ahead, and which one merges: two where there are two.
+    // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }
     CAMKD_DEVICE bool is_merging_warp() const { return WarpPerRow || warp() == 0; }
     CAMKD_DEVICE void barrier() const {
@@ -119,6 +120,7 @@ struct RowGroup {
         const RowGeometry& g = launch.geometry;
         return {reinterpret_cast<Pack*>(shared_memory()) + thread_id(), rows_per_group() * g.slots, block_threads()};
     }
+    // `parity` of the iteration: one set is in use while the other one is prepared.
     CAMKD_DEVICE RowInfo* infos(int parity) const {
         return reinterpret_cast<RowInfo*>(shared_memory() + launch.infos) +
                ((WarpPerRow ? 2 * warp() : 0) + parity) * rows_per_group();
@@ -127,15 +129,17 @@ struct RowGroup {
         return reinterpret_cast<RowState*>(shared_memory() + launch.rows) +
                (WarpPerRow ? warp() * rows_per_group() : 0);
     }
-    // Two to a stream and warp: sums of all chunks so far, and those of a batch.
-    CAMKD_DEVICE State* states(int warp, int chunk) const {
-        return reinterpret_cast<State*>(shared_memory() + launch.states) + (2 * warp + chunk) * (teachers() + 1);
+    // The K + 1 states of a warp: 0 holds the sums over all chunks so far, 1 those of the current chunk.
+    CAMKD_DEVICE State* states(int warp, int which) const {
+        return reinterpret_cast<State*>(shared_memory() + launch.states) + (2 * warp + which) * (teachers() + 1);
     }
-    // Where the logit at the label of a row goes, in the block that has it.
+    // Stream k's logit at the label of row r, in the block that has it.
     CAMKD_DEVICE float* label_at(int r, int k) const {
         return WarpPerRow ? &rows()[r].sums[k].label : reinterpret_cast<float*>(shared_memory() + launch.labels) + k;
     }
-    // What this block sends of a stream, and what it was sent by the block of a rank.
+
+    // Messages between the blocks of a cluster: those that this block sends about stream k, those from the block of a
+    // rank. Exchanges alternate between two inboxes (RowStatistics::merge_blocks).
     CAMKD_DEVICE Pack* outgoing(int k) const {
         return reinterpret_cast<Pack*>(shared_memory() + launch.outgoing) + k * packs();
     }
@@ -152,17 +156,19 @@ struct RowGroup {
     CAMKD_DEVICE int packs() const { return RowShared::packs(FixedK > 0); }
     CAMKD_DEVICE int label_packs() const { return RowShared::label_packs(teachers()); }
 
-    // Rows that the team has in flight together.
+    // Rows that the group has in flight at once.
     CAMKD_DEVICE int rows_per_group() const { return WarpPerRow ? launch.geometry.rows : 1; }
     CAMKD_DEVICE int teachers() const { return FixedK > 0 ? FixedK : launch.args.K; }
     CAMKD_DEVICE const Temperature& temperature() const { return launch.temperature; }
+    CAMKD_DEVICE float inverseT() const { return 1.0f / launch.args.formula.temperature; }
     CAMKD_DEVICE bool entropy() const { return FixedK == 0 && launch.args.formula.weighting == Weighting::entropy; }
     CAMKD_DEVICE int chunks() const { return WarpPerRow ? 1 : launch.geometry.chunks; }
 
-    CAMKD_DEVICE Chunk chunk_of(const RowInfo& info, int r, int b) const {
+    // This thread's vectors of chunk c of row r.
+    CAMKD_DEVICE Chunk chunk_of(const RowInfo& info, int r, int c) const {
         const RowGeometry& g = launch.geometry;
         const Columns columns = columns_of<T>(launch.C, launch.wide_in, info.address[0]);
-        const int first = (b * g.slots << shift()) + member(), left = columns.vectors - first;
+        const int first = (c * g.slots << shift()) + member(), left = columns.vectors - first;
         const int held = left > 0 ? (left + members() - 1) >> shift() : 0;
         return {columns, first, members(), r * g.slots, g.slots, held < g.slots ? held : g.slots};
     }
@@ -180,14 +186,12 @@ struct RowGroup {
         for (int i = 0; i < chunk.held; ++i) fetch_slot(info, chunk, i);
     }
 
-    // The slot of batch b in which this thread has the label; none of its slots where another has it.
-    CAMKD_DEVICE int label_slot(const RowInfo& info, int b) const {
-        return member() == info.label_member ? info.label_slot - b * launch.geometry.slots : -1;
+    // The slot of chunk c in which this thread has the label's column; outside 0 .. held - 1 if it has not.
+    CAMKD_DEVICE int label_slot(const RowInfo& info, int c) const {
+        return member() == info.label_member ? info.label_slot - c * launch.geometry.slots : -1;
     }
 
-    CAMKD_DEVICE float inverseT() const { return 1.0f / launch.args.formula.temperature; }
-
-    // Two numbers of the batch, the same for all: 1 / rows that count, and what the residual is multiplied by.
+    // Two numbers of the minibatch, equal in all blocks: 1 / counted rows, and the factor of the gradient.
     CAMKD_DEVICE float* batch_scalars() const { return reinterpret_cast<float*>(shared_memory() + launch.batch); }
     CAMKD_DEVICE float grad_scale() const { return batch_scalars()[1]; }
 

@@ -1,5 +1,5 @@
-// The sums of a row: of each thread and warp over the stash, then merged over the warps of a block and the blocks of a
-// cluster.
+// The statistics of a row (StreamState per stream), in three levels: each warp sums over its part of the row buffers,
+// then one warp merges the warps of its block, then every block merges the blocks of its cluster.
 #pragma once
 
 #include "group.cuh"
@@ -14,18 +14,19 @@ class RowStatistics {
   public:
     CAMKD_DEVICE RowStatistics(const Group& group) : group_(group) {}
 
-    // The warp's sums of one row, in its states for a block to merge, or as the row's own where the team is the warp.
+    // Sums row r over this warp's part. The result stays in the warp's states, or becomes the row's sums where a warp
+    // has the whole row.
     CAMKD_DEVICE void sum_up(const RowInfo& info, int r) {
         const int K = group_.teachers();
-        for (int b = 0; b < group_.chunks(); ++b) {
+        for (int c = 0; c < group_.chunks(); ++c) {
             copies_wait();
-            const Chunk chunk = group_.chunk_of(info, r, b);
-            publish_labels(info, r, chunk, b);
-            State* const sums = group_.states(group_.warp(), b > 0);
-            const bool more = b + 1 < group_.chunks();
+            const Chunk chunk = group_.chunk_of(info, r, c);
+            publish_labels(info, r, chunk, c);
+            State* const sums = group_.states(group_.warp(), c > 0);
+            const bool more = c + 1 < group_.chunks();
             if (FixedK == 0 || !fixed_k_statistics(chunk, sums)) general_statistics(chunk, sums);
-            if (more) group_.fetch_chunk(info, group_.chunk_of(info, r, b + 1));
-            if (b > 0) add_chunk();
+            if (more) group_.fetch_chunk(info, group_.chunk_of(info, r, c + 1));
+            if (c > 0) add_chunk();
         }
         if (WarpPerRow) {
             if (group_.lane() <= K)
@@ -34,7 +35,7 @@ class RowStatistics {
         }
     }
 
-    // The states of this block's warps: the row's sums, or what the cluster is sent.
+    // Merges the states of this block's warps into the row's sums, or into the messages for the other blocks.
     CAMKD_DEVICE void merge_warps() {
         RowSums<float>* const row = group_.rows()[0].sums;
         const auto load = [&](int lane, int k) { return group_.states(lane, 0)[k]; };
@@ -60,13 +61,14 @@ class RowStatistics {
         }
     }
 
-    // Every block merges the blocks of its cluster, in order of their ranks: the same bits everywhere. Two inboxes by
-    // turns: a block that sends for the row after the next has had everybody's messages for the next one, and each of
-    // those was sent after its sender had read the inbox of this row.
+    // Every block merges the blocks of its cluster in order of their ranks, so all get the same bits. Exchanges
+    // alternate between two inboxes: a block that sends for the row after the next one has received every message for
+    // the next row, and each of these was sent after its sender had read this row's inbox.
     CAMKD_DEVICE void merge_blocks(const RowInfo& info) {
         const int exchange = exchanges_++, count = (group_.teachers() + 1) * group_.packs();
         RowSums<float>* const row = group_.rows()[0].sums;
         warp_barrier();
+        // Send the sums of this block, and the logits at the label if this block has them
         if (group_.lane() == 0)
             mailbox_expect(
                 group_.box(exchange),
@@ -81,6 +83,7 @@ class RowStatistics {
                              group_.inbox_labels(exchange) + i / group_.cluster(), labels[i / group_.cluster()]);
         }
         mailbox_wait(group_.box(exchange), exchange / 2);
+        // Reduce across the cluster
         const auto load = [&](int rank, int k) {
             const Pack* const from = group_.inbox(exchange, rank, k);
             State state;
@@ -105,8 +108,9 @@ class RowStatistics {
     }
 
   private:
-    CAMKD_DEVICE void publish_labels(const RowInfo& info, int r, const Chunk& chunk, int b) const {
-        const int i = group_.label_slot(info, b);
+    // Copies the logits at the label to where the whole block reads them, by the thread that has them.
+    CAMKD_DEVICE void publish_labels(const RowInfo& info, int r, const Chunk& chunk, int c) const {
+        const int i = group_.label_slot(info, c);
         if (unsigned(i) >= unsigned(chunk.held)) return;
         for (int k = 0; k <= group_.teachers(); ++k) {
             const float x = element_of<T>(*group_.buffer().slot(k, chunk.begin + i), info.label_element);
@@ -125,7 +129,7 @@ class RowStatistics {
         warp_barrier();
     }
 
-    // False, and nothing done, for rows that it is not made for.
+    // Returns false, with nothing written, if a maximum is too far from 0 for the fixed-K pass.
     CAMKD_DEVICE bool fixed_k_statistics(const Chunk& chunk, State* states) const {
         constexpr int K = ArrayK, count = kSums * (K + 1), stride = fold_stride<count>;
         const float scale = group_.temperature().scale;
@@ -153,7 +157,7 @@ class RowStatistics {
             as_floats(states + group_.lane() / stride / kSums)[1 + group_.lane() / stride % kSums] = sum;
         warp_barrier();
         if (group_.lane() <= K) {
-            // Back from scaled distances to logits, and what the references lack.
+            // Convert scaled distances to logits and apply the corrections of the references
             State& to = states[group_.lane()];
             const Reference reference(to.max, scale), student_reference(states[0].max, scale);
             const float factor = reference.factor(), sumT = to.sumT;
@@ -166,7 +170,7 @@ class RowStatistics {
         return true;
     }
 
-    // The sums of a batch to those of the chunks before it.
+    // Adds the sums of the current chunk to those of the chunks before it.
     CAMKD_DEVICE void add_chunk() const {
         if constexpr (FixedK > 0) {
             fixed_k_merge<ArrayK>(
@@ -180,7 +184,7 @@ class RowStatistics {
         warp_barrier();
     }
 
-    // The numbers of a state or of a row's sums, in the order of their declarations.
+    // A State or RowSums as an array of floats, in declaration order.
     template <class Numbers>
     static CAMKD_DEVICE float* as_floats(Numbers* of) {
         static_assert(sizeof(Numbers) % sizeof(float) == 0);
@@ -196,7 +200,7 @@ class RowStatistics {
     }
 
     const Group group_;
-    int exchanges_ = 0;  // of the mailboxes
+    int exchanges_ = 0;  // messages exchanged so far, one per row
 };
 
 }  // namespace camkd::cuda
