@@ -1,11 +1,11 @@
-// The per-row formulas of the compiled kernels (host and device): online merge of column blocks, confidence weights,
-// the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py. Only
-// csrc/cuda/row_loss.cuh writes compute_weights and compute_losses a second time, with a lane for each teacher: as one
-// thread's work the row waits for them.
+// The per-row formulas of the compiled kernels, on host and device: online merge of column blocks, teacher weights, the
+// losses of a row and the coefficients of its gradient. Derivations: camkd_fast/backends/reference.py. The CUDA kernel
+// has its own compute_weights and losses in csrc/cuda/row_loss/results.cuh, with a lane per teacher, because a row
+// would wait too long for one thread.
 //
-// What is K wide is written for a number `F`: a float, or a vector that holds several rows, one to a lane. Its `Math`
-// policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b, infinities
-// too), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
+// Formulas over the K teachers are written for a number `F`: a float, or a vector that holds one row per lane. Its
+// `Math` policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b,
+// infinities included), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 
 namespace camkd {
 
-// Sums over the columns seen so far, relative to `max`; while no finite logit was seen, `max` is -inf and all are 0.
+// Sums over the columns so far, relative to `max`. Before the first finite logit `max` is -inf and all sums are 0.
 template <class Real>
 struct StreamState {
     float max = -INFINITY;
@@ -25,7 +25,7 @@ struct StreamState {
     Real plogp = 0;  // teachers: sum e^{z - max} (z - max)
 };
 
-// The factor that takes e^{(x - old_max) * inverseT} to e^{(x - new_max) * inverseT}.
+// The factor from e^{(x - old_max) * inverseT} to e^{(x - new_max) * inverseT}.
 template <class Real>
 CAMKD_HD Real shift_factor(float old_max, float new_max, Real inverseT) {
     if (old_max == new_max) return Real(1);
@@ -40,7 +40,7 @@ CAMKD_HD void move_student(StreamState<Real>& student, float new_max, Real inver
     student.max = new_max;
 }
 
-// A teacher's `cross` also depends on the student's maximum, which has just gone from `old_student` to `new_student`.
+// A teacher's `cross` also depends on the student's maximum, which has changed from `old_student` to `new_student`.
 template <class Real>
 CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_student, float new_student,
                            Real inverseT) {
@@ -54,16 +54,17 @@ CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_
     if (teacher.max == new_max) return;
     Real factorT = shift_factor(teacher.max, new_max, inverseT);
     Real factor1 = shift_factor(teacher.max, new_max, Real(1));
-    // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
+    // A column whose probability underflows to 0 counts 0, even if the student is -inf there and its term infinite.
     teacher.cross = factorT > 0 ? factorT * teacher.cross : Real(0);
-    // The shift from the lowest float overflows when it is multiplied.
+    // A shift from the lowest float overflows when it is multiplied
     teacher.plogp = factor1 > 0 ? factor1 * (teacher.plogp - shift * teacher.sum1) : Real(0);
     teacher.sumT *= factorT;
     teacher.sum1 *= factor1;
     teacher.max = new_max;
 }
 
-// Adds the sums of other columns of the same row, student first then K teachers; `b` is left at the common references.
+// Adds to `a` the sums `b` of other columns of the same row, student first, then K teachers. Moves `b` to the common
+// maxima as well.
 template <class Real>
 CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Real inverseT) {
     const float student_a = a[0].max, student_b = b[0].max;
@@ -100,10 +101,10 @@ CAMKD_HD F product_or_zero(F weight, F term) {
     return weight * Math::zero_where_zero(term, weight);
 }
 
-// w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally. `share` is scratch for K numbers:
-// an array in here would be local memory on a GPU.
+// w_k = (1 - softmax_k(CE)) / (K - 1); teachers with infinite CE share the softmax mass equally. `scratch` holds K
+// numbers, because an array inside this function would be local memory on a GPU.
 template <class Math, class F>
-CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* share) {
+CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* scratch) {
     if (K == 1) {
         w[0] = Math::set(1.0f);
         return;
@@ -111,15 +112,15 @@ CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* share) {
     F top = Math::set(-INFINITY), sum = Math::set(0.0f);
     for (int k = 0; k < K; ++k) top = Math::max(ce[k], top);
     for (int k = 0; k < K; ++k) {
-        share[k] = Math::exp(Math::difference(ce[k], top));
-        sum = sum + share[k];
+        scratch[k] = Math::exp(Math::difference(ce[k], top));
+        sum = sum + scratch[k];
     }
     const F inverse = Math::set(1.0f) / (sum * Math::set(float(K - 1)));
     for (int k = 0; k < K; ++k) {
-        // The sum of the others rather than 1 - softmax_k: exact for a teacher that is by far the worst.
+        // The sum of the others instead of 1 - softmax_k, which would cancel for a teacher that is by far the worst
         F others = Math::set(0.0f);
         for (int j = 0; j < K; ++j)
-            if (j != k) others = others + share[j];
+            if (j != k) others = others + scratch[j];
         w[k] = others * inverse;
     }
 }
@@ -133,7 +134,7 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
     for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
 }
 
-// The finished sums of a stream (StreamState) and its logit at the label, which is NaN for a label outside [0, C).
+// The finished sums of a stream (StreamState), and its logit at the label: NaN for a label outside [0, C).
 template <class F>
 struct RowSums {
     F max, sumT, sum1, cross, plogp, label;
@@ -145,11 +146,11 @@ struct RowResult {
     F divergence[kMaxTeachers];
     F teacher_ce[kMaxTeachers];
     F weights[kMaxTeachers];
-    F scratch[kMaxTeachers];  // entropies, or shares of the softmax over teachers
+    F scratch[kMaxTeachers];  // entropies, or softmax numerators over teachers
 };
 
-// residual_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
-// y]
+// grad_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T}
+//          - label_coefficient [c = y]
 template <class F>
 struct GradCoefficients {
     F studentT, student1;
@@ -160,8 +161,8 @@ CAMKD_HD float label_coefficient(const Formula& formula, float grad_scale) {
     return formula.hard_weight * grad_scale;
 }
 
-// What the residual waits for: the teachers' cross-entropies and weights, and the coefficients. `label_nan` is NaN for
-// a label outside [0, C) and else 0; `result.weights` holds the weights on entry when they are given.
+// The part of a row's results that the gradient waits for: the teachers' cross-entropies and weights, and the
+// coefficients. `label_nan` is NaN for a label outside [0, C), else 0. Given weights are in `result.weights` on entry.
 template <class Math, class F>
 CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
                               F label_nan, float grad_scale, RowResult<F>& result, GradCoefficients<F>& coefficients) {
@@ -190,7 +191,7 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
     for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
 }
 
-// The other numbers of a row, once it is weighed.
+// The rest of the results: divergences and losses. Must come after compute_weights.
 template <class Math, class F>
 CAMKD_HD void compute_losses(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
                              F label_nan, RowResult<F>& result) {

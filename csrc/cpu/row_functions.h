@@ -1,4 +1,4 @@
-// Which passes over a block (row_blocks.h) a call of the logit loss needs: by dtype, temperature and weighting.
+// Selects the passes over a block (row_blocks.h) for a call of the logit loss, by dtype, temperature and weighting.
 #pragma once
 
 #include "row_blocks.h"
@@ -6,7 +6,7 @@
 namespace camkd::cpu {
 namespace {
 
-// The typed functions of one call, chosen once.
+// The functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
     using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*,

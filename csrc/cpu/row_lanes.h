@@ -1,5 +1,5 @@
-// The end of a row of the logit loss: from the sums of its streams to its numbers and its residual's coefficients, for
-// as many rows at once as a vector has lanes.
+// From the sums of a row to its row_stats and gradient coefficients, by compute_weights and compute_losses of
+// row_math.h, for as many rows at once as a vector has lanes.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 namespace camkd::cpu {
 namespace {
 
-// What is K wide of up to Vec::width consecutive rows, one row to a lane. Lanes of ignored rows hold harmless numbers
-// and come out as 0.
-struct Lanes {
+// The sums and coefficients of up to Vec::width consecutive rows, one row per lane. Lanes of ignored rows hold harmless
+// numbers, and their row_stats become 0.
+struct LaneRows {
     static constexpr int W = Vec::width;
     struct Stream {
         float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W];
@@ -19,7 +19,7 @@ struct Lanes {
     alignas(64) Stream streams[kMaxStreams];
     float label_nan[W];
     int32_t kept[W];
-    float studentT[W], student1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
+    float studentT[W], student1[W], teacher[kMaxTeachers][W];  // GradCoefficients
 
     void reset(int K) {
         std::fill_n(kept, W, 0);
@@ -31,8 +31,8 @@ struct Lanes {
         }
     }
 
-    // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
-    void finish(const RowLossArgs& args, int64_t begin, int count) {
+    // Writes row_stats of rows begin .. begin + count - 1 and keeps their gradient coefficients.
+    void write_row_stats(const RowLossArgs& args, int64_t begin, int count) {
         const int K = args.K;
         RowSums<Vec> sums[kMaxStreams];
         RowResult<Vec> result;
@@ -55,16 +55,16 @@ struct Lanes {
                                   coefficients);
         compute_losses<LaneMath>(args.formula, K, sums[0], sums + 1, label_nans, result);
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
-        auto put = [&](int row, Vec x) {
+        auto store_row = [&](int row, Vec x) {
             store_lanes(args.row_stats + row * args.N + begin, Vec::bit_and(x, mask), count);
         };
-        put(row_stats::loss, result.loss);
-        put(row_stats::hard, result.hard);
-        put(row_stats::soft, result.soft);
+        store_row(row_stats::loss, result.loss);
+        store_row(row_stats::hard, result.hard);
+        store_row(row_stats::soft, result.soft);
         for (int k = 0; k < K; ++k) {
-            put(row_stats::divergence(k), result.divergence[k]);
-            put(row_stats::teacher_ce(K, k), result.teacher_ce[k]);
-            put(row_stats::weight(K, k), result.weights[k]);
+            store_row(row_stats::divergence(k), result.divergence[k]);
+            store_row(row_stats::teacher_ce(K, k), result.teacher_ce[k]);
+            store_row(row_stats::weight(K, k), result.weights[k]);
             coefficients.teacher[k].store(teacher[k]);
         }
         coefficients.studentT.store(studentT);

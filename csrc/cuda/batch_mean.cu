@@ -1,4 +1,4 @@
-// Count and means of a batch.
+// The two kernels of batch_mean.cuh and their launchers.
 #include "batch_mean.cuh"
 
 #include "launch.h"
@@ -14,7 +14,7 @@ struct BatchLaunch {
     MeanOutput mean;
 };
 
-// Over the block, in order of its warps: the same bits whatever the schedule. For thread 0 alone.
+// The sum over the block, valid in thread 0 only. Warps are added in order, so the bits do not depend on the schedule.
 CAMKD_DEVICE float block_sum(float x) {
     float* const parts = reinterpret_cast<float*>(shared_memory());
     x = warp_sum(x);
@@ -33,7 +33,7 @@ batch_count_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     if (thread_id() == 0) launch.mean.others[2] = inverse_of(count);
 }
 
-// A block for each of loss, hard and soft.
+// One block each for loss, hard and soft.
 CAMKD_KERNEL(kBatchThreads, 1)
 batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     const int i = int(block_id());

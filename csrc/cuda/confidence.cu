@@ -12,7 +12,7 @@ struct Plan {
     bool mixed;
 };
 
-// `outputs`: the gradients are accessed like the logits.
+// `outputs`: the gradients too must have the alignment of the logits.
 Plan plan_of(const ConfidenceArgs& args, const LaunchOptions& options, bool outputs) {
     Plan plan{};
     plan.launch.args = args;

@@ -1,5 +1,5 @@
-// Confidence weights of K sets of logits: cross-entropies at T = 1 forward, softmax - onehot backward. A team is a warp
-// or a block with a row of its own.
+// Confidence weights of K sets of logits: cross-entropies at T = 1 forward, softmax - onehot backward. A warp or a
+// block takes a row.
 #pragma once
 
 #include "api.h"
@@ -11,20 +11,20 @@ namespace camkd::cuda {
 
 struct ConfidenceLaunch {
     ConfidenceArgs args;
-    int C;       // columns are counted in 32 bits on the device
+    int C;       // columns fit 32 bits on the device
     bool debug;  // assert that labels are valid
     bool warp_per_row;
-    bool wide[kMaxTeachers];  // the logits (backward: and their gradient) can be accessed in 16-byte vectors
+    bool wide[kMaxTeachers];  // the logits (in backward also their gradient) can be accessed in 16-byte vectors
 };
 
-// What a team shares about a row: partial maxima and sums of its warps, then the numbers of its teachers.
+// Shared memory of a group: maxima and sums of its warps, then the results of the row per teacher.
 struct ConfidenceRow {
     float max[kWarp], sum[kWarp];
     float ce[kMaxTeachers], weights[kMaxTeachers], scratch[kMaxTeachers];
 };
 
-// Maximum and sum of exponentials of this thread's part of a row; one exponential per vector more than elements, no
-// branch.
+// Maximum and sum of exponentials over this thread's part of a row. Branchless, at the cost of one more exponential per
+// vector.
 template <class T>
 CAMKD_DEVICE void exp_sum(const ThreadGroup& group, const char* row, DType dtype, const Columns& columns, float& max,
                           float& sum) {
@@ -45,7 +45,7 @@ CAMKD_DEVICE void exp_sum(const ThreadGroup& group, const char* row, DType dtype
     }
 }
 
-// The same of the warp.
+// Merges the maxima and sums of the lanes.
 CAMKD_DEVICE void merge_exp_sums(float& max, float& sum) {
     const float top = warp_max(max);
     sum = warp_sum(sum * exp2_fast((max - finite(top)) * kLog2E));
@@ -80,7 +80,7 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
                     group.barrier();
                     max = lane < warps ? shared.max[lane] : -INFINITY;
                     sum = lane < warps ? shared.sum[lane] : 0.0f;
-                    group.barrier();  // before the next teacher's
+                    group.barrier();  // all have read before the next teacher overwrites
                     merge_exp_sums(max, sum);
                 }
                 const float log_sum = std::log(sum), top = finite(max);

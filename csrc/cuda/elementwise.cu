@@ -1,4 +1,4 @@
-// Launchers of the feature error, its gradient, and the scaling of a residual.
+// Launchers of the feature error, its gradient, and the scaling of a gradient.
 #include "elementwise.cuh"
 
 #include "launch.h"

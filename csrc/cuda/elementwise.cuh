@@ -1,4 +1,5 @@
-// The kernels without exponentials: the feature error and its gradient, and the scaling of a finished residual.
+// The kernels without exponentials: the feature error and its gradient, and the scaling of a finished gradient. The
+// work items of the feature kernels are the N samples of all K teachers, whose widths M differ, in one launch.
 #pragma once
 
 #include "api.h"
@@ -9,12 +10,12 @@ namespace camkd::cuda {
 
 struct FeatureLaunch {
     FeatureArgs args;
-    int M[kMaxTeachers];  // columns are counted in 32 bits on the device
+    int M[kMaxTeachers];  // columns fit 32 bits on the device
     bool warp_per_row;
     bool wide[kMaxTeachers];
 };
 
-// error[k, n]: a team's row is a sample of one teacher; all K, whose M differ, in one launch.
+// error[k, n], by a warp or a block each.
 template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
@@ -42,7 +43,7 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
             if (lane == 0) partial[warp] = sum;
             group.barrier();
             sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
-            group.barrier();  // before the next row's
+            group.barrier();  // all have read before the next item overwrites
         }
         if (group.member == 0) args.error[item] = sum / float(launch.M[k]);
     }
@@ -78,7 +79,7 @@ struct ScaleLaunch {
     bool wide;
 };
 
-// The matrix as one long row, so that its width does not spoil wide accesses. `out` may be `residual`.
+// Treats the matrix as one long row, so that accesses are wide whatever its width. `out` may be `grad`.
 template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
@@ -91,7 +92,8 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
     for (int64_t v = block_id() * block_threads() + thread_id(); v < vectors; v += stride) {
         const int64_t first = v * V;
         int64_t row = args.factor_stride == 0 ? 0 : first / args.C;
-        int64_t left = args.factor_stride == 0 ? V : (row + 1) * args.C - first;  // of this row, from `first` on
+        int64_t left =
+            args.factor_stride == 0 ? V : (row + 1) * args.C - first;  // elements of this row from `first` on
         float factor = args.factor[row * args.factor_stride], factors[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {

@@ -1,4 +1,4 @@
-// Exponentials of logits relative to a maximum, at temperature T and at 1.
+// Exponentials of logits relative to a maximum, at temperature T and at 1, for row_loss/ and confidence.cuh.
 #pragma once
 
 #include "elements.cuh"
@@ -7,14 +7,14 @@ namespace camkd::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// A maximum to subtract: where no finite logit was seen any will do, every exponential is 0.
+// The maximum to subtract. With no finite logit any number will do, as every exponential is 0.
 CAMKD_DEVICE float finite(float max) {
     return max == -INFINITY ? 0.0f : max;
 }
 
-// Exponentials relative to a maximum in one multiply-add each: 2^{x scale - at}, where `at` is max * scale rounded.
-// What the rounding lost, `rest`, is the same for all columns and is put right in their sums: so a large common offset
-// of a row costs no accuracy.
+// The reference of a stream for exponentials at the cost of one multiply-add each: 2^{x scale - at}, with `at` the
+// rounded max * scale. The rounding error `rest` is the same for all columns and is corrected in their sums, so that a
+// large common offset of a row costs no accuracy.
 struct Reference {
     float at, rest;
 
@@ -24,14 +24,14 @@ struct Reference {
         at = max * scale;
         rest = fmaf(max, scale, -at);
     }
-    // `exact`: distances that are formed before they are scaled, whatever the maximum.
+    // `exact`: as far() below, whatever the maximum.
     CAMKD_DEVICE Reference(float max, float scale, bool exact) : Reference(max, scale) {
         if (exact) rest = INFINITY;
     }
-    // So large a maximum that `rest` is no correction any more, or the product overflows, as for a row of the lowest
-    // float: its distances are formed before they are scaled.
+    // True if `rest` is too large for a correction, or max * scale overflows, as in a row of the lowest float. The
+    // distances from the maximum are then computed before they are scaled.
     CAMKD_DEVICE bool far() const { return !(fabsf(rest) <= 0x1p-9f); }
-    // x becomes its scaled distance from the maximum, but for a `rest` that is not far.
+    // Replaces x by its scaled distance from the maximum, up to `rest` unless far().
     template <int V>
     CAMKD_DEVICE void apply(float scale, const float& max, float (&x)[V]) const {
         if (far())
@@ -50,24 +50,26 @@ struct Reference {
         for (int j = 0; j < V; ++j) x[j] = (x[j] - finite(max)) * scale;
     }
     CAMKD_DEVICE float correction() const { return far() ? 0.0f : rest; }
-    // 2^-left, the factor that sums of exponentials lack; the hardware's exponential would err by 2 ulp.
+    // 2^-correction(), by which sums of exponentials must be multiplied. The hardware's exponential has an error of 2
+    // ulp, this series has not.
     CAMKD_DEVICE float factor() const {
         const float y = correction() * 0.693147181f;
         return 1.0f - (y - 0.5f * y * y);
     }
 };
 
-// T = 1, 2 and 4 (`power`): e^x is a product of e^{x/T}. Otherwise (0) it takes an exponential of its own.
+// `power`: T if it is 1, 2 or 4, and e^x the product of as many e^{x/T}. 0 for any other T, at the cost of a second
+// exponential.
 struct Temperature {
     float scale, inverse;  // log2(e) / T and its inverse
     int power;
 
-    // `to_one` of an e^{x/T}, for powers other than 0.
+    // e^x from e = e^{x/T}, for powers other than 0.
     CAMKD_DEVICE float raise(float e) const {
         if (power >= 2) e *= e;
         return power == 4 ? e * e : e;
     }
-    // factor() of the exponentials at T = 1.
+    // factor() for the exponentials at T = 1.
     CAMKD_DEVICE float factor1(const Reference& reference, float max, bool exact = false) const {
         return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
     }

@@ -15,12 +15,12 @@ class RowGradient {
   public:
     CAMKD_DEVICE RowGradient(const Group& group) : group_(group) {}
 
-    // Chunk c of row r of the group. The chunk before it takes its place in the buffers; after chunk 0 it is the first
-    // chunk of `next_info`, row r of the next iteration.
-    CAMKD_DEVICE void write(const RowInfo& info, const RowInfo& next_info, int r, int c) const {
+    // Writes chunk c of the group's row r, in an iteration of this parity. Chunk c - 1 takes its place in the buffers,
+    // or after chunk 0 the first chunk of the next iteration's row r.
+    CAMKD_DEVICE void write(const RowInfo& info, int r, int c, int parity) const {
         const RowLossArgs& args = group_.launch.args;
         if (info.row >= args.N) return;
-        const RowInfo& after = c > 0 ? info : next_info;
+        const RowInfo& after = c > 0 ? info : group_.infos(parity ^ 1)[r];
         Chunk next = group_.chunk_of(after, r, c > 0 ? c - 1 : 0);
         if (!after.kept) next.held = 0;
         char* const out =

@@ -72,8 +72,7 @@ class RowKernel {
             // Write the gradient and load the next rows
             for (int c = group_.launch.args.grad_student ? group_.chunks() - 1 : 0; c >= 0; --c) {
 #pragma unroll 1
-                for (int r = 0; r < group_.rows_per_group(); ++r)
-                    gradient_.write(infos[r], group_.infos(parity ^ 1)[r], r, c);
+                for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], r, c, parity);
             }
         }
         if (group_.launch.single_cluster) write_batch_means();

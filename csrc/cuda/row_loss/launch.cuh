@@ -1,4 +1,5 @@
-// Launcher of the logit loss for one element type; compiled apart for each.
+// Launcher of the logit loss for one element type: picks the kernel and its geometry. f32.cu, bf16.cu and f16.cu
+// compile one instantiation each.
 #pragma once
 
 #include "../launch.h"
@@ -6,7 +7,7 @@
 
 namespace camkd::cuda {
 
-// The kernel for `known` teachers, or for any number (0).
+// The kernel for this number of teachers, or the general one (0).
 template <class T, bool WarpPerRow>
 auto kernel_for(int fixed_k) {
     static_assert(kMaxFixedK == 5);
@@ -33,7 +34,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     problem.N = args.N;
     problem.C = launch.C;
     problem.K = args.K;
-    // A row that does not begin at a 16-byte boundary touches one vector more.
+    // A row that does not begin at a 16-byte boundary touches one more vector
     const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
     const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
     problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
@@ -49,7 +50,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
         g = row_geometry(problem, limits);
         kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
-        // A device may lack room for its largest clusters: parts of it can be switched off, or given to others.
+        // A device may have no room for its largest clusters: parts of it can be disabled or assigned to others
         if (resident == 0 && g.cluster > 1) continue;
         limit_grid(g, resident);
         break;

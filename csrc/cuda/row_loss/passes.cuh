@@ -1,7 +1,8 @@
-// What one thread does with the vectors of a row that it keeps in its stash: maxima, sums, residual.
+// The passes of one thread over its vectors of a row, in the row buffers: fetch, maxima, sums, gradient. These are the
+// general passes, for any number of teachers, temperature and weighting; fixed_k_passes.cuh has the fast path.
 //
-// The stash is shared memory that nobody else looks at: the thread copies its vectors there asynchronously and is free
-// to fetch what comes next into a slot as soon as it is done with it, without any barrier.
+// A thread's part of the row buffers is shared memory that no other thread reads: the thread copies its vectors there
+// asynchronously, and may refill a slot without a barrier as soon as it has used it.
 #pragma once
 
 #include "../exponentials.cuh"
@@ -9,12 +10,13 @@
 
 namespace camkd::cuda {
 
-// FixedK whose sums one sweep keeps in registers, five numbers each; a fourth would spill. More take another sweep.
+// Teachers whose sums one pass keeps in registers, five numbers each; a fourth would spill. More teachers take more
+// passes.
 constexpr int kTeacherGroup = 3;
 
 using State = StreamState<float>;
 
-// Slot i of stream k; one slot of all threads is contiguous, so that no two of them meet in a bank.
+// slot(k, i) is vector slot i of stream k. The same slot of all threads is contiguous, which avoids bank conflicts.
 struct RowBuffer {
     Pack* first;
     int slots, stride;  // slots per stream, threads of the block
@@ -22,7 +24,7 @@ struct RowBuffer {
     CAMKD_DEVICE Pack* slot(int k, int i) const { return first + int64_t(k * slots + i) * stride; }
 };
 
-// The vectors of one row in slots begin .. begin + held - 1, of `count` that there are: vector(i) in slot begin + i.
+// One thread's part of a row, or of a chunk of its columns: vector(i) lies in slot begin + i, for i < held <= count.
 struct Chunk {
     Columns columns;
     int first, stride;  // vector(i) = first + i * stride
@@ -31,7 +33,7 @@ struct Chunk {
     CAMKD_DEVICE int vector(int i) const { return first + i * stride; }
 };
 
-// Starts copying vector(i) of every stream, a whole one.
+// Starts the copy of vector(i) of every stream; whole_vector must hold for it.
 template <class T>
 CAMKD_DEVICE void fetch_whole(const RowBuffer& buffer, const Chunk& chunk, int i, const char* const* addresses, int K) {
     const int v = chunk.vector(i);
@@ -40,7 +42,7 @@ CAMKD_DEVICE void fetch_whole(const RowBuffer& buffer, const Chunk& chunk, int i
         copy_async(buffer.slot(k, chunk.begin + i), vector_address<T>(addresses[k], chunk.columns, v));
 }
 
-// Vector(i) of every stream by the element, -inf beyond the row.
+// Copies vector(i) of every stream element by element, with -inf beyond the row.
 template <class T>
 CAMKD_DEVICE void fetch_elements(const RowBuffer& buffer, const Chunk& chunk, int i, const Matrix* streams,
                                  const char* const* addresses, int K) {
@@ -58,8 +60,8 @@ CAMKD_DEVICE float general_max(const RowBuffer& buffer, const Chunk& chunk, int 
     return highest<T>(top);
 }
 
-// One vector's part of sum e_z (u_z - u_s). Probability 0 contributes 0, even where the difference is infinite: looked
-// at only where the plain sum has become NaN.
+// One vector's part of sum e_z (u_z - u_s). Probability 0 contributes 0, even where the difference is infinite; that is
+// checked only if the unchecked sum is NaN.
 template <int V>
 CAMKD_DEVICE float cross_term(const float (&e)[V], const float (&z)[V], const float (&s)[V]) {
     float sum = 0;
@@ -74,8 +76,8 @@ CAMKD_DEVICE float cross_term(const float (&e)[V], const float (&z)[V], const fl
     return sum;
 }
 
-// A sum of e^x over columns, given their exponentials `e` at T, which become those at T = 1 or, for T = 2 and 4, their
-// roots. `reload` yields the logits again.
+// The sum of e^x over a vector, given its exponentials `e` at T. They become those at T = 1 or, for T = 2 and 4, their
+// square roots. `reload` reads the logits again.
 template <int V, class Reload>
 CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, bool exact, float (&e)[V],
                               Reload reload) {
@@ -90,7 +92,7 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
         for (int j = 0; j < V; ++j) e[j] *= e[j];
     }
     if (temperature.power >= 2) {
-        // The last product is part of the sum.
+        // The last multiplication is fused with the addition
 #pragma unroll
         for (int j = 0; j < V; ++j) sum = fmaf(e[j], e[j], sum);
     } else {
@@ -100,10 +102,34 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
     return sum;
 }
 
-// Sums over the thread's vectors relative to the maxima in `states`, into which the warp's sums go. Entropies take
-// exact distances from the maximum: next to 0, for a teacher that is sure, what `rest` leaves behind would be seen. V
-// columns at a time: with all that the compiler must provide for, eight of four streams would take more registers than
-// there are.
+// Reduces the sums of a thread across the warp, corrects them for their reference, and stores them in lane 0.
+CAMKD_DEVICE void reduce_student(const State& of_thread, const Reference& reference, const Temperature& temperature,
+                                 int lane, State& to) {
+    const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
+    if (lane != 0) return;
+    to.sumT = sumT * reference.factor();
+    to.sum1 = sum1 * temperature.factor1(reference, to.max);
+}
+
+CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& student_reference,
+                                 const Temperature& temperature, bool entropy, int lane, State& to) {
+    const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
+    const float cross = warp_sum(of_thread.cross), plogp = warp_sum(of_thread.plogp);
+    if (lane != 0) return;
+    const Reference reference(to.max, temperature.scale, entropy);
+    const float factor = reference.factor();
+    const float factor1 = temperature.factor1(reference, to.max, entropy);
+    to.sumT = sumT * factor;
+    to.sum1 = sum1 * factor1;
+    // From scaled distances to logits
+    to.cross =
+        (cross - (reference.correction() - student_reference.correction()) * sumT) * (factor * temperature.inverse);
+    to.plogp = (plogp - reference.correction() * sum1) * (factor1 * temperature.inverse);
+}
+
+// The warp's sums relative to the maxima in `states`, where they are stored. Entropies use exact distances from the
+// maximum, because a nearly certain teacher's entropy is close to 0 and would show the error of `rest`. V columns at a
+// time, because a general kernel would need more registers than there are for eight columns of four streams.
 template <class T, int V>
 CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int K, bool entropy,
                                Temperature temperature, int lane, State* states) {
@@ -120,6 +146,7 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
             at[g] = reference.at;
             far = far || reference.far();
         }
+        // Sum over the vectors of this thread
         for (int i = 0; i < chunk.held; ++i) {
 #pragma unroll 1
             for (int part = 0; part < kVector<T> / V; ++part) {
@@ -162,36 +189,18 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
                 }
             }
         }
-        if (first == 1) {
-            const float sumT = warp_sum(student.sumT), sum1 = warp_sum(student.sum1);
-            if (lane == 0) {
-                states[0].sumT = sumT * student_reference.factor();
-                states[0].sum1 = sum1 * temperature.factor1(student_reference, states[0].max);
-            }
-        }
+        // Reduce across the warp
+        if (first == 1) reduce_student(student, student_reference, temperature, lane, states[0]);
 #pragma unroll
         for (int g = 0; g < kTeacherGroup; ++g) {
             if (first + g > K) continue;
-            const float sumT = warp_sum(teachers[g].sumT), sum1 = warp_sum(teachers[g].sum1);
-            const float cross = warp_sum(teachers[g].cross), plogp = warp_sum(teachers[g].plogp);
-            if (lane == 0) {
-                State& to = states[first + g];
-                const Reference reference(to.max, scale, entropy);
-                const float factor = reference.factor();
-                const float factor1 = temperature.factor1(reference, to.max, entropy);
-                to.sumT = sumT * factor;
-                to.sum1 = sum1 * factor1;
-                // Back from scaled distances to logits.
-                to.cross = (cross - (reference.correction() - student_reference.correction()) * sumT) *
-                           (factor * temperature.inverse);
-                to.plogp = (plogp - reference.correction() * sum1) * (factor1 * temperature.inverse);
-            }
+            reduce_teacher(teachers[g], student_reference, temperature, entropy, lane, states[first + g]);
         }
     }
 }
 
-// Vector(i) of the residual. `label` is the label's place in it, or none of 0 .. V - 1. The coefficients contain the
-// factors of their streams' references.
+// Vector(i) of the gradient. `label` is the element of the label's column, outside 0 .. V - 1 if it lies elsewhere. The
+// coefficients include the factors of their streams' references.
 template <class T>
 CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chunk, int i, int K,
                                       Temperature temperature, const Reference* references, const RowSums<float>* sums,
@@ -206,7 +215,7 @@ CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chun
     for (int j = 0; j < V; ++j) out[j] = coefficients.studentT * e[j];
     for (int k = 0; k < K; ++k) {
         const float coefficient = coefficients.teacher[k];
-        // Weight 0 drops the teacher, even one whose logits are NaN.
+        // Weight 0 drops even a teacher whose logits are NaN.
         if (coefficient == 0) continue;
         Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), x);
         references[k + 1].apply(temperature.scale, sums[k + 1].max, x);
@@ -222,7 +231,7 @@ CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chun
         for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
     }
     if (unsigned(label) < unsigned(V)) {
-        // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
+        // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its scale.
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const float hard = coefficients.student1 * e[j] - (j == label ? label_coefficient : 0.0f);
@@ -234,7 +243,7 @@ CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chun
     }
 }
 
-// The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) and store(k, state) for each stream.
+// Merges the states of up to 32 parts of a row, one per lane: calls load(lane, k) and store(k, state) for each stream.
 template <class Load, class Store>
 CAMKD_DEVICE void general_merge(int lane, int parts, int K, float inverseT, Load load, Store store) {
     const bool live = lane < parts;

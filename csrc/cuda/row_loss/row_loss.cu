@@ -1,4 +1,4 @@
-// Entry of the logit loss: which element type, and how rows are aligned.
+// Entry point of the logit loss: checks how rows are aligned and picks the element type.
 #include "launch.cuh"
 
 namespace camkd::cuda {
