@@ -168,8 +168,8 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
             consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
         }
     }
-    // Two reads: the row passes through the buffers in chunks. The last chunk is still there when the gradient is
-    // written, and not read again.
+    // Two reads: the row passes through the buffers in chunks. The last chunk stays there for the gradient and is
+    // not read again.
     g.threads = limits.block_threads;
     g.cluster = 1;
     const int64_t slots = ceil_div(p.vectors, g.threads);

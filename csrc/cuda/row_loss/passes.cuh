@@ -60,6 +60,14 @@ CAMKD_DEVICE float general_max(const RowBuffer& buffer, const Chunk& chunk, int 
     return highest<T>(top);
 }
 
+// sum + e[0] + ... + e[V - 1], in this order.
+template <int V>
+CAMKD_DEVICE float add_all(const float (&e)[V], float sum) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum += e[j];
+    return sum;
+}
+
 // One vector's part of sum e_z (u_z - u_s). Probability 0 contributes 0, even where the difference is infinite; that is
 // checked only if the unchecked sum is NaN.
 template <int V>
@@ -98,6 +106,17 @@ CAMKD_DEVICE float sum_at_one(const Temperature& temperature, const float& max, 
     } else {
 #pragma unroll
         for (int j = 0; j < V; ++j) sum += e[j];
+    }
+    return sum;
+}
+
+// sum + e^z z over a vector, given what sum_at_one leaves in `e`.
+template <int V>
+CAMKD_DEVICE float add_plogp(const Temperature& temperature, const float (&e)[V], const float (&z)[V], float sum) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        const float e1 = temperature.power >= 2 ? e[j] * e[j] : e[j];
+        if (e1 > 0) sum = fmaf(e1, z[j], sum);
     }
     return sum;
 }
@@ -158,8 +177,7 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
                 student_reference.apply(scale, states[0].max, s);
                 if (first == 1) {
                     exps(s, e);
-#pragma unroll
-                    for (int j = 0; j < V; ++j) student.sumT += e[j];
+                    student.sumT = add_all(e, student.sumT);
                     student.sum1 +=
                         sum_at_one(temperature, states[0].max, false, e, [&](float (&x)[V]) { read(0, x); });
                 }
@@ -174,18 +192,11 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
                     else
                         Reference::scale_from(at[g], scale, z);
                     exps(z, e);
-#pragma unroll
-                    for (int j = 0; j < V; ++j) teacher.sumT += e[j];
+                    teacher.sumT = add_all(e, teacher.sumT);
                     teacher.cross += cross_term(e, z, s);
                     teacher.sum1 += sum_at_one(temperature, states[first + g].max, entropy, e,
                                                [&](float (&x)[V]) { read(first + g, x); });
-                    if (entropy) {
-#pragma unroll
-                        for (int j = 0; j < V; ++j) {
-                            const float e1 = temperature.power >= 2 ? e[j] * e[j] : e[j];
-                            if (e1 > 0) teacher.plogp = fmaf(e1, z[j], teacher.plogp);
-                        }
-                    }
+                    if (entropy) teacher.plogp = add_plogp(temperature, e, z, teacher.plogp);
                 }
             }
         }

@@ -1,4 +1,4 @@
-// The host side of csrc/cuda/launch.h for the emulated device, whose limits the tests set.
+// The part of csrc/cuda/launch.h that depends on the CUDA runtime, for the emulated device. The tests set its limits.
 #pragma once
 
 namespace camkd::cuda {

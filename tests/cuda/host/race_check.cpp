@@ -1,4 +1,4 @@
-// Every kernel once in every regime, for ThreadSanitizer. Exits with 1 when a result is not finite.
+// Runs every kernel once in every regime, for ThreadSanitizer. Exits with 1 if a result is not finite.
 #include <cstdio>
 
 #include "../../../csrc/cuda/launch.h"
@@ -28,7 +28,7 @@ bool all_finite(const char* what, const std::vector<float>& x) {
     return true;
 }
 
-// `cluster` blocks to a row, or `chunks` of its columns: the regime that is meant.
+// Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks) {
     host::limits = limits;
     RowProblem problem{N, C, K, (C + 3) / 4, 4, K, true, 0, 0, 0, 0, 0};
