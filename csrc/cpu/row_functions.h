@@ -52,9 +52,9 @@ RowFunctions choose_functions(const RowLossArgs& args) {
     });
     f.grad = with_dtype(args.streams[0].dtype, [](auto t) -> RowFunctions::Grad {
         using T = decltype(t);
-        return [](const float* e, const float* e1, float at, float a1, const Term* terms, int count, void* out,
-                  int64_t c, int n, bool streaming) {
-            grad_block<T, Power>(e, e1, at, a1, terms, count, static_cast<T*>(out) + c, n, streaming);
+        return [](const float* e, const float* e1, float studentT, float student1, const Term* terms, int count,
+                  void* out, int64_t c, int n, bool streaming) {
+            grad_block<T, Power>(e, e1, studentT, student1, terms, count, static_cast<T*>(out) + c, n, streaming);
         };
     });
     for (int k = 0; k < args.K; ++k) {

@@ -72,13 +72,16 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
                 return RowPasses(args, functions, exps, RowScratch(base + lane * row_floats, args.C, streams),
                                  begin + lane);
             };
+            // Read the rows of the group
             for (int lane = 0; lane < count; ++lane) {
                 RowPasses row = at(lane);
                 if (row.ignored()) continue;
                 row.locate();
                 row.read(blocks, student_d, rows, lane);
             }
+            // Compute weights and losses
             rows.write_row_stats(args, begin, count);
+            // Write the gradient
             for (int lane = 0; args.grad_student && lane < count; ++lane) {
                 const RowPasses row = at(lane);
                 if (row.ignored())
@@ -111,6 +114,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
         for (int64_t n = 0; n < args.N; ++n) {
             RowPasses row(args, functions, exps, RowScratch(base, args.C, streams), n);
             const bool ignored = row.ignored();
+            // Read this thread's blocks
             if (!ignored) {
                 row.locate();
                 for (int k = 0; k <= args.K; ++k) own[k] = State();
@@ -119,6 +123,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
 #pragma omp barrier
 #pragma omp single
             {
+                // Reduce across the threads
                 shared.reset(args.K);
                 if (!ignored) {
                     for (int t = 1; t < num_threads; ++t)
@@ -128,6 +133,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                 shared.write_row_stats(args, n, 1);
                 if (ignored && args.grad_student) row.clear_grad();
             }
+            // Write the gradient
             if (args.grad_student && !ignored)
                 for (int64_t b = begin; b < end; ++b) row.write_block(b, shared, 0, streaming);
 #pragma omp barrier

@@ -90,6 +90,7 @@ struct RowPasses {
             function(data[k], offset[k] + c, n, finite(references[k]), exps, address(k, c + n), student_d,
                      scratch.stream(k) + c, lanes[k]);
         };
+        // Student first: the teachers need its distances
         if (!maxima_first) find_reference(0);
         functions.student(data[0], offset[0] + c, n, finite(references[0]), exps, address(0, c + n), student_d,
                           scratch.stream(0) + c, e1, lanes[0]);
@@ -97,6 +98,7 @@ struct RowPasses {
             if (!maxima_first) find_reference(k);
             teacher(functions.teachers[k - 1], k);
         }
+        // Reduce the lanes of all streams
         for (int k = 0; k <= args.K; ++k) {
             sums[k] = lanes[k].reduced(references[k]);
             if (sums[k].finite()) continue;
@@ -156,6 +158,8 @@ struct RowPasses {
         store_sums(states, rows, lane);
     }
 
+    // Writes block b of the gradient. The coefficients are relative to the maxima of the row, so they are multiplied by
+    // the shift from the references of the block.
     void write_block(int64_t b, const LaneRows& rows, int lane, bool streaming) const {
         const int K = args.K;
         const int64_t c = b * kBlock;
@@ -174,18 +178,19 @@ struct RowPasses {
         const float* e = scratch.stream(0) + c;
         const float* e1 = keeps_e1() ? scratch.stream(K + 1) + c : e;
         const float max = rows.streams[0].max[lane];
-        const float at = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
-        const float a1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
-        functions.grad(e, e1, at, a1, terms, count, args.grad_student, index * args.C + c, n, streaming);
+        const float studentT = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
+        const float student1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
+        functions.grad(e, e1, studentT, student1, terms, count, args.grad_student, index * args.C + c, n, streaming);
+        // The label's column again, with the 1 of the one-hot label
         const int64_t y = args.target[index] - c;
         if (label_valid() && y >= 0 && y < n) {
             float e1_y = keeps_e1() ? e1[y] : e[y];
             for (int p = functions.power; p > 1; p /= 2) e1_y *= e1_y;
             // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its
             // scale.
-            float value = at * e[y];
+            float value = studentT * e[y];
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
-            value += a1 * e1_y - label_coefficient(args.formula, args.grad_scale);
+            value += student1 * e1_y - label_coefficient(args.formula, args.grad_scale);
             with_dtype(args.streams[0].dtype, [&](auto t) {
                 store_tail(static_cast<decltype(t)*>(args.grad_student) + index * args.C + c + y, Vec::set(value), 1);
             });
