@@ -8,7 +8,8 @@ import torch
 
 from camkd_fast import camkd_loss, dispatch
 from tests.support.backends import BACKENDS
-from tests.support.cases import make_case, run
+from tests.support.cases import make_case
+from tests.support.evaluate import run
 
 
 @pytest.mark.parametrize("dtype", dispatch.COMPILED_DTYPES, ids=str)

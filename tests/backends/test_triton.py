@@ -14,18 +14,8 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, reference
-from tests.support.cases import (
-    FEW,
-    Case,
-    assert_accurate,
-    assert_result,
-    make_case,
-    naive,
-    roundoff,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import run, run_value_and_grad
 from tests.support.op_contract import (
     assert_confidence,
     assert_confidence_edges,
@@ -34,6 +24,8 @@ from tests.support.op_contract import (
     assert_scales_rows,
 )
 from tests.support.row_contract import assert_agrees, assert_means, options
+from tests.support.tolerance import FEW, assert_accurate, assert_result, roundoff
+from tests.support.truth import naive, truth
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")

@@ -63,8 +63,9 @@ def _logits(shape: Shape, dtype: str) -> Any:
 
 
 def _call(shape: Shape) -> None:
-    import camkd_fast.kernels as kernels
     import torch
+
+    import camkd_fast.kernels as kernels
     from camkd_fast.kernels import batch_mean
 
     student = _logits(shape, shape.dtype)

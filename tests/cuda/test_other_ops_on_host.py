@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.cases import FEW, poisoned_slice
+from tests.support.cases import poisoned_slice
 from tests.support.op_contract import (
     assert_confidence,
     assert_confidence_edges,
@@ -16,6 +16,7 @@ from tests.support.op_contract import (
     assert_features,
     assert_scales_rows,
 )
+from tests.support.tolerance import FEW
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")

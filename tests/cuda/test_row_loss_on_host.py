@@ -20,17 +20,11 @@ import pytest
 import torch
 
 from camkd_fast import reference
-from tests.support.cases import (
-    Case,
-    assert_accurate,
-    assert_result,
-    make_case,
-    naive,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import run, run_value_and_grad
 from tests.support.row_contract import assert_agrees, assert_means, options
+from tests.support.tolerance import assert_accurate, assert_result
+from tests.support.truth import naive, truth
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")

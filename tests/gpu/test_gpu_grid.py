@@ -16,19 +16,11 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
-from tests.support.cases import (
-    Case,
-    assert_accurate,
-    assert_result,
-    make_case,
-    naive,
-    on,
-    rms,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import Case, make_case, on
+from tests.support.evaluate import run, run_value_and_grad
 from tests.support.gpu import Place
+from tests.support.tolerance import assert_accurate, assert_result, rms
+from tests.support.truth import naive, truth
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLASSES = (10, 100, 1000, 1128, 21841, 32000, 65537, 128256, 151936, 262144)

@@ -10,8 +10,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad
-from tests.support.cases import Case, assert_accurate, make_case, naive, on, run, run_value_and_grad, truth
+from tests.support.cases import Case, make_case, on
+from tests.support.evaluate import run, run_value_and_grad
 from tests.support.gpu import CUDA, NO_GPU, Place
+from tests.support.tolerance import assert_accurate
+from tests.support.truth import naive, truth
 
 MB = 2**20
 BF16 = torch.bfloat16

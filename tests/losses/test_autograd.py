@@ -8,7 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
-from tests.support.cases import Case, assert_accurate, assert_result, eager, fields, make_case, naive, run, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import fields, run
+from tests.support.tolerance import assert_accurate, assert_result
+from tests.support.truth import eager, naive, truth
 
 
 def loss_of(case: Case, student: torch.Tensor, backend: str) -> torch.Tensor:

@@ -6,7 +6,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkd_fast  # noqa: F401  # registers the ops
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
-from tests.support.cases import assert_accurate, fields, make_case, naive, run, truth
+from tests.support.cases import make_case
+from tests.support.evaluate import fields, run
+from tests.support.tolerance import assert_accurate
+from tests.support.truth import naive, truth
 
 OPS = torch.ops.camkd_fast
 

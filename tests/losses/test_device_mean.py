@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad, checks, dispatch
-from tests.support.cases import assert_accurate, assert_result, make_case, naive, run, run_value_and_grad, truth
+from tests.support.cases import make_case
+from tests.support.evaluate import run, run_value_and_grad
+from tests.support.tolerance import assert_accurate, assert_result
+from tests.support.truth import naive, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on lanes that are masked
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from camkd_fast import camkd_loss, confidence_weights, weighted_feature_loss
-from tests.support.cases import assert_accurate, make_case, rms
+from tests.support.cases import make_case
+from tests.support.tolerance import assert_accurate, rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,18 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from camkd_fast import CAMKDLoss, camkd_loss, camkd_loss_and_grad
-from tests.support.cases import (
-    Case,
-    assert_result,
-    eager,
-    fields,
-    make_case,
-    naive,
-    rms,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import fields, run, run_value_and_grad
+from tests.support.tolerance import assert_result, rms
+from tests.support.truth import eager, naive, truth
 
 WEIGHTINGS = ["confidence", "uniform", "entropy", "per teacher", "per row"]
 

@@ -8,18 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests.support.backends import BACKENDS
-from tests.support.cases import (
-    MASKED,
-    Case,
-    assert_accurate,
-    fields,
-    naive,
-    poisoned_slice,
-    rms,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import MASKED, Case, poisoned_slice
+from tests.support.evaluate import fields, run, run_value_and_grad
+from tests.support.tolerance import assert_accurate, rms
+from tests.support.truth import naive, truth
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "padded", "transposed", "expanded", "rows", "columns"]

@@ -6,7 +6,10 @@ import torch
 
 from camkd_fast import camkd_loss_and_grad, confidence_weights, weighted_feature_loss
 from tests.support.backends import BACKENDS
-from tests.support.cases import Case, assert_result, make_case, naive, rms, run, run_value_and_grad, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import run, run_value_and_grad
+from tests.support.tolerance import assert_result, rms
+from tests.support.truth import naive, truth
 
 
 def untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, confidence_weights
-from tests.support.cases import (
-    Case,
-    Result,
-    assert_accurate,
-    assert_result,
-    make_case,
-    naive,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import Result, run, run_value_and_grad
+from tests.support.tolerance import assert_accurate, assert_result
+from tests.support.truth import naive, truth
 
 INF = float("inf")
 

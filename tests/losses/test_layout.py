@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss_and_grad, confidence_weights
-from tests.support.cases import Case, assert_result, make_case, naive, poisoned_slice, run, run_value_and_grad, truth
+from tests.support.cases import Case, make_case, poisoned_slice
+from tests.support.evaluate import run, run_value_and_grad
+from tests.support.tolerance import assert_result
+from tests.support.truth import naive, truth
 
 
 def transposed(z: torch.Tensor) -> torch.Tensor:

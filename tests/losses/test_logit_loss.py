@@ -5,7 +5,10 @@ import functools
 import pytest
 import torch
 
-from tests.support.cases import Case, Result, assert_result, make_case, naive, run, run_value_and_grad, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import Result, run, run_value_and_grad
+from tests.support.tolerance import assert_result
+from tests.support.truth import naive, truth
 
 # Thinned from C x K x rows x dtype: a value of C, K, N or dtype is exercised by its own code (tile remainders, teacher
 # count, row blocks, load width), and pairs of them only through how much fits on chip, so each C appears with few rows

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
 from tests.support.backends import BACKENDS
-from tests.support.cases import fields, make_case, run, run_value_and_grad
+from tests.support.cases import make_case
+from tests.support.evaluate import fields, run, run_value_and_grad
 
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)

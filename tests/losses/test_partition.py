@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
-from tests.support.cases import Case, assert_accurate, fields, make_case, naive, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import fields
+from tests.support.tolerance import assert_accurate
+from tests.support.truth import naive, truth
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from tests.support.cases import assert_accurate, make_case, naive, run, truth
+from tests.support.cases import make_case
+from tests.support.evaluate import run
+from tests.support.tolerance import assert_accurate
+from tests.support.truth import naive, truth
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -3,5 +3,5 @@
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("cases", "op_contract", "row_contract", "loader_data"))
+    *(f"{__name__}.{name}" for name in ("tolerance", "op_contract", "row_contract", "loader_data"))
 )

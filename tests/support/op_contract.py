@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from camkd_fast import CAMKDFeatureLoss, reference
-from tests.support.cases import assert_accurate
+from tests.support.tolerance import assert_accurate
 
 Floor = Callable[[Tensor], float]
 
