@@ -1,4 +1,4 @@
-"""Cases: the inputs and options of one evaluation, random or moved to a device."""
+"""Cases: inputs and options of one evaluation, made at random or moved to a device."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Case:
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
-        """Shapes rather than values: a failing case is reproduced from its seed."""
+        """Shapes instead of values: a failing case is reproduced from its seed."""
         tensors = [f"{z.dtype}{list(z.shape)} strides {z.stride()}" for z in (self.student, *self.teachers)]
         return f"Case({', '.join(tensors)}, target {self.target.flatten().tolist()[:8]}, {self.options()})"
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what hypothesis asks for
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # used by hypothesis
         printer.text(repr(self))
 
     def with_(self, **changes: Any) -> Case:
@@ -45,7 +45,7 @@ class Case:
 
 
 def poisoned_slice(values: Tensor, pad: int, offset: int = 1) -> Tensor:
-    """`values` (..., C) as a slice of a wider buffer that is NaN around it: a read outside shows in the result."""
+    """`values` (..., C) as a slice of a wider buffer full of NaN: a read outside the slice shows in the result."""
     wide = torch.full((*values.shape[:-1], values.shape[-1] + pad + offset), float("nan"), dtype=values.dtype)
     view = wide[..., offset : offset + values.shape[-1]]
     view.copy_(values)
@@ -66,7 +66,13 @@ def make_case(
     lead: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Case:
-    """Random logits. `peaked`: ten times as wide, teachers mostly sure of the label and sometimes of another class."""
+    """Random logits. With `peaked` they are ten times as wide, and teachers mostly certain, not always of the label.
+
+    Args:
+        padded: logits are slices of wider NaN buffers, with different strides.
+        ignored: probability that a row is ignored.
+        lead: leading dimensions, with N elements; (N,) by default.
+    """
     generator = torch.Generator().manual_seed(1000003 * seed + 1009 * C + 31 * N + K)
     lead = (N,) if lead is None else lead
     target = torch.randint(C, (N,), generator=generator)
@@ -89,13 +95,13 @@ def make_case(
 
 
 def moved(z: Tensor, device: torch.device) -> Tensor:
-    """`z` on another device in the same layout, with what surrounds it in its buffer."""
+    """`z` on another device in the same layout, with its whole buffer."""
     whole = z if z._base is None else z._base
     return whole.detach().to(device).as_strided(z.shape, z.stride(), z.storage_offset())
 
 
 def on(case: Case, device: torch.device) -> Case:
-    """The same case on a device."""
+    """The same case on another device."""
     weighting = case.weighting
     return case.with_(
         student=moved(case.student, device),

@@ -11,7 +11,7 @@ from tests.support.cases import Case
 
 
 class Result(NamedTuple):
-    """Numbers of one evaluation; `grad` is d (loss * grad_output).sum() / d student."""
+    """Results of one evaluation; `grad` is d (loss * grad_output).sum() / d student."""
 
     loss: Tensor
     hard: Tensor
@@ -24,7 +24,7 @@ class Result(NamedTuple):
 
 
 def fields(out: Any) -> list[Tensor]:
-    """The numbers of an output by their public names."""
+    """All tensors of an output, in the order of `Result`."""
     return [getattr(out, name) for name in ("loss", "hard", "soft", "weights", "teacher_ce", "divergence")]
 
 

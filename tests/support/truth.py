@@ -17,7 +17,7 @@ from tests.support.evaluate import Result
 
 
 def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: str | Tensor) -> dict[str, Tensor]:
-    """The paper's formulas for rows (N, C), none of them ignored, in the inputs' own dtype."""
+    """The paper's formulas for rows (N, C) in the dtype of the inputs; ignored rows are not treated."""
     K, T, y = len(teachers), case.temperature, case.target.reshape(-1)
     label = torch.where(y == case.ignore_index, 0, y)
     log_q = F.log_softmax(student / T, dim=1)
@@ -43,7 +43,7 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
 
 
 def eager(case: Case, dtype: torch.dtype, grad_output: Tensor | None = None) -> Result:
-    """The formulas and their gradient by plain autograd with every operation in `dtype`: R for float64, N otherwise."""
+    """The formulas and their gradient by autograd, every operation in `dtype`."""
     lead, C = case.target.shape, case.student.shape[-1]
     student = case.student.detach().to(dtype).reshape(-1, C).clamp(min=MASKED).requires_grad_()
     teachers = [z.to(dtype).reshape(-1, C).clamp(min=MASKED) for z in case.teachers]
@@ -52,29 +52,29 @@ def eager(case: Case, dtype: torch.dtype, grad_output: Tensor | None = None) -> 
         learned = weighting.detach().to(dtype).requires_grad_()
         weighting = learned.reshape(len(teachers), -1).expand(len(teachers), student.shape[0])
     kept = (case.target != case.ignore_index).reshape(-1)
-    numbers = {name: value.where(kept, 0.0) for name, value in per_row(case, student, teachers, weighting).items()}
+    results = {name: value.where(kept, 0.0) for name, value in per_row(case, student, teachers, weighting).items()}
     divisor: Any = 1
     if case.reduction == "mean":
         divisor = max(int(kept.sum()), 1) if case.num_items is None else float(case.num_items)
     for name in ("loss", "hard", "soft"):
-        numbers[name] = numbers[name].view(lead) if case.reduction == "none" else (numbers[name] / divisor).sum()
-    loss = numbers["loss"]
+        results[name] = results[name].view(lead) if case.reduction == "none" else (results[name] / divisor).sum()
+    loss = results["loss"]
     cotangent = torch.ones_like(loss) if grad_output is None else grad_output.to(dtype)
-    wanted = [student] if learned is None else [student, learned]
-    grads = torch.autograd.grad(loss, wanted, cotangent, allow_unused=True)
+    inputs = [student] if learned is None else [student, learned]
+    grads = torch.autograd.grad(loss, inputs, cotangent, allow_unused=True)
     for name in ("weights", "teacher_ce", "divergence"):
-        numbers[name] = numbers[name].view(len(teachers), *lead)
-    detached = {name: value.detach() for name, value in numbers.items()}
+        results[name] = results[name].view(len(teachers), *lead)
+    detached = {name: value.detach() for name, value in results.items()}
     return Result(
         **detached, grad=grads[0].view(case.student.shape), grad_weighting=None if learned is None else grads[1]
     )
 
 
 def truth(case: Case, grad_output: Tensor | None = None) -> Result:
-    """R."""
+    """R: the formulas in float64."""
     return eager(case, torch.float64, grad_output)
 
 
 def naive(case: Case, grad_output: Tensor | None = None) -> Result:
-    """N: plain PyTorch at the precision that every backend promises, float32 (float64 for float64 logits)."""
+    """N: eager PyTorch at the precision that every backend promises, float32 (float64 for float64 logits)."""
     return eager(case, torch.float64 if case.student.dtype == torch.float64 else torch.float32, grad_output)
