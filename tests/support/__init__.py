@@ -1,4 +1,4 @@
-"""What tests share: cases, contracts, small models and data."""
+"""Shared by the tests: cases, contracts, small models and data."""
 
 import pytest
 
