@@ -31,8 +31,8 @@ from .journal import METRICS, Journal, Silence, read_metrics
 from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model
 from .schedule import peak_rate
 from .step import TrainStep
-from .teacher_runs import load_teachers
-from .teachers import Teachers
+from .teachers.live import Teachers
+from .teachers.runs import load_teachers
 from .trainer import Evaluation, Trainer
 from .trainer import evaluate as evaluate_model
 

@@ -21,7 +21,7 @@ from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate
 from .strategies import Strategy
 from .sums import Sums
-from .teachers import Teachers
+from .teachers.live import Teachers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

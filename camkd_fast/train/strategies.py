@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..feature_loss import CAMKDFeatureLoss, weighted_feature_loss
 from ..models.protocol import Prediction
 from .min_norm import min_norm_weights
-from .teachers import Teachers
+from .teachers.live import Teachers
 
 IGNORE_INDEX = -100  # label of rows without a loss, as in camkd_loss
 

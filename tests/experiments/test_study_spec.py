@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from camkd_fast import models
+from camkd_fast.experiments.study import cells, measure, spec
+from camkd_fast.experiments.study.cells import Cell
+from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
 from camkd_fast.train.config import PrecisionConfig, differences, plain
-from camkd_fast.train.study import cells, measure, spec
-from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.spec import Pool, TeacherSpec, Variant
 from tests.support.study_parts import study
 
 ROOT = Path(__file__).parents[2]

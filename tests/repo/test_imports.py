@@ -30,7 +30,8 @@ LAYERS = {
     "baselines": LOSSES,
     "models": {"models"},
     "data": {"data"},
-    "train": {"train", "models", "data", "baselines", "dispatch", "report", *LOSSES},
+    "train": {"train", "models", "data", *LOSSES},
+    "experiments": {"experiments", "train", "models", "data", "baselines", "report", *LOSSES},
     "report": {"report"},
 }
 

@@ -17,7 +17,7 @@ from camkd_fast.train.checkpoint import Checkpoints
 from camkd_fast.train.config import LogConfig, OptimConfig, PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.trainer import Trainer
 
 CLASSES, CHANNELS, SIDE = 10, 3, 8

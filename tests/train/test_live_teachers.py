@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from camkd_fast.data.batch import Batch
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.training import CLASSES, SmallNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

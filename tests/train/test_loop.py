@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast.train import config as configs
-from camkd_fast.train.cache import CacheError
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, Silence, read_metrics
@@ -21,7 +20,8 @@ from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_a
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.sums import NonFiniteLossError
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.cache import CacheError
+from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.trainer import Clock
 from camkd_fast.train.trainer import evaluate as evaluate_model
 from tests.support.training import ONE, SmallNet, images, loader, train_step, trainer

@@ -17,7 +17,7 @@ from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.min_norm import min_norm_weights
 from camkd_fast.train.strategies import NAMES, Strategy
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 
 T = 4.0
 FEATURES = 6  # channels of the student

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..data.files import ImageSet
 from ..data.images import LabelledImages, stratified_parts
 from ..feature_loss import confidence_weights
-from . import compare, run
+from ..train import run
+from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import load_model
+from . import compare
 from .compare import CompareConfig, Row
-from .config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
-from .journal import METRICS, read_metrics
 from .loss_speed import LossSpeed, measure_loss_speed
-from .run_folder import load_model
 
 DATA = "digits"
 STRATEGIES = ("ce", "aver", "ca-mkd")

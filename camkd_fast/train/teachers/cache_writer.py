@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.protocol import Prediction
-from .atomic import write_atomically
+from ...models.protocol import Prediction
+from ..atomic import write_atomically
+from ..distributed import World
 from .cache_files import CacheError, CacheKey, Manifest, Storage, manifests, shards
-from .distributed import World
-from .teachers import Teachers
+from .live import Teachers
 from .truncation import Truncated, expand, loss_error, truncate
 
 if TYPE_CHECKING:
-    from ..data.batch import Loader
+    from ...data.batch import Loader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 64 << 20

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .. import config as configs
-from .. import strategies
-from ..config import DataConfig, OptimConfig, PrecisionConfig
+from ...train import config as configs
+from ...train import strategies
+from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
 REFERENCE = "aver"  # the variant that others are compared with unless they say otherwise

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .atomic import write_atomically
-from .teachers import LiveTeachers
+from ..atomic import write_atomically
+from .live import LiveTeachers
 
 if TYPE_CHECKING:
-    from ..data.batch import LoaderConfig
-    from ..data.files import ImageFiles
-    from ..data.images import LabelledImages
+    from ...data.batch import LoaderConfig
+    from ...data.files import ImageFiles
+    from ...data.images import LabelledImages
 
 FORMAT = 1
 MANIFESTS = "manifest.*.json"

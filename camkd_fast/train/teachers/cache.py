@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.protocol import Prediction
+from ...models.protocol import Prediction
+from ..distributed import World
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
-from .distributed import World
-from .teachers import Head, Teachers
+from .live import Head, Teachers
 
 if TYPE_CHECKING:
-    from ..data.batch import Batch, Loader
+    from ...data.batch import Batch, Loader
 
 __all__ = ["CacheError", "CacheKey", "CachedTeachers", "Storage", "TeacherCache"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from . import cells
-from .results import Results
+from .records import Results
 from .spec import Pool, Student, Variant
 from .statistics import Paired
 from .work import Record

@@ -28,12 +28,12 @@ from ..report.plots import (
     confusions,
     curves,
 )
-from . import config as configs
-from .config import DistillConfig, JobConfig, TeachConfig
-from .confusion import Confusion, confusion
-from .journal import METRICS, read_metrics
-from .run import load_splits
-from .run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
+from ..train import config as configs
+from ..train.config import DistillConfig, JobConfig, TeachConfig
+from ..train.confusion import Confusion, confusion
+from ..train.journal import METRICS, read_metrics
+from ..train.run import load_splits
+from ..train.run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
 
 Record = Mapping[str, Any]
 _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small to read

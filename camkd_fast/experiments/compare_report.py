@@ -23,10 +23,10 @@ from ..report.plots import (
     curves,
     differences,
 )
-from .atomic import write_atomically
+from ..train.atomic import write_atomically
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import REPORT
 from .compare import CompareConfig, Row, as_json, baseline, spread
-from .journal import METRICS, read_metrics
-from .run_folder import REPORT
 from .run_report import footer, settings
 
 COMPARE = "compare.json"

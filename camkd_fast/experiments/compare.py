@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from . import run, strategies
-from .config import DistillConfig
-from .journal import METRICS, read_metrics
-from .run_folder import is_finished
+from ..train import run, strategies
+from ..train.config import DistillConfig
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import is_finished
 
 BASELINE = "aver"  # what the others are compared with, seed by seed
 

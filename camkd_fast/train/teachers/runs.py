@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .. import models
-from ..data import choose
-from ..data.batch import LoaderConfig
-from ..data.files import ImageSet
-from . import strategies
+from ... import models
+from ...data import choose
+from ...data.batch import LoaderConfig
+from ...data.files import ImageSet
+from .. import strategies
+from ..config import DistillConfig
+from ..distributed import World
+from ..run_folder import load_model, model_metadata
+from ..step import DTYPES
 from .cache import CachedTeachers, CacheKey, Storage, TeacherCache
-from .config import DistillConfig
-from .distributed import World
-from .run_folder import load_model, model_metadata
-from .step import DTYPES
-from .teachers import LiveTeachers, Teachers
+from .live import LiveTeachers, Teachers
 
 
 def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfig, world: World) -> Teachers | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logit_loss import camkd_loss_and_grad
+from ...logit_loss import camkd_loss_and_grad
 
 
 class Truncated(NamedTuple):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import strategies
-from ..config import DistillConfig, LogConfig, TeachConfig, differences
-from ..run_folder import FREE
+from ...train import strategies
+from ...train.config import DistillConfig, LogConfig, TeachConfig, differences
+from ...train.run_folder import FREE
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
 QUIET = LogConfig(tensorboard=False, progress=False, checkpoint_minutes=1.0)

@@ -15,15 +15,15 @@ from ...data.batch import LoaderConfig
 from ...data.files import ImageSet
 from ...logit_loss import camkd_loss
 from ...models.protocol import feature_model, predict
-from .. import run
-from ..cache import CachedTeachers
-from ..checkpoint import Checkpoints
-from ..config import DistillConfig
-from ..confusion import confusion
-from ..distributed import World, processes
-from ..run_folder import CHECKPOINTS, load_model
-from ..teacher_runs import load_teachers
-from ..trainer import evaluate
+from ...train import run
+from ...train.checkpoint import Checkpoints
+from ...train.config import DistillConfig
+from ...train.confusion import confusion
+from ...train.distributed import World, processes
+from ...train.run_folder import CHECKPOINTS, load_model
+from ...train.teachers.cache import CachedTeachers
+from ...train.teachers.runs import load_teachers
+from ...train.trainer import evaluate
 from .spec import StudyConfig
 
 DIGITS = 5  # that weights keep

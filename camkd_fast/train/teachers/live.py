@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.protocol import FeatureModel, Prediction, feature_model, predict
+from ...models.protocol import FeatureModel, Prediction, feature_model, predict
 
 if TYPE_CHECKING:
-    from ..data.batch import Batch
+    from ...data.batch import Batch
 
 Head = Callable[[Tensor], Tensor]  # (N, D_k, H, W) -> logits (N, C)
 
