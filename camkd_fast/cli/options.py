@@ -83,7 +83,7 @@ class Compare:
     FILE, one machine after the other.
     """
 
-    strategies: tuple[str, ...] = strategies.NAMES
+    strategies: tuple[str, ...] = field(default_factory=strategies.names)
     """Strategies to compare, with equal alpha; beta is for those that regress feature maps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every strategy; equal seeds share first parameters and image order."""

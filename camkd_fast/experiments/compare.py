@@ -13,14 +13,14 @@ from ..train.config import DistillConfig
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import is_finished
 
-BASELINE = "aver"  # what the others are compared with, seed by seed
+BASELINE = strategies.AVER.name  # what the others are compared with, seed by seed
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """Train the same student with every strategy from every seed."""
 
-    strategies: tuple[str, ...] = strategies.NAMES
+    strategies: tuple[str, ...] = field(default_factory=strategies.names)
     """Strategies to compare, each with the same alpha."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every strategy; equal seeds have equal first parameters and image order."""
@@ -45,10 +45,10 @@ class CompareConfig:
                 yield self.cell(name, seed)
 
     def cell(self, strategy: str, seed: int) -> DistillConfig:
-        """One run, in `out/STRATEGY/seed-N`. Beta is for strategies with a feature term alone."""
-        beta = self.student.beta if strategies.find(strategy).needs_features else None
-        out = self.out / strategy / f"seed-{seed}"
-        return replace(self.student, strategy=strategy, seed=seed, beta=beta, out=out)
+        """One run, in `out/STRATEGY/seed-N`, without the options that its strategy refuses."""
+        taken = strategies.find(strategy).options
+        refused: dict[str, Any] = {name: value for name, value in strategies.UNSET.items() if name not in taken}
+        return replace(self.student, strategy=strategy, seed=seed, out=self.out / strategy / f"seed-{seed}", **refused)
 
 
 @dataclass(frozen=True)

@@ -8,50 +8,16 @@ from pathlib import Path
 from statistics import mean
 
 from ..report.page import Part, Picture, Section, Table, write_page
-from ..report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    Curve,
-    Panel,
-    Sample,
-    accuracy_bars,
-    curves,
-    differences,
-)
+from ..report.plots import Curve, Panel, Sample, accuracy_bars, curves, differences
 from ..train.atomic import write_atomically
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import REPORT
+from ..train.strategies import find
 from .compare import CompareConfig, Row, as_json, baseline, spread
 from .run_report import footer, settings
 
 COMPARE = "compare.json"
-# How a strategy is called and drawn.
-LABELS = {
-    "ce": "CE only",
-    "kd": "KD",
-    "aver": "AVER",
-    "ebkd": "EBKD",
-    "aekd": "AEKD",
-    "fitnet-mkd": "FitNet-MKD",
-    "ca-mkd-logits": "CA-MKD, logits",
-    "ca-mkd": "CA-MKD",
-}
-COLORS = {
-    "ce": GREY,
-    "kd": "#332288",
-    "aver": ORANGE,
-    "ebkd": GREEN,
-    "aekd": PURPLE,
-    "fitnet-mkd": VERMILLION,
-    "ca-mkd-logits": SKY,
-    "ca-mkd": BLUE,
-}
-_PALE = "#b9c0c8"  # teachers, where every colour is a strategy's
+_PALE = "#b9c0c8"  # of teachers: every other colour is a strategy's
 
 
 def student_table(rows: Sequence[Row]) -> Table:
@@ -60,7 +26,7 @@ def student_table(rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         cells = [
-            LABELS[row.strategy],
+            find(row.strategy).label,
             f"{100 * row.mean:.2f} %",
             f"{100 * row.spread:.2f}",
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row.test_accuracy),
@@ -74,7 +40,7 @@ def student_table(rows: Sequence[Row]) -> Table:
 
 
 def student_samples(rows: Sequence[Row]) -> list[Sample]:
-    return [Sample(LABELS[r.strategy], COLORS[r.strategy], [100 * a for a in r.test_accuracy]) for r in rows]
+    return [Sample(find(r.strategy).label, find(r.strategy).color, [100 * a for a in r.test_accuracy]) for r in rows]
 
 
 def student_curves(rows: Sequence[Row]) -> list[Curve]:
@@ -85,7 +51,7 @@ def student_curves(rows: Sequence[Row]) -> list[Curve]:
         runs = [[100 * record["validation_accuracy"] for record in records] for records in validated]
         if runs[0]:
             x = [record["epoch"] for record in validated[0]]
-            lines.append(Curve(LABELS[row.strategy], COLORS[row.strategy], runs, x=x))
+            lines.append(Curve(find(row.strategy).label, find(row.strategy).color, runs, x=x))
     return lines
 
 
@@ -95,7 +61,7 @@ def difference_plot(rows: Sequence[Row]) -> Picture | None:
     if aver is None or len(rows) == 1:
         return None
     samples = [
-        Sample(LABELS[row.strategy], COLORS[row.strategy], [100 * gain for gain in row.gains(aver)])
+        Sample(find(row.strategy).label, find(row.strategy).color, [100 * gain for gain in row.gains(aver)])
         for row in rows
         if row is not aver
     ]

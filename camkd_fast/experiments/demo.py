@@ -18,12 +18,13 @@ from ..train import run
 from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import load_model
+from ..train.strategies import AVER, CAMKD, CE
 from . import compare
 from .compare import CompareConfig, Row
 from .loss_speed import LossSpeed, measure_loss_speed
 
 DATA = "digits"
-STRATEGIES = ("ce", "aver", "ca-mkd")
+STUDENTS = (CE.name, AVER.name, CAMKD.name)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class DemoConfig:
             optim=self._optim(self.student_epochs),
             log=LogConfig(tensorboard=False, progress=False),
         )
-        return CompareConfig(STRATEGIES, self.seeds, base)
+        return CompareConfig(STUDENTS, self.seeds, base)
 
     def _optim(self, epochs: int) -> OptimConfig:
         return OptimConfig(epochs=epochs, batch_size=self.batch_size, learning_rate=0.05, schedule="cosine")

@@ -10,8 +10,9 @@ from statistics import mean
 
 from ..report.page import Section, Table, write_page
 from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
+from ..train.strategies import AVER, CAMKD, find
 from .compare import Row, spread
-from .compare_report import LABELS, student_curves, student_samples, student_table
+from .compare_report import student_curves, student_samples, student_table
 from .demo import DemoResults
 from .loss_speed import LossSpeed
 from .run_report import footer
@@ -54,7 +55,7 @@ def _setting(results: DemoResults) -> str:
 
 def _verdict(results: DemoResults) -> str:
     """The comparison with AVER as it came out, whichever way."""
-    camkd, aver = _row(results, "ca-mkd"), _row(results, "aver")
+    camkd, aver = _row(results, CAMKD.name), _row(results, AVER.name)
     gains = [100 * gain for gain in camkd.gains(aver)]
     gain = mean(gains)
     poor, weight = min(zip(results.teachers, results.weights.mean(1).tolist(), strict=True), key=lambda pair: pair[1])
@@ -106,7 +107,7 @@ def _histogram_note(results: DemoResults) -> str:
 
 
 def _weight_curves(results: DemoResults) -> list[Curve]:
-    runs = _row(results, "ca-mkd").epochs
+    runs = _row(results, CAMKD.name).epochs
     lines = []
     for of, kind in (("weights", "logits"), ("feature_weights", "features")):
         for k, (teacher, color) in enumerate(zip(results.teachers, TEACHER_COLORS, strict=False)):
@@ -178,7 +179,7 @@ def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, o
         ],
         "students": [
             {
-                "strategy": LABELS[row.strategy],
+                "strategy": find(row.strategy).label,
                 "test_accuracy": {"mean": row.mean, "std": row.spread, "seeds": row.test_accuracy},
                 "images_per_second": row.images_per_second,
                 "runs": row.epochs,

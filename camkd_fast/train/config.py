@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Doc
 
 from .atomic import write_atomically
+from .strategies import STRATEGIES, names, taking
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,10 @@ class TeachConfig:
             raise ValueError(f"swapped must name two different classes, got {' '.join(map(str, self.swapped))}")
 
 
+def _published_betas() -> str:
+    return ", ".join(f"{STRATEGIES[name].options['beta']:g} for {name}" for name in taking("beta"))
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """Train a student from the labels and from trained teachers."""
@@ -190,22 +197,25 @@ class DistillConfig:
     """Model of the student."""
     teachers: tuple[Path, ...] = ()
     """Run directories of the teachers."""
-    strategy: str = "ca-mkd"
-    """How the teachers are combined: ce, kd, aver, ebkd, aekd, fitnet-mkd, ca-mkd-logits or ca-mkd."""
+    strategy: Annotated[str, Doc(f"How the teachers are combined: {', '.join(names())}.")] = "ca-mkd"
     alpha: float = 1.0
     """Weight of the distillation loss beside the cross-entropy (paper: 1)."""
-    beta: float | None = None
-    """Weight of the feature loss; None: the strategy's own (paper: 50 for ca-mkd, 100 for fitnet-mkd)."""
+    beta: Annotated[
+        float | None, Doc(f"Weight of the feature loss; None: the strategy's own ({_published_betas()}).")
+    ] = None
     temperature: float = 4.0
     """Temperature of the distillation loss (paper: 4)."""
     official_scale: bool = False
     """Divide the losses by the number of teachers as the official code does, which the paper does not."""
-    teacher_index: int = 0
-    """Which teacher the strategy kd learns from, from 0."""
+    teacher_index: Annotated[
+        int, Doc(f"Teacher that {', '.join(taking('teacher_index'))} learns from, counted from 0.")
+    ] = 0
     detach: bool = True
     """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
-    uniform: Literal["none", "logits", "features"] = "none"
-    """Let all teachers weigh the same in this part of ca-mkd, to see what its weights are worth there."""
+    uniform: Annotated[
+        Literal["none", "logits", "features"],
+        Doc(f"Give all teachers equal weights in this part of {', '.join(taking('uniform'))}, as an ablation."),
+    ] = "none"
     teacher_cache: Path | None = None
     """Folder in which the teachers' answers are kept, so that later epochs run no teacher; needs --views."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -245,7 +245,7 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
 
 def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
     if isinstance(config, TeachConfig):
-        return strategies.create("ce", None, num_features)
+        return strategies.create(strategies.CE.name, None, num_features)
     return strategies.create(
         config.strategy,
         teachers,

@@ -78,16 +78,14 @@ class Pupil(nn.Module):
         feature = torch.zeros((), device=images.device)
         if taught:
             teacher_logits = [teacher.logits for teacher in taught]
+            formula = strategy.formula._replace(weighting=strategy.weighting(logits, taught, target))
             out, gradient = camkd_loss_and_grad(
                 logits,
                 teacher_logits,
                 target,
-                temperature=strategy.temperature,
-                hard_weight=strategy.hard_weight,
-                soft_weight=strategy.soft_weight,
-                weighting=strategy.weighting(logits, taught, target),
                 num_items=num_items,
                 loss_scale=scale,
+                **formula.options(),
             )
             loss, hard, soft = out.loss, out.hard, out.soft
             weights = out.weights.sum(1)

@@ -127,7 +127,7 @@ def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> N
     findings = Findings(invented(accuracy, study))
     assert (
         "What the confidence weights alone are worth, in points: "
-        "ca-mkd-logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
+        "CA-MKD, logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
         "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
     ) in conclusions(findings)
     rows = {row[0]: row[1:] for row in study_tables.difference_by_pool(findings, study.students[0]).rows}
@@ -187,7 +187,7 @@ def test_tables_hold_the_numbers() -> None:
     assert ablation[:5] == ("uniform", "bad, resnet8", "52.00 %", "CA-MKD", "-2.00 ± 2.48")
     # Labels alone stand in both pools and are counted once.
     speeds = {row[0]: row[1] for row in study_tables.cost(findings).rows}
-    assert speeds["ce"] == "1,000"
+    assert speeds["CE only"] == "1,000"
     assert study_tables.teachers(findings).rows[3][1:3] == ("resnet8", "logits x 4")
 
 

@@ -18,7 +18,7 @@ from camkd_fast.models.protocol import predict
 from camkd_fast.train.config import OptimConfig, PrecisionConfig
 from camkd_fast.train.schedule import learning_rate, peak_rate
 from camkd_fast.train.step import DTYPES, TrainStep
-from camkd_fast.train.strategies import NAMES
+from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
 from tests.support.training import ONE, SmallNet, batch, parameters, train_step
 
@@ -50,7 +50,7 @@ def gradients(step: TrainStep) -> Tensor:
 # --- the gradient ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
     data = batch(33)
     step, twin = train_step(name), train_step(name)
@@ -61,14 +61,9 @@ def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
         loss = F.cross_entropy(prediction.logits, data.target)
     else:
         taught = twin.teachers(data)
-        loss = camkd_loss(
-            prediction.logits,
-            [t.logits for t in taught],
-            data.target,
-            temperature=twin.strategy.temperature,
-            soft_weight=twin.strategy.soft_weight,
-            weighting=twin.strategy.weighting(prediction.logits.detach(), taught, data.target),
-        ).loss
+        weighting = twin.strategy.weighting(prediction.logits.detach(), taught, data.target)
+        formula = twin.strategy.formula._replace(weighting=weighting)
+        loss = camkd_loss(prediction.logits, [t.logits for t in taught], data.target, **formula.options()).loss
         term = twin.strategy.feature_term(prediction, taught, data.target)
         loss = loss if term is None else loss + term.loss
     loss.backward()
@@ -153,7 +148,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu() -> None:
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_student_and_loss_are_one_graph_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -202,7 +197,7 @@ class _NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Student and loss are one graph (tests above), which admits no read; eager kernels of a CPU may read.
     step = take_steps(train_step(name), 1)

@@ -16,12 +16,12 @@ from camkd_fast.data.batch import Batch
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.min_norm import min_norm_weights
-from camkd_fast.train.strategies import NAMES, Strategy
+from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.live import LiveTeachers
 
 T = 4.0
 FEATURES = 6  # channels of the student
-WITH_TEACHERS = tuple(name for name in NAMES if name != "ce")
+WITH_TEACHERS = tuple(name for name in strategies.names() if name != "ce")
 WITH_FEATURES = ("fitnet-mkd", "ca-mkd")
 
 
@@ -72,15 +72,12 @@ def case(K: int, N: int = 7, spread: float = 4.0) -> Case:
 
 def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
     logits = [t.logits for t in batch.taught]
+    weighting = strategy.weighting(batch.student.logits, batch.taught, batch.target)
     return camkd_loss(
         batch.student.logits,
         logits,
         batch.target,
-        weighting=strategy.weighting(batch.student.logits, batch.taught, batch.target),
-        temperature=strategy.temperature,
-        hard_weight=strategy.hard_weight,
-        soft_weight=strategy.soft_weight,
-        **keywords,
+        **{**strategy.formula.options(), "weighting": weighting, **keywords},
     )
 
 
@@ -112,7 +109,7 @@ def test_equal_alpha_is_equal_strength_unless_the_official_scale_is_asked_for(na
     batch = case(K)
     for official, expected in ((False, 1.0), (True, official_strength(name, K))):
         strategy = strategies.create(name, batch.teachers, FEATURES, alpha=0.7, official_scale=official)
-        total = strategy.soft_weight * logit_loss(strategy, batch).weights.sum(0)
+        total = strategy.formula.soft_weight * logit_loss(strategy, batch).weights.sum(0)
         torch.testing.assert_close(total, torch.full((7,), 0.7 * expected, dtype=total.dtype))
         if name in WITH_FEATURES:
             divisor = K if official and name == "ca-mkd" else 1
@@ -147,14 +144,14 @@ def test_weights_of_every_strategy_follow_its_formula() -> None:
     for name, weights in expected.items():
         strategy = strategies.create(name, batch.teachers, FEATURES, alpha=0.5)
         out = logit_loss(strategy, batch)
-        torch.testing.assert_close(strategy.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(strategy.formula.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=1e-6)
         loss = hard + 0.5 * (weights * soft_losses(batch)).sum(0).mean()
         torch.testing.assert_close(out.loss, loss, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_alone_need_no_teacher() -> None:
     strategy = strategies.create("ce", None, FEATURES)
-    assert not strategy.needs_teachers and not strategy.needs_features and strategy.soft_weight == 0.0
+    assert not strategy.needs_teachers and not strategy.needs_features and strategy.formula.soft_weight == 0.0
     batch = case(1)
     assert strategy.feature_term(batch.student, [], batch.target) is None
     out = logit_loss(strategy, batch._replace(taught=[batch.student._replace(logits=batch.student.logits.detach())]))
@@ -362,10 +359,8 @@ def test_every_strategy_compiles_into_one_graph(name: str) -> None:
 
     def step(student: Prediction, taught: list[Prediction], target: Tensor) -> tuple[Tensor, Tensor]:
         logits = student.logits.detach()
-        weighting = strategy.weighting(logits, taught, target)
-        out, grad = camkd_loss_and_grad(
-            logits, [t.logits for t in taught], target, weighting=weighting, soft_weight=strategy.soft_weight
-        )
+        formula = strategy.formula._replace(weighting=strategy.weighting(logits, taught, target))
+        out, grad = camkd_loss_and_grad(logits, [t.logits for t in taught], target, **formula.options())
         term = strategy.feature_term(student, taught, target, num_items=7)
         return out.loss if term is None else out.loss + term.loss, grad
 
@@ -388,7 +383,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         strategies.create("aver", teachers, FEATURES, beta=3.0)
     with pytest.raises(ValueError, match=r"\[0, 2\).*got 2"):
         strategies.create("kd", teachers, FEATURES, teacher_index=2)
-    with pytest.raises(ValueError, match=r"uniform is 'logits', but fitnet-mkd is not ca-mkd"):
+    with pytest.raises(ValueError, match="uniform is 'logits', but fitnet-mkd has no option uniform: it is for ca"):
         strategies.create("fitnet-mkd", teachers, FEATURES, uniform="logits")
     with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) knows 7 classes, but the data set has 5"):
         LiveTeachers([Tiny(3), Tiny(3, num_classes=7)], num_classes=5)

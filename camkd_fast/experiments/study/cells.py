@@ -136,7 +136,7 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
 
 def asking(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
     """A run that needs all that the pool's teachers can say: whoever loads its teachers makes their cache."""
-    everything = next(name for name in strategies.NAMES if strategies.find(name).needs_features)
+    everything = next(name for name, kind in strategies.STRATEGIES.items() if kind.needs_features)
     return DistillConfig(strategy=everything, optim=study.training, **_shared(study, pool, out))
 
 

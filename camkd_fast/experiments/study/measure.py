@@ -21,6 +21,7 @@ from ...train.config import DistillConfig
 from ...train.confusion import confusion
 from ...train.distributed import World, processes
 from ...train.run_folder import CHECKPOINTS, load_model
+from ...train.strategies import Formula
 from ...train.teachers.cache import CachedTeachers
 from ...train.teachers.runs import load_teachers
 from ...train.trainer import evaluate
@@ -83,7 +84,8 @@ def pool(config: DistillConfig) -> dict[str, Any]:
         labels = images.labels.to(logits[0].device)
         found: dict[str, Any] = {}
         for rule in ("confidence", "entropy"):
-            weights = camkd_loss(torch.zeros_like(logits[0]), logits, labels, weighting=rule).weights
+            student = torch.zeros_like(logits[0])
+            weights = camkd_loss(student, logits, labels, **Formula(weighting=rule).options()).weights
             weights = weights / weights.sum(0)  # those of entropy sum to K - 1
             found[rule] = _by_class(weights, labels, images.num_classes)
             if rule == "confidence":

@@ -13,7 +13,7 @@ from ...train import strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
-REFERENCE = "aver"  # the variant that others are compared with unless they say otherwise
+REFERENCE = strategies.AVER.name  # the variant that others are compared with unless they say otherwise
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ class Variant:
 
     def __post_init__(self) -> None:
         _name("variant", self.name)
-        strategies.find(self.strategy)
-        if self.best_teacher and self.strategy != "kd":
-            raise ValueError(f"variant {self.name} is {self.strategy}: best_teacher is for kd")
+        kind = strategies.find(self.strategy)
+        if self.best_teacher and "teacher_index" not in kind.options:
+            who = ", ".join(strategies.taking("teacher_index"))
+            raise ValueError(f"variant {self.name} is {self.strategy}: best_teacher is for {who}")
 
     @property
     def has_pool(self) -> bool:

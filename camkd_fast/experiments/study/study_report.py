@@ -7,7 +7,7 @@ from statistics import mean
 
 from ...report.page import Figures, Folded, Part, Picture, Points, Section, Table, write_page
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
-from ..compare_report import COLORS
+from ...train.strategies import find
 from . import cells, study_tables
 from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, how_bad, label
 from .records import Results
@@ -103,7 +103,7 @@ def _quality(findings: Findings) -> list[Section]:
                     points.append((teachers, accuracy))
             if len(points) > 1:
                 x, y = zip(*sorted(points), strict=True)
-                lines.append(Curve(label(variant), COLORS[variant.strategy], [y], x=x))
+                lines.append(Curve(label(variant), find(variant.strategy).color, [y], x=x))
         if lines:
             panels.append(
                 Panel(student.model, "student, test (%)", lines, xlabel="teachers of the pool, mean, test (%)")

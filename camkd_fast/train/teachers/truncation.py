@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...logit_loss import camkd_loss_and_grad
+from ..strategies.base import Formula
 
 
 class Truncated(NamedTuple):
@@ -61,7 +62,7 @@ def loss_error(teachers: Tensor, replayed: Tensor, target: Tensor, temperature: 
     for name, student in students.items():
         (true, gradient), (ours, other) = (
             camkd_loss_and_grad(
-                student, list(logits.float().unbind(1)), target, temperature=temperature, reduction="none"
+                student, list(logits.float().unbind(1)), target, reduction="none", **Formula(temperature).options()
             )
             for logits in (teachers, replayed)
         )
