@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..experiments.study import cells, check, conductor, records, spec, study_report, work
-from ..train.config import differences
+from ..train.config_file import differences
 from ..train.provenance import commit
 from .info import environment
 from .options import Compare, ComparedStudent
@@ -46,7 +46,7 @@ def run(command: Compare, path: Path) -> int:
         merged()  # so that what is finished is kept even where `out` is lost
 
     known = records.read(study, file).cells
-    mine = [cell for cell in cells.share(cells.cells(study), rank, world) if cell not in known]
+    mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
     failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, say=say, only=mine)
     done = merged()
     page = study_report.write(done, out / "report.html")

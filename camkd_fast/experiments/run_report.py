@@ -28,7 +28,7 @@ from ..report.plots import (
     confusions,
     curves,
 )
-from ..train import config as configs
+from ..train import config_file
 from ..train.config import DistillConfig, JobConfig, TeachConfig
 from ..train.confusion import Confusion, confusion
 from ..train.journal import METRICS, read_metrics
@@ -54,7 +54,7 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
             is damaged or has nothing to show; it is named.
         OSError: the page cannot be written.
     """
-    config = configs.load(run / CONFIG)
+    config = config_file.load(run / CONFIG)
     records = read_metrics(run / METRICS)
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not epochs:
@@ -274,7 +274,7 @@ def _rate_curve(steps: Sequence[Record], epochs: Sequence[Record]) -> Curve:
 
 def settings(config: JobConfig, text: str) -> Section:
     """The settings that differ from the defaults, and all of them folded away."""
-    usual = configs.differences(config, type(config)())
+    usual = config_file.differences(config, type(config)())
     changed = [
         (name, _shown(value), _shown(default))
         for name, (value, default) in usual.items()

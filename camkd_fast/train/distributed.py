@@ -56,7 +56,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def share(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """Rank 0's number."""
         return int(self.gather(torch.tensor([number], device=self.device))[0])
 

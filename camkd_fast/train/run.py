@@ -21,8 +21,7 @@ from ..data.files import ImageSet
 from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
 from ..models.protocol import feature_model
-from . import config as configs
-from . import run_folder, strategies
+from . import config_file, run_folder, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints, model_bytes
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
@@ -82,7 +81,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     if split not in Splits._fields:
         raise ValueError(f"split must be one of {', '.join(Splits._fields)}, got {split!r}")
     model = load_model(run)
-    config = configs.load(run / CONFIG)
+    config = config_file.load(run / CONFIG)
     images: ImageSet = getattr(load_splits(config.data), split)
     if not len(images):
         raise ValueError(f"the {split} part of {config.data.data} is empty")
@@ -100,7 +99,7 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunRes
     with processes(config.precision.device) as world, _repeatable(config.precision, world.device):
         if world.is_main:
             run_folder.check_free(config, resume, overwrite)
-        if world.share(resume and is_finished(config.out)):
+        if world.broadcast(resume and is_finished(config.out)):
             return _result(config.out)
         return _train(config, model, resume, world, started)
 

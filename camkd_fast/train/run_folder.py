@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import models
-from . import config as configs
+from . import config_file
 from .checkpoint import CheckpointError, read_model
 from .config import JobConfig
 from .journal import METRICS
@@ -44,8 +44,8 @@ def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
         if is_finished(out):
             state, ways = "a finished", "overwrite it"
         raise RunExistsError(f"{out} holds {state} run: choose another folder, or {ways}")
-    saved = configs.load(out / CONFIG)
-    changed = configs.differences(saved, config)
+    saved = config_file.load(out / CONFIG)
+    changed = config_file.differences(saved, config)
     changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
     if changed:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
@@ -63,7 +63,7 @@ def prepare(config: JobConfig, resume: bool) -> None:
         if not (resume and (out / CONFIG).exists()):
             _remove(out)
             out.mkdir(parents=True, exist_ok=True)
-            configs.save(config, out / CONFIG)
+            config_file.save(config, out / CONFIG)
     except OSError as error:
         raise OSError(error.errno, f"cannot write the run folder {out}: {error.strerror}") from error
 

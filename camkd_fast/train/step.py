@@ -36,7 +36,7 @@ class Objective(NamedTuple):
     feature_weights: Tensor | None  # (K,) likewise of their feature maps
 
 
-class Pupil(nn.Module):
+class TrainableStudent(nn.Module):
     """The student with all that the strategy trains beside it, so that DDP and the optimiser see every parameter."""
 
     def __init__(self, student: nn.Module, strategy: Strategy, dtype: torch.dtype) -> None:
@@ -53,32 +53,32 @@ class Pupil(nn.Module):
         self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
 
     def forward(
-        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
     ) -> Objective:
         """
         Args:
             images: (n, channels, H, W), of which student and teachers get the same batch.
             target: (n,) int64.
-            taught: K predictions, or none.
+            teacher_outputs: K predictions, or none.
             num_items: images of this step over all processes; the loss is a sum over them divided by this.
             scale: one-element float32 tensor that multiplies all gradients.
         """
         run = self._compiled if images.shape[0] == self._compiled_size else self._objective
-        return run(images, target, taught, num_items, scale)
+        return run(images, target, teacher_outputs, num_items, scale)
 
     def _objective(
-        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
     ) -> Objective:
         strategy = self.strategy
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             student = predict(feature_model(self.student), images)
-            term = strategy.feature_term(student, taught, target, num_items) if taught else None
+            term = strategy.feature_term(student, teacher_outputs, target, num_items) if teacher_outputs else None
         logits = student.logits.detach()
         weights = feature_weights = None
         feature = torch.zeros((), device=images.device)
-        if taught:
-            teacher_logits = [teacher.logits for teacher in taught]
-            formula = strategy.formula._replace(weighting=strategy.weighting(logits, taught, target))
+        if teacher_outputs:
+            teacher_logits = [teacher.logits for teacher in teacher_outputs]
+            formula = strategy.formula._replace(weighting=strategy.weighting(logits, teacher_outputs, target))
             out, gradient = camkd_loss_and_grad(
                 logits,
                 teacher_logits,
@@ -125,20 +125,20 @@ class TrainStep:
         full_batch: int,
         seed: int,
     ) -> None:
-        self.pupil = Pupil(student, strategy, DTYPES[precision.dtype]).to(world.device)
+        self.trainable = TrainableStudent(student, strategy, DTYPES[precision.dtype]).to(world.device)
         if precision.channels_last:
-            self.pupil.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.trainable.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if precision.sync_batchnorm:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
-            self.pupil = nn.SyncBatchNorm.convert_sync_batchnorm(self.pupil)  # type: ignore[no-untyped-call]
+            self.trainable = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable)  # type: ignore[no-untyped-call]
         compiled = precision.compiles(world.device.type)
         if compiled:
-            self.pupil.compile_for(full_batch, precision.cuda_graphs)
-        self.student, self.strategy, self.teachers = self.pupil.student, self.pupil.strategy, teachers
-        self._forward = replicate(self.pupil, world)
+            self.trainable.compile_for(full_batch, precision.cuda_graphs)
+        self.student, self.strategy, self.teachers = self.trainable.student, self.trainable.strategy, teachers
+        self._forward = replicate(self.trainable, world)
         self.optimizer = torch.optim.SGD(
-            [p for p in self.pupil.parameters() if p.requires_grad],
+            [p for p in self.trainable.parameters() if p.requires_grad],
             lr=1.0,  # set by every call
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
@@ -165,9 +165,9 @@ class TrainStep:
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         seed_generators(self._world.device, self._seed, self._world.rank, number)
-        taught = self.teachers(batch) if self.teachers is not None else []
+        teacher_outputs = self.teachers(batch) if self.teachers is not None else []
         scale = self.scaler.scale(self._scale)
-        objective = self._forward(batch.images, batch.target, taught, num_items, scale)
+        objective = self._forward(batch.images, batch.target, teacher_outputs, num_items, scale)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         for group in self.optimizer.param_groups:

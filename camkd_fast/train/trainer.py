@@ -202,7 +202,7 @@ class Trainer:
         first, last = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
         if self.position == first:
             self.train.set_epoch(epoch)
-        self.step.pupil.train()
+        self.step.trainable.train()
         self._clock.go()
         for batch in self.train:
             self.step(batch, self._sizes[self.position - first], self._rate(self.position), self.position)
@@ -256,7 +256,7 @@ class Trainer:
 
     def _save(self, totals: Totals | None) -> None:
         """A checkpoint by rank 0; `totals` are those of an unfinished epoch."""
-        norms = torch._foreach_norm([p.detach() for p in self.step.pupil.parameters()])
+        norms = torch._foreach_norm([p.detach() for p in self.step.trainable.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise NonFiniteLossError(f"a parameter is not finite after step {self.position}")
         self._saved_at = time.monotonic()

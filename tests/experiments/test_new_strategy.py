@@ -20,7 +20,8 @@ from camkd_fast.experiments.study.findings import Findings
 from camkd_fast.experiments.study.study_tables import accuracy_by_pool, calibration, cost, overview
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import run, strategies
-from camkd_fast.train.config import DataConfig, LogConfig, OptimConfig, TeachConfig, plain
+from camkd_fast.train.config import DataConfig, LogConfig, OptimConfig, TeachConfig
+from camkd_fast.train.config_file import serializable
 from camkd_fast.train.strategies import Strategy
 from tests.support.study_parts import study
 
@@ -80,7 +81,7 @@ def test_a_study_reaches_its_report(tmp_path: Path) -> None:
     variants = (small.variant("aver"), spec.Variant(LeastLoss.name, LeastLoss.name))
     small = replace(small, pools=small.pools[:1], teachers=small.teachers[:2], variants=variants)
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(plain(small)))
+    file.write_text(yaml.safe_dump(serializable(small)))
     assert cli.main(["compare", "--study", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 0
 
     done = records.read(small, tmp_path / "out" / "results.jsonl")

@@ -20,7 +20,7 @@ from camkd_fast.experiments.study import cells, check, conductor, records, spec,
 from camkd_fast.experiments.study.cells import Cell
 from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
 from camkd_fast.train import run
-from camkd_fast.train.config import plain
+from camkd_fast.train.config_file import serializable
 from camkd_fast.train.journal import read_metrics
 from tests.support.loader_data import fashion_folder
 from tests.support.study_parts import ORIGIN, invented, study
@@ -230,7 +230,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(plain(study())))
+    path.write_text(yaml.safe_dump(serializable(study())))
     return path
 
 

@@ -36,7 +36,7 @@ def gradients(strategy: str, world: World, precision: PrecisionConfig = EAGER) -
     step(whole._replace(images=whole.images[part], target=whole.target[part], index=part), 37, 0.0, 0)
     totals = step.sums.read(world).totals
     numbers = torch.tensor([totals.images, *totals.losses, totals.correct, *totals.weights, *totals.feature_weights])
-    return torch.cat([p.grad.flatten() for p in step.pupil.parameters() if p.grad is not None] + [numbers.float()])
+    return torch.cat([p.grad.flatten() for p in step.trainable.parameters() if p.grad is not None] + [numbers.float()])
 
 
 def student_step(world: World) -> TrainStep:

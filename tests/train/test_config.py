@@ -17,10 +17,8 @@ from camkd_fast.train.config import (
     OptimConfig,
     PrecisionConfig,
     TeachConfig,
-    differences,
-    load,
-    save,
 )
+from camkd_fast.train.config_file import differences, load, save
 
 PARTS = (DataConfig, OptimConfig, PrecisionConfig, LogConfig)
 

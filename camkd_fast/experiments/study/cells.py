@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...train import strategies
-from ...train.config import DistillConfig, LogConfig, TeachConfig, differences
+from ...train.config import DistillConfig, LogConfig, TeachConfig
+from ...train.config_file import differences
 from ...train.run_folder import FREE
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
@@ -55,7 +56,7 @@ def locate(pool: Pool, student: Student, variant: Variant, seed: int) -> Cell:
     return Cell(pool.name if variant.has_pool else NO_POOL, student.model, variant.name, seed)
 
 
-def share(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
+def assigned(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
     """The cells of one of `world` machines or processes: every one is somebody's, none is two's."""
     return list(cells[rank::world])
 

@@ -49,7 +49,7 @@ def conduct(
     Returns:
         A line for each piece that failed; the others went on.
     """
-    mine = cells.share(cells.cells(study), rank, world) if only is None else list(only)
+    mine = cells.assigned(cells.cells(study), rank, world) if only is None else list(only)
     pools = cells.pools_of(study, mine)
     teachers = cells.teachers_of(study, pools)
     stages: list[list[Piece]] = [

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ...train import config as configs
-from ...train import strategies
+from ...train import config_file, strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
@@ -180,7 +179,7 @@ def load(path: Path) -> StudyConfig:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a mapping, got {content!r}")
     try:
-        return configs.build(StudyConfig, content)
+        return config_file.build(StudyConfig, content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {str(error).replace('StudyConfig.__init__()', 'the study')}") from error
 

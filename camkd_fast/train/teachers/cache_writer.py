@@ -80,16 +80,16 @@ class _Writer:
         self._pending: list[dict[str, Tensor]] = []
         self._bytes = 0
 
-    def add(self, rows: Tensor, taught: Sequence[Prediction], target: Tensor, new: Tensor) -> None:
+    def add(self, rows: Tensor, teacher_outputs: Sequence[Prediction], target: Tensor, new: Tensor) -> None:
         """What the teachers say about `rows` (n,), of which those marked in `new` (n,) are kept."""
-        logits = torch.stack([t.logits.cpu() for t in taught], 1)
+        logits = torch.stack([t.logits.cpu() for t in teacher_outputs], 1)
         kept = encode(logits, self._storage)
         if self._storage.features:
-            features = torch.cat([_pooled(k, t.features) for k, t in enumerate(taught)], 1)
+            features = torch.cat([_pooled(k, t.features) for k, t in enumerate(teacher_outputs)], 1)
             kept["features"] = features.to(DTYPES[self._storage.dtype])
         if self._manifest is None:
             C = logits.shape[2]
-            channels = [t.features.shape[1] if self._storage.features else 0 for t in taught]
+            channels = [t.features.shape[1] if self._storage.features else 0 for t in teacher_outputs]
             part = slice(0, MEASURED_ROWS)
             replayed = decode({name: tensor[part] for name, tensor in kept.items()}, C)
             error = loss_error(logits[part], replayed, target[part].cpu(), self._storage.temperature)
