@@ -15,7 +15,7 @@ from .config import JOBS, JobConfig
 
 
 def save(config: JobConfig, path: Path) -> None:
-    """Write `config` as YAML, first of all which job it is for."""
+    """Write `config` as YAML, with its job ("teach" or "distill") as the first key."""
     import yaml
 
     job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
@@ -23,11 +23,11 @@ def save(config: JobConfig, path: Path) -> None:
 
 
 def load(path: Path) -> JobConfig:
-    """The config that `save` wrote, or one written by hand; fields left out have their defaults.
+    """Read a config written by `save` or by hand; missing fields have their defaults.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no YAML, names an unknown job or field, or a value is unfit; file and field are named.
+        ValueError: it is not YAML, or a job, field or value is invalid; the message has file and field.
     """
     import yaml
 
@@ -46,13 +46,13 @@ def load(path: Path) -> JobConfig:
 
 
 def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
-    """Dotted name of each field that differs -> its two values."""
+    """Map the dotted name of each differing field to its two values."""
     one, two = _flat(serializable(first)), _flat(serializable(second))
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 
 def serializable(value: Any) -> Any:
-    """Dataclasses, paths and tuples as what YAML can hold."""
+    """Convert dataclasses, paths and tuples to types that YAML can represent."""
     if dataclasses.is_dataclass(value):
         return {f.name: serializable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
@@ -71,10 +71,10 @@ _Config = TypeVar("_Config")
 
 
 def build(kind: type[_Config], content: Mapping[str, Any], prefix: str = "") -> _Config:
-    """An instance of the dataclass `kind` from a mapping; `prefix` is where the mapping stands in the file.
+    """An instance of the dataclass `kind` from a mapping; `prefix` is its dotted name in the file.
 
     Raises:
-        ValueError: no mapping, an unknown field or an unfit value; the field is named.
+        ValueError: not a mapping, an unknown field or an invalid value; the message names the field.
         TypeError: a field without a default is missing.
     """
     if not isinstance(content, Mapping):
@@ -89,7 +89,7 @@ def build(kind: type[_Config], content: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """`value` as YAML gave it, as the annotated type."""
+    """Convert a YAML value to the annotated type."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{name}.")  # type: ignore[arg-type]
@@ -103,8 +103,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with suppress(ValueError):  # refused below, by the field's name
-            return float(value)  # YAML takes 5e-4 for a string
+        with suppress(ValueError):  # the error below names the field
+            return float(value)  # YAML reads 5e-4 as a string
     if origin is Literal and value in get_args(hint):
         return value
     if isinstance(hint, type) and type(value) is hint:

@@ -19,7 +19,7 @@ from camkd_fast.data.batch import Batch
 from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.config import LogConfig, PrecisionConfig
 from camkd_fast.train.distributed import World, processes
-from camkd_fast.train.journal import Journal, Silence
+from camkd_fast.train.journal import Journal, NullJournal
 from camkd_fast.train.step import TrainStep
 from tests.support.training import EAGER, ONE, OPTIM, SmallNet, batch, images, loader, train_step, trainer
 
@@ -50,7 +50,7 @@ def run(out: Path, world: World) -> None:
     if checkpoint is not None:
         job.resume(checkpoint)
     world.wait()
-    journal = Journal(out, LOG, job.steps, job.position, "") if world.is_main else Silence()
+    journal = Journal(out, LOG, job.steps, job.position, "") if world.is_main else NullJournal()
     job.run(journal)
     journal.close()
     if world.is_main:

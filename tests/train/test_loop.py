@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from camkd_fast.train import config_file
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
-from camkd_fast.train.journal import METRICS, Silence, read_metrics
+from camkd_fast.train.journal import METRICS, NullJournal, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.step import TrainStep
@@ -32,7 +32,7 @@ QUIET = LogConfig(tensorboard=False, progress=False)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Recorder(Silence):
+class Recorder(NullJournal):
     """A journal that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def test_every_image_is_trained_on_once_per_epoch(tmp_path: Path, monkeypatch: p
         take(step, batch, items, rate, number)
 
     monkeypatch.setattr(TrainStep, "__call__", watch)
-    run.run(Silence())
+    run.run(NullJournal())
     for epoch in range(3):
         order = torch.cat(seen[5 * epoch : 5 * epoch + 5])
         assert torch.equal(order.sort().values, torch.arange(150))
@@ -181,7 +181,7 @@ def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     run.step.optimizer.step = break_last
     run.validation = None
     with pytest.raises(NonFiniteLossError, match=r"a parameter is not finite after step 5; .* checkpoint: none"):
-        run.run(Silence())
+        run.run(NullJournal())
     assert not run.checkpoints.paths()
 
 
