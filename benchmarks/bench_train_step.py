@@ -26,11 +26,11 @@ from camkd_fast.data.batch import Batch, Loader, LoaderConfig
 from camkd_fast.data.images import LabelledImages
 from camkd_fast.models.protocol import feature_model
 from camkd_fast.train import strategies
-from camkd_fast.train.cache import CachedTeachers, CacheKey, Storage, TeacherCache
 from camkd_fast.train.config import OptimConfig, PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import DTYPES, TrainStep
-from camkd_fast.train.teachers import LiveTeachers, Teachers
+from camkd_fast.train.teachers.cache import CachedTeachers, CacheKey, Storage, TeacherCache
+from camkd_fast.train.teachers.live import LiveTeachers, Teachers
 
 pytestmark = [pytest.mark.benchmark(timer=timer.CLOCK), pytest.mark.timeout(1800)]
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from ..train import compare, run_report
+from ..experiments import compare, run_report
 from ..train import run as jobs
 from ..train.config import DistillConfig
 from ..train.run import RunResult
@@ -89,7 +89,7 @@ def _evaluate(command: Evaluate) -> None:
 
 
 def _compare(command: Compare) -> None:
-    from ..train import compare_report
+    from ..experiments import compare_report
 
     student = command.settings
     assert isinstance(student, ComparedStudent)
@@ -143,8 +143,8 @@ def _data_sets() -> str:
 
 
 def _bench(command: Bench) -> None:
+    from ..experiments.loss_speed import measure_loss_speed
     from ..report.page import Table
-    from ..train.loss_speed import measure_loss_speed
 
     names = ["eager", *(["torch.compile"] if command.compiled else [])]
     rows, note = [], ""
@@ -175,7 +175,7 @@ def _export(command: Export) -> None:
 
 
 def _demo(out: Path) -> None:
-    from ..train import demo, demo_report
+    from ..experiments import demo, demo_report
 
     out.mkdir(parents=True, exist_ok=True)
     results = demo.run_demo(demo.DemoConfig(), out)

@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
 
-from ..train import config as configs
-from ..train import strategies
-from ..train.config import DistillConfig, TeachConfig
+from ..train import config_file, strategies
+from ..train.config import JOBS, DistillConfig, TeachConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Compare:
     FILE, one machine after the other.
     """
 
-    strategies: tuple[str, ...] = strategies.NAMES
+    strategies: tuple[str, ...] = field(default_factory=strategies.names)
     """Strategies to compare, with equal alpha; beta is for those that regress feature maps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of every strategy; equal seeds share first parameters and image order."""
@@ -208,9 +207,9 @@ def _configured(name: str, options: Sequence[str]) -> Command | None:
     path: Path | None = parser.parse_known_args(options)[0].config
     if path is None:
         return None
-    loaded = configs.load(path)
+    loaded = config_file.load(path)
     if not issubclass(_SETTINGS[name], type(loaded)):
-        job = next(job for job, kind in configs.JOBS.items() if isinstance(loaded, kind))
+        job = next(job for job, kind in JOBS.items() if isinstance(loaded, kind))
         raise ValueError(f"{path} is the config of a {job} run, but {name} was asked for")
     settings = _SETTINGS[name](**{f.name: getattr(loaded, f.name) for f in fields(loaded)})
     return cast(Command, _COMMANDS[name](settings=settings))

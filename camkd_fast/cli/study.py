@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..train.config import differences
+from ..experiments.study import cells, check, conductor, records, spec, study_report, work
+from ..train.config_file import differences
 from ..train.provenance import commit
-from ..train.study import cells, check, conductor, report, results, spec, work
 from .info import environment
 from .options import Compare, ComparedStudent
 
@@ -32,12 +32,12 @@ def run(command: Compare, path: Path) -> int:
     file = out / "results.jsonl" if command.results is None else command.results
     out.mkdir(parents=True, exist_ok=True)
     if command.check:
-        return _check(results.read(study, file), file, command.check, out, origin, jobs)
+        return _check(records.read(study, file), file, command.check, out, origin, jobs)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    def merged() -> results.Results:
+    def merged() -> records.Results:
         with work.locked(out):  # every rank merges: the last one to end finds everybody's
-            done = results.collect(study, out, results.read(study, file))
+            done = records.collect(study, out, records.read(study, file))
             done.write(file)
         return done
 
@@ -45,11 +45,11 @@ def run(command: Compare, path: Path) -> int:
         print(text, flush=True)
         merged()  # so that what is finished is kept even where `out` is lost
 
-    known = results.read(study, file).cells
-    mine = [cell for cell in cells.share(cells.cells(study), rank, world) if cell not in known]
+    known = records.read(study, file).cells
+    mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
     failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, say=say, only=mine)
     done = merged()
-    page = report.write(done, out / "report.html")
+    page = study_report.write(done, out / "report.html")
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
     for failure in failures:
         print(f"camkd-fast: {failure}", file=sys.stderr)
@@ -67,7 +67,7 @@ def _jobs(asked: int | None) -> int:
     return asked
 
 
-def _check(known: results.Results, file: Path, count: int, out: Path, origin: work.Origin, jobs: int) -> int:
+def _check(known: records.Results, file: Path, count: int, out: Path, origin: work.Origin, jobs: int) -> int:
     chosen = check.choose(known, count, random.SystemRandom().randrange(2**32))
     if not chosen:
         raise ValueError(f"{file} holds no finished cell of the study as it is now")

@@ -1,4 +1,4 @@
-"""Files that are written in full or not at all, whatever kills the process or fills the disk."""
+"""Atomic file writes: a killed process or a full disk leaves no partial file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds `data` in full, or what it held before.
+    """Replace the content of `path` by `data`, or leave it unchanged.
 
     Raises:
-        OSError: the folder is not writable or the disk is full; nothing is left behind.
+        OSError: the folder is not writable or the disk is full; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -23,7 +23,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and fsync it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -31,7 +31,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the disk knows the folder's entries: a rename is safe only then."""
+    """fsync a folder: a rename is durable only afterwards."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

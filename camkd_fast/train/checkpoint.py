@@ -1,8 +1,8 @@
-"""Models as safetensors, and checkpoints of a run.
+"""Models as safetensors files, and checkpoints of a run.
 
 A checkpoint is a folder `step-00001234` with `model.safetensors`, `state.pt` (a dict that torch.load reads with
-weights_only=True) and `manifest.json`, the sha256 of both. It is written under another name and renamed, so it is there
-in full or not at all.
+weights_only=True) and `manifest.json`, the sha256 of both. It is written under a temporary name and renamed, hence
+never incomplete.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from .atomic import sync_folder, write_synced
 
 FORMAT = 1
-KEEP = 2  # checkpoints of a run that stay on the disk
+KEEP = 2  # checkpoints kept per run
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
-_METADATA = "camkd_fast"  # safetensors writes several keys in random order; one key keeps files equal byte for byte
+_METADATA = (
+    "camkd_fast"  # one key only: safetensors writes several in random order, and equal models must give equal bytes
+)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or model file is damaged or not ours."""
+    """A checkpoint or model file is damaged, or was not written by camkd-fast."""
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: it is damaged, or no model of ours.
+        CheckpointError: it is damaged, or was not written by camkd-fast.
     """
     return _parse_model(path, path.read_bytes())
 
@@ -82,46 +84,46 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in folder `path`, once its bytes are known to be those that were written.
+    """Read the checkpoint in folder `path` and verify its hashes.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed, or the state holds anything but plain data.
+        CheckpointError: a file is missing, truncated or changed, or the state needs more than weights_only=True.
     """
     try:
         content = {name: (path / name).read_bytes() for name in (MANIFEST, MODEL, STATE)}
         manifest = json.loads(content[MANIFEST])
         for name in (MODEL, STATE):
             if hashlib.sha256(content[name]).hexdigest() != manifest[name]:
-                raise CheckpointError(f"{path / name} is damaged: its {len(content[name])} bytes are not those written")
+                raise CheckpointError(f"{path / name} is damaged: its {len(content[name])} bytes do not match its hash")
         model, _ = _parse_model(path / MODEL, content[MODEL])
         state = torch.load(io.BytesIO(content[STATE]), map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path / STATE} holds more than plain data and is refused: {reason}") from error
+        raise CheckpointError(f"{path / STATE} needs more than weights_only=True and is refused: {reason}") from error
     return Checkpoint(path, state["step"], model, state)
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which the last `KEEP` stay.
+    """The checkpoints of one run; the last `KEEP` are kept.
 
     Args:
-        folder: made when the first one is written.
+        folder: created with the first checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Newest first, whether intact or not."""
+        """All checkpoints, newest first, damaged ones included."""
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def save(self, step: int, model: bytes, state: Mapping[str, Any]) -> Path:
-        """Write one and remove the oldest beyond `KEEP`.
+        """Write a checkpoint and remove all but the last `KEEP`.
 
         Raises:
-            OSError: it could not be written; the ones before are untouched and the last is named.
+            OSError: it could not be written; earlier ones are unchanged, and the message names the last.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.{os.getpid()}"
@@ -136,7 +138,7 @@ class Checkpoints:
                 write_synced(temporary / name, data)
             sync_folder(temporary)
             for passed in self.paths():
-                if passed >= path:  # damaged: the run was resumed from one before it
+                if passed >= path:  # damaged, since the run was resumed from an earlier one
                     shutil.rmtree(passed)
             os.rename(temporary, path)
             sync_folder(self.folder)
@@ -150,17 +152,17 @@ class Checkpoints:
         return path
 
     def _remove_unfinished(self) -> None:
-        """What a killed process left under its temporary name."""
+        """Remove temporary folders of killed processes."""
         for left in self.folder.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint, or None where none was ever written.
+        """The newest intact checkpoint; None if there are no checkpoints.
 
-        A damaged one is named in a warning along with the one that is taken instead.
+        Warns about each damaged checkpoint that it skips.
 
         Raises:
-            CheckpointError: there are checkpoints, and all of them are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         faults: list[CheckpointError] = []
         for path in self.paths():

@@ -1,42 +1,39 @@
-"""What determines a run: frozen dataclasses, which the command line shows field by field, and their YAML files.
+"""Settings of a run as frozen dataclasses; each field is a command line option, its docstring the help text.
 
-Field names are unique over all classes here, so that the command line can drop the prefixes. Defaults marked "paper"
-are the recipe of arXiv 2201.00007.
+Field names are unique over all classes, so options need no prefixes. Defaults marked "paper" are those of
+arXiv 2201.00007.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import types
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
-from .atomic import write_atomically
+from typing_extensions import Doc
+
+from .strategies import STRATEGIES, names, taking
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images: which, how they are split, loaded and augmented."""
+    """Data set, split, loader and augmentation."""
 
     data: str = "digits"
     """Data set: a name of the catalogue, or "folder" for a class-per-folder tree at --root."""
     root: Path | None = None
-    """Folder of the data set; None: where the data set's own fetch or package puts it."""
+    """Folder of the data set; None: its default location."""
     split_seed: int = 0
-    """Seed of the stratified split that holds validation images out of the training part."""
+    """Seed of the stratified split into training and validation images."""
     validation: float = 0.1
-    """Share of the training images held out for validation."""
+    """Fraction of the training images held out for validation."""
     size: int | None = None
-    """Side in pixels to which files are resized and arrays padded; None: the data set's own."""
+    """Side in pixels to which files are resized and arrays are padded; None: the data set's own."""
     images: int | None = None
-    """Train on this many images only, every class in proportion; None: all."""
+    """Number of images to train on, stratified by class; None: all."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
-    """Loader: images resident on the device, DALI, or torch's DataLoader; auto picks and says why."""
+    """Loader: images resident on the device, DALI, or torch's DataLoader; auto picks one and prints why."""
     workers: int = 2
     """Threads or processes that decode files."""
     augmentation: Literal["auto", "none", "crop", "resized-crop"] = "auto"
@@ -44,16 +41,16 @@ class DataConfig:
     padding: int | None = None
     """Pixels of zero padding around shifted crops; None: an eighth of the side (paper: 4 of 32)."""
     flip: bool | None = None
-    """Mirror images at random; None: yes, except for digits."""
+    """Flip images horizontally at random; None: yes, except for digits."""
     views: int | None = None
-    """Repeat this many augmented views of every image instead of new ones each epoch; a teacher cache needs it."""
+    """Augmented views per image, repeated over the epochs; None: new ones each epoch. A teacher cache needs them."""
     view_seed: int | None = None
-    """Seed of the augmentation; None: the run's. Runs from several seeds that share it can share a teacher cache."""
+    """Seed of the augmentation; None: the run's seed. Runs with the same view seed can share a teacher cache."""
     skip_bad: int = 0
-    """Unreadable image files to leave out before the run stops."""
+    """Number of unreadable image files to skip before the run stops."""
 
     def __post_init__(self) -> None:
-        _share("validation", self.validation)
+        _fraction("validation", self.validation)
         for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
             _at_least(name, getattr(self, name), low)
         _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
@@ -62,22 +59,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum and its learning rate over time."""
+    """SGD with Nesterov momentum, and the learning rate schedule."""
 
     epochs: int = 240
     """Passes over the training images (paper: 240)."""
     batch_size: int = 64
-    """Images per step over all processes (paper: 64)."""
+    """Images per step, summed over all processes (paper: 64)."""
     learning_rate: float | None = None
-    """Highest learning rate; None: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (paper)."""
+    """Peak learning rate; None: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (paper)."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """Learning rate over time (paper: step)."""
+    """Learning rate schedule (paper: step)."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Shares of the run after which a step schedule drops (paper: epochs 150, 180 and 210 of 240)."""
+    """Fractions of the run after which a step schedule drops (paper: epochs 150, 180 and 210 of 240)."""
     drop: float = 0.1
     """Factor of each drop of a step schedule (paper: 0.1)."""
     warmup: float = 0.0
-    """Epochs over which the rate first rises linearly (paper: none)."""
+    """Epochs of linear warmup (paper: none)."""
     momentum: float = 0.9
     """Nesterov momentum (paper: 0.9)."""
     weight_decay: float = 5e-4
@@ -89,8 +86,10 @@ class OptimConfig:
         if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         _one_of("schedule", self.schedule, ("step", "cosine", "constant"))
-        if list(self.milestones) != sorted(self.milestones) or not all(0.0 < share < 1.0 for share in self.milestones):
-            raise ValueError(f"milestones must be rising shares between 0 and 1, got {self.milestones}")
+        if list(self.milestones) != sorted(self.milestones) or not all(
+            0.0 < milestone < 1.0 for milestone in self.milestones
+        ):
+            raise ValueError(f"milestones must be rising fractions between 0 and 1, got {self.milestones}")
         if not 0.0 < self.drop <= 1.0:
             raise ValueError(f"drop must lie in (0, 1], got {self.drop}")
         if not 0.0 <= self.warmup < self.epochs:
@@ -103,22 +102,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Where and how a step is computed."""
+    """Device, precision and compilation of a step."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: a GPU where there is one."""
+    """Device; auto: a GPU if torch sees one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of activations (autocast) and of the teachers; parameters stay float32, float16 scales the loss."""
+    """Dtype of activations (autocast) and teachers. Student parameters are float32; float16 uses loss scaling."""
     channels_last: bool = False
-    """Keep images and convolutions in channels-last memory order."""
+    """Channels-last memory format for images and convolutions."""
     compile: Literal["auto", "on", "teachers", "off"] = "auto"
-    """torch.compile of student, loss and teachers, or of the teachers alone; auto: on for a GPU, off for a CPU."""
+    """torch.compile student, loss and teachers, or only the teachers; auto: on for a GPU, off for a CPU."""
     cuda_graphs: bool = False
-    """Compile with mode="reduce-overhead" (CUDA graphs); untested, as no GPU was at hand."""
+    """Compile with mode="reduce-overhead" (CUDA graphs); untested."""
     sync_batchnorm: bool = False
-    """Batch statistics over all GPUs instead of each process's own."""
+    """Batch-norm statistics over all GPUs instead of per process."""
     deterministic: Literal["auto", "on", "off"] = "auto"
-    """Only algorithms that repeat bit for bit; auto: on a CPU, where they cost nothing."""
+    """Use only deterministic algorithms; auto: on a CPU, where they cost nothing."""
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
@@ -127,26 +126,26 @@ class PrecisionConfig:
         _one_of("deterministic", self.deterministic, ("auto", "on", "off"))
 
     def compiles(self, device: str) -> bool:
-        """Whether student and loss are compiled on a device of that type."""
+        """Whether student and loss are compiled on this device type."""
         return self.compile == "on" or (self.compile == "auto" and device == "cuda")
 
     def compiles_teachers(self, device: str) -> bool:
-        """Whether the teachers are. On a CPU they alone gain: batch statistics of a compiled student are slow there."""
+        """Whether teachers are compiled. On a CPU only they gain: compiled batch statistics are slow there."""
         return self.compile == "teachers" or self.compiles(device)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run writes while it trains. Nothing here changes its result."""
+    """Logging and checkpoints; no effect on the result."""
 
     log_every: int = 50
-    """Steps between two log lines, each of which reads a few numbers from the device and checks the loss."""
+    """Steps between two log records; each one synchronises with the device and checks the loss."""
     validate_every: int = 1
     """Epochs between two evaluations on the validation images; the last epoch is always evaluated."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0: at the end of every epoch and by the clock only."""
+    """Steps between two checkpoints; 0: only at the end of every epoch and by time."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which the next log line writes a checkpoint too; 0: never."""
+    """Minutes after which the next log record also writes a checkpoint; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     progress: bool = True
@@ -164,22 +163,26 @@ class TeachConfig:
     model: str = "resnet32x4"
     """Model (paper: ResNet-32x4, ResNet-56, WRN-40-2, VGG-13 as teachers)."""
     seed: int = 0
-    """Seed of first parameters, image order and augmentation."""
+    """Seed of initial parameters, image order and augmentation."""
     out: Path = Path("runs/teach")
-    """Run directory to write."""
+    """Run folder to write."""
     wrong_labels: float = 0.0
-    """Share of training labels replaced by wrong ones, for a deliberately poor teacher."""
+    """Fraction of training labels replaced by wrong ones, for a deliberately poor teacher."""
     swapped: tuple[int, ...] = ()
-    """Two classes whose training labels change places, for a teacher that mistakes them systematically."""
+    """Two classes whose training labels are swapped, for a teacher with a systematic error."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _share("wrong_labels", self.wrong_labels)
+        _fraction("wrong_labels", self.wrong_labels)
         if self.swapped and (len(self.swapped) != 2 or len(set(self.swapped)) != 2 or min(self.swapped) < 0):
             raise ValueError(f"swapped must name two different classes, got {' '.join(map(str, self.swapped))}")
+
+
+def _published_betas() -> str:
+    return ", ".join(f"{STRATEGIES[name].options['beta']:g} for {name}" for name in taking("beta"))
 
 
 @dataclass(frozen=True)
@@ -189,33 +192,36 @@ class DistillConfig:
     student: str = "vgg8"
     """Model of the student."""
     teachers: tuple[Path, ...] = ()
-    """Run directories of the teachers."""
-    strategy: str = "ca-mkd"
-    """How the teachers are combined: ce, kd, aver, ebkd, aekd, fitnet-mkd, ca-mkd-logits or ca-mkd."""
+    """Run folders of the teachers."""
+    strategy: Annotated[str, Doc(f"How the teachers are combined: {', '.join(names())}.")] = "ca-mkd"
     alpha: float = 1.0
-    """Weight of the distillation loss beside the cross-entropy (paper: 1)."""
-    beta: float | None = None
-    """Weight of the feature loss; None: the strategy's own (paper: 50 for ca-mkd, 100 for fitnet-mkd)."""
+    """Weight of the distillation loss relative to the cross-entropy (paper: 1)."""
+    beta: Annotated[
+        float | None, Doc(f"Weight of the feature loss; None: the strategy's own ({_published_betas()}).")
+    ] = None
     temperature: float = 4.0
     """Temperature of the distillation loss (paper: 4)."""
     official_scale: bool = False
-    """Divide the losses by the number of teachers as the official code does, which the paper does not."""
-    teacher_index: int = 0
-    """Which teacher the strategy kd learns from, from 0."""
+    """Divide the losses by the number of teachers, as the official code does and the paper does not."""
+    teacher_index: Annotated[
+        int, Doc(f"Teacher that {', '.join(taking('teacher_index'))} learns from, counted from 0.")
+    ] = 0
     detach: bool = True
     """Cut the gradient through the feature weights (the paper does not say; the official code keeps it)."""
-    uniform: Literal["none", "logits", "features"] = "none"
-    """Let all teachers weigh the same in this part of ca-mkd, to see what its weights are worth there."""
+    uniform: Annotated[
+        Literal["none", "logits", "features"],
+        Doc(f"Give all teachers equal weights in this part of {', '.join(taking('uniform'))}, as an ablation."),
+    ] = "none"
     teacher_cache: Path | None = None
-    """Folder in which the teachers' answers are kept, so that later epochs run no teacher; needs --views."""
+    """Folder for a cache of the teachers' outputs, which replaces their forward passes from then on; needs --views."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which a teacher cache keeps its numbers; float32 replays exactly."""
+    """Dtype of the teacher cache; float32 is exact."""
     cache_top_k: int | None = None
-    """Keep only this many logits of each answer and the mass of the rest; None: all."""
+    """Logits per sample kept in the cache, besides the total mass of the others; None: all."""
     seed: int = 0
-    """Seed of first parameters, image order and augmentation."""
+    """Seed of initial parameters, image order and augmentation."""
     out: Path = Path("runs/distill")
-    """Run directory to write."""
+    """Run folder to write."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -236,108 +242,6 @@ JobConfig = TeachConfig | DistillConfig
 JOBS: dict[str, type[TeachConfig] | type[DistillConfig]] = {"teach": TeachConfig, "distill": DistillConfig}
 
 
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-
-def save(config: JobConfig, path: Path) -> None:
-    """Write `config` as YAML, first of all which job it is for."""
-    import yaml
-
-    job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
-    write_atomically(path, yaml.safe_dump({"job": job, **plain(config)}, sort_keys=False).encode())
-
-
-def load(path: Path) -> JobConfig:
-    """The config that `save` wrote, or one written by hand; fields left out have their defaults.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no YAML, names an unknown job or field, or a value is unfit; file and field are named.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or content.get("job") not in JOBS:
-        job = content.get("job") if isinstance(content, dict) else None
-        raise ValueError(f"{path}: job must be one of {', '.join(JOBS)}, got {job!r}")
-    kind = JOBS[content.pop("job")]
-    try:
-        return build(kind, content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
-    """Dotted name of each field that differs -> its two values."""
-    one, two = _flat(plain(first)), _flat(plain(second))
-    return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as what YAML can hold."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in plain.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
-
-
-_Config = TypeVar("_Config")
-
-
-def build(kind: type[_Config], content: Mapping[str, Any], prefix: str = "") -> _Config:
-    """An instance of the dataclass `kind` from a mapping; `prefix` is where the mapping stands in the file.
-
-    Raises:
-        ValueError: no mapping, an unknown field or an unfit value; the field is named.
-        TypeError: a field without a default is missing.
-    """
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{prefix.rstrip('.')} must be a mapping, got {content!r}")
-    hints = get_type_hints(kind)
-    for name in content:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
-            raise ValueError(f"unknown field {prefix}{name}; {hint}")
-    return kind(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in content.items()})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """`value` as YAML gave it, as the annotated type."""
-    origin = get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{name}.")  # type: ignore[arg-type]
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (option for option in get_args(hint) if option is not type(None))
-        return _value(hint, value, name)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(get_args(hint)[0], item, name) for item in value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with suppress(ValueError):  # refused below, by the field's name
-            return float(value)  # YAML takes 5e-4 for a string
-    if origin is Literal and value in get_args(hint):
-        return value
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    expected = ", ".join(map(repr, get_args(hint))) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +250,7 @@ def _at_least(name: str, value: float | None, low: float) -> None:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
-def _share(name: str, value: float) -> None:
+def _fraction(name: str, value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 

@@ -1,4 +1,4 @@
-"""What models take images for: the same images for all of them, class by class."""
+"""Confusion matrices of several models on the same images."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Confusion:
-    """Of K models on N images of C classes."""
+    """K models on N images of C classes."""
 
-    counts: Tensor  # (K, C, C) int64: images of class row that model k takes for class column
-    right: Tensor  # (K + 1,) int64: images about which exactly that many of the models are right
+    counts: Tensor  # (K, C, C) int64: [k, c, d] images of class c that model k predicts as class d
+    right: Tensor  # (K + 1,) int64: [m] images that exactly m models predict correctly
 
     def accuracy(self, k: int) -> float:
         return float(self.counts[k].trace() / self.counts[k].sum())
 
     def shares(self, k: int) -> list[list[float]]:
-        """(C, C) of which each row sums to 1; 0 for classes without images."""
+        """(C, C), each row sums to 1, or to 0 for a class without images."""
         counts: list[list[float]] = (self.counts[k] / self.counts[k].sum(1, keepdim=True).clamp(min=1)).tolist()
         return counts
 
 
 @torch.no_grad()
 def confusion(models: Sequence[nn.Module], images: ImageSet, loader: str = "auto", skip_bad: int = 0) -> Confusion:
-    """Ask models in evaluation mode, on the device that they are on.
+    """Run the models, already in evaluation mode, on their own device.
 
     Args:
-        images: not augmented for this; errors as the loader's.
+        images: unaugmented.
         loader: kind of loader, see `choose.loader`.
-        skip_bad: files to leave out if they cannot be read.
+        skip_bad: unreadable files to skip before the loader raises.
     """
     device = next(models[0].parameters()).device
     C = images.num_classes

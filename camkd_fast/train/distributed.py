@@ -1,7 +1,7 @@
-"""Processes: who takes part, how they find each other, and what they exchange besides gradients.
+"""The processes of a run, and what they exchange besides gradients.
 
-torchrun starts one process per device and says in the environment who is who; without it there is one process.
-Gradients go through DDP: NCCL between GPUs, gloo between CPUs.
+torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process. DDP
+averages gradients: NCCL between GPUs, gloo between CPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them."""
+    """Rank of this process, number of processes, and this process's device."""
 
     rank: int
     size: int
@@ -29,11 +29,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0, which alone writes files and talks."""
+        """True for rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, vector: Tensor) -> Tensor:
-        """Every process's (L,) vector as (size, L), on all of them."""
+        """All-gather: the (L,) vectors of all processes as (size, L)."""
         if self.size == 1:
             return vector.unsqueeze(0)
         rows = [torch.empty_like(vector) for _ in range(self.size)]
@@ -41,38 +41,37 @@ class World:
         return torch.stack(rows)
 
     def sum(self, vector: Tensor) -> Tensor:
-        """The sum over processes of a (L,) vector, on all of them."""
+        """All-reduce: the sum of the (L,) vectors of all processes."""
         return self.gather(vector).sum(0)
 
     def copy_buffers(self, module: nn.Module) -> None:
-        """Rank 0's buffers to everybody. Batch-norm statistics are not exchanged while training, which never reads
-        them: rank 0's are those of the run."""
+        """Broadcast rank 0's buffers. Training never reads batch-norm statistics, so they are exchanged only here."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Barrier over all processes."""
         if self.size > 1:
             dist.barrier()
 
-    def share(self, number: int) -> int:
-        """Rank 0's number."""
+    def broadcast(self, number: int) -> int:
+        """Rank 0's number, on all processes."""
         return int(self.gather(torch.tensor([number], device=self.device))[0])
 
 
 @contextmanager
 def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-    """The world that torchrun's environment describes, connected until the end of the block.
+    """Process group for the block, configured by torchrun's environment variables.
 
-    Nothing that holds a replica (`replicate`) may outlive the block.
+    No object that holds a replica (`replicate`) may outlive the block.
 
     Args:
-        device: "cpu", "cuda" or "auto", a GPU where there is one. Each process takes the GPU of its local rank.
-        timeout: after which a process that waits for a silent one fails.
+        device: "cpu", "cuda" or "auto" (a GPU if torch sees one). Each process uses the GPU of its local rank.
+        timeout: of collective operations.
 
     Raises:
-        ValueError: a GPU is asked for and none is there, or fewer than processes on this machine.
+        ValueError: "cuda" without a GPU, or fewer GPUs than processes on this machine.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     world = World(rank, size, _device(device, int(os.environ.get("LOCAL_RANK", "0"))))
@@ -81,7 +80,7 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
     if size == 1:
         yield world
         return
-    # DDP imports this module, whose default arguments would hold the group that exists by then beyond its end.
+    # Imported before the group exists: its default arguments would keep a reference to the group.
     importlib.import_module("torch.distributed.nn.functional")
     if world.device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=world.device)
@@ -90,7 +89,7 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
     try:
         yield world
     finally:
-        # A group that something still holds ends with the interpreter, and now and then its threads abort the process.
+        # A group that is referenced after this lives until interpreter exit, where its threads sometimes abort.
         gc.collect()
         dist.destroy_process_group()
 
@@ -108,7 +107,7 @@ def share_of_batch(batch_size: int, world: World) -> int:
     """Images per step of one process.
 
     Raises:
-        ValueError: the processes cannot share a step's images evenly.
+        ValueError: the batch size is no multiple of the number of processes.
     """
     if batch_size % world.size:
         raise ValueError(f"batch_size {batch_size} cannot be shared evenly by {world.size} processes")
@@ -116,12 +115,12 @@ def share_of_batch(batch_size: int, world: World) -> int:
 
 
 def replicate(module: nn.Module, world: World) -> nn.Module:
-    """The module under DDP, which averages gradients over the processes; the module itself when there is one."""
+    """The module wrapped in DDP; the module itself if there is only one process."""
     if world.size == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
 
     replica = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    # See World.copy_buffers. As an argument it has another name in another torch; either way buffers start equal.
+    # See World.copy_buffers. Set as an attribute because the argument's name depends on the torch version.
     replica.broadcast_buffers = False
     return replica

@@ -1,4 +1,4 @@
-"""A run's model for other programs: ONNX and torch.export, both checked against the model itself before they count."""
+"""Export of a run's model to ONNX and torch.export, both checked against the model before they are kept."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .run_folder import load_model, model_metadata
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
 METADATA = "camkd_fast"  # key of the ONNX model's properties, name of the file in the program's archive
-# Of float32 logits, relative to the largest. Other kernels add the products of a layer in another order, which after
-# tens of layers moves logits by some 1e-6; a wrong layer, padding or batch norm moves them by 1e-2 and more.
+# Largest difference of float32 logits, relative to the largest logit. Another order of summation changes logits by
+# about 1e-6 after tens of layers; a wrong layer, padding or batch norm changes them by 1e-2 and more.
 TOLERANCE = 1e-4
-BATCH_SIZES = (1, 5)  # that are checked; neither is the one that is traced
+BATCH_SIZES = (1, 5)  # checked; tracing uses another one
 
 Call = Callable[[Tensor], Tensor]
 
 
 class ExportError(RuntimeError):
-    """A model cannot be exported, or what was written does not compute what the model computes."""
+    """A model cannot be exported, or an exported file gives other logits."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Two files, and the largest difference of each to the model, relative to the largest logit."""
+    """The exported files, and the largest difference of each to the model, relative to the largest logit."""
 
     onnx: Path
     program: Path
@@ -46,14 +46,14 @@ class Exported:
 def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     """Write the model of a finished run as `student.onnx` and `student.pt2`.
 
-    Both take `images` (n, channels, H, W) float32 for any n, normalised, and give `logits` (n, C). What normalises
-    levels 0 to 255, (level - mean) / std by channel, is in the metadata along with the model's name and data set:
+    Both take normalised `images` (n, channels, H, W) float32 for any n and return `logits` (n, C). The metadata has
+    the normalisation of pixel levels 0 to 255, (level - mean) / std per channel, the model's name and its data set:
     JSON under "camkd_fast" in the ONNX model's properties and in the extra files of the torch.export program.
 
     Args:
-        run: its folder.
+        run: folder of the run.
         out: folder to write; None: `run/export`.
-        folded: batch norms folded into the convolutions in front of them, equal up to rounding.
+        folded: fold batch norms into the preceding convolutions; equal up to rounding.
 
     Raises:
         FileNotFoundError, CheckpointError, ValueError: there is no model, or it is damaged.
@@ -94,7 +94,7 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
 def _write(model: nn.Module, shape: tuple[int, ...], metadata: dict[str, Any], onnx: Path, program: Path) -> None:
     text = json.dumps(metadata)
     batch = torch.export.Dim("batch")
-    images = torch.zeros(2, *shape)  # torch.export would take a batch of 1 for a constant
+    images = torch.zeros(2, *shape)  # torch.export specialises a batch of 1
     with _quiet(), torch.no_grad():
         traced = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: batch},))
         torch.export.save(traced, program, extra_files={METADATA: text})
@@ -113,7 +113,7 @@ def _write(model: nn.Module, shape: tuple[int, ...], metadata: dict[str, Any], o
 
 
 def _difference(call: Call, model: nn.Module, shape: tuple[int, ...]) -> float:
-    """The largest difference of logits on random images, relative to the model's largest logit."""
+    """Largest difference of logits on random images, relative to the model's largest logit."""
     images = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
     with torch.no_grad():
         ours = model(images)
@@ -135,7 +135,7 @@ def _program_call(path: Path) -> Call:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about packages that no model here uses, and its own deprecation warnings."""
+    """Suppress the exporter's log about unused packages and its own deprecation warnings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard events and a progress bar, all by rank 0 alone."""
+"""Output of a run while it trains, by rank 0: metrics.jsonl, TensorBoard events and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Record = Mapping[str, Any]
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl in order: those of one kind ("steps", "epoch", "test"), or all.
+    """Records of a metrics.jsonl in order, all or of one kind ("steps", "epoch", "test").
 
-    Every record has "kind", "step" and "epoch", counted from 1. A last line that a kill cut short is left out.
+    Every record has "kind", "step" and "epoch", both counted from 1. An incomplete last line is skipped: the process
+    was killed while writing it.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line before the last is no JSON; file and line are named.
+        ValueError: a line before the last is not JSON; the message has file and line.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = []
@@ -36,12 +37,12 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Writes records as they come.
+    """Writes each record to every output.
 
     Args:
-        out: the run directory.
-        steps: of the whole run, for the progress bar.
-        step: at which the run is resumed; later records, which the run will write again, are dropped.
+        out: run folder.
+        steps: total steps of the run, for the progress bar.
+        step: position from which the run resumes; later records are dropped, since the run writes them again.
         title: of the progress bar.
     """
 
@@ -63,7 +64,7 @@ class Journal:
             self._events = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
-        """A line of metrics.jsonl, its numbers as TensorBoard scalars, the loss and accuracy beside the bar."""
+        """Append a line to metrics.jsonl, write its numbers as TensorBoard scalars, update the bar."""
         self._file.write(_line(record))
         self._file.flush()
         step = record["step"]
@@ -76,8 +77,8 @@ class Journal:
             shown = ("loss", "validation_accuracy", "images_per_second")
             self._bar.set_postfix({name: f"{record[name]:,.4g}" for name in shown if name in record})
 
-    def say(self, text: str) -> None:
-        """A line for whoever watches; it goes above the bar."""
+    def note(self, text: str) -> None:
+        """Print a line above the progress bar."""
         if self._bar is not None:
             self._bar.write(text)
 
@@ -89,17 +90,17 @@ class Journal:
             self._events.close()
 
 
-class Silence:
-    """The journal of every process but rank 0, which says nothing."""
+class NullJournal:
+    """The journal of all other ranks; it writes nothing."""
 
     def write(self, record: Record) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def say(self, text: str) -> None:
-        """Nothing."""
+    def note(self, text: str) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def _line(record: Record) -> str:
@@ -107,7 +108,7 @@ def _line(record: Record) -> str:
 
 
 def _scalars(record: Record) -> list[tuple[str, float]]:
-    """Every number by name; one of a list by its position as well."""
+    """(name, value) of every number; list entries are named name/position."""
     out: list[tuple[str, float]] = []
     for name, value in record.items():
         if isinstance(value, Sequence) and not isinstance(value, str):

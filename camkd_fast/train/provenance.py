@@ -1,4 +1,4 @@
-"""Which code a result comes from."""
+"""The commit that a result was computed with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import subprocess
 from pathlib import Path
 
-# Results, and the texts and pages that are made of them, make no difference to the next ones.
+# Results, and pages generated from them, do not affect later results.
 _WRITTEN = ("benchmarks/results", "benchmarks/study/results.jsonl", "benchmarks/study/report.html", "README.md", "docs")
 
 
 def commit() -> str:
-    """The checkout's commit, with + where it has uncommitted changes outside what results are written to.
+    """Abbreviated hash of the checkout, with a + for uncommitted changes outside the files that results are written to.
 
-    A copy without its history, or beside another one, names its commit in CAMKD_FAST_COMMIT; "unknown" without either.
+    CAMKD_FAST_COMMIT, if set, is returned instead (for a copy without .git). "unknown" without either.
     """
     if named := os.environ.get("CAMKD_FAST_COMMIT"):
         return named

@@ -1,4 +1,4 @@
-"""The jobs: teach a model, distill a student, evaluate what came out. Each writes or reads a run folder."""
+"""The jobs: train a teacher, distill a student, evaluate a run. Each writes or reads a run folder."""
 
 from __future__ import annotations
 
@@ -21,68 +21,70 @@ from ..data.files import ImageSet
 from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
 from ..models.protocol import feature_model
-from . import config as configs
-from . import run_folder, strategies
+from . import config_file, run_folder, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints, model_bytes
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
-from .journal import METRICS, Journal, Silence, read_metrics
+from .journal import METRICS, Journal, NullJournal, read_metrics
 from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model
 from .schedule import peak_rate
 from .step import TrainStep
-from .teacher_runs import load_teachers
-from .teachers import Teachers
+from .teachers.live import Teachers
+from .teachers.runs import load_teachers
 from .trainer import Evaluation, Trainer
 from .trainer import evaluate as evaluate_model
 
 EVALUATION_BATCH = 256  # images per process
-LARGEST_CROPPED = 64  # pixels a side, up to which images are shifted rather than resized at random
+LARGEST_CROPPED = 64  # side in pixels up to which "auto" augments by shifted crops, not by resized ones
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run says; all else is in its metrics.jsonl."""
+    """Results of a finished run; its metrics.jsonl has the rest."""
 
     out: Path
-    test: Evaluation  # the last epoch's model, on the only look at the test images
-    images_per_second: float  # training, over all processes, in the process that finished the run
-    start_seconds: float  # its first steps, compilation included
-    seconds: float  # of that process, everything included
+    test: Evaluation  # of the last epoch's model; test images are used only here
+    images_per_second: float  # training, over all processes, since the last resume
+    start_seconds: float  # first steps since the last resume, compilation included
+    seconds: float  # wall time since the last resume, everything included
 
 
 def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Train a model on labels, by one process or by as many as torchrun starts; all of them must see `config.out`.
+    """Train a model on labels, in one process or in those that torchrun starts; all of them must see `config.out`.
 
     Args:
-        resume: go on from the last intact checkpoint in `config.out`, if there is one.
-        overwrite: remove a run that is there.
+        resume: continue from the last intact checkpoint in `config.out`, if there is one.
+        overwrite: remove an existing run.
 
     Raises:
-        RunExistsError: `config.out` holds a run, and neither was asked for.
+        RunExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is set.
         NonFiniteLossError: training diverged.
         CheckpointError: every checkpoint is damaged.
-        ValueError, OSError: an unfit setting or file, named.
+        ValueError, OSError: an invalid setting or file, named in the message.
     """
     return _run(config, config.model, resume, overwrite)
 
 
 def distill(config: DistillConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Train a student from labels and the teachers that `teach` left; arguments and errors as `teach`."""
+    """Train a student from labels and from the runs of its teachers; arguments and errors as `teach`."""
     return _run(config, config.student, resume, overwrite)
 
 
 def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation:
-    """The model of a finished run on the "train", "validation" or "test" images of its own data set, unaugmented.
+    """Evaluate the model of a finished run on a split of its data set, unaugmented.
+
+    Args:
+        split: "train", "validation" or "test".
 
     Raises:
-        ValueError: an unknown split, or one without images.
+        ValueError: an unknown or empty split.
         FileNotFoundError, CheckpointError, OSError: as `load_model`.
     """
     if split not in Splits._fields:
         raise ValueError(f"split must be one of {', '.join(Splits._fields)}, got {split!r}")
     model = load_model(run)
-    config = configs.load(run / CONFIG)
+    config = config_file.load(run / CONFIG)
     images: ImageSet = getattr(load_splits(config.data), split)
     if not len(images):
         raise ValueError(f"the {split} part of {config.data.data} is empty")
@@ -93,20 +95,20 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
 
 
 def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunResult:
-    """Both jobs: they differ in the training images' labels and in who teaches."""
+    """Common part of `teach` and `distill`."""
     started = time.perf_counter()
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other, but both were asked for")
+        raise ValueError("resume and overwrite exclude each other, but both are set")
     with processes(config.precision.device) as world, _repeatable(config.precision, world.device):
         if world.is_main:
             run_folder.check_free(config, resume, overwrite)
-        if world.share(resume and is_finished(config.out)):
+        if world.broadcast(resume and is_finished(config.out)):
             return _result(config.out)
         return _train(config, model, resume, world, started)
 
 
 def _train(config: JobConfig, model: str, resume: bool, world: World, started: float) -> RunResult:
-    """`started`: reading of time.perf_counter when the job began."""
+    """`started`: time.perf_counter() at the start of the job."""
     with ExitStack() as stack:
         parts = load_splits(config.data)
         train, settings = training_set(config, parts.train, world)
@@ -121,11 +123,11 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
         def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
 
-        still = _loader_config(config, world, EVALUATION_BATCH, None)
+        for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)
         trainer = Trainer(
             step,
             loader(train, settings),
-            loader(parts.validation, still) if len(parts.validation) else None,
+            loader(parts.validation, for_evaluation) if len(parts.validation) else None,
             len(train),
             config.optim,
             peak_rate(config.optim, model),
@@ -136,21 +138,21 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
         )
         if world.is_main:
             run_folder.prepare(config, resume)
-        world.wait()  # until the folder holds this run and no other
+        world.wait()  # no process may read checkpoints before rank 0 has prepared the folder
         checkpoint = trainer.checkpoints.latest()
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        journal: Journal | Silence = Silence()
+        journal: Journal | NullJournal = NullJournal()
         if world.is_main:
             title = f"{model} on {config.data.data}"
             journal = Journal(config.out, config.log, trainer.steps, trainer.position, title)
         stack.enter_context(closing(journal))
         if config.data.loader == "auto":
-            journal.say(f"loader {choose.explain(train, settings)}")
+            journal.note(f"loader {choose.explain(train, settings)}")
         outcome = trainer.run(journal)
 
         world.copy_buffers(step.student)
-        test = evaluate_model(step.student, loader(parts.test, still), world)
+        test = evaluate_model(step.student, loader(parts.test, for_evaluation), world)
         speed, start = outcome
         result = RunResult(config.out, test, speed, start, time.perf_counter() - started)
         if world.is_main:
@@ -161,7 +163,7 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
 
 
 def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
-    """The last line of metrics.jsonl."""
+    """The last record of metrics.jsonl."""
     return {
         "kind": "test",
         "step": step,
@@ -177,9 +179,9 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
 
 
 def _result(out: Path) -> RunResult:
-    """Of a finished run."""
+    """The result of a finished run, from its metrics."""
     record = read_metrics(out / METRICS, "test")[-1]
-    calibration = record.get("test_calibration", math.nan)  # runs of earlier versions have none
+    calibration = record.get("test_calibration", math.nan)  # missing in runs of earlier versions
     test = Evaluation(record["test_images"], record["test_accuracy"], record["test_loss"], calibration)
     return RunResult(out, test, record["images_per_second"], record["start_seconds"], record["seconds"])
 
@@ -188,21 +190,21 @@ def _result(out: Path) -> RunResult:
 
 
 def load_splits(config: DataConfig) -> Splits:
-    """The data set's three parts; errors as `catalogue.load`."""
+    """Training, validation and test part of the data set; errors as `catalogue.load`."""
     return catalogue.load(
         config.data, config.root, split_seed=config.split_seed, validation=config.validation, size=config.size
     )
 
 
 def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[ImageSet, LoaderConfig]:
-    """What a run trains on: its share of the training part, its labels as configured; and how they are to be loaded."""
+    """Images and labels that a run trains on, and its loader settings."""
     images = _training_images(config, train)
     share = share_of_batch(config.optim.batch_size, world)
     return images, _loader_config(config, world, share, training_augmentation(config.data, images))
 
 
 def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
-    """As many as configured, every class in proportion, and with as many wrong labels."""
+    """The configured number of images, stratified by class, with wrong or swapped labels if configured."""
     if config.data.images is not None:
         (kept,) = stratified_parts(train.labels, [config.data.images], config.data.split_seed)
         train = train.take(kept)
@@ -215,7 +217,7 @@ def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
 
 
 def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
-    """The one that the config names; "auto" goes by the images' size."""
+    """The configured augmentation; "auto" depends on the image size."""
     side = max(images.shape[1:])
     kind = config.augmentation
     if kind == "auto":
@@ -245,7 +247,7 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
 
 def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
     if isinstance(config, TeachConfig):
-        return strategies.create("ce", None, num_features)
+        return strategies.create(strategies.CE.name, None, num_features)
     return strategies.create(
         config.strategy,
         teachers,
@@ -261,7 +263,7 @@ def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: in
 
 
 def _metadata(model: str, data: str, images: ImageSet) -> dict[str, Any]:
-    """What a model file says about its model."""
+    """Metadata of a model file."""
     return {
         "model": model,
         "num_classes": images.num_classes,
@@ -275,7 +277,7 @@ def _metadata(model: str, data: str, images: ImageSet) -> dict[str, Any]:
 
 @contextmanager
 def _repeatable(precision: PrecisionConfig, device: torch.device) -> Iterator[None]:
-    """Random numbers of the caller are left alone, and algorithms are those that repeat bit for bit where asked for."""
+    """Deterministic algorithms if the config says so; restores these settings and the caller's random state."""
     wanted = precision.deterministic == "on" or (precision.deterministic == "auto" and device.type == "cpu")
     already = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic

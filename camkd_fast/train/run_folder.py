@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, who may write to it, and the model that came out."""
+"""A run folder: its files, checks before writing to it, and loading its model."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 from torch import nn
 
 from .. import models
-from . import config as configs
+from . import config_file
 from .checkpoint import CheckpointError, read_model
 from .config import JobConfig
 from .journal import METRICS
 
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-# What a resumed run may change: where things lie and what is written meanwhile, nothing that trains.
+# Settings that may differ on resume: locations and logging, nothing that affects training.
 FREE = ("out", "teacher_cache", "data.root", "data.workers", "precision.device", "log.")
 
 
 class RunExistsError(RuntimeError):
-    """The folder holds a run that nobody asked to resume or to overwrite."""
+    """The folder holds a run, and neither resume nor overwrite applies."""
 
 
 def is_finished(out: Path) -> bool:
-    """Did a run end here? Its model is the last thing that it writes."""
+    """Whether a run finished here: the model is the last file that it writes."""
     return (out / MODEL).exists()
 
 
 def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
-    """May a run with this config write to `config.out`? Nothing is written yet.
+    """Check that a run with this config may write to `config.out`; writes nothing.
 
     Raises:
-        RunExistsError: there is a run already, or one with another config is to be resumed.
-        ValueError, OSError: the config of the run that is there cannot be read.
+        RunExistsError: the folder holds a run, or the run to resume has another config.
+        ValueError, OSError: the config of the existing run cannot be read.
     """
     out = config.out
     if overwrite or not (out / CONFIG).exists():
@@ -44,33 +44,33 @@ def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
         if is_finished(out):
             state, ways = "a finished", "overwrite it"
         raise RunExistsError(f"{out} holds {state} run: choose another folder, or {ways}")
-    saved = configs.load(out / CONFIG)
-    changed = configs.differences(saved, config)
+    saved = config_file.load(out / CONFIG)
+    changed = config_file.differences(saved, config)
     changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
     if changed:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
-        raise RunExistsError(f"{out} cannot be resumed, as it was begun with {words}")
+        raise RunExistsError(f"{out} cannot be resumed, as it was started with {words}")
 
 
 def prepare(config: JobConfig, resume: bool) -> None:
-    """Make `config.out` ready: a folder with the config and, unless one is to be resumed, no earlier run.
+    """Create `config.out` with the config in it; unless resuming, remove an earlier run.
 
     Raises:
-        OSError: the folder cannot be written; it is named.
+        OSError: the folder cannot be written; the message names it.
     """
     out = config.out
     try:
         if not (resume and (out / CONFIG).exists()):
             _remove(out)
             out.mkdir(parents=True, exist_ok=True)
-            configs.save(config, out / CONFIG)
+            config_file.save(config, out / CONFIG)
     except OSError as error:
         raise OSError(error.errno, f"cannot write the run folder {out}: {error.strerror}") from error
 
 
 def _remove(out: Path) -> None:
-    """A run's files, and nothing else that may lie beside them."""
-    for name in (MODEL, METRICS, REPORT):  # the model first: without it the rest is no finished run
+    """Remove a run's files, and no other files of the folder."""
+    for name in (MODEL, METRICS, REPORT):  # the model first: without it the run counts as unfinished
         (out / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         if (out / name).exists():
@@ -79,17 +79,17 @@ def _remove(out: Path) -> None:
 
 
 def model_metadata(run: Path) -> dict[str, Any]:
-    """Of a finished run's model: model, num_classes, in_channels, data, size (H, W), mean and std in pixel levels."""
+    """Metadata of a run's model: model, num_classes, in_channels, data, size (H, W), mean and std in pixel levels."""
     return _read(run)[1]
 
 
 def load_model(run: Path) -> nn.Module:
-    """The trained model of a finished run (or of a model file), on the CPU, in evaluation mode.
+    """Trained model of a finished run folder or of a model file, on the CPU, in evaluation mode.
 
     Raises:
-        FileNotFoundError: there is no model; the folder is named.
-        CheckpointError: the file is damaged, or its tensors do not fit the model that it names.
-        ValueError: it names an unknown model.
+        FileNotFoundError: there is no model; the message names the folder.
+        CheckpointError: the file is damaged, or its tensors do not fit its model.
+        ValueError: unknown model name.
     """
     tensors, metadata = _read(run)
     model = models.create(metadata["model"], metadata["num_classes"], metadata["in_channels"])

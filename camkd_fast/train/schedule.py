@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, so that a resumed run needs no scheduler's state."""
+"""The learning rate as a function of the step: a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 from .config import OptimConfig
 
-# Models for which the paper starts lower: depthwise convolutions diverge at 0.05.
+# Models with a lower rate in the paper: depthwise convolutions diverge at 0.05.
 _SLOW = ("mobilenet", "shufflenet")
 
 
 def peak_rate(optim: OptimConfig, model: str) -> float:
-    """The highest rate of a run: as configured, or the paper's for a model of that name."""
+    """Highest rate of a run: as configured, or the paper's for this model."""
     if optim.learning_rate is not None:
         return optim.learning_rate
     return 0.01 if any(family in model.lower() for family in _SLOW) else 0.05
 
 
 def learning_rate(optim: OptimConfig, peak: float, step: int, steps_per_epoch: int) -> float:
-    """The rate of step `step`, counted from 0 over all epochs."""
+    """Rate of a step, counted from 0 over all epochs."""
     warmup = round(optim.warmup * steps_per_epoch)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,6 +1,6 @@
-"""One training step, for labels alone and for any strategy. It knows no strategy's name and never waits for the device.
+"""One training step. It is the same for every strategy and never synchronises with the device.
 
-forward of teachers and student -> loss and its gradient in one pass (`camkd_loss_and_grad`) -> one backward -> SGD.
+Forward of teachers and student, loss and its gradient in one pass (`camkd_loss_and_grad`), one backward, SGD.
 Student and loss are one graph under torch.compile.
 """
 
@@ -21,23 +21,23 @@ from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate
 from .strategies import Strategy
 from .sums import Sums
-from .teachers import Teachers
+from .teachers.live import Teachers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Objective(NamedTuple):
-    """One batch's loss, ready for `torch.autograd.backward(roots, gradients)`."""
+    """Loss of one batch, as arguments of `torch.autograd.backward(roots, gradients)`."""
 
-    roots: list[Tensor]  # logits (n, C) and, where there is one, the feature loss
+    roots: list[Tensor]  # logits (n, C) and, if the strategy has one, the feature loss
     gradients: list[Tensor]  # d(scale * loss) / d root
     numbers: Tensor  # float32, sums over the batch: loss, cross-entropy, distillation, feature loss, correct
-    weights: Tensor | None  # (K,) sum of the teachers' logit weights
-    feature_weights: Tensor | None  # (K,) likewise of their feature maps
+    weights: Tensor | None  # (K,) logit weights of the teachers, summed over the batch
+    feature_weights: Tensor | None  # (K,) feature weights, summed over the batch
 
 
-class Pupil(nn.Module):
-    """The student with all that the strategy trains beside it, so that DDP and the optimiser see every parameter."""
+class TrainableStudent(nn.Module):
+    """Student and strategy in one module, so that DDP and the optimiser see the parameters of both."""
 
     def __init__(self, student: nn.Module, strategy: Strategy, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,47 +47,45 @@ class Pupil(nn.Module):
         self._compiled: Callable[..., Objective] = self._objective
 
     def compile_for(self, batch_size: int, graphs: bool) -> None:
-        """Run batches of that size compiled. Others, like an epoch's last one, would each cost another compilation."""
+        """Compile batches of this size. Others, such as an epoch's last batch, run eagerly: each would recompile."""
         self._compiled_size = batch_size
         mode = "reduce-overhead" if graphs else None
         self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
 
     def forward(
-        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
     ) -> Objective:
         """
         Args:
-            images: (n, channels, H, W), of which student and teachers get the same batch.
+            images: (n, channels, H, W), the batch that the teachers received.
             target: (n,) int64.
-            taught: K predictions, or none.
-            num_items: images of this step over all processes; the loss is a sum over them divided by this.
-            scale: one-element float32 tensor that multiplies all gradients.
+            teacher_outputs: K predictions; empty without teachers.
+            num_items: images of this step over all processes, the divisor of the summed loss.
+            scale: (1,) float32, multiplies all gradients.
         """
         run = self._compiled if images.shape[0] == self._compiled_size else self._objective
-        return run(images, target, taught, num_items, scale)
+        return run(images, target, teacher_outputs, num_items, scale)
 
     def _objective(
-        self, images: Tensor, target: Tensor, taught: list[Prediction], num_items: int, scale: Tensor
+        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
     ) -> Objective:
         strategy = self.strategy
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             student = predict(feature_model(self.student), images)
-            term = strategy.feature_term(student, taught, target, num_items) if taught else None
+            term = strategy.feature_term(student, teacher_outputs, target, num_items) if teacher_outputs else None
         logits = student.logits.detach()
         weights = feature_weights = None
         feature = torch.zeros((), device=images.device)
-        if taught:
-            teacher_logits = [teacher.logits for teacher in taught]
+        if teacher_outputs:
+            teacher_logits = [teacher.logits for teacher in teacher_outputs]
+            formula = strategy.formula._replace(weighting=strategy.weighting(logits, teacher_outputs, target))
             out, gradient = camkd_loss_and_grad(
                 logits,
                 teacher_logits,
                 target,
-                temperature=strategy.temperature,
-                hard_weight=strategy.hard_weight,
-                soft_weight=strategy.soft_weight,
-                weighting=strategy.weighting(logits, taught, target),
                 num_items=num_items,
                 loss_scale=scale,
+                **formula.options(),
             )
             loss, hard, soft = out.loss, out.hard, out.soft
             weights = out.weights.sum(1)
@@ -111,9 +109,9 @@ class TrainStep:
     """Callable that trains on one batch.
 
     Args:
-        full_batch: images per batch of this process, which is what gets compiled.
-        seed: of the random numbers that student or strategy draw (dropout): each step has its own, a function of
-            seed, rank and step alone, so a resumed run draws what the uninterrupted one would have drawn.
+        full_batch: images per full batch of this process, the compiled size.
+        seed: of random numbers drawn in the forward pass (dropout). Each step reseeds from (seed, rank, step), so a
+            resumed run draws the same numbers as an uninterrupted one.
     """
 
     def __init__(
@@ -127,21 +125,21 @@ class TrainStep:
         full_batch: int,
         seed: int,
     ) -> None:
-        self.pupil = Pupil(student, strategy, DTYPES[precision.dtype]).to(world.device)
+        self.trainable = TrainableStudent(student, strategy, DTYPES[precision.dtype]).to(world.device)
         if precision.channels_last:
-            self.pupil.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.trainable.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if precision.sync_batchnorm:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
-            self.pupil = nn.SyncBatchNorm.convert_sync_batchnorm(self.pupil)  # type: ignore[no-untyped-call]
+            self.trainable = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable)  # type: ignore[no-untyped-call]
         compiled = precision.compiles(world.device.type)
         if compiled:
-            self.pupil.compile_for(full_batch, precision.cuda_graphs)
-        self.student, self.strategy, self.teachers = self.pupil.student, self.pupil.strategy, teachers
-        self._forward = replicate(self.pupil, world)
+            self.trainable.compile_for(full_batch, precision.cuda_graphs)
+        self.student, self.strategy, self.teachers = self.trainable.student, self.trainable.strategy, teachers
+        self._forward = replicate(self.trainable, world)
         self.optimizer = torch.optim.SGD(
-            [p for p in self.pupil.parameters() if p.requires_grad],
-            lr=1.0,  # set by every call
+            [p for p in self.trainable.parameters() if p.requires_grad],
+            lr=1.0,  # replaced in every call
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
             nesterov=True,
@@ -149,37 +147,39 @@ class TrainStep:
         )
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                # torch leaves the momentum uninitialised when the scaler skips the first fused step.
+                # torch leaves the momentum uninitialised if the scaler skips the first fused step.
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
         self.sums = Sums()
-        self.first_steps = 3 if compiled else 1  # compilation of both passes, recording of graphs
+        self.first_steps = 3 if compiled else 1  # slow ones: compilation of both passes, recording of graphs
         self._graphs = precision.cuda_graphs
         self._world, self._seed = world, seed
-        self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP takes the mean over processes
+        self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
 
     def __call__(self, batch: Batch, num_items: int, rate: float, number: int) -> None:
-        """Train on `batch` with learning rate `rate` as step `number` (from 0) of the run.
+        """Train on one batch.
 
         Args:
             num_items: images of this step over all processes.
+            rate: learning rate.
+            number: of the step in the run, from 0.
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         seed_generators(self._world.device, self._seed, self._world.rank, number)
-        taught = self.teachers(batch) if self.teachers is not None else []
+        teacher_outputs = self.teachers(batch) if self.teachers is not None else []
         scale = self.scaler.scale(self._scale)
-        objective = self._forward(batch.images, batch.target, taught, num_items, scale)
+        objective = self._forward(batch.images, batch.target, teacher_outputs, num_items, scale)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(objective, batch.target.numel(), number + 1)  # told as everywhere else: steps that are done
+        self.sums.add(objective, batch.target.numel(), number + 1)  # completed steps
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the student: the strategy's own parameters, the optimiser, the scaler."""
+        """State of strategy, optimiser and scaler; the student is saved separately."""
         return {
             "strategy": self.strategy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -193,7 +193,7 @@ class TrainStep:
 
 
 def seed_generators(device: torch.device, *key: int) -> None:
-    """Seed the generators that layers draw from with a hash of `key`; 100 us faster than torch.manual_seed."""
+    """Seed the default generators with a hash of `key`; 100 us faster than torch.manual_seed."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

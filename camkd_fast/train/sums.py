@@ -1,4 +1,4 @@
-"""What steps leave behind, summed on the device, and the one place where the host reads it."""
+"""Running sums of losses and weights, kept on the device; the only place that copies them to the host."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class NonFiniteLossError(RuntimeError):
 
 
 class BatchNumbers(Protocol):
-    """What `Sums.add` takes of a step's objective."""
+    """The part of a step's objective that `Sums.add` uses."""
 
     @property
-    def numbers(self) -> Tensor: ...  # (5,) sums over the batch: the LOSSES, then correct answers
+    def numbers(self) -> Tensor: ...  # (5,) sums over the batch: the LOSSES, then correct predictions
     @property
     def weights(self) -> Tensor | None: ...  # (K,) sums over the batch
     @property
@@ -28,16 +28,16 @@ class BatchNumbers(Protocol):
 
 
 class Totals(NamedTuple):
-    """Sums over images, on the host and over all processes."""
+    """Sums over the images of all processes, on the host."""
 
     images: int
     losses: list[float]  # in the order of LOSSES
     correct: int
-    weights: list[float]  # K, or none where nobody weighs teachers
+    weights: list[float]  # K; empty without teachers
     feature_weights: list[float]
 
     def plus(self, other: Totals | None, factor: int = 1) -> Totals:
-        """These and `factor` times the others."""
+        """self + factor * other."""
         if other is None:
             return self
 
@@ -65,13 +65,14 @@ class Totals(NamedTuple):
 
 class Reading(NamedTuple):
     totals: Totals
-    flag: bool  # what rank 0 gave to `read`
+    flag: bool  # rank 0's argument of `read`
 
 
 class Sums:
     """Sums over the steps since `reset`, and the first step whose loss was not finite.
 
-    `base` is what a resumed epoch starts from: the sums that its checkpoint holds, over all processes.
+    Attributes:
+        base: sums over all processes from the checkpoint of a resumed epoch, or None.
     """
 
     def __init__(self) -> None:
@@ -80,12 +81,12 @@ class Sums:
     def reset(self) -> None:
         self.base: Totals | None = None
         self._images = 0
-        self._total: Tensor | None = None  # float64: the numbers, the weights, the feature weights
+        self._total: Tensor | None = None  # float64: numbers, weights, feature weights
         self._num_weights = 0
-        self._bad_step = self._bad_losses = torch.empty(0)  # made with `_total`, on its device
+        self._bad_step = self._bad_losses = torch.empty(0)  # allocated with `_total`, on its device
 
     def add(self, batch: BatchNumbers, images: int, step: int) -> None:
-        """Add the numbers of step `step`, counted from 1; nothing is read."""
+        """Add the numbers of step `step`, counted from 1, without synchronising."""
         weights = [w for w in (batch.weights, batch.feature_weights) if w is not None]
         numbers = torch.cat([batch.numbers, *weights]).double()
         if self._total is None:
@@ -100,10 +101,10 @@ class Sums:
         self._images += images
 
     def read(self, world: World, flag: bool = False) -> Reading:
-        """The sums over all processes: one collective, one read from the device.
+        """Sums over all processes: one collective, one copy to the host.
 
         Raises:
-            NonFiniteLossError: a loss since the last reset was NaN or infinite; step and parts are named.
+            NonFiniteLossError: a loss since the last reset was NaN or infinite; the message has step and parts.
         """
         if self._total is None:
             raise RuntimeError("no step was taken since the sums were reset")

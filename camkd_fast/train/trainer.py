@@ -1,4 +1,4 @@
-"""The loop: epochs of steps, evaluation, log lines and checkpoints. It knows no strategy and no data set by name."""
+"""The training loop: epochs of steps, evaluation, log records and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..data.order import step_sizes
 from .checkpoint import Checkpoint, Checkpoints, model_bytes
 from .config import LogConfig, OptimConfig
 from .distributed import World
-from .journal import Journal, Silence
+from .journal import Journal, NullJournal
 from .schedule import learning_rate
 from .step import TrainStep
 from .sums import NonFiniteLossError, Totals
 
 
 class Evaluation(NamedTuple):
-    """A model's answers on a set of images, each counted once."""
+    """Metrics of a model on a set of images, each image counted once."""
 
     images: int
     accuracy: float
@@ -30,13 +30,20 @@ class Evaluation(NamedTuple):
     calibration: float  # expected calibration error, see `calibration_error`
 
 
-BINS = 15  # of the calibration error
+BINS = 15  # bins of the calibration error
 
 
 def calibration_bins(logits: Tensor, correct: Tensor) -> Tensor:
-    """(2, BINS) float64 of predictions (n, C) with `correct` (n,) bool: per bin, the sums of confidence and of correct.
+    """Per bin, the sum of confidences and the number of correct predictions.
 
-    A prediction's confidence is its largest probability; bin b has those in (b / BINS, (b + 1) / BINS].
+    The confidence of a prediction is its largest probability; bin b covers (b / BINS, (b + 1) / BINS].
+
+    Args:
+        logits: (n, C).
+        correct: (n,) bool.
+
+    Returns:
+        (2, BINS) float64.
     """
     confidence = logits.float().softmax(1).amax(1).double()
     place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
@@ -47,16 +54,16 @@ def calibration_bins(logits: Tensor, correct: Tensor) -> Tensor:
 
 
 def calibration_error(bins: Tensor, images: int) -> float:
-    """sum_b (n_b / N) |accuracy_b - mean confidence_b| (Guo et al. 2017), from summed `calibration_bins`."""
+    """sum_b (n_b / N) |accuracy_b - mean confidence_b| (Guo et al. 2017), from the summed `calibration_bins`."""
     return float((bins[0] - bins[1]).abs().sum()) / max(images, 1)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
-    """Evaluate in float32, over all processes; leaves the model in evaluation mode.
+    """Evaluate in float32 over all processes; leaves the model in evaluation mode.
 
     Args:
-        loader: in evaluation order, this process's share.
+        loader: this process's part of the images, in evaluation order.
     """
     model.eval()
     sums = torch.zeros(3 + 2 * BINS, dtype=torch.float64, device=world.device)
@@ -73,17 +80,17 @@ def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
 
 
 class Clock:
-    """Images per second of this process's steps, its first ones apart: they compile, allocate and start workers.
+    """Throughput of this process. The first steps, which compile, allocate and start workers, are timed separately.
 
     Args:
-        device: waited for once, after the first steps.
-        first: how many steps those are.
+        device: synchronised once, after the first steps.
+        first: number of first steps.
     """
 
     def __init__(self, device: torch.device, first: int) -> None:
         self._device, self._first = device, first
-        self.start_seconds = self.seconds = 0.0  # in the first steps, in the others
-        self.images = 0  # in the others
+        self.start_seconds = self.seconds = 0.0  # of the first steps, of all later ones
+        self.images = 0  # of the later steps
         self._lap = (0.0, 0)
         self._started = 0.0
 
@@ -91,7 +98,7 @@ class Clock:
         self._started = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """One step was issued."""
+        """Count one issued step."""
         if self._first == 0:
             self.images += images
             return
@@ -102,7 +109,7 @@ class Clock:
             self.start_seconds, self._started = self._since_go(self.start_seconds)
 
     def pause(self) -> None:
-        """Stop until `go`; the device must have finished."""
+        """Stop until `go`; the device must be idle."""
         if self._first:
             self.start_seconds, _ = self._since_go(self.start_seconds)
         else:
@@ -124,22 +131,22 @@ class Clock:
 
 
 class Outcome(NamedTuple):
-    """What is left when a run's last epoch is over."""
+    """Timing of a finished run."""
 
-    images_per_second: float  # over all processes, first steps and evaluation apart
+    images_per_second: float  # over all processes, without first steps and evaluation
     start_seconds: float  # this process's first steps: compilation, if any, and start of loaders
 
 
 class Trainer:
-    """Trains until the last epoch, from wherever it stands.
+    """Trains from the current position to the last epoch.
 
     Args:
-        train: this process's share of the training images, in a new order every epoch.
-        validation: this process's share, in evaluation order; None where no images are held out.
-        images: how many training images all processes share.
+        train: this process's part of the training images, reshuffled every epoch.
+        validation: this process's part, in evaluation order; None if no images are held out.
+        images: number of training images over all processes.
         peak: highest learning rate.
-        checkpoints: written by rank 0 alone.
-        metadata: of the model files.
+        checkpoints: written by rank 0 only.
+        metadata: for the model files.
     """
 
     def __init__(
@@ -158,19 +165,19 @@ class Trainer:
         self.step, self.train, self.validation = step, train, validation
         self.optim, self.peak, self.log = optim, peak, log
         self.checkpoints, self.metadata, self.world = checkpoints, metadata, world
-        self.position = 0  # steps that are done
+        self.position = 0  # completed steps
         self._sizes = step_sizes(images, optim.batch_size // world.size, world.size, shuffle=True)
         self.steps_per_epoch = len(train)
         self.steps = optim.epochs * self.steps_per_epoch
-        self._logged: Totals | None = None  # of this epoch, as the last log line read them
+        self._logged: Totals | None = None  # of this epoch, at the last log record
         self._clock = Clock(world.device, step.first_steps)
         self._saved_at = time.monotonic()
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Stand where the run stood when it wrote `checkpoint`, on this or another number of processes.
+        """Restore the state of a checkpoint; the number of processes may differ.
 
         Raises:
-            ValueError: the loader's settings are others than then.
+            ValueError: the loader's settings differ.
         """
         state = checkpoint.state
         self.step.student.load_state_dict(checkpoint.model)
@@ -180,11 +187,12 @@ class Trainer:
         self._logged = None if state["logged"] is None else Totals(*state["logged"])
         self.position = checkpoint.step
 
-    def run(self, journal: Journal | Silence) -> Outcome:
-        """
+    def run(self, journal: Journal | NullJournal) -> Outcome:
+        """Train to the last epoch.
+
         Raises:
-            NonFiniteLossError: a loss or a parameter is NaN or infinite; step, parts of the loss and the last good
-                checkpoint are named. Nothing was saved since.
+            NonFiniteLossError: a loss or a parameter is NaN or infinite. The message has the step, the parts of the
+                loss and the last good checkpoint; nothing was saved after that checkpoint.
             OSError: a checkpoint could not be written.
         """
         try:
@@ -198,11 +206,11 @@ class Trainer:
     def _rate(self, step: int) -> float:
         return learning_rate(self.optim, self.peak, step, self.steps_per_epoch)
 
-    def _epoch(self, epoch: int, journal: Journal | Silence) -> None:
+    def _epoch(self, epoch: int, journal: Journal | NullJournal) -> None:
         first, last = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
         if self.position == first:
             self.train.set_epoch(epoch)
-        self.step.pupil.train()
+        self.step.trainable.train()
         self._clock.go()
         for batch in self.train:
             self.step(batch, self._sizes[self.position - first], self._rate(self.position), self.position)
@@ -211,7 +219,7 @@ class Trainer:
             if self.position < last:
                 self._pause(epoch, journal)
         if self.position != last:
-            raise RuntimeError(f"epoch {epoch + 1} ended at step {self.position}, but {last} were promised")
+            raise RuntimeError(f"epoch {epoch + 1} ended at step {self.position}, not at step {last}")
 
         totals, _ = self.step.sums.read(self.world)
         self._clock.pause()
@@ -227,8 +235,8 @@ class Trainer:
         journal.write(record)
         self._save(None)
 
-    def _pause(self, epoch: int, journal: Journal | Silence) -> None:
-        """Between two steps: a log line, which checks the loss, and a checkpoint, where they are due."""
+    def _pause(self, epoch: int, journal: Journal | NullJournal) -> None:
+        """Between two steps: write a log record, which checks the loss, and a checkpoint, if either is due."""
         every = self.log.checkpoint_every
         log = self.position % self.log.log_every == 0
         save = every > 0 and self.position % every == 0
@@ -255,8 +263,8 @@ class Trainer:
         }
 
     def _save(self, totals: Totals | None) -> None:
-        """A checkpoint by rank 0; `totals` are those of an unfinished epoch."""
-        norms = torch._foreach_norm([p.detach() for p in self.step.pupil.parameters()])
+        """Write a checkpoint from rank 0; `totals` are the sums of an unfinished epoch."""
+        norms = torch._foreach_norm([p.detach() for p in self.step.trainable.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise NonFiniteLossError(f"a parameter is not finite after step {self.position}")
         self._saved_at = time.monotonic()

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from camkd_fast import cli
-from camkd_fast.train import compare, compare_report, run
-from camkd_fast.train.compare import CompareConfig, Row
+from camkd_fast.experiments import compare, compare_report
+from camkd_fast.experiments.compare import CompareConfig, Row
+from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
 from camkd_fast.train.run_folder import RunExistsError
 

@@ -21,7 +21,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from camkd_fast.data.digits import load_digits
-from camkd_fast.train import demo, demo_report, run
+from camkd_fast.experiments import demo, demo_report
+from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

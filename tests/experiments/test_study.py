@@ -16,12 +16,12 @@ import torch
 import yaml
 
 from camkd_fast import cli
+from camkd_fast.experiments.study import cells, check, conductor, records, spec, study_report, work
+from camkd_fast.experiments.study.cells import Cell
+from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
 from camkd_fast.train import run
-from camkd_fast.train.config import plain
+from camkd_fast.train.config_file import serializable
 from camkd_fast.train.journal import read_metrics
-from camkd_fast.train.study import cells, check, conductor, report, results, spec, work
-from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.spec import Pool, TeacherSpec, Variant
 from tests.support.loader_data import fashion_folder
 from tests.support.study_parts import ORIGIN, invented, study
 
@@ -44,10 +44,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_cell_leaves_its_record(done: Path) -> None:
-    found = results.collect(study(), done)
+    found = records.collect(study(), done)
     assert len(found.cells) == 9 and {cell.seed for cell in found.missing} == {1} and len(found.teachers) == 4
     for cell, record in found.cells.items():
-        assert results.cell_of(record) == cell and record["commit"] == ORIGIN["commit"] and len(record["hash"]) == 12
+        assert records.cell_of(record) == cell and record["commit"] == ORIGIN["commit"] and len(record["hash"]) == 12
         assert 0.0 <= record["test_accuracy"] <= 1.0 and 0.0 <= record["test_calibration"] <= 1.0
         assert record["test_images"] == 597 and len(record["validation_accuracy"]) == 1
         assert not (cells.cell_folder(done, cell) / "checkpoints").exists()
@@ -60,7 +60,7 @@ def test_every_cell_leaves_its_record(done: Path) -> None:
 
 
 def test_the_pools_weights_are_those_of_its_runs(done: Path) -> None:
-    found = results.collect(study(), done)
+    found = records.collect(study(), done)
     # One epoch shows view 0, about which the pool's record speaks: the mean over classes, weighted by their sizes.
     labels = run.training_set(*_training(done))[0].labels
     share = torch.bincount(labels, minlength=10) / len(labels)
@@ -78,7 +78,7 @@ def _training(out: Path) -> tuple[object, object, object]:
 
 
 def test_the_best_teacher_is_the_best_on_validation_images(done: Path) -> None:
-    found = results.collect(study(), done)
+    found = records.collect(study(), done)
     for pool in study().pools:
         accuracies = [found.teachers[name]["validation_accuracy"] for name in pool.teachers]
         weights = found.cells[Cell(pool.name, "resnet8", "best", 0)]["weights"][0]
@@ -86,7 +86,7 @@ def test_the_best_teacher_is_the_best_on_validation_images(done: Path) -> None:
 
 
 def test_an_over_confident_teacher_is_as_right_as_its_source(done: Path) -> None:
-    found = results.collect(study(), done).teachers
+    found = records.collect(study(), done).teachers
     assert found["loud"]["test_accuracy"] == found["good-1"]["test_accuracy"]
     assert found["loud"]["test_loss"] != found["good-1"]["test_loss"]
 
@@ -113,7 +113,7 @@ def test_a_second_rank_goes_on_with_what_is_there_and_a_further_call_does_nothin
         assert conductor.conduct(study(), done, ORIGIN, jobs=1, rank=rank, world=2, say=said.append) == []
     after = _stamps(done)
     assert {path: after[path] for path in before} == before and len(after) > len(before)
-    assert results.collect(study(), done).missing == []
+    assert records.collect(study(), done).missing == []
     assert conductor.conduct(study(), done, ORIGIN, jobs=1, say=said.append) == []
     assert _stamps(done) == after
     assert "18/18" in said[-1]
@@ -134,7 +134,7 @@ def test_an_interrupted_cell_goes_on_where_it_was(done: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         work.train(longer, cell, tmp_path / "cut", ORIGIN)
     assert calls and (cells.cell_folder(tmp_path / "cut", cell) / "checkpoints").exists()
-    assert results.collect(longer, tmp_path / "cut").cells == {}
+    assert records.collect(longer, tmp_path / "cut").cells == {}
     monkeypatch.setattr(run, "evaluate_model", evaluate)
     record = work.train(longer, cell, tmp_path / "cut", ORIGIN)
     assert record["test_accuracy"] == whole["test_accuracy"]
@@ -181,7 +181,7 @@ def test_failures_are_named_and_cost_nobody_else_anything(done: Path, tmp_path: 
         "odd/resnet8/aver/seed-0",
     ]
     assert "[0, 10), got 0 and 99" in failures[0] and "needs the cache of pool odd" in failures[2]
-    assert len(results.collect(broken, tmp_path).cells) == 1
+    assert len(records.collect(broken, tmp_path).cells) == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(done: Path) -> None:
@@ -196,32 +196,32 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(done: Path) -> No
 def test_results_are_sorted_lines_that_machines_can_merge(tmp_path: Path) -> None:
     whole = invented(lambda cell: 0.5)
     whole.write(tmp_path / "a.jsonl")
-    halves = [results.Results(whole.study) for _ in range(2)]
+    halves = [records.Results(whole.study) for _ in range(2)]
     everything = [*whole.teachers.values(), *whole.pools.values(), *whole.cells.values()]
-    for half, records in zip(halves, (everything[1::2], everything[::2]), strict=True):
-        half.add(records)
+    for half, part in zip(halves, (everything[1::2], everything[::2]), strict=True):
+        half.add(part)
         assert half.missing
     halves[0].write(tmp_path / "b.jsonl")
-    merged = results.read(whole.study, tmp_path / "b.jsonl")
+    merged = records.read(whole.study, tmp_path / "b.jsonl")
     merged.add(everything[::2])
     merged.write(tmp_path / "b.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert results.read(whole.study, tmp_path / "a.jsonl") == whole and not whole.missing
+    assert records.read(whole.study, tmp_path / "a.jsonl") == whole and not whole.missing
 
 
 def test_results_of_other_settings_do_not_count(tmp_path: Path) -> None:
     whole = invented(lambda cell: 0.5)
     whole.write(tmp_path / "a.jsonl")
     other = replace(whole.study, training=replace(whole.study.training, epochs=3))
-    read = results.read(other, tmp_path / "a.jsonl")
+    read = records.read(other, tmp_path / "a.jsonl")
     assert read.cells == {} and read.teachers == whole.teachers and read.pools == whole.pools
-    assert results.read(whole.study, tmp_path / "none.jsonl").missing == cells.cells(whole.study)
+    assert records.read(whole.study, tmp_path / "none.jsonl").missing == cells.cells(whole.study)
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"kind": "cell", "hash": ""}\n'[:-9] + "\n")
     with pytest.raises(ValueError, match=r"a.jsonl, line 1 is no record"):
-        results.read(study(), tmp_path / "a.jsonl")
+        records.read(study(), tmp_path / "a.jsonl")
 
 
 # --- the command and the check ---------------------------------------------------------------------------------------
@@ -230,16 +230,16 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(plain(study())))
+    path.write_text(yaml.safe_dump(serializable(study())))
     return path
 
 
 def test_the_check_agrees_with_what_is_so_and_finds_what_is_not(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = results.collect(study(), done)
+    known = records.collect(study(), done)
     one = Cell("bad", "resnet8", "ca-mkd", 0)
-    only = results.Results(study(), known.teachers, known.pools, {one: known.cells[one]})
+    only = records.Results(study(), known.teachers, known.pools, {one: known.cells[one]})
     only.write(tmp_path / "r.jsonl")
     line = f"compare --study {file} --out {done} --results {tmp_path / 'r.jsonl'} --jobs 1 --check 1"
     assert cli.main(line.split()) == 0
@@ -255,9 +255,9 @@ def test_the_check_needs_nothing_but_the_results(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a fresh clone: teachers are trained again first, the source of a derived one too, and kept."""
-    known = results.collect(study(), done)
+    known = records.collect(study(), done)
     one, out = Cell("bad", "resnet8", "ca-mkd", 0), tmp_path / "new"
-    results.Results(study(), known.teachers, known.pools, {one: known.cells[one]}).write(tmp_path / "r.jsonl")
+    records.Results(study(), known.teachers, known.pools, {one: known.cells[one]}).write(tmp_path / "r.jsonl")
     line = f"compare --study {file} --out {out} --results {tmp_path / 'r.jsonl'} --jobs 1 --check 1"
     assert cli.main(line.split()) == 0
     assert capsys.readouterr().out.endswith("now: equal\n")
@@ -269,7 +269,7 @@ def test_what_the_results_hold_is_not_done_again_on_another_machine(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file of results is all that a study needs to go on: runs and caches may be lost."""
-    known = results.collect(study(), done)
+    known = records.collect(study(), done)
     known.write(tmp_path / "r.jsonl")
     line = f"compare --study {file} --out {tmp_path / 'new'} --results {tmp_path / 'r.jsonl'} --jobs 1"
     assert cli.main(line.split()) == 0
@@ -281,7 +281,7 @@ def test_what_the_results_hold_is_not_done_again_on_another_machine(
     assert cli.main(line.split()) == 0
     told = capsys.readouterr().out
     assert f"1/1  {lost}" in told and "0 missing" in told
-    assert lost in results.read(study(), tmp_path / "r.jsonl").cells
+    assert lost in records.read(study(), tmp_path / "r.jsonl").cells
 
 
 def test_checked_cells_are_random_ones_that_are_finished() -> None:
@@ -324,7 +324,7 @@ def test_the_quick_study_under_torchrun(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     quick = spec.load(STUDIES / "quick.yaml")
-    kept = results.read(quick, tmp_path / "results.jsonl")
+    kept = records.read(quick, tmp_path / "results.jsonl")
     assert kept.missing == [] and len(kept.teachers) == len(quick.teachers)
     trained = [line for line in done.stdout.splitlines() if "/resnet8/" in line]
     assert len(trained) == len(kept.cells)
@@ -356,7 +356,7 @@ def test_the_study_of_cifar_size_on_a_few_images(tmp_path: Path, monkeypatch: py
     )
     out = tmp_path / "out"
     assert conductor.conduct(small, out, ORIGIN, jobs=2, say=lambda text: None) == []
-    kept = results.collect(small, out)
+    kept = records.collect(small, out)
     assert kept.missing == [] and len(kept.cells) == 1 + 2 * 7
     assert run.load_splits(small.data).train.shape == (1, 32, 32)
-    assert small.title in report.write(kept, out / "report.html").read_text()
+    assert small.title in study_report.write(kept, out / "report.html").read_text()

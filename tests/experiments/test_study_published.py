@@ -5,14 +5,14 @@ from __future__ import annotations
 from statistics import mean
 
 from benchmarks import doc_tables, study_report
-from camkd_fast.train.study import results, spec
-from camkd_fast.train.study.findings import Findings, Place, bad_teachers_by_class, said_of
-from camkd_fast.train.study.results import Results
-from camkd_fast.train.study.statistics import Paired
+from camkd_fast.experiments.study import records, spec
+from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, said_of
+from camkd_fast.experiments.study.records import Results
+from camkd_fast.experiments.study.statistics import Paired
 
 
 def committed(study: str, lines: str) -> Results:
-    return results.read(spec.load(study_report.FOLDER / f"{study}.yaml"), study_report.FOLDER / f"{lines}.jsonl")
+    return records.read(spec.load(study_report.FOLDER / f"{study}.yaml"), study_report.FOLDER / f"{lines}.jsonl")
 
 
 def test_committed_tables_are_those_of_the_committed_results() -> None:

@@ -10,19 +10,19 @@ from statistics import stdev
 
 import pytest
 
-from benchmarks import study_report
-from camkd_fast.train.study import report, results, tables
-from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.findings import (
+from benchmarks import study_report as published
+from camkd_fast.experiments.study import records, study_report, study_tables
+from camkd_fast.experiments.study.cells import Cell
+from camkd_fast.experiments.study.findings import (
     Findings,
     bad_teacher_weight,
     bad_teachers_by_class,
     conclusions,
     core_hours,
 )
-from camkd_fast.train.study.results import Results
-from camkd_fast.train.study.spec import Variant
-from camkd_fast.train.study.statistics import Paired, t95
+from camkd_fast.experiments.study.records import Results
+from camkd_fast.experiments.study.spec import Variant
+from camkd_fast.experiments.study.statistics import Paired, t95
 from tests.support.study_parts import invented
 
 GAINS = (0.01, 0.02, 0.03)  # of seeds 0, 1, 2
@@ -127,10 +127,10 @@ def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> N
     findings = Findings(invented(accuracy, study))
     assert (
         "What the confidence weights alone are worth, in points: "
-        "ca-mkd-logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
+        "CA-MKD, logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
         "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
     ) in conclusions(findings)
-    rows = {row[0]: row[1:] for row in tables.difference_by_pool(findings, study.students[0]).rows}
+    rows = {row[0]: row[1:] for row in study_tables.difference_by_pool(findings, study.students[0]).rows}
     assert rows["CA-MKD"] == ("+2.00 ± 0.00", "+2.25 ± 0.00")
     assert rows["CA-MKD minus FitNet-MKD"] == ("+0.00 ± 0.00", "+0.25 ± 0.00")
     assert "ca-mkd-logits minus AVER" not in rows, "that is its row over AVER"
@@ -173,22 +173,22 @@ def test_hours_are_those_of_all_cells_by_the_median() -> None:
 
 def test_tables_hold_the_numbers() -> None:
     findings = Findings(with_gain(1.0, pools=("bad",)))
-    rows = {row[0]: row[1:] for row in tables.overview(findings).rows}
+    rows = {row[0]: row[1:] for row in study_tables.overview(findings).rows}
     assert list(rows["CA-MKD"]) == [
         *("52.00 %", "+0.00 ± 0.00", "0 / 3 / 0"),
         *("54.00 %", "+2.00 ± 2.48", "3 / 0 / 0"),
     ]
     assert rows["AVER"][1:3] == ["", ""]
     (student,) = findings.results.study.students
-    assert tables.accuracy_by_pool(findings, student).header == ("", "good", "bad")
-    gains = {row[0]: row[1:] for row in tables.difference_by_pool(findings, student).rows}
+    assert study_tables.accuracy_by_pool(findings, student).header == ("", "good", "bad")
+    gains = {row[0]: row[1:] for row in study_tables.difference_by_pool(findings, student).rows}
     assert "AVER" not in gains and gains["CA-MKD"] == ("+0.00 ± 0.00", "+2.00 ± 2.48")
-    (ablation,) = tables.against_others(findings, "ablation").rows
+    (ablation,) = study_tables.against_others(findings, "ablation").rows
     assert ablation[:5] == ("uniform", "bad, resnet8", "52.00 %", "CA-MKD", "-2.00 ± 2.48")
     # Labels alone stand in both pools and are counted once.
-    speeds = {row[0]: row[1] for row in tables.cost(findings).rows}
-    assert speeds["ce"] == "1,000"
-    assert tables.teachers(findings).rows[3][1:3] == ("resnet8", "logits x 4")
+    speeds = {row[0]: row[1] for row in study_tables.cost(findings).rows}
+    assert speeds["CE only"] == "1,000"
+    assert study_tables.teachers(findings).rows[3][1:3] == ("resnet8", "logits x 4")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["nothing", "a part", "everything"])
@@ -202,8 +202,8 @@ def test_equal_results_give_equal_bytes_with_whatever_is_there(tmp_path: Path, s
     known.write(tmp_path / "results.jsonl")
     pages = []
     for name in ("one.html", "two.html"):
-        read = results.read(whole.study, tmp_path / "results.jsonl")
-        pages.append(report.write(read, tmp_path / name).read_bytes())
+        read = records.read(whole.study, tmp_path / "results.jsonl")
+        pages.append(study_report.write(read, tmp_path / name).read_bytes())
     assert pages[0] == pages[1]
     page = pages[0].decode()
     assert ("Missing cells" in page) == (share < 1) and "http" not in page
@@ -229,14 +229,14 @@ def test_weights_of_bad_teachers_by_class() -> None:
     found = bad_teachers_by_class(findings)
     assert found["logits"] == {swapped: [0.0, 0.0, *[0.25] * 8], loud: [0.5, 0.5, *[0.25] * 8]}
     assert found["features"] == {swapped: pytest.approx([0.3] * 10), loud: [0.0] * 10}
-    table = tables.by_class(findings, "logits")
+    table = study_tables.by_class(findings, "logits")
     assert table.header[:3] == ("bad teacher", "equal share", "class 0") and len(table.header) == 12
     assert table.rows[0][:4] == ("bad: classes 0 and 1 swapped", "0.33", "0.00", "0.00")
 
 
 def test_markdown_shows_every_table() -> None:
     findings = Findings(with_gain(1.0))
-    text = study_report.evidence(findings)
+    text = published.evidence(findings)
     assert len(re.findall(r"^\| --- ", text, re.MULTILINE)) == 11 and "a processor; commit 0123456789.\n" in text
 
 

@@ -10,10 +10,11 @@ import torch
 import yaml
 
 from camkd_fast import models
-from camkd_fast.train.config import PrecisionConfig, differences, plain
-from camkd_fast.train.study import cells, measure, spec
-from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.spec import Pool, TeacherSpec, Variant
+from camkd_fast.experiments.study import cells, measure, spec
+from camkd_fast.experiments.study.cells import Cell
+from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
+from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.config_file import differences, serializable
 from tests.support.study_parts import study
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_the_study_covers_what_it_is_to_compare() -> None:
 
 def test_a_study_survives_yaml(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(plain(study())))
+    path.write_text(yaml.safe_dump(serializable(study())))
     assert spec.load(path) == study()
 
 
@@ -110,7 +111,7 @@ def test_cells_are_everything_of_a_seed_before_the_next_and_labels_alone_are_run
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_all_cells_and_no_cell_twice(world: int) -> None:
     every = cells.cells(study())
-    parts = [cells.share(every, rank, world) for rank in range(world)]
+    parts = [cells.assigned(every, rank, world) for rank in range(world)]
     assert sorted(cell for part in parts for cell in part) == sorted(every)
 
 

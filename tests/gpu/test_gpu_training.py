@@ -14,7 +14,7 @@ from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.gpu import CUDA, NO_GPU
 from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
 from tests.support.training import CLASSES, OPTIM, SmallNet, batch, parameters

@@ -10,7 +10,7 @@ from torch import nn
 
 from camkd_fast import models
 from camkd_fast.models.protocol import FeatureModel, feature_model, predict
-from tests.support.cases import assert_accurate
+from tests.support.tolerance import assert_accurate
 
 ONE_PER_FAMILY = ("resnet8", "wrn-16-2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2")
 

@@ -38,11 +38,25 @@ def identifiers_apart(line: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line.replace("_", " "))
 
 
+# The field's own uses: pytest's stash, residual blocks, and a teacher of the study that is called plain.
+OTHER_USES = {
+    "benchmarks/conftest.py": r"StashKey|config\.stash",
+    "camkd_fast/models/": r"(?i)residual",
+    "benchmarks/study/": r"\bplain\b",
+    "docs/strategies.md": r"\bplain\b",
+}
+
+
 def test_the_vocabulary_of_the_field():
     found = []
     for path in files(*SHIPPED, *PROSE):
+        name = str(path.relative_to(ROOT))
+        others = [pattern for place, pattern in OTHER_USES.items() if name.startswith(place)]
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if PRIVATE.search(identifiers_apart(line)):
+            words = line
+            for pattern in others:
+                words = re.sub(pattern, "", words)
+            if PRIVATE.search(identifiers_apart(words)):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
 

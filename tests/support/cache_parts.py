@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from camkd_fast.data.batch import Batch
 from camkd_fast.models.protocol import Prediction
-from camkd_fast.train.cache import CacheKey, Storage, TeacherCache
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.cache import CacheKey, Storage, TeacherCache
+from camkd_fast.train.teachers.live import LiveTeachers
 
 N, VIEWS, CLASSES = 50, 2, 5
 

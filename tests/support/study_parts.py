@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from camkd_fast.experiments.study import cells
+from camkd_fast.experiments.study.cells import Cell
+from camkd_fast.experiments.study.records import Results
+from camkd_fast.experiments.study.spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 from camkd_fast.train.config import DataConfig, OptimConfig
-from camkd_fast.train.study import cells
-from camkd_fast.train.study.cells import Cell
-from camkd_fast.train.study.results import Results
-from camkd_fast.train.study.spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
 ORIGIN = {"commit": "0123456789", "where": "a processor"}
 

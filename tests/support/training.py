@@ -17,7 +17,7 @@ from camkd_fast.train.checkpoint import Checkpoints
 from camkd_fast.train.config import LogConfig, OptimConfig, PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.trainer import Trainer
 
 CLASSES, CHANNELS, SIDE = 10, 3, 8
@@ -86,11 +86,11 @@ def train_step(
 ) -> TrainStep:
     """A step for a small student, seeded throughout."""
     student = SmallNet() if student is None else student
-    taught = None if strategy == "ce" else teachers()
+    frozen = None if strategy == "ce" else teachers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = strategies.create(strategy, taught, student.num_features)
-    return TrainStep(student, parts, taught, OPTIM, precision, world, full_batch, seed)
+        parts = strategies.create(strategy, frozen, student.num_features)
+    return TrainStep(student, parts, frozen, OPTIM, precision, world, full_batch, seed)
 
 
 def trainer(
@@ -118,4 +118,4 @@ def trainer(
 
 def parameters(step: TrainStep) -> Tensor:
     """Everything that the step trains, flat."""
-    return torch.cat([p.detach().flatten() for p in step.pupil.parameters()])
+    return torch.cat([p.detach().flatten() for p in step.trainable.parameters()])

@@ -19,7 +19,7 @@ from camkd_fast.data.batch import Batch
 from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.config import LogConfig, PrecisionConfig
 from camkd_fast.train.distributed import World, processes
-from camkd_fast.train.journal import Journal, Silence
+from camkd_fast.train.journal import Journal, NullJournal
 from camkd_fast.train.step import TrainStep
 from tests.support.training import EAGER, ONE, OPTIM, SmallNet, batch, images, loader, train_step, trainer
 
@@ -36,7 +36,7 @@ def gradients(strategy: str, world: World, precision: PrecisionConfig = EAGER) -
     step(whole._replace(images=whole.images[part], target=whole.target[part], index=part), 37, 0.0, 0)
     totals = step.sums.read(world).totals
     numbers = torch.tensor([totals.images, *totals.losses, totals.correct, *totals.weights, *totals.feature_weights])
-    return torch.cat([p.grad.flatten() for p in step.pupil.parameters() if p.grad is not None] + [numbers.float()])
+    return torch.cat([p.grad.flatten() for p in step.trainable.parameters() if p.grad is not None] + [numbers.float()])
 
 
 def student_step(world: World) -> TrainStep:
@@ -50,7 +50,7 @@ def run(out: Path, world: World) -> None:
     if checkpoint is not None:
         job.resume(checkpoint)
     world.wait()
-    journal = Journal(out, LOG, job.steps, job.position, "") if world.is_main else Silence()
+    journal = Journal(out, LOG, job.steps, job.position, "") if world.is_main else NullJournal()
     job.run(journal)
     journal.close()
     if world.is_main:

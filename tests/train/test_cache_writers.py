@@ -13,10 +13,10 @@ from hypothesis import given, settings
 
 pytest.importorskip("safetensors")
 
-from camkd_fast.train import cache_writer
-from camkd_fast.train.cache import CacheError, Storage, TeacherCache
 from camkd_fast.train.distributed import World
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers import cache_writer
+from camkd_fast.train.teachers.cache import CacheError, Storage, TeacherCache
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.cache_parts import VIEWS, FakeLoader, N, batch_of, build, make_key, make_teachers
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from camkd_fast.train.checkpoint import (
     read_model,
 )
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
-from camkd_fast.train.journal import METRICS, Journal, Silence, read_metrics
+from camkd_fast.train.journal import METRICS, Journal, NullJournal, read_metrics
 from camkd_fast.train.run import distill, teach
 from tests.support.training import OPTIM, SmallNet, parameters, train_step, trainer
 
@@ -210,7 +210,7 @@ class Killed(BaseException):
     """Not an Exception, so that no handler of the run takes it for a failure to tidy up after."""
 
 
-class _Kill(Silence):
+class _Kill(NullJournal):
     """Ends the run right after a step's record, as a kill would."""
 
     def __init__(self, journal: Journal, step: int) -> None:
@@ -282,13 +282,13 @@ def test_the_clock_asks_for_checkpoints_too(tmp_path: Path, monkeypatch: pytest.
     steps = []
     save = run.checkpoints.save
     run.checkpoints.save = lambda step, *rest: steps.append(step) or save(step, *rest)
-    run.run(Silence())
+    run.run(NullJournal())
     assert steps == [4, 8, 10]  # log lines after steps 2, 4, 6, 8; every second one is 60 seconds late
 
 
 def test_resuming_under_other_settings_of_the_loader_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, train_step("ce"))
-    run.run(Silence())
+    run.run(NullJournal())
     other = trainer(tmp_path, train_step("ce"), optim=replace(OPTIM, batch_size=50))
     with pytest.raises(ValueError, match=r"global batch 32.*50"):
         other.resume(run.checkpoints.latest())

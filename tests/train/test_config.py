@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -16,10 +17,8 @@ from camkd_fast.train.config import (
     OptimConfig,
     PrecisionConfig,
     TeachConfig,
-    differences,
-    load,
-    save,
 )
+from camkd_fast.train.config_file import differences, load, save
 
 PARTS = (DataConfig, OptimConfig, PrecisionConfig, LogConfig)
 
@@ -122,10 +121,12 @@ def test_every_field_has_a_default_a_description_and_a_name_of_its_own(kind: typ
     nested = {"data", "optim", "precision", "log"}
     assert len([n for n in names if n not in nested]) == len({n for n in names if n not in nested})
     for part in (kind, *PARTS):
-        source = inspect.getsource(part)
+        source, hints = inspect.getsource(part), get_type_hints(part, include_extras=True)
         for f in dataclasses.fields(part):
             has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-            described = re.search(rf'^    {f.name}: .*\n    """.+\."""$', source, re.MULTILINE)
+            written = re.search(rf'^    {f.name}: .*\n    """.+\."""$', source, re.MULTILINE)
+            built = [doc.documentation for doc in getattr(hints[f.name], "__metadata__", ())]
+            described = written or (built and built[0].endswith("."))
             assert has_default and (described or (f.name in nested and f.default_factory in PARTS)), f.name
 
 

@@ -127,7 +127,7 @@ def test_one_process_needs_no_torchrun() -> None:
     with processes("cpu") as world:
         assert world == World(0, 1, torch.device("cpu")) and world.is_main
         assert not torch.distributed.is_initialized()
-        assert torch.equal(world.gather(torch.arange(3)), torch.arange(3)[None]) and world.share(5) == 5
+        assert torch.equal(world.gather(torch.arange(3)), torch.arange(3)[None]) and world.broadcast(5) == 5
         world.wait()
 
 

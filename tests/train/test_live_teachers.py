@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from camkd_fast.data.batch import Batch
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.training import CLASSES, SmallNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,18 +17,18 @@ def test_live_teachers_share_the_batch_and_stay_out_of_the_graph() -> None:
     model.train()
     teachers = LiveTeachers([model], num_classes=CLASSES)
     images = torch.randn(3, 3, 8, 8)
-    (taught,) = teachers(Batch(images, torch.zeros(3), torch.zeros(3), 0))
-    assert torch.equal(taught.logits, model(images).detach())
-    assert not taught.logits.requires_grad and not taught.features.requires_grad
+    (prediction,) = teachers(Batch(images, torch.zeros(3), torch.zeros(3), 0))
+    assert torch.equal(prediction.logits, model(images).detach())
+    assert not prediction.logits.requires_grad and not prediction.features.requires_grad
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_teachers_run_in_the_precision_they_were_given() -> None:
     model = SmallNet(4)
     batch = Batch(torch.randn(3, 3, 8, 8), torch.zeros(3), torch.zeros(3), 0)
-    plain, half = LiveTeachers([model], CLASSES), LiveTeachers([model], CLASSES, autocast=torch.bfloat16)
+    own, half = LiveTeachers([model], CLASSES), LiveTeachers([model], CLASSES, autocast=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert plain(batch)[0].logits.dtype == torch.float32
+        assert own(batch)[0].logits.dtype == torch.float32
     assert half(batch)[0].logits.dtype == torch.bfloat16
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camkd_fast.train import config as configs
-from camkd_fast.train.cache import CacheError
+from camkd_fast.train import config_file
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
-from camkd_fast.train.journal import METRICS, Silence, read_metrics
+from camkd_fast.train.journal import METRICS, NullJournal, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.sums import NonFiniteLossError
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.teachers.cache import CacheError
+from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.trainer import Clock
 from camkd_fast.train.trainer import evaluate as evaluate_model
 from tests.support.training import ONE, SmallNet, images, loader, train_step, trainer
@@ -32,7 +32,7 @@ QUIET = LogConfig(tensorboard=False, progress=False)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Recorder(Silence):
+class Recorder(NullJournal):
     """A journal that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def test_every_image_is_trained_on_once_per_epoch(tmp_path: Path, monkeypatch: p
         take(step, batch, items, rate, number)
 
     monkeypatch.setattr(TrainStep, "__call__", watch)
-    run.run(Silence())
+    run.run(NullJournal())
     for epoch in range(3):
         order = torch.cat(seen[5 * epoch : 5 * epoch + 5])
         assert torch.equal(order.sort().values, torch.arange(150))
@@ -181,7 +181,7 @@ def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     run.step.optimizer.step = break_last
     run.validation = None
     with pytest.raises(NonFiniteLossError, match=r"a parameter is not finite after step 5; .* checkpoint: none"):
-        run.run(Silence())
+        run.run(NullJournal())
     assert not run.checkpoints.paths()
 
 
@@ -197,7 +197,7 @@ def teach_config(out: Path, **changes: Any) -> TeachConfig:
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     """Two teachers of digits, in one folder."""
     folder = tmp_path_factory.mktemp("teachers")
     for seed in range(2):
@@ -212,7 +212,7 @@ def test_teach_leaves_a_run_that_can_be_evaluated(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         *("config.yaml", METRICS, "model.safetensors", "checkpoints", "tensorboard")
     }
-    assert configs.load(out / "config.yaml") == config
+    assert config_file.load(out / "config.yaml") == config
     assert result.test.images == 597 and result.test.accuracy > 0.3
     assert evaluate(out, "test") == pytest.approx(result.test)
     (record,) = read_metrics(out / METRICS, "test")
@@ -228,9 +228,9 @@ def test_teach_leaves_a_run_that_can_be_evaluated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ce", "kd", "aekd", "fitnet-mkd", "ca-mkd"])
-def test_distill_by_any_strategy(tmp_path: Path, taught: tuple[Path, ...], strategy: str) -> None:
+def test_distill_by_any_strategy(tmp_path: Path, teachers: tuple[Path, ...], strategy: str) -> None:
     config = DistillConfig(
-        student="resnet8", teachers=taught, strategy=strategy, out=tmp_path / "s", data=FEW, optim=SHORT, log=QUIET
+        student="resnet8", teachers=teachers, strategy=strategy, out=tmp_path / "s", data=FEW, optim=SHORT, log=QUIET
     )
     result = distill(config)
     (last,) = read_metrics(result.out / METRICS, "epoch")[-1:]
@@ -239,11 +239,11 @@ def test_distill_by_any_strategy(tmp_path: Path, taught: tuple[Path, ...], strat
 
 
 def test_a_teacher_cache_changes_nothing_but_who_is_asked(
-    tmp_path: Path, taught: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teachers: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = DistillConfig(
         student="resnet8",
-        teachers=taught,
+        teachers=teachers,
         strategy="ca-mkd-logits",
         data=replace(FEW, views=2),
         optim=SHORT,
@@ -285,12 +285,12 @@ def test_same_seed_same_bytes_and_the_callers_random_numbers_stay(tmp_path: Path
     assert first == model("e", log=replace(QUIET, log_every=1, checkpoint_every=1, validate_every=2))
 
 
-def test_other_settings_of_a_step_run(tmp_path: Path, taught: tuple[Path, ...]) -> None:
+def test_other_settings_of_a_step_run(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
     for dtype in ("bfloat16", "float16"):
         precision = PrecisionConfig(dtype=dtype, channels_last=True)  # type: ignore[arg-type]
         config = DistillConfig(
             student="resnet8",
-            teachers=taught,
+            teachers=teachers,
             out=tmp_path / dtype,
             data=FEW,
             optim=SHORT,
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         teach(teach_config(tmp_path / "file" / "run"))
 
 
-def test_unfit_teachers_are_refused(tmp_path: Path, taught: tuple[Path, ...]) -> None:
+def test_unfit_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
     def attempt(*teachers: Path, **changes: Any) -> None:
         base = DistillConfig(student="resnet8", teachers=teachers, out=tmp_path / "s", data=FEW, optim=SHORT, log=QUIET)
         distill(replace(base, **changes))
@@ -352,10 +352,10 @@ def test_unfit_teachers_are_refused(tmp_path: Path, taught: tuple[Path, ...]) ->
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no run"):
         attempt(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no model is called 'resnet9'"):
-        attempt(*taught, student="resnet9")
+        attempt(*teachers, student="resnet9")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    content = (taught[0] / "model.safetensors").read_bytes()
+    content = (teachers[0] / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(CheckpointError, match=r"damaged/model.safetensors is damaged"):
         attempt(damaged)

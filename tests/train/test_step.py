@@ -18,7 +18,7 @@ from camkd_fast.models.protocol import predict
 from camkd_fast.train.config import OptimConfig, PrecisionConfig
 from camkd_fast.train.schedule import learning_rate, peak_rate
 from camkd_fast.train.step import DTYPES, TrainStep
-from camkd_fast.train.strategies import NAMES
+from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
 from tests.support.training import ONE, SmallNet, batch, parameters, train_step
 
@@ -44,13 +44,13 @@ def relative(one: Tensor, two: Tensor) -> float:
 
 
 def gradients(step: TrainStep) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in step.pupil.parameters() if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in step.trainable.parameters() if p.grad is not None])
 
 
 # --- the gradient ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
     data = batch(33)
     step, twin = train_step(name), train_step(name)
@@ -60,16 +60,11 @@ def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
     if name == "ce":
         loss = F.cross_entropy(prediction.logits, data.target)
     else:
-        taught = twin.teachers(data)
-        loss = camkd_loss(
-            prediction.logits,
-            [t.logits for t in taught],
-            data.target,
-            temperature=twin.strategy.temperature,
-            soft_weight=twin.strategy.soft_weight,
-            weighting=twin.strategy.weighting(prediction.logits.detach(), taught, data.target),
-        ).loss
-        term = twin.strategy.feature_term(prediction, taught, data.target)
+        teacher_outputs = twin.teachers(data)
+        weighting = twin.strategy.weighting(prediction.logits.detach(), teacher_outputs, data.target)
+        formula = twin.strategy.formula._replace(weighting=weighting)
+        loss = camkd_loss(prediction.logits, [t.logits for t in teacher_outputs], data.target, **formula.options()).loss
+        term = twin.strategy.feature_term(prediction, teacher_outputs, data.target)
         loss = loss if term is None else loss + term.loss
     loss.backward()
     assert gradients(step).norm() > 0
@@ -80,7 +75,7 @@ def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
 
 def test_update_is_that_of_plain_sgd() -> None:
     step, twin = train_step(), train_step()
-    plain = torch.optim.SGD(twin.pupil.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    plain = torch.optim.SGD(twin.trainable.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
     twin.optimizer = plain
     take_steps(step)
     take_steps(twin)
@@ -118,7 +113,7 @@ def test_low_precision_gradient_is_within_a_few_roundings(name: str, dtype: str)
         low.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in (exact, low):
         step(batch(), 32, 0.0, 0)
-    assert all(p.dtype == torch.float32 for p in low.pupil.parameters())
+    assert all(p.dtype == torch.float32 for p in low.trainable.parameters())
     assert relative(gradients(low), gradients(exact)) < 8 * torch.finfo(DTYPES[dtype]).eps
 
 
@@ -153,7 +148,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu() -> None:
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_student_and_loss_are_one_graph_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -202,7 +197,7 @@ class _NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Student and loss are one graph (tests above), which admits no read; eager kernels of a CPU may read.
     step = take_steps(train_step(name), 1)

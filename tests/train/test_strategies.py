@@ -16,12 +16,12 @@ from camkd_fast.data.batch import Batch
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.min_norm import min_norm_weights
-from camkd_fast.train.strategies import NAMES, Strategy
-from camkd_fast.train.teachers import LiveTeachers
+from camkd_fast.train.strategies import Strategy
+from camkd_fast.train.teachers.live import LiveTeachers
 
 T = 4.0
 FEATURES = 6  # channels of the student
-WITH_TEACHERS = tuple(name for name in NAMES if name != "ce")
+WITH_TEACHERS = tuple(name for name in strategies.names() if name != "ce")
 WITH_FEATURES = ("fitnet-mkd", "ca-mkd")
 
 
@@ -55,7 +55,7 @@ class Case(NamedTuple):
     """One batch: what K teachers say and what the student says, its tensors being leaves of the graph."""
 
     teachers: LiveTeachers
-    taught: list[Prediction]
+    outputs: list[Prediction]
     student: Prediction
     target: Tensor
 
@@ -65,29 +65,26 @@ def case(K: int, N: int = 7, spread: float = 4.0) -> Case:
     images = torch.randn(N, 3, 8, 8)
     target = torch.randint(5, (N,))
     # Peaked logits of their own, so that confidences and entropies differ.
-    taught = [p._replace(logits=spread * torch.randn(N, 5)) for p in teachers(Batch(images, target, target, 0))]
+    outputs = [p._replace(logits=spread * torch.randn(N, 5)) for p in teachers(Batch(images, target, target, 0))]
     student = Prediction(torch.randn(N, FEATURES, 5, 5).relu_().requires_grad_(), torch.randn(N, 5).requires_grad_())
-    return Case(teachers, taught, student, target)
+    return Case(teachers, outputs, student, target)
 
 
 def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
-    logits = [t.logits for t in batch.taught]
+    logits = [t.logits for t in batch.outputs]
+    weighting = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
     return camkd_loss(
         batch.student.logits,
         logits,
         batch.target,
-        weighting=strategy.weighting(batch.student.logits, batch.taught, batch.target),
-        temperature=strategy.temperature,
-        hard_weight=strategy.hard_weight,
-        soft_weight=strategy.soft_weight,
-        **keywords,
+        **{**strategy.formula.options(), "weighting": weighting, **keywords},
     )
 
 
 def soft_losses(batch: Case) -> Tensor:
     """T^2 KL_k as (K, N), in the plainest way."""
     log_q = F.log_softmax(batch.student.logits / T, 1)
-    kl = [F.kl_div(log_q, F.softmax(t.logits / T, 1), reduction="none").sum(1) for t in batch.taught]
+    kl = [F.kl_div(log_q, F.softmax(t.logits / T, 1), reduction="none").sum(1) for t in batch.outputs]
     return T**2 * torch.stack(kl)
 
 
@@ -112,7 +109,7 @@ def test_equal_alpha_is_equal_strength_unless_the_official_scale_is_asked_for(na
     batch = case(K)
     for official, expected in ((False, 1.0), (True, official_strength(name, K))):
         strategy = strategies.create(name, batch.teachers, FEATURES, alpha=0.7, official_scale=official)
-        total = strategy.soft_weight * logit_loss(strategy, batch).weights.sum(0)
+        total = strategy.formula.soft_weight * logit_loss(strategy, batch).weights.sum(0)
         torch.testing.assert_close(total, torch.full((7,), 0.7 * expected, dtype=total.dtype))
         if name in WITH_FEATURES:
             divisor = K if official and name == "ca-mkd" else 1
@@ -129,7 +126,7 @@ def test_the_strengths_that_were_published_for_three_teachers() -> None:
 
 def test_weights_of_every_strategy_follow_its_formula() -> None:
     batch = case(3)
-    p = [t.logits.softmax(1) for t in batch.taught]
+    p = [t.logits.softmax(1) for t in batch.outputs]
     entropy = torch.stack([-(q * q.log()).sum(1) for q in p])
     s = batch.student.logits
     gradients = [torch.autograd.grad(soft.mean(), s, retain_graph=True)[0].flatten() for soft in soft_losses(batch)]
@@ -140,24 +137,24 @@ def test_weights_of_every_strategy_follow_its_formula() -> None:
         "ebkd": (1 - entropy / entropy.sum(0)) / 2,
         "aekd": min_norm_weights(gram, 0.6).float().unsqueeze(1).expand(3, 7),
         "fitnet-mkd": torch.full((3, 7), 1 / 3),
-        "ca-mkd-logits": confidence([t.logits for t in batch.taught], batch.target),
-        "ca-mkd": confidence([t.logits for t in batch.taught], batch.target),
+        "ca-mkd-logits": confidence([t.logits for t in batch.outputs], batch.target),
+        "ca-mkd": confidence([t.logits for t in batch.outputs], batch.target),
     }
     hard = F.cross_entropy(batch.student.logits, batch.target)
     for name, weights in expected.items():
         strategy = strategies.create(name, batch.teachers, FEATURES, alpha=0.5)
         out = logit_loss(strategy, batch)
-        torch.testing.assert_close(strategy.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(strategy.formula.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=1e-6)
         loss = hard + 0.5 * (weights * soft_losses(batch)).sum(0).mean()
         torch.testing.assert_close(out.loss, loss, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_alone_need_no_teacher() -> None:
     strategy = strategies.create("ce", None, FEATURES)
-    assert not strategy.needs_teachers and not strategy.needs_features and strategy.soft_weight == 0.0
+    assert not strategy.needs_teachers and not strategy.needs_features and strategy.formula.soft_weight == 0.0
     batch = case(1)
     assert strategy.feature_term(batch.student, [], batch.target) is None
-    out = logit_loss(strategy, batch._replace(taught=[batch.student._replace(logits=batch.student.logits.detach())]))
+    out = logit_loss(strategy, batch._replace(outputs=[batch.student._replace(logits=batch.student.logits.detach())]))
     torch.testing.assert_close(out.loss, F.cross_entropy(batch.student.logits, batch.target))
 
 
@@ -173,20 +170,26 @@ def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
     batch = case(3)
     # Two teachers of one mind against a third whose gradient is short: without the cap it would weigh nearly 1.
     near = batch.student.logits.detach() + 0.1 * torch.randn(7, 5)
-    taught = [batch.taught[0], batch.taught[0], Prediction(batch.taught[2].features, near)]
+    outputs = [
+        batch.outputs[0],
+        batch.outputs[0],
+        Prediction(batch.outputs[2].features, near),
+    ]
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
-    weights = strategy.weighting(batch.student.logits, taught, batch.target)
+    weights = strategy.weighting(batch.student.logits, outputs, batch.target)
     torch.testing.assert_close(weights, torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64), atol=1e-6, rtol=0)
     assert not weights.requires_grad
 
-    broken = [t.logits.clone() for t in batch.taught]
+    broken = [t.logits.clone() for t in batch.outputs]
     broken[1][3] = float("nan")
     target = batch.target.clone()
     target[3] = -100
     ignoring = strategy.weighting(batch.student.logits, [Prediction(z, z) for z in broken], target)
     kept = [n for n in range(7) if n != 3]
     fewer = strategy.weighting(
-        batch.student.logits[kept], [Prediction(t.logits[kept], t.logits[kept]) for t in batch.taught], target[kept]
+        batch.student.logits[kept],
+        [Prediction(t.logits[kept], t.logits[kept]) for t in batch.outputs],
+        target[kept],
     )
     torch.testing.assert_close(ignoring, fewer, atol=1e-6, rtol=0)
 
@@ -194,9 +197,9 @@ def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
 def test_agreement_does_not_lose_precision_under_autocast() -> None:
     batch = case(3)
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
-    plain = strategy.weighting(batch.student.logits, batch.taught, batch.target)
+    plain = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(strategy.weighting(batch.student.logits, batch.taught, batch.target), plain)
+        assert torch.equal(strategy.weighting(batch.student.logits, batch.outputs, batch.target), plain)
 
 
 def _weights_of_a_rank(rank: int, folder: str) -> None:
@@ -205,9 +208,9 @@ def _weights_of_a_rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     batch = case(3)
     part = slice(0, 3) if rank == 0 else slice(3, 7)
-    taught = [Prediction(t.features[part], t.logits[part]) for t in batch.taught]
+    outputs = [Prediction(t.features[part], t.logits[part]) for t in batch.outputs]
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
-    torch.save(strategy.weighting(batch.student.logits[part], taught, batch.target[part]), f"{folder}/{rank}.pt")
+    torch.save(strategy.weighting(batch.student.logits[part], outputs, batch.target[part]), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -216,7 +219,7 @@ def test_agreement_does_not_depend_on_how_a_batch_is_spread_over_ranks(tmp_path:
     torch.manual_seed(0)
     batch = case(3)
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
-    whole = strategy.weighting(batch.student.logits, batch.taught, batch.target)
+    whole = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, atol=1e-6, rtol=0)
 
@@ -225,14 +228,14 @@ def test_agreement_does_not_depend_on_how_a_batch_is_spread_over_ranks(tmp_path:
 
 
 def regressed(strategy: Strategy, batch: Case) -> list[Tensor]:
-    return strategy.maps.regress(batch.student.features, [t.features for t in batch.taught])
+    return strategy.maps.regress(batch.student.features, [t.features for t in batch.outputs])
 
 
 def test_hints_are_the_mean_of_the_squared_errors_and_their_gradient_is_alive() -> None:
     batch = case(3)
     strategy = strategies.create("fitnet-mkd", batch.teachers, FEATURES)
-    term = strategy.feature_term(batch.student, batch.taught, batch.target)
-    pairs = zip(regressed(strategy, batch), batch.taught, strict=True)
+    term = strategy.feature_term(batch.student, batch.outputs, batch.target)
+    pairs = zip(regressed(strategy, batch), batch.outputs, strict=True)
     expected = 100 * torch.stack([F.mse_loss(r, t.features) for r, t in pairs]).mean()
     torch.testing.assert_close(term.loss, expected)
     term.loss.backward()
@@ -246,11 +249,11 @@ def test_hints_are_the_mean_of_the_squared_errors_and_their_gradient_is_alive() 
 def test_ca_mkd_weighs_maps_by_what_the_heads_make_of_them(official: bool) -> None:
     batch = case(3)
     strategy = strategies.create("ca-mkd", batch.teachers, FEATURES, official_scale=official)
-    term = strategy.feature_term(batch.student, batch.taught, batch.target)
+    term = strategy.feature_term(batch.student, batch.outputs, batch.target)
     maps = regressed(strategy, batch)
     logits = [head(r) for head, r in zip(batch.teachers.heads, maps, strict=True)]
     weights = confidence(logits, batch.target)
-    errors = [(r - t.features).square().mean((1, 2, 3)) for r, t in zip(maps, batch.taught, strict=True)]
+    errors = [(r - t.features).square().mean((1, 2, 3)) for r, t in zip(maps, batch.outputs, strict=True)]
     expected = 50 / (3 if official else 1) * (weights * torch.stack(errors)).sum(0).mean()
     torch.testing.assert_close(term.loss, expected)
     torch.testing.assert_close(term.weights, weights.detach())
@@ -265,12 +268,12 @@ def test_either_part_of_ca_mkd_can_weigh_all_teachers_alike() -> None:
     def both(uniform: str) -> tuple[Tensor, Tensor, Tensor | None]:
         torch.manual_seed(1)
         strategy = strategies.create("ca-mkd", batch.teachers, FEATURES, uniform=uniform)
-        term = strategy.feature_term(batch.student, batch.taught, batch.target)
+        term = strategy.feature_term(batch.student, batch.outputs, batch.target)
         return logit_loss(strategy, batch).weights, term.loss, term.weights
 
     torch.manual_seed(1)
     hints = strategies.create("fitnet-mkd", batch.teachers, FEATURES, beta=50.0)
-    equal = hints.feature_term(batch.student, batch.taught, batch.target).loss
+    equal = hints.feature_term(batch.student, batch.outputs, batch.target).loss
     ours, logits, features = both("none"), both("logits"), both("features")
     third = torch.full((3, 7), 1 / 3)
     torch.testing.assert_close(logits[0], third)
@@ -286,7 +289,7 @@ def test_the_gradient_through_the_feature_weights_is_an_option() -> None:
         torch.manual_seed(1)
         batch = case(2)
         strategy = strategies.create("ca-mkd", batch.teachers, FEATURES, detach_weights=detach)
-        term = strategy.feature_term(batch.student, batch.taught, batch.target)
+        term = strategy.feature_term(batch.student, batch.outputs, batch.target)
         term.loss.backward()
         assert not term.weights.requires_grad
         gradients.append(batch.student.features.grad)
@@ -301,8 +304,8 @@ def test_parts_of_a_batch_add_up_under_num_items(name: str) -> None:
 
     def term(rows: slice, num_items: float | Tensor | None) -> Tensor:
         student = Prediction(batch.student.features[rows], batch.student.logits[rows])
-        taught = [Prediction(t.features[rows], t.logits[rows]) for t in batch.taught]
-        return strategy.feature_term(student, taught, batch.target[rows], num_items).loss
+        outputs = [Prediction(t.features[rows], t.logits[rows]) for t in batch.outputs]
+        return strategy.feature_term(student, outputs, batch.target[rows], num_items).loss
 
     whole = term(slice(None), None)
     parts = term(slice(0, 3), 8) + term(slice(3, 9), torch.tensor(8.0))
@@ -313,11 +316,11 @@ def test_parts_of_a_batch_add_up_under_num_items(name: str) -> None:
 def test_feature_terms_are_float32_whatever_precision_surrounds_them(name: str) -> None:
     batch = case(2)
     strategy = strategies.create(name, batch.teachers, FEATURES)
-    plain = strategy.feature_term(batch.student, batch.taught, batch.target)
+    plain = strategy.feature_term(batch.student, batch.outputs, batch.target)
     half = Prediction(batch.student.features.detach().bfloat16().requires_grad_(), batch.student.logits)
-    taught = [Prediction(t.features.bfloat16(), t.logits) for t in batch.taught]
+    outputs = [Prediction(t.features.bfloat16(), t.logits) for t in batch.outputs]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        term = strategy.feature_term(half, taught, batch.target)
+        term = strategy.feature_term(half, outputs, batch.target)
     assert term.loss.dtype == torch.float32
     torch.testing.assert_close(term.loss, plain.loss, rtol=2e-2, atol=0)
     term.loss.backward()
@@ -328,9 +331,9 @@ def test_heads_of_bfloat16_teachers_take_float32_maps() -> None:
     teachers = LiveTeachers([Tiny(4).to(torch.bfloat16), Tiny(5)], num_classes=5)
     batch = case(2)
     images = torch.randn(7, 3, 8, 8)
-    taught = teachers(Batch(images, batch.target, batch.target, 0))
-    assert [t.logits.dtype for t in taught] == [torch.bfloat16, torch.float32]
-    term = strategies.create("ca-mkd", teachers, FEATURES).feature_term(batch.student, taught, batch.target)
+    outputs = teachers(Batch(images, batch.target, batch.target, 0))
+    assert [t.logits.dtype for t in outputs] == [torch.bfloat16, torch.float32]
+    term = strategies.create("ca-mkd", teachers, FEATURES).feature_term(batch.student, outputs, batch.target)
     term.loss.backward()
     assert math.isfinite(term.loss.item()) and batch.student.features.grad.abs().sum() > 0
 
@@ -339,7 +342,7 @@ def test_heads_of_bfloat16_teachers_take_float32_maps() -> None:
 def test_pooled_maps_of_a_teacher_cache_are_regressed_like_any_other(name: str) -> None:
     batch = case(2)
     strategy = strategies.create(name, batch.teachers, FEATURES)
-    pooled = [t._replace(features=t.features.mean((2, 3), keepdim=True)) for t in batch.taught]
+    pooled = [t._replace(features=t.features.mean((2, 3), keepdim=True)) for t in batch.outputs]
     term = strategy.feature_term(batch.student, pooled, batch.target)
     small = batch.student._replace(features=batch.student.features.mean((2, 3), keepdim=True))
     torch.testing.assert_close(term.loss, strategy.feature_term(small, pooled, batch.target).loss)
@@ -360,19 +363,17 @@ def test_every_strategy_compiles_into_one_graph(name: str) -> None:
     batch = case(3)
     strategy = strategies.create(name, batch.teachers, FEATURES)
 
-    def step(student: Prediction, taught: list[Prediction], target: Tensor) -> tuple[Tensor, Tensor]:
+    def step(student: Prediction, outputs: list[Prediction], target: Tensor) -> tuple[Tensor, Tensor]:
         logits = student.logits.detach()
-        weighting = strategy.weighting(logits, taught, target)
-        out, grad = camkd_loss_and_grad(
-            logits, [t.logits for t in taught], target, weighting=weighting, soft_weight=strategy.soft_weight
-        )
-        term = strategy.feature_term(student, taught, target, num_items=7)
+        formula = strategy.formula._replace(weighting=strategy.weighting(logits, outputs, target))
+        out, grad = camkd_loss_and_grad(logits, [t.logits for t in outputs], target, **formula.options())
+        term = strategy.feature_term(student, outputs, target, num_items=7)
         return out.loss if term is None else out.loss + term.loss, grad
 
     strategy.eval()
-    expected = step(batch.student, batch.taught, batch.target)
+    expected = step(batch.student, batch.outputs, batch.target)
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(batch.student, batch.taught, batch.target), expected)
+    torch.testing.assert_close(compiled(batch.student, batch.outputs, batch.target), expected)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         strategies.create("aver", teachers, FEATURES, beta=3.0)
     with pytest.raises(ValueError, match=r"\[0, 2\).*got 2"):
         strategies.create("kd", teachers, FEATURES, teacher_index=2)
-    with pytest.raises(ValueError, match=r"uniform is 'logits', but fitnet-mkd is not ca-mkd"):
+    with pytest.raises(ValueError, match="uniform is 'logits', but fitnet-mkd has no option uniform: it is for ca"):
         strategies.create("fitnet-mkd", teachers, FEATURES, uniform="logits")
     with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) knows 7 classes, but the data set has 5"):
         LiveTeachers([Tiny(3), Tiny(3, num_classes=7)], num_classes=5)

@@ -17,9 +17,9 @@ from camkd_fast.data.images import LabelledImages
 from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
-from camkd_fast.train.cache import CachedTeachers, CacheError, CacheKey, Storage, TeacherCache
-from camkd_fast.train.teachers import LiveTeachers
-from camkd_fast.train.truncation import expand, truncate
+from camkd_fast.train.teachers.cache import CachedTeachers, CacheError, CacheKey, Storage, TeacherCache
+from camkd_fast.train.teachers.live import LiveTeachers
+from camkd_fast.train.teachers.truncation import expand, truncate
 from tests.support.cache_parts import CLASSES, VIEWS, FakeLoader, N, Tiny, batch_of, build, make_key, make_teachers
 
 CPU = torch.device("cpu")

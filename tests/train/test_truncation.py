@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("safetensors")
 
-from camkd_fast.train.truncation import expand, loss_error, truncate
+from camkd_fast.train.teachers.truncation import expand, loss_error, truncate
 
 
 @given(

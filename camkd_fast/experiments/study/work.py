@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import run
-from ..atomic import write_atomically
-from ..checkpoint import model_bytes, read_model
-from ..journal import METRICS, read_metrics
-from ..run_folder import CHECKPOINTS, MODEL, load_model
+from ...train import run
+from ...train.atomic import write_atomically
+from ...train.checkpoint import model_bytes, read_model
+from ...train.journal import METRICS, read_metrics
+from ...train.run_folder import CHECKPOINTS, MODEL, load_model
 from . import cells, measure
 from .cells import Cell
 from .spec import StudyConfig, TeacherSpec

@@ -1,4 +1,4 @@
-"""What a comparison prints and writes: a table, compare.json and report.html."""
+"""Output of a comparison: a table, compare.json and report.html."""
 
 from __future__ import annotations
 
@@ -8,59 +8,25 @@ from pathlib import Path
 from statistics import mean
 
 from ..report.page import Part, Picture, Section, Table, write_page
-from ..report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    Curve,
-    Panel,
-    Sample,
-    accuracy_bars,
-    curves,
-    differences,
-)
-from .atomic import write_atomically
-from .compare import CompareConfig, Row, as_json, baseline, spread
-from .journal import METRICS, read_metrics
-from .run_folder import REPORT
+from ..report.plots import Curve, Panel, Sample, accuracy_bars, curves, differences
+from ..train.atomic import write_atomically
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import REPORT
+from ..train.strategies import find
+from .compare import BASELINE, CompareConfig, Row, as_json, baseline, spread
 from .run_report import footer, settings
 
 COMPARE = "compare.json"
-# How a strategy is called and drawn.
-LABELS = {
-    "ce": "CE only",
-    "kd": "KD",
-    "aver": "AVER",
-    "ebkd": "EBKD",
-    "aekd": "AEKD",
-    "fitnet-mkd": "FitNet-MKD",
-    "ca-mkd-logits": "CA-MKD, logits",
-    "ca-mkd": "CA-MKD",
-}
-COLORS = {
-    "ce": GREY,
-    "kd": "#332288",
-    "aver": ORANGE,
-    "ebkd": GREEN,
-    "aekd": PURPLE,
-    "fitnet-mkd": VERMILLION,
-    "ca-mkd-logits": SKY,
-    "ca-mkd": BLUE,
-}
-_PALE = "#b9c0c8"  # teachers, where every colour is a strategy's
+_PALE = "#b9c0c8"  # of teachers: every other colour is a strategy's
 
 
 def student_table(rows: Sequence[Row]) -> Table:
-    """Mean, spread, each seed, and the difference to AVER seed by seed."""
+    """Mean, deviation and every seed of each strategy, and the paired difference to the baseline."""
     aver = baseline(rows)
     lines = []
     for row in rows:
         cells = [
-            LABELS[row.strategy],
+            find(row.strategy).label,
             f"{100 * row.mean:.2f} %",
             f"{100 * row.spread:.2f}",
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row.test_accuracy),
@@ -69,44 +35,46 @@ def student_table(rows: Sequence[Row]) -> Table:
             gains = [100 * gain for gain in row.gains(aver)]
             cells.append("" if row is aver else f"{mean(gains):+.2f} ± {spread(gains):.2f}")
         lines.append((*cells, f"{row.images_per_second:,.0f}"))
-    difference = [] if aver is None else ["over AVER, paired"]
+    difference = [] if aver is None else [f"over {find(BASELINE).label}, paired"]
     return Table(("student", "test accuracy", "deviation", "each seed", *difference, "images/s"), lines)
 
 
 def student_samples(rows: Sequence[Row]) -> list[Sample]:
-    return [Sample(LABELS[r.strategy], COLORS[r.strategy], [100 * a for a in r.test_accuracy]) for r in rows]
+    return [Sample(find(r.strategy).label, find(r.strategy).color, [100 * a for a in r.test_accuracy]) for r in rows]
 
 
 def student_curves(rows: Sequence[Row]) -> list[Curve]:
-    """Validation accuracy in percent after the epochs that have one; runs of one strategy as a band."""
+    """Validation accuracy in percent by epoch; the runs of a strategy form a band."""
     lines = []
     for row in rows:
         validated = [[r for r in epochs if "validation_accuracy" in r] for epochs in row.epochs]
         runs = [[100 * record["validation_accuracy"] for record in records] for records in validated]
         if runs[0]:
             x = [record["epoch"] for record in validated[0]]
-            lines.append(Curve(LABELS[row.strategy], COLORS[row.strategy], runs, x=x))
+            lines.append(Curve(find(row.strategy).label, find(row.strategy).color, runs, x=x))
     return lines
 
 
 def difference_plot(rows: Sequence[Row]) -> Picture | None:
-    """Each strategy's gain over AVER, seed by seed; None where there is nothing to compare."""
+    """Each strategy's gain over the baseline, per seed; None without a baseline or another strategy."""
     aver = baseline(rows)
     if aver is None or len(rows) == 1:
         return None
     samples = [
-        Sample(LABELS[row.strategy], COLORS[row.strategy], [100 * gain for gain in row.gains(aver)])
+        Sample(find(row.strategy).label, find(row.strategy).color, [100 * gain for gain in row.gains(aver)])
         for row in rows
         if row is not aver
     ]
     return differences(
-        samples, "Difference to AVER from the same seed", "test accuracy (points): each seed, their mean"
+        samples,
+        f"Difference to {find(BASELINE).label} from the same seed",
+        "test accuracy (points): each seed, their mean",
     )
 
 
 def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
-    taught = [(path, read_metrics(path / METRICS, "test")) for path in config.student.teachers]
-    known = [(path.name, records[-1]["test_accuracy"]) for path, records in taught if records]
+    tests = [(path, read_metrics(path / METRICS, "test")) for path in config.student.teachers]
+    known = [(path.name, records[-1]["test_accuracy"]) for path, records in tests if records]
     groups = [[Sample(name, _PALE, [100 * accuracy]) for name, accuracy in known]] if known else []
     parts: list[Part] = [accuracy_bars([*groups, student_samples(rows)], "Students, enlarged"), student_table(rows)]
     gains = difference_plot(rows)
@@ -115,8 +83,8 @@ def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
     sections = [
         Section(
             "Test accuracy",
-            "Of the last epoch; no epoch is selected. Deviations are those of a sample, over seeds. Equal seeds share "
-            "first parameters and image order, so differences between strategies are taken seed by seed.",
+            "Test accuracy of the last epoch; no epoch is selected. Deviations are sample standard deviations over "
+            "seeds. Equal seeds share initial parameters and image order, so differences are paired by seed.",
             parts,
         )
     ]
@@ -125,11 +93,11 @@ def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
         panel = Panel("Students", "validation accuracy (%)", lines)
         text = "Validation accuracy after each epoch, mean over seeds."
         sections.append(Section("Training", text, [curves([panel])]))
-    return [*sections, settings(config.student, "What every cell shares, where it differs from the defaults.")]
+    return [*sections, settings(config.student, "Common settings of all runs that differ from the defaults.")]
 
 
 def write(config: CompareConfig, rows: Sequence[Row], environment: Mapping[str, str]) -> Path:
-    """Write compare.json and report.html into the existing folder `config.out`; returns the page's path."""
+    """Write compare.json and report.html into the existing folder `config.out`; return the page's path."""
     content = {"environment": dict(environment), **as_json(config, rows)}
     write_atomically(config.out / COMPARE, (json.dumps(content, indent=1, default=str) + "\n").encode())
     page, student = config.out / REPORT, config.student

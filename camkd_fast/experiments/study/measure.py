@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from ...data import choose
 from ...data.batch import LoaderConfig
 from ...data.files import ImageSet
+from ...losses.formula import Formula
 from ...losses.logit import camkd_loss
 from ...models.protocol import feature_model, predict
-from .. import run
-from ..cache import CachedTeachers
-from ..checkpoint import Checkpoints
-from ..config import DistillConfig
-from ..confusion import confusion
-from ..distributed import World, processes
-from ..run_folder import CHECKPOINTS, load_model
-from ..teacher_runs import load_teachers
-from ..trainer import evaluate
+from ...train import run
+from ...train.checkpoint import Checkpoints
+from ...train.config import DistillConfig
+from ...train.confusion import confusion
+from ...train.distributed import World, processes
+from ...train.run_folder import CHECKPOINTS, load_model
+from ...train.teachers.cache import CachedTeachers
+from ...train.teachers.runs import load_teachers
+from ...train.trainer import evaluate
 from .spec import StudyConfig
 
 DIGITS = 5  # that weights keep
@@ -83,7 +84,8 @@ def pool(config: DistillConfig) -> dict[str, Any]:
         labels = images.labels.to(logits[0].device)
         found: dict[str, Any] = {}
         for rule in ("confidence", "entropy"):
-            weights = camkd_loss(torch.zeros_like(logits[0]), logits, labels, weighting=rule).weights
+            student = torch.zeros_like(logits[0])
+            weights = camkd_loss(student, logits, labels, **Formula(weighting=rule).options()).weights
             weights = weights / weights.sum(0)  # those of entropy sum to K - 1
             found[rule] = _by_class(weights, labels, images.num_classes)
             if rule == "confidence":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ...train.strategies import STRATEGIES, Strategy, register
 from . import cells, work
 from .cells import Cell
 from .spec import StudyConfig
@@ -48,7 +49,7 @@ def conduct(
     Returns:
         A line for each piece that failed; the others went on.
     """
-    mine = cells.share(cells.cells(study), rank, world) if only is None else list(only)
+    mine = cells.assigned(cells.cells(study), rank, world) if only is None else list(only)
     pools = cells.pools_of(study, mine)
     teachers = cells.teachers_of(study, pools)
     stages: list[list[Piece]] = [
@@ -59,7 +60,7 @@ def conduct(
     ]
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's threads, and hang
-    with ProcessPoolExecutor(jobs, context, _begin) as workers:
+    with ProcessPoolExecutor(jobs, context, _begin, (tuple(STRATEGIES.values()),)) as workers:
         try:
             for stage in stages:
                 failures += _stage(workers, stage, study, out, origin, say)
@@ -103,8 +104,10 @@ def _stage(
     return failures
 
 
-def _begin() -> None:
-    """Before a worker's first piece."""
+def _begin(kinds: Sequence[type[Strategy]]) -> None:
+    """Initialise a worker; `kinds` are the strategies of the main process, some of them registered by other modules."""
+    for kind in kinds:
+        register(kind)
     torch.set_num_threads(1)
     for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK stays, it says which GPU is this rank's
         os.environ.pop(name, None)  # a cell is one process's: it must not look for torchrun's others

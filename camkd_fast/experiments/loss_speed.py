@@ -1,4 +1,4 @@
-"""How fast the fused loss is beside the same formulas in eager PyTorch and under torch.compile: one quick shape."""
+"""Time of the fused loss compared with the same formulas in eager PyTorch and under torch.compile, at one shape."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..losses.logit import camkd_loss
 
 @dataclass(frozen=True)
 class LossSpeed:
-    """Medians of forward + backward at one shape, float32."""
+    """Median times of forward + backward at one shape, float32."""
 
     rows: int
     classes: int
     teachers: int
-    milliseconds: dict[str, float]  # "fused", "eager" and, where it works, "torch.compile"
+    milliseconds: dict[str, float]  # "fused", "eager" and, if it works, "torch.compile"
     compile_seconds: float | None  # first forward + backward under torch.compile
-    note: str  # what a reader must know: no torch.compile, a busy machine; or empty
+    note: str  # warning for the reader (no torch.compile, busy machine), or empty
 
     def speedup(self, other: str) -> float:
-        """How many times faster the fused loss is than `other`."""
+        """Time of `other` divided by that of the fused loss."""
         return self.milliseconds[other] / self.milliseconds["fused"]
 
 
 def _busy() -> str:
-    """A warning when other work fills the processor, for then times and ratios mean little."""
+    """A warning if other work fills the processor, since the times are unreliable then."""
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return f"The machine was busy with other work: load {load:.1f} on {cores} cores." if load > 1.5 * cores else ""
 
 
 def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25, compiled: bool = True) -> LossSpeed:
-    """Time all contenders in turn within each round, so that a busy machine slows them alike."""
+    """Time all losses once per round, so that other work on the machine affects them equally."""
     generator = torch.Generator().manual_seed(0)
     student, *zs = (3 * torch.randn(teachers + 1, rows, classes, generator=generator)).unbind()
     target = torch.randint(classes, (rows,), generator=generator)
@@ -54,21 +54,21 @@ def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25,
         torch.autograd.backward(loss(student, zs, target))
         return time.perf_counter() - started
 
-    contenders: dict[str, Callable[..., Tensor]] = {"fused": fused, "eager": eager_loss}
-    for loss in contenders.values():
+    losses: dict[str, Callable[..., Tensor]] = {"fused": fused, "eager": eager_loss}
+    for loss in losses.values():
         seconds(loss)
     compile_seconds, notes = None, [_busy()]
     if compiled:
         loss = compiled_loss()
         try:
             compile_seconds = seconds(loss)
-            contenders["torch.compile"] = loss
+            losses["torch.compile"] = loss
         except RuntimeError as error:
-            # It needs a C++ compiler; without one the other two still say something.
+            # torch.compile needs a C++ compiler; without one the other two are reported.
             notes.append(f"torch.compile does not work here: {str(error).splitlines()[0]}")
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(rounds):
-        for name, loss in contenders.items():
+        for name, loss in losses.items():
             times[name].append(seconds(loss))
     milliseconds = {name: 1e3 * median(values[rounds // 5 :]) for name, values in times.items()}
     return LossSpeed(rows, classes, teachers, milliseconds, compile_seconds, " ".join(filter(None, notes)))

@@ -1,4 +1,4 @@
-"""Frozen teachers and what a strategy may ask of them."""
+"""The interface of teachers, and teachers that compute their outputs."""
 
 from __future__ import annotations
 
@@ -10,49 +10,48 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.protocol import FeatureModel, Prediction, feature_model, predict
+from ...models.protocol import FeatureModel, Prediction, feature_model, predict
 
 if TYPE_CHECKING:
-    from ..data.batch import Batch
+    from ...data.batch import Batch
 
 Head = Callable[[Tensor], Tensor]  # (N, D_k, H, W) -> logits (N, C)
 
 
 class Teachers(Protocol):
-    """K teachers, whether they compute (`LiveTeachers`) or replay what they once said (`cache.CachedTeachers`)."""
+    """K teachers that compute their outputs (`LiveTeachers`) or replay them from a cache (`cache.CachedTeachers`)."""
 
     @property
     def num_features(self) -> list[int]:
-        """Channels D_k of each feature map; 0 where no feature maps are to be had."""
+        """Channels D_k of each feature map; 0 if feature maps are not available."""
 
     @property
     def heads(self) -> list[Head]:
-        """Pooling and classifier of each, differentiable in their input, whatever autocast is on around them."""
+        """Pooling and classifier of each teacher, differentiable in the input; autocast outside has no effect."""
 
     @property
     def hashes(self) -> list[str]:
-        """What identifies each teacher: a change of any weight or layer changes it."""
+        """Hash of each teacher's layers and weights."""
 
     def __call__(self, batch: Batch) -> list[Prediction]:
-        """Features (n, D_k, H_k, W_k) and logits (n, C) of each teacher for one batch, without autograd."""
+        """Features (n, D_k, H_k, W_k) and logits (n, C) of each teacher, without autograd."""
 
 
 class LiveTeachers:
-    """K trained models in evaluation mode, whose parameters no gradient reaches.
+    """K trained models in evaluation mode, with frozen parameters.
 
     Args:
-        models: K of them, 1 to 16, as `models.freeze` leaves them or as they were trained; they are changed to
-            evaluation mode in place.
-        num_classes: of the data set and hence of the student.
-        autocast: bfloat16 or float16 to run the forward passes under autocast; None runs them in the parameters' own
-            dtype, also where the caller has autocast on.
+        models: 1 to 16 models, from `models.freeze` or as trained; set to evaluation mode in place.
+        num_classes: of the data set, and so of the student.
+        autocast: bfloat16 or float16 for forward passes under autocast; None: the parameters' own dtype, even if the
+            caller has autocast enabled.
 
     Raises:
-        ValueError: no teacher or more than 16, or one with another class count.
-        TypeError: one does not follow the protocol of `camkd_fast.models.protocol`.
+        ValueError: no teacher, more than 16, or one with another number of classes.
+        TypeError: a model does not follow the protocol of `camkd_fast.models.protocol`.
     """
 
-    MAX = 16  # what the loss takes
+    MAX = 16  # limit of the loss
 
     def __init__(self, models: Sequence[nn.Module], num_classes: int, autocast: torch.dtype | None = None) -> None:
         if not 1 <= len(models) <= self.MAX:
@@ -61,7 +60,7 @@ class LiveTeachers:
             classes = getattr(model, "num_classes", num_classes)
             if classes != num_classes:
                 name = f"teacher {k} ({type(model).__name__})"
-                raise ValueError(f"{name} knows {classes} classes, but the data set has {num_classes}")
+                raise ValueError(f"{name} has {classes} classes, but the data set has {num_classes}")
         self._modules = [model.eval().requires_grad_(False) for model in models]
         self._models = [feature_model(model) for model in self._modules]
         self._dtypes = [_dtype(model) for model in self._modules]
@@ -70,7 +69,7 @@ class LiveTeachers:
         self._compiled = self._predict
 
     def compile_for(self, batch_size: int) -> None:
-        """Run batches of that size compiled, all teachers as one graph; another size would cost a compilation each."""
+        """Compile batches of this size, all teachers in one graph. Other sizes run eagerly: each would recompile."""
         self._compiled_size = batch_size
         self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False)
 
@@ -84,7 +83,7 @@ class LiveTeachers:
 
     @property
     def hashes(self) -> list[str]:
-        """sha256 of each: its layers as it prints them, then every name, dtype, shape and byte of its state."""
+        """sha256 of each teacher, see `state_hash`."""
         return [state_hash(module) for module in self._modules]
 
     @torch.no_grad()
@@ -98,19 +97,19 @@ class LiveTeachers:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """Of the module's first floating point parameter or buffer."""
+    """Dtype of the module's first floating-point parameter or buffer."""
     tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next((t.dtype for t in tensors), torch.float32)
 
 
 def _head(model: FeatureModel, dtype: torch.dtype, features: Tensor) -> Tensor:
-    """In the head's own dtype: maps that a student regresses come in float32 whatever the teacher was frozen to."""
+    """Apply the head in its own dtype: regressed maps are float32 whatever the teacher's dtype."""
     with torch.autocast(features.device.type, enabled=False):
         return model.forward_head(features.to(dtype))
 
 
 def state_hash(module: nn.Module) -> str:
-    """sha256 (hex) of what determines a module's outputs: its printed layers and its state, names included."""
+    """sha256 (hex) of a module's repr and of every name, dtype, shape and byte of its state."""
     digest = hashlib.sha256(repr(module).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

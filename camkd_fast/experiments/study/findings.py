@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
+from ...train.strategies import CAMKD, STRATEGIES, find
 from . import cells
-from .results import Results
+from .records import Results
 from .spec import Pool, Student, Variant
 from .statistics import Paired
 from .work import Record
 
 PAPER_GAIN = 0.8  # points over AVER that arXiv 2201.00007 reports on average
-WEIGHED = (("ca-mkd-logits", "aver"), ("ca-mkd", "fitnet-mkd"))  # strategies, and the same without weights
 Place = tuple[Pool, Student]
 
 
@@ -75,12 +75,13 @@ class Findings:
 
     def confident(self) -> list[Variant]:
         """CA-MKD with feature maps, in the main table."""
-        return [variant for variant in self.variants("main") if variant.strategy == "ca-mkd"]
+        return [variant for variant in self.variants("main") if variant.strategy == CAMKD.name]
 
     def weighed(self) -> list[tuple[Variant, Variant]]:
         """Variants of the main table with confidence weights, and those with the same losses and equal weights."""
         main = {variant.strategy: variant for variant in self.variants("main")}
-        return [(main[one], main[other]) for one, other in WEIGHED if one in main and other in main]
+        pairs = [(name, kind.unweighted) for name, kind in STRATEGIES.items() if kind.unweighted is not None]
+        return [(main[one], main[other]) for one, other in pairs if one in main and other in main]
 
     def groups(self) -> dict[str, list[Place]]:
         """The places by whether a bad teacher is in the pool; groups without places are left out."""
@@ -140,7 +141,8 @@ def _weights_alone(findings: Findings) -> list[str]:
 
 
 def label(variant: Variant) -> str:
-    return variant.label or variant.name
+    """As printed: of the study file, or of the strategy for the variant named like it, or the variant's name."""
+    return variant.label or (find(variant.name).label if variant.name == variant.strategy else variant.name)
 
 
 def difference(variant: Variant, other: Variant) -> str:

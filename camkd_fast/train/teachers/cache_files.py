@@ -1,12 +1,12 @@
-"""What lies in the folder of a teacher cache: shards of answers, and per writing rank a manifest that vouches for them.
+"""Files of a teacher cache: shards of outputs, and one manifest per writing rank with their hashes.
 
-    manifest.000.json       what the answers are of (`CacheKey`), how they are kept (`Storage`), and rank 0's shards
-    000-00000.safetensors   "rows" (R,) int64 = view * samples + position in the data set, and for each of them
+    manifest.000.json       `CacheKey`, `Storage` and the list of rank 0's shards
+    000-00000.safetensors   "rows" (R,) int64 = view * samples + position in the data set, and for each row
                             "logits" (R, K, C), or "ids", "values" (R, K, k) and "tail" (R, K), see `truncation`
-                            "features" (R, D_1 + ... + D_K) the feature maps' averages over height and width
+                            "features" (R, D_1 + ... + D_K), feature maps averaged over height and width
 
-Every file is written under another name and renamed. A shard counts once its manifest lists it, so a killed writer
-loses what it had not listed, and writers never share a file.
+Every file is written under a temporary name and renamed. A shard is valid once its manifest lists it, so a killed
+writer loses only unlisted shards. Writers never share a file.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .atomic import write_atomically
-from .teachers import LiveTeachers
+from ..atomic import write_atomically
+from .live import LiveTeachers
 
 if TYPE_CHECKING:
-    from ..data.batch import LoaderConfig
-    from ..data.files import ImageFiles
-    from ..data.images import LabelledImages
+    from ...data.batch import LoaderConfig
+    from ...data.files import ImageFiles
+    from ...data.images import LabelledImages
 
 FORMAT = 1
 MANIFESTS = "manifest.*.json"
 
 
 class CacheError(ValueError):
-    """A teacher cache is of something else, incomplete or damaged."""
+    """A teacher cache does not match, is incomplete or is damaged."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that the teachers' answers depend on."""
+    """Everything that the teachers' outputs depend on."""
 
     data: str  # fingerprint of the images
     split: str
@@ -49,7 +49,7 @@ class CacheKey:
     augmentation: str
     seed: int  # of the augmentation
     views: int
-    loader: str  # kind: where files are decoded and resized, two kinds may differ by a level
+    loader: str  # kind; two kinds may decode or resize a file with a difference of one level
     teachers: tuple[str, ...]  # hashes
     autocast: str  # dtype of the teachers' autocast, or "None"
 
@@ -91,16 +91,16 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class Storage:
-    """How answers are kept.
+    """Storage format of outputs.
 
     Raises:
         ValueError: another dtype, a `top_k` below 1 or a temperature that is not positive.
     """
 
-    dtype: str = "float32"  # of logits and features; "float32" replays bit by bit what float32 teachers said
-    top_k: int | None = None  # keep that many logits of each row and a bucket for the rest; None: all
-    temperature: float = 4.0  # at which the bucket's mass is exact: that of the distillation
-    features: bool = True  # keep pooled feature maps too
+    dtype: str = "float32"  # of logits and features; "float32" is exact for float32 teachers
+    top_k: int | None = None  # logits kept per row, besides a bucket for the rest; None: all
+    temperature: float = 4.0  # of the distillation; at this temperature the bucket's mass is exact
+    features: bool = True  # store pooled feature maps too
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -113,13 +113,13 @@ class Storage:
 
 @dataclass
 class Manifest:
-    """What one rank wrote."""
+    """Everything that one rank wrote."""
 
     key: CacheKey
     storage: Storage
     classes: int
-    channels: list[int]  # D_k; 0 where feature maps are not kept
-    error: dict[str, Any]  # `truncation.loss_error` of the first rows written, and how many
+    channels: list[int]  # D_k; 0 if feature maps are not stored
+    error: dict[str, Any]  # number of rows first written, and `truncation.loss_error` on them
     shards: list[dict[str, Any]] = field(default_factory=list)  # file, rows, sha256
 
     def write(self, path: Path) -> None:
@@ -139,17 +139,17 @@ class Manifest:
 
 
 def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
-    """Those of all ranks that ever wrote into `folder`, once they are known to be of `key` and `storage`.
+    """Manifests of all ranks that wrote into `folder`, checked against `key` and `storage`.
 
     Raises:
-        CacheError: one is damaged or of something else; every difference is named with both values.
+        CacheError: a manifest is damaged or does not match; the message has every difference with both values.
     """
     found = []
     for path in sorted(folder.glob(MANIFESTS)):
         manifest = Manifest.read(path)
         there, here = _settings(manifest.key, manifest.storage), _settings(key, storage)
         if manifest.storage.features and not storage.features:
-            here["features"] = True  # more than was asked for
+            here["features"] = True  # stored features may go unused
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if names:
             differences = "; ".join(f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names)
@@ -159,7 +159,7 @@ def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
 
 
 def _settings(key: CacheKey, storage: Storage) -> dict[str, Any]:
-    """Everything that two caches may differ in, by name."""
+    """Key and storage as one mapping, one entry per teacher."""
     settings = {**asdict(key), **asdict(storage)}
     settings.update({f"teacher {k}": digest for k, digest in enumerate(settings.pop("teachers"))})
     if storage.top_k is None:
@@ -168,7 +168,7 @@ def _settings(key: CacheKey, storage: Storage) -> dict[str, Any]:
 
 
 def shards(folder: Path, manifest: Manifest) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each shard, mapped from their file, once its bytes are known to be those that were written.
+    """The memory-mapped tensors of each shard, after a check of its hash.
 
     Raises:
         CacheError: a shard is missing, truncated or changed.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import cells, conductor
 from .cells import Cell
-from .results import Results, collect
+from .records import Results, collect
 from .work import Origin
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast.data import LabelledImages
+from camkd_fast.experiments import run_report
 from camkd_fast.report.page import Figures, Folded, Picture, Section, Table, write_page
 from camkd_fast.report.plots import ClassMatrix, Curve, Panel, class_accuracies, confusions, curves
-from camkd_fast.train import run, run_report
+from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
 from camkd_fast.train.confusion import confusion
 

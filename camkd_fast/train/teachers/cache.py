@@ -1,9 +1,9 @@
-"""The teacher cache: what teachers say about every sample and view, asked once and replayed ever after.
+"""The teacher cache: outputs for every sample and view, computed once and replayed afterwards.
 
-Logits replay bit by bit as they were kept, whatever the batch. (A live teacher may round a sample differently beside
-others.) Feature maps are kept as their averages over height and width and replayed as (n, D_k, 1, 1) maps, so a feature
-term then compares averages: the student's map is averaged before r_k, and heads that pool see the teacher's own pooled
-features. That is another feature loss than the live one, and a far smaller cache.
+Logits are replayed bit for bit, independent of the batch. (A live teacher may round a sample differently in another
+batch.) Feature maps are stored as their averages over height and width and replayed as (n, D_k, 1, 1) maps. The feature
+loss then compares averages: the student's map is averaged before r_k, and heads that pool receive pooled features. This
+differs from the live feature loss, but the cache is far smaller.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.protocol import Prediction
+from ...models.protocol import Prediction
+from ..distributed import World
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
-from .distributed import World
-from .teachers import Head, Teachers
+from .live import Head, Teachers
 
 if TYPE_CHECKING:
-    from ..data.batch import Batch, Loader
+    from ...data.batch import Batch, Loader
 
 __all__ = ["CacheError", "CacheKey", "CachedTeachers", "Storage", "TeacherCache"]
 
 CPU = torch.device("cpu")
-MEMORY_LIMIT = 4 << 30  # bytes of a cache that is held in memory; a larger one is read from its mapped files
+MEMORY_LIMIT = 4 << 30  # bytes up to which a cache is held in memory; a larger one is memory-mapped
 
 
 class TeacherCache:
-    """The answers in a folder; made by `open` or `build`.
+    """Stored outputs of K teachers; constructed by `open` or `build`.
 
     Attributes:
-        key: what they are answers to.
+        key: everything that the outputs depend on.
         classes, channels: C, and D_k of each teacher (0 without features).
-        errors: per writing rank, what the truncation does to the loss (`truncation.loss_error`); zeros without one.
-        resident: whether they are held in memory, on the device.
+        errors: per writing rank, the loss error of truncation (`truncation.loss_error`); zeros without truncation.
+        resident: True if the outputs are in device memory.
     """
 
     def __init__(self, folder: Path, key: CacheKey, storage: Storage, device: torch.device, memory_limit: int) -> None:
@@ -49,7 +49,7 @@ class TeacherCache:
         self.errors: list[dict[str, Any]] = [manifest.error for manifest in found]
         total = key.views * key.samples
         self._covered = torch.zeros(total, dtype=torch.bool)
-        self._shard = torch.zeros(total, dtype=torch.int64)  # which shard holds a row, and where in it
+        self._shard = torch.zeros(total, dtype=torch.int64)  # shard of each row, and position in the shard
         self._place = torch.zeros(total, dtype=torch.int64)
         self._shards: list[dict[str, Tensor]] = []
         for manifest in found:
@@ -75,21 +75,21 @@ class TeacherCache:
         device: torch.device = CPU,
         memory_limit: int = MEMORY_LIMIT,
     ) -> TeacherCache:
-        """The complete cache in `folder`.
+        """Open the complete cache in `folder`.
 
         Args:
-            unreadable: samples per view that may be missing, as the loader leaves out as many bad files.
+            unreadable: samples per view that may be missing (files that the loader skips).
             device: of the replayed tensors.
-            memory_limit: bytes up to which the answers are held on the device; beyond, each batch is read from the
-                mapped files.
+            memory_limit: bytes up to which the outputs are held on the device; otherwise each batch is read from
+                memory-mapped files.
 
         Raises:
-            CacheError: no cache, one of something else, an incomplete or a damaged one.
+            CacheError: the cache is missing, incomplete, damaged, or has another key or storage.
         """
         cache = cls(folder, key, storage, device, memory_limit)
         there, total = int(cache._covered.sum()), cache._covered.numel()
         if total - there > unreadable * key.views:
-            raise CacheError(f"teacher cache {folder} holds {there} of {total} answers: writing it was not finished")
+            raise CacheError(f"teacher cache {folder} holds {there} of {total} rows: writing it was not finished")
         return cache
 
     @classmethod
@@ -107,23 +107,26 @@ class TeacherCache:
         shard_bytes: int = SHARD_BYTES,
         progress: Callable[[int], None] = lambda samples: None,
     ) -> TeacherCache:
-        """Ask `teachers` whatever `folder` does not answer yet, then open it. No teacher runs if it is complete.
+        """Write the rows that `folder` lacks, then open it. No teacher runs if the cache is complete.
 
-        Every rank calls this with its own loader and writes its own shards into the one folder, which all ranks see.
+        Every rank calls this with its own loader and writes its own shards into the folder, which all ranks share.
 
         Args:
-            loader: for this alone, at the start of an epoch, with the settings of `key`; epoch v is to be view v.
+            loader: used only here, at the start of an epoch, with the settings of `key`; epoch v must be view v.
             progress: called with the number of samples of every batch.
 
         Raises:
-            CacheError: `folder` holds a cache of something else or a damaged one.
-            OSError: a shard cannot be written; those before it are kept, and another call goes on from there.
+            CacheError: the cache in `folder` is damaged or has another key or storage.
+            OSError: a shard cannot be written; earlier shards are kept, and another call continues from there.
         """
         write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
     def answers(self, view: int, index: Tensor) -> list[Prediction]:
-        """What each teacher said about the samples `index` (n,) int64 on the CPU in a view.
+        """Outputs of the teachers for samples of a view.
+
+        Args:
+            index: (n,) int64 on the CPU, positions in the data set.
 
         Returns:
             K predictions: features (n, D_k, 1, 1), logits (n, C), views of common tensors.
@@ -133,11 +136,11 @@ class TeacherCache:
         """
         views, N = self.key.views, self.key.samples
         if not 0 <= view < views:
-            raise CacheError(f"view {view} is asked for, but teacher cache {self.folder} holds {views} views")
+            raise CacheError(f"teacher cache {self.folder} holds {views} views, but not view {view}")
         rows = view * N + index
         if not self._covered[rows].all():
             sample = int(index[~self._covered[rows]][0])
-            raise CacheError(f"teacher cache {self.folder} has no answer for sample {sample} in view {view}")
+            raise CacheError(f"teacher cache {self.folder} has no outputs for sample {sample} in view {view}")
         if self.resident:
             rows = rows.to(self._device, non_blocking=True)
             kept = {name: tensor.index_select(0, rows) for name, tensor in self._shards[0].items()}
@@ -151,7 +154,7 @@ class TeacherCache:
         return [Prediction(features, z) for features, z in zip(maps, logits, strict=True)]
 
     def _gather(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows (n,) of every tensor, from the shards that hold them; a row that none holds is any."""
+        """Rows (n,) of every tensor, from their shards; rows that no shard holds are undefined."""
         shard, place = self._shard[rows], self._place[rows]
         out = {name: t.new_empty((len(rows), *t.shape[1:])) for name, t in self._shards[0].items()}
         for i in torch.unique(shard).tolist():
@@ -162,19 +165,19 @@ class TeacherCache:
 
 
 class CachedTeachers:
-    """Teachers that replay a cache; the `Teachers` of `train.teachers`.
+    """`Teachers` that replay a cache.
 
     Args:
-        heads: of the teachers that the cache was made with, which a student's regressed maps are still given to.
+        heads: of the cached teachers, applied to a student's regressed maps.
 
     Raises:
-        ValueError: another number of heads than of teachers in the cache.
+        ValueError: the number of heads is not the number of cached teachers.
     """
 
     def __init__(self, cache: TeacherCache, heads: Sequence[Head]) -> None:
         K = len(cache.key.teachers)
         if len(heads) != K:
-            raise ValueError(f"{len(heads)} heads were given, but the cache holds the answers of {K} teachers")
+            raise ValueError(f"{len(heads)} heads were given, but the cache holds {K} teachers")
         self.cache = cache
         self.heads = list(heads)
         self.num_features = list(cache.channels)

@@ -1,4 +1,4 @@
-"""Teachers from the run folders that `teach` left: checked against the student's images, frozen, live or cached."""
+"""Teachers from run folders: loaded, checked against the student's images, frozen, live or cached."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .. import models
-from ..data import choose
-from ..data.batch import LoaderConfig
-from ..data.files import ImageSet
-from . import strategies
+from ... import models
+from ...data import choose
+from ...data.batch import LoaderConfig
+from ...data.files import ImageSet
+from .. import strategies
+from ..config import DistillConfig
+from ..distributed import World
+from ..run_folder import load_model, model_metadata
+from ..step import DTYPES
 from .cache import CachedTeachers, CacheKey, Storage, TeacherCache
-from .config import DistillConfig
-from .distributed import World
-from .run_folder import load_model, model_metadata
-from .step import DTYPES
-from .teachers import LiveTeachers, Teachers
+from .live import LiveTeachers, Teachers
 
 
 def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfig, world: World) -> Teachers | None:
-    """The teachers of a run on `images`, or None if its strategy asks nobody or none are named.
+    """The teachers of a run on `images`; None if its strategy needs none or the config has none.
 
     Args:
-        settings: of the loader that student and teachers share.
+        settings: of the training loader.
 
     Raises:
-        ValueError: an unknown strategy, a teacher for other classes or channels (both numbers), a stale cache.
+        ValueError: an unknown strategy, a teacher with another number of classes or channels, or a stale cache.
         FileNotFoundError, CheckpointError: as `load_model`.
     """
     if not strategies.find(config.strategy).needs_teachers or not config.teachers:
@@ -69,24 +69,24 @@ def _cached(
     storage = Storage(config.cache_dtype, config.cache_top_k, config.temperature, features)
     with closing(choose.loader(images, settings, chosen)) as loader:
         total = key.views * loader.num_samples if config.log.progress and world.is_main else None
-        with _progress(total) as told:
+        with _progress(total) as progress:
             cache = TeacherCache.build(
-                folder, live, loader, key, storage, world=world, unreadable=config.data.skip_bad, progress=told
+                folder, live, loader, key, storage, world=world, unreadable=config.data.skip_bad, progress=progress
             )
     return CachedTeachers(cache, live.heads)
 
 
 @contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """Tells a bar of so many images more; None shows none."""
+    """A progress bar over `total` images, as a function that adds images; None: no bar."""
     if total is None:
         yield lambda images: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="img", desc="asking the teachers", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="img", desc="caching teachers", dynamic_ncols=True) as bar:
 
-        def told(images: int) -> None:
+        def progress(images: int) -> None:
             bar.update(images)
 
-        yield told
+        yield progress

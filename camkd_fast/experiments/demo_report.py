@@ -1,4 +1,4 @@
-"""What the demonstration prints and writes: tables, report.html and metrics.json."""
+"""Output of the demonstration: tables, report.html and metrics.json."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from statistics import mean
 
 from ..report.page import Section, Table, write_page
 from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
+from ..train.strategies import AVER, CAMKD, find
 from .compare import Row, spread
-from .compare_report import LABELS, student_curves, student_samples, student_table
+from .compare_report import student_curves, student_samples, student_table
 from .demo import DemoResults
 from .loss_speed import LossSpeed
 from .run_report import footer
@@ -45,24 +46,24 @@ def speed_table(speed: LossSpeed) -> Table:
 def _setting(results: DemoResults) -> str:
     config, (train, validation, test) = results.config, results.sizes
     return (
-        f"scikit-learn's handwritten digits, 8x8 pixels. Teachers learn from up to {train} labelled images; every "
-        f"student, a {config.student}, from {config.student_images} of them for {config.student_epochs} epochs, so "
-        f"that there is something to gain. {validation} images served to choose settings, {test} test images give "
-        "the accuracies below. Training runs on one thread."
+        f"scikit-learn's handwritten digits, 8x8 pixels. Teachers learn from up to {train} labelled images, every "
+        f"student ({config.student}) from only {config.student_images} of them for {config.student_epochs} epochs. "
+        f"Settings were chosen on {validation} validation images; accuracies are on {test} test images. Training "
+        "runs on one thread."
     )
 
 
 def _verdict(results: DemoResults) -> str:
-    """The comparison with AVER as it came out, whichever way."""
-    camkd, aver = _row(results, "ca-mkd"), _row(results, "aver")
+    """One sentence on the measured difference between CA-MKD and AVER."""
+    camkd, aver = _row(results, CAMKD.name), _row(results, AVER.name)
     gains = [100 * gain for gain in camkd.gains(aver)]
     gain = mean(gains)
     poor, weight = min(zip(results.teachers, results.weights.mean(1).tolist(), strict=True), key=lambda pair: pair[1])
     outcome = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}" if round(gain, 1) else "level with"
     return (
-        f"CA-MKD ends {outcome} AVER in the mean over {len(gains)} seeds, whose differences deviate by "
-        f"{spread(gains):.1f}; it gives the {poor.spec.name} a mean weight of {weight:.2f} where AVER gives "
-        f"{1 / len(results.teachers):.2f}."
+        f"CA-MKD ends {outcome} AVER in the mean over {len(gains)} seeds (standard deviation of the differences "
+        f"{spread(gains):.1f}); its mean weight for the {poor.spec.name} is {weight:.2f}, compared with "
+        f"{1 / len(results.teachers):.2f} in AVER."
     )
 
 
@@ -81,7 +82,7 @@ def _speed_note(speed: LossSpeed) -> str:
 
 
 def summary(results: DemoResults) -> str:
-    """The tables for a terminal."""
+    """Text summary for a terminal."""
     return "\n\n".join(
         [
             _setting(results),
@@ -98,15 +99,15 @@ def _histogram_note(results: DemoResults) -> str:
     config = results.config
     poor = max(config.teachers, key=lambda spec: spec.wrong_labels)
     return (
-        f"The confidence weight of each teacher on the {config.student_images} images that the students learn from. "
-        f"The {poor.name} learned {poor.images or results.sizes[0]} images, these among them, with "
-        f"{100 * poor.wrong_labels:.0f} % of the labels wrong. Where all agree with the label each weighs 1/3; where "
-        "one is sure of another class it loses its weight and the other two share it, 1/2 each."
+        f"Confidence weight of each teacher on the students' {config.student_images} training images. The "
+        f"{poor.name} was trained on {poor.images or results.sizes[0]} images that include them, with "
+        f"{100 * poor.wrong_labels:.0f} % wrong labels. If all teachers agree with the label, each weight is 1/3; if "
+        "one teacher confidently predicts another class, its weight is 0 and the other two have 1/2 each."
     )
 
 
 def _weight_curves(results: DemoResults) -> list[Curve]:
-    runs = _row(results, "ca-mkd").epochs
+    runs = _row(results, CAMKD.name).epochs
     lines = []
     for of, kind in (("weights", "logits"), ("feature_weights", "features")):
         for k, (teacher, color) in enumerate(zip(results.teachers, TEACHER_COLORS, strict=False)):
@@ -143,17 +144,17 @@ def _sections(results: DemoResults) -> list[Section]:
                 student_table(results.students),
             ),
         ),
-        Section("Whom CA-MKD believes", _histogram_note(results), (weight_histograms(weights),)),
+        Section("Weights of the teachers", _histogram_note(results), (weight_histograms(weights),)),
         Section(
             "Training",
-            "Validation accuracy after each epoch, students as mean and range over seeds. No epoch is selected: the "
-            "last one counts.",
+            "Validation accuracy after each epoch, for students as mean and range over seeds. Results are those of the "
+            "last epoch; no epoch is selected.",
             (curves(panels),),
         ),
         Section(
             "Weights during CA-MKD training",
-            "The logit weights depend on teachers and labels only and stay level. The feature weights judge how well "
-            "each teacher's own classifier reads the student's features, so they move as the student learns.",
+            "Logit weights depend only on teachers and labels and are constant. Feature weights depend on the logits "
+            "that each teacher's classifier computes from the student's features, so they change during training.",
             (curves((Panel("Mean weight per teacher", "mean weight", _weight_curves(results)),)),),
         ),
         Section("Speed of the loss", _speed_note(results.speed), (speed_table(results.speed),)),
@@ -161,7 +162,7 @@ def _sections(results: DemoResults) -> list[Section]:
 
 
 def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, object]:
-    """Everything measured, ready for JSON."""
+    """All measurements, for JSON."""
     return {
         "environment": dict(environment),
         "config": asdict(results.config),
@@ -178,7 +179,7 @@ def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, o
         ],
         "students": [
             {
-                "strategy": LABELS[row.strategy],
+                "strategy": find(row.strategy).label,
                 "test_accuracy": {"mean": row.mean, "std": row.spread, "seeds": row.test_accuracy},
                 "images_per_second": row.images_per_second,
                 "runs": row.epochs,
@@ -191,7 +192,7 @@ def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, o
 
 
 def write(results: DemoResults, out: Path, environment: Mapping[str, str]) -> Path:
-    """Write metrics.json and report.html into the existing folder `out`; returns the page's path."""
+    """Write metrics.json and report.html into the existing folder `out`; return the page's path."""
     (out / "metrics.json").write_text(json.dumps(metrics(results, environment), indent=1) + "\n", encoding="utf-8")
     page = out / "report.html"
     lead = _setting(results)

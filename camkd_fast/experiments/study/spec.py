@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .. import config as configs
-from .. import strategies
-from ..config import DataConfig, OptimConfig, PrecisionConfig
+from ...train import config_file, strategies
+from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
-REFERENCE = "aver"  # the variant that others are compared with unless they say otherwise
+REFERENCE = strategies.AVER.name  # the variant that others are compared with unless they say otherwise
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,10 @@ class Variant:
 
     def __post_init__(self) -> None:
         _name("variant", self.name)
-        strategies.find(self.strategy)
-        if self.best_teacher and self.strategy != "kd":
-            raise ValueError(f"variant {self.name} is {self.strategy}: best_teacher is for kd")
+        kind = strategies.find(self.strategy)
+        if self.best_teacher and "teacher_index" not in kind.options:
+            who = ", ".join(strategies.taking("teacher_index"))
+            raise ValueError(f"variant {self.name} is {self.strategy}: best_teacher is for {who}")
 
     @property
     def has_pool(self) -> bool:
@@ -179,7 +179,7 @@ def load(path: Path) -> StudyConfig:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a mapping, got {content!r}")
     try:
-        return configs.build(StudyConfig, content)
+        return config_file.build(StudyConfig, content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {str(error).replace('StudyConfig.__init__()', 'the study')}") from error
 

@@ -7,10 +7,10 @@ from statistics import mean
 
 from ...report.page import Figures, Folded, Part, Picture, Points, Section, Table, write_page
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
-from ..compare_report import COLORS
-from . import cells, tables
+from ...train.strategies import find
+from . import cells, study_tables
 from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, how_bad, label
-from .results import Results
+from .records import Results
 from .spec import Pool
 
 
@@ -57,10 +57,12 @@ def _conclusion(findings: Findings) -> Section:
 
 
 def _accuracy(findings: Findings) -> Section:
-    parts: list[Part] = [tables.overview(findings)]
+    parts: list[Part] = [study_tables.overview(findings)]
     for student in findings.results.study.students:
-        parts.append(Folded(f"{student.model}, test accuracy (%)", tables.accuracy_by_pool(findings, student)))
-        parts.append(Folded(f"{student.model}, difference in points", tables.difference_by_pool(findings, student)))
+        accuracies = study_tables.accuracy_by_pool(findings, student)
+        gains = study_tables.difference_by_pool(findings, student)
+        parts.append(Folded(f"{student.model}, test accuracy (%)", accuracies))
+        parts.append(Folded(f"{student.model}, difference in points", gains))
     text = (
         "Mean over pools, students and seeds; differences to AVER from the same seed, with 95 % intervals. All "
         "strategies have the same total strength and, per seed, the same first parameters, image order and "
@@ -80,7 +82,7 @@ def _variants(findings: Findings) -> list[Section]:
         "ablation": ("Ablations", "One thing changed, each beside the variant that it is to be compared with."),
     }
     return [
-        Section(title, text, [tables.against_others(findings, table)])
+        Section(title, text, [study_tables.against_others(findings, table)])
         for table, (title, text) in texts.items()
         if findings.variants(table)
     ]
@@ -101,7 +103,7 @@ def _quality(findings: Findings) -> list[Section]:
                     points.append((teachers, accuracy))
             if len(points) > 1:
                 x, y = zip(*sorted(points), strict=True)
-                lines.append(Curve(label(variant), COLORS[variant.strategy], [y], x=x))
+                lines.append(Curve(label(variant), find(variant.strategy).color, [y], x=x))
         if lines:
             panels.append(
                 Panel(student.model, "student, test (%)", lines, xlabel="teachers of the pool, mean, test (%)")
@@ -181,7 +183,7 @@ def _helpless() -> Section:
 
 def _calibration(findings: Findings) -> Section:
     text = "Expected calibration error on the test images, 15 bins, mean over pools, students and seeds."
-    return Section("Calibration of students", text, [tables.calibration(findings)])
+    return Section("Calibration of students", text, [study_tables.calibration(findings)])
 
 
 def _cost(findings: Findings) -> Section:
@@ -190,7 +192,7 @@ def _cost(findings: Findings) -> Section:
         "the study ran beside it, and at times other work, which is why these are medians. By them teachers, caches "
         f"and all cells together are {core_hours(findings):.1f} hours of one core."
     )
-    return Section("Cost", text, [tables.cost(findings)])
+    return Section("Cost", text, [study_tables.cost(findings)])
 
 
 def _teachers(findings: Findings) -> Section:
@@ -200,4 +202,4 @@ def _teachers(findings: Findings) -> Section:
         "one of the pool with the highest validation accuracy. Total number of runs: "
         f"{len(cells.cells(study)):,} students."
     )
-    return Section("Teachers and pools", text, [tables.teachers(findings), tables.pools(findings)])
+    return Section("Teachers and pools", text, [study_tables.teachers(findings), study_tables.pools(findings)])

@@ -1,4 +1,4 @@
-"""A run's page, report.html, from what lies in its folder: what came out, how it went, what its teachers confuse."""
+"""report.html of one run: results, training curves, teacher weights, confusion matrices, throughput and settings."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ..report.plots import (
     confusions,
     curves,
 )
-from . import config as configs
-from .config import DistillConfig, JobConfig, TeachConfig
-from .confusion import Confusion, confusion
-from .journal import METRICS, read_metrics
-from .run import load_splits
-from .run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
+from ..train import config_file
+from ..train.config import DistillConfig, JobConfig, TeachConfig
+from ..train.confusion import Confusion, confusion
+from ..train.journal import METRICS, read_metrics
+from ..train.run import load_splits
+from ..train.run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
 
 Record = Mapping[str, Any]
 _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small to read
@@ -42,36 +42,37 @@ _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small 
 def write(run: Path, environment: Mapping[str, str]) -> Path:
     """Write `run/report.html` and return its path.
 
-    Student and teachers are asked once more about the validation images, so the data set and the teachers' folders
-    must be where the config says.
+    Student and teachers are evaluated on the validation images, so the data set and the teachers' folders must be
+    where the config says.
 
     Args:
-        run: a run's folder, of a finished run or of one with at least one finished epoch.
-        environment: versions and machine, for the last line.
+        run: folder of a run with at least one finished epoch.
+        environment: versions and machine, for the footer.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: no run, no teacher or no data set is there, or a file of theirs
-            is damaged or has nothing to show; it is named.
+        FileNotFoundError, ValueError, CheckpointError: the run, a teacher or the data set is missing, damaged or
+            empty; the message names the file.
         OSError: the page cannot be written.
     """
-    config = configs.load(run / CONFIG)
+    config = config_file.load(run / CONFIG)
     records = read_metrics(run / METRICS)
     epochs = [record for record in records if record["kind"] == "epoch"]
     if not epochs:
         raise ValueError(f"{run / METRICS} has no finished epoch to report")
     test = next((record for record in records if record["kind"] == "test"), None)
     steps = [record for record in records if record["kind"] == "steps"]
-    cast = _Cast(run, config)
+    evaluated = _Models(run, config)
     job = "teach" if isinstance(config, TeachConfig) else "distill"
     sections = [
-        _result(config, epochs, test, cast),
+        _result(config, epochs, test, evaluated),
         _training(steps, epochs),
-        *([_weights(steps, epochs, cast.names)] if epochs[-1]["weights"] else []),
-        *([_confusion(cast)] if cast.answers is not None else []),
+        *([_weights(steps, epochs, evaluated.names)] if epochs[-1]["weights"] else []),
+        *([_confusion(evaluated)] if evaluated.answers is not None else []),
         _speed(steps, epochs, test),
         settings(
             config,
-            f"What differs from the defaults. `camkd-fast {job} --config {run / CONFIG} --out FOLDER` repeats the run.",
+            "Settings that differ from the defaults. "
+            f"`camkd-fast {job} --config {run / CONFIG} --out FOLDER` repeats the run.",
         ),
     ]
     page = run / REPORT
@@ -82,13 +83,13 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
 def _title(config: JobConfig) -> str:
     if isinstance(config, DistillConfig):
         return f"{config.student} distilled by {config.strategy} on {config.data.data}"
-    return f"{config.model} taught on {config.data.data}"
+    return f"{config.model} trained on {config.data.data}"
 
 
 def _lead(run: Path, config: JobConfig, epochs: Sequence[Record]) -> str:
     learned = f"{run}: {epochs[-1]['epoch']} of {config.optim.epochs} epochs, seed {config.seed}."
     if isinstance(config, TeachConfig):
-        wrong = f" {config.wrong_labels:.0%} of the training labels are wrong on purpose."
+        wrong = f" {config.wrong_labels:.0%} of the training labels are deliberately wrong."
         return learned + (wrong if config.wrong_labels else "")
     return f"{learned} Teachers: {', '.join(map(str, config.teachers)) or 'none'}."
 
@@ -98,8 +99,8 @@ def footer(environment: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
-class _Cast:
-    """The models of a run, the trained one last, and what they say about its validation images."""
+class _Models:
+    """The models of a run, the trained one last, and their predictions on its validation images."""
 
     def __init__(self, run: Path, config: JobConfig) -> None:
         teachers = config.teachers if isinstance(config, DistillConfig) else ()
@@ -121,7 +122,7 @@ class _Cast:
             self.answers = confusion(frozen, images, config.data.loader, config.data.skip_bad)
 
     def table(self, weights: Sequence[float]) -> Table:
-        """One line per model; `weights` are the teachers' mean weights, or empty."""
+        """One row per model; `weights` are the teachers' mean weights, or empty."""
         rows = []
         for k, (name, metadata, model) in enumerate(zip(self.names, self.metadata, self.models, strict=True)):
             accuracy = "" if self.answers is None else f"{100 * self.answers.accuracy(k):.2f} %"
@@ -132,7 +133,7 @@ class _Cast:
         return Table(header, rows)
 
 
-def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, cast: _Cast) -> Section:
+def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, evaluated: _Models) -> Section:
     validated = [record for record in epochs if "validation_accuracy" in record]
     numbers = {}
     if test is not None:
@@ -142,21 +143,21 @@ def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, ca
         numbers["validation accuracy"] = f"{100 * validated[-1]['validation_accuracy']:.2f} %"
     if test is not None:
         numbers["images per second"] = f"{test['images_per_second']:,.0f}"
-        numbers["from start to end"] = duration(test["seconds"])
+        numbers["total time"] = duration(test["seconds"])
         text = (
-            "Of the model after the last epoch: no epoch is selected, and the test images are looked at once, at "
-            "the end."
+            "Results of the model after the last epoch: no epoch is selected, and the test images are used only once, "
+            "at the end."
         )
     else:
         text = f"Not finished: {epochs[-1]['epoch']} of {config.optim.epochs} epochs are done."
     parts: list[Part] = [Figures(numbers)] if numbers else []
-    if cast.models:
-        parts.append(cast.table(epochs[-1]["weights"]))
+    if evaluated.models:
+        parts.append(evaluated.table(epochs[-1]["weights"]))
     return Section("Result", text, parts)
 
 
 def duration(seconds: float) -> str:
-    """In words."""
+    """A duration as text."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -165,12 +166,12 @@ def duration(seconds: float) -> str:
 
 
 def _points(steps: Sequence[Record], epochs: Sequence[Record]) -> Sequence[Record]:
-    """The log lines within epochs where they say more than the epochs' ends do."""
+    """The log records within epochs if there are at least two per epoch, else the epochs' records."""
     return steps if len(steps) >= 2 * len(epochs) else epochs
 
 
 def _curve(label: str, color: str, records: Sequence[Record], values: Sequence[float], dashed: bool = False) -> Curve:
-    """Over epochs; `records` say at which step each value was taken."""
+    """A curve over epochs; `records` have the position of each value."""
     return Curve(label, color, [values], dashed, [record["at"] for record in records])
 
 
@@ -184,13 +185,13 @@ def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
         ("distillation", ORANGE, [r["loss"] - r["hard"] - r["feature"] for r in points]),
         ("features", PURPLE, [r["feature"] for r in points]),
     ]
-    # A part that is nowhere is no part; one alone is the total.
+    # Parts that are 0 throughout are left out; a single part equals the total.
     present = [part for part in parts if max(part[2]) > 1e-6 * max(parts[0][2])]
     shown = present[1:] if len(present) == 2 else present
     largest, least = max(parts[0][2]), min(min(part[2]) for part in shown)
     losses = Panel(
         "Loss",
-        "mean per image, by weight" if len(shown) > 1 else "cross-entropy",
+        "mean per image, weighted" if len(shown) > 1 else "cross-entropy",
         [_curve(label, color, points, values) for label, color, values in shown],
         logarithmic=least > 0 and largest > 30 * least,
     )
@@ -207,14 +208,14 @@ def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
         ],
     )
     text = (
-        "Each part of the loss with the weight that it has in the total. Training accuracy is counted while the model "
-        "changes, validation accuracy after each epoch."
+        "Each part of the loss is multiplied by its weight in the total. Training accuracy is accumulated during the "
+        "epoch, validation accuracy is measured after it."
     )
     return Section("Training", text, [curves((losses, accuracy))])
 
 
 def _placed(*kinds: Sequence[Record]) -> list[list[dict[str, Any]]]:
-    """Records with "at", the number of epochs that had passed."""
+    """Add "at" to the records: the position in epochs."""
     last = kinds[-1][-1]
     per_epoch = last["step"] / last["epoch"]
     return [[{**record, "at": record["step"] / per_epoch} for record in records] for records in kinds]
@@ -230,26 +231,26 @@ def _weights(steps: Sequence[Record], epochs: Sequence[Record], names: Sequence[
             values = [record[of][k] for record in points]
             lines.append(_curve(f"{names[k]}, {kind}", color, points, values, dashed=kind == "features"))
     text = (
-        "How much each teacher counts, in the mean over images. Weights of logits that follow from teachers and labels "
-        "alone stay level; weights of features judge what each teacher's classifier makes of the student's features, "
-        "so they move as the student learns."
+        "Mean weight of each teacher over the images. Logit weights that depend only on teachers and labels are "
+        "constant; feature weights depend on the logits that each teacher's classifier computes from the student's "
+        "features, so they change during training."
     )
     return Section("Weights of the teachers", text, [curves((Panel("Mean weight per teacher", "mean weight", lines),))])
 
 
-def _confusion(cast: _Cast) -> Section:
-    assert cast.answers is not None
-    matrices = [ClassMatrix(name, cast.answers.shares(k)) for k, name in enumerate(cast.names)]
+def _confusion(evaluated: _Models) -> Section:
+    assert evaluated.answers is not None
+    matrices = [ClassMatrix(name, evaluated.answers.shares(k)) for k, name in enumerate(evaluated.names)]
     C = len(matrices[0].shares)
     picture = confusions(matrices) if C <= _MOST_CLASSES_IN_A_MATRIX else class_accuracies(matrices)
-    text = f"Answers to the {cast.images:,} validation images, by true class." + (
-        "" if C <= _MOST_CLASSES_IN_A_MATRIX else " Each cell is the share of right answers to one class."
+    text = f"Predictions on the {evaluated.images:,} validation images, by true class." + (
+        "" if C <= _MOST_CLASSES_IN_A_MATRIX else " Each cell is the accuracy on one class."
     )
     K = len(matrices)
     if K > 1:
-        none, every = (int(cast.answers.right[i]) / max(cast.images, 1) for i in (0, K))
-        text += f" All are right about {every:.1%} of them, nobody about {none:.1%}."
-    return Section("Who confuses what", text, [picture])
+        none, every = (int(evaluated.answers.right[i]) / max(evaluated.images, 1) for i in (0, K))
+        text += f" All models are right on {every:.1%} of them, none on {none:.1%}."
+    return Section("Confusion matrices", text, [picture])
 
 
 def _speed(steps: Sequence[Record], epochs: Sequence[Record], test: Record | None) -> Section:
@@ -261,8 +262,8 @@ def _speed(steps: Sequence[Record], epochs: Sequence[Record], test: Record | Non
         panels.insert(0, Panel("Throughput", "images per second", [speed], from_zero=True))
     start = test["start_seconds"] if test is not None else epochs[-1]["start_seconds"]
     text = (
-        f"Training steps alone, over all processes, evaluation and checkpoints apart. The first steps, with whatever "
-        f"they compile and load, took {start:.2f} s and are left out."
+        "Training steps over all processes, without evaluation and checkpoints. The first steps, including "
+        f"compilation and loading, took {start:.2f} s and are excluded."
     )
     return Section("Throughput", text, [curves(panels)])
 
@@ -273,8 +274,8 @@ def _rate_curve(steps: Sequence[Record], epochs: Sequence[Record]) -> Curve:
 
 
 def settings(config: JobConfig, text: str) -> Section:
-    """The settings that differ from the defaults, and all of them folded away."""
-    usual = configs.differences(config, type(config)())
+    """Table of the settings that differ from the defaults, and a folded table of all settings."""
+    usual = config_file.differences(config, type(config)())
     changed = [
         (name, _shown(value), _shown(default))
         for name, (value, default) in usual.items()

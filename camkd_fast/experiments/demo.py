@@ -1,4 +1,4 @@
-"""The demonstration: three teachers, one of them poor, and what a small student makes of them, on real digits."""
+"""The demonstration: a small student learns handwritten digits from three teachers, one of them poor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from torch import Tensor
 from ..data.files import ImageSet
 from ..data.images import LabelledImages, stratified_parts
 from ..losses.feature import confidence_weights
-from . import compare, run
+from ..train import run
+from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import load_model
+from ..train.strategies import AVER, CAMKD, CE
+from . import compare
 from .compare import CompareConfig, Row
-from .config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
-from .journal import METRICS, read_metrics
 from .loss_speed import LossSpeed, measure_loss_speed
-from .run_folder import load_model
 
 DATA = "digits"
-STRATEGIES = ("ce", "aver", "ca-mkd")
+STUDENTS = (CE.name, AVER.name, CAMKD.name)
 
 
 @dataclass(frozen=True)
@@ -30,35 +32,35 @@ class TeacherSpec:
     name: str
     model: str
     epochs: int
-    images: int | None = None  # of the training part; None: all
-    wrong_labels: float = 0.0  # share of its training labels that were replaced
-    augmentation: Literal["auto", "none"] = "auto"  # none lets a model learn its images by heart
+    images: int | None = None  # number of training images; None: all
+    wrong_labels: float = 0.0  # fraction of training labels replaced by wrong ones
+    augmentation: Literal["auto", "none"] = "auto"  # without augmentation a model can memorise its images
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings, chosen on the validation part; the test part is looked at once, after the last epoch."""
+    """Settings, chosen on validation images; the test images are used once, after the last epoch."""
 
-    # The poor teacher knows few images by heart, most under a wrong label, and is sure of them. Those images include
-    # the students', so on some of them it is right and on most wrong: what per-sample weights are made for.
+    # The poor teacher has memorised few images, most of them with a wrong label. They include the students' images, so
+    # it is confidently right on some of these and wrong on most: the case for per-sample weights.
     teachers: tuple[TeacherSpec, ...] = (
         TeacherSpec("teacher A", "resnet20", epochs=8),
         TeacherSpec("teacher B", "resnet8x4", epochs=5),
         TeacherSpec("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, augmentation="none"),
     )
     student: str = "resnet8"
-    # Few images, or cross-entropy alone leaves nothing to gain on digits.
+    # With more images, cross-entropy is already so good on digits that distillation gains nothing.
     student_images: int = 100
     student_epochs: int = 30
     batch_size: int = 32
     alpha: float = 1.0
-    beta: float = 50 / 3  # what the official code's 50 amounts to, as it divides by the number of teachers
+    beta: float = 50 / 3  # the official code's 50, which it divides by the number of teachers
     seeds: tuple[int, ...] = (0, 1, 2)
     speed_shape: tuple[int, int, int] = (1024, 1000, 3)  # rows, classes, teachers
-    compiled: bool = True  # compare with torch.compile too, some 10 to 20 s of compilation
+    compiled: bool = True  # also time torch.compile, which takes 10 to 20 s to compile
 
     def teacher(self, k: int, out: Path) -> TeachConfig:
-        """The run of the k-th teacher; k is its seed as well."""
+        """Config of the k-th teacher, with seed k."""
         spec = self.teachers[k]
         return TeachConfig(
             model=spec.model,
@@ -71,7 +73,7 @@ class DemoConfig:
         )
 
     def students(self, out: Path) -> CompareConfig:
-        """The students' runs."""
+        """Config of the comparison."""
         base = DistillConfig(
             student=self.student,
             teachers=tuple(self.teacher(k, out).out for k in range(len(self.teachers))),
@@ -82,7 +84,7 @@ class DemoConfig:
             optim=self._optim(self.student_epochs),
             log=LogConfig(tensorboard=False, progress=False),
         )
-        return CompareConfig(STRATEGIES, self.seeds, base)
+        return CompareConfig(STUDENTS, self.seeds, base)
 
     def _optim(self, epochs: int) -> OptimConfig:
         return OptimConfig(epochs=epochs, batch_size=self.batch_size, learning_rate=0.05, schedule="cosine")
@@ -93,22 +95,22 @@ class TeacherResult:
     spec: TeacherSpec
     test_accuracy: float
     images_per_second: float
-    epochs: list[dict[str, Any]]  # the "epoch" records of its metrics.jsonl
+    epochs: list[dict[str, Any]]  # the "epoch" records of the run
 
 
 @dataclass(frozen=True)
 class DemoResults:
     config: DemoConfig
-    sizes: tuple[int, int, int]  # images in the training, validation and test part
+    sizes: tuple[int, int, int]  # training, validation and test images
     teachers: list[TeacherResult]
     students: list[Row]
-    weights: Tensor  # (K, N): confidence weights on the students' training images
+    weights: Tensor  # (K, N) confidence weights on the students' training images
     speed: LossSpeed
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """On 8x8 images a second thread gains 10 to 30 % when its core is idle, and costs multiples when it is busy."""
+    """One torch thread: on 8x8 images a second one gains 10 to 30 % on an idle core and is far slower on a busy one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,7 +122,7 @@ def one_thread() -> Iterator[None]:
 def run_demo(config: DemoConfig, out: Path) -> DemoResults:
     """Train everything into run folders under `out`, then time the loss on all threads; errors as `run.teach`.
 
-    Runs of an earlier demonstration in `out` are replaced.
+    Overwrites the runs of an earlier demonstration.
     """
     from tqdm import tqdm
 
@@ -131,7 +133,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResults:
     every: list[JobConfig] = [*jobs, *cells]
     work = [job.optim.epochs * (job.data.images or len(parts.train)) for job in every]
     with one_thread(), tqdm(total=sum(work), unit="img", dynamic_ncols=True) as bar:
-        # It counts images, so that its rate means the same for every run.
+        # The bar counts images, so that its rate is comparable between runs.
         for job, spec, images in zip(jobs, config.teachers, work, strict=False):
             bar.set_description(spec.name)
             run.teach(job, overwrite=True)
@@ -157,7 +159,7 @@ def _teacher_result(spec: TeacherSpec, folder: Path) -> TeacherResult:
 
 @torch.no_grad()
 def teacher_weights(teachers: list[Path], train: ImageSet, count: int) -> Tensor:
-    """Confidence weights (K, count) of trained teachers on the images that a run with `images=count` learns from."""
+    """Confidence weights (K, count) of trained teachers on the training images of a run with `images=count`."""
     assert isinstance(train, LabelledImages)
     few = train.take(stratified_parts(train.labels, [count], seed=DataConfig().split_seed)[0])
     images = few.normalise(few.pixels)

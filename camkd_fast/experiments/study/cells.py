@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import strategies
-from ..config import DistillConfig, LogConfig, TeachConfig, differences
-from ..run_folder import FREE
+from ...train import strategies
+from ...train.config import DistillConfig, LogConfig, TeachConfig
+from ...train.config_file import differences
+from ...train.run_folder import FREE
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
 QUIET = LogConfig(tensorboard=False, progress=False, checkpoint_minutes=1.0)
@@ -55,7 +56,7 @@ def locate(pool: Pool, student: Student, variant: Variant, seed: int) -> Cell:
     return Cell(pool.name if variant.has_pool else NO_POOL, student.model, variant.name, seed)
 
 
-def share(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
+def assigned(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
     """The cells of one of `world` machines or processes: every one is somebody's, none is two's."""
     return list(cells[rank::world])
 
@@ -136,7 +137,7 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
 
 def asking(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
     """A run that needs all that the pool's teachers can say: whoever loads its teachers makes their cache."""
-    everything = next(name for name in strategies.NAMES if strategies.find(name).needs_features)
+    everything = next(name for name, kind in strategies.STRATEGIES.items() if kind.needs_features)
     return DistillConfig(strategy=everything, optim=study.training, **_shared(study, pool, out))
 
 

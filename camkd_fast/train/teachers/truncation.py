@@ -1,4 +1,4 @@
-"""Logits of many classes as the k largest and one bucket for the rest, and what that does to the loss."""
+"""Top-k truncation of logits, with one bucket for the other classes, and the resulting error of the loss."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.logit import camkd_loss_and_grad
+from ...losses.formula import Formula
+from ...losses.logit import camkd_loss_and_grad
 
 
 class Truncated(NamedTuple):
     """Rows (...) of C logits, of which k are kept."""
 
-    ids: Tensor  # (..., k) int16, or int32 beyond 32767 classes
-    values: Tensor  # (..., k) their logits
-    tail: Tensor  # (...) float32: the logit that each of the C - k other classes is replayed with
+    ids: Tensor  # (..., k) class indices, int16, or int32 for more than 32767 classes
+    values: Tensor  # (..., k) logits of these classes
+    tail: Tensor  # (...) float32, common logit of the C - k other classes
 
 
 def truncate(logits: Tensor, k: int, temperature: float, dtype: torch.dtype = torch.float32) -> Truncated:
     """Keep the k largest of (..., C) logits.
 
-    The mass of all others at `temperature` goes into one bucket, of which they get even shares. So at that temperature
-    the k probabilities are exact (but for the rounding of their logits to `dtype`) and so is the mass of the rest.
-    At a lower temperature, as for cross-entropies at 1, the bucket is lighter than the true tail: an even spread is.
+    The other classes share their total probability mass at `temperature` equally. So at this temperature the k
+    probabilities and the mass of the rest are exact, up to the rounding of logits to `dtype`. At a lower temperature,
+    as for cross-entropies at 1, the bucket underestimates the mass of the tail.
 
     Raises:
         ValueError: k is not in [1, C).
@@ -40,28 +41,28 @@ def truncate(logits: Tensor, k: int, temperature: float, dtype: torch.dtype = to
 
 
 def expand(rows: Truncated, num_classes: int) -> Tensor:
-    """(..., C) float32 logits again."""
+    """Inverse of `truncate`: (..., C) float32 logits."""
     logits = rows.tail.unsqueeze(-1).repeat(*(1,) * rows.tail.dim(), num_classes)
     return logits.scatter_(-1, rows.ids.long(), rows.values.float())
 
 
 def loss_error(teachers: Tensor, replayed: Tensor, target: Tensor, temperature: float) -> dict[str, dict[str, float]]:
-    """How far loss and gradient of CA-MKD on replayed logits are from those on the teachers' own, row by row.
+    """Relative error per row of CA-MKD's loss and gradient on replayed logits.
 
     Args:
-        teachers, replayed: (n, K, C).
+        teachers, replayed: (n, K, C), original and replayed logits.
         target: (n,) int64.
 
     Returns:
-        For a student that knows nothing (equal logits) and one half way (half the teachers' mean logits): mean and
-        maximum over rows of |loss' - loss| / loss and of |gradient' - gradient| / |gradient|.
+        For an untrained student (equal logits) and one half way (half the teachers' mean logits): mean and maximum
+        over rows of |loss' - loss| / loss and of |gradient' - gradient| / |gradient|.
     """
     result = {}
     students = {"untrained": torch.zeros_like(teachers[:, 0]).float(), "half way": teachers.float().mean(1) / 2}
     for name, student in students.items():
         (true, gradient), (ours, other) = (
             camkd_loss_and_grad(
-                student, list(logits.float().unbind(1)), target, temperature=temperature, reduction="none"
+                student, list(logits.float().unbind(1)), target, reduction="none", **Formula(temperature).options()
             )
             for logits in (teachers, replayed)
         )

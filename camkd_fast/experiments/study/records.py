@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically
+from ...train.atomic import write_atomically
 from . import cells
 from .cells import Cell
 from .spec import StudyConfig

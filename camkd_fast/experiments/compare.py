@@ -1,4 +1,4 @@
-"""Strategies x seeds: the same student from the same teachers, each cell a run of its own, finished ones kept."""
+"""Comparison of strategies over seeds with one student and its teachers. Each cell is a run; finished runs are kept."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from . import run, strategies
-from .config import DistillConfig
-from .journal import METRICS, read_metrics
-from .run_folder import is_finished
+from ..train import run, strategies
+from ..train.config import DistillConfig
+from ..train.journal import METRICS, read_metrics
+from ..train.run_folder import is_finished
 
-BASELINE = "aver"  # what the others are compared with, seed by seed
+BASELINE = strategies.AVER.name  # reference of the paired differences
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """Train the same student with every strategy from every seed."""
 
-    strategies: tuple[str, ...] = strategies.NAMES
+    strategies: tuple[str, ...] = field(default_factory=strategies.names)
     """Strategies to compare, each with the same alpha."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every strategy; equal seeds have equal first parameters and image order."""
+    """Seeds of every strategy; equal seeds have equal initial parameters and image order."""
     student: DistillConfig = field(default_factory=DistillConfig)
-    """Everything else; its strategy and seed do not count, its `out` is the comparison's folder."""
+    """All other settings; its strategy and seed are ignored, its `out` is the comparison's folder."""
 
     def __post_init__(self) -> None:
         for name, values in (("strategies", self.strategies), ("seeds", self.seeds)):
@@ -39,26 +39,26 @@ class CompareConfig:
         return self.student.out
 
     def cells(self) -> Iterator[DistillConfig]:
-        """The runs, all strategies of a seed before the next seed: a comparison that is stopped early is a fair one."""
+        """The runs, seed by seed: a comparison that is stopped early has complete seeds."""
         for seed in self.seeds:
             for name in self.strategies:
                 yield self.cell(name, seed)
 
     def cell(self, strategy: str, seed: int) -> DistillConfig:
-        """One run, in `out/STRATEGY/seed-N`. Beta is for strategies with a feature term alone."""
-        beta = self.student.beta if strategies.find(strategy).needs_features else None
-        out = self.out / strategy / f"seed-{seed}"
-        return replace(self.student, strategy=strategy, seed=seed, beta=beta, out=out)
+        """One run, in `out/STRATEGY/seed-N`, without the options that its strategy refuses."""
+        taken = strategies.find(strategy).options
+        refused: dict[str, Any] = {name: value for name, value in strategies.UNSET.items() if name not in taken}
+        return replace(self.student, strategy=strategy, seed=seed, out=self.out / strategy / f"seed-{seed}", **refused)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy over all seeds, in their order."""
+    """Results of one strategy, in the order of the seeds."""
 
     strategy: str
     test_accuracy: Sequence[float]
     images_per_second: float  # mean over runs
-    epochs: Sequence[Sequence[Mapping[str, Any]]]  # of each run, the "epoch" records of its metrics.jsonl
+    epochs: Sequence[Sequence[Mapping[str, Any]]]  # the "epoch" records of each run
 
     @property
     def mean(self) -> float:
@@ -70,7 +70,7 @@ class Row:
         return spread(self.test_accuracy)
 
     def gains(self, baseline: Row) -> list[float]:
-        """Differences of test accuracy to another strategy, seed by seed."""
+        """Difference of test accuracy to another strategy, per seed."""
         return [mine - theirs for mine, theirs in zip(self.test_accuracy, baseline.test_accuracy, strict=True)]
 
 
@@ -80,20 +80,20 @@ def spread(values: Sequence[float]) -> float:
 
 
 def run_cell(cell: DistillConfig, overwrite: bool = False) -> None:
-    """Train one cell, go on with it, or keep it if it is finished.
+    """Train one cell, resume it, or keep it if it is finished.
 
     Raises:
-        RunExistsError: its folder holds a run with other settings, which are named.
+        RunExistsError: its folder holds a run with other settings; the message has the differences.
         As `run.distill`.
     """
     run.distill(cell, resume=not overwrite, overwrite=overwrite)
 
 
 def collect(config: CompareConfig) -> list[Row]:
-    """What the finished cells say.
+    """Results of all cells.
 
     Raises:
-        ValueError, OSError: a cell is missing or not finished; it is named.
+        ValueError, OSError: a cell is missing or not finished; the message names it.
     """
     rows = []
     for name in config.strategies:
@@ -111,12 +111,12 @@ def collect(config: CompareConfig) -> list[Row]:
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:
-    """The row of AVER, if it was compared."""
+    """The row of the baseline, if it was compared."""
     return next((row for row in rows if row.strategy == BASELINE), None)
 
 
 def as_json(config: CompareConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """Settings and results, ready for JSON but for its paths."""
+    """Settings and results for JSON; paths are not converted."""
     aver = baseline(rows)
     return {
         "strategies": list(config.strategies),

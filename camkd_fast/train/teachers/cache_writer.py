@@ -1,4 +1,4 @@
-"""Asking the teachers once about every sample and view, and keeping what they say."""
+"""Writing a teacher cache: one forward pass per sample and view."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.protocol import Prediction
-from .atomic import write_atomically
+from ...models.protocol import Prediction
+from ..atomic import write_atomically
+from ..distributed import World
 from .cache_files import CacheError, CacheKey, Manifest, Storage, manifests, shards
-from .distributed import World
-from .teachers import Teachers
+from .live import Teachers
 from .truncation import Truncated, expand, loss_error, truncate
 
 if TYPE_CHECKING:
-    from ..data.batch import Loader
+    from ...data.batch import Loader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 64 << 20
@@ -35,23 +35,23 @@ def write_missing(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> None:
-    """Every answer that `folder` does not hold yet, each rank those of the samples that its loader delivers.
+    """Write the rows that `folder` lacks; each rank writes the samples of its own loader.
 
     Args:
-        loader: at the start of an epoch, of the settings that `key` names; epoch v is to deliver view v.
+        loader: at the start of an epoch, with the settings of `key`; epoch v must deliver view v.
         progress: called with the number of samples of every batch.
 
     Raises:
-        CacheError: `folder` holds a cache of something else or a damaged one, or a batch is of another view.
-        OSError: a shard cannot be written; those before it are kept.
+        CacheError: the cache in `folder` is damaged or does not match, or a batch has another view.
+        OSError: a shard cannot be written; earlier shards are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     covered = torch.zeros(key.views * key.samples, dtype=torch.bool)
     for manifest in manifests(folder, key, storage):
-        storage = manifest.storage  # which may keep features that were not asked for
+        storage = manifest.storage  # may include features that this run does not need
         for shard in shards(folder, manifest):
             covered[shard["rows"]] = True
-    world.wait()  # all have read before the first one writes
+    world.wait()  # all ranks have read the manifests before the first one writes
     writer = _Writer(folder, key, storage, world.rank, shard_bytes)
     for view, done in enumerate(covered.view(key.views, key.samples).all(1).tolist()):
         if done:
@@ -70,7 +70,7 @@ def write_missing(
 
 
 class _Writer:
-    """Collects answers and writes them shard by shard."""
+    """Collects outputs and writes them shard by shard."""
 
     def __init__(self, folder: Path, key: CacheKey, storage: Storage, rank: int, shard_bytes: int) -> None:
         self._folder, self._key, self._storage, self._rank = folder, key, storage, rank
@@ -80,16 +80,16 @@ class _Writer:
         self._pending: list[dict[str, Tensor]] = []
         self._bytes = 0
 
-    def add(self, rows: Tensor, taught: Sequence[Prediction], target: Tensor, new: Tensor) -> None:
-        """What the teachers say about `rows` (n,), of which those marked in `new` (n,) are kept."""
-        logits = torch.stack([t.logits.cpu() for t in taught], 1)
+    def add(self, rows: Tensor, teacher_outputs: Sequence[Prediction], target: Tensor, new: Tensor) -> None:
+        """Add the outputs for `rows` (n,) int64 where `new` (n,) bool is True."""
+        logits = torch.stack([t.logits.cpu() for t in teacher_outputs], 1)
         kept = encode(logits, self._storage)
         if self._storage.features:
-            features = torch.cat([_pooled(k, t.features) for k, t in enumerate(taught)], 1)
+            features = torch.cat([_pooled(k, t.features) for k, t in enumerate(teacher_outputs)], 1)
             kept["features"] = features.to(DTYPES[self._storage.dtype])
         if self._manifest is None:
             C = logits.shape[2]
-            channels = [t.features.shape[1] if self._storage.features else 0 for t in taught]
+            channels = [t.features.shape[1] if self._storage.features else 0 for t in teacher_outputs]
             part = slice(0, MEASURED_ROWS)
             replayed = decode({name: tensor[part] for name, tensor in kept.items()}, C)
             error = loss_error(logits[part], replayed, target[part].cpu(), self._storage.temperature)
@@ -101,7 +101,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard of all that is pending, then list it."""
+        """Write all pending rows as a shard, then list it in the manifest."""
         from safetensors.torch import save
 
         if not self._pending or self._manifest is None:
@@ -121,7 +121,7 @@ class _Writer:
 
 
 def encode(logits: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """Logits (n, K, C) as the tensors of a shard."""
+    """Convert logits (n, K, C) to the tensors of a shard."""
     dtype = DTYPES[storage.dtype]
     if storage.top_k is None:
         return {"logits": logits.to(dtype)}
@@ -129,14 +129,14 @@ def encode(logits: Tensor, storage: Storage) -> dict[str, Tensor]:
 
 
 def decode(shard: dict[str, Tensor], num_classes: int) -> Tensor:
-    """Logits (n, K, C) from the tensors of a shard: in the dtype they are kept in, float32 where truncated."""
+    """Logits (n, K, C) of a shard in their stored dtype; float32 if truncated."""
     if "logits" in shard:
         return shard["logits"]
     return expand(Truncated(shard["ids"], shard["values"], shard["tail"]), num_classes)
 
 
 def _pooled(k: int, features: Tensor) -> Tensor:
-    """(n, D) float32 on the CPU from a feature map (n, D, H, W)."""
+    """Average a feature map (n, D, H, W) to (n, D) float32 on the CPU."""
     if features.dim() != 4:
         raise CacheError(f"the feature map of teacher {k} has shape {tuple(features.shape)}, not (n, D, H, W)")
     return features.float().mean((2, 3)).cpu()

@@ -1,0 +1,1 @@
+"""Experiments built from training runs: comparisons, studies, the demonstration, and the reports of each."""

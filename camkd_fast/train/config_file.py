@@ -1,0 +1,113 @@
+"""Configs as YAML files, and the differences between two configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .atomic import write_atomically
+from .config import JOBS, JobConfig
+
+
+def save(config: JobConfig, path: Path) -> None:
+    """Write `config` as YAML, with its job ("teach" or "distill") as the first key."""
+    import yaml
+
+    job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
+    write_atomically(path, yaml.safe_dump({"job": job, **serializable(config)}, sort_keys=False).encode())
+
+
+def load(path: Path) -> JobConfig:
+    """Read a config written by `save` or by hand; missing fields have their defaults.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not YAML, or a job, field or value is invalid; the message has file and field.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or content.get("job") not in JOBS:
+        job = content.get("job") if isinstance(content, dict) else None
+        raise ValueError(f"{path}: job must be one of {', '.join(JOBS)}, got {job!r}")
+    kind = JOBS[content.pop("job")]
+    try:
+        return build(kind, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
+    """Map the dotted name of each differing field to its two values."""
+    one, two = _flat(serializable(first)), _flat(serializable(second))
+    return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
+
+
+def serializable(value: Any) -> Any:
+    """Convert dataclasses, paths and tuples to types that YAML can represent."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: serializable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [serializable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in content.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+_Config = TypeVar("_Config")
+
+
+def build(kind: type[_Config], content: Mapping[str, Any], prefix: str = "") -> _Config:
+    """An instance of the dataclass `kind` from a mapping; `prefix` is its dotted name in the file.
+
+    Raises:
+        ValueError: not a mapping, an unknown field or an invalid value; the message names the field.
+        TypeError: a field without a default is missing.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')} must be a mapping, got {content!r}")
+    hints = get_type_hints(kind)
+    for name in content:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
+            raise ValueError(f"unknown field {prefix}{name}; {hint}")
+    return kind(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """Convert a YAML value to the annotated type."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+        return _value(hint, value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(get_args(hint)[0], item, name) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with suppress(ValueError):  # the error below names the field
+            return float(value)  # YAML reads 5e-4 as a string
+    if origin is Literal and value in get_args(hint):
+        return value
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = ", ".join(map(repr, get_args(hint))) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -1,0 +1,77 @@
+"""Strategies that also regress the teachers' feature maps, with equal weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...losses.feature import CAMKDFeatureLoss, weighted_feature_loss
+from ...models.protocol import Prediction
+from .base import FeatureTerm, Setup, Strategy
+from .registry import register
+
+
+class FeatureStrategy(Strategy):
+    """Base of strategies that regress the teachers' last feature maps; owns the maps r_k. The feature term is float32.
+
+    With a teacher cache the teachers' maps are pooled, (N, D_k, 1, 1), and the student's map is pooled before r_k.
+    """
+
+    needs_features = True
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup.formula)
+        teachers = setup.teachers
+        assert teachers is not None
+        if 0 in teachers.num_features:
+            raise ValueError(f"{self.name} needs feature maps, but the teachers give {teachers.num_features} channels")
+        self.beta: float = setup.options["beta"] / setup.divisor
+        self.heads = teachers.heads
+        detach = setup.options.get("detach_weights", True)
+        self.maps = CAMKDFeatureLoss(setup.student_features, teachers.num_features, detach, self.formula.ignore_index)
+
+    @classmethod
+    def build(cls, setup: Setup) -> FeatureStrategy:
+        return cls(setup)
+
+    def feature_term(
+        self,
+        student: Prediction,
+        teacher_outputs: list[Prediction],
+        target: Tensor,
+        num_items: float | Tensor | None = None,
+    ) -> FeatureTerm:
+        with torch.autocast(student.features.device.type, enabled=False):
+            return self._term(student.features.float(), [t.features for t in teacher_outputs], target, num_items)
+
+    def _term(
+        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+    ) -> FeatureTerm:
+        """`feature_term` of the maps: student (N, D, H, W) float32, teachers (N, D_k, H_k, W_k)."""
+        raise NotImplementedError
+
+    def _hints(
+        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+    ) -> Tensor:
+        """beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2: equal weights for all maps."""
+        regressed = self.maps.regress(student, teachers)
+        kept = target != self.formula.ignore_index
+        weights = (kept / len(teachers)).expand(len(teachers), -1)
+        total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
+        return self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items)
+
+
+@register
+class FitNetMKD(FeatureStrategy):
+    """AVER plus hints, mean_k mean_{d,h,w} (F_k - r_k)^2 (after Romero et al. 2015)."""
+
+    name, label, color = "fitnet-mkd", "FitNet-MKD", "#d55e00"
+    options: ClassVar[Mapping[str, Any]] = {"beta": 100.0}
+
+    def _term(
+        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+    ) -> FeatureTerm:
+        return FeatureTerm(self._hints(student, teachers, target, num_items), None)

@@ -1,0 +1,96 @@
+"""Strategies that weigh the teachers' logits, and the baseline without teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...losses.formula import Formula
+from ...models.protocol import Prediction
+from ..min_norm import min_norm_weights
+from .base import Setup, Strategy
+from .registry import register
+
+
+@register
+class CE(Strategy):
+    """Labels only."""
+
+    name, label, color = "ce", "CE only", "#8a8a8a"
+    needs_teachers = False
+
+
+@register
+class KD(Strategy):
+    """One of the K teachers."""
+
+    name, label, color = "kd", "KD", "#332288"
+    options: ClassVar[Mapping[str, Any]] = {"teacher_index": 0}
+
+    def __init__(self, formula: Formula, K: int, teacher_index: int) -> None:
+        super().__init__(formula)
+        if not 0 <= teacher_index < K:
+            raise ValueError(f"teacher_index must lie in [0, {K}) for {K} teachers, got {teacher_index}")
+        self.weights: Tensor
+        self.register_buffer("weights", F.one_hot(torch.tensor(teacher_index), K).float(), persistent=False)
+
+    @classmethod
+    def build(cls, setup: Setup) -> KD:
+        assert setup.teachers is not None
+        return cls(setup.formula, len(setup.teachers.num_features), setup.options["teacher_index"])
+
+    def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
+        return self.weights
+
+
+@register
+class AVER(Strategy):
+    """Equal weights."""
+
+    name, label, color = "aver", "AVER", "#e69f00"
+
+
+@register
+class EBKD(Strategy):
+    """Teachers with lower output entropy weigh more (Kwon et al. 2020)."""
+
+    name, label, color = "ebkd", "EBKD", "#009e73"
+    rule = "entropy"
+
+    @staticmethod
+    def divisor(K: int, official: bool) -> int:
+        return K if official else max(K - 1, 1)
+
+
+@register
+class AEKD(Strategy):
+    """Weights of the min-norm combination of the K gradients of the soft loss (Du et al. 2020).
+
+    One weight per teacher and batch, at most `cap`, from the gradients with respect to the student's (N, C) logits.
+    The Gram matrix is summed over all ranks, so weights do not depend on how a batch is split. (The official code
+    averages each gradient over the batch before it takes inner products.)
+    """
+
+    name, label, color = "aekd", "AEKD", "#cc79a7"
+    cap = 0.6
+
+    @torch.no_grad()
+    def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
+        """(K,) float64."""
+        T = self.formula.temperature
+        kept = (target != self.formula.ignore_index).unsqueeze(-1)
+        q = (student_logits.float() / T).softmax(-1)
+        with torch.autocast(q.device.type, enabled=False):
+            # The gradients' common factor T / N is left out: it does not change the weights.
+            gradients = [
+                torch.where(kept, q - (t.logits.float() / T).softmax(-1), 0.0).flatten() for t in teacher_outputs
+            ]
+            stacked = torch.stack(gradients)
+            gram = stacked @ stacked.T
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gram)
+        return min_norm_weights(gram, self.cap)

@@ -1,0 +1,102 @@
+"""Strategies by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar
+
+from ...losses.formula import Formula
+from ..teachers.live import Teachers
+from .base import Setup, Strategy
+
+STRATEGIES: dict[str, type[Strategy]] = {}  # in the order of registration
+UNSET = {"beta": None, "uniform": "none"}  # values of options that ask for nothing, see `create`
+
+_Kind = TypeVar("_Kind", bound=type[Strategy])
+
+
+def register(kind: _Kind) -> _Kind:
+    """Class decorator: make a strategy available by its name.
+
+    Raises:
+        TypeError: `name`, `label` or `color` is missing.
+        ValueError: another class has that name.
+    """
+    missing = [attribute for attribute in ("name", "label", "color") if not hasattr(kind, attribute)]
+    if missing:
+        raise TypeError(f"strategy {kind.__name__} lacks {', '.join(missing)}")
+    if STRATEGIES.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"{kind.__name__} and {STRATEGIES[kind.name].__name__} are both named {kind.name!r}")
+    return kind
+
+
+def unregister(name: str) -> None:
+    """Remove a registered strategy.
+
+    Raises:
+        ValueError: as `find`.
+    """
+    del STRATEGIES[find(name).name]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered strategies, in order."""
+    return tuple(STRATEGIES)
+
+
+def taking(option: str) -> tuple[str, ...]:
+    """Names of the strategies that take an option, in order."""
+    return tuple(name for name, kind in STRATEGIES.items() if option in kind.options)
+
+
+def find(name: str) -> type[Strategy]:
+    """The class of that name.
+
+    Raises:
+        ValueError: no strategy has that name; the nearest names are given.
+    """
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=3, cutoff=0.4) or STRATEGIES
+        raise ValueError(f"no strategy is named {name!r}; nearest: {', '.join(near)}")
+    return STRATEGIES[name]
+
+
+def create(
+    name: str,
+    teachers: Teachers | None,
+    student_features: int,
+    *,
+    alpha: float = 1.0,
+    temperature: float = 4.0,
+    official_scale: bool = False,
+    **options: Any,
+) -> Strategy:
+    """An instance of the named strategy; its parameters are initialised from torch's global generator.
+
+    Args:
+        name: one of `names()`.
+        teachers: the K teachers; None for strategies without teachers.
+        student_features: channels of the student's last feature map.
+        alpha: strength of the soft loss, before the division (table of the package).
+        official_scale: divide as the official code does.
+        options: values that replace the class's `options`. `beta=None` and `uniform="none"` keep the default; set to
+            anything else they are refused by strategies without them. Other options are ignored by these.
+
+    Raises:
+        ValueError: an unknown name, no teachers, an option that the strategy lacks, or what `Strategy.build` raises.
+        TypeError: no strategy has that option.
+    """
+    kind = find(name)
+    for option, value in options.items():
+        if not taking(option):
+            raise TypeError(f"no strategy has an option {option!r}")
+        if option in UNSET and value != UNSET[option] and option not in kind.options:
+            who = ", ".join(taking(option))
+            raise ValueError(f"{option} is {value!r}, but {name} has no option {option}: it is for {who}")
+    if kind.needs_teachers and teachers is None:
+        raise ValueError(f"{name} learns from teachers, but none were given")
+    divisor = 1 if teachers is None else kind.divisor(len(teachers.num_features), official_scale)
+    soft_weight = alpha / divisor if kind.needs_teachers else 0.0
+    formula = Formula(temperature, soft_weight=soft_weight, weighting=kind.rule)
+    given = {name: options[name] for name in kind.options if options.get(name) is not None}
+    return kind.build(Setup(formula, teachers, student_features, divisor, {**kind.options, **given}))

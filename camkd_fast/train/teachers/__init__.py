@@ -1,0 +1,1 @@
+"""Frozen teachers: computed live, or replayed from a cache."""
