@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..backends.contract import RowLossResult, row_stats_count
 from .batch_mean import batch_mean, batch_scale
-from .formula import kernel_formula, temperature_power, weighting_kind
 from .launch import on_chip, onchip_launch, streaming_launch
 from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
+from .results import kernel_formula, temperature_power, weighting_kind
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
 

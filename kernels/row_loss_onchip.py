@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .formula import grad_student_terms
+from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     exp_at_one,
     finite_max,
@@ -11,8 +11,6 @@ from .softmax import (
     load_labels,
     relative_share,
     row_offset,
-    store_loss,
-    store_teacher,
     stride,
     weights_from_scores,
 )

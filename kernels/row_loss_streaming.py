@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .formula import grad_student_terms
+from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     LOWEST,
     exp_at_one,
@@ -12,8 +12,6 @@ from .softmax import (
     lane_rescale,
     load_labels,
     row_offset,
-    store_loss,
-    store_teacher,
     stride,
     weights_from_scores,
 )

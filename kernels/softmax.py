@@ -7,15 +7,6 @@ offset of a row costs no accuracy.
 import triton
 import triton.language as tl
 
-from ..backends.contract import HARD as _HARD
-from ..backends.contract import LOSS as _LOSS
-from ..backends.contract import PER_TEACHER as _PER_TEACHER
-from ..backends.contract import SOFT as _SOFT
-from .formula import loss_terms
-
-# Rows of row_stats (3 + 3K, N).
-LOSS, HARD, SOFT = tl.constexpr(_LOSS), tl.constexpr(_HARD), tl.constexpr(_SOFT)
-PER_TEACHER = tl.constexpr(_PER_TEACHER)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Initial running maximum of a lane: finite, so that differences of maxima are never inf - inf, and no larger than any
 # finite logit, so that rows masked with finfo.min remain exact.
@@ -116,33 +107,3 @@ def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
             weight = weight / (K - 1)
         weights += (weight,)
     return weights
-
-
-@triton.jit
-def store_stat(row_stats, row, N, n, value, kept, in_range):
-    """row_stats[row, n] = value, 0 on ignored rows."""
-    pointers = row_stats + row * tl.cast(N, tl.int64) + n
-    tl.store(pointers, tl.where(kept, value, 0.0), mask=in_range)
-
-
-@triton.jit
-def store_teacher(row_stats, k, N, n, divergence, ce, kept, in_range, K: tl.constexpr):
-    """KL_k and CE_k of rows n."""
-    store_stat(row_stats, PER_TEACHER + k, N, n, divergence, kept, in_range)
-    store_stat(row_stats, PER_TEACHER + K + k, N, n, ce, kept, in_range)
-
-
-@triton.jit
-def store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, in_range, formula, K: tl.constexpr):
-    """w_k, loss, hard and soft of rows n. Returns W = sum_k w_k."""
-    weighted_divergence = tl.zeros_like(hard)
-    weight_sum = tl.zeros_like(hard)
-    for k in tl.static_range(K):
-        store_stat(row_stats, PER_TEACHER + 2 * K + k, N, n, weights[k], kept, in_range)
-        weighted_divergence += tl.where(weights[k] == 0, 0.0, weights[k] * divergence[k])
-        weight_sum += weights[k]
-    loss, soft = loss_terms(hard, weighted_divergence, formula)
-    store_stat(row_stats, LOSS, N, n, tl.where(inside, loss, float("nan")), kept, in_range)
-    store_stat(row_stats, HARD, N, n, hard, kept, in_range)
-    store_stat(row_stats, SOFT, N, n, soft, kept, in_range)
-    return weight_sum

@@ -17,7 +17,7 @@ COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every bac
 MAX_TEACHERS = 16
 TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as (e^{x/T})^T
 
-# Rows of the (3 + 3K, N) tensor `row_stats`; csrc/contract.h and kernels/softmax.py name the same rows.
+# Rows of the (3 + 3K, N) tensor `row_stats`; csrc/contract.h and kernels/results.py name the same rows.
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
 
 
