@@ -1,8 +1,8 @@
-"""Builds camkd_fast._C with CMake and Ninja, and installs kernels/ as camkd_fast.kernels.
+"""Build camkd_fast._C with CMake and Ninja, and install kernels/ as camkd_fast.kernels.
 
-The module is optional: without a compiler the package still installs, and the reason is kept in
-camkd_fast/_build_failure.txt for `camkd-fast info`. CAMKD_FAST_CPU=1 turns a failed build into an error.
-Its CUDA part is optional within it (CAMKD_FAST_CUDA=auto|0|1, csrc/cuda/cuda.cmake); the module keeps the reason.
+The module is optional. If it cannot be built, the package installs without it, and `camkd-fast info` reports the
+reason from camkd_fast/_build_failure.txt. CAMKD_FAST_CPU=1 makes a failed build an error. The module's CUDA part is
+optional as well (CAMKD_FAST_CUDA=auto|0|1, csrc/cuda/cuda.cmake); the module stores the reason if it is missing.
 """
 
 import os
@@ -29,7 +29,7 @@ class CMakeBuild(build_ext):
             try:
                 compile_module(build, module)
             except subprocess.CalledProcessError as error:
-                # Kernels for the CPU are not lost with an nvcc that cannot compile those for a GPU.
+                # If only nvcc fails, build the CPU kernels without the CUDA ones.
                 if "nvcc" not in error.output or os.environ.get("CAMKD_FAST_CUDA", "auto") != "auto":
                     raise
                 compile_module(build, module, reason_of(error.output))
@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
             log = getattr(error, "output", None) or str(error)
             reason = reason_of(log)
             failure.write_text(reason + "\n")
-            module.unlink(missing_ok=True)  # one of an earlier source would run unnoticed
+            module.unlink(missing_ok=True)  # an outdated module would be used unnoticed
             if os.environ.get("CAMKD_FAST_CPU") == "1" or os.environ.get("CAMKD_FAST_CUDA") == "1":
                 raise RuntimeError(f"camkd_fast._C could not be built:\n{log}") from error
             raise CompileError(
@@ -57,10 +57,10 @@ def compile_module(build: Path, module: Path, cuda_failed: str = "") -> None:
 
 
 def reason_of(log: str) -> str:
-    """The line of a build log that says what is wrong."""
+    """The error message in a build log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     at = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
-    # A compiler says what is wrong in that line, CMake in the sentence that starts on the next one.
+    # Compilers give the message on that line, CMake on the lines after it.
     return " ".join(lines[at + 1 : at + 4]) if lines[at].startswith("CMake Error") else lines[at]
 
 

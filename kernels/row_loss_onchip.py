@@ -52,8 +52,8 @@ def row_loss_onchip_fwd_kernel(
 
     The weights depend on every teacher's statistics, but holding K tiles of exponentials until they are known would
     cost K tiles of registers. Two suffice: with e_k the (rescaled) shares of `relative_share`, w_k is proportional to
-    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `unweighted` = sum_k p_k
-    and the total of the e_k. Every term is positive: nothing cancels.
+    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `unweighted` =
+    sum_k p_k and the total of the e_k. Every term is positive: nothing cancels.
     """
     exp2_scale = formula.exp2_scale
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,7 +1,7 @@
-"""Random crops and flips, decided sample by sample: which part of an image is seen in which view.
+"""Random crops and flips, one record per sample.
 
-A record is a function of (seed, view, index of the sample) alone, not of batch, order, rank or loader. So every
-loader sees the same crops, a view can be replayed exactly, and a teacher cache can be keyed by it.
+A record depends only on (seed, view, sample index), not on the batch, order, rank or loader. Every loader therefore
+produces the same crops, a view can be replayed exactly, and a teacher cache can be keyed by it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from .counter_random import key, uniforms
 
 Integers = NDArray[np.int64]
 
-_AUGMENTATION = 2  # keeps these random numbers apart from the order's, which share the seed
+_AUGMENTATION = 2  # stream number; the sample order uses the same seed with another one
 _TRIES = 10  # windows drawn before the fallback, as in torchvision's RandomResizedCrop
-_LANES = 3 + 2 * _TRIES
+_LANES = 3 + 2 * _TRIES  # uniforms per sample: flip, row, column, then an area and a ratio per try
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images vary. `Augmentation(padding=0, flip=False)` shuffles, but changes no image.
+    """Settings of the training augmentation. `Augmentation(padding=0, flip=False)` only shuffles.
 
-    "crop": shift by up to `padding` pixels in each direction, filling with level 0 (files: their central square,
-    resized). "resized-crop": a window of a share `scale` of the image's area and a width-to-height `ratio`, resized
-    (the distribution of torchvision's RandomResizedCrop).
+    "crop" shifts the image by up to `padding` pixels in each direction and fills with level 0; files are first cut to
+    their central square and resized. "resized-crop" resizes a random window with a fraction `scale` of the image's area
+    and a width-to-height `ratio`, distributed as in torchvision's RandomResizedCrop.
 
     Raises:
-        ValueError: an unknown kind, a negative padding, or a range that is empty or not within (0, 1] or above 0.
+        ValueError: the kind is unknown, the padding is negative, `scale` is not a range within (0, 1], or `ratio` is
+            not a range above 0.
     """
 
     kind: Literal["crop", "resized-crop"] = "crop"
@@ -51,42 +52,42 @@ class Augmentation:
 
 
 class Records(NamedTuple):
-    """What is done to each of n images, in this order."""
+    """Augmentation of n images. The steps are applied in this order."""
 
-    windows: Integers  # (n, 4) top, left, height, width of the part that is resized to the delivered size
-    shifts: Integers  # (n, 2) row and column, in delivered pixels, that become the first ones
+    windows: Integers  # (n, 4) top, left, height, width of the part that is resized to the output size
+    shifts: Integers  # (n, 2) row and column of the resized image that become the output's first ones
     mirrored: NDArray[np.bool_]  # (n,)
 
 
 def records(augmentation: Augmentation | None, seed: int, view: int, index: Integers, sizes: Integers) -> Records:
-    """What happens to the samples `index` (n,) in a view.
+    """Augmentation records of the samples `index` (n,) in one view.
 
     Args:
-        augmentation: None is evaluation: the central square, unshifted.
+        augmentation: None means evaluation: the central square, neither shifted nor mirrored.
         sizes: (n, 2) or (1, 2) height and width of the images.
     """
     n = len(index)
     sizes = np.broadcast_to(sizes, (n, 2))
     if augmentation is None:
         return Records(central_squares(sizes), np.zeros((n, 2), np.int64), np.zeros(n, np.bool_))
-    numbers = uniforms(key(_AUGMENTATION, seed, view), index, _LANES)
-    mirrored = (numbers[:, 0] < 0.5) & augmentation.flip
+    draws = uniforms(key(_AUGMENTATION, seed, view), index, _LANES)
+    mirrored = (draws[:, 0] < 0.5) & augmentation.flip
     if augmentation.kind == "resized-crop":
-        return Records(_random_windows(augmentation, numbers[:, 1:], sizes), np.zeros((n, 2), np.int64), mirrored)
-    spots = 2 * augmentation.padding + 1
-    shifts = (numbers[:, 1:3] * spots).astype(np.int64) - augmentation.padding
+        return Records(_random_windows(augmentation, draws[:, 1:], sizes), np.zeros((n, 2), np.int64), mirrored)
+    offsets = 2 * augmentation.padding + 1
+    shifts = (draws[:, 1:3] * offsets).astype(np.int64) - augmentation.padding
     return Records(central_squares(sizes), shifts, mirrored)
 
 
 def central_squares(sizes: Integers) -> Integers:
-    """(n, 4) top, left, height, width of the largest square in the middle of images of `sizes` (n, 2)."""
+    """(n, 4) top, left, height, width of the largest centred square of images with `sizes` (n, 2)."""
     side = sizes.min(1, keepdims=True)
     return np.concatenate([(sizes - side) // 2, side, side], 1)
 
 
-def _random_windows(augmentation: Augmentation, numbers: NDArray[np.float64], sizes: Integers) -> Integers:
-    """The first of several random windows that fits; if none does, the largest central one of a legal ratio."""
-    place, area, ratio = numbers[:, :2], numbers[:, 2 : 2 + _TRIES], numbers[:, 2 + _TRIES :]
+def _random_windows(augmentation: Augmentation, draws: NDArray[np.float64], sizes: Integers) -> Integers:
+    """The first random window that fits; if none does, the largest centred one with an allowed ratio."""
+    position, area, ratio = draws[:, :2], draws[:, 2 : 2 + _TRIES], draws[:, 2 + _TRIES :]
     H, W = sizes[:, :1], sizes[:, 1:]
     low, high = augmentation.scale
     area = H * W * (low + (high - low) * area)
@@ -96,10 +97,10 @@ def _random_windows(augmentation: Augmentation, numbers: NDArray[np.float64], si
     fits = ((tried > 0) & (tried <= np.stack([H, W]))).all(0)
     first = fits.argmax(1)
     window = tried[:, np.arange(len(first)), first].T
-    corner = np.floor(place * (sizes - window + 1))
+    corner = np.floor(position * (sizes - window + 1))
 
-    legal = np.concatenate([np.minimum(H, np.rint(W / narrow)), np.minimum(W, np.rint(H * wide))], 1)
+    fallback = np.concatenate([np.minimum(H, np.rint(W / narrow)), np.minimum(W, np.rint(H * wide))], 1)
     found = np.take_along_axis(fits, first[:, None], 1)
-    window = np.where(found, window, np.maximum(legal, 1))
+    window = np.where(found, window, np.maximum(fallback, 1))
     corner = np.where(found, corner, (sizes - window) // 2)
     return np.concatenate([corner, window], 1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What loaders yield and what they are asked for: the contract of `resident`, `dali` and `torch` alike."""
+"""The interface of all loaders: batches, settings and the `Loader` protocol."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
-    """n samples of one view, for student and teachers alike."""
+    """n samples of one view, shared by the student and the teachers."""
 
     images: Tensor  # (n, channels, H, W) float32 on the device, normalised
     target: Tensor  # (n,) int64 on the device
-    # Positions of the samples in the data set: (n,) int64 on the CPU. Hides the method of tuples, which nobody needs.
+    # Positions of the samples in the data set: (n,) int64 on the CPU. Shadows tuple.index, which is not needed.
     index: Tensor  # type: ignore[assignment]
-    view: int  # with which number the samples were augmented
+    view: int  # number of the augmentation view
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """What a loader delivers, and to whom.
+    """Settings of a loader.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of its range.
     """
 
     batch_size: int  # per process
-    seed: int = 0  # of order and augmentation
-    augmentation: Augmentation | None = None  # None is evaluation: pixels unchanged, in the set's order
-    view_seed: int | None = None  # of the augmentation alone; None: `seed`
-    views: int | None = None  # epoch e sees view e % views; None: a new view in every epoch
+    seed: int = 0  # for the order and the augmentation
+    augmentation: Augmentation | None = None  # None: evaluation, unchanged pixels in the set's order
+    view_seed: int | None = None  # for the augmentation only; None: `seed`
+    views: int | None = None  # epoch e uses view e % views; None: a new view in every epoch
     rank: int = 0
     world: int = 1
     workers: int = 2  # threads (DALI) or processes (torch) that decode
     device: torch.device = CPU
     channels_last: bool = False  # memory format of the images
-    skip_bad: int = 0  # unreadable files to leave out, per process, before the next one is an error
+    skip_bad: int = 0  # unreadable files to skip, per process; the next one raises BadImageError
 
     def __post_init__(self) -> None:
         limits = {"batch_size": 1, "world": 1, "rank": 0, "workers": 0, "skip_bad": 0}
@@ -59,32 +59,32 @@ class LoaderConfig:
         return self.seed if self.view_seed is None else self.view_seed
 
     def view(self, epoch: int) -> int:
-        """The view that an epoch sees."""
+        """Number of the view that `epoch` uses."""
         return epoch if self.views is None else epoch % self.views
 
 
 class Loader(Protocol):
-    """Every sample once per epoch over all ranks; order and augmentation are functions of (seed, epoch)."""
+    """Yields every sample once per epoch over all ranks. Order and augmentation depend only on seeds and epoch."""
 
-    num_samples: int  # of this rank, per epoch, unreadable files included
+    num_samples: int  # per epoch on this rank, unreadable files included
 
     def __len__(self) -> int:
-        """Batches of this rank per epoch."""
+        """Number of batches per epoch on this rank."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate over. The position in it stays if it is the present one, else becomes 0."""
+        """Select the epoch. The position is kept if the epoch does not change, and reset to 0 otherwise."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches from the present position to the end of the epoch, where the position is 0 again."""
+        """Yield the batches from the current position to the end of the epoch, which resets the position to 0."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, after the last batch that was handed out; loadable with `weights_only=True`."""
+        """The position after the last batch yielded; loadable with `weights_only=True`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, also by another kind of loader or on another number of ranks.
+        """Continue from `state`, which another kind of loader or another number of ranks may have saved.
 
         Raises:
-            ValueError: the loader that left the state had other settings; both values are named.
+            ValueError: the state was saved with other settings; the message gives both values.
         """
 
     def close(self) -> None:
@@ -92,4 +92,4 @@ class Loader(Protocol):
 
 
 class BadImageError(ValueError):
-    """A file that cannot be decoded; the message names it."""
+    """An image file cannot be decoded. The message names the file."""

@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES: dict[str, Callable[[Path, int], tuple[ImageFiles, ImageFiles]]] = {
     "tiny-imagenet": load_tiny_imagenet,
     "stanford-dogs": load_stanford_dogs,
 }
-# Side of the delivered images in pixels, unless asked otherwise.
+# Default side of the images, pixels.
 SIZES = {"tiny-imagenet": 64, "stanford-dogs": 224, "folder": 224}
 NAMES: tuple[str, ...] = ("digits", *ARRAYS, *FILES, "folder")
 
@@ -32,23 +32,22 @@ NAMES: tuple[str, ...] = ("digits", *ARRAYS, *FILES, "folder")
 def load(
     name: str, root: Path | None = None, *, split_seed: int = 0, validation: float = 0.1, size: int | None = None
 ) -> Splits:
-    """The training, validation and test part of a data set.
+    """Load the training, validation and test splits of a data set.
 
-    The validation part is held out of the published training images, every class in proportion; the test part is the
-    published one.
+    The validation split is a stratified part of the published training images. The test split is the published one.
 
     Args:
-        name: one of `NAMES`. "digits" has fixed parts of 900, 300 and 597 images, all of which the seed chooses.
-        root: the folder of the files, `fetch.default_folder(name)` if None; "folder" must be told.
-        split_seed: chooses the images of the validation part.
-        validation: share of the training images in the validation part; 0 makes it empty.
-        size: side of the delivered images in pixels: files are resized (None: 64 for "tiny-imagenet", else 224), arrays
-            get a black border (None: no border).
+        name: one of `NAMES`. "digits" has splits of 900, 300 and 597 images, all chosen by `split_seed`.
+        root: the folder of the files, `fetch.default_folder(name)` if None; required for "folder".
+        split_seed: chooses the images of the validation split.
+        validation: fraction of the training images in the validation split; 0 makes it empty.
+        size: side of the images, pixels. Files are resized (None: 64 for "tiny-imagenet", else 224); arrays get a black
+            border (None: no border).
 
     Raises:
-        ValueError: an unknown name, for which the nearest ones are named; an option that the data set does not have;
-            unfit files, see the loader of each set.
-        FileNotFoundError: the files are not there.
+        ValueError: the name is unknown (the message lists the nearest ones), the data set does not have an option, or
+            its files are invalid (see the function that reads the set).
+        FileNotFoundError: the files are missing.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
@@ -59,7 +58,7 @@ def load(
     if name == "digits":
         if root is not None or validation != 0.1 or size is not None:
             raise ValueError(
-                f"digits come with scikit-learn, 8x8, and have {VALIDATION} validation images: "
+                f"digits are 8x8 images from scikit-learn, always with {VALIDATION} validation images: "
                 f"leave out root, validation and size, got {root}, {validation} and {size}"
             )
         return load_digits(split_seed)
@@ -69,7 +68,7 @@ def load(
     side = size or SIZES[name]
     if name == "folder":
         if root is None:
-            raise ValueError("the data set 'folder' needs its root, got None")
+            raise ValueError("data set 'folder' needs a root folder, got None")
         return load_folder(root, side, validation, split_seed)
     listed, test_files = FILES[name](root or default_folder(name), side)
     return Splits(*hold_out(listed, validation, split_seed), test_files)

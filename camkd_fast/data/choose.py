@@ -1,4 +1,4 @@
-"""The only list of loaders, and the only place that chooses one; `explain` says why."""
+"""The list of loaders and the choice among them. `explain` gives the reason for a choice."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .files import ImageSet
 from .images import LabelledImages
 
 KINDS = ("resident", "dali", "torch")
-_SHARE = 0.5  # of the device's free memory that resident images may take: models and activations need the rest
+_RESIDENT_FRACTION = 0.5  # of free device memory that images may take; models and activations need the rest
 
 
 def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
-    """A loader of the given kind, or of the one that suits the data and the machine.
+    """Create a loader of the given kind, or of the kind that suits the data and the machine.
 
     Args:
         kind: "auto", "resident" (arrays on the device), "dali" or "torch" (DataLoader).
 
     Raises:
-        ValueError: an unknown kind, or settings that do not fit the data.
-        NotImplementedError: the kind cannot run here; says why.
+        ValueError: the kind is unknown, or the settings do not fit the data.
+        NotImplementedError: the kind cannot run here; the message gives the reason.
     """
     if kind == "auto":
         kind, _ = pick(data, config)
@@ -45,24 +45,24 @@ def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
 
 
 def explain(data: ImageSet, config: LoaderConfig) -> str:
-    """Which loader "auto" picks and why, in one line."""
+    """The loader that "auto" picks and the reason, in one line."""
     return "{}: {}".format(*pick(data, config))
 
 
 def pick(data: ImageSet, config: LoaderConfig) -> tuple[str, str]:
-    """What "auto" stands for here, and why."""
+    """The kind that "auto" picks here, and the reason."""
     if isinstance(data, LabelledImages):
         need, free = _resident_bytes(data, config), free_bytes(config.device)
         sizes = f"{need / 1e6:.0f} MB of images, {free / 1e6:.0f} MB free on {config.device}"
-        if need <= _SHARE * free:
+        if need <= _RESIDENT_FRACTION * free:
             return "resident", sizes
-        return "torch", f"{sizes}, of which resident images may take {_SHARE:.0%}"
+        return "torch", f"{sizes}, of which resident images may take {_RESIDENT_FRACTION:.0%}"
     refusal = _refusal("dali", data, config)
     return ("torch", refusal) if refusal else ("dali", f"{len(data)} image files to decode")
 
 
 def _refusal(kind: str, data: ImageSet, config: LoaderConfig) -> str | None:
-    """Why a kind cannot run here; None if it can."""
+    """The reason why a kind cannot run here; None if it can."""
     if kind == "resident":
         if not isinstance(data, LabelledImages):
             return f"{len(data)} image files are not in memory"
@@ -70,7 +70,7 @@ def _refusal(kind: str, data: ImageSet, config: LoaderConfig) -> str | None:
         return f"{need} bytes of images, {free} bytes free on {config.device}" if need > free else None
     if kind == "dali":
         if config.device.type not in ("cpu", "cuda"):
-            return f"DALI knows cpu and cuda, not {config.device.type}"
+            return f"DALI supports cpu and cuda, not {config.device.type}"
         if not _installed("nvidia.dali"):
             return "NVIDIA DALI is not installed (pip install 'camkd-fast[dali]')"
     return None
@@ -79,12 +79,12 @@ def _refusal(kind: str, data: ImageSet, config: LoaderConfig) -> str | None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not installed
+    except ModuleNotFoundError:  # the parent package is not installed
         return False
 
 
 def _resident_bytes(data: LabelledImages, config: LoaderConfig) -> int:
-    """Of the copy that the resident loader makes on the device."""
+    """Size of the copy that the resident loader makes on the device."""
     a = config.augmentation
     border = 2 * a.padding if a is not None and a.kind == "crop" else 0
     C, H, W = data.shape
@@ -92,7 +92,7 @@ def _resident_bytes(data: LabelledImages, config: LoaderConfig) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, in bytes; on other devices than CUDA's the machine's."""
+    """Free memory in bytes: of a CUDA device, or of the host for any other device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if os.path.exists("/proc/meminfo"):

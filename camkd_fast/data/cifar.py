@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their published python archives, without running what a pickle may ask for."""
+"""CIFAR-10 and CIFAR-100 from their published Python archives, unpickled without importing or calling anything."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .images import LabelledImages, check_labels
 
 @dataclass(frozen=True)
 class _Layout:
-    """What an archive holds."""
+    """Contents of an archive."""
 
-    name: str  # in the catalogue
+    name: str  # in `catalogue.NAMES`
     folder: str
     train: tuple[str, ...]
     test: str
@@ -34,8 +34,8 @@ class _Layout:
     std: tuple[float, ...]
 
 
-def _levels(*shares: float) -> tuple[float, ...]:
-    return tuple(255 * share for share in shares)
+def _levels(*fractions: float) -> tuple[float, ...]:
+    return tuple(255 * fraction for fraction in fractions)
 
 
 CIFAR10 = _Layout(
@@ -61,14 +61,15 @@ CIFAR100 = _Layout(
 
 
 def load_cifar10(root: Path) -> tuple[LabelledImages, LabelledImages]:
-    """The 50,000 training and 10,000 test images, pixels (N, 3, 32, 32).
+    """Load the 50,000 training and 10,000 test images, pixels (N, 3, 32, 32).
 
     Args:
-        root: the archive, the folder it is in, the folder it was extracted into, or that folder's parent.
+        root: the archive, the folder that contains it, the extracted folder, or its parent.
 
     Raises:
-        FileNotFoundError: neither archive nor extracted files are there.
-        ValueError: a truncated archive, a pickle of anything but arrays and plain values, unfit sizes or labels.
+        FileNotFoundError: neither the archive nor the extracted files exist.
+        ValueError: the archive is truncated, a pickle contains anything but arrays and simple values, or sizes or
+            labels are invalid.
     """
     return _load(CIFAR10, root)
 
@@ -79,9 +80,9 @@ def load_cifar100(root: Path) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _load(layout: _Layout, root: Path) -> tuple[LabelledImages, LabelledImages]:
-    wanted = (*layout.train, layout.test)
-    contents = _find(layout, root, wanted)
-    parts = [_read_batch(contents[name], layout) for name in wanted]
+    names = (*layout.train, layout.test)
+    contents = _find(layout, root, names)
+    parts = [_read_batch(contents[name], layout) for name in names]
 
     def images(batches: Iterable[tuple[Tensor, Tensor]]) -> LabelledImages:
         pixels, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
@@ -92,29 +93,29 @@ def _load(layout: _Layout, root: Path) -> tuple[LabelledImages, LabelledImages]:
 
 @dataclass(frozen=True)
 class _Content:
-    source: str  # for messages
+    source: str  # for error messages
     data: bytes
 
 
-def _find(layout: _Layout, root: Path, wanted: tuple[str, ...]) -> dict[str, _Content]:
-    """Contents of the wanted files: of an extracted folder, which is faster, or else of the archive."""
+def _find(layout: _Layout, root: Path, names: tuple[str, ...]) -> dict[str, _Content]:
+    """Read the named files from the extracted folder, which is faster, or else from the archive."""
     (published,) = SOURCES[layout.name].files
     for folder in (root, root / layout.folder):
-        if all((folder / name).is_file() for name in wanted):
-            return {name: _Content(str(folder / name), (folder / name).read_bytes()) for name in wanted}
+        if all((folder / name).is_file() for name in names):
+            return {name: _Content(str(folder / name), (folder / name).read_bytes()) for name in names}
     archive = root if root.is_file() else root / published.name
     if not archive.is_file():
         raise FileNotFoundError(
             f"neither {published.name} nor {layout.folder} is in {root}: "
-            f"`camkd-fast data fetch {layout.name}` brings the archive"
+            f"`camkd-fast data fetch {layout.name}` downloads the archive"
         )
     found = {}
     try:
-        # Unlike tarfile's own gzip, this one tells a truncated file from one that ends.
+        # tarfile's own gzip reader would not report a truncated file; gzip.open does.
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                file = tar.extractfile(member) if path.name in wanted and path.parent.name == layout.folder else None
+                file = tar.extractfile(member) if path.name in names and path.parent.name == layout.folder else None
                 if file is not None:
                     found[path.name] = _Content(f"{path.name} of {archive}", file.read())
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -122,7 +123,7 @@ def _find(layout: _Layout, root: Path, wanted: tuple[str, ...]) -> dict[str, _Co
             f"{archive} is truncated or damaged ({error}): "
             f"{archive.stat().st_size} bytes, the published one has {published.size}"
         ) from error
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in names if name not in found]:
         raise ValueError(f"{archive} lacks {', '.join(f'{layout.folder}/{name}' for name in missing)}")
     return found
 
@@ -132,7 +133,7 @@ def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
     batch = read_pickle(content.data, content.source)
     if not isinstance(batch, dict):
         raise ValueError(f"{content.source} holds a {type(batch).__name__}, expected a dict")
-    # Python 2 strings arrive as bytes; a file pickled again by Python 3 has text.
+    # Python 2 strings are read as bytes; a file repickled by Python 3 has str.
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
     pixels, classes = fields.get("data"), fields.get(layout.labels)
     if not isinstance(pixels, Tensor) or pixels.dim() != 2 or pixels.shape[1] != 3 * 32 * 32:
@@ -148,35 +149,35 @@ def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
 
 
 class RefusedPickleError(ValueError):
-    """A pickle asked for something that reading data does not need."""
+    """A pickle contains something other than simple values and uint8 arrays."""
 
 
 def read_pickle(data: bytes, source: str) -> Any:
-    """Unpickle plain values and numpy arrays of uint8. An array, or one that a dict holds, becomes a uint8 tensor.
+    """Unpickle simple values and uint8 numpy arrays. An array at the top or as a dict value becomes a uint8 tensor.
 
-    No global that the pickle names is imported or called, not even numpy's: stand-ins take their place.
+    No global that the pickle names is imported or called, not even numpy's; `STAND_INS` replace them.
 
     Raises:
-        RefusedPickleError: the pickle names any other global, or an array of another type.
+        RefusedPickleError: the pickle names any other global, or contains an array of another type.
         ValueError: the pickle is damaged.
     """
     try:
         return _unwrapped(_Unpickler(data, source).load())
     except RefusedPickleError:
         raise
-    except Exception as error:  # damaged opcodes raise nearly anything
-        raise ValueError(f"{source} is no readable pickle: {error}") from error
+    except Exception as error:  # damaged opcodes can raise almost anything
+        raise ValueError(f"{source} is not a readable pickle: {error}") from error
 
 
 class _StandIn:
-    """A name that array pickles mention. The method keeps the opcode BUILD from setting attributes of this class."""
+    """Replaces a global that array pickles name. `__setstate__` keeps the BUILD opcode from setting attributes."""
 
     def __setstate__(self, state: object) -> None:
         raise RefusedPickleError(f"a pickle gives {type(self).__name__} a state of type {type(state).__name__}")
 
 
 class _Bytes(_StandIn):
-    """In place of _codecs.encode, with which Python 3 writes bytes for Python 2."""
+    """Replaces _codecs.encode, which Python 3 uses to write bytes for Python 2."""
 
     def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
         return text.encode("latin1")
@@ -187,14 +188,14 @@ class _Dtype(_StandIn):
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment, which a byte has not."""
+        """Ignore byte order and alignment: items are single bytes."""
 
 
 class _Array(_StandIn):
     tensor: Tensor
 
     def __init__(self, *_: object) -> None:
-        """The arguments describe the empty array that numpy would fill."""
+        """Ignore the arguments, which describe the empty array that numpy would fill."""
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, content = state
@@ -223,7 +224,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
-            raise RefusedPickleError(f"{self._source}: the pickle asks for {module}.{name}, which is refused")
+            raise RefusedPickleError(f"{self._source}: the pickle names {module}.{name}, which is refused")
         return STAND_INS[module, name]
 
 

@@ -1,8 +1,8 @@
-"""Batches decoded, cropped, flipped and normalised by NVIDIA DALI, on a GPU or on the CPU.
+"""Loader on NVIDIA DALI, which decodes, crops, flips and normalises on a GPU or on the CPU.
 
-DALI's own checkpoints are not used: the graph has neither a reader nor a random operator, as order and augmentation
-are fed to it as numbers, so that its checkpoint would hold the count of batches and nothing else. `state_dict` holds
-that count as (epoch, batch), which any loader on any number of ranks can continue from.
+DALI's own checkpoints are not used. Order and augmentation are inputs of the graph, which has neither a reader nor a
+random operator, so its checkpoint would contain only a count of batches. `state_dict` has that count as (epoch, batch),
+from which any loader on any number of ranks can continue.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from .batch import LoaderConfig
 from .epoch_loader import EpochLoader
 from .files import ImageFiles, ImageSet
 
-_AHEAD = 2  # batches in the making while one is used
+_PREFETCH = 2  # batches prepared while one is used
 
 
 class DaliLoader(EpochLoader):
-    """Files: read, decoded (only the window, where the format allows) and resized; arrays: cropped. Flip, normalise.
+    """Decodes and resizes files, or crops arrays; then flips and normalises.
 
-    Decoded pixels equal Pillow's on the CPU; on a GPU (`mixed`) they lie within a few levels. Resizing is linear with
-    antialiasing. A file counts as unreadable if its header or DALI's decoder says so.
+    Only the window is decoded if the format allows it. Decoded pixels equal Pillow's on the CPU; on a GPU (`mixed`)
+    they differ by a few levels. Resizing is linear with antialiasing. A file is unreadable if its header or DALI's
+    decoder reports an error.
 
     Raises:
         NotImplementedError: DALI is not installed.
@@ -47,34 +48,36 @@ class DaliLoader(EpochLoader):
         flips = a is not None and a.flip
         windows = ("start", "shape")
         self._inputs = ("source", *windows * self._resizes, *("shift",) * self._shifts, *("mirror",) * flips)
-        # Of a file: 0 until its header is read, which happens once.
+        # For files 0 until the header is read, once per file.
         self._image_sizes = np.zeros((len(data), 2), np.int64) if self._files else np.array([data.shape[1:]])
         self._view = 0
-        self._waiting: deque[Tensor] = deque()  # batches that DALI has not asked for
-        self._making: deque[Tensor] = deque()  # batches that it has asked for and not delivered
-        self._pipeline: Any = None  # built when it is needed
+        self._queued: deque[Tensor] = deque()  # batches not yet passed to DALI
+        self._in_flight: deque[Tensor] = deque()  # batches passed to DALI and not yet delivered
+        self._pipeline: Any = None  # built on first use
 
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         self._rewind()
         self._view = view
-        self._waiting.extend(batches)
-        while self._waiting or self._making:
+        self._queued.extend(batches)
+        while self._queued or self._in_flight:
             try:
                 images = self._deliver()
             except RuntimeError as error:
-                self._leave_out_undecodable(error)
+                self._skip_undecodable(error)
             else:
-                yield images, self._making.popleft()
+                yield images, self._in_flight.popleft()
 
     def _build(self) -> Any:
-        """The graph. Its input is `_feed`, its output (n, channels, H, W) or (n, H, W, channels) float32."""
+        """Build the graph from `_feed` to images (n, channels, H, W) or (n, H, W, channels) float32."""
         dali = _import_dali()
         fn, types = dali.fn, dali.types
         c = self.config
-        feed: Any = WeakMethod(self._feed)  # a cycle would keep threads and memory of an unused loader for some time
+        feed: Any = WeakMethod(self._feed)  # a cycle would delay the release of threads and memory
         gpu = c.device.type == "cuda"
         _, H, W = self.data.shape
-        pipeline = dali.Pipeline(max(self._sizes), max(c.workers, 1), _device_id(c.device), prefetch_queue_depth=_AHEAD)
+        pipeline = dali.Pipeline(
+            max(self._sizes), max(c.workers, 1), _device_id(c.device), prefetch_queue_depth=_PREFETCH
+        )
         with pipeline:
             fed = fn.external_source(
                 lambda: feed()(),
@@ -87,7 +90,7 @@ class DaliLoader(EpochLoader):
             if self._files:
                 encoded = fn.io.file.read(levels)
                 window = {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
-                levels = fn.decoders.image_slice(encoded, **window, **_decoding(types, gpu))
+                levels = fn.decoders.image_slice(encoded, **window, **_decoder_options(types, gpu))
             elif gpu:
                 levels = levels.gpu()
             if self._resizes:
@@ -110,14 +113,14 @@ class DaliLoader(EpochLoader):
         return pipeline
 
     def _feed(self) -> tuple[Any, ...]:
-        """What DALI needs for its next batch; called ahead of its delivery.
+        """Inputs of DALI's next batch. DALI calls this before the batch is delivered.
 
         Raises:
-            StopIteration: no batch is waiting.
+            StopIteration: no batch is queued.
         """
-        if not self._waiting:
+        if not self._queued:
             raise StopIteration
-        index = self._waiting[0]
+        index = self._queued[0]
         source: Any
         if isinstance(self.data, ImageFiles):
             index = self._with_headers(self._readable(index), self.data.paths)
@@ -125,19 +128,19 @@ class DaliLoader(EpochLoader):
             sizes = self._image_sizes[index.numpy()]
         else:
             source, sizes = self.data.pixels[index.to(self.data.pixels.device)].cpu().numpy(), self._image_sizes
-        made = records(self.config.augmentation, self.config.augmentation_seed, self._view, index.numpy(), sizes)
-        self._waiting.popleft()
-        self._making.append(index)
-        numbers = {
-            "start": made.windows[:, :2],
-            "shape": made.windows[:, 2:],
-            "shift": made.shifts,
-            "mirror": made.mirrored,
+        record = records(self.config.augmentation, self.config.augmentation_seed, self._view, index.numpy(), sizes)
+        self._queued.popleft()
+        self._in_flight.append(index)
+        inputs = {
+            "start": record.windows[:, :2],
+            "shape": record.windows[:, 2:],
+            "shift": record.shifts,
+            "mirror": record.mirrored,
         }
-        return source, *(numbers[name].astype(np.int32, order="C") for name in self._inputs[1:])
+        return source, *(inputs[name].astype(np.int32, order="C") for name in self._inputs[1:])
 
     def _with_headers(self, index: Tensor, paths: Sequence[Path]) -> Tensor:
-        """`index` without files that are no images or cut off; the size of every other is known then."""
+        """`index` without files that are truncated or not images. Reads the sizes of the others."""
         from .decode import image_size
 
         samples = index.numpy()
@@ -149,21 +152,29 @@ class DaliLoader(EpochLoader):
         return self._readable(index)
 
     def _deliver(self) -> Tensor:
-        """The oldest batch in the making, without a copy. RuntimeError: DALI failed on one in the making."""
+        """The oldest batch in flight, without a copy.
+
+        Raises:
+            RuntimeError: DALI failed on one of the batches in flight.
+        """
         device = self.config.device
-        # With a stream the output is ordered on it, and the host does not wait.
+        # With a stream, the output is ordered on it and the host does not wait.
         stream = [torch.cuda.current_stream(device)] if device.type == "cuda" else []
         (images,) = self._pipeline.run(*stream)
         tensor = from_dlpack(images.as_tensor())
         return tensor.permute(0, 3, 1, 2) if self.config.channels_last else tensor
 
-    def _leave_out_undecodable(self, error: RuntimeError) -> None:
-        """After a failure, which leaves the pipeline unusable: find the files that caused it and start another.
+    def _skip_undecodable(self, error: RuntimeError) -> None:
+        """Find the files that caused `error` and rebuild the pipeline, which is unusable after a failure.
 
-        DALI does not say which file failed, so each one in the making is decoded by itself.
+        DALI does not name the file, so each file in flight is decoded by itself.
+
+        Raises:
+            RuntimeError: no file causes it; `error` itself.
+            BadImageError: more than `skip_bad` files are unreadable.
         """
-        batches = list(self._making)
-        self._making.clear()
+        batches = list(self._in_flight)
+        self._in_flight.clear()
         self._pipeline = None
         problems = {}
         if isinstance(self.data, ImageFiles):
@@ -175,20 +186,20 @@ class DaliLoader(EpochLoader):
             raise error
         for sample, problem in problems.items():
             self._reject(sample, problem)
-        self._waiting.extendleft(reversed(batches))
+        self._queued.extendleft(reversed(batches))
         self._pipeline = self._build()
 
     def _rewind(self) -> None:
-        """Drop what an iteration that ended early left in the making, and make the pipeline ready for other batches."""
-        self._waiting.clear()
+        """Discard the batches of an iteration that ended early, and prepare the pipeline for other ones."""
+        self._queued.clear()
         try:
             while self._pipeline is not None:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except RuntimeError:  # one of those batches could not be decoded
+        except RuntimeError:  # one of the discarded batches cannot be decoded
             self._pipeline = None
-        self._making.clear()
+        self._in_flight.clear()
         self._pipeline = self._pipeline or self._build()
 
     def close(self) -> None:
@@ -197,10 +208,10 @@ class DaliLoader(EpochLoader):
 
 
 def _import_dali() -> Any:
-    """The module, with its operators loaded.
+    """Import DALI with its operators.
 
     Raises:
-        NotImplementedError: it cannot be imported.
+        NotImplementedError: DALI cannot be imported.
     """
     try:
         import nvidia.dali
@@ -211,14 +222,14 @@ def _import_dali() -> Any:
 
 
 def _device_id(device: torch.device) -> int | None:
-    """DALI's name of a device; None is the CPU."""
+    """DALI's id of a device; None for the CPU."""
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _decoding(types: Any, gpu: bool) -> dict[str, Any]:
-    """How files become pixels: as Pillow does it, the orientation tag left alone."""
+def _decoder_options(types: Any, gpu: bool) -> dict[str, Any]:
+    """Decoder options that match Pillow: the orientation tag is not applied."""
     return {
         "device": "mixed" if gpu else "cpu",
         "output_type": types.RGB,
@@ -228,18 +239,18 @@ def _decoding(types: Any, gpu: bool) -> dict[str, Any]:
 
 
 def _decoding_problem(path: Path, device: torch.device) -> str | None:
-    """What DALI says about one file in one line; None if it can decode it."""
+    """DALI's error for one file, in one line; None if the file can be decoded."""
     dali = _import_dali()
     pipeline = dali.Pipeline(1, 1, _device_id(device), prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
     with pipeline:
         name = dali.fn.external_source(name="name", dtype=dali.types.UINT8, ndim=1)
-        decoding = _decoding(dali.types, device.type == "cuda")
-        pipeline.set_outputs(dali.fn.decoders.image(dali.fn.io.file.read(name), **decoding))
+        options = _decoder_options(dali.types, device.type == "cuda")
+        pipeline.set_outputs(dali.fn.decoders.image(dali.fn.io.file.read(name), **options))
     pipeline.build()
     pipeline.feed_input("name", [np.frombuffer(os.fsencode(path), np.uint8)])
     try:
         pipeline.run()
     except RuntimeError as error:
-        told = str(error).partition("encountered:")[2].split("\n")
-        return next((line.strip() for line in told if line.strip()), "DALI cannot decode it")
+        lines = str(error).partition("encountered:")[2].split("\n")
+        return next((line.strip() for line in lines if line.strip()), "DALI cannot decode it")
     return None

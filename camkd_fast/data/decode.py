@@ -1,4 +1,4 @@
-"""Image files read by Pillow: their size from the header alone, or the pixels of one window, resized."""
+"""Read image files with Pillow: the size from the header, or the pixels of one resized window."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .augment import Integers
 Levels = NDArray[np.uint8]
 
 _JPEG_END = b"\xff\xd9"
-_TAIL = 4096  # bytes at the end of a file in which its end marker is looked for: some cameras append a few
+_TAIL = 4096  # bytes at the end of a file in which the end marker is searched: some cameras append data
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width without decoding. A JPEG without its end marker is decoded, to know whether it is cut off.
+    """Height and width from the header. A JPEG without an end marker is decoded to detect truncation.
 
     Raises:
-        ValueError: no image, or a truncated one; says why, without the path.
+        ValueError: the file is truncated or not an image; the message gives the reason without the path.
     """
     try:
         with path.open("rb") as file, Image.open(file) as image:
@@ -32,20 +32,20 @@ def image_size(path: Path) -> tuple[int, int]:
                 if _JPEG_END not in file.read():
                     file.seek(0)
                     image.load()
-    except Exception as error:  # Pillow raises whatever its parsers stumble over
+    except Exception as error:  # Pillow's parsers can raise almost anything
         raise ValueError(_reason(error)) from error
     return height, width
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """The whole image as RGB, its orientation tag not applied.
+    """The image as RGB. The orientation tag is not applied.
 
     Raises:
-        ValueError: the file cannot be decoded; says why, without the path.
+        ValueError: the file cannot be decoded; the message gives the reason without the path.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip rather than scale
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip instead of scale
                 return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except Exception as error:
@@ -53,10 +53,10 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def resized(image: Image.Image, window: Integers, size: int) -> Levels:
-    """A window (top, left, height, width) as (size, size, 3) uint8, by linear interpolation with antialiasing.
+    """Resize a window (top, left, height, width) to (size, size, 3) uint8: linear interpolation with antialiasing.
 
-    Beyond the window its outermost pixels are repeated, as DALI does (Pillow would leave them out of the mean): the
-    two agree within one level.
+    Edge pixels are repeated beyond the window, as in DALI, and the two agree within one level. Pillow itself would
+    average over the pixels inside the window only.
     """
     top, left, height, width = window.tolist()
     image = image.crop((left, top, left + width, top + height))
@@ -69,9 +69,9 @@ def resized(image: Image.Image, window: Integers, size: int) -> Levels:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line and without the path, which whoever reports it names."""
+    """The reason in one line, without the path, which the caller adds."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
+        return "not an image in a supported format"
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return f"{type(error).__name__}: {error}"

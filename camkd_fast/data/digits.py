@@ -1,4 +1,4 @@
-"""Handwritten digits: 1797 images of 8x8 pixels that come with scikit-learn (UCI optdigits test part)."""
+"""Handwritten digits: 1797 images of 8x8 pixels from scikit-learn (the test part of UCI optdigits)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TRAIN, VALIDATION, TEST = 900, 300, 597
 
 
 def load_digits(seed: int = 0) -> Splits:
-    """The 1797 digits, split by `seed` into 900 + 300 + 597 images (N, 1, 8, 8) of 17 grey levels.
+    """Load the 1797 digits, split by `seed` into 900 + 300 + 597 images (N, 1, 8, 8) with 17 grey levels.
 
-    Mean and deviation are the training part's. Needs scikit-learn; nothing is downloaded.
+    Mean and standard deviation come from the training split. Requires scikit-learn; nothing is downloaded.
     """
     from sklearn.datasets import load_digits as load
 
@@ -22,5 +22,5 @@ def load_digits(seed: int = 0) -> Splits:
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     parts = stratified_parts(labels, (TRAIN, VALIDATION, TEST), seed)
     levels = pixels[parts[0]].double()
-    everything = LabelledImages(pixels, labels, 10, mean=(levels.mean().item(),), std=(levels.std().item(),))
-    return Splits(*(everything.take(part) for part in parts))
+    images = LabelledImages(pixels, labels, 10, mean=(levels.mean().item(),), std=(levels.std().item(),))
+    return Splits(*(images.take(part) for part in parts))

@@ -1,4 +1,4 @@
-"""What all loaders have in common: order, position, labels, normalisation, and the count of unreadable files."""
+"""Base class of the loaders: order, position, labels, normalisation and unreadable files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class EpochLoader(ABC):
-    """A `Loader` whose kinds differ in how they turn indices into images."""
+    """Implements `Loader` except for `_images`, which maps indices to images."""
 
     def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
         self.data, self.config = data, config
@@ -33,15 +33,15 @@ class EpochLoader(ABC):
         mean, std = (torch.tensor(v, device=config.device).view(-1, 1, 1) for v in (data.mean, data.std))
         factor = 1 / std
         if config.channels_last:
-            # Lines of W * C numbers: a last dimension of C = 3 alone is too short for vector instructions.
+            # Rows of W * C values: a last dimension of C = 3 is too short for vector instructions.
             mean, factor = (v.view(-1).repeat(data.shape[2]) for v in (mean, factor))
         self._mean, self._factor = mean, factor
 
     @abstractmethod
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """For each batch of indices (n,): normalised images (m, channels, H, W) and the m indices that were readable.
+        """For each batch of indices (n,), yield normalised images (m, channels, H, W) and the m readable indices.
 
-        It may be closed early; the next one starts afresh.
+        The generator may be closed early. The next call does not depend on it.
         """
 
     def __len__(self) -> int:
@@ -64,14 +64,14 @@ class EpochLoader(ABC):
         images = self._images(batches[self._position :], view)
         try:
             for pixels, index in images:
-                self._position += 1  # before the batch is used: a state taken meanwhile continues after it
+                self._position += 1  # before the yield: a state saved while the batch is in use continues after it
                 yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
         finally:
             images.close()
         self._position = 0
 
     def _stop(self) -> None:
-        """End an iteration that was left early."""
+        """Close an iteration that ended early."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -80,51 +80,51 @@ class EpochLoader(ABC):
         self._stop()
 
     def _normalised(self, levels: Tensor) -> Tensor:
-        """uint8 levels (n, channels, H, W), in the memory format that was asked for, as float32: one affine map.
+        """Normalise uint8 levels (n, channels, H, W), given in the configured memory format, to float32.
 
-        A product with the reciprocal rather than a quotient: DALI's arithmetic, bit by bit.
+        Multiplies by 1 / std instead of dividing, which matches DALI bit for bit.
         """
         if not self.config.channels_last:
             return levels.float().sub_(self._mean).mul_(self._factor)
-        lines = levels.permute(0, 2, 3, 1).flatten(2)
+        rows = levels.permute(0, 2, 3, 1).flatten(2)
         n, C, H, W = levels.shape
-        return lines.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
+        return rows.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
 
     def _readable(self, index: Tensor) -> Tensor:
-        """`index` without the samples that are known to be unreadable.
+        """`index` without the samples found unreadable so far.
 
         Raises:
-            BadImageError: none is left.
+            BadImageError: no sample is left.
         """
         if not self._bad:
             return index
         kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
         if not len(kept):
             raise BadImageError(
-                f"no image of a batch of {len(index)} can be read, among them {self._path(int(index[0]))}"
+                f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}"
             )
         return kept
 
     def _reject(self, sample: int, reason: str) -> None:
-        """Leave a sample out from now on.
+        """Skip a sample from now on.
 
         Raises:
-            BadImageError: names the file, if `skip_bad` others were left out already.
+            BadImageError: `skip_bad` other samples are skipped already. The message names the file.
         """
         if sample in self._bad:
             return
         problem = f"{self._path(sample)} cannot be read as an image: {reason}"
         allowed = self.config.skip_bad
         if len(self._bad) == allowed:
-            raise BadImageError(f"{problem} (skip_bad={allowed} such files may be left out)")
+            raise BadImageError(f"{problem} (at most skip_bad={allowed} such files are skipped)")
         self._bad.add(sample)
-        log.warning("left out: %s (%d of skip_bad=%d)", problem, len(self._bad), allowed)
+        log.warning("skipped: %s (%d of skip_bad=%d)", problem, len(self._bad), allowed)
 
     def _path(self, sample: int) -> str:
         return str(self.data.paths[sample]) if isinstance(self.data, ImageFiles) else f"image {sample}"
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same samples and pixels."""
+        """Settings that must match for a position to mean the same samples and pixels."""
         c = self.config
         labels = self.data.labels.cpu().contiguous().numpy()
         return {
@@ -149,12 +149,12 @@ class EpochLoader(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["settings"]
         for name, value in self._settings().items():
-            # What a position of an earlier version does not tell was not to be chosen then.
+            # A state of an earlier version lacks the settings that were added since.
             if saved.get(name, value) != value:
-                raise ValueError(f"the saved position belongs to {name} {saved[name]!r}, this loader has {value!r}")
+                raise ValueError(f"the saved position has {name} {saved[name]!r}, this loader has {value!r}")
         done, planned = state["batch"], state["batches"]
         if done < planned and done >= len(self) and self._shuffle:
-            # A rest of some samples can be a step of its own for few ranks, but too little for many (see order.py).
+            # A short last step may be separate on few ranks and merged on many (see `order.step_sizes`).
             raise ValueError(f"the saved position is before batch {done} of {planned}, this loader has {len(self)}")
         self._stop()
         self._epoch, self._bad = state["epoch"], set(state["bad"])

@@ -18,20 +18,20 @@ from .images import LabelledImages, check_labels
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(file.name for file in SOURCES["fashion-mnist"].files)
 NUM_CLASSES = 10
-# Over the 60,000 training images, in pixel levels.
+# Statistics of the 60,000 training images, in pixel levels.
 MEAN, STD = (72.94035,), (90.02118,)
 
 
 def load_fashion_mnist(root: Path | None = None) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the test images, pixels (N, 1, 28, 28).
+    """Load the training and test images, pixels (N, 1, 28, 28).
 
     Args:
-        root: the folder of the four files. None: `default_folder("fashion-mnist")`, or where Debian's package
-            dataset-fashion-mnist puts them.
+        root: the folder of the four files. None: `default_folder("fashion-mnist")`, or the folder of Debian's package
+            dataset-fashion-mnist.
 
     Raises:
         FileNotFoundError: no folder has all four files.
-        ValueError: a file is truncated, damaged or not what its name says.
+        ValueError: a file is truncated or damaged, or its contents do not match its name.
     """
     folders = [root] if root else [default_folder("fashion-mnist"), DEBIAN]
     for folder in folders:
@@ -40,7 +40,7 @@ def load_fashion_mnist(root: Path | None = None) -> tuple[LabelledImages, Labell
     missing = next(name for name in FILES if not (folders[-1] / name).is_file())
     raise FileNotFoundError(
         f"{missing} is not in {' or '.join(map(str, folders))}: "
-        "`apt-get install dataset-fashion-mnist` or `camkd-fast data fetch fashion-mnist` brings Fashion-MNIST"
+        "get it with `apt-get install dataset-fashion-mnist` or `camkd-fast data fetch fashion-mnist`"
     )
 
 
@@ -54,25 +54,26 @@ def _part(folder: Path, part: str) -> LabelledImages:
 
 
 def read_idx(path: Path, dims: int) -> Tensor:
-    """A gzipped IDX file of unsigned bytes as a uint8 tensor with `dims` dimensions.
+    """Read a gzipped IDX file of unsigned bytes into a uint8 tensor with `dims` dimensions.
 
     The header is big-endian: 0, 0, 8 for unsigned bytes, the number of dimensions, then each size in 4 bytes.
 
     Raises:
-        ValueError: another type or number of dimensions, more or fewer values than the sizes say, damaged gzip.
+        ValueError: the header has another type or number of dimensions, the number of values does not match it, or the
+            gzip data is damaged.
     """
     header, content = bytearray(), bytearray()
     try:
         with gzip.open(path) as file:
             _fill(header, file, 4 + 4 * dims)
             if len(header) == 4 + 4 * dims:
-                # One byte beyond what belongs there shows that there is more.
+                # One byte more than expected, to detect trailing data.
                 _fill(content, file, math.prod(struct.unpack(f">{dims}I", header[4:])) + 1)
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     magic = bytes((0, 0, 8, dims))
     if header[:4] != magic:
-        raise ValueError(f"{path} begins with {header[:4].hex()}, IDX of {dims} dimensions with {magic.hex()}")
+        raise ValueError(f"{path} begins with {header[:4].hex()}, an IDX file of {dims} dimensions with {magic.hex()}")
     if len(header) < 4 + 4 * dims:
         raise ValueError(f"{path} ends after {len(header)} of {4 + 4 * dims} bytes of its header")
     shape = struct.unpack(f">{dims}I", header[4:])
@@ -84,7 +85,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
 
 
 def _fill(buffer: bytearray, file: gzip.GzipFile, size: int) -> None:
-    """Read until the buffer has `size` bytes or the file ends, be it in the middle."""
-    with suppress(EOFError):  # what is missing shows in the buffer's size
+    """Read until the buffer has `size` bytes or the file ends, even if it is truncated."""
+    with suppress(EOFError):  # the caller checks the buffer's size
         while chunk := file.read(min(size - len(buffer), 1 << 20)):
             buffer += chunk

@@ -1,4 +1,4 @@
-"""Downloads of published data sets: resumable, checked against the published checksums, renamed into place last."""
+"""Download published data sets: resumable, and renamed into place once the published checksum matches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-TIMEOUT = 60.0  # seconds without an answer or a byte
+TIMEOUT = 60.0  # seconds without a response or data
 CHUNK = 1 << 18  # bytes
 
 
@@ -19,7 +19,7 @@ CHUNK = 1 << 18  # bytes
 class RemoteFile:
     name: str
     size: int  # bytes
-    md5: str  # the only checksum that these data sets were published with
+    md5: str  # the only checksum published with these data sets
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ SOURCES = {
     ),
 }
 
-Progress = Callable[[str, int, int], None]  # (file name, bytes that are here, bytes in all)
+Progress = Callable[[str, int, int], None]  # (file name, bytes received, total bytes)
 
 
 def default_folder(name: str) -> Path:
-    """Where the data set `name` is looked for and fetched to: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
+    """Default folder of a data set: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
     base = os.environ.get("CAMKD_FAST_DATA")
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "camkd_fast") / name
 
@@ -61,19 +61,19 @@ def default_folder(name: str) -> Path:
 def fetch(
     name: str, root: Path | None = None, base_url: str | None = None, progress: Progress | None = None
 ) -> tuple[Path, ...]:
-    """Download the files of a data set into the folder `root` and return their paths; files already there are kept.
+    """Download the files of a data set into the folder `root` and return their paths. Existing files are kept.
 
-    Bytes arrive in FILE.part, which a later call continues; FILE appears when its checksum holds.
+    Data goes to FILE.part, which a later call resumes and which becomes FILE once the checksum matches.
 
     Args:
         name: a key of `SOURCES`.
-        root: `default_folder(name)` if None; made if it is missing.
-        base_url: a mirror, http or https, that has the files under their published names.
-        progress: called after every piece.
+        root: `default_folder(name)` if None; created if missing.
+        base_url: an http or https mirror that has the files under their published names.
+        progress: called after every chunk.
 
     Raises:
-        ValueError: an unknown name; a file, arrived or already there, that is not the published one.
-        ConnectionError: no answer, an error status, or the connection ended early. What has arrived is kept.
+        ValueError: the name is unknown, or a downloaded or existing file is not the published one.
+        ConnectionError: no response, an error status, or the connection ended early. Received data is kept.
         OSError: a file cannot be written.
     """
     if name not in SOURCES:
@@ -81,7 +81,7 @@ def fetch(
     source = SOURCES[name]
     url = (base_url or source.base_url).rstrip("/") + "/"
     if not url.startswith(("https://", "http://")):
-        raise ValueError(f"the base address must begin with https:// or http://, got {url}")
+        raise ValueError(f"the base URL must begin with https:// or http://, got {url}")
     folder = root or default_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     return tuple(_fetch_file(url + file.name, file, folder / file.name, progress) for file in source.files)
@@ -101,28 +101,28 @@ def _fetch_file(url: str, file: RemoteFile, target: Path, progress: Progress | N
     found = _md5(part)
     if found != file.md5:
         part.unlink()
-        raise ValueError(f"{url} has MD5 {found}, published is {file.md5}: refused and removed")
+        raise ValueError(f"{url} has MD5 {found}, the published file {file.md5}: refused and removed")
     os.replace(part, target)
     return target
 
 
 def _receive(url: str, file: RemoteFile, part: Path, progress: Progress | None) -> None:
-    """Append to `part` what it lacks, or write it anew if the server cannot continue in the middle."""
-    there = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"User-Agent": "camkd-fast", **({"Range": f"bytes={there}-"} if there else {})})
+    """Append the missing bytes to `part`, or write it from the start if the server does not support ranges."""
+    received = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "camkd-fast", **({"Range": f"bytes={received}-"} if received else {})}
     try:
-        response = urlopen(request, timeout=TIMEOUT)
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
-        if error.code == 416:  # nothing there at this offset: whatever we have is of another file
+        if error.code == 416:  # the server's file is shorter than `part`, which must be of another file
             part.unlink()
         raise ConnectionError(f"{url}: status {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
         raise ConnectionError(f"{url}: {getattr(error, 'reason', error)}") from error
     broken: Exception | None = None
     with response, part.open("ab" if response.status == 206 else "wb") as out:
-        there = out.tell()
-        while there <= file.size:
+        received = out.tell()
+        while received <= file.size:
             try:
                 chunk = response.read(CHUNK)
             except (OSError, HTTPException) as error:
@@ -131,17 +131,19 @@ def _receive(url: str, file: RemoteFile, part: Path, progress: Progress | None) 
             if not chunk:
                 break
             out.write(chunk)
-            there += len(chunk)
+            received += len(chunk)
             if progress:
-                progress(file.name, there, file.size)
+                progress(file.name, received, file.size)
         out.flush()
-        os.fsync(out.fileno())  # before the rename, or a crash could leave the name on an empty file
-    if there > file.size:
+        os.fsync(out.fileno())  # before the rename: after a crash the renamed file could be empty
+    if received > file.size:
         part.unlink()
-        raise ValueError(f"{url} sent {there} bytes or more, published are {file.size}: refused and removed")
-    if there < file.size:
+        raise ValueError(
+            f"{url} sent at least {received} bytes, the published file has {file.size}: refused and removed"
+        )
+    if received < file.size:
         raise ConnectionError(
-            f"{url} ended after {there} of {file.size} bytes; they are in {part}, where the next fetch goes on"
+            f"{url} ended after {received} of {file.size} bytes; the next fetch resumes from {part}"
         ) from broken
 
 

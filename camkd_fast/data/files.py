@@ -1,4 +1,4 @@
-"""A labelled set of image files: paths rather than pixels, so that a set of any size takes little memory."""
+"""Labelled image files. Only paths are kept, so a set of any size takes little memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .images import LabelledImages
 
-# Over the ImageNet training set, in pixel levels: what every ImageNet model was trained with.
+# Statistics of the ImageNet training set, in pixel levels, with which ImageNet models are trained.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """JPEG or PNG files with labels. Loaders decode them to RGB and deliver squares of `size` pixels."""
+    """JPEG or PNG files with labels. Loaders decode them to RGB and yield squares of `size` pixels."""
 
     paths: tuple[Path, ...]  # length N
     labels: Tensor  # (N,) int64 in [0, num_classes)
@@ -27,14 +27,14 @@ class ImageFiles:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, in pixel levels
     std: tuple[float, ...]
-    size: int  # side of the images that loaders deliver, pixels
+    size: int  # side of the images that loaders yield, pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, H, W) of every image as delivered."""
+        """(channels, H, W) of every image that a loader yields."""
         return self.channels, self.size, self.size
 
     @property
@@ -42,9 +42,9 @@ class ImageFiles:
         return 3
 
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of the files' bytes, labels, their order, normalisation and size; not of their paths.
+        """SHA-256 (hexadecimal) of the files' contents, labels, order, normalisation and size.
 
-        A set keeps it when it is moved. Computed once: reads every file.
+        Paths are excluded, so that a set can be moved. Reads every file, once.
 
         Raises:
             OSError: a file cannot be read.
@@ -55,7 +55,7 @@ class ImageFiles:
     def _fingerprint(self) -> str:
         settings = (len(self), self.num_classes, self.mean, self.std, self.size)
         digest = hashlib.sha256(repr(settings).encode())
-        # Threads hide the latency of opening files; hashing releases the interpreter lock.
+        # Threads hide the latency of opening files; hashing releases the GIL.
         with ThreadPoolExecutor(8) as pool:
             for content in pool.map(_sha256, self.paths):
                 digest.update(content)

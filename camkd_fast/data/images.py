@@ -1,4 +1,4 @@
-"""A labelled set of images in memory, and what may be done to its labels."""
+"""Labelled images in memory, stratified splits, and wrong labels for experiments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images as they are stored, normalised only when they are used."""
+    """Images as uint8 levels. Loaders normalise them."""
 
     pixels: Tensor  # (N, channels, H, W) uint8
     labels: Tensor  # (N,) int64 in [0, num_classes)
@@ -36,9 +36,9 @@ class LabelledImages:
         return self.pixels.shape[1]
 
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of all that a model can see of the set: pixels, labels, their order, normalisation.
+        """SHA-256 (hexadecimal) of pixels, labels, their order and the normalisation.
 
-        Computed once (some 1 to 2 GB/s); the tensors must not change afterwards.
+        Computed once, at 1 to 2 GB/s; the tensors must not change afterwards.
         """
         return self._fingerprint
 
@@ -55,10 +55,10 @@ class LabelledImages:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     def padded(self, side: int) -> LabelledImages:
-        """The images in the middle of black squares, `side` pixels wide; mean and deviation stay those without border.
+        """The images centred in black squares of `side` pixels. Mean and std stay those of the unpadded images.
 
         Raises:
-            ValueError: a side of the images is longer than that.
+            ValueError: the images are larger than `side`.
         """
         _, H, W = self.shape
         if max(H, W) > side:
@@ -67,7 +67,7 @@ class LabelledImages:
         return replace(self, pixels=F.pad(self.pixels, (left, side - W - left, top, side - H - top)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(M, channels, H, W) levels as float32 with the set's mean 0 and deviation 1."""
+        """Normalise levels (M, channels, H, W) to float32 with the set's mean and standard deviation."""
         mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() - mean) / std
 
@@ -76,7 +76,7 @@ def check_labels(labels: Tensor, num_classes: int, source: object) -> None:
     """Refuse labels outside [0, num_classes).
 
     Raises:
-        ValueError: names the first such label, its position and `source`, where the labels were read.
+        ValueError: a label is outside. The message gives the first one, its position and `source`, the file.
     """
     outside = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(outside):
@@ -87,29 +87,32 @@ def check_labels(labels: Tensor, num_classes: int, source: object) -> None:
 def stratified_parts(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
     """Disjoint index sets of the given sizes, each with every class in proportion (within one image).
 
-    Images are dealt in an order in which any stretch has the classes evenly spread, so nested sizes give nested parts.
+    All are slices of one order in which the classes are evenly spread, so a smaller first part is a subset of a larger.
 
     Raises:
-        ValueError: the sizes ask for more images than there are labels.
+        ValueError: the sizes add up to more than the number of labels.
     """
     if sum(sizes) > labels.numel():
-        raise ValueError(f"parts of {sum(sizes)} images were asked for, but there are {labels.numel()}")
+        raise ValueError(f"parts of {sum(sizes)} images cannot be taken from {labels.numel()}")
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(labels.numel(), generator=generator)
     position = torch.empty(labels.numel(), dtype=torch.float64)
     for label in range(int(labels.max()) + 1):
         members = shuffled[labels[shuffled] == label]
         position[members] = (torch.arange(members.numel(), dtype=torch.float64) + 0.5) / members.numel()
-    dealt = shuffled[position[shuffled].argsort(stable=True)]
-    return list(torch.split(dealt[: sum(sizes)], list(sizes)))
+    order = shuffled[position[shuffled].argsort(stable=True)]
+    return list(torch.split(order[: sum(sizes)], list(sizes)))
 
 
 def corrupt_labels(labels: Tensor, num_classes: int, fraction: float, seed: int, neighbour: bool = False) -> Tensor:
-    """Labels (N,) of which exactly round(fraction * N) are wrong.
+    """Copy of labels (N,) in which exactly round(fraction * N) are wrong.
 
     Args:
-        fraction: share of wrong labels, 0 to 1.
-        neighbour: take the next class (y + 1 mod num_classes) rather than any other class with equal chance.
+        fraction: of wrong labels, 0 to 1.
+        neighbour: use the next class (y + 1 mod num_classes) instead of a uniformly random other class.
+
+    Raises:
+        ValueError: `fraction` is outside [0, 1].
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
@@ -122,10 +125,10 @@ def corrupt_labels(labels: Tensor, num_classes: int, fraction: float, seed: int,
 
 
 def swap_labels(labels: Tensor, num_classes: int, one: int, other: int) -> Tensor:
-    """Labels (N,) in which two classes have changed places.
+    """Copy of labels (N,) in which two classes are swapped.
 
     Raises:
-        ValueError: a class outside [0, num_classes).
+        ValueError: a class is outside [0, num_classes).
     """
     for label in (one, other):
         if not 0 <= label < num_classes:

@@ -1,4 +1,4 @@
-"""Which samples make up each batch of an epoch, on each rank: one function for every loader."""
+"""Order of the samples: the batches of an epoch on each rank, for every loader."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from torch import Tensor
 
 from .counter_random import hashes, key
 
-_ORDER = 1  # keeps the order's random numbers apart from the augmentation's, which share the seed
+_ORDER = 1  # stream number; the augmentation uses the same seed with another one
 
 
 def epoch_batches(N: int, batch_size: int, world: int, rank: int, seed: int, epoch: int, shuffle: bool) -> list[Tensor]:
-    """The batches of one rank in one epoch, each (n,) int64 on the CPU; over all ranks every sample exactly once.
+    """The batches of one rank in one epoch, each (n,) int64 on the CPU. Over all ranks every sample occurs once.
 
-    A step takes the next G = batch_size * world samples of an order that depends on `seed` and `epoch` alone, and
-    each rank its part of them. So 1 process of 64 and 2 of 32 see the same samples at every step.
+    The order depends only on `seed` and `epoch`. Each step splits its next batch_size * world samples among the ranks,
+    so 1 process with batch size 64 and 2 with 32 see the same samples at every step.
 
     Args:
-        shuffle: False gives index order in every epoch. A last step of fewer samples than ranks then leaves ranks
-            without a batch. True joins a last step of fewer than two per rank (batch norm's least) to the one before.
+        shuffle: False keeps index order in every epoch; a last step of fewer samples than ranks leaves ranks without a
+            batch. True merges a last step of fewer than two samples per rank, batch norm's minimum, into the previous.
 
     Raises:
-        ValueError: the settings of `step_sizes`, or a rank outside [0, world).
+        ValueError: the arguments are invalid for `step_sizes`, or the rank is outside [0, world).
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must lie in [0, {world}), got {rank}")
-    # The hashes differ, so that sorting them has one outcome.
+    # The hashes are distinct, so that argsort has only one result.
     order = np.argsort(hashes(key(_ORDER, seed, epoch), np.arange(N))) if shuffle else np.arange(N)
     steps = torch.split(torch.from_numpy(order), step_sizes(N, batch_size, world, shuffle))
     return [part for step in steps if len(part := step.tensor_split(world)[rank])]
 
 
 def step_sizes(N: int, batch_size: int, world: int, shuffle: bool) -> list[int]:
-    """Samples of each step over all ranks.
+    """Number of samples of each step, over all ranks.
 
     Raises:
-        ValueError: no samples, a batch size or number of ranks below 1, or training with more ranks than samples.
+        ValueError: N, the batch size or the number of ranks is below 1, or there are more ranks than shuffled samples.
     """
     for name, value in (("samples", N), ("batch_size", batch_size), ("world", world)):
         if value < 1:
@@ -51,6 +51,6 @@ def step_sizes(N: int, batch_size: int, world: int, shuffle: bool) -> list[int]:
 
 
 def rank_sizes(N: int, batch_size: int, world: int, rank: int, shuffle: bool) -> list[int]:
-    """Lengths of what `epoch_batches` returns, in any epoch."""
+    """Lengths of the batches that `epoch_batches` returns, the same in every epoch."""
     sizes = [size // world + (rank < size % world) for size in step_sizes(N, batch_size, world, shuffle)]
     return [size for size in sizes if size]

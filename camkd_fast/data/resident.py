@@ -1,4 +1,4 @@
-"""Images that stay in memory as uint8: gather, crop, flip and normalise as a few batched tensor operations."""
+"""Loader that keeps images in device memory as uint8 and augments them with a few batched tensor operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .images import LabelledImages
 
 
 class ResidentLoader(EpochLoader):
-    """Keeps all pixels on the device; nothing but a few numbers per image is sent there per epoch."""
+    """Keeps all pixels on the device. An epoch transfers only a few numbers per image."""
 
     def __init__(self, data: LabelledImages, config: LoaderConfig) -> None:
         super().__init__(data, config)
@@ -31,14 +31,14 @@ class ResidentLoader(EpochLoader):
 
 
 class ShiftedCrops:
-    """Shifts, with zeros moving in, and flips of images that lie padded in one flat tensor.
+    """Shifts with zero fill and flips, gathered from padded images in one flat tensor.
 
-    One gather by computed indices serves both: 200,000 images of 3x32x32 per second on one core, where indexing a
-    view of all windows reaches 46,000. Indices of 32 bits, where they suffice, are half of what moves.
+    One index_select does both: 200,000 images of 3x32x32 per second on one core, against 46,000 by indexing a view of
+    all windows. 32-bit indices, used if they suffice, halve the memory traffic of the indices.
 
     Args:
         pixels: (N, channels, H, W) uint8.
-        channels_last: memory format of what is returned.
+        channels_last: memory format of the crops.
     """
 
     def __init__(self, pixels: Tensor, augmentation: Augmentation | None, channels_last: bool) -> None:
@@ -51,7 +51,7 @@ class ShiftedCrops:
         dtype = torch.int32 if padded.numel() < 2**31 else torch.int64
         arange = [torch.arange(n, dtype=dtype, device=pixels.device) for n in (C, self.H, self.W)]
         channel, row, column = arange[0] * (self.image // C), arange[1] * self.line, arange[2]
-        # Index = start of the crop + one of `rows` + one of `channels` + the direction * one of `columns`.
+        # Index of a pixel = start of the crop + its row + its channel + direction * its column.
         self.permuted = channels_last
         if channels_last:
             self.rows, self.shape = row, (self.H, self.W, C)
@@ -61,12 +61,12 @@ class ShiftedCrops:
             self.columns, self.channels = column, torch.zeros_like(column)
 
     def records(self, seed: int, view: int, index: Tensor) -> Tensor:
-        """(n, 2) on the device for samples `index` (n,): where the crop's first pixel lies; 1, or -1 if mirrored."""
-        made = records(self.augmentation, seed, view, index.numpy(), np.array([[self.H, self.W]]))
-        top, left = (made.shifts + self.padding).T
-        left = left + made.mirrored * (self.W - 1)
+        """(n, 2) on the device for samples `index` (n,): index of the crop's first pixel; 1, or -1 if mirrored."""
+        record = records(self.augmentation, seed, view, index.numpy(), np.array([[self.H, self.W]]))
+        top, left = (record.shifts + self.padding).T
+        left = left + record.mirrored * (self.W - 1)
         start = index.numpy() * self.image + top * self.line + left
-        both = np.stack([start, 1 - 2 * made.mirrored.astype(np.int64)], 1)
+        both = np.stack([start, 1 - 2 * record.mirrored.astype(np.int64)], 1)
         return torch.from_numpy(both).to(self.rows.dtype).to(self.rows.device, non_blocking=True)
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class ShiftedCrops:
 
 
 class ResizedCrops:
-    """Windows of images, resized to the images' size: linear interpolation that does not look beyond the window.
+    """Windows resized to the images' size by linear interpolation that reads no pixel outside the window.
 
     Args:
         pixels: (N, channels, H, W) uint8.
-        channels_last: memory format of what is returned.
+        channels_last: memory format of the crops.
     """
 
     def __init__(self, pixels: Tensor, augmentation: Augmentation, channels_last: bool) -> None:
@@ -93,8 +93,8 @@ class ResizedCrops:
 
     def records(self, seed: int, view: int, index: Tensor) -> Tensor:
         """(n, 6) int64 on the device for samples `index` (n,): index, window (top, left, height, width), mirrored."""
-        made = records(self.augmentation, seed, view, index.numpy(), np.array([self.pixels.shape[2:]]))
-        columns = [index.numpy()[:, None], made.windows, made.mirrored[:, None]]
+        record = records(self.augmentation, seed, view, index.numpy(), np.array([self.pixels.shape[2:]]))
+        columns = [index.numpy()[:, None], record.windows, record.mirrored[:, None]]
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.pixels.device, non_blocking=True)
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ResizedCrops:
         return levels.contiguous(memory_format=self.format)
 
     def _positions(self, centres: Tensor, start: Tensor, length: Tensor) -> Tensor:
-        """Where the S output pixels of each of n windows lie, from -1 (first pixel) to 1 (last): (n, S)."""
+        """grid_sample coordinates (n, S) of the S output pixels of n windows: -1 is the first pixel, 1 the last."""
         size = len(centres)
         within = centres * (length[:, None] / size) - 0.5
         positions = start[:, None] + torch.minimum(within.clamp(min=0), length[:, None] - 1)
@@ -118,7 +118,7 @@ class ResizedCrops:
 
 
 def array_crops(pixels: Tensor, augmentation: Augmentation | None, channels_last: bool) -> ShiftedCrops | ResizedCrops:
-    """What cuts augmented batches out of images (N, channels, H, W) uint8."""
+    """The object that crops images (N, channels, H, W) uint8 for this augmentation."""
     if augmentation is not None and augmentation.kind == "resized-crop":
         return ResizedCrops(pixels, augmentation, channels_last)
     return ShiftedCrops(pixels, augmentation, channels_last)

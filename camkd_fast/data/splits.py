@@ -1,4 +1,4 @@
-"""Training, validation and test part of a data set."""
+"""Training, validation and test splits of a data set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ AnySet = TypeVar("AnySet", LabelledImages, ImageFiles)
 
 
 class Splits(NamedTuple):
-    """Disjoint parts with the same classes and normalisation.
+    """Disjoint splits with the same classes and normalisation.
 
-    The validation part is for choosing settings, the test part for the final number.
+    The validation split is for choosing settings, the test split for the final result.
     """
 
     train: ImageSet
@@ -22,12 +22,12 @@ class Splits(NamedTuple):
 
 
 def hold_out(images: AnySet, fraction: float, seed: int) -> tuple[AnySet, AnySet]:
-    """The set without a part of it, and that part: every class in proportion, both in the set's order.
+    """Split a set into the remaining and the held-out images, stratified by class, both in the set's order.
 
-    The part has round(fraction * N) images, but one at least unless the fraction is 0.
+    round(fraction * N) images are held out, but at least one unless the fraction is 0.
 
     Raises:
-        ValueError: the fraction lies outside [0, 1) or leaves nothing of the set.
+        ValueError: the fraction is outside [0, 1) or leaves no image.
     """
     if not 0.0 <= fraction < 1.0:
         raise ValueError(f"the fraction to hold out must lie in [0, 1), got {fraction}")

@@ -1,4 +1,4 @@
-"""Batches prepared by the worker processes of PyTorch's DataLoader: the loader that always runs."""
+"""Loader on PyTorch's DataLoader, which runs on every machine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Prepared = tuple[Tensor, Tensor, dict[int, str]]  # levels (m, channels, H, W) u
 
 
 class TorchLoader(EpochLoader):
-    """Files are decoded by Pillow, arrays cropped as in `ResidentLoader`, in `workers` processes (0: in this one).
+    """Decodes files with Pillow, or crops arrays like `ResidentLoader`, in `workers` processes (0: in this one).
 
-    The processes live until the loader is closed. Batches come in order whichever worker makes them.
+    The processes run until the loader is closed. Batches come in order, whichever worker prepares them.
     """
 
     def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
         super().__init__(data, config)
         prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
-        self._plan: list[Key] = []  # what the DataLoader iterates over, replaced in place
+        self._plan: list[Key] = []  # the sampler of the DataLoader, replaced in place
         self._loader: DataLoader[Prepared] | None = DataLoader(
             prepared,
             sampler=self._plan,
@@ -41,7 +41,7 @@ class TorchLoader(EpochLoader):
             persistent_workers=config.workers > 0,
             worker_init_fn=_keep_inherited,
             pin_memory=config.device.type == "cuda",
-            generator=torch.Generator(),  # the workers' seeds are not to be drawn from the global generator
+            generator=torch.Generator(),  # keeps the workers' seeds from being drawn from the global generator
         )
 
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -51,16 +51,16 @@ class TorchLoader(EpochLoader):
         for batch, (levels, index, problems) in zip(batches, self._loader, strict=True):
             for sample, problem in problems.items():
                 self._reject(sample, problem)
-            self._readable(batch)  # refuses a batch of which nothing is left
+            self._readable(batch)  # raises if no image of the batch is left
             yield self._normalised(levels.to(self.config.device, non_blocking=True)), index
 
     def close(self) -> None:
         super().close()
-        self._loader = None  # its iterator ends the processes
+        self._loader = None  # deleting its iterator ends the processes
 
 
 def _keep_inherited(worker: int) -> None:
-    """A forked process must not collect what it inherits: a DALI pipeline's destructor crashes without its threads."""
+    """Keep inherited objects from collection: in a fork a DALI pipeline's destructor crashes without its threads."""
     gc.freeze()
 
 
@@ -77,7 +77,7 @@ class ArrayBatches(Dataset[Prepared]):
 
 
 class FileBatches(Dataset[Prepared]):
-    """Augmented batches of files. Reports those that cannot be decoded instead of raising."""
+    """Augmented batches of files. Files that cannot be decoded are reported instead of raised."""
 
     def __init__(self, data: ImageFiles, config: LoaderConfig) -> None:
         self.data, self.config = data, config
@@ -98,16 +98,20 @@ class FileBatches(Dataset[Prepared]):
         return levels, torch.tensor(list(read), dtype=torch.int64), problems
 
     def _levels(self, sample: int, view: int) -> Levels:
-        """One augmented image (H, W, channels). ValueError: its file cannot be decoded."""
+        """One augmented image (H, W, channels).
+
+        Raises:
+            ValueError: the file cannot be decoded.
+        """
         from .decode import open_rgb, resized
 
         image = open_rgb(self.data.paths[sample])
         size = np.array([[image.height, image.width]])
-        made = records(self.config.augmentation, self.config.augmentation_seed, view, np.array([sample]), size)
-        levels = resized(image, made.windows[0], self.data.size)
-        if made.shifts.any():
-            reach = int(np.abs(made.shifts).max())
-            top, left = (made.shifts[0] + reach).tolist()
+        record = records(self.config.augmentation, self.config.augmentation_seed, view, np.array([sample]), size)
+        levels = resized(image, record.windows[0], self.data.size)
+        if record.shifts.any():
+            reach = int(np.abs(record.shifts).max())
+            top, left = (record.shifts[0] + reach).tolist()
             padded = np.pad(levels, ((reach, reach), (reach, reach), (0, 0)))
             levels = padded[top : top + self.data.size, left : left + self.data.size]
-        return np.ascontiguousarray(levels[:, ::-1] if made.mirrored[0] else levels)
+        return np.ascontiguousarray(levels[:, ::-1] if record.mirrored[0] else levels)

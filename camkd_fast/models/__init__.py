@@ -25,22 +25,22 @@ _ZOO: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The zoo's own models; timm's are not listed."""
+    """Names of the zoo's models, without timm's."""
     return tuple(_ZOO)
 
 
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised model from torch's global generator.
+    """Create a model and draw its weights from torch's global generator.
 
     It has `num_features`, `num_classes`, `forward_features` (N, in_channels, H, W) -> (N, num_features, h, w),
-    `forward_head` of that -> (N, num_classes), and `forward`. The zoo's own take 8x8 pixels and more.
+    `forward_head` (N, num_features, h, w) -> (N, num_classes), and `forward`. Zoo models take images from 8x8 pixels.
 
     Args:
         name: one of `names()`, "timm:NAME", or a name that only timm knows, when timm is installed.
 
     Raises:
-        ValueError: a count below 1; no model has that name (the nearest are named); timm is asked for and not
-            installed; or the timm model has no feature map.
+        ValueError: a count is below 1, no model has that name (the message lists the nearest), timm is required but
+            not installed, or the timm model has no feature map.
     """
     for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
         if count < 1:

@@ -1,4 +1,8 @@
-"""What the families share: a pooled linear classifier, convolution + batch norm, the usual initialisation."""
+"""Parts shared by the model families: pooled linear classifier, convolution with batch norm, initialisation.
+
+The names of module classes and attributes are part of saved weights and of teacher-cache hashes: renaming one breaks
+both.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ from torch import Tensor, nn
 
 
 class PooledClassifier(nn.Module):
-    """timm's protocol for a convolutional body under a spatial mean and one linear layer.
+    """Convolutional body, spatial mean and one linear layer behind timm's protocol.
 
-    `forward_features` maps (N, in_channels, H, W) to the last feature map (N, num_features, h, w), `forward_head` that
-    to logits (N, num_classes), and `forward` is both in turn. Images have 8x8 pixels at least.
+    `forward_features` maps (N, in_channels, H, W) to the last feature map (N, num_features, h, w), `forward_head` maps
+    that to logits (N, num_classes), and `forward` composes both. Images have at least 8x8 pixels.
     """
 
     def __init__(self, body: nn.Module, num_features: int, num_classes: int) -> None:
@@ -44,7 +48,7 @@ def conv_norm_relu(in_channels: int, channels: int, kernel: int, stride: int = 1
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """He's normal initialisation by fan-out, in the order of construction, so that a seed fixes every weight."""
+    """He normal initialisation by fan-out, in construction order, so that a seed determines every weight."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -53,6 +57,6 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def init_small_classifier(model: PooledClassifier) -> None:
-    """First logits near zero, whatever the width: the published start of VGG and MobileNetV2."""
+    """Initialise the classifier for logits near zero at any width, as published for VGG and MobileNetV2."""
     nn.init.normal_(model.fc.weight, std=0.01)
     nn.init.zeros_(model.fc.bias)

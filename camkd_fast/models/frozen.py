@@ -1,8 +1,8 @@
-"""Frozen teachers: evaluation mode, no gradients, batch norm folded into the convolution in front of it.
+"""Frozen teachers: evaluation mode, no gradients, batch norms folded into the preceding convolutions.
 
-In evaluation mode a batch norm is one scale and one offset per channel, a (x - m) / sqrt(v + eps) + b, and a
-convolution whose output nothing else reads can carry both. That saves a pass over each activation map. What feeds what
-is read from a torch.fx trace, as the order of definition says nothing about the order of use.
+In evaluation mode a batch norm is a scale and an offset per channel, a (x - m) / sqrt(v + eps) + b, which a convolution
+can absorb if nothing else reads its output. That saves a pass over each activation map. The data flow comes from a
+torch.fx trace, because modules need not be called in the order of their definition.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool = False) -> Model:
     """A copy of `model` for inference: evaluation mode, no parameter requires a gradient, batch norms folded.
 
-    The protocol stays (`forward_features`, `forward_head`); outputs agree up to rounding. Folding happens in float64
-    before any cast. A batch norm stays where folding would be wrong: behind anything but a plain convolution, or where
-    the convolution's output or either module is used elsewhere too. A model that torch.fx cannot trace keeps them all
-    and warns. Parameter names differ from the original's: folded convolutions have a bias.
+    The protocol is kept (`forward_features`, `forward_head`); outputs agree up to rounding. Folding happens in float64
+    before any cast. A batch norm is kept if folding would be wrong: after anything but an nn.Conv2d, or if the
+    convolution's output or either module is also used elsewhere. A model that torch.fx cannot trace keeps all of them,
+    with a warning. Parameter names differ from the original's, because folded convolutions have a bias.
 
     Args:
-        model: follows the protocol; left as it is.
-        dtype: of parameters and images from then on; None keeps the model's.
-        channels_last: convolutions with weights in that memory format.
+        model: follows the protocol; it is not modified.
+        dtype: of the copy's parameters and input images; None keeps the model's.
+        channels_last: store convolution weights in that memory format.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     for conv, norm in _foldable(frozen):
@@ -43,11 +43,11 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
         _cast(frozen, dtype)
     if channels_last:
         frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return frozen.eval()  # the modules put in place of batch norms as well
+    return frozen.eval()  # includes the modules that replace batch norms
 
 
 class _Passes(nn.Module):
-    """Both passes of the protocol in one graph, so that a module used by each is seen twice."""
+    """Features and head in one graph, so that a module used by both is counted twice."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Passes(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Enters a module only if there is something to fold inside: elsewhere control flow may depend on shapes."""
+    """Traces into a module only if something inside can be folded: others may branch on shapes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kinds = (nn.Conv2d, *_NORMS)
@@ -68,13 +68,13 @@ class _Tracer(fx.Tracer):
 
 
 def _foldable(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of each convolution and of the batch norm that alone reads its output."""
+    """Name pairs (convolution, batch norm) in which only the batch norm reads the convolution's output."""
     if not any(isinstance(module, _NORMS) for module in model.modules()):
         return []  # nothing to fold, and transformers often do not trace
     passes = _Passes(model)
     try:
         graph = _Tracer().trace(passes)
-    except Exception as error:  # tracing runs the model's own Python on symbols: anything can come out of it
+    except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(f"{type(model).__name__} keeps its batch norms, torch.fx cannot trace it: {reason}", stacklevel=3)
         return []
@@ -93,7 +93,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
 
     pairs = []
     for norm in graph.nodes:
-        if _can_give(called_once(norm)):
+        if _is_foldable_norm(called_once(norm)):
             (conv,) = norm.all_input_nodes
             # Exactly Conv2d: a subclass may standardise its weights or pad in its own way.
             if type(called_once(conv)) is nn.Conv2d and len(conv.users) == 1:
@@ -101,8 +101,8 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def _can_give(norm: nn.Module | None) -> bool:
-    """Whether this is a batch norm of known arithmetic with statistics of its own."""
+def _is_foldable_norm(norm: nn.Module | None) -> bool:
+    """True for a batch norm of known arithmetic that has running statistics."""
     known = type(norm) in _NORMS or _has_activation(norm)
     return known and cast(nn.BatchNorm2d, norm).running_mean is not None
 
@@ -113,7 +113,7 @@ def _has_activation(norm: nn.Module | None) -> bool:
 
 
 def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
-    """The convolution takes over the batch norm's arithmetic; in its place stays an identity, or its activation."""
+    """Fold the batch norm into the convolution and replace it by its activation or an identity."""
     conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), cast(Any, model.get_submodule(norm_name))
     dtype = conv.weight.dtype
     model.set_submodule(conv_name, fuse_conv_bn_eval(conv.double(), norm.double()).to(dtype))
@@ -121,7 +121,7 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Everything to `dtype`, but no batch norm below float32: its statistics have range and cost nothing to keep."""
+    """Cast to `dtype`, but no batch norm below float32: its statistics need the range, and their cost is negligible."""
     for module in model.modules():
         if isinstance(module, _NORMS) and dtype.itemsize < 4:
             continue

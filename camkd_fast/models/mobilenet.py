@@ -1,7 +1,7 @@
 """MobileNetV2 at half width for CIFAR (Sandler et al., arXiv 1801.04381; "T=6, W=0.5" of arXiv 1910.10699).
 
-Against ImageNet's: ReLU instead of ReLU6, no stride in the second stage, and the first block keeps its 1x1 expansion
-although it expands by 1.
+Differences from the ImageNet model: ReLU instead of ReLU6, stride 1 in the second stage, and the first block keeps its
+1x1 expansion although its factor is 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .blocks import PooledClassifier, conv_norm, conv_norm_relu, init_convolutions, init_small_classifier
 
 STEM = 16
-LAST = 1280  # width of the last 1x1 convolution; never narrowed
+LAST = 1280  # width of the last 1x1 convolution, the same at every model width
 
 
 class Stage(NamedTuple):
@@ -35,7 +35,7 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up, depthwise 3x3, linear 1x1 down: (N, D_in, H, W) -> (N, D_out, ceil(H / stride), ceil(W / stride))."""
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection: (N, D_in, H, W) -> (N, D, ceil(H/stride), ...)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()

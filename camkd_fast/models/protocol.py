@@ -1,4 +1,4 @@
-"""What a teacher or a student must offer: timm's protocol, so that any timm model can be either."""
+"""The interface of teachers and students: timm's protocol, so that a timm model can be either."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class FeatureModel(Protocol):
-    """forward_head(forward_features(x)) are the logits; `num_features` counts the feature map's channels."""
+    """forward_head(forward_features(x)) gives the logits; `num_features` is the feature map's number of channels."""
 
     num_features: int
 
@@ -18,21 +18,22 @@ class FeatureModel(Protocol):
 
 
 class Prediction(NamedTuple):
-    """What a model says about one batch."""
+    """Outputs of a model for one batch."""
 
     features: Tensor  # last feature map (N, D, H, W)
     logits: Tensor  # (N, C)
 
 
 def feature_model(module: nn.Module) -> FeatureModel:
-    """The module itself, once it is known to follow the protocol.
+    """Return the module after checking that it follows the protocol.
 
     Raises:
-        TypeError: it does not.
+        TypeError: it lacks an attribute; the message names the missing ones.
     """
     if not isinstance(module, FeatureModel):
-        wanted = "num_features, forward_features and forward_head"
-        raise TypeError(f"{type(module).__name__} cannot teach or learn: it lacks one of {wanted}")
+        required = ("num_features", "forward_features", "forward_head")
+        missing = ", ".join(name for name in required if not hasattr(module, name))
+        raise TypeError(f"{type(module).__name__} can be neither a teacher nor a student: it lacks {missing}")
     return module
 
 

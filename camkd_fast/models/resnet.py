@@ -1,4 +1,4 @@
-"""CIFAR ResNets: three stages of basic blocks behind a 3x3 stem (He et al. 2016, section 4.2; arXiv 1512.03385).
+"""CIFAR ResNets: three stages of basic blocks after a 3x3 stem (He et al. 2016, section 4.2; arXiv 1512.03385).
 
 Shortcuts that change shape are 1x1 convolutions with batch norm, and the x4 variants widen stem and stages, as in the
 distillation literature (Tian et al., arXiv 1910.10699), whose parameter counts these reproduce.
@@ -36,10 +36,11 @@ ARCHITECTURES = {
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (N, D_in, H, W) -> (N, D_out, ceil(H / stride), ceil(W / stride))."""
+    """Shortcut block with two 3x3 convolutions: (N, D_in, H, W) -> (N, D_out, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
+        # The name is a key of saved weights.
         self.residual = nn.Sequential(
             conv_norm_relu(in_channels, channels, 3, stride),
             conv_norm(channels, channels, 3),

@@ -1,7 +1,7 @@
 """ShuffleNets for CIFAR: V1 with 3 groups (Zhang et al., arXiv 1707.01083), V2 at 1x (Ma et al., arXiv 1807.11164).
 
-Against ImageNet's, as in the distillation literature (arXiv 1910.10699): the stem is a 1x1 convolution without stride
-or pooling, and V1's depthwise convolution has a ReLU. The initialisation is PyTorch's.
+Differences from the ImageNet models, as in the distillation literature (arXiv 1910.10699): the stem is a 1x1
+convolution without stride or pooling, and V1's depthwise convolution has a ReLU. The initialisation is PyTorch's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ V2_LAST = 1024
 
 
 class ChannelShuffle(nn.Module):
-    """Channel i of group j becomes channel j of group i, in one copy that keeps the memory format.
+    """Move channel i of group j to channel j of group i, in one copy that keeps the memory format.
 
-    The reshape alone would return channels_last input in the default format, and the next convolution copy it back.
+    A reshape of the NCHW view would return channels_last input in the default format, which the next convolution would
+    have to convert back.
     """
 
     def __init__(self, groups: int) -> None:
@@ -37,22 +38,22 @@ class ChannelShuffle(nn.Module):
 
 
 class GroupedBottleneck(nn.Module):
-    """V1's unit: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
+    """Unit of V1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1.
 
-    Stride 1 adds the input. Stride 2 concatenates its average-pooled half resolution, so that the convolutions yield
-    channels - in_channels: (N, in_channels, H, W) -> (N, channels, ceil(H / 2), ceil(W / 2)).
+    Stride 1 adds the input. Stride 2 concatenates the average-pooled input, so the convolutions produce
+    channels - in_channels channels: (N, in_channels, H, W) -> (N, channels, ceil(H / 2), ceil(W / 2)).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        own = channels - in_channels if stride == 2 else channels
-        hidden = own // 4
+        convolved = channels - in_channels if stride == 2 else channels
+        hidden = convolved // 4
         groups = 1 if in_channels == STEM else V1_GROUPS  # the stem has too few channels to be split
         self.layers = nn.Sequential(
             conv_norm_relu(in_channels, hidden, 1, groups=groups),
             ChannelShuffle(groups) if groups > 1 else nn.Identity(),
             conv_norm_relu(hidden, hidden, 3, stride, groups=hidden),
-            conv_norm(hidden, own, 1, groups=V1_GROUPS),
+            conv_norm(hidden, convolved, 1, groups=V1_GROUPS),
         )
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
@@ -84,7 +85,7 @@ def _branch(in_channels: int, channels: int, stride: int) -> nn.Sequential:
 
 
 class SplitUnit(nn.Module):
-    """V2's unit without stride: half of the channels pass, half are convolved, then all are shuffled."""
+    """Unit of V2 with stride 1: half of the channels are kept, half are convolved, then all are shuffled."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,13 +93,13 @@ class SplitUnit(nn.Module):
         self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        passed, convolved = x.chunk(2, 1)
-        out: Tensor = self.shuffle(torch.cat([passed, self.branch(convolved)], 1))
+        kept, convolved = x.chunk(2, 1)
+        out: Tensor = self.shuffle(torch.cat([kept, self.branch(convolved)], 1))
         return out
 
 
 class DownUnit(nn.Module):
-    """V2's unit with stride: two branches see every channel, (N, D, H, W) -> (N, channels, ceil(H/2), ceil(W/2))."""
+    """Unit of V2 with stride 2, two branches on all channels: (N, D, H, W) -> (N, channels, ceil(H/2), ceil(W/2))."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()

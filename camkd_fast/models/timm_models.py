@@ -1,4 +1,4 @@
-"""Models of timm, with a feature map whatever the architecture. timm is optional and imported where it is used."""
+"""timm models, wrapped to return a feature map (N, D, H, W). timm is optional and imported on use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "timm:"
 
 
 def names() -> list[str]:
-    """What timm offers; nothing where it is not installed."""
+    """Names of timm's models; empty if timm is not installed."""
     timm = _timm()
     return list(timm.list_models()) if timm else []
 
@@ -28,13 +28,13 @@ def knows(name: str) -> bool:
 
 
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """timm's model of that name, freshly initialised: itself if its features are (N, D, H, W), else a view of it.
+    """Create a timm model with random weights, wrapped unless its features are (N, D, H, W).
 
-    One image of the model's own size is run to learn which.
+    The layout of the features is found by running one image of the model's default size.
 
     Raises:
-        ValueError: timm is not installed or has no such model; the features are no map; or the head reads what is not
-            in the map, such as a class token.
+        ValueError: timm is not installed or has no such model, the features are not a map, or the head reads values
+            outside the map, such as a class token.
     """
     timm = _timm()
     if timm is None:
@@ -46,7 +46,7 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     model = timm.create_model(name, **settings)
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     if prefix:
-        # A map has no place for class tokens: the head must average the patches instead.
+        # A map has no place for class tokens, so the head must average the patches.
         try:
             model = timm.create_model(name, **settings, global_pool="avg")
         except (AssertionError, TypeError) as error:
@@ -62,16 +62,16 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
     if side == 0 or shape != (1, prefix + side**2, model.num_features):
         raise ValueError(f"timm's {name} has no feature map: one square image gives features {tuple(shape)}")
-    view = PatchTokens(model, prefix, side)
-    if not view.head_reads_only_the_map():
+    wrapped = PatchTokens(model, prefix, side)
+    if not wrapped.head_ignores_prefix():
         raise ValueError(
             f"timm's {name} has no feature map: its head reads {prefix} tokens outside the {side}x{side} map"
         )
-    return view
+    return wrapped
 
 
 class TrailingChannels(nn.Module):
-    """A timm model whose features are (N, H, W, D), such as Swin: here they are (N, D, H, W)."""
+    """Wraps a timm model with features (N, H, W, D), such as Swin, to return (N, D, H, W)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class TrailingChannels(nn.Module):
 
 
 class PatchTokens(nn.Module):
-    """A timm model whose features are tokens (N, prefix + side^2, D), such as ViT: here (N, D, side, side).
+    """Wraps a timm model with tokens (N, prefix + side^2, D) as features, such as ViT, to return (N, D, side, side).
 
-    The head gets zeros for the prefix tokens, which it must not read. Images have the size that gives side^2 patches.
+    The head gets zeros as prefix tokens, which it must not read. The image size must give side^2 patches.
     """
 
     def __init__(self, model: Any, prefix: int, side: int) -> None:
@@ -118,10 +118,10 @@ class PatchTokens(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @torch.no_grad()
-    def head_reads_only_the_map(self) -> bool:
-        """Whether prefix tokens of ones, which zeros replace in `forward_head`, leave the logits as they are."""
+    def head_ignores_prefix(self) -> bool:
+        """True if prefix tokens of ones give the same logits as the zeros of `forward_head`."""
         self.eval()
-        # A pattern without symmetry, and not from the generator whose state the caller's seed fixed.
+        # A pattern without symmetry. Random numbers would change the state of the caller's generator.
         count = self.side**2 * self.num_features
         patches = torch.linspace(-1, 1, count).sin().view(1, self.side**2, self.num_features)
         ones = torch.ones(1, self.prefix, self.num_features)

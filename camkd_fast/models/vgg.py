@@ -1,5 +1,5 @@
 """CIFAR VGGs: five blocks of 3x3 convolutions with batch norm, one linear layer (Simonyan and Zisserman,
-arXiv 1409.1556, cut down as in Tian et al., arXiv 1910.10699).
+arXiv 1409.1556, reduced as in Tian et al., arXiv 1910.10699).
 
 The convolutions keep the bias that batch norm makes redundant: the published parameter counts include it.
 """
@@ -19,7 +19,7 @@ ARCHITECTURES = {
 
 
 class LargeMapPool(nn.Module):
-    """Halves maps of 8x8 and more: 64x64 images then end at 4x4, like 32x32 ones, and 8x8 images at 1x1."""
+    """Halves maps from 8x8, so that 64x64 images end at 4x4, like 32x32 images, and 8x8 images at 1x1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 2) if min(x.shape[2:]) >= 8 else x

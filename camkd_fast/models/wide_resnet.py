@@ -1,7 +1,7 @@
 """Wide ResNets for CIFAR: pre-activation basic blocks, widened (Zagoruyko and Komodakis, arXiv 1605.07146).
 
-No dropout, as in the distillation literature. The feature map is taken behind the last batch norm and ReLU, so that the
-head is pooling and one linear layer, as for every other family.
+No dropout, as in the distillation literature. The feature map is taken after the last batch norm and ReLU, so that the
+head is pooling and one linear layer, as in every other family.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ ARCHITECTURES = {"wrn-16-2": Architecture(16, 2), "wrn-40-2": Architecture(40, 2
 class PreActivationBlock(nn.Module):
     """Batch norm, ReLU, 3x3 convolution, twice: (N, D_in, H, W) -> (N, D_out, ceil(H / stride), ceil(W / stride)).
 
-    Where the channel count changes, the shortcut is a 1x1 convolution of the activated input; elsewhere it is the raw
-    input.
+    The shortcut is the raw input, or a 1x1 convolution of the activated input if the channel count changes.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -43,8 +42,8 @@ class PreActivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x), inplace=True)
-        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
-        return residual + (x if self.shortcut is None else self.shortcut(active))
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
+        return out + (x if self.shortcut is None else self.shortcut(active))
 
 
 class WideResNet(PooledClassifier):

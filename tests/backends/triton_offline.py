@@ -63,9 +63,8 @@ def _logits(shape: Shape, dtype: str) -> Any:
 
 
 def _call(shape: Shape) -> None:
-    import torch
-
     import camkd_fast.kernels as kernels
+    import torch
     from camkd_fast.kernels import batch_mean
 
     student = _logits(shape, shape.dtype)

@@ -1,4 +1,4 @@
-"""Augmentation records: where each sample is cut and whether it is mirrored, decided before any pixel is read."""
+"""Augmentation records: the window, shift and flip of each sample."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.support.loader_data import CROP, RESIZED
 
 
 @given(st.integers(0, 10**9), st.integers(0, 10**6), st.permutations(list(range(30))), st.sampled_from([CROP, RESIZED]))
-def test_a_record_depends_on_seed_view_and_sample_alone(
+def test_a_record_depends_only_on_seed_view_and_sample(
     seed: int, view: int, order: list[int], augmentation: Augmentation
 ) -> None:
     sizes = np.random.default_rng(0).integers(5, 99, (30, 2))
     together = records(augmentation, seed, view, np.arange(30), sizes)
     shuffled = records(augmentation, seed, view, np.array(order), sizes[order])
-    alone = records(augmentation, seed, view, np.array([7]), sizes[[7]])
-    for a, b, c in zip(together, shuffled, alone, strict=True):
+    single = records(augmentation, seed, view, np.array([7]), sizes[[7]])
+    for a, b, c in zip(together, shuffled, single, strict=True):
         np.testing.assert_array_equal(a[order], b)
         np.testing.assert_array_equal(a[[7]], c)
 
@@ -57,21 +57,22 @@ def test_windows_lie_in_the_image(size: tuple[int, int], scale: float, ratio: fl
     assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
 
 
-def test_windows_have_the_areas_and_ratios_that_were_asked_for() -> None:
+def test_windows_have_the_configured_areas_and_ratios() -> None:
     n, H, W = 20000, 300, 400
     augmentation = Augmentation("resized-crop", scale=(0.2, 0.5))
     top, left, height, width = records(augmentation, 0, 0, np.arange(n), np.array([[H, W]])).windows.T
     area, ratio = height * width / (H * W), np.log(width / height) / np.log(4 / 3)
     for value, low, high in ((area, 0.2, 0.5), (ratio, -1, 1), (top / (H - height), 0, 1), (left / (W - width), 0, 1)):
         deciles = np.quantile(value, np.linspace(0, 1, 11))
-        np.testing.assert_allclose(deciles, np.linspace(low, high, 11), atol=0.03 * (high - low))
+        # Standard error of a decile of 20,000 uniform values: at most 0.0035 of the range.
+        assert np.abs(deciles - np.linspace(low, high, 11)).max() <= 0.03 * (high - low)
 
 
-def test_a_very_long_image_gets_a_central_window_of_a_legal_ratio() -> None:
-    made = records(RESIZED, 0, 0, np.arange(50), np.array([[10, 1000]]))
-    full_height = made.windows[:, 2] == 10
+def test_a_very_long_image_gets_a_central_window_of_an_allowed_ratio() -> None:
+    record = records(RESIZED, 0, 0, np.arange(50), np.array([[10, 1000]]))
+    full_height = record.windows[:, 2] == 10
     assert full_height.any()
-    np.testing.assert_array_equal(made.windows[full_height], [[0, 493, 10, 13]] * full_height.sum())
+    np.testing.assert_array_equal(record.windows[full_height], [[0, 493, 10, 13]] * full_height.sum())
     np.testing.assert_array_equal(central_squares(np.array([[10, 25], [8, 3]])), [[0, 7, 10, 10], [2, 0, 3, 3]])
 
 
@@ -85,6 +86,6 @@ def test_a_very_long_image_gets_a_central_window_of_a_legal_ratio() -> None:
         ({"ratio": (2.0, 1.0)}, r"\(2.0, 1.0\)"),
     ],
 )
-def test_unfit_augmentation_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_augmentation_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmentation(**settings)

@@ -1,4 +1,4 @@
-"""CIFAR archives built small in the published layout, with pickles as Python 2 wrote them, and what is refused."""
+"""CIFAR: small archives in the published layout with Python 2 pickles, and the refusal of other pickles."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pixels_of(labels: list[int], seed: int) -> np.ndarray:
 
 
 def cifar10_files(per_batch: int = 6) -> dict[str, bytes]:
-    """Five training batches and a test batch; labels go round the ten classes."""
+    """Five training batches and a test batch; labels cycle through the ten classes."""
     files = {}
     for i, name in enumerate((*CIFAR10.train, CIFAR10.test)):
         labels = [(i * per_batch + n) % 10 for n in range(per_batch)]
@@ -129,7 +129,7 @@ def test_cifar100_has_the_fine_classes_and_a_stratified_validation_part(tmp_path
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_of_python_2_are_read_under_both_names_of_numpys_module(core: str, order: Any) -> None:
+def test_python_2_arrays_are_read_under_both_names_of_numpys_module(core: str, order: Any) -> None:
     array = np.arange(24, dtype=np.uint8).reshape(4, 6).copy(order=order)
     batch = read_pickle(python2_pickle({b"data": array, b"labels": [1, -2]}, core), "batch")
     assert np.array_equal(batch[b"data"].numpy(), array) and batch[b"labels"] == [1, -2]
@@ -185,8 +185,8 @@ def test_other_globals_scalars_and_types_are_refused(refused: Any, name: str) ->
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x01xK\x01sb.",  # state for the stand-in itself
-        b"\x80\x02cnumpy\nndarray\nN}U\x01xK\x01s\x86b.",  # attributes by slots
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x01xK\x01sb.",  # state for the stand-in class
+        b"\x80\x02cnumpy\nndarray\nN}U\x01xK\x01s\x86b.",  # state in slots
         b"\x80\x02c_codecs\nencode\n}U\x01xK\x01sb.",
         b"\x80\x02cnumpy\nndarray\n)R}U\x01xK\x01sb.",
         b"\x80\x02ccamkd_fast.data.cifar\nSTAND_INS\n.",
@@ -197,7 +197,7 @@ def test_other_globals_scalars_and_types_are_refused(refused: Any, name: str) ->
         b"no pickle",
     ],
 )
-def test_opcodes_that_reach_for_more_are_refused(program: bytes) -> None:
+def test_other_opcodes_are_refused(program: bytes) -> None:
     before = {stand_in: set(vars(stand_in)) for stand_in in STAND_INS.values()}
     with pytest.raises(ValueError, match=r"batch|a pickle gives"):
         read_pickle(program, "batch")
@@ -207,7 +207,7 @@ def test_opcodes_that_reach_for_more_are_refused(program: bytes) -> None:
 def test_a_pickle_cut_anywhere_is_refused() -> None:
     whole = python2_pickle({b"labels": [1, 2], b"data": np.zeros((1, 4), dtype=np.uint8)})
     for length in range(len(whole)):
-        with pytest.raises(ValueError, match="batch is no readable pickle"):
+        with pytest.raises(ValueError, match="batch is not a readable pickle"):
             read_pickle(whole[:length], "batch")
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
         load_cifar10(tmp_path)
 
 
-def test_cifar_with_unfit_contents_is_refused(tmp_path: Path) -> None:
+def test_cifar_with_invalid_contents_is_refused(tmp_path: Path) -> None:
     def load(files: dict[str, bytes]) -> None:
         load_cifar10(archive(tmp_path / "a.tar.gz", CIFAR10.folder, files))
 

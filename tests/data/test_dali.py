@@ -1,10 +1,8 @@
-"""Image files through DALI, held against Pillow and the DataLoader: pixels, augmentation, unreadable files."""
+"""Image files loaded with DALI, compared with Pillow and the DataLoader: pixels, augmentation, position."""
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from camkd_fast.data import Augmentation, BadImageError, ImageFiles, LoaderConfig
+from camkd_fast.data import Augmentation, ImageFiles, LoaderConfig
 from camkd_fast.data.augment import records
 from camkd_fast.data.dali_loader import DaliLoader
 from camkd_fast.data.decode import image_size
@@ -46,21 +44,18 @@ def rgb(path: Path) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def sole(path: Path, size: int) -> ImageFiles:
+def single_file(path: Path, size: int) -> ImageFiles:
     return ImageFiles((path,), torch.zeros(1, dtype=torch.int64), 1, ("a",), MEAN, STD, size)
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
 
 
 @kinds
 def test_decoded_pixels_are_pillows(kind: str, files: ImageFiles) -> None:
-    """Without resampling exactly: a file's central square at its own size."""
+    """Exactly, because a file's central square at its own size is not resampled."""
     for path in files.paths:
         image = rgb(path)
         side = min(image.shape[:2])
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        data = sole(path, side)
+        data = single_file(path, side)
         with opened(data, kind, 1) as loader:
             (batch,) = loader
         expected = torch.from_numpy(image[top : top + side, left : left + side].copy()).permute(2, 0, 1)
@@ -69,7 +64,7 @@ def test_decoded_pixels_are_pillows(kind: str, files: ImageFiles) -> None:
 
 
 def weights(length: int, size: int) -> Tensor:
-    """(size, length): the triangular filter of linear interpolation with antialiasing, its edge pixels repeated."""
+    """(size, length): triangular filter of linear interpolation with antialiasing, with repeated edge pixels."""
     scale = length / size
     radius = max(scale, 1.0)
     reach = int(radius) + 2
@@ -83,10 +78,10 @@ def weights(length: int, size: int) -> Tensor:
 @kinds
 @pytest.mark.parametrize("channels_last", [False, True])
 @augmentations
-def test_pixels_are_those_of_the_records(
+def test_pixels_match_the_records(
     kind: str, channels_last: bool, augmentation: Augmentation | None, files: ImageFiles
 ) -> None:
-    """Window, exact linear interpolation in float64, shift, flip: within the rounding of one or two passes."""
+    """Window, linear interpolation in float64, shift, flip: equal within the rounding of one or two passes."""
     bound = 0.502 if kind == "dali" else 1.001
     with opened(files, kind, augmentation=augmentation, channels_last=channels_last) as loader:
         loader.set_epoch(1)
@@ -96,14 +91,14 @@ def test_pixels_are_those_of_the_records(
             assert batch.images.is_contiguous(memory_format=format)
             for sample, seen in zip(batch.index.tolist(), levels(batch, files), strict=True):
                 image = torch.from_numpy(rgb(files.paths[sample]).copy()).permute(2, 0, 1).double()
-                made = records(augmentation, 0, 1, np.array([sample]), np.array([image.shape[1:]]))
-                top, left, height, width = made.windows[0].tolist()
+                record = records(augmentation, 0, 1, np.array([sample]), np.array([image.shape[1:]]))
+                top, left, height, width = record.windows[0].tolist()
                 window = image[:, top : top + height, left : left + width]
                 expected = weights(height, 32) @ window @ weights(width, 32).T
-                dy, dx = made.shifts[0].tolist()
+                dy, dx = record.shifts[0].tolist()
                 padded = torch.nn.functional.pad(expected, (8,) * 4)
                 expected = padded[:, 8 + dy : 40 + dy, 8 + dx : 40 + dx]
-                expected = expected.flip(2) if made.mirrored[0] else expected
+                expected = expected.flip(2) if record.mirrored[0] else expected
                 assert (seen - expected).abs().max() <= bound, files.paths[sample]
 
 
@@ -124,27 +119,27 @@ def test_dali_and_torch_agree_within_one_level(augmentation: Augmentation | None
 
 
 @kinds
-def test_sixteen_bits_are_scaled_and_orientation_tags_are_left_alone(kind: str, tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_and_orientation_tags_are_ignored(kind: str, tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    with opened(sole(tmp_path / "deep.png", 16), kind, 1) as loader:
+    with opened(single_file(tmp_path / "deep.png", 16), kind, 1) as loader:
         seen = levels(next(iter(loader)), loader.data)  # type: ignore[attr-defined]
     assert (seen - torch.from_numpy(np.rint(deep / 257))).abs().max() < 1e-4
 
     tag = Image.Exif()
-    tag[0x112] = 6  # turned by 90 degrees
+    tag[0x112] = 6  # rotated by 90 degrees
     upright = picture(np.random.default_rng(0), 16, 16)
-    upright.save(tmp_path / "plain.jpg")
+    upright.save(tmp_path / "untagged.jpg")
     upright.save(tmp_path / "tagged.jpg", exif=tag)
     seen_both = []
-    for name in ("plain.jpg", "tagged.jpg"):
-        with opened(sole(tmp_path / name, 16), kind, 1) as loader:
+    for name in ("untagged.jpg", "tagged.jpg"):
+        with opened(single_file(tmp_path / name, 16), kind, 1) as loader:
             seen_both.append(next(iter(loader)).images)
     assert torch.equal(*seen_both)
 
 
-def test_delivered_images_are_not_overwritten_by_later_ones(files: ImageFiles) -> None:
-    """They share memory with DALI, which recycles it."""
+def test_images_are_not_overwritten_by_later_ones(files: ImageFiles) -> None:
+    """They share memory with DALI, which reuses it."""
     with opened(files, "dali", 5, augmentation=CROP) as loader:
         batches = list(loader)
         copies = [batch.images.clone() for batch in batches]
@@ -152,9 +147,6 @@ def test_delivered_images_are_not_overwritten_by_later_ones(files: ImageFiles) -
         assert len(list(loader)) == len(batches)
     for batch, copy in zip(batches, copies, strict=True):
         assert torch.equal(batch.images, copy)
-
-
-# --- counts and position ---------------------------------------------------------------------------------------------
 
 
 @kinds
@@ -206,113 +198,10 @@ def test_an_unused_dali_loader_ends_its_threads(files: ImageFiles) -> None:
     assert threads() < before + 3
 
 
-# --- unreadable files ------------------------------------------------------------------------------------------------
-
-
-def damaged(files: ImageFiles, position: int, damage: str) -> ImageFiles:
-    """The same files, one of them broken."""
-    path = files.paths[position]
-    content = path.read_bytes()
-    broken = path.with_name(f"broken-{damage}{path.suffix}")
-    if damage != "missing":
-        contents = {"half": content[: len(content) // 2], "header": content[:60], "empty": b"", "text": b"no image"}
-        # Cut off in the last lines, which a random window may not touch.
-        contents["end"] = content[:-20]
-        broken.write_bytes(contents[damage])
-    paths = list(files.paths)
-    paths[position] = broken
-    return replace(files, paths=tuple(paths))
-
-
-@kinds
-@pytest.mark.parametrize(
-    ("suffix", "damage"),
-    [
-        *((suffix, damage) for suffix in (".jpg", ".png") for damage in ("half", "header", "empty", "text", "missing")),
-        (".jpg", "end"),  # Pillow reads a PNG that lacks no pixel, only its end
-    ],
-)
-@augmentations
-def test_an_unreadable_file_is_named(
-    kind: str, suffix: str, damage: str, augmentation: Augmentation | None, files: ImageFiles
-) -> None:
-    position = next(n for n, path in enumerate(files.paths) if path.suffix == suffix and n > 10)
-    data = damaged(files, position, damage)
-    with opened(data, kind, 8, augmentation=augmentation) as loader:
-        with pytest.raises(
-            BadImageError, match=rf"broken-{damage}\{suffix} cannot be read as an image: \w.*skip_bad=0"
-        ) as caught:
-            list(loader)
-        assert "\n" not in str(caught.value)
-
-
-@kinds
-def test_some_unreadable_files_are_left_out_counted_and_logged(
-    kind: str, files: ImageFiles, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = damaged(damaged(damaged(files, 3, "half"), 4, "text"), 13, "end")
-    good = torch.tensor([n for n in range(36) if n not in (3, 4, 13)])
-    with opened(data, kind, 8, augmentation=CROP, skip_bad=3) as loader, caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            batches = list(loader)
-            index, images = by_sample(batches)
-            assert torch.equal(index, good)
-            assert sum(len(batch.target) for batch in batches) == len(images) == 33
-            assert len(batches) == len(loader)
-        state = loader.state_dict()
-    with opened(files, kind, 8, augmentation=CROP) as whole:
-        assert torch.equal(images, by_sample(whole)[1][good])  # the others are what they would have been
-    assert state["bad"] == [3, 4, 13]
-    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("camkd_fast")]
-    assert len(warnings) == 3  # once each, not every epoch
-    for name in ("broken-half", "broken-text", "broken-end"):
-        assert sum(name in line for line in warnings) == 1
-    assert "(3 of skip_bad=3)" in warnings[2]
-
-    with (
-        opened(data, kind, 8, augmentation=CROP, skip_bad=2) as loader,
-        pytest.raises(BadImageError, match=r"broken-.*skip_bad=2"),
-    ):
-        list(loader)
-
-
-@kinds
-def test_resumed_with_unreadable_files_equals_uninterrupted(kind: str, files: ImageFiles) -> None:
-    data = damaged(damaged(files, 3, "half"), 9, "half")  # a PNG: DALI finds it while decoding
-    settings: dict[str, Any] = {"batch_size": 8, "augmentation": CROP, "skip_bad": 2}
-    with opened(data, kind, **settings) as whole:
-        expected = list(whole)
-    with opened(data, kind, **settings) as part, opened(data, kind, **settings) as resumed:
-        seen = list(islice(part, 2))
-        resumed.load_state_dict(part.state_dict())
-        assert_same(seen + list(resumed), expected)
-
-
-@kinds
-def test_a_batch_without_a_readable_image_is_an_error(kind: str, files: ImageFiles) -> None:
-    data = files.take(torch.arange(4))
-    for position in range(4):
-        data = damaged(data, position, "text")
-    message = r"no image of a batch of 4 can be read, among them .*broken-text"
-    with opened(data, kind, 4, skip_bad=9) as loader, pytest.raises(BadImageError, match=message):
-        list(loader)
-
-
-@kinds
-def test_a_loader_goes_on_after_an_error(kind: str, files: ImageFiles) -> None:
-    data = damaged(files, 9, "half")
-    with opened(data, kind, 8) as loader:
-        for _ in range(2):
-            with pytest.raises(BadImageError, match="broken-half"):
-                list(loader)
-        loader.set_epoch(1)
-        assert next(iter(loader)).index.tolist() == list(range(8))
-
-
 def test_sizes_come_from_headers(files: ImageFiles, tmp_path: Path) -> None:
     for path in files.paths:
         assert image_size(path) == rgb(path).shape[:2]
     jpeg = next(path for path in files.paths if path.suffix == ".jpg")
     padded = tmp_path / "padded.jpg"
-    padded.write_bytes(jpeg.read_bytes() + bytes(10_000))  # as some cameras write them
+    padded.write_bytes(jpeg.read_bytes() + bytes(10_000))  # as some cameras do
     assert image_size(padded) == image_size(jpeg)

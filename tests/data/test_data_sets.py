@@ -35,7 +35,7 @@ def test_idx_files_of_any_shape_are_read_back(
     assert read.dtype == torch.uint8 and np.array_equal(read.numpy(), values)
 
 
-def test_unfit_idx_files_are_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_invalid_idx_files_are_refused_with_both_numbers(tmp_path: Path) -> None:
     path = tmp_path / "values.gz"
     values = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
 
@@ -46,7 +46,7 @@ def test_unfit_idx_files_are_refused_with_both_numbers(tmp_path: Path) -> None:
 
     refuse(gzip.compress(idx(values)[:-28]), "holds 5460 values, its header says 7x28x28 = 5488")
     refuse(gzip.compress(idx(values) + b"\0"), "holds more than 5488 values, its header says 7x28x28 = 5488")
-    refuse(gzip.compress(idx(values.reshape(7, -1))), "begins with 00000802, IDX of 3 dimensions with 00000803")
+    refuse(gzip.compress(idx(values.reshape(7, -1))), "begins with 00000802, an IDX file of 3 dimensions with 00000803")
     refuse(gzip.compress(b"\x00\x00\x0d\x03" + idx(values)[4:]), "begins with 00000d03")
     refuse(gzip.compress(idx(values)[:10]), "ends after 10 of 16 bytes")
     refuse(gzip.compress(b""), "begins with ,")
@@ -67,8 +67,8 @@ def test_fashion_mnist_is_read_from_the_given_or_the_default_folder(tmp_path: Pa
 
 def test_arrays_are_padded_to_a_size(tmp_path: Path) -> None:
     root = fashion_folder(tmp_path / "here")
-    plain, padded = (catalogue.load("fashion-mnist", root, validation=0.5, size=size) for size in (None, 33))
-    for part, wider in zip(plain, padded, strict=True):
+    original, padded = (catalogue.load("fashion-mnist", root, validation=0.5, size=size) for size in (None, 33))
+    for part, wider in zip(original, padded, strict=True):
         assert wider.shape == (1, 33, 33) and wider.pixels.dtype == torch.uint8  # 2 and 3 pixels of border
         assert torch.equal(wider.pixels[:, :, 2:30, 2:30], part.pixels) and torch.equal(wider.labels, part.labels)
         assert wider.pixels.sum() == part.pixels.sum() and (wider.mean, wider.std) == (part.mean, part.std)
@@ -77,7 +77,7 @@ def test_arrays_are_padded_to_a_size(tmp_path: Path) -> None:
         catalogue.load("fashion-mnist", root, size=27)
 
 
-def test_missing_or_unfit_fashion_mnist_is_refused(tmp_path: Path) -> None:
+def test_missing_or_invalid_fashion_mnist_is_refused(tmp_path: Path) -> None:
     root = fashion_folder(tmp_path / "here")
     labels = root / FILES[1]
     labels.write_bytes(gzip.compress(idx(np.arange(41) % 10)))
@@ -132,13 +132,13 @@ def test_held_out_parts_are_disjoint_complete_and_stratified(counts: list[int], 
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_fractions_outside_are_refused(fraction: float) -> None:
+def test_invalid_fractions_are_refused(fraction: float) -> None:
     data = LabelledImages(torch.zeros(4, 1, 1, 1), torch.arange(4), 4, (0.0,), (1.0,))
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         hold_out(data, fraction, 0)
 
 
-def test_digits_have_their_fixed_parts() -> None:
+def test_digits_have_fixed_splits() -> None:
     pytest.importorskip("sklearn")
     splits = catalogue.load("digits", split_seed=3)
     assert [len(part) for part in splits] == [900, 300, 597]
@@ -156,22 +156,22 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) ->
         catalogue.load(name)
 
 
-def test_options_that_a_set_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_options_that_a_set_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"leave out root, validation and size, got None, 0\.1 and 16"):
         catalogue.load("digits", size=16)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         catalogue.load("folder", tmp_path, size=0)
-    with pytest.raises(ValueError, match="needs its root"):
+    with pytest.raises(ValueError, match="needs a root folder"):
         catalogue.load("folder")
 
 
-def test_labels_outside_are_named() -> None:
+def test_invalid_labels_are_named() -> None:
     check_labels(torch.tensor([0, 4]), 5, "here")
     with pytest.raises(ValueError, match=r"here: label 5 of image 1 lies outside \[0, 5\)"):
         check_labels(torch.tensor([0, 5, -1]), 5, "here")
 
 
-def test_fingerprints_of_arrays_tell_all_that_differs() -> None:
+def test_fingerprints_of_arrays_depend_on_everything_but_strides() -> None:
     pixels = torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2)
     data = LabelledImages(pixels, torch.tensor([0, 1, 0, 1]), 2, (1.0,) * 3, (2.0,) * 3)
     same = LabelledImages(pixels.clone(), data.labels.clone(), 2, data.mean, data.std)

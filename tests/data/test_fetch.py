@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine: whole, interrupted, tampered with, and from servers without ranges."""
+"""Downloads from a local server: complete, interrupted, tampered with, and without support for ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTENT = {name: (name.encode() * 40_000)[: 300_000 + 7 * len(name)] for name in
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` and notes the requests. Its faults are attributes."""
+    """Serves `files` and records the requests. Its faults are attributes."""
 
     daemon_threads = True
 
@@ -29,7 +29,7 @@ class Server(ThreadingHTTPServer):
         self.files = dict(CONTENT)
         self.ranges = True  # answers Range with 206
         self.stop_after: int | None = None  # bytes of a body, then the connection closes
-        self.shorter = False  # stop_after is announced as the length
+        self.shorter = False  # stop_after is sent as the content length
         self.status = 200
         self.requests: list[tuple[str, str | None]] = []  # path, Range
 
@@ -42,16 +42,16 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
-        server, wanted = self.server, self.headers["Range"]
-        server.requests.append((self.path, wanted))
+        server, requested = self.server, self.headers["Range"]
+        server.requests.append((self.path, requested))
         content = server.files.get(self.path.removeprefix("/sets/"))
         if content is None or server.status != 200:
             self.send_error(404 if content is None else server.status)
             return
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        start = int(re.fullmatch(r"bytes=(\d+)-", requested)[1]) if requested and server.ranges else 0
         if start and start >= len(content):
             self.send_error(416)
             return
@@ -90,14 +90,14 @@ def contents(paths: tuple[Path, ...]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def test_files_arrive_whole_and_are_not_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_files_are_complete_and_not_fetched_again(server: Server, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     paths = fetch("tiny", tmp_path / "new" / "folder", progress=lambda *now: seen.append(now))
     assert contents(paths) == CONTENT
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == set(CONTENT)
     for name, body in CONTENT.items():
-        there = [now for file, now, size in seen if file == name and size == len(body)]
-        assert there == sorted(set(there)) and there[-1] == len(body) and len(there) > 1
+        counts = [now for file, now, size in seen if file == name and size == len(body)]
+        assert counts == sorted(set(counts)) and counts[-1] == len(body) and len(counts) > 1
     server.requests.clear()
     assert fetch("tiny", tmp_path / "new" / "folder") == paths
     assert server.requests == []
@@ -116,7 +116,7 @@ def test_the_default_folder_and_a_mirror(server: Server, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("shorter", [False, True], ids=["connection closed", "shorter file"])
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-def test_an_interrupted_download_is_kept_and_goes_on(
+def test_an_interrupted_download_is_kept_and_resumed(
     server: Server, tmp_path: Path, shorter: bool, ranges: bool
 ) -> None:
     server.stop_after, server.shorter, server.ranges = 100_000, shorter, ranges
@@ -136,7 +136,7 @@ def test_an_interrupted_download_is_kept_and_goes_on(
 
 
 @given(have=st.integers(0, len(CONTENT["first.gz"])), ranges=st.booleans())
-def test_any_part_of_the_file_is_continued(
+def test_any_part_of_the_file_is_resumed(
     running: Server, tmp_path_factory: pytest.TempPathFactory, have: int, ranges: bool
 ) -> None:
     running.files, running.ranges, running.stop_after, running.status = dict(CONTENT), ranges, None, 200
@@ -154,7 +154,9 @@ def test_a_tampered_file_is_refused_and_removed(server: Server, tmp_path: Path) 
     right = CONTENT["second.gz"]
     wrong = right[:1000] + b"!" + right[1001:]
     server.files["second.gz"] = wrong
-    digests = rf"second\.gz has MD5 {hashlib.md5(wrong).hexdigest()}, published is {hashlib.md5(right).hexdigest()}"
+    digests = (
+        rf"second\.gz has MD5 {hashlib.md5(wrong).hexdigest()}, the published file {hashlib.md5(right).hexdigest()}"
+    )
     with pytest.raises(ValueError, match=digests):
         fetch("tiny", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["first.gz"]
@@ -165,36 +167,36 @@ def test_a_tampered_file_is_refused_and_removed(server: Server, tmp_path: Path) 
 def test_a_longer_file_is_refused_and_removed(server: Server, tmp_path: Path) -> None:
     right = CONTENT["first.gz"]
     server.files["first.gz"] = right + b"more"
-    with pytest.raises(ValueError, match=rf"sent {len(right) + 4} bytes or more, published are {len(right)}"):
+    with pytest.raises(ValueError, match=rf"sent at least {len(right) + 4} bytes, the published file has {len(right)}"):
         fetch("tiny", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_another_file_do_not_survive(server: Server, tmp_path: Path) -> None:
+def test_partial_data_of_another_file_is_removed(server: Server, tmp_path: Path) -> None:
     right = CONTENT["first.gz"]
     part = tmp_path / "first.gz.part"
-    part.write_bytes(b"x" * 10)  # continued, the sum is wrong
+    part.write_bytes(b"x" * 10)  # resumed, the checksum is wrong
     with pytest.raises(ValueError, match="refused and removed"):
         fetch("tiny", tmp_path)
     assert not part.exists()
     part.write_bytes(b"x" * (len(right) + 1))  # longer than the file
     assert contents(fetch("tiny", tmp_path)) == CONTENT
     (tmp_path / "first.gz").unlink()
-    part.write_bytes(right[:-1])  # the server's file is shorter than what is here
+    part.write_bytes(right[:-1])  # the server's file is shorter than the partial data
     server.files["first.gz"] = right[:-5]
     with pytest.raises(ConnectionError, match="status 416"):
         fetch("tiny", tmp_path)
     assert not part.exists()
 
 
-def test_a_file_that_is_there_but_differs_is_not_overwritten(server: Server, tmp_path: Path) -> None:
+def test_an_existing_file_that_differs_is_not_overwritten(server: Server, tmp_path: Path) -> None:
     (tmp_path / "first.gz").write_bytes(b"mine")
     with pytest.raises(ValueError, match=rf"first\.gz has MD5 {hashlib.md5(b'mine').hexdigest()}, .* move it away"):
         fetch("tiny", tmp_path)
     assert (tmp_path / "first.gz").read_bytes() == b"mine" and server.requests == []
 
 
-def test_error_status_and_silence_are_one_line(server: Server, tmp_path: Path) -> None:
+def test_error_status_and_refused_connection_are_one_line(server: Server, tmp_path: Path) -> None:
     server.status = 503
     with pytest.raises(ConnectionError, match=r"first\.gz: status 503"):
         fetch("tiny", tmp_path)

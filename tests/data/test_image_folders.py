@@ -1,4 +1,4 @@
-"""Trees of image files in every layout that is read. Nothing decodes them here: their content need not be an image."""
+"""Trees of image files in every supported layout. Nothing is decoded, so the files need not be images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names(data: ImageFiles) -> list[tuple[str, str]]:
     return [(path.parent.name, data.class_names[label]) for path, label in zip(data.paths, data.labels, strict=True)]
 
 
-def test_a_flat_tree_is_split_and_its_test_part_never_changes(tmp_path: Path) -> None:
+def test_a_flat_tree_has_the_same_test_split_for_every_seed(tmp_path: Path) -> None:
     tree(tmp_path, ("cat", "ant", "Bee"), 20)
     image(tmp_path / "cat" / ".hidden.jpg")
     image(tmp_path / ".cache" / "x.jpg")
@@ -56,7 +56,7 @@ def test_a_flat_tree_is_split_and_its_test_part_never_changes(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_a_single_folder_beside_train_is_the_test_part(tmp_path: Path, part: str) -> None:
+def test_val_or_test_by_itself_is_the_test_split(tmp_path: Path, part: str) -> None:
     tree(tmp_path / "train", ("a", "b"), 10)
     tree(tmp_path / part, ("b",), 3)
     splits = load_folder(tmp_path, size=32)
@@ -64,7 +64,7 @@ def test_a_single_folder_beside_train_is_the_test_part(tmp_path: Path, part: str
     assert splits.test.labels.tolist() == [1, 1, 1] and splits.test.num_classes == 2
 
 
-def test_train_val_and_test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_train_val_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     for part, count in (("train", 4), ("val", 3), ("test", 2)):
         tree(tmp_path / part, ("a", "b"), count)
     splits = load_folder(tmp_path, size=32)
@@ -77,7 +77,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load_folder(tmp_path, size=32).train.class_names == ("plane", "train")
 
 
-def test_unfit_trees_are_refused(tmp_path: Path) -> None:
+def test_invalid_trees_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         load_folder(tmp_path / "nowhere", size=32)
     with pytest.raises(ValueError, match="has 0 class folders, at least 2"):
@@ -113,7 +113,7 @@ def tiny_imagenet(root: Path, classes: tuple[str, ...] = ("n02", "n01", "n03"), 
     return root
 
 
-def test_tiny_imagenet_takes_its_labelled_validation_part_as_test(tmp_path: Path) -> None:
+def test_tiny_imagenet_uses_its_labelled_validation_images_for_testing(tmp_path: Path) -> None:
     tiny_imagenet(default_folder("tiny-imagenet") / "tiny-imagenet-200")
     splits = catalogue.load("tiny-imagenet", validation=0.2)
     assert [len(part) for part in splits] == [12, 3, 3]
@@ -129,7 +129,7 @@ def _class_names(data: ImageFiles) -> list[str]:
     return [data.class_names[label] for label in data.labels]
 
 
-def test_unfit_tiny_imagenet_is_refused(tmp_path: Path) -> None:
+def test_invalid_tiny_imagenet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*tiny-imagenet-200/train"):
         load_tiny_imagenet(tmp_path)
     annotations = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
@@ -158,8 +158,8 @@ def stanford_dogs(root: Path, lists: Path) -> Path:
     from scipy.io import savemat
 
     lists.mkdir(parents=True, exist_ok=True)
-    for part, range_ in (("train", range(3)), ("test", range(3, 5))):
-        files = [f"{name}/{name}_{n}.jpg" for name in DOGS for n in range_]
+    for part, numbers in (("train", range(3)), ("test", range(3, 5))):
+        files = [f"{name}/{name}_{n}.jpg" for name in DOGS for n in numbers]
         for file in files:
             image(root / "Images" / file)
         cells = np.empty((len(files), 1), dtype=object)
@@ -180,7 +180,7 @@ def test_stanford_dogs_follow_their_lists(tmp_path: Path, inside: str) -> None:
     assert [len(part) for part in splits] == [4, 2, 4] and splits.test.shape == (3, 96, 96)
 
 
-def test_unfit_stanford_dogs_are_refused(tmp_path: Path) -> None:
+def test_invalid_stanford_dogs_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*Images"):
         load_stanford_dogs(tmp_path)
@@ -192,7 +192,7 @@ def test_unfit_stanford_dogs_are_refused(tmp_path: Path) -> None:
     image(image_file)
     path = tmp_path / "test_list.mat"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"test_list\.mat is no readable list"):
+    with pytest.raises(ValueError, match=r"test_list\.mat is not a readable list"):
         load_stanford_dogs(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"test_list\.mat is neither in"):
@@ -202,7 +202,7 @@ def test_unfit_stanford_dogs_are_refused(tmp_path: Path) -> None:
         load_stanford_dogs(tmp_path)
 
 
-def test_fingerprints_of_files_follow_their_bytes_and_not_their_place(tmp_path: Path) -> None:
+def test_fingerprints_of_files_depend_on_contents_and_not_on_paths(tmp_path: Path) -> None:
     here = load_folder(tree(tmp_path / "a" / "set", ("x", "y"), 10), size=32)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     there = load_folder(tmp_path / "b" / "set", size=32)

@@ -1,4 +1,4 @@
-"""Which loader `auto` takes, and why another cannot run."""
+"""The loader that `auto` picks, and why another cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from camkd_fast.data import LoaderConfig, choose
 from tests.support.loader_data import CROP, arrays, image_files, opened
 
 
-def test_auto_takes_arrays_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_arrays_that_fit_in_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = arrays(100), LoaderConfig(16, augmentation=CROP)
     assert choose.explain(data, config).startswith("resident: 0 MB of images, ")
     with opened(data, "auto") as loader:
@@ -24,20 +24,20 @@ def test_auto_takes_arrays_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(choose, "free_bytes", lambda device: 2 * need - 1)
     assert "of which resident images may take 50%" in choose.explain(data, config)
     assert choose.pick(data, config)[0] == "torch"
-    with opened(data, "resident", augmentation=CROP) as loader:  # asked for by name it may take all
+    with opened(data, "resident", augmentation=CROP) as loader:  # by name it may use all free memory
         assert len(loader) == 7
     monkeypatch.setattr(choose, "free_bytes", lambda device: need - 1)
     with pytest.raises(NotImplementedError, match=f"{need} bytes of images, {need - 1} bytes free on cpu"):
         choose.loader(data, config, "resident")
 
 
-def test_auto_takes_dali_for_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_auto_picks_dali_for_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     data, config = image_files(tmp_path, 4), LoaderConfig(2)
     assert choose.explain(data, config) == "dali: 4 image files to decode"
     with pytest.raises(NotImplementedError, match="'resident' cannot run here: 4 image files are not in memory"):
         choose.loader(data, config, "resident")
     other = replace(config, device=torch.device("mps"))
-    assert choose.explain(data, other) == "torch: DALI knows cpu and cuda, not mps"
+    assert choose.explain(data, other) == "torch: DALI supports cpu and cuda, not mps"
     monkeypatch.setattr(choose, "_installed", lambda module: False)
     assert choose.explain(data, config).startswith("torch: NVIDIA DALI is not installed")
     with pytest.raises(NotImplementedError, match="'dali' cannot run here: NVIDIA DALI is not installed"):
@@ -49,7 +49,7 @@ def test_unknown_loader_is_refused() -> None:
         choose.loader(arrays(), LoaderConfig(2), "ffcv")
 
 
-def test_free_memory_is_some_of_the_machines() -> None:
+def test_free_memory_is_below_physical_memory() -> None:
     assert 2**20 < choose.free_bytes(torch.device("cpu")) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

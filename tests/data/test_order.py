@@ -1,4 +1,4 @@
-"""The order of an epoch and its shards: every sample once, the same steps on any number of ranks."""
+"""The order of an epoch and its split among ranks: every sample once, the same steps on any number of ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_sample_once_over_all_ranks(
     if shuffle:
         assert len({len(shard) for shard in shards}) == 1  # no rank waits for another's extra step
         if batch_size > 1 and 2 * world <= N:
-            assert min(len(batch) for shard in shards for batch in shard) >= 2  # batch norm's least
+            assert min(len(batch) for shard in shards for batch in shard) >= 2  # batch norm's minimum
 
 
 @given(sizes, st.integers(1, 12), worlds, seeds, epochs, st.booleans())
@@ -46,7 +46,7 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(
     N += world  # enough for every rank
     one = epoch_batches(N, batch_size * world, 1, 0, seed, epoch, shuffle)
     many = [epoch_batches(N, batch_size, world, rank, seed, epoch, shuffle) for rank in range(world)]
-    # A rest of 2 to 2 * world - 1 samples is a step of its own for one rank, but not for many.
+    # A last step of 2 to 2 * world - 1 samples is separate on one rank, but merged on many.
     full = min(len(one), *map(len, many)) - 1
     for step in range(full):
         assert torch.equal(one[step], torch.cat([shard[step] for shard in many]))
@@ -73,7 +73,7 @@ def test_evaluation_is_in_index_order(N: int, batch_size: int, seed: int, epoch:
     assert [len(b) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
 
 
-def test_a_short_rest_joins_the_step_before_it() -> None:
+def test_a_short_last_step_is_merged_into_the_previous() -> None:
     assert rank_sizes(65, 32, 1, 0, shuffle=True) == [32, 33]
     assert rank_sizes(66, 32, 1, 0, shuffle=True) == [32, 32, 2]
     assert rank_sizes(67, 16, 2, 0, shuffle=True) == [16, 18] and rank_sizes(67, 16, 2, 1, shuffle=True) == [16, 17]
@@ -89,21 +89,21 @@ def test_a_short_rest_joins_the_step_before_it() -> None:
         (9, 4, 2, 2, r"rank must lie in \[0, 2\), got 2"),
     ],
 )
-def test_settings_that_make_no_epoch_are_refused(N: int, batch_size: int, world: int, rank: int, message: str) -> None:
+def test_invalid_settings_are_refused(N: int, batch_size: int, world: int, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         epoch_batches(N, batch_size, world, rank, 0, 0, True)
 
 
 def test_orders_are_uniform() -> None:
-    """Where sample 0 of 10 lands over 4000 epochs: chi-square with 9 degrees of freedom, and no memory of the last."""
+    """Position of sample 0 of 10 over 4000 epochs: chi-square with 9 degrees of freedom, and no autocorrelation."""
     places = [torch.cat(epoch_batches(10, 10, 1, 0, 3, epoch, True)).tolist().index(0) for epoch in range(4000)]
     counts = np.bincount(places, minlength=10)
     assert ((counts - 400) ** 2 / 400).sum() < 33.7  # exceeded with probability 1e-4
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 4 / np.sqrt(4000)
 
 
-def test_orders_and_random_numbers_stay_what_they_are() -> None:
-    """Interrupted runs continue with them and teacher caches are keyed by them, also after an update."""
+def test_orders_and_random_numbers_are_stable() -> None:
+    """Golden values: interrupted runs and teacher caches depend on them across versions."""
     assert torch.cat(epoch_batches(12, 5, 1, 0, 0, 0, True)).tolist() == [8, 3, 5, 10, 11, 4, 1, 6, 0, 9, 2, 7]
     numbers = uniforms(key(1, -2, 3), np.array([0, 5]), 2)
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""timm's models, against a stand-in with timm's protocol: names, feature maps of any layout, refusals."""
+"""timm models, with a fake timm module: names, feature maps from every layout, refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Swin(Base):
         return self.patches(x).permute(0, 2, 3, 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        # Rows weigh differently, so that a transposed map would be noticed.
+        # Rows have different weights, so that a transposed map changes the logits.
         x = (x * torch.arange(1.0, 1 + x.shape[1]).view(-1, 1, 1)).mean((1, 2))
         return x if pre_logits else self.head(x)
 
@@ -92,7 +92,7 @@ class ViTReadingRegisters(ViT):
 
 
 class Ragged(Mixer):
-    """15 tokens: no square."""
+    """15 tokens, not a square."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         return super().forward_features(x)[:, 1:]
@@ -123,7 +123,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module.is_model = lambda name: name.split(".")[0] in KINDS
 
     def create_model(name: str, pretrained: bool = True, **settings: Any) -> nn.Module:
-        assert not pretrained, "weights would be fetched"
+        assert not pretrained, "pretrained weights would be downloaded"
         return KINDS[name.split(".")[0]](**settings)
 
     module.create_model = create_model
@@ -133,23 +133,24 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("name", ["timm:convnet", "convnet", "timm:convnet.tag", "timm:swin", "timm:mixer", "vit"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_layout_gives_a_map_and_the_models_own_logits(timm: ModuleType, name: str, channels: int) -> None:
+def test_every_layout_gives_a_map_and_the_models_own_logits(timm: ModuleType, name: str, channels: int) -> None:
     module = models.create(name, 5, channels)
     assert module.training
     assert (module.num_classes, module.num_features) == (5, D)
-    model = feature_model(module.eval())
-    images = torch.randn(3, channels, SIZE, SIZE)
+    model = feature_model(module.double().eval())
+    images = torch.randn(3, channels, SIZE, SIZE, dtype=torch.float64)
     features, logits = predict(model, images)
     assert features.shape == (3, D, 4, 4) and logits.shape == (3, 5)
     assert torch.equal(module(images), logits)
     own = getattr(module, "model", module)
-    # The map is what the patches are, in their places; the logits are timm's own.
-    torch.testing.assert_close(features, own.patches(images))
-    torch.testing.assert_close(logits, own(images))
+    # The map has the patches in their positions; the logits are the wrapped model's.
+    assert torch.equal(features, own.patches(images))
+    expected = own(images)
+    assert (logits - expected).norm() <= 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["convnet", "swin", "mixer", "vit"])
-def test_frozen(timm: ModuleType, name: str) -> None:
+def test_wrapped_models_freeze(timm: ModuleType, name: str) -> None:
     module = models.create(name, 5).double()
     nn.init.uniform_((getattr(module, "model", module)).norm.weight, 0.5, 2)
     images = torch.randn(3, 3, SIZE, SIZE).double()
@@ -179,13 +180,13 @@ def test_the_zoo_comes_first(timm: ModuleType) -> None:
         ("convmet", r"no model is called 'convmet'; nearest: convnet"),
     ],
 )
-def test_refusals_say_why(timm: ModuleType, name: str, reason: str) -> None:
+def test_refusals_give_the_reason(timm: ModuleType, name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         models.create(name, 5)
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)  # importing it now fails, installed or not
+    monkeypatch.setitem(sys.modules, "timm", None)  # makes the import fail, even if timm is installed
     with pytest.raises(ValueError, match="'timm:resnet50' needs timm, which is not installed"):
         models.create("timm:resnet50", 5)
     with pytest.raises(ValueError, match="no model is called 'resnet50'; nearest: resnet"):

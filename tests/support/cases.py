@@ -1,6 +1,6 @@
 """What every test measures with: cases, the float64 truth R, eager PyTorch N, and the one tolerance rule.
 
-The formulas here are written from the paper a second time, not imported, so that a slip in camkd_fast.backends.reference shows.
+The formulas here are written from the paper a second time, not imported, so that a mistake in backends.reference shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small image sets and what the tests of loaders ask of any of them."""
+"""Small image sets and assertions for the loader tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEAN, STD = (125.3, 120.7, 110.1), (60.3, 61.2, 62.9)
 
 
 def arrays(N: int = 70, channels: int = 3, H: int = 12, W: int = 12, seed: int = 0) -> LabelledImages:
-    """White noise, so that any two crops of any two images differ."""
+    """White noise, so that all crops of all images differ."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (N, channels, H, W), generator=generator, dtype=torch.uint8)
     labels = torch.randint(7, (N,), generator=generator)
@@ -31,13 +31,13 @@ def arrays(N: int = 70, channels: int = 3, H: int = 12, W: int = 12, seed: int =
 
 
 def idx(values: np.ndarray, dims: int | None = None) -> bytes:
-    """An IDX file of unsigned bytes, not compressed; `dims` is what its header claims."""
+    """An uncompressed IDX file of unsigned bytes; `dims` is the number of dimensions in its header."""
     header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, dims or values.ndim, *values.shape)
     return header + values.astype(np.uint8).tobytes()
 
 
 def fashion_folder(root: Path, train: int = 40, test: int = 10) -> Path:
-    """Fashion-MNIST's four files with white noise in them."""
+    """Fashion-MNIST's four files, filled with white noise."""
     root.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
@@ -47,14 +47,14 @@ def fashion_folder(root: Path, train: int = 40, test: int = 10) -> Path:
 
 
 def picture(generator: np.random.Generator, H: int, W: int) -> Image.Image:
-    """Coarse blobs with some noise: what a JPEG keeps, and what resampling can get wrong."""
+    """Coarse blobs, which JPEG preserves, with noise, which shows wrong resampling."""
     coarse = generator.integers(0, 256, (H // 8 + 2, W // 8 + 2, 3), dtype=np.uint8)
     levels = np.asarray(Image.fromarray(coarse).resize((W, H), Image.Resampling.BICUBIC)).astype(int)
     return Image.fromarray((levels + generator.integers(-9, 10, levels.shape)).clip(0, 255).astype(np.uint8))
 
 
 def image_files(folder: Path, N: int = 24, size: int = 32, largest: int = 120) -> ImageFiles:
-    """JPEG (all chroma subsamplings, some progressive or grey) and PNG (RGB, grey, palette, alpha), of many sizes."""
+    """JPEG (all chroma subsamplings, some progressive or grey) and PNG (RGB, grey, palette, alpha) of many sizes."""
     generator = np.random.default_rng(0)
     paths = []
     for n in range(N):
@@ -75,7 +75,7 @@ def image_files(folder: Path, N: int = 24, size: int = 32, largest: int = 120) -
 
 @contextmanager
 def opened(data: ImageSet, kind: str, batch_size: int = 16, **settings: object) -> Iterator[Loader]:
-    """A loader without worker processes unless `workers` says otherwise, closed at the end."""
+    """A loader that is closed at the end; by default without worker processes."""
     workers = {"workers": 1 if kind == "dali" else 0}
     with closing(choose.loader(data, LoaderConfig(batch_size, **{**workers, **settings}), kind)) as loader:  # type: ignore[arg-type]
         yield loader
@@ -88,14 +88,14 @@ def levels(batch: Batch, data: ImageSet) -> Tensor:
 
 
 def by_sample(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """All indices in rising order, and the images in that order."""
+    """All indices in ascending order, and the images in that order."""
     batches = list(batches)
     index, order = torch.cat([batch.index for batch in batches]).sort()
     return index, torch.cat([batch.images for batch in batches])[order]
 
 
 def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
-    """The same batches, bit by bit."""
+    """Assert that the batches are bitwise equal."""
     for a, b in zip(first, second, strict=True):
         assert a.view == b.view
         assert torch.equal(a.index, b.index)

@@ -1,7 +1,7 @@
 """What every backend's other functions owe the reference, for tests that call them directly; see row_contract.py.
 
-`backend` is a module with the functions of `camkd_fast.backends.reference`; a floor is an RMS error that rounding alone may
-cost, see `assert_accurate`.
+`backend` is a module with the functions of `contract.Backend`; a floor is an RMS error that rounding may cost, see
+`assert_accurate`.
 """
 
 from __future__ import annotations

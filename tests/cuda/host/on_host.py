@@ -1,4 +1,4 @@
-"""Fixtures: backend="cuda" on CPU tensors, by the emulated device of this folder."""
+"""backend="cuda" on CPU tensors, by the emulated device of this folder: context managers, and fixtures made of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,34 @@ from types import ModuleType
 
 import pytest
 
-from camkd_fast.backends import cuda as cuda_backend
 from camkd_fast.backends import dispatch
+from camkd_fast.losses import checks
 from tests.cuda.host import build
 
 THREADS = 64  # of a block: two warps, the fewest that merge
+
+
+@contextlib.contextmanager
+def emulated_device(emulated: ModuleType) -> Iterator[None]:
+    """backend="cuda" for CPU tensors."""
+    from camkd_fast.backends import cuda as cuda_backend  # fails where the compiled module was not built
+
+    refusal = dispatch._refusal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
+        patch.setattr(cuda_backend, "_C", emulated)
+        patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
+        patch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
+        limit(emulated)
+        yield
+
+
+@contextlib.contextmanager
+def labels_counted_by_backend() -> Iterator[None]:
+    """CPU tensors take the path of GPU tensors, whose labels the host does not read: the backend computes the mean."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "count_labels", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +44,17 @@ def emulated() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def cuda_on_the_host(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cuda_on_the_host(emulated: ModuleType) -> Iterator[None]:
     """backend="cuda" for CPU tensors."""
-    refusal = dispatch._refusal
-    monkeypatch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
-    monkeypatch.setattr(cuda_backend, "_C", emulated)
-    monkeypatch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
-    limit(emulated)
-    yield
+    with emulated_device(emulated):
+        yield
 
 
 def limit(emulated: ModuleType, shared: int = 160 * 1024, cluster: int = 8, multiprocessors: int = 2) -> None:
     emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS)
+
+
+def enter(emulated: ModuleType, regime: str, K: int) -> None:
+    """A device where a block has shared memory for one vector per thread and stream, in clusters of up to 8 or of 1."""
+    if regime != "table":
+        limit(emulated, shared=(K + 1) * THREADS * 16 + 4096, cluster=8 if regime == "cluster" else 1)
