@@ -1,11 +1,11 @@
-// The per-row formulas of the compiled kernels (host and device): online merge of column blocks, confidence weights,
-// the loss of a row and the coefficients of its residual. Derivations: camkd_fast/reference.py. Only
-// csrc/cuda/row_loss.cuh writes weigh_row and score_row a second time, with a lane for each teacher: as one thread's
-// work the row waits for them.
+// The per-row formulas of the compiled kernels, on host and device: online merge of column blocks, teacher weights, the
+// losses of a row and the coefficients of its gradient. Derivations: camkd_fast/backends/reference.py. The CUDA kernel
+// has its own compute_weights and losses in csrc/cuda/row_loss/results.cuh, with a lane per teacher, because a row
+// would wait too long for one thread.
 //
-// What is K wide is written for a number `F`: a float, or a vector that holds several rows, one to a lane. Its `Math`
-// policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b, infinities
-// too), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
+// Formulas over the K teachers are written for a number `F`: a float, or a vector that holds one row per lane. Its
+// `Math` policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b,
+// infinities included), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
 #pragma once
 
 #include <cmath>
@@ -15,72 +15,73 @@
 
 namespace camkd {
 
-// Sums over the columns seen so far, relative to `max`; while no finite logit was seen, `max` is -inf and all are 0.
+// Sums over the columns so far, relative to `max`. Before the first finite logit `max` is -inf and all sums are 0.
 template <class Real>
 struct StreamState {
     float max = -INFINITY;
-    Real sum_t = 0;    // sum e^{(x - max) / T}
-    Real sum_1 = 0;    // sum e^{x - max}
-    Real cross = 0;    // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s))
-    Real entropy = 0;  // teachers: sum e^{z - max} (z - max)
+    Real sumT = 0;   // sum e^{(x - max) / T}
+    Real sum1 = 0;   // sum e^{x - max}
+    Real cross = 0;  // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s))
+    Real plogp = 0;  // teachers: sum e^{z - max} (z - max)
 };
 
-// The factor that takes e^{(x - old_max) * inverse_t} to e^{(x - new_max) * inverse_t}.
+// The factor from e^{(x - old_max) * inverseT} to e^{(x - new_max) * inverseT}.
 template <class Real>
-CAMKD_HD Real shift_factor(float old_max, float new_max, Real inverse_t) {
+CAMKD_HD Real shift_factor(float old_max, float new_max, Real inverseT) {
     if (old_max == new_max) return Real(1);
-    return old_max == -INFINITY ? Real(0) : std::exp((Real(old_max) - Real(new_max)) * inverse_t);
+    return old_max == -INFINITY ? Real(0) : std::exp((Real(old_max) - Real(new_max)) * inverseT);
 }
 
 template <class Real>
-CAMKD_HD void move_student(StreamState<Real>& student, float new_max, Real inverse_t) {
+CAMKD_HD void move_student(StreamState<Real>& student, float new_max, Real inverseT) {
     if (student.max == new_max) return;
-    student.sum_t *= shift_factor(student.max, new_max, inverse_t);
-    student.sum_1 *= shift_factor(student.max, new_max, Real(1));
+    student.sumT *= shift_factor(student.max, new_max, inverseT);
+    student.sum1 *= shift_factor(student.max, new_max, Real(1));
     student.max = new_max;
 }
 
-// A teacher's `cross` also depends on the student's maximum, which has just gone from `old_student` to `new_student`.
+// A teacher's `cross` also depends on the student's maximum, which has changed from `old_student` to `new_student`.
 template <class Real>
 CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_student, float new_student,
-                           Real inverse_t) {
+                           Real inverseT) {
     if (teacher.max == -INFINITY) {
         teacher.max = new_max;
         return;
     }
     Real shift = Real(new_max) - Real(teacher.max);
     Real student_shift = old_student == -INFINITY ? Real(0) : Real(new_student) - Real(old_student);
-    teacher.cross -= (shift - student_shift) * teacher.sum_t;
+    teacher.cross -= (shift - student_shift) * teacher.sumT;
     if (teacher.max == new_max) return;
-    Real factor_t = shift_factor(teacher.max, new_max, inverse_t);
-    Real factor_1 = shift_factor(teacher.max, new_max, Real(1));
-    // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
-    teacher.cross = factor_t > 0 ? factor_t * teacher.cross : Real(0);
-    // The shift from the lowest float overflows when it is multiplied.
-    teacher.entropy = factor_1 > 0 ? factor_1 * (teacher.entropy - shift * teacher.sum_1) : Real(0);
-    teacher.sum_t *= factor_t;
-    teacher.sum_1 *= factor_1;
+    Real factorT = shift_factor(teacher.max, new_max, inverseT);
+    Real factor1 = shift_factor(teacher.max, new_max, Real(1));
+    // A column whose probability underflows to 0 counts 0, even if the student is -inf there and its term infinite.
+    teacher.cross = factorT > 0 ? factorT * teacher.cross : Real(0);
+    // A shift from the lowest float overflows when it is multiplied
+    teacher.plogp = factor1 > 0 ? factor1 * (teacher.plogp - shift * teacher.sum1) : Real(0);
+    teacher.sumT *= factorT;
+    teacher.sum1 *= factor1;
     teacher.max = new_max;
 }
 
-// Adds the sums of other columns of the same row, student first then K teachers; `b` is left at the common references.
+// Adds to `a` the sums `b` of other columns of the same row, student first, then K teachers. Moves `b` to the common
+// maxima as well.
 template <class Real>
-CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Real inverse_t) {
+CAMKD_HD void merge_states(StreamState<Real>* a, StreamState<Real>* b, int K, Real inverseT) {
     const float student_a = a[0].max, student_b = b[0].max;
     const float student = student_a > student_b ? student_a : student_b;
     for (int k = 0; k <= K; ++k) {
         const float max = a[k].max > b[k].max ? a[k].max : b[k].max;
         if (k == 0) {
-            move_student(a[k], max, inverse_t);
-            move_student(b[k], max, inverse_t);
+            move_student(a[k], max, inverseT);
+            move_student(b[k], max, inverseT);
         } else {
-            move_teacher(a[k], max, student_a, student, inverse_t);
-            move_teacher(b[k], max, student_b, student, inverse_t);
+            move_teacher(a[k], max, student_a, student, inverseT);
+            move_teacher(b[k], max, student_b, student, inverseT);
         }
-        a[k].sum_t += b[k].sum_t;
-        a[k].sum_1 += b[k].sum_1;
+        a[k].sumT += b[k].sumT;
+        a[k].sum1 += b[k].sum1;
         a[k].cross += b[k].cross;
-        a[k].entropy += b[k].entropy;
+        a[k].plogp += b[k].plogp;
     }
 }
 
@@ -100,10 +101,10 @@ CAMKD_HD F product_or_zero(F weight, F term) {
     return weight * Math::zero_where_zero(term, weight);
 }
 
-// w_k = (1 - softmax_k(CE)) / (K - 1), infinite CE sharing the softmax mass equally. `share` is scratch for K numbers:
-// an array in here would be local memory on a GPU.
+// w_k = (1 - softmax_k(CE)) / (K - 1); teachers with infinite CE share the softmax mass equally. `scratch` holds K
+// numbers, because an array inside this function would be local memory on a GPU.
 template <class Math, class F>
-CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* share) {
+CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* scratch) {
     if (K == 1) {
         w[0] = Math::set(1.0f);
         return;
@@ -111,15 +112,15 @@ CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* share) {
     F top = Math::set(-INFINITY), sum = Math::set(0.0f);
     for (int k = 0; k < K; ++k) top = Math::max(ce[k], top);
     for (int k = 0; k < K; ++k) {
-        share[k] = Math::exp(Math::difference(ce[k], top));
-        sum = sum + share[k];
+        scratch[k] = Math::exp(Math::difference(ce[k], top));
+        sum = sum + scratch[k];
     }
     const F inverse = Math::set(1.0f) / (sum * Math::set(float(K - 1)));
     for (int k = 0; k < K; ++k) {
-        // The sum of the others rather than 1 - softmax_k: exact for a teacher that is by far the worst.
+        // The sum of the others instead of 1 - softmax_k, which would cancel for a teacher that is by far the worst
         F others = Math::set(0.0f);
         for (int j = 0; j < K; ++j)
-            if (j != k) others = others + share[j];
+            if (j != k) others = others + scratch[j];
         w[k] = others * inverse;
     }
 }
@@ -133,10 +134,10 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
     for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
 }
 
-// The finished sums of a stream (StreamState) and its logit at the label, which is NaN for a label outside [0, C).
+// The finished sums of a stream (StreamState), and its logit at the label: NaN for a label outside [0, C).
 template <class F>
 struct RowSums {
-    F max, sum_t, sum_1, cross, entropy, label;
+    F max, sumT, sum1, cross, plogp, label;
 };
 
 template <class F>
@@ -145,33 +146,33 @@ struct RowResult {
     F divergence[kMaxTeachers];
     F teacher_ce[kMaxTeachers];
     F weights[kMaxTeachers];
-    F scratch[kMaxTeachers];  // entropies, or shares of the softmax over teachers
+    F scratch[kMaxTeachers];  // entropies, or softmax numerators over teachers
 };
 
-// residual_c = student_t e^{(s - max) / T} + student_1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T} - label [c =
-// y]
+// grad_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T}
+//          - label_coefficient [c = y]
 template <class F>
-struct ResidualCoefficients {
-    F student_t, student_1;
+struct GradCoefficients {
+    F studentT, student1;
     F teacher[kMaxTeachers];
 };
 
-CAMKD_HD float label_coefficient(const Formula& formula, float residual_scale) {
-    return formula.hard_weight * residual_scale;
+CAMKD_HD float label_coefficient(const Formula& formula, float grad_scale) {
+    return formula.hard_weight * grad_scale;
 }
 
-// What the residual waits for: the teachers' cross-entropies and weights, and the coefficients. `unfit` is NaN for a
-// label outside [0, C) and else 0; `result.weights` holds the weights on entry when they are given.
+// The part of a row's results that the gradient waits for: the teachers' cross-entropies and weights, and the
+// coefficients. `label_nan` is NaN for a label outside [0, C), else 0. Given weights are in `result.weights` on entry.
 template <class Math, class F>
-CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
-                        float residual_scale, RowResult<F>& result, ResidualCoefficients<F>& coefficients) {
+CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
+                              F label_nan, float grad_scale, RowResult<F>& result, GradCoefficients<F>& coefficients) {
     const float T = formula.temperature;
     F* const entropy = result.scratch;
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
-        const F log_1 = Math::log(z.sum_1);
-        result.teacher_ce[k] = log_1 - (z.label - z.max);
-        if (formula.weighting == Weighting::entropy) entropy[k] = log_1 - z.entropy / z.sum_1;
+        const F log_sum1 = Math::log(z.sum1);
+        result.teacher_ce[k] = log_sum1 - (z.label - z.max);
+        if (formula.weighting == Weighting::entropy) entropy[k] = log_sum1 - z.plogp / z.sum1;
     }
     F* w = result.weights;
     if (formula.weighting == Weighting::confidence) {
@@ -184,29 +185,29 @@ CAMKD_HD void weigh_row(const Formula& formula, int K, const RowSums<F>& student
     F total = Math::set(0.0f);
     for (int k = 0; k < K; ++k) total = total + w[k];
 
-    const F soft_scale = Math::set(formula.soft_weight * T * residual_scale);
-    coefficients.student_t = soft_scale * total / student.sum_t + unfit;
-    coefficients.student_1 = Math::set(label_coefficient(formula, residual_scale)) / student.sum_1;
-    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sum_t);
+    const F soft_scale = Math::set(formula.soft_weight * T * grad_scale);
+    coefficients.studentT = soft_scale * total / student.sumT + label_nan;
+    coefficients.student1 = Math::set(label_coefficient(formula, grad_scale)) / student.sum1;
+    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
 }
 
-// The other numbers of a row, once it is weighed.
+// The rest of the results: divergences and losses. Must come after compute_weights.
 template <class Math, class F>
-CAMKD_HD void score_row(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers, F unfit,
-                        RowResult<F>& result) {
+CAMKD_HD void compute_losses(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
+                             F label_nan, RowResult<F>& result) {
     const float T = formula.temperature;
     F soft = Math::set(0.0f);
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
         // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-        result.divergence[k] = z.cross / (z.sum_t * Math::set(T)) + Math::log(student.sum_t / z.sum_t);
+        result.divergence[k] = z.cross / (z.sumT * Math::set(T)) + Math::log(student.sumT / z.sumT);
         soft = soft + product_or_zero<Math>(result.weights[k], result.divergence[k]);
     }
-    result.hard = Math::log(student.sum_1) - (student.label - student.max);
+    result.hard = Math::log(student.sum1) - (student.label - student.max);
     result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +
-                  product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + unfit;
+                  product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + label_nan;
 }
 
 }  // namespace camkd

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Device-side assertions on labels (they stop the context, and cost registers).
+# Device-side assertions on labels; a failure stops the CUDA context, and they cost registers.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
-# 8 elements are 16 bytes in the narrowest dtype; more alignment than one access buys nothing.
+# 8 elements are 16 bytes in the narrowest dtype; alignment beyond one access gains nothing.
 _MAX_ALIGN = 8
 
 
 class Rows(NamedTuple):
-    """The row addressing of (N, C) or (B, S, C) tensors: row n starts at (n // S) * outer + (n % S) * inner."""
+    """Row addressing of (N, C) or (B, S, C) tensors: row n starts at (n // S) * outer + (n % S) * inner."""
 
     N: int
     S: int
@@ -31,19 +31,18 @@ def row_shape(logits: Tensor) -> Rows:
 
 
 def _row_strides(logits: Tensor) -> tuple[int, int]:
-    """(outer, inner) in elements. The stride of a dimension of size 1 is arbitrary in torch, so it counts as 0."""
+    """(outer, inner) in elements; 0 for a dimension of size 1, whose stride is arbitrary in torch."""
     strides = [stride if size > 1 else 0 for size, stride in zip(logits.shape[:-1], logits.stride(), strict=False)]
     return (strides[0], strides[1]) if logits.dim() == 3 else (strides[0], 0)
 
 
 def alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of 2, up to 8, that divides the width and every row stride of these tensors; 1 where one of
-    them does not begin at a multiple of 16 bytes.
+    """Largest power of 2, at most 8, that divides the width and every row stride; 1 if a tensor is not 16-byte aligned.
 
-    Kernels get widths and strides in units of it. The compiler then knows that rows start, and the column mask ends,
-    on such a multiple, which is what wide loads need; Triton's own specialisation looks for multiples of 16 only, so
-    that C = 100 or C = 1000 would be read one element at a time. An odd C leaves rows that start at every address:
-    those are read by the element, and a padded row stride (an aligned slice) does not help as the mask still ends odd.
+    Kernels take widths and strides in units of it. The compiler then knows that rows start, and the column mask ends,
+    at such a multiple, as wide loads require. Triton's own specialisation only recognises multiples of 16, so C = 100
+    or C = 1000 would be read one element at a time. Rows of odd width start at any address and are read element by
+    element; a padded row stride does not help, since the mask ends at an odd column.
     """
     bits = _MAX_ALIGN
     for tensor in tensors:
@@ -61,14 +60,14 @@ def stride_units(tensors: Sequence[Tensor], ALIGN: int) -> tuple[tuple[int, ...]
 
 
 def unspecialised(strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides as a tuple argument; the kernel takes them back with `softmax.stride`.
+    """Strides as a tuple argument; the kernel decodes them with `softmax.stride`.
 
-    Inside a tuple Triton compiles anew for numbers that are 1 or divisible by 16, whatever `do_not_specialize` says,
-    and a new batch size would change strides from one kind to the other. 2 * stride + 3 is never either.
+    Inside a tuple Triton recompiles for numbers that are 1 or divisible by 16, whatever `do_not_specialize` says, and
+    a new batch size would change strides from one kind to the other. 2 * stride + 3 is never either.
     """
     return tuple(2 * stride + 3 for stride in strides)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the tensor's device and its current stream; CPU tensors (the interpreter) have none."""
+    """Launches go to the tensor's device and its current stream; CPU tensors (interpreter) have neither."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Row loss for rows that fit in one program: statistics and gradient from a single read."""
+"""Row loss for rows that fit in one program: statistics and gradient from one read of the logits."""
 
 import triton
 import triton.language as tl
@@ -50,10 +50,10 @@ def row_loss_onchip_fwd_kernel(
 ):  # fmt: skip
     """BLOCK_N whole rows of all K + 1 tensors per program.
 
-    The weights depend on every teacher's statistics, but holding K tiles of exponentials until they are known would
-    cost K tiles of registers. Two suffice: with e_k the (rescaled) shares of `relative_share`, w_k is proportional to
-    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j grows teacher by teacher from `mixed`, `unweighted` =
-    sum_k p_k and the total of the e_k. Every term is positive: nothing cancels.
+    The weights depend on every teacher's statistics, and K tiles of exponentials kept until then would cost K tiles of
+    registers. Two are enough: let e_k be the rescaled shares of `relative_share`; then w_k is proportional to
+    sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j can be accumulated teacher by teacher from `mixed`,
+    `unweighted` = sum_k p_k, and the running total of the e_k. All terms are positive, so nothing cancels.
     """
     exp2_scale = formula.exp2_scale
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -63,6 +63,7 @@ def row_loss_onchip_fwd_kernel(
     tile = in_range[:, None] & (cols < C)[None, :]
     y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
 
+    # Student: load, statistics
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
     s = tl.load(s_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
     s_label = label_logit(s_row, y, kept & inside)
@@ -73,6 +74,7 @@ def row_loss_onchip_fwd_kernel(
     s_sum1 = tl.sum(exp_at_one(e, s, T_POWER), axis=1)
     hard = tl.log(s_sum1) - (s_label - s_max)
 
+    # Teachers: load, statistics, mixture
     divergence, scores, weights = (), (), ()
     mixed = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     unweighted = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -89,7 +91,7 @@ def row_loss_onchip_fwd_kernel(
         e1 = exp_at_one(e, z, T_POWER)
         z_sum1 = tl.sum(e1, axis=1)
         cross = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
-        # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
+        # One logarithm of the ratio: a difference of two would cancel when student and teacher agree.
         kl = cross / (z_sumT * formula.temperature) + tl.log(s_sumT / z_sumT)
         log_sum = tl.log(z_sum1)
         ce = log_sum - (z_label - z_max)
@@ -100,7 +102,7 @@ def row_loss_onchip_fwd_kernel(
             if WEIGHTING == "confidence":
                 score = ce
             else:
-                # Both terms are positive: no cancellation, and never below 0.
+                # Both terms are positive: no cancellation, never below 0.
                 score = log_sum - tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1) / z_sum1
             scores += (score,)
             if grad_student is not None:
@@ -118,12 +120,14 @@ def row_loss_onchip_fwd_kernel(
                 weight = tl.full((BLOCK_N,), 1.0 / K, tl.float32)
             weights += (weight,)
             if grad_student is not None:
-                # A weight of 0 silences even a NaN.
+                # A weight of 0 removes even a NaN.
                 mixed += tl.where((weight == 0)[:, None], 0.0, e * (weight * inverse)[:, None])
 
+    # Weights and row_stats
     if WEIGHTING == "confidence" or WEIGHTING == "entropy":
         weights = weights_from_scores(scores, K, WEIGHTING)
     weight_sum = store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, in_range, formula, K)
+    # Write the gradient
     if grad_student is not None:
         if WEIGHTING == "confidence":
             mixed *= (1.0 / (total * (K - 1)))[:, None]

@@ -21,9 +21,9 @@ from .softmax import (
 
 @triton.jit
 def in_lanes(x, R: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
-    """Columns as fp32 lanes (R, VEC), such that a lane is what one thread has loaded.
+    """Columns as fp32 lanes (R, VEC); the columns of a lane were loaded by one thread.
 
-    Aligned rows are loaded VEC neighbours at a time; the others by the element, a thread's columns lying R apart.
+    Aligned rows are loaded in vectors of VEC neighbours, others element by element with a distance of R columns.
     """
     x = x.to(tl.float32)
     if ALIGN == 1:
@@ -34,10 +34,10 @@ def in_lanes(x, R: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def teacher_step(lanes, z, s, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
-    """A teacher's lanes (R,) after its columns z (R, VEC).
+    """A teacher's lanes (R,) updated with its columns z (R, VEC).
 
     lanes: maximum, sum e^{z/T}, sum e^z, sum e^{z/T} (z - s), sum e^z z, all relative to the maxima of z and s.
-    s: the student's columns, less its maximum, which s_drop is the last change of.
+    s: the student's columns minus its running maximum; s_drop: the last change of that maximum.
     """
     top, sumT, sum1, cross, plogp = lanes
     top, drop = lane_max(top, z)
@@ -54,7 +54,7 @@ def teacher_step(lanes, z, s, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTI
 
 @triton.jit
 def teacher_total(lanes, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
-    """The lanes of `teacher_step` merged into scalars; s_drop: the student's lanes relative to their maximum."""
+    """The lanes of `teacher_step` reduced to scalars; s_drop: the student's lane maxima minus their maximum."""
     top, sumT, sum1, cross, plogp = lanes
     highest = tl.max(top, axis=0)
     drop = top - highest
@@ -98,18 +98,18 @@ def row_loss_streaming_fwd_kernel(
     VEC: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, in steps of BLOCK_C columns.
+    """One row per program, BLOCK_C columns per iteration.
 
-    The VEC columns of a step that one thread loads are a lane with maxima and sums of its own. So the loop exchanges
-    nothing between threads, at the price of one more exponential per VEC elements. Teachers go through it GROUP at a
-    time, for the sake of registers.
+    The VEC columns that one thread loads form a lane with its own maximum and sums, so the loop exchanges nothing
+    between threads, at the cost of one more exponential per VEC elements. Teachers are processed in groups of GROUP to
+    limit registers.
     """
     exp2_scale = formula.exp2_scale
     R: tl.constexpr = BLOCK_C // VEC
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
     y, kept, inside = load_labels(target, n, n < N, ignore_index, C, DEBUG)
-    # An ignored row is not read at all.
+    # Ignored rows are not read.
     limit_units = tl.where(kept, C_units, 0)
     limit = limit_units * ALIGN
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
@@ -117,6 +117,7 @@ def row_loss_streaming_fwd_kernel(
     for k in tl.static_range(K):
         z_rows += (teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL),)
 
+    # First read: statistics of the student and of a group of teachers
     z_top, z_totalT, divergence, scores = (), (), (), ()
     for first in tl.static_range(0, K, GROUP):
         s_max = tl.full((R,), LOWEST, tl.float32)
@@ -143,7 +144,7 @@ def row_loss_streaming_fwd_kernel(
                     updated += (teacher_step(lanes[k - first], z, s, s_drop, exp2_scale, T_POWER, WEIGHTING),)
             lanes = updated
 
-        # The lanes become one number each.
+        # Reduce the lanes.
         s_top = tl.max(s_max, axis=0)
         s_drop = s_max - s_top
         decay = tl.exp2(s_drop * exp2_scale)
@@ -158,17 +159,18 @@ def row_loss_streaming_fwd_kernel(
                 z_top += (top,)
                 z_totalT += (totalT,)
                 ce = log_sum - (label_logit(z_rows[k], y, kept & inside) - top)
-                # One logarithm of the ratio: the difference of two would cancel when student and teacher agree.
+                # One logarithm of the ratio: a difference of two would cancel when student and teacher agree.
                 kl = cross / (totalT * formula.temperature) + tl.log(s_totalT / totalT)
                 store_teacher(row_stats, k, N, n, kl, ce, kept, n < N, K)
                 divergence += (kl,)
                 if WEIGHTING == "entropy":
-                    # Both terms are positive: no cancellation, and never below 0.
+                    # Both terms are positive: no cancellation, never below 0.
                     scores += (log_sum - plogp / total1,)
                 else:
                     scores += (ce,)
     hard = tl.log(s_total1) - (label_logit(s_row, y, kept & inside) - s_top)
 
+    # Weights and row_stats
     weights = ()
     if WEIGHTING == "confidence" or WEIGHTING == "entropy":
         weights = weights_from_scores(scores, K, WEIGHTING)
@@ -180,13 +182,14 @@ def row_loss_streaming_fwd_kernel(
             weights += (tl.full((), 1.0 / K, tl.float32),)
     weight_sum = store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, n < N, formula, K)
 
+    # Second read: the gradient
     if grad_student is not None:
         scale = grad_scale
         if SCALE_ON_DEVICE:
             scale = tl.load(grad_scale)
         blocks = tl.cdiv(C, BLOCK_C)
         for i in range(blocks):
-            # Backwards: what the first loop read last is what L2 still holds.
+            # In reverse: the columns that the first loop read last are the ones in L2.
             cols = (blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
             s = tl.load(s_row + cols, mask=cols < limit, other=float("-inf")).to(tl.float32) - s_top
             e = tl.exp2(s * exp2_scale)
@@ -195,7 +198,7 @@ def row_loss_streaming_fwd_kernel(
                 wanted, top = limit, z_top[k]
                 coefficient = weights[k] / z_totalT[k]
                 if WEIGHTING == "given":
-                    # A teacher of weight 0 is not read: not even its NaN may count.
+                    # A teacher of weight 0 is not read, so even its NaN has no effect.
                     wanted = tl.where(weights[k] == 0, 0, limit_units) * ALIGN
                     top = tl.where(weights[k] == 0, 0.0, top)
                     coefficient = tl.where(weights[k] == 0, 0.0, coefficient)

@@ -1,7 +1,7 @@
 """Device functions shared by the kernels: row addressing, exponentials, running softmax statistics, teacher weights.
 
-A softmax statistic is kept relative to a maximum that is subtracted *before* the scale by log2(e) / T, so that a large
-common offset of a row costs no accuracy.
+Softmax statistics are relative to a maximum, which is subtracted *before* scaling by log2(e) / T, so a large common
+offset of a row costs no accuracy.
 """
 
 import triton
@@ -17,14 +17,14 @@ from .formula import loss_terms
 LOSS, HARD, SOFT = tl.constexpr(_LOSS), tl.constexpr(_HARD), tl.constexpr(_SOFT)
 PER_TEACHER = tl.constexpr(_PER_TEACHER)
 LOG2E = tl.constexpr(1.4426950408889634)
-# The running maximum of a lane that has seen nothing: finite, so that differences of maxima are never inf - inf, and no
-# larger than any finite logit, so that rows masked with finfo.min stay exact.
+# Initial running maximum of a lane: finite, so that differences of maxima are never inf - inf, and no larger than any
+# finite logit, so that rows masked with finfo.min remain exact.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def stride(argument):
-    """The inverse of `layout.unspecialised`, for one stride."""
+    """Inverse of `layout.unspecialised` for one stride."""
     return (argument - 3) >> 1
 
 
@@ -39,7 +39,7 @@ def row_offset(n, S, stride_outer, stride_inner, ALIGN: tl.constexpr, TWO_LEVEL:
 
 @triton.jit
 def load_labels(target, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
-    """label, kept (the row counts) and inside (0 <= label < C) of rows n; rows out of range count as ignored."""
+    """label, kept (not ignored) and inside (0 <= label < C) of rows n; rows beyond N count as ignored."""
     y = tl.load(target + n, mask=in_range, other=0)
     kept = in_range & (y != ignore_index)
     inside = (y >= 0) & (y < C)
@@ -50,13 +50,13 @@ def load_labels(target, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
 
 @triton.jit
 def label_logit(row, y, readable):
-    """The logit at the label; NaN where there is none, which then spreads to everything that depends on it."""
+    """The logit at the label; NaN for an invalid label, which propagates to everything that depends on it."""
     return tl.load(row + y, mask=readable, other=0.0).to(tl.float32) + tl.where(readable, 0.0, float("nan"))
 
 
 @triton.jit
 def exp_at_one(e, x, T_POWER: tl.constexpr):
-    """e^x from e = e^{x/T}: by multiplications when T is T_POWER, by another exponential when T_POWER is 0."""
+    """e^x from e = e^{x/T}: by multiplications if T is T_POWER, by another exponential if T_POWER is 0."""
     if T_POWER == 1:
         return e
     elif T_POWER == 2:
@@ -70,29 +70,29 @@ def exp_at_one(e, x, T_POWER: tl.constexpr):
 
 @triton.jit
 def lane_max(top, x):
-    """The new running maximum of lanes (..., R) after x (..., R, V), and how far the old one lies below it."""
+    """New running maximum of lanes (..., R) after x (..., R, V), and old minus new maximum."""
     new = tl.maximum(top, tl.max(x, axis=-1))
     return new, top - new
 
 
 @triton.jit
 def lane_rescale(value, decay):
-    """A running sum after its maximum moved; where the decay underflows nothing is left, not even of an infinity."""
+    """A running sum relative to its new maximum; exactly 0 if the decay underflows, even for an infinite sum."""
     return tl.where(decay > 0, value * decay, 0.0)
 
 
 @triton.jit
 def finite_max(x):
-    """Row maxima of (BLOCK_N, BLOCK_C); 0 for a row that is -inf throughout, whose sums are then 0, not NaN."""
+    """Row maxima of (BLOCK_N, BLOCK_C); 0 for a row of only -inf, whose sums are then 0 rather than NaN."""
     top = tl.max(x, axis=1)
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def relative_share(score, top, WEIGHTING: tl.constexpr):
-    """A teacher's unnormalised share of the mass over teachers, 1 for the one with the `top` score.
+    """A teacher's unnormalised share of the mass over teachers; 1 for the `top` score.
 
-    "confidence": e^{CE_k}, infinite ones sharing equally; "entropy": H_k, all zero sharing equally.
+    "confidence": e^{CE_k}, equal shares for infinite ones; "entropy": H_k, equal shares if all are 0.
     """
     if WEIGHTING == "confidence":
         return tl.where(score == top, 1.0, tl.exp(score - top))

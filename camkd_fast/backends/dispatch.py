@@ -60,7 +60,7 @@ def interpreting() -> bool:
 def availability(name: str) -> Availability:
     """Whether backend `name` can be loaded here. Imports the backend's module if it can."""
     if name == "reference":
-        return Availability(True, "plain PyTorch")
+        return Availability(True, "PyTorch operations")
     try:
         module = importlib.import_module("triton" if name == "triton" else _MODULES[name])
     except ImportError as error:

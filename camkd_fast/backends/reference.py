@@ -1,4 +1,4 @@
-"""The specification of every op in plain PyTorch, and the backend of last resort.
+"""The specification of every op in PyTorch, and the fallback backend.
 
 Source: Zhang, Chen, Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", ICASSP 2022 (arXiv 2201.00007).
 
@@ -12,7 +12,7 @@ Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all
     hard = -log softmax(s)[y]                  soft = T^2 sum_k w_k KL_k                              (eq. 4)
     loss = hard_weight * hard + soft_weight * soft
 
-Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enough whatever K is:
+Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enough for any K:
 
     d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   (grad_student)
     d loss / dw_k = soft_weight * T^2 * KL_k

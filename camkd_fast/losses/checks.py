@@ -1,7 +1,7 @@
-"""Every check of the public functions: one-line errors that name both offending values, raised before any work.
+"""Argument checks of the public functions: one-line errors that name both offending values, raised before any work.
 
-All of them read shapes, dtypes and Python numbers only, so they cost no synchronisation on a GPU and trace under
-torch.compile. The one check of tensor values, `count_labels`, runs for CPU tensors alone.
+They read only shapes, dtypes and Python numbers, so they need no synchronisation on a GPU and can be traced by
+torch.compile. `count_labels` is the only check of tensor values and runs only for CPU tensors.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: T
     teacher_list = as_teacher_list("teacher_logits", teachers)
     shape, device, gradless = student.shape, student.device, not torch.is_grad_enabled()
     for k, teacher in enumerate(teacher_list):
-        if (  # accepted at a glance; the checks below are for the words of the refusal
+        if (  # the common case, in one expression; otherwise the checks below find the error
             isinstance(teacher, Tensor)
             and teacher.shape == shape
             and teacher.dtype.is_floating_point
@@ -109,10 +109,8 @@ def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: T
     return teacher_list
 
 
-def check_weighting(weighting: str | Tensor, K: int, student: Tensor) -> None:
-    """The shape of a weighting tensor; its name is checked by `Formula.checked`."""
-    if not isinstance(weighting, Tensor):
-        return
+def check_weighting(weighting: Tensor, K: int, student: Tensor) -> None:
+    """Given weights; the name of a weighting is checked by `Formula.checked`."""
     check_floating("weighting", weighting)
     if weighting.shape != (K,) and weighting.shape != (K, *student.shape[:-1]):
         allowed = f"{(K,)} or {(K, *student.shape[:-1])}"
@@ -158,7 +156,7 @@ def check_scale(name: str, scale: float | Tensor) -> None:
 
 
 def count_labels(target: Tensor, C: int, ignore_index: int) -> int:
-    """How many labels of a CPU `target` (N,) are not `ignore_index`; refuses labels outside [0, C)."""
+    """Number of labels of a CPU `target` (N,) that are not `ignore_index`; raises for labels outside [0, C)."""
     valid, invalid = label_counter().count_labels(target, C, ignore_index)
     if invalid is not None:
         raise ValueError(f"target holds label {invalid}, but there are {C} classes (ignore_index is {ignore_index})")

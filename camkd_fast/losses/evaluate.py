@@ -48,34 +48,47 @@ def evaluate(
         evaluation = _mean_on_cpu(student, teacher_logits, target, formula, backend, loss_scale)
         if evaluation is not None:
             return evaluation
-    if loss_scale is not None:
+    call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.check_num_items(num_items, reduction)
+
+    dtype, ignore_index = accumulation_dtype(student.dtype), call.formula.ignore_index
+    valid = None
+    if call.labels.device.type == "cpu" and not tracing:
+        valid = checks.count_labels(call.labels, student.shape[-1], ignore_index)
+    inverse: float | Tensor = 1.0
+    if reduction == "mean":
+        unknown = num_items is None and valid is None and not tracing
+        if unknown and can_divide_in_kernel(student.dtype, loss_scale):
+            return _mean_on_device(call, target.shape, loss_scale, dtype)
+        inverse = inverse_divisor(num_items, valid, call.labels, ignore_index, dtype)
+    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, tracing)
+    return _rows(call, target.shape, reduction, plan, tracing)
+
+
+def _checked_call(
+    student: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    backend: str,
+    with_grad: bool,
+) -> RowLossCall:
+    """The arguments of a backend. `with_grad`: the kernel writes the gradient, and nothing is part of a graph."""
+    if with_grad:
         # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
         student = student.detach() if isinstance(student, Tensor) else student
         if isinstance(formula.weighting, Tensor):
             formula = formula._replace(weighting=formula.weighting.detach())
     teachers = checks.check_logits(student, teacher_logits, target)
     formula = formula.checked()
-    checks.check_weighting(formula.weighting, len(teachers), student)
-    check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_num_items(num_items, reduction)
-
     labels = contiguous_labels(target)
-    dtype = accumulation_dtype(student.dtype)
     if isinstance(formula.weighting, Tensor):
-        formula = formula._replace(weighting=_weights_as_rows(formula.weighting, len(teachers), labels.numel(), dtype))
-    valid = None
-    if labels.device.type == "cpu" and not tracing:
-        valid = checks.count_labels(labels, student.shape[-1], formula.ignore_index)
-    needs_grad = loss_scale is not None or (torch.is_grad_enabled() and student.requires_grad)
-    call = RowLossCall(student, teachers, labels, formula, needs_grad, backend)
-    counted = reduction != "mean" or num_items is not None or valid is not None
-    if not counted and not tracing and can_divide_in_kernel(student.dtype, loss_scale):
-        return _mean_on_device(call, target.shape, loss_scale, dtype)
-    inverse: float | Tensor = 1.0
-    if reduction == "mean":
-        inverse = inverse_divisor(num_items, valid, labels, formula.ignore_index, dtype)
-    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, tracing)
-    return _rows(call, target.shape, reduction, plan, tracing)
+        checks.check_weighting(formula.weighting, len(teachers), student)
+        rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), accumulation_dtype(student.dtype))
+        formula = formula._replace(weighting=rows)
+    needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
+    return RowLossCall(student, teachers, labels, formula, needs_grad, backend)
 
 
 def _mean_on_cpu(

@@ -18,7 +18,7 @@ struct Kernels {
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-// The best that this processor runs, or the one named by CAMKD_FAST_ISA. Throws std::runtime_error if that cannot run.
+// The best set for this processor, or the one that CAMKD_FAST_ISA names. Throws std::runtime_error if that cannot run.
 const Kernels& kernels();
 
 }  // namespace camkd::cpu

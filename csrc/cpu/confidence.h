@@ -1,4 +1,5 @@
-// Confidence weights of K sets of logits on a CPU: cross-entropies at T = 1 forward, softmax - onehot backward.
+// Confidence weights of K sets of logits on a CPU: cross-entropies at T = 1 forward, softmax - onehot backward. Rows
+// run in parallel.
 #pragma once
 
 #include "row_blocks.h"
@@ -27,9 +28,9 @@ StreamState<double> row_exp_sum(const T* z, int64_t C, const Exp& exp) {
     for (int64_t c = 0; c < C; c += kBlock) {
         const int n = int(std::min<int64_t>(kBlock, C - c));
         const float max = std::max(state.max, block_max(z + c, n));
-        state.sum_1 *= shift_factor(state.max, max, 1.0);
+        state.sum1 *= shift_factor(state.max, max, 1.0);
         state.max = max;
-        state.sum_1 += exp_sum(z + c, n, max == -INFINITY ? 0.0f : max, exp);
+        state.sum1 += exp_sum(z + c, n, max == -INFINITY ? 0.0f : max, exp);
     }
     return state;
 }
@@ -39,7 +40,7 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
     const int K = args.K;
     const int threads = useful_threads(args.N * args.C * K, max_threads);
     const Exp exp(1.0f);
-    // One row to a lane.
+    // One row per lane.
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t begin = 0; begin < args.N; begin += W) {
         const int count = int(std::min<int64_t>(W, args.N - begin));
@@ -54,25 +55,25 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
                     const auto* z = row_start<decltype(t)>(args.logits[k], args.S, begin + lane);
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
-                    sum[k][lane] = float(state.sum_1);
+                    sum[k][lane] = float(state.sum1);
                     max[k][lane] = state.max;
                     label[k][lane] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
                 });
             }
         }
-        Vec ce[kMaxTeachers], weights[kMaxTeachers], share[kMaxTeachers];
+        Vec ce[kMaxTeachers], weights[kMaxTeachers], scratch[kMaxTeachers];
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
-        auto put = [&](float* rows, int k, Vec x) {
+        auto store_row = [&](float* rows, int k, Vec x) {
             store_lanes(rows + k * args.N + begin, Vec::bit_and(x, mask), count);
         };
         for (int k = 0; k < K; ++k) {
             const Vec log_sum = LaneMath::log(Vec::load(sum[k])), top = Vec::load(max[k]);
             ce[k] = log_sum - (Vec::load(label[k]) - top);
-            put(args.lse, k, top + log_sum);
-            put(args.ce, k, ce[k]);
+            store_row(args.lse, k, top + log_sum);
+            store_row(args.ce, k, ce[k]);
         }
-        confidence_weights<LaneMath>(ce, K, weights, share);
-        for (int k = 0; k < K; ++k) put(args.weights, k, weights[k]);
+        confidence_weights<LaneMath>(ce, K, weights, scratch);
+        for (int k = 0; k < K; ++k) store_row(args.weights, k, weights[k]);
     }
 }
 

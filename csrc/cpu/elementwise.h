@@ -6,10 +6,10 @@
 namespace camkd::cpu {
 namespace {
 
-// Elements per partial sum: short enough for float, the partial sums are added in double.
+// Elements per partial sum: few enough for float. The partial sums are added in double.
 constexpr int64_t kErrorBlock = 2048;
 
-// out[i] = f(i, count) for whole vectors, and once with count < width for the tail.
+// out[i] = value(i, count) for whole vectors, and once with count < width for the tail.
 template <class T, class F>
 inline void map_row(int64_t n, T* out, F value) {
     int64_t i = 0;

@@ -1,7 +1,7 @@
-// The CPU kernels for one instruction set; CMakeLists.txt sets its flags for this file alone.
+// The CPU kernels for one instruction set; CMakeLists.txt sets its flags for this file only.
 #include "vec_avx512.h"
 
-// The kernels are written on Vec, so it comes first.
+// The kernels use Vec, so its header comes first.
 #include "confidence.h"
 #include "elementwise.h"
 #include "row_loss.h"

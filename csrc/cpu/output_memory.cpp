@@ -1,3 +1,4 @@
+// Allocation of OutputMemory, and the free blocks that are kept between two owners.
 #include "output_memory.h"
 
 #include <sys/mman.h>
@@ -9,7 +10,7 @@
 
 namespace camkd::cpu {
 
-// A mapping of our own: [data, data + bytes), both multiples of a huge page.
+// An anonymous mapping [data, data + bytes); both are multiples of a huge page.
 struct Pages {
     void* data;
     size_t bytes;
@@ -19,17 +20,17 @@ namespace {
 
 constexpr size_t kHugePage = 2 * 1024 * 1024;
 
-// From this size on a waiting block is offered to the system (MADV_FREE, which costs time by the page). It is where
-// glibc's malloc stops to keep freed memory, too.
-constexpr size_t kOffered = 32 * 1024 * 1024;
+// Free blocks of this size and above are marked reclaimable (MADV_FREE, whose cost grows with the number of pages).
+// glibc's malloc also returns freed memory from this size on.
+constexpr size_t kReclaimable = 32 * 1024 * 1024;
 
-// Blocks between two owners, each slot only ever exchanged as a whole: no lock that a fork could inherit. Four slots
-// hold the gradients of a step with logits and features, which differ in size.
-std::array<std::atomic<Pages*>, 4> waiting{};
+// Free blocks. Slots are exchanged atomically, so there is no lock that a fork could inherit. Four slots hold the
+// gradients of a step with logits and features, which differ in size.
+std::array<std::atomic<Pages*>, 4> free_blocks{};
 std::atomic<unsigned> next_displaced{0};
 
 Pages* map_fresh(size_t bytes) {
-    // One huge page more than asked for, so that an aligned part can be cut out.
+    // One huge page more than requested, so that an aligned part can be cut out
     void* all = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) throw std::bad_alloc();
     const uintptr_t begin = reinterpret_cast<uintptr_t>(all);
@@ -38,7 +39,7 @@ Pages* map_fresh(size_t bytes) {
     munmap(reinterpret_cast<void*>(aligned + bytes), begin + kHugePage - aligned);
     void* data = reinterpret_cast<void*>(aligned);
 #if defined(MADV_HUGEPAGE)
-    madvise(data, bytes, MADV_HUGEPAGE);  // a hint: where it is refused, small pages do
+    madvise(data, bytes, MADV_HUGEPAGE);  // a hint; if refused, small pages are used
 #endif
     return new Pages{data, bytes};
 }
@@ -49,8 +50,8 @@ void unmap(Pages* pages) {
     delete pages;
 }
 
-// Lets the system take these pages back while they wait; false where it cannot be told.
-bool offer(const Pages* pages) {
+// Lets the system reclaim these pages while they are free. Returns false if it has no such call, or refuses.
+bool mark_reclaimable(const Pages* pages) {
 #if defined(MADV_FREE)
     return madvise(pages->data, pages->bytes, MADV_FREE) == 0;
 #else
@@ -58,9 +59,9 @@ bool offer(const Pages* pages) {
 #endif
 }
 
-// A waiting block large enough, yet not twice as large: that would hide its size behind an output that looks small.
+// A free block of at least `needed` bytes and less than about twice that: a small output must not hold a large block.
 Pages* take(size_t needed) {
-    for (auto& slot : waiting) {
+    for (auto& slot : free_blocks) {
         Pages* pages = slot.exchange(nullptr);
         if (pages && pages->bytes >= needed && pages->bytes / 2 <= needed) return pages;
         unmap(slot.exchange(pages));
@@ -69,11 +70,11 @@ Pages* take(size_t needed) {
 }
 
 void put(Pages* pages) {
-    for (auto& slot : waiting) {
+    for (auto& slot : free_blocks) {
         Pages* none = nullptr;
         if (slot.compare_exchange_strong(none, pages)) return;
     }
-    unmap(waiting[next_displaced++ % waiting.size()].exchange(pages));
+    unmap(free_blocks[next_displaced++ % free_blocks.size()].exchange(pages));
 }
 
 }  // namespace
@@ -85,7 +86,7 @@ OutputMemory::OutputMemory(size_t bytes) : bytes_(bytes) {
 }
 
 OutputMemory::~OutputMemory() {
-    if (pages_->bytes < kOffered || offer(pages_))
+    if (pages_->bytes < kReclaimable || mark_reclaimable(pages_))
         put(pages_);
     else
         unmap(pages_);

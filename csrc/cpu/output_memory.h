@@ -5,15 +5,16 @@
 
 namespace camkd::cpu {
 
-// Below this many bytes a block of whole huge pages would be mostly waste, and malloc keeps what is freed.
+// Smaller outputs come from malloc, which keeps memory of this size when it is freed; whole huge pages would be mostly
+// waste.
 constexpr size_t kRecycledBytes = 1024 * 1024;
 
 struct Pages;
 
-// Owns whole pages, uninitialised and aligned to a huge page. A step of training frees the last gradient before it asks
-// for the next; taking over those pages saves the page faults of fresh ones, which can take as long as the kernel.
-// A few blocks wait between two owners; the large ones are marked so that the system may take them back when it is
-// short of memory. Safe from any thread, and in a child after fork.
+// Owns whole pages, uninitialised and aligned to a huge page. A training step frees the last gradient before it
+// allocates the next; reusing those pages saves the page faults of fresh ones, which can take as long as the kernel. A
+// few free blocks are kept; the large ones are marked so that the system may reclaim them when memory is short.
+// Thread-safe, and safe in a child after fork.
 class OutputMemory {
   public:
     explicit OutputMemory(size_t bytes);  // throws std::bad_alloc

@@ -1,5 +1,6 @@
-// The three passes over one block of columns: maximum, statistics, residual. All else about a row is in row_loss.h.
-// `Power`: e^x = (e^{x/T})^Power for T = 1, 2, 4; Power 0 is any other T, at a second exponential per element.
+// The three passes over one block of columns: maximum, statistics, gradient. row_passes.h combines the blocks of a row.
+// `Power`: e^x = (e^{x/T})^Power for T = 1, 2, 4; Power 0 is any other T, at the cost of a second exponential per
+// element.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +23,7 @@ inline Vec power(Vec e) {
     return e;
 }
 
-// sum + e^Power, the last multiplication fused with the addition.
+// sum + e^Power; the last multiplication is fused with the addition.
 template <int Power>
 inline Vec add_power(Vec sum, Vec e) {
     if constexpr (Power == 4) e = e * e;
@@ -46,16 +47,16 @@ float block_max(const T* x, int n) {
     return Vec::max(Vec::max(a, b), Vec::max(c, d)).max();
 }
 
-// Runs step(x, i, lane, counts) over a block of n columns: x holds some neighbouring vectors at offset i, and vector j
-// adds to the set (lane + j) % 2 of two sets of accumulators. The last vector overlaps its predecessor: `counts` masks
-// the columns already summed, while stores repeat the same values. Meanwhile the stream's `next` block is on its way
-// from memory, to L2: a round of K + 1 blocks would not fit L1, and one block ahead is too late for memory.
+// Calls step(x, i, lane, counts) over a block of n columns: x holds neighbouring vectors from offset i on, and vector j
+// adds to accumulator (lane + j) % 2 of two. The last vector overlaps its predecessor: `counts` masks the columns that
+// are already summed, while stores repeat the same values. The stream's `next` block is prefetched to L2: K + 1 blocks
+// would not fit L1, and prefetching only the block that is read next would be too late.
 template <class T, class Step>
 inline void over_block(const T* x, int n, const char* next, Step step) {
     constexpr int W = Vec::width;
     constexpr auto all = [](Vec v) { return v; };
     int i = 0;
-    auto runs_of = [&](auto count) {
+    auto run_by = [&](auto count) {
         constexpr int Count = decltype(count)::value;
         for (; i + Count * W <= n; i += Count * W) {
             for (int byte = 0; Count > 1 && byte < Count * W * int(sizeof(T)); byte += 64)
@@ -65,13 +66,13 @@ inline void over_block(const T* x, int n, const char* next, Step step) {
             step(v, i, 0, all);
         }
     };
-    if constexpr (Vec::side_by_side > 2) runs_of(std::integral_constant<int, Vec::side_by_side>{});
-    runs_of(std::integral_constant<int, 2>{});
-    runs_of(std::integral_constant<int, 1>{});
+    if constexpr (Vec::unroll > 2) run_by(std::integral_constant<int, Vec::unroll>{});
+    run_by(std::integral_constant<int, 2>{});
+    run_by(std::integral_constant<int, 1>{});
     if (i == n) return;
     Vec last[1];
     if (n < W) {
-        // The columns behind the end take the first one's logit, so that nothing that is not finite comes in.
+        // Columns beyond the end repeat the first logit, so that they bring in no infinities of their own.
         const Vec mask = first_lanes(n);
         last[0] = load_tail(x, n, load_one(x));
         step(last, 0, 1, [mask](Vec v) { return Vec::bit_and(v, mask); });
@@ -82,126 +83,125 @@ inline void over_block(const T* x, int n, const char* next, Step step) {
     }
 }
 
-// Sums over rows of up to kBlock columns are float; over blocks they are double.
+// Sums within a block are float; sums over the blocks of a row are double.
 using State = StreamState<double>;
 
-// The sums over one block of one stream, relative to the block's references, of which `max` is the stream's own.
+// The sums over one block of one stream, relative to the block's references; `max` is this stream's reference.
 struct BlockSums {
-    float max, sum_t, sum_1, cross, entropy;
+    float max, sumT, sum1, cross, plogp;
 
-    // Is no sum of products inf or NaN, as 0 * inf makes it?
-    bool finite() const { return std::isfinite(cross) && std::isfinite(entropy); }
+    // False if a product 0 * inf has made a sum NaN, or a sum is infinite.
+    bool finite() const { return std::isfinite(cross) && std::isfinite(plogp); }
     void add_to(State& state) const {
-        state.sum_t += sum_t;
-        state.sum_1 += sum_1;
+        state.sumT += sumT;
+        state.sum1 += sum1;
         state.cross += cross;
-        state.entropy += entropy;
+        state.plogp += plogp;
     }
 };
 
-// What a pass over a block of one stream leaves: sums still apart in lanes. A row adds up those of all its streams
-// together, as one sum at a time is a chain of instructions that wait for each other.
+// The sums over one block of one stream before the horizontal reduction. A row reduces those of all its streams
+// together, because a single reduction is a serial dependency chain.
 struct LaneSums {
-    Vec sum_t, sum_1, cross, entropy;
+    Vec sumT, sum1, cross, plogp;
 
-    BlockSums added_up(float reference) const {
+    BlockSums reduced(float reference) const {
         float sums[4];
-        Vec::four_sums(sum_t, sum_1, cross, entropy, sums);
+        Vec::sum_each(sumT, sum1, cross, plogp, sums);
         return {reference, sums[0], sums[1], sums[2], sums[3]};
     }
 };
 
 struct Exps {
-    Exp at_t, at_1;
+    Exp atT, at1;
 };
 
-// Keeps d = s - reference and e = e^{d/T} (and e1 = e^d where Power is 0), each n long and at least one vector.
-// (Flattened, as are teachers' blocks: with anything left to call, the accumulators would live in memory.)
+// Stores d = s - reference and e = e^{d/T} (and e1 = e^d if Power is 0), each n long and at least one vector.
+// Flattened, like teacher_block: if any call were left, the accumulators would live in memory.
 template <class T, int Power>
 __attribute__((flatten)) void student_block(const T* s, int n, float reference, const Exps& exponentials,
                                             const char* next, float* d_out, float* e_out, float* e1_out,
                                             LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
-    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
+    Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
     over_block(s, n, next, [&](auto& x, int i, int lane, auto counts) {
         constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
         Vec d[Count], e[Count], e1[Count];
         each<Count>([&](int j) { d[j] = x[j] - ref; });
-        exps.at_t(d, e);
-        if constexpr (Power == 0) exps.at_1(d, e1);
+        exps.atT(d, e);
+        if constexpr (Power == 0) exps.at1(d, e1);
         each<Count>([&](int j) {
             const int at = i + j * Vec::width, l = (lane + j) % 2;
             d[j].store(d_out + at);
             e[j].store(e_out + at);
             const Vec counted = counts(e[j]);
-            sum_t[l] = sum_t[l] + counted;
+            sumT[l] = sumT[l] + counted;
             if constexpr (Power == 0) {
                 e1[j].store(e1_out + at);
-                sum_1[l] = sum_1[l] + counts(e1[j]);
+                sum1[l] = sum1[l] + counts(e1[j]);
             } else if constexpr (Power != 1) {
-                sum_1[l] = add_power<Power>(sum_1[l], counted);
+                sum1[l] = add_power<Power>(sum1[l], counted);
             }
         });
     });
-    const Vec total = sum_t[0] + sum_t[1];
-    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], Vec::zero(), Vec::zero()};
+    const Vec total = sumT[0] + sumT[1];
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], Vec::zero(), Vec::zero()};
 }
 
-// `Masked` counts columns of probability 0 as 0 where the plain product would be 0 * inf. -inf logits are rare: only a
-// block whose plain sums are not finite is read again.
+// `Masked` counts columns of probability 0 as 0, where the product would be 0 * inf. -inf logits are rare, so only a
+// block whose unmasked sums are not finite is read again with it.
 template <class T, int Power, bool Entropy, bool Masked>
 __attribute__((flatten)) void teacher_block(const T* z, int n, float reference, const Exps& exponentials,
                                             const char* next, const float* student_d, float* e_out, LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
-    Vec sum_t[2] = {Vec::zero(), Vec::zero()}, sum_1[2] = {Vec::zero(), Vec::zero()};
-    Vec cross[2] = {Vec::zero(), Vec::zero()}, entropy[2] = {Vec::zero(), Vec::zero()};
+    Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
+    Vec cross[2] = {Vec::zero(), Vec::zero()}, plogp[2] = {Vec::zero(), Vec::zero()};
     over_block(z, n, next, [&](auto& x, int i, int lane, auto counts) {
         constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
         Vec d[Count], e[Count], e1[Count];
         each<Count>([&](int j) { d[j] = x[j] - ref; });
-        exps.at_t(d, e);
-        if constexpr (Power == 0) exps.at_1(d, e1);
+        exps.atT(d, e);
+        if constexpr (Power == 0) exps.at1(d, e1);
         each<Count>([&](int j) {
             const int at = i + j * Vec::width, l = (lane + j) % 2;
             Vec difference = d[j] - Vec::load(student_d + at);
             e[j].store(e_out + at);
             const Vec counted = counts(e[j]);
-            // After `counts`: a column that is not counted here may be infinite as well.
+            // After `counts`, because a masked column may be infinite too
             if constexpr (Masked) difference = Vec::zero_where_zero(difference, counted);
-            sum_t[l] = sum_t[l] + counted;
+            sumT[l] = sumT[l] + counted;
             cross[l] = Vec::fma(counted, difference, cross[l]);
             if constexpr (Power == 0 || Entropy) {
-                const Vec at_1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
-                sum_1[l] = sum_1[l] + at_1;
+                const Vec at1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
+                sum1[l] = sum1[l] + at1;
                 if constexpr (Entropy)
-                    entropy[l] = Vec::fma(at_1, Masked ? Vec::zero_where_zero(d[j], at_1) : d[j], entropy[l]);
+                    plogp[l] = Vec::fma(at1, Masked ? Vec::zero_where_zero(d[j], at1) : d[j], plogp[l]);
             } else if constexpr (Power != 1) {
-                sum_1[l] = add_power<Power>(sum_1[l], counted);
+                sum1[l] = add_power<Power>(sum1[l], counted);
             }
         });
     });
-    const Vec total = sum_t[0] + sum_t[1];
-    sums = {total, Power == 1 ? total : sum_1[0] + sum_1[1], cross[0] + cross[1], entropy[0] + entropy[1]};
+    const Vec total = sumT[0] + sumT[1];
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], cross[0] + cross[1], plogp[0] + plogp[1]};
 }
 
-// One term of the residual: a coefficient and the exponentials that it multiplies.
+// One term of the gradient: a coefficient and the exponentials that it multiplies.
 struct Term {
     float coefficient;
     const float* e;
 };
 
-// out = student_t e_s + student_1 e1_s - sum of terms, for n columns.
+// out = studentT e_s + student1 e1_s - sum of terms, for n columns. `streaming` stores bypass the cache.
 template <class T, int Power>
-void residual_block(const float* e_s, const float* e1_s, float student_t, float student_1, const Term* terms,
-                    int n_terms, T* out, int n, bool streaming) {
+void grad_block(const float* e_s, const float* e1_s, float studentT, float student1, const Term* terms, int n_terms,
+                T* out, int n, bool streaming) {
     constexpr int W = Vec::width;
-    const Vec a = Vec::set(student_t), b = Vec::set(student_1);
-    // `Count` neighbouring vectors at once, which share the coefficients' loads.
+    const Vec a = Vec::set(studentT), b = Vec::set(student1);
+    // `Count` neighbouring vectors at once, which share the loads of the coefficients
     auto values = [&](auto count, int i, Vec* r) {
         constexpr int Count = decltype(count)::value;
-
 #pragma GCC unroll 4
         for (int j = 0; j < Count; ++j) {
             Vec e = Vec::load(e_s + i + j * W);
@@ -210,7 +210,6 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
         for (int k = 0; k < n_terms; ++k) {
             const Vec coefficient = Vec::set(terms[k].coefficient);
             const float* e = terms[k].e + i;
-
 #pragma GCC unroll 4
             for (int j = 0; j < Count; ++j) r[j] = Vec::fnma(coefficient, Vec::load(e + j * W), r[j]);
         }
@@ -221,7 +220,7 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
     int i = 0;
     if constexpr (sizeof(T) == sizeof(float)) {
         if (streaming && n >= W) {
-            // Past the cache, whose lines the next row needs: aligned stores after an unaligned first vector.
+            // Aligned stores after an unaligned first vector. They bypass the cache, whose lines the next row needs.
             const int misaligned = int(reinterpret_cast<uintptr_t>(out) % sizeof(Vec) / sizeof(float));
             if (misaligned != 0) {
                 values(one, 0, r);
@@ -230,7 +229,6 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
             }
             for (; i + 4 * W <= n; i += 4 * W) {
                 values(four, i, r);
-
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) r[j].stream(out + i + j * W);
             }
@@ -238,7 +236,6 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
     }
     for (; i + 4 * W <= n; i += 4 * W) {
         values(four, i, r);
-
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) store(out + i + j * W, r[j]);
     }
@@ -252,7 +249,7 @@ void residual_block(const float* e_s, const float* e1_s, float student_t, float 
         store_tail(out, r[0], n);
     } else {
         values(one, n - W, r);
-        store(out + n - W, r[0]);  // overlaps its predecessor with the same values
+        store(out + n - W, r[0]);  // overlaps its predecessor and repeats its values
     }
 }
 

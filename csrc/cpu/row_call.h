@@ -1,4 +1,4 @@
-// Around the kernel of one call of the logit loss: checking labels before it, summing over rows after it.
+// What surrounds the kernel in a call of the logit loss: it counts the labels before and sums over the rows after.
 #pragma once
 
 #include <array>

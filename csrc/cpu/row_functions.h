@@ -1,4 +1,4 @@
-// Which passes over a block (row_blocks.h) a call of the logit loss needs: by dtype, temperature and weighting.
+// Selects the passes over a block (row_blocks.h) for a call of the logit loss, by dtype, temperature and weighting.
 #pragma once
 
 #include "row_blocks.h"
@@ -6,18 +6,18 @@
 namespace camkd::cpu {
 namespace {
 
-// The typed functions of one call, chosen once.
+// The functions of one call, chosen once.
 struct RowFunctions {
     using Max = float (*)(const void*, int64_t, int);
     using Student = void (*)(const void*, int64_t, int, float, const Exps&, const char*, float*, float*, float*,
                              LaneSums&);
     using Teacher = void (*)(const void*, int64_t, int, float, const Exps&, const char*, const float*, float*,
                              LaneSums&);
-    using Residual = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
+    using Grad = void (*)(const float*, const float*, float, float, const Term*, int, void*, int64_t, int, bool);
     Max max[kMaxStreams];
     Student student;
     Teacher teachers[kMaxTeachers], masked_teachers[kMaxTeachers];
-    Residual residual;
+    Grad grad;
     int power;
 };
 
@@ -50,11 +50,11 @@ RowFunctions choose_functions(const RowLossArgs& args) {
             student_block<T, Power>(static_cast<const T*>(s) + c, n, ref, exps, next, d, e, e1, sums);
         };
     });
-    f.residual = with_dtype(args.streams[0].dtype, [](auto t) -> RowFunctions::Residual {
+    f.grad = with_dtype(args.streams[0].dtype, [](auto t) -> RowFunctions::Grad {
         using T = decltype(t);
-        return [](const float* e, const float* e1, float at, float a1, const Term* terms, int count, void* out,
-                  int64_t c, int n, bool streaming) {
-            residual_block<T, Power>(e, e1, at, a1, terms, count, static_cast<T*>(out) + c, n, streaming);
+        return [](const float* e, const float* e1, float studentT, float student1, const Term* terms, int count,
+                  void* out, int64_t c, int n, bool streaming) {
+            grad_block<T, Power>(e, e1, studentT, student1, terms, count, static_cast<T*>(out) + c, n, streaming);
         };
     });
     for (int k = 0; k < args.K; ++k) {

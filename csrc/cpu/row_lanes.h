@@ -1,5 +1,5 @@
-// The end of a row of the logit loss: from the sums of its streams to its numbers and its residual's coefficients, for
-// as many rows at once as a vector has lanes.
+// From the sums of a row to its row_stats and gradient coefficients, by compute_weights and compute_losses of
+// row_math.h, for as many rows at once as a vector has lanes.
 #pragma once
 
 #include <algorithm>
@@ -9,38 +9,38 @@
 namespace camkd::cpu {
 namespace {
 
-// What is K wide of up to Vec::width consecutive rows, one row to a lane. Lanes of ignored rows hold harmless numbers
-// and come out as 0.
-struct Lanes {
+// The sums and coefficients of up to Vec::width consecutive rows, one row per lane. Lanes of ignored rows hold harmless
+// numbers, and their row_stats become 0.
+struct LaneRows {
     static constexpr int W = Vec::width;
     struct Stream {
-        float max[W], sum_t[W], sum_1[W], cross[W], entropy[W], label[W];
+        float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W];
     };
     alignas(64) Stream streams[kMaxStreams];
-    float unfit[W];
+    float label_nan[W];
     int32_t kept[W];
-    float student_t[W], student_1[W], teacher[kMaxTeachers][W];  // the residual's coefficients
+    float studentT[W], student1[W], teacher[kMaxTeachers][W];  // GradCoefficients
 
     void reset(int K) {
         std::fill_n(kept, W, 0);
-        std::fill_n(unfit, W, 0.0f);
+        std::fill_n(label_nan, W, 0.0f);
         for (int k = 0; k <= K; ++k) {
             Stream& stream = streams[k];
-            for (float* zeros : {stream.max, stream.cross, stream.entropy, stream.label}) std::fill_n(zeros, W, 0.0f);
-            for (float* ones : {stream.sum_t, stream.sum_1}) std::fill_n(ones, W, 1.0f);
+            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label}) std::fill_n(zeros, W, 0.0f);
+            for (float* ones : {stream.sumT, stream.sum1}) std::fill_n(ones, W, 1.0f);
         }
     }
 
-    // Writes the numbers of rows begin .. begin + count and leaves the coefficients of their residuals.
-    void finish(const RowLossArgs& args, int64_t begin, int count) {
+    // Writes row_stats of rows begin .. begin + count - 1 and keeps their gradient coefficients.
+    void write_row_stats(const RowLossArgs& args, int64_t begin, int count) {
         const int K = args.K;
         RowSums<Vec> sums[kMaxStreams];
         RowResult<Vec> result;
-        ResidualCoefficients<Vec> coefficients;
+        GradCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
             const Stream& s = streams[k];
-            sums[k] = {Vec::load(s.max),   Vec::load(s.sum_t),   Vec::load(s.sum_1),
-                       Vec::load(s.cross), Vec::load(s.entropy), Vec::load(s.label)};
+            sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1),
+                       Vec::load(s.cross), Vec::load(s.plogp), Vec::load(s.label)};
         }
         if (args.formula.weighting == Weighting::given) {
             for (int k = 0; k < K; ++k) {
@@ -50,24 +50,25 @@ struct Lanes {
                 result.weights[k] = Vec::load(given);
             }
         }
-        const Vec of_label = Vec::load(unfit);
-        weigh_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, args.grad_scale, result, coefficients);
-        score_row<LaneMath>(args.formula, K, sums[0], sums + 1, of_label, result);
+        const Vec label_nans = Vec::load(label_nan);
+        compute_weights<LaneMath>(args.formula, K, sums[0], sums + 1, label_nans, args.grad_scale, result,
+                                  coefficients);
+        compute_losses<LaneMath>(args.formula, K, sums[0], sums + 1, label_nans, result);
         const Vec mask = Vec::load(reinterpret_cast<const float*>(kept));
-        auto put = [&](int row, Vec x) {
+        auto store_row = [&](int row, Vec x) {
             store_lanes(args.row_stats + row * args.N + begin, Vec::bit_and(x, mask), count);
         };
-        put(row_stats::loss, result.loss);
-        put(row_stats::hard, result.hard);
-        put(row_stats::soft, result.soft);
+        store_row(row_stats::loss, result.loss);
+        store_row(row_stats::hard, result.hard);
+        store_row(row_stats::soft, result.soft);
         for (int k = 0; k < K; ++k) {
-            put(row_stats::divergence(k), result.divergence[k]);
-            put(row_stats::teacher_ce(K, k), result.teacher_ce[k]);
-            put(row_stats::weight(K, k), result.weights[k]);
+            store_row(row_stats::divergence(k), result.divergence[k]);
+            store_row(row_stats::teacher_ce(K, k), result.teacher_ce[k]);
+            store_row(row_stats::weight(K, k), result.weights[k]);
             coefficients.teacher[k].store(teacher[k]);
         }
-        coefficients.student_t.store(student_t);
-        coefficients.student_1.store(student_1);
+        coefficients.studentT.store(studentT);
+        coefficients.student1.store(student1);
     }
 };
 

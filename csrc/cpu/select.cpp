@@ -1,4 +1,4 @@
-// Picks the instruction set at run time.
+// Picks the best instruction set that the processor supports, or the one that CAMKD_FAST_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -26,14 +26,14 @@ const Kernels& select() {
 #else
     const Kernels* candidates[] = {&kernels_baseline};
 #endif
-    const char* wanted = std::getenv("CAMKD_FAST_ISA");
+    const char* requested = std::getenv("CAMKD_FAST_ISA");
     for (const Kernels* candidate : candidates) {
-        if (wanted && std::string(wanted) != candidate->name) continue;
+        if (requested && std::string(requested) != candidate->name) continue;
         if (runs(*candidate)) return *candidate;
-        if (wanted)
-            throw std::runtime_error(std::string("CAMKD_FAST_ISA=") + wanted + " does not run on this processor");
+        if (requested)
+            throw std::runtime_error(std::string("CAMKD_FAST_ISA=") + requested + " does not run on this processor");
     }
-    throw std::runtime_error(std::string("CAMKD_FAST_ISA must be baseline, avx2 or avx512, got ") + wanted);
+    throw std::runtime_error(std::string("CAMKD_FAST_ISA must be baseline, avx2 or avx512, got ") + requested);
 }
 
 }  // namespace

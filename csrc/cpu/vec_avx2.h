@@ -10,7 +10,7 @@ namespace {
 
 struct Vec {
     static constexpr int width = 8;
-    static constexpr int side_by_side = 2;  // vectors whose chains of instructions registers have room for
+    static constexpr int unroll = 2;  // independent vectors per step that fit the registers
     static constexpr const char* name = "avx2";
     static constexpr bool splits_exponents = false;
     __m256 v;
@@ -54,7 +54,7 @@ struct Vec {
     static Vec zero_where_zero(Vec x, Vec where) {
         return {_mm256_and_ps(x.v, _mm256_cmp_ps(where.v, _mm256_setzero_ps(), _CMP_NEQ_UQ))};
     }
-    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+    static Vec difference(Vec a, Vec b) {  // a - b; 0 where they are equal, infinities included
         return {_mm256_and_ps(_mm256_sub_ps(a.v, b.v), _mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ))};
     }
     static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
@@ -85,8 +85,8 @@ struct Vec {
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
     }
-    // The sums of four vectors, added in the order of sum(), at about the price of two.
-    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    // The sums of four vectors, each added in the order of sum(), at about the cost of two.
+    static void sum_each(Vec a, Vec b, Vec c, Vec d, float* out) {
         auto half = [](Vec x) { return _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1)); };
         auto pairs = [](__m128 x, __m128 y) { return _mm_add_ps(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x)); };
         const __m128 ab = pairs(half(a), half(b)), cd = pairs(half(c), half(d));

@@ -10,7 +10,7 @@ namespace {
 
 struct Vec {
     static constexpr int width = 16;
-    static constexpr int side_by_side = 4;  // vectors whose chains of instructions registers have room for
+    static constexpr int unroll = 4;  // independent vectors per step that fit the registers
     static constexpr const char* name = "avx512";
     __m512 v;
 
@@ -30,7 +30,7 @@ struct Vec {
     static Vec load_f16(const uint16_t* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }
-    // Round to nearest even: half a unit is added to what is not NaN, and one bit more where the kept part is odd.
+    // Round to nearest even: numbers get half a unit added, and one bit more where the kept part is odd.
     void store_bf16(uint16_t* p) const {
         const __m512i high_halves = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23,
                                                      21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -58,7 +58,7 @@ struct Vec {
     static Vec zero_where_zero(Vec x, Vec where) {
         return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(where.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
     }
-    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+    static Vec difference(Vec a, Vec b) {  // a - b; 0 where they are equal, infinities included
         return {_mm512_maskz_sub_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ), a.v, b.v)};
     }
     static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
@@ -83,8 +83,8 @@ struct Vec {
 
     float sum() const { return _mm512_reduce_add_ps(v); }
     float max() const { return _mm512_reduce_max_ps(v); }
-    // The sums of four vectors, added in the order of sum(), at about the price of two.
-    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    // The sums of four vectors, each added in the order of sum(), at about the cost of two.
+    static void sum_each(Vec a, Vec b, Vec c, Vec d, float* out) {
         auto quarter = [](Vec x) {
             __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
             return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

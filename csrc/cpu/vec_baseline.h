@@ -13,7 +13,7 @@ typedef uint32_t Bits __attribute__((vector_size(16)));
 
 struct Vec {
     static constexpr int width = 4;
-    static constexpr int side_by_side = 2;  // vectors whose chains of instructions registers have room for
+    static constexpr int unroll = 2;  // independent vectors per step that fit the registers
     static constexpr const char* name = "baseline";
     static constexpr bool splits_exponents = false;
     Floats v;
@@ -72,7 +72,7 @@ struct Vec {
     }
     static Vec bit_and(Vec x, Vec mask) { return {(Floats)((Bits)x.v & (Bits)mask.v)}; }
     static Vec zero_where_zero(Vec x, Vec where) { return {(Floats)((Bits)x.v & (Bits)(where.v != zero().v))}; }
-    static Vec difference(Vec a, Vec b) {  // a - b, but 0 where they are equal, infinities too
+    static Vec difference(Vec a, Vec b) {  // a - b; 0 where they are equal, infinities included
         return {(Floats)((Bits)(a.v - b.v) & (Bits)(a.v != b.v))};
     }
     static Vec where_positive(Vec x, Vec a, Vec b) {  // a where x > 0 or NaN
@@ -98,7 +98,7 @@ struct Vec {
         float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
         return a > b ? a : b;
     }
-    static void four_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+    static void sum_each(Vec a, Vec b, Vec c, Vec d, float* out) {
         out[0] = a.sum();
         out[1] = b.sum();
         out[2] = c.sum();

@@ -1,5 +1,5 @@
-// Element types, exponentials and logarithms on top of one instruction set's Vec.
-// Everything has internal linkage: this header is compiled once per instruction set.
+// Element types, exponentials and logarithms on top of one instruction set's Vec. Everything has internal linkage,
+// because this header is compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -82,27 +82,27 @@ inline Vec first_lanes(int count) {
     return Vec::load(reinterpret_cast<const float*>(kLaneMasks + 32 - count));
 }
 
-// f(0), f(1) ... f(Count - 1), unrolled: one step of instructions for all before the next step for any.
+// f(0), f(1) ... f(Count - 1), unrolled: each step of a computation runs for all vectors before the next step begins.
 template <int Count, class F>
 inline void each(F f) {
 #pragma GCC unroll 8
     for (int j = 0; j < Count; ++j) f(j);
 }
 
-// e^(d * inverse_t) for d <= 0: 2^n times a polynomial in the remainder. The relative error is 1.7e-7 near d = 0, where
-// it counts, and grows by the rounding of the exponent, 4e-8 |d| * inverse_t. Exactly 1 at d = 0, and 0 below 2^-127
-// (2^-149 where the instruction set scales by itself). d = -inf gives 0 and NaN stays NaN.
+// e^(d * inverseT) for d <= 0: 2^n times a polynomial in the remainder. The relative error is 1.7e-7 near d = 0, where
+// it matters most, and grows with the rounding of the exponent, 4e-8 |d| * inverseT. Exactly 1 at d = 0, and 0 below
+// 2^-127 (2^-149 with the instruction that scales by powers of two). d = -inf gives 0 and NaN stays NaN.
 struct Exp {
     Vec scale, floor;
 
-    explicit Exp(float inverse_t) {
-        float c = inverse_t * 1.44269504f;
+    explicit Exp(float inverseT) {
+        float c = inverseT * 1.44269504f;
         scale = Vec::set(c);
         floor = Vec::set(-127.0f / c);
     }
 
-    // Of `Count` vectors, whose chains of instructions run side by side. A template, so that the branch that the
-    // instruction set lacks is not compiled.
+    // `Count` vectors at once, so that their dependency chains overlap. A template on V, so that the branch whose
+    // functions this Vec lacks is not compiled.
     template <int Count, class V>
     void operator()(const V (&d)[Count], V (&out)[Count]) const {
         V t[Count], f[Count];
@@ -131,7 +131,7 @@ struct Exp {
     }
 
   private:
-    // Minimax of the relative error of 2^f on [0, 1) or [-1/2, 1/2], the constant fixed at 1 (a linear programme).
+    // Minimax relative error for 2^f on [0, 1) or [-1/2, 1/2] with the constant term fixed at 1, by linear programming.
     template <int Count>
     static void polynomial(const Vec (&f)[Count], Vec (&p)[Count], float c5, float c4, float c3, float c2, float c1) {
         each<Count>([&](int j) { p[j] = Vec::fma(Vec::set(c5), f[j], Vec::set(c4)); });
@@ -139,7 +139,7 @@ struct Exp {
     }
 };
 
-// Math policy of row_math.h for rows in the lanes of a Vec.
+// The `Math` policy of row_math.h for a Vec that holds one row per lane.
 struct LaneMath {
     static Vec set(float x) { return Vec::set(x); }
     static Vec max(Vec a, Vec b) { return Vec::max(a, b); }
@@ -157,15 +157,15 @@ struct LaneMath {
         Vec tail = Vec::fma(q, Vec::set(0.11111111f), Vec::set(0.14285714f));
         tail = Vec::fma(q, tail, Vec::set(0.2f));
         tail = q * Vec::fma(q, tail, Vec::set(0.33333333f));
-        // ln 2 as a float and the float of what is left of it.
+        // ln 2 as the sum of two floats
         const Vec low = Vec::fma(e, Vec::set(-1.9046543e-9f), twice * tail);
         const Vec result = Vec::fma(e, Vec::set(0.693147182f), twice + low);
         return x.all_between(FLT_MIN, INFINITY) ? result : extremes(x, result);
     }
 
   private:
-    // Sums of exponentials are at least 1, and 0 or not finite only where logits are infinite or NaN. Such a lane must
-    // not change its neighbours' bits.
+    // Sums of exponentials are at least 1; they are 0, inf or NaN only where logits are infinite or NaN. Such a lane
+    // must not change the bits of its neighbours.
     static Vec extremes(Vec x, Vec result) {
         float argument[Vec::width], value[Vec::width];
         x.store(argument);
@@ -176,7 +176,7 @@ struct LaneMath {
     }
 };
 
-// The first n lanes to p[0 .. n).
+// Stores the first n lanes to p[0 .. n).
 inline void store_lanes(float* p, Vec x, int n) {
     if (n == Vec::width)
         x.store(p);
@@ -185,13 +185,12 @@ inline void store_lanes(float* p, Vec x, int n) {
 }
 
 template <class T>
-inline const T* row_start(const Matrix& matrix, int64_t inner, int64_t row) {
-    int64_t outer = row / inner;
-    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer +
-           (row - outer * inner) * matrix.stride_inner;
+inline const T* row_start(const Matrix& matrix, int64_t S, int64_t row) {
+    int64_t outer = row / S;
+    return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer + (row - outer * S) * matrix.stride_inner;
 }
 
-constexpr int64_t kWorkPerThread = 32 * 1024;  // elements that pay for waking a thread
+constexpr int64_t kWorkPerThread = 32 * 1024;  // fewer elements do not repay waking a thread
 
 inline int useful_threads(int64_t elements, int threads) {
     return int(std::clamp<int64_t>(elements / kWorkPerThread, 1, std::max(threads, 1)));

@@ -1,4 +1,4 @@
-// Count and means of a batch.
+// The two kernels of batch_mean.cuh and their launchers.
 #include "batch_mean.cuh"
 
 #include "launch.h"
@@ -10,11 +10,11 @@ struct BatchLaunch {
     int64_t N;
     const int64_t* target;
     int64_t ignore_index;
-    const float* numbers;  // (3, N): loss, hard, soft
+    const float* row_stats;  // loss, hard and soft are read
     MeanOutput mean;
 };
 
-// Over the block, in order of its warps: the same bits whatever the schedule. For thread 0 alone.
+// The sum over the block, valid in thread 0 only. Warps are added in order, so the bits do not depend on the schedule.
 CAMKD_DEVICE float block_sum(float x) {
     float* const parts = reinterpret_cast<float*>(shared_memory());
     x = warp_sum(x);
@@ -33,15 +33,15 @@ batch_count_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     if (thread_id() == 0) launch.mean.others[2] = inverse_of(count);
 }
 
-// A block for each of loss, hard and soft.
+// One block each for loss, hard and soft.
 CAMKD_KERNEL(kBatchThreads, 1)
 batch_mean_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     const int i = int(block_id());
-    const float* const numbers = launch.numbers + i * launch.N;
+    const float* const stats = launch.row_stats + i * launch.N;
     float sum = 0;
-    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += numbers[n];
+    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += stats[n];
     sum = block_sum(sum);
-    if (thread_id() == 0) put_mean(launch.mean, i, sum * launch.mean.others[2]);
+    if (thread_id() == 0) write_mean(launch.mean, i, sum * launch.mean.others[2]);
 }
 
 void launch(void (*kernel)(BatchLaunch), int64_t blocks, const RowLossArgs& args, const LaunchOptions& options) {
@@ -57,7 +57,7 @@ void count_rows(const RowLossArgs& args, const LaunchOptions& options) {
 }
 
 void average_rows(const RowLossArgs& args, const LaunchOptions& options) {
-    launch(&batch_mean_kernel, 3, args, options);
+    launch(&batch_mean_kernel, row_stats::per_teacher, args, options);
 }
 
 }  // namespace camkd::cuda

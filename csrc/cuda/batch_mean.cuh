@@ -1,5 +1,6 @@
-// What a mean over the batch needs beside its rows: how many of them count, and their sums. One cluster that does a
-// whole small batch does this as well (row_loss.cuh); for larger ones two kernels of a few blocks do.
+// The mean over a minibatch: the number of rows that are not ignored, and the sums over row_stats. For a small
+// minibatch the row kernel does both (RowKernel::write_batch_means); for larger ones, two kernels of a few blocks run
+// around it.
 #pragma once
 
 #include "api.h"
@@ -11,14 +12,14 @@ CAMKD_DEVICE float inverse_of(float count) {
     return 1.0f / fmaxf(count, 1.0f);
 }
 
-// Number i of loss, hard, soft.
-CAMKD_DEVICE void put_mean(const MeanOutput& mean, int i, float value) {
+// Writes the mean of row i of row_stats: loss, hard or soft.
+CAMKD_DEVICE void write_mean(const MeanOutput& mean, int i, float value) {
     *(i == 0 ? mean.loss : mean.others + i - 1) = value;
 }
 
-// Before the rows: 1 / rows that count, into args.mean.others[2].
+// Runs before the rows: writes 1 / (number of rows, at least 1) to args.mean.others[2].
 void count_rows(const RowLossArgs& args, const LaunchOptions&);
-// After the rows: the means of args.row_stats.
+// Runs after the rows: writes the means of loss, hard and soft.
 void average_rows(const RowLossArgs& args, const LaunchOptions&);
 
 }  // namespace camkd::cuda

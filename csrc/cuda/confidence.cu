@@ -12,7 +12,7 @@ struct Plan {
     bool mixed;
 };
 
-// `outputs`: the gradients are accessed like the logits.
+// `outputs`: the gradients too must have the alignment of the logits.
 Plan plan_of(const ConfidenceArgs& args, const LaunchOptions& options, bool outputs) {
     Plan plan{};
     plan.launch.args = args;
@@ -28,9 +28,9 @@ Plan plan_of(const ConfidenceArgs& args, const LaunchOptions& options, bool outp
 }
 
 template <class T>
-SweepGeometry geometry_of(Plan& plan, int64_t rows) {
-    const SweepGeometry g = sweep_geometry(rows, plan.launch.C, kVector<T>, device_limits());
-    plan.launch.warp_teams = g.warp_teams;
+RowGrid grid_of(Plan& plan, int64_t rows) {
+    const RowGrid g = row_grid(rows, plan.launch.C, kVector<T>, device_limits());
+    plan.launch.warp_per_row = g.warp_per_row;
     return g;
 }
 
@@ -41,8 +41,8 @@ void confidence_forward(const ConfidenceArgs& args, const LaunchOptions& options
     Plan plan = plan_of(args, options, false);
     with_element(plan.dtype, plan.mixed, [&](auto element) {
         using T = decltype(element);
-        const SweepGeometry g = geometry_of<T>(plan, args.N);
-        const int shared = int(sizeof(ConfidenceRow)) * (g.warp_teams ? g.threads / kWarpThreads : 1);
+        const RowGrid g = grid_of<T>(plan, args.N);
+        const int shared = int(sizeof(ConfidenceRow)) * (g.warp_per_row ? g.threads / kWarpThreads : 1);
         launch_kernel(&confidence_fwd_kernel<T>, {g.blocks, g.threads, 1, shared}, plan.launch, options);
     });
 }
@@ -52,7 +52,7 @@ void confidence_backward(const ConfidenceArgs& args, const LaunchOptions& option
     Plan plan = plan_of(args, options, true);
     with_element(plan.dtype, plan.mixed, [&](auto element) {
         using T = decltype(element);
-        const SweepGeometry g = geometry_of<T>(plan, args.N * args.K);
+        const RowGrid g = grid_of<T>(plan, args.N * args.K);
         launch_kernel(&confidence_bwd_kernel<T>, {g.blocks, g.threads, 1, 0}, plan.launch, options);
     });
 }

@@ -1,36 +1,37 @@
-// Confidence weights of K sets of logits: cross-entropies at T = 1 forward, softmax - onehot backward. A team is a warp
-// or a block with a row of its own.
+// Confidence weights of K sets of logits: cross-entropies at T = 1 forward, softmax - onehot backward. A warp or a
+// block takes a row.
 #pragma once
 
 #include "api.h"
+#include "exponentials.cuh"
 #include "launch_table.h"
-#include "row_sweeps.cuh"
+#include "rows.cuh"
 
 namespace camkd::cuda {
 
 struct ConfidenceLaunch {
     ConfidenceArgs args;
-    int C;       // columns are counted in 32 bits on the device
+    int C;       // columns fit 32 bits on the device
     bool debug;  // assert that labels are valid
-    bool warp_teams;
-    bool wide[kMaxTeachers];  // the logits (backward: and their gradient) can be accessed in 16-byte vectors
+    bool warp_per_row;
+    bool wide[kMaxTeachers];  // the logits (in backward also their gradient) can be accessed in 16-byte vectors
 };
 
-// What a team shares about a row: partial maxima and sums of its warps, then the numbers of its teachers.
+// Shared memory of a group: maxima and sums of its warps, then the results of the row per teacher.
 struct ConfidenceRow {
     float max[kWarp], sum[kWarp];
-    float ce[kMaxTeachers], weights[kMaxTeachers], share[kMaxTeachers];
+    float ce[kMaxTeachers], weights[kMaxTeachers], scratch[kMaxTeachers];
 };
 
-// Maximum and sum of exponentials of this thread's part of a row; one exponential per vector more than elements, no
-// branch.
+// Maximum and sum of exponentials over this thread's part of a row. Branchless, at the cost of one more exponential per
+// vector.
 template <class T>
-CAMKD_DEVICE void exp_sum(const Team& team, const char* row, DType dtype, const Columns& columns, float& max,
+CAMKD_DEVICE void exp_sum(const ThreadGroup& group, const char* row, DType dtype, const Columns& columns, float& max,
                           float& sum) {
     constexpr int V = kVector<T>;
     max = -INFINITY;
     sum = 0;
-    for (int v = team.member; v < columns.vectors; v += team.members) {
+    for (int v = group.member; v < columns.vectors; v += group.members) {
         float x[V];
         load_vector<T>(row, dtype, columns, v, -INFINITY, x);
         float top = max;
@@ -44,7 +45,7 @@ CAMKD_DEVICE void exp_sum(const Team& team, const char* row, DType dtype, const 
     }
 }
 
-// The same of the warp.
+// Merges the maxima and sums of the lanes.
 CAMKD_DEVICE void merge_exp_sums(float& max, float& sum) {
     const float top = warp_max(max);
     sum = warp_sum(sum * exp2_fast((max - finite(top)) * kLog2E));
@@ -55,45 +56,45 @@ template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
     const ConfidenceArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    const int warps = team.members / kWarp, warp = team.member / kWarp, lane = thread_id() % kWarp;
+    const ThreadGroup group(launch.warp_per_row);
+    const int warps = group.members / kWarp, warp = group.member / kWarp, lane = thread_id() % kWarp;
     ConfidenceRow& shared =
-        reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_teams ? thread_id() / kWarp : 0];
-    for (int64_t n = team.index; n < args.N; n += team.count) {
+        reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_per_row ? thread_id() / kWarp : 0];
+    for (int64_t n = group.index; n < args.N; n += group.count) {
         const int64_t y = args.target[n];
-        const bool kept = y != args.ignore_index, fits = y >= 0 && y < launch.C;
-        if (launch.debug) check_label(!kept || fits);
+        const bool kept = y != args.ignore_index, label_valid = y >= 0 && y < launch.C;
+        if (launch.debug) check_label(!kept || label_valid);
         for (int k = 0; k < args.K; ++k) {
             float ce = 0, lse = 0;
             if (kept) {
                 const Matrix& matrix = args.logits[k];
                 const char* row = row_address(matrix, args.S, n);
                 float max, sum;
-                exp_sum<T>(team, row, matrix.dtype, columns_of<T>(launch.C, launch.wide[k], row), max, sum);
+                exp_sum<T>(group, row, matrix.dtype, columns_of<T>(launch.C, launch.wide[k], row), max, sum);
                 merge_exp_sums(max, sum);
                 if (warps > 1) {
                     if (lane == 0) {
                         shared.max[warp] = max;
                         shared.sum[warp] = sum;
                     }
-                    team.barrier();
+                    group.barrier();
                     max = lane < warps ? shared.max[lane] : -INFINITY;
                     sum = lane < warps ? shared.sum[lane] : 0.0f;
-                    team.barrier();  // before the next teacher's
+                    group.barrier();  // all have read before the next teacher overwrites
                     merge_exp_sums(max, sum);
                 }
                 const float log_sum = std::log(sum), top = finite(max);
                 lse = top + log_sum;
-                ce = log_sum - ((fits ? load_element(row, y, matrix.dtype) : NAN) - top);
+                ce = log_sum - ((label_valid ? load_element(row, y, matrix.dtype) : NAN) - top);
             }
-            if (team.member == 0) {
+            if (group.member == 0) {
                 args.lse[k * args.N + n] = lse;
                 args.ce[k * args.N + n] = ce;
                 shared.ce[k] = ce;
             }
         }
-        if (team.member == 0) {
-            confidence_weights<ScalarMath>(shared.ce, args.K, shared.weights, shared.share);
+        if (group.member == 0) {
+            confidence_weights<ScalarMath>(shared.ce, args.K, shared.weights, shared.scratch);
             for (int k = 0; k < args.K; ++k) args.weights[k * args.N + n] = kept ? shared.weights[k] : 0.0f;
         }
     }
@@ -104,8 +105,8 @@ CAMKD_KERNEL(kBlockThreads, 2)
 confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
     constexpr int V = kVector<T>;
     const ConfidenceArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+    const ThreadGroup group(launch.warp_per_row);
+    for (int64_t item = group.index; item < args.N * args.K; item += group.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix& matrix = args.logits[k];
@@ -113,7 +114,7 @@ confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         const char* row = row_address(matrix, args.S, n);
         char* out = static_cast<char*>(args.grads[k]) + n * launch.C * element_bytes(matrix.dtype);
         const Columns columns = columns_of<T>(launch.C, launch.wide[k], out);
-        for (int v = team.member; v < columns.vectors; v += team.members) {
+        for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V];
             if (g != 0) {
                 load_vector<T>(row, matrix.dtype, columns, v, -INFINITY, x);

@@ -1,5 +1,5 @@
-// Everything that only the hardware can do, behind thin wrappers, so that the kernels above them are ordinary C++:
-// tests/cuda/host/ defines the same names for a host compiler and runs the same sources there.
+// Everything that needs the hardware, behind thin wrappers, so that the kernels are ordinary C++. tests/cuda/host/
+// defines the same names for a host compiler and runs the kernels there.
 #pragma once
 
 #ifdef CAMKD_DEVICE_HEADER
@@ -8,7 +8,7 @@
 
 #include <cuda_runtime.h>
 
-// CAMKD_FAST_DEBUG asks for assertions at run time: they must survive a release build.
+// CAMKD_FAST_DEBUG enables assertions at run time, so a release build must contain them.
 #undef NDEBUG
 #include <cassert>
 #include <cmath>
@@ -17,14 +17,14 @@
 
 #define CAMKD_DEVICE __device__ __forceinline__
 #define CAMKD_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
-// A parameter that stays in constant memory however it is indexed; otherwise a copy would go to local memory.
+// A parameter that stays in constant memory; without this, dynamic indexing would copy it to local memory.
 #define CAMKD_PARAMETER const __grid_constant__
 
 namespace camkd::cuda {
 
 constexpr int kWarp = 32;
 
-// 16 bytes: the widest access there is.
+// 16 bytes, the widest access.
 struct alignas(16) Pack {
     uint32_t word[4];
 };
@@ -48,7 +48,7 @@ CAMKD_DEVICE void warp_barrier() {
     __syncwarp();
 }
 
-// Over the warp, the same bits in every lane: a butterfly of commutative operations.
+// Reductions over the warp. A butterfly of commutative operations gives every lane the same bits.
 CAMKD_DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
@@ -60,14 +60,14 @@ CAMKD_DEVICE float warp_max(float x) {
     return x;
 }
 
-// The number of the lane whose index differs in these bits; that of a lane.
+// Value held by lane `lane ^ bits`; value held by `lane`.
 CAMKD_DEVICE float shuffle_xor(float x, int bits) {
     return __shfl_xor_sync(0xffffffffu, x, bits);
 }
 CAMKD_DEVICE float shuffle(float x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
-// Is it true in any lane?
+// True if x is true in any lane.
 CAMKD_DEVICE bool warp_any(bool x) {
     return __any_sync(0xffffffffu, x);
 }
@@ -77,7 +77,7 @@ CAMKD_DEVICE char* shared_memory() {
     return reinterpret_cast<char*>(camkd_shared);
 }
 
-// --- clusters: before sm_90 every block is one of its own ---
+// --- clusters; before sm_90 every block is its own cluster ---
 
 CAMKD_DEVICE constexpr bool has_clusters() {
 #if __CUDA_ARCH__ >= 900
@@ -95,8 +95,8 @@ CAMKD_DEVICE int cluster_rank() {
     return int(rank);
 }
 
-// Orders what the warps that publish have written, to shared and global memory, before what anybody in the cluster
-// reads after it. A warp that publishes waits for its own stores, residuals among them.
+// Makes the writes of the warps that publish, to shared and global memory, visible to the whole cluster. A warp that
+// publishes waits for all its own stores, those of gradients included.
 CAMKD_DEVICE void cluster_barrier(bool publishes) {
 #if __CUDA_ARCH__ >= 900
     if (publishes)
@@ -109,8 +109,8 @@ CAMKD_DEVICE void cluster_barrier(bool publishes) {
 #endif
 }
 
-// Where the blocks of a cluster send what one block waits for: the words go to its shared memory, and with them the
-// count of their bytes to the mailbox. Neither side waits for anything else, as a cluster barrier would for all stores.
+// Messages between the blocks of a cluster: a sender writes to the receiver's shared memory and adds the bytes to its
+// mailbox, an mbarrier. Neither side waits for anything else, while a cluster barrier would wait for all stores.
 struct Mailbox {
     uint64_t barrier;
 };
@@ -119,21 +119,21 @@ CAMKD_DEVICE uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// By one thread; a cluster barrier must come before the first message.
+// By one thread. A cluster barrier must come before the first message.
 CAMKD_DEVICE void mailbox_open(Mailbox* box) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// By one thread, once per wait: so many bytes are coming.
+// By one thread, once per phase: announces the bytes of the phase.
 CAMKD_DEVICE void mailbox_expect(Mailbox* box, int bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
                  : "memory");
 #endif
 }
-// Writes to where the block of this rank keeps what is `at` and `box` here.
+// Writes `p` to the shared memory of the block of this rank, at the addresses that `at` and `box` have in this block.
 CAMKD_DEVICE void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
 #if __CUDA_ARCH__ >= 900
     uint32_t remote, remote_box;
@@ -145,21 +145,21 @@ CAMKD_DEVICE void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) 
         : "memory");
 #endif
 }
-// Until the bytes of wait number `turn` have come.
-CAMKD_DEVICE void mailbox_wait(Mailbox* box, int turn) {
+// Waits until all bytes of this phase, counted from 0, have arrived.
+CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .pred done;\n"
         "again_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again_%=; }" ::"r"(shared_address(box)),
-        "r"(turn & 1)
+        "r"(phase & 1)
         : "memory");
 #endif
 }
 
 // --- memory ---
 
-// 16 bytes from global to shared memory past the registers and L1; visible to this thread after copies_wait().
+// Copies 16 bytes from global to shared memory, bypassing registers and L1; visible to this thread after copies_wait().
 CAMKD_DEVICE void copy_async(Pack* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
@@ -174,7 +174,7 @@ CAMKD_DEVICE Pack load_pack(const void* global) {
         : "l"(global));
     return p;
 }
-// For memory that the same launch writes: `scale_rows` may work in place.
+// For memory that the same launch writes, because scale_rows may work in place.
 CAMKD_DEVICE Pack load_pack_coherent(const void* global) {
     Pack p;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -191,7 +191,7 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
 
 // --- arithmetic ---
 
-// 2^x to 2 ulp; 0 below the normal numbers.
+// 2^x with an error of 2 ulp; 0 where the result is subnormal.
 CAMKD_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -208,7 +208,7 @@ CAMKD_DEVICE float half_to_float(uint32_t bits) {
     asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(y) : "r"(bits));
     return y;
 }
-// Two floats, rounded to nearest even, in one word: `low` in its low half.
+// Two floats, rounded to nearest even, in one word with `low` in its low half.
 CAMKD_DEVICE uint32_t floats_to_halves(float low, float high) {
     uint32_t word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
@@ -219,7 +219,7 @@ CAMKD_DEVICE uint32_t floats_to_bfloats(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
 }
-// Maxima of the two 16-bit numbers of a word; the other one where one is NaN.
+// Maxima of the two 16-bit numbers of a word. Where one operand is NaN, the other one.
 CAMKD_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
     uint32_t word;
     asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
@@ -232,8 +232,8 @@ CAMKD_DEVICE uint32_t max_bfloats(uint32_t a, uint32_t b) {
 }
 
 // CAMKD_FAST_DEBUG=1: stops the kernel with a message.
-CAMKD_DEVICE void check_label(bool fits) {
-    assert(fits && "camkd_fast: a label lies outside [0, C)");
+CAMKD_DEVICE void check_label(bool label_valid) {
+    assert(label_valid && "camkd_fast: a label lies outside [0, C)");
 }
 
 }  // namespace camkd::cuda

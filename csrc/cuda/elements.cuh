@@ -1,4 +1,4 @@
-// Element types, and vectors of them: what 16 bytes hold, as floats.
+// Element types, and the conversion of 16-byte packs of them to and from floats.
 #pragma once
 
 #include "../row_math.h"
@@ -121,7 +121,7 @@ CAMKD_DEVICE float highest(Pack p) {
     return x[0];
 }
 
-// Element j of a pack.
+// Element j of a pack, as a float.
 template <class T>
 CAMKD_DEVICE float element_of(const Pack& p, int j) {
     if (sizeof(T) == 4) return bits_to_float(p.word[j]);
@@ -129,7 +129,7 @@ CAMKD_DEVICE float element_of(const Pack& p, int j) {
     return Elements<T>::dtype == DType::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
 }
 
-// One element as a float. Kernels for float also take matrices of other types: mixed dtypes, element by element.
+// One element as a float. The kernels for float also serve mixed dtypes, which they access element by element.
 CAMKD_DEVICE float load_element(const char* row, int64_t c, DType dtype) {
     if (dtype == DType::f32) return reinterpret_cast<const float*>(row)[c];
     const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[c];

@@ -1,4 +1,4 @@
-// Launchers of the feature error, its gradient, and the scaling of a residual.
+// Launchers of the feature error, its gradient, and the scaling of a gradient.
 #include "elementwise.cuh"
 
 #include "launch.h"
@@ -33,8 +33,8 @@ Plan plan_of(const FeatureArgs& args, bool outputs) {
 template <class T, class Kernel>
 void launch_features(Plan& plan, Kernel kernel, const LaunchOptions& options) {
     const FeatureArgs& args = plan.launch.args;
-    const SweepGeometry g = sweep_geometry(args.N * args.K, plan.widest, kVector<T>, device_limits());
-    plan.launch.warp_teams = g.warp_teams;
+    const RowGrid g = row_grid(args.N * args.K, plan.widest, kVector<T>, device_limits());
+    plan.launch.warp_per_row = g.warp_per_row;
     const int shared = int(sizeof(float)) * kWarpThreads;
     launch_kernel(kernel, {g.blocks, g.threads, 1, shared}, plan.launch, options);
 }
@@ -68,8 +68,8 @@ void scale_rows(const ScaleRowsArgs& args, const LaunchOptions& options) {
         using T = decltype(element);
         const Limits& limits = device_limits();
         const int64_t vectors = ceil_div(args.N * args.C, kVector<T>);
-        const int64_t blocks =
-            std::min<int64_t>(ceil_div(vectors, limits.block_threads), int64_t(limits.multiprocessors) * kSweepBlocks);
+        const int64_t blocks = std::min<int64_t>(ceil_div(vectors, limits.block_threads),
+                                                 int64_t(limits.multiprocessors) * kBlocksPerMultiprocessor);
         launch_kernel(&scale_rows_kernel<T>, {blocks, limits.block_threads, 1, 0}, launch, options);
     });
 }

@@ -1,4 +1,5 @@
-// The kernels without exponentials: the feature error and its gradient, and the scaling of a finished residual.
+// The kernels without exponentials: the feature error and its gradient, and the scaling of a finished gradient. The
+// work items of the feature kernels are the N samples of all K teachers, whose widths M differ, in one launch.
 #pragma once
 
 #include "api.h"
@@ -9,28 +10,28 @@ namespace camkd::cuda {
 
 struct FeatureLaunch {
     FeatureArgs args;
-    int M[kMaxTeachers];  // columns are counted in 32 bits on the device
-    bool warp_teams;
+    int M[kMaxTeachers];  // columns fit 32 bits on the device
+    bool warp_per_row;
     bool wide[kMaxTeachers];
 };
 
-// error[k, n]: a team's row is a sample of one teacher; all K, whose M differ, in one launch.
+// error[k, n], by a warp or a block each.
 template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    const int warps = team.members / kWarp, warp = team.member / kWarp, lane = thread_id() % kWarp;
+    const ThreadGroup group(launch.warp_per_row);
+    const int warps = group.members / kWarp, warp = group.member / kWarp, lane = thread_id() % kWarp;
     float* const partial = reinterpret_cast<float*>(shared_memory());
-    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+    for (int64_t item = group.index; item < args.N * args.K; item += group.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
         const char *r = row_address(student, args.N, n), *f = row_address(teacher, args.N, n);
         const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], r);
         float sum = 0;
-        for (int v = team.member; v < columns.vectors; v += team.members) {
+        for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V], y[V];
             load_vector<T>(r, student.dtype, columns, v, 0.0f, x);
             load_vector<T>(f, teacher.dtype, columns, v, 0.0f, y);
@@ -40,11 +41,11 @@ feature_fwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         sum = warp_sum(sum);
         if (warps > 1) {
             if (lane == 0) partial[warp] = sum;
-            team.barrier();
+            group.barrier();
             sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
-            team.barrier();  // before the next row's
+            group.barrier();  // all have read before the next item overwrites
         }
-        if (team.member == 0) args.error[item] = sum / float(launch.M[k]);
+        if (group.member == 0) args.error[item] = sum / float(launch.M[k]);
     }
 }
 
@@ -53,8 +54,8 @@ CAMKD_KERNEL(kBlockThreads, 2)
 feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
     constexpr int V = kVector<T>;
     const FeatureArgs& args = launch.args;
-    const Team team(launch.warp_teams);
-    for (int64_t item = team.index; item < args.N * args.K; item += team.count) {
+    const ThreadGroup group(launch.warp_per_row);
+    for (int64_t item = group.index; item < args.N * args.K; item += group.count) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix &student = args.student[k], &teacher = args.teacher[k];
@@ -62,7 +63,7 @@ feature_bwd_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         char* out = static_cast<char*>(args.grads[k]) + n * launch.M[k] * element_bytes(student.dtype);
         const Columns columns = columns_of<T>(launch.M[k], launch.wide[k], out);
         const float g = args.grad_error[item] * (2.0f / float(launch.M[k]));
-        for (int v = team.member; v < columns.vectors; v += team.members) {
+        for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V], y[V];
             load_vector<T>(r, student.dtype, columns, v, 0.0f, x);
             load_vector<T>(f, teacher.dtype, columns, v, 0.0f, y);
@@ -78,7 +79,7 @@ struct ScaleLaunch {
     bool wide;
 };
 
-// The matrix as one long row, so that its width does not spoil wide accesses. `out` may be `residual`.
+// Treats the matrix as one long row, so that accesses are wide whatever its width. `out` may be `grad`.
 template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
 scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
@@ -91,7 +92,8 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
     for (int64_t v = block_id() * block_threads() + thread_id(); v < vectors; v += stride) {
         const int64_t first = v * V;
         int64_t row = args.factor_stride == 0 ? 0 : first / args.C;
-        int64_t left = args.factor_stride == 0 ? V : (row + 1) * args.C - first;  // of this row, from `first` on
+        int64_t left =
+            args.factor_stride == 0 ? V : (row + 1) * args.C - first;  // elements of this row from `first` on
         float factor = args.factor[row * args.factor_stride], factors[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {

@@ -1,4 +1,5 @@
-// Host side of every launch: what the device allows, how matrices are aligned, and the launch itself.
+// The host side of every launch: limits of the device, alignment of matrices, and the launch itself. tests/cuda/host/
+// replaces the part that needs the CUDA runtime.
 #pragma once
 
 #include <initializer_list>
@@ -43,21 +44,19 @@ inline Limits read_limits(int device) {
     limits.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     limits.shared_per_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     limits.l2 = read(cudaDevAttrL2CacheSize);
-    // 16 blocks are more than the portable 8; consumer Blackwell (12.x) has no more than those.
-    const int major = read(cudaDevAttrComputeCapabilityMajor);
-    limits.cluster = !read(cudaDevAttrClusterLaunch) ? 1 : major < 12 ? 16 : 8;
+    limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
     limits.block_threads = kBlockThreads;
     return limits;
 }
 
-// Asked of the driver once per device.
+// Queries the driver once per device.
 inline const Limits& device_limits() {
     static std::mutex mutex;
-    static std::map<int, Limits> known;
+    static std::map<int, Limits> cache;
     const int device = current_device();
     std::lock_guard<std::mutex> lock(mutex);
-    auto at = known.find(device);
-    if (at == known.end()) at = known.emplace(device, read_limits(device)).first;
+    auto at = cache.find(device);
+    if (at == cache.end()) at = cache.emplace(device, read_limits(device)).first;
     return at->second;
 }
 
@@ -83,21 +82,21 @@ cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaL
     return native;
 }
 
-// How many blocks of this launch run at once on the current device; 0 where a cluster of this size never fits. Asked of
-// the driver once per configuration, and with it the kernel is allowed what the configuration needs.
+// Blocks of this launch that are resident at once on the current device; 0 if a cluster of this size never fits.
+// Queries the driver once per configuration, and sets the kernel's attributes that the configuration needs.
 template <class Launch>
 int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> known;
+    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> cache;
     const void* address = reinterpret_cast<const void*>(kernel);
     const auto key = std::make_tuple(current_device(), address, config.threads, config.cluster, config.shared);
     std::lock_guard<std::mutex> lock(mutex);
-    auto at = known.find(key);
-    if (at != known.end()) return at->second;
-    // The most of the device, so that launches of other threads need not agree on an order.
+    auto at = cache.find(key);
+    if (at != cache.end()) return at->second;
+    // The maximum of the device, so that the order of launches from different threads does not matter
     check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_per_block),
           "shared memory of a kernel");
-    // Logits go past L1, so that the memory it shares with them is better spent on more blocks.
+    // Logits bypass L1, so the memory that L1 and shared memory divide serves better for more blocks
     check(cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
           "carve-out of a kernel");
     int count = 0;
@@ -108,7 +107,7 @@ int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
         one.blocks = config.cluster;
         const cudaLaunchConfig_t native = native_config<Launch>(one, nullptr, &attribute);
         if (cudaOccupancyMaxActiveClusters(&count, address, &native) != cudaSuccess) {
-            cudaGetLastError();  // a size that this device refuses is an answer, not an error to keep
+            cudaGetLastError();  // the device refuses this size, which is no error here: clear it
             count = 0;
         }
         count *= config.cluster;
@@ -117,7 +116,7 @@ int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {
               "occupancy of a kernel");
         count *= device_limits().multiprocessors;
     }
-    known[key] = count;
+    cache[key] = count;
     return count;
 }
 
@@ -136,8 +135,8 @@ void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Lau
 
 namespace camkd::cuda {
 
-// The same offset from a 16-byte boundary in every row of all these matrices? N rows, `inner` of them per outer stride.
-inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, int64_t inner) {
+// True if each row has the same offset from a 16-byte boundary in all these matrices of N rows, S per outer stride.
+inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, int64_t S) {
     auto bytes = [](const Matrix& m, int64_t elements) {
         return uint64_t(elements) * (m.dtype == DType::f32 ? 4 : 2) % sizeof(Pack);
     };
@@ -146,23 +145,23 @@ inline bool aligned_alike(const Matrix* const* matrices, int count, int64_t N, i
     for (int i = 1; i < count; ++i) {
         const Matrix& other = *matrices[i];
         if (other.dtype != one.dtype || address(other) != address(one)) return false;
-        // The stride of a dimension of one row is never used, and arbitrary in torch.
-        if (inner > 1 && bytes(other, other.stride_inner) != bytes(one, one.stride_inner)) return false;
-        if (N > inner && bytes(other, other.stride_outer) != bytes(one, one.stride_outer)) return false;
+        // The stride of a dimension of size 1 is never used, and arbitrary in torch
+        if (S > 1 && bytes(other, other.stride_inner) != bytes(one, one.stride_inner)) return false;
+        if (N > S && bytes(other, other.stride_outer) != bytes(one, one.stride_outer)) return false;
     }
     return true;
 }
 
-inline bool aligned_alike(std::initializer_list<const Matrix*> matrices, int64_t N, int64_t inner) {
-    return aligned_alike(matrices.begin(), int(matrices.size()), N, inner);
+inline bool aligned_alike(std::initializer_list<const Matrix*> matrices, int64_t N, int64_t S) {
+    return aligned_alike(matrices.begin(), int(matrices.size()), N, S);
 }
 
-// An output: (N, C) contiguous.
-inline Matrix dense(const void* data, int64_t C, int64_t inner, DType dtype) {
-    return {data, inner * C, C, dtype};
+// A contiguous (N, C) output.
+inline Matrix dense(const void* data, int64_t C, int64_t S, DType dtype) {
+    return {data, S * C, C, dtype};
 }
 
-// Calls f(T{}) with the element type of the kernel for these dtypes: float also serves any mixture.
+// Calls f(T{}) with the element type of the kernel for these dtypes; float serves mixed dtypes too.
 template <class F>
 void with_element(DType dtype, bool mixed, F f) {
     if (mixed || dtype == DType::f32)

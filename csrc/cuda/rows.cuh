@@ -1,23 +1,23 @@
-// Rows of any alignment in 16-byte vectors, and who works on which of them.
+// Access to rows of any alignment in 16-byte vectors, and the thread groups of the kernels outside row_loss/.
 //
-// Vector v of a row holds columns v * V - phase ... + V - 1. Where all matrices of a launch are aligned alike (`wide`),
-// `phase` makes every vector start at a 16-byte boundary of memory, whatever C is: only the first and the last one are
-// read by the element, with -inf for what lies outside the row. Otherwise phase is 0 and every element is read alone.
+// Vector v of a row holds columns v * V - phase ... + V - 1. If all matrices of a launch have the same alignment
+// (`wide`), `phase` makes every vector start at a 16-byte boundary of memory, whatever C is. Only the first and the
+// last vector are then read element by element, with -inf outside the row. Otherwise phase is 0 and all vectors are.
 #pragma once
 
 #include "elements.cuh"
 
 namespace camkd::cuda {
 
-CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t inner, int64_t row) {
-    const int64_t outer = row < inner ? 0 : row / inner;  // a division of 64 bits takes a hundred instructions
+CAMKD_DEVICE const char* row_address(const Matrix& matrix, int64_t S, int64_t row) {
+    const int64_t outer = row < S ? 0 : row / S;  // a 64-bit division takes a hundred instructions
     return static_cast<const char*>(matrix.data) +
-           (outer * matrix.stride_outer + (row - outer * inner) * matrix.stride_inner) * element_bytes(matrix.dtype);
+           (outer * matrix.stride_outer + (row - outer * S) * matrix.stride_inner) * element_bytes(matrix.dtype);
 }
 
 struct Columns {
     int C, phase, vectors;
-    int first_whole, whole;  // vectors that lie within the row, at an aligned address, and how many of them
+    int first_whole, whole;  // first vector within the row at an aligned address, and their number
 };
 
 template <class T>
@@ -28,7 +28,7 @@ CAMKD_DEVICE Columns columns_of(int C, bool wide, const void* row) {
     return {C, phase, (C + phase + V - 1) / V, first, wide && whole > 0 ? whole : 0};
 }
 
-// Can vector v be accessed as one?
+// True if vector v can be accessed in one instruction.
 CAMKD_DEVICE bool whole_vector(const Columns& columns, int v) {
     return unsigned(v - columns.first_whole) < unsigned(columns.whole);
 }
@@ -38,7 +38,7 @@ CAMKD_DEVICE const char* vector_address(const char* row, const Columns& columns,
     return row + (int64_t(v) * kVector<T> - columns.phase) * int64_t(sizeof(T));
 }
 
-// Vector v by the element.
+// Reads vector v element by element.
 template <class T>
 CAMKD_DEVICE Pack gather(const char* row, DType dtype, const Columns& columns, int v, float outside) {
     float x[kVector<T>];
@@ -71,18 +71,18 @@ CAMKD_DEVICE void store_vector(char* row, DType dtype, const Columns& columns, i
     }
 }
 
-// The threads that share a row where it takes no more than a block: a warp or the block. (row_team.cuh: the loss's.)
-struct Team {
+// The threads that share a row: a warp or the block. row_loss/ has its own, RowGroup.
+struct ThreadGroup {
     bool is_warp;
-    int member, members;
-    int64_t index, count;  // of teams in the grid
+    int member, members;   // threads of the group
+    int64_t index, count;  // of groups in the grid
 
-    CAMKD_DEVICE Team(bool warp_teams) : is_warp(warp_teams) {
+    CAMKD_DEVICE ThreadGroup(bool warp_per_row) : is_warp(warp_per_row) {
         const int warps = block_threads() / kWarp;
-        member = warp_teams ? thread_id() % kWarp : thread_id();
-        members = warp_teams ? kWarp : block_threads();
-        index = warp_teams ? block_id() * warps + thread_id() / kWarp : block_id();
-        count = warp_teams ? block_count() * warps : block_count();
+        member = warp_per_row ? thread_id() % kWarp : thread_id();
+        members = warp_per_row ? kWarp : block_threads();
+        index = warp_per_row ? block_id() * warps + thread_id() / kWarp : block_id();
+        count = warp_per_row ? block_count() * warps : block_count();
     }
     CAMKD_DEVICE void barrier() const {
         if (is_warp)

@@ -1,5 +1,5 @@
-// From Python's arguments to the structs of ops.h, for the CPU's and the CUDA functions alike: addresses come as
-// integers, matrices and shapes as tuples.
+// Converts the arguments from Python to the structs of ops.h, for the CPU and the CUDA functions: addresses are
+// integers, matrices and shapes tuples.
 #pragma once
 
 #include <pybind11/pybind11.h>

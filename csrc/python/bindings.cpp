@@ -1,4 +1,4 @@
-// The Python module: addresses and sizes in, kernels called without the GIL. No maths and no framework header.
+// The Python module. Takes addresses and sizes, and calls the kernels without the GIL. No maths and no torch headers.
 #include "../cuda/bindings.h"
 #include "../cpu/api.h"
 #include "../cpu/output_memory.h"

@@ -1,5 +1,6 @@
-// The parts of DLPack's ABI (dmlc/dlpack 1.3, major version 1) through which torch hands tensors to C++ without its
-// headers: fields in order, names ours. torch publishes the functions as `torch.Tensor.__dlpack_c_exchange_api__`.
+// The parts of DLPack's ABI (dmlc/dlpack 1.3, major version 1) by which C++ code exchanges tensors with torch without
+// its headers. Layouts as in dlpack.h, names ours. torch exports the functions as
+// `torch.Tensor.__dlpack_c_exchange_api__`.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct DataType {
 constexpr DataType kFloat32{TypeCode::floating, 32, 1}, kFloat16{TypeCode::floating, 16, 1};
 constexpr DataType kBFloat16{TypeCode::bfloat, 16, 1}, kInt64{TypeCode::signed_integer, 64, 1};
 
-// Strides count elements; `shape` and `strides` belong to whoever owns the tensor.
+// Strides count elements; `shape` and `strides` belong to the owner of the tensor.
 struct Tensor {
     void* data;
     Device device;
@@ -41,7 +42,7 @@ struct Tensor {
     uint64_t byte_offset;
 };
 
-// A tensor that changes hands; whoever has it last calls `deleter`.
+// A tensor whose ownership is passed on; the last owner calls `deleter`.
 struct ManagedTensor {
     Version version;
     void* context;
@@ -50,7 +51,7 @@ struct ManagedTensor {
     Tensor tensor;
 };
 
-// Functions that take or give Python objects need the GIL. They return 0, or -1 with a Python error set.
+// Functions with Python objects need the GIL. They return 0, or -1 with a Python error set.
 struct ExchangeApi {
     Version version;
     ExchangeApi* older;

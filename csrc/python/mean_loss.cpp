@@ -1,6 +1,7 @@
-// Checks, allocations and reductions in Python cost as much as the kernel at C = 100, and several times that right
-// after other work, when none of that code is in the cache. So the common call has this one crossing. What is not plain
-// is declined, never refused: the general path, in Python, knows every layout and has the words for every error.
+// Fast path for the common call of the logit loss, in one crossing from Python. In Python, checks, allocations and
+// reductions cost as much as the kernel at C = 100, and several times that after other work, when their code has left
+// the cache. Unsupported or invalid input is declined with None; the general path, in Python, then handles it or
+// raises.
 #include "mean_loss.h"
 
 #include <cmath>
@@ -43,7 +44,7 @@ bool matrix_of(const dlpack::Tensor& logits, Matrix& out) {
     return true;
 }
 
-// One call's arguments, and the references that keep its tensors alive.
+// The arguments of a call, and references that keep its tensors alive.
 struct MeanLossCall {
     RowLossArgs args{};
     int64_t max_threads = 1;
@@ -97,7 +98,7 @@ struct MeanLossCall {
     }
 };
 
-// See camkd_fast/_C.pyi. A bare function of the interpreter: pybind11's conversions cost as much as the rest.
+// See camkd_fast/_C.pyi. A function of the C API, because pybind11's conversions cost as much as the rest.
 PyObject* mean_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
     if (count != argument_count) {
         PyErr_Format(PyExc_TypeError, "mean_loss takes %d arguments, got %zd", int(argument_count), count);

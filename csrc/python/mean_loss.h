@@ -1,4 +1,4 @@
-// The logit loss of plain tensors in one call from Python.
+// The logit loss of ordinary dense tensors in one call from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -16,11 +16,11 @@ constexpr size_t kAlignment = 64;
 
 struct Connection {
     dlpack::ExchangeApi* api = nullptr;
-    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr;  // alive as long as the process
+    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr;  // never released
 };
 Connection connection;
 
-// What stands behind a tensor that we made: small memory directly behind this header, large memory in `pages`.
+// The owner of a tensor made here. Small data directly follows this struct, large data is in `pages`.
 struct alignas(kAlignment) Made {
     dlpack::ManagedTensor managed;
     int64_t shape[kMostDimensions], strides[kMostDimensions];
@@ -62,7 +62,7 @@ bool look(PyObject* object, dlpack::Tensor& out) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != connection.tensor && type != connection.parameter) return false;
     if (connection.api->look(object, &out) != 0) {
-        PyErr_Clear();  // a tensor without memory, such as one of torch.func
+        PyErr_Clear();  // a tensor without memory, such as a torch.func wrapper
         return false;
     }
     return out.device.type == dlpack::DeviceType::cpu;

@@ -1,4 +1,4 @@
-// Tensors as Python objects: read and made by one C call each, where Python's way takes several through torch's
+// Reads and makes tensors, as Python objects, with one C call each. In Python this takes several calls through torch's
 // argument parsers.
 #pragma once
 
@@ -8,17 +8,17 @@
 
 namespace camkd::tensors {
 
-// Takes over `torch.Tensor.__dlpack_c_exchange_api__` and the classes whose instances are nothing but tensors.
-// False if this torch offers nothing that we understand; without a connection `look` takes nothing.
+// Keeps `torch.Tensor.__dlpack_c_exchange_api__` and the two classes whose instances `look` accepts. Returns false if
+// this torch has no compatible version; `look` then accepts nothing.
 bool connect(pybind11::object api, pybind11::type tensor, pybind11::type parameter);
 
-// Fills `out` with what a plain tensor in main memory holds, for as long as `object` lives; false for anything else.
+// Describes a dense tensor in main memory in `out`, valid while `object` lives. Returns false for anything else.
 bool look(PyObject* object, dlpack::Tensor& out);
 
 bool requires_grad(PyObject* object);
 
-// A contiguous tensor of uninitialised memory, of recycled pages (cpu/output_memory.h) when it is large, and where that
-// lies; `poison` fills it with NaN. Throws std::bad_alloc, or pybind11::error_already_set.
+// A contiguous tensor, uninitialised or filled with NaN (`poison`), whose address is stored in `data`. Large ones use
+// recycled pages (cpu/output_memory.h). Throws std::bad_alloc or pybind11::error_already_set.
 pybind11::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bool poison, void*& data);
 
 }  // namespace camkd::tensors

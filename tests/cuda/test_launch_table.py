@@ -28,8 +28,8 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]
     for C, cluster, threads in [(4096, 1, 128), (32000, 4, 256), (65537, 8, 128), (128256, 16, 256)]:
-        warp, _, _, batches, *found = emulated.row_geometry(8192, C, 3, 8)
-        assert (warp, batches, *found[:2]) == (False, 1, cluster, threads)
+        warp, _, _, chunks, *found = emulated.row_geometry(8192, C, 3, 8)
+        assert (warp, chunks, *found[:2]) == (False, 1, cluster, threads)
     assert emulated.row_geometry(8192, 262144, 3, 8)[3] > 1
     emulated.set_limits(*A100)
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
@@ -42,6 +42,6 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
     for C in (1, 10, 100, 1000, 1128, 2040, 2041, 21841, 32000, 65537, 128256, 151936, 262144, 2**30):
         for K in (1, 2, 3, 5, 16):
             for N in (1, 7, 289, 4096, 10**6):
-                _, rows, slots, batches, cluster, threads, blocks, shared = emulated.row_geometry(N, C, K, vector)
+                _, rows, slots, chunks, cluster, threads, blocks, shared = emulated.row_geometry(N, C, K, vector)
                 assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
-                assert slots * batches * threads * cluster * vector >= C and rows >= 1
+                assert slots * chunks * threads * cluster * vector >= C and rows >= 1

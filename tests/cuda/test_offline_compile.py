@@ -21,7 +21,7 @@ from tests.support.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # Element types of each kernel; row_loss_kernel for rows of a warp and of a block, 1 to 5 teachers and any number.
 KERNELS = {
     "row_loss_kernel": 36,

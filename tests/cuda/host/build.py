@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/ with the host compiler, against the emulated device of this folder."""
+"""Compiles csrc/cuda/ with the host compiler, for the emulated device of this folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc" / "cuda"
-ROW_LOSS = ("row_loss", "row_loss_f32", "row_loss_bf16", "row_loss_f16")
-NAMES = ("batch_mean", *ROW_LOSS, "confidence", "elementwise")
-KERNELS = [CUDA / f"{name}.cu" for name in NAMES]
+KERNELS = sorted(CUDA.rglob("*.cu"))
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
 
@@ -30,7 +28,7 @@ def _digest(flags: list[str]) -> str:
 
 
 def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) -> Path:
-    """The linked result, which is kept until a source changes."""
+    """The linked output, cached until a source or a flag changes."""
     folder = ROOT / "build" / "cuda_host" / _digest([*flags, *link, name])
     output = folder / name
     if output.exists():
@@ -69,9 +67,10 @@ def load_module() -> ModuleType:
 
 
 def race_check(*dropped: str) -> subprocess.CompletedProcess[str]:
-    """Runs every kernel under ThreadSanitizer, without what `dropped` names: BLOCK_BARRIER, COPIES_WAIT and so on."""
+    """Runs every kernel under ThreadSanitizer, with the barriers and waits in `dropped` (BLOCK_BARRIER, COPIES_WAIT ...)
+    compiled out."""
     flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
     program = _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
-    # The randomised layout of some kernels is more than this sanitizer's version copes with.
+    # This sanitizer cannot handle the address space randomisation of some Linux kernels.
     command = ["setarch", "-R", str(program)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,9 +1,9 @@
-// The names of csrc/cuda/device.cuh for a host compiler: one std::thread per CUDA thread, barriers of threads for those
-// of warps, blocks and clusters, shared memory filled with 0xff (NaN), asynchronous copies that happen when they are
-// waited for and not before.
+// The functions of csrc/cuda/device.cuh for a host compiler: one std::thread per CUDA thread, std::barrier for warps,
+// blocks and clusters, shared memory filled with 0xff (NaN), and asynchronous copies that happen only in copies_wait().
 //
-// What it cannot show: the weaker memory order of a GPU, lanes of a warp that depend on running together, the limits of
-// registers and real shared memory, alignment traps, the approximation error of the hardware's exponential, speed.
+// It cannot show the weaker memory order of a GPU, lanes of a warp that depend on running in lockstep, the limits of
+// registers and real shared memory, alignment traps other than check_aligned, the approximation error of the hardware's
+// exponential, or speed.
 #pragma once
 
 #include <atomic>
@@ -37,7 +37,8 @@ namespace host {
 
 using Barrier = std::barrier<>;
 
-// A warp's exchange of values: two sets of slots by turns, so that one barrier per exchange is enough.
+// The values that the lanes of a warp exchange. Two sets of slots alternate, so that one barrier per exchange is
+// enough.
 struct Warp {
     Barrier barrier{kWarp};
     float slots[2][kWarp];
@@ -66,7 +67,7 @@ struct Thread {
     Cluster* cluster;
     int rank, thread, threads;
     int64_t block, blocks;
-    int turn = 0;
+    int parity = 0;
     std::vector<std::pair<Pack*, const void*>> copies;
 
     Block& own_block() const { return *cluster->blocks[rank]; }
@@ -75,17 +76,17 @@ struct Thread {
 
 inline thread_local Thread* self = nullptr;
 
-// Every lane's value, in order of the lanes.
+// The values of all lanes, in their order.
 inline const float* exchange(float x) {
     Warp& warp = self->own_warp();
-    float* slots = warp.slots[self->turn];
-    self->turn ^= 1;
+    float* slots = warp.slots[self->parity];
+    self->parity ^= 1;
     slots[self->thread % kWarp] = x;
     warp.barrier.arrive_and_wait();
     return slots;
 }
 
-// The butterfly that the hardware's shuffles do, as every lane of it computes it.
+// A butterfly reduction as by shuffles: every lane computes the result of each lane in the order of the hardware.
 template <class F>
 float butterfly(float x, F f) {
     const float* slots = exchange(x);
@@ -98,19 +99,19 @@ float butterfly(float x, F f) {
     return values[self->thread % kWarp];
 }
 
-// Runs a kernel: one cluster after the other, all threads of a cluster at once.
+// Runs a kernel, one cluster after the other, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
     for (int64_t first = 0; first < blocks; first += cluster_size) {
         Cluster cluster(cluster_size, threads, shared);
-        std::vector<std::thread> team;
+        std::vector<std::thread> running;
         for (int rank = 0; rank < cluster_size; ++rank)
             for (int thread = 0; thread < threads; ++thread)
-                team.emplace_back([&, rank, thread, first] {
-                    Thread me{&cluster, rank, thread, threads, first + rank, blocks};
-                    self = &me;
+                running.emplace_back([&, rank, thread, first] {
+                    Thread current{&cluster, rank, thread, threads, first + rank, blocks};
+                    self = &current;
                     kernel();
                 });
-        for (auto& one : team) one.join();
+        for (auto& one : running) one.join();
     }
 }
 
@@ -171,38 +172,38 @@ inline bool warp_any(bool x) {
 inline char* shared_memory() {
     return reinterpret_cast<char*>(host::self->own_block().shared.get());
 }
-// What a block keeps where this one has `mine`.
+// The address in the block of this rank that corresponds to `own` in this block.
 template <class T>
-T* remote(T* mine, int rank) {
-    const auto offset = reinterpret_cast<char*>(mine) - shared_memory();
+T* remote(T* own, int rank) {
+    const auto offset = reinterpret_cast<char*>(own) - shared_memory();
     return reinterpret_cast<T*>(reinterpret_cast<char*>(host::self->cluster->blocks[rank]->shared.get()) + offset);
 }
 
-// Bytes that are still to come, `kUnknown` more until it is known how many, and how often all had come.
+// Bytes that have not arrived yet, plus kUnannounced before mailbox_expect; and the number of completed phases.
 struct Mailbox {
-    static constexpr int32_t kUnknown = 1 << 24;
-    std::atomic<int32_t> missing, turns;
+    static constexpr int32_t kUnannounced = 1 << 24;
+    std::atomic<int32_t> missing, phases;
 
     void add(int32_t bytes) {
         if (missing.fetch_add(bytes) + bytes != 0) return;
-        missing.fetch_add(kUnknown);
-        turns.fetch_add(1);
+        missing.fetch_add(kUnannounced);
+        phases.fetch_add(1);
     }
 };
 inline void mailbox_open(Mailbox* box) {
-    new (box) Mailbox{{Mailbox::kUnknown}, {0}};
+    new (box) Mailbox{{Mailbox::kUnannounced}, {0}};
 }
 inline void mailbox_expect(Mailbox* box, int bytes) {
-    box->add(bytes - Mailbox::kUnknown);
+    box->add(bytes - Mailbox::kUnannounced);
 }
 inline void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
     *remote(at, rank) = p;
     remote(box, rank)->add(-int32_t(sizeof(Pack)));
 }
-inline void mailbox_wait(Mailbox* box, int turn) {
+inline void mailbox_wait(Mailbox* box, int phase) {
 #ifndef CAMKD_DROP_MAILBOX_WAIT
     const auto start = std::chrono::steady_clock::now();
-    while (box->turns.load() <= turn) {
+    while (box->phases.load() <= phase) {
         std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
@@ -287,8 +288,8 @@ inline uint32_t max_bfloats(uint32_t a, uint32_t b) {
                              std::fmax(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
 }
 
-inline void check_label(bool fits) {
-    if (!fits) std::abort();
+inline void check_label(bool label_valid) {
+    if (!label_valid) std::abort();
 }
 
 }  // namespace camkd::cuda

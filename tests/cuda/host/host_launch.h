@@ -1,4 +1,4 @@
-// The host side of csrc/cuda/launch.h for the emulated device, whose limits the tests set.
+// The part of csrc/cuda/launch.h that depends on the CUDA runtime, for the emulated device. The tests set its limits.
 #pragma once
 
 namespace camkd::cuda {
@@ -29,7 +29,7 @@ void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, con
                    const LaunchOptions&) {
     if (config.shared > host::limits.shared_per_block || config.blocks % config.cluster != 0 || config.blocks < 1)
         throw std::runtime_error("camkd_fast: launch: impossible configuration");
-    if constexpr (requires { launch.geometry.batches; }) host::last_rows = launch.geometry;
+    if constexpr (requires { launch.geometry.chunks; }) host::last_rows = launch.geometry;
     host::run(config.blocks, config.cluster, config.threads, config.shared, [&] { kernel(launch); });
 }
 

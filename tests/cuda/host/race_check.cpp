@@ -1,8 +1,8 @@
-// Every kernel once in every regime, for ThreadSanitizer. Exits with 1 when a result is not finite.
+// Runs every kernel once in every regime, for ThreadSanitizer. Exits with 1 if a result is not finite.
 #include <cstdio>
 
 #include "../../../csrc/cuda/launch.h"
-#include "../../../csrc/cuda/row_team.cuh"
+#include "../../../csrc/cuda/row_loss/group.cuh"
 
 using namespace camkd;
 using namespace camkd::cuda;
@@ -28,14 +28,14 @@ bool all_finite(const char* what, const std::vector<float>& x) {
     return true;
 }
 
-// `cluster` blocks to a row, or `batches` of its columns: the regime that is meant.
-bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool batches) {
+// Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
+bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks) {
     host::limits = limits;
     RowProblem problem{N, C, K, (C + 3) / 4, 4, K, true, 0, 0, 0, 0, 0};
     RowShared::measure(problem);
     const RowGeometry g = row_geometry(problem, limits);
-    if ((g.warp_teams ? 1 : g.cluster) != cluster || (g.batches > 1) != batches) {
-        std::printf("%s: %d blocks to a row, %d batches\n", what, g.cluster, g.batches);
+    if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks) {
+        std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
         return false;
     }
     std::vector<std::vector<float>> streams;
@@ -102,7 +102,7 @@ int main() {
     const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads}, 1, false) &
                       run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false) &
                       run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false) &
-                      run_rows("batches", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true) &
+                      run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true) &
                       run_others(5, 70, 2) & run_others(3, 2300, 2);
     return fine ? 0 : 1;
 }

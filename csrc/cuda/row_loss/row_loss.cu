@@ -1,5 +1,5 @@
-// Entry of the logit loss: which element type, and how rows are aligned.
-#include "row_loss_launch.cuh"
+// Entry point of the logit loss: checks how rows are aligned and picks the element type.
+#include "launch.cuh"
 
 namespace camkd::cuda {
 namespace {

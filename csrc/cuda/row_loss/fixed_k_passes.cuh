@@ -1,12 +1,12 @@
-// The sweeps of row_sweeps.cuh for a number of teachers and a power that the compiler knows: no branch within a row but
-// for what is rare, and all that a thread has to remember in registers.
+// The fast path: the passes of passes.cuh with the number of teachers and the power as compile-time constants. All of a
+// thread's data is in registers, and within a row there are branches only for rare cases.
 #pragma once
 
-#include "row_sweeps.cuh"
+#include "passes.cuh"
 
 namespace camkd::cuda {
 
-// Calls f with the power as a constant.
+// Calls f with the power as a compile-time constant.
 template <int P>
 struct Power {
     static constexpr int value = P;
@@ -21,7 +21,7 @@ CAMKD_DEVICE void with_power(int power, F f) {
         f(Power<1>());
 }
 
-// sum + e^x; the last product is part of it.
+// sum + e^P; the last multiplication is fused with the addition.
 template <int P>
 CAMKD_DEVICE float add_raised(float sum, float e) {
     if (P == 1) return sum + e;
@@ -29,25 +29,26 @@ CAMKD_DEVICE float add_raised(float sum, float e) {
     return fmaf(e, e, sum);
 }
 
-// The least one from N on.
+// Smallest power of two >= N.
 template <int N>
 constexpr int power_of_two = 2 * power_of_two<(N + 1) / 2>;
 template <>
 constexpr int power_of_two<1> = 1;
 
-// N numbers of every lane, each folded over the warp: number i comes to lane i * fold_stride<N>. Half as many numbers
-// are left after every exchange, where N folds one by one would exchange all of them five times.
+// Folds N numbers of every lane across the warp; the result for number i is in lane i * fold_stride<N>. Each exchange
+// halves the numbers that are left, while N separate folds would exchange all of them five times.
 template <int N>
 constexpr int fold_stride = kWarp / power_of_two<N>;
 
-// Leaves half of 2n numbers to the lanes with `bit` and half to the others, until there is one.
+// Lanes with `bit` keep the upper half of 2n numbers and the others the lower half, until one is left.
 template <int n, int bit, int P, class Op>
 CAMKD_DEVICE void fold_halves(float (&y)[P], int lane, Op op) {
     if constexpr (n >= 1) {
         const bool upper = lane & bit;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const float a = y[i], b = y[i + n];  // values: a choice of elements would need an array in memory
+            const float a = y[i],
+                        b = y[i + n];  // by value: a select between elements would put the array in local memory
             y[i] = op(upper ? b : a, shuffle_xor(upper ? a : b, bit));
         }
         fold_halves<n / 2, bit / 2>(y, lane, op);
@@ -67,16 +68,16 @@ CAMKD_DEVICE float warp_fold(const float (&x)[N], int lane, float neutral, Op op
     return y[0];
 }
 
-// Maxima of the warp's vectors of K + 1 streams, in every lane.
+// The maxima of K + 1 streams over the warp, in every lane.
 template <class T, int K>
-CAMKD_DEVICE void known_maxima(const Stash& stash, const Batch& batch, int lane, float (&max)[K + 1]) {
+CAMKD_DEVICE void fixed_k_maxima(const RowBuffer& buffer, const Chunk& chunk, int lane, float (&max)[K + 1]) {
     Pack top[K + 1];
 #pragma unroll
     for (int k = 0; k <= K; ++k) top[k] = lowest_pack<T>();
 #pragma unroll 1
-    for (int i = 0; i < batch.held; ++i) {
+    for (int i = 0; i < chunk.held; ++i) {
 #pragma unroll
-        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *stash.slot(k, batch.begin + i));
+        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *buffer.slot(k, chunk.begin + i));
     }
 #pragma unroll
     for (int k = 0; k <= K; ++k) max[k] = highest<T>(top[k]);
@@ -85,10 +86,10 @@ CAMKD_DEVICE void known_maxima(const Stash& stash, const Batch& batch, int lane,
     for (int k = 0; k <= K; ++k) max[k] = shuffle(folded, k * fold_stride<K + 1>);
 }
 
-// What a thread adds up: for the student and then for each teacher a group of these.
+// The sums of one stream; a thread has kSums for the student and then for each teacher.
 enum Sum { kSumT, kSum1, kCross, kSums };
 
-// x[k] where k is not a constant, without an array in memory.
+// x[k] for a k that is not a compile-time constant, without an array in local memory.
 template <int N>
 CAMKD_DEVICE float element_at(const float (&x)[N], int k) {
     float y = x[0];
@@ -100,15 +101,15 @@ CAMKD_DEVICE float element_at(const float (&x)[N], int k) {
     return y;
 }
 
-// Sums over the thread's vectors, relative to `at`.
+// Sums over the thread's vectors, relative to the references `at`.
 template <class T, int K, int P>
-CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale, const float (&at)[K + 1],
-                             float (&sums)[kSums * (K + 1)]) {
+CAMKD_DEVICE void fixed_k_sums(const RowBuffer& buffer, const Chunk& chunk, float scale, const float (&at)[K + 1],
+                               float (&sums)[kSums * (K + 1)]) {
     constexpr int V = kVector<T>;
 #pragma unroll 1
-    for (int i = 0; i < batch.held; ++i) {
+    for (int i = 0; i < chunk.held; ++i) {
         float s[V], cross[K], check = 0;
-        Elements<T>::unpack(*stash.slot(0, batch.begin + i), s);
+        Elements<T>::unpack(*buffer.slot(0, chunk.begin + i), s);
         Reference::scale_from(at[0], scale, s);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -120,7 +121,7 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
         for (int k = 0; k < K; ++k) {
             float* const of = sums + kSums * (k + 1);
             float z[V];
-            Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+            Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
             Reference::scale_from(at[k + 1], scale, z);
             cross[k] = 0;
 #pragma unroll
@@ -133,11 +134,11 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
             check += cross[k];
         }
         if (check != check) {
-            // Probability 0 contributes 0, even where the difference is infinite.
+            // Probability 0 contributes 0, even where the difference is infinite
 #pragma unroll 1
             for (int k = 0; k < K; ++k) {
                 float z[V], e[V];
-                Elements<T>::unpack(*stash.slot(k + 1, batch.begin + i), z);
+                Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
                 Reference::scale_from(element_at(at, k + 1), scale, z);
                 exps(z, e);
                 const float careful = cross_term(e, z, s);
@@ -151,15 +152,15 @@ CAMKD_DEVICE void known_sums(const Stash& stash, const Batch& batch, float scale
     }
 }
 
-// What the residual of a row needs, the same for all threads.
+// The references and coefficients of a row in registers.
 template <int K>
-struct KnownRow {
+struct FixedKRow {
     float at[K + 1];
-    float student_t, student_1, teacher[K];
+    float studentT, student1, teacher[K];
 
-    CAMKD_DEVICE KnownRow(const Reference* references, const ResidualCoefficients<float>& coefficients) {
-        student_t = coefficients.student_t;
-        student_1 = coefficients.student_1;
+    CAMKD_DEVICE FixedKRow(const Reference* references, const GradCoefficients<float>& coefficients) {
+        studentT = coefficients.studentT;
+        student1 = coefficients.student1;
 #pragma unroll
         for (int k = 0; k <= K; ++k) at[k] = references[k].at;
 #pragma unroll
@@ -167,20 +168,20 @@ struct KnownRow {
     }
 };
 
-// The vector in slot `slot` of the residual. `label` is the label's place in it, or none of 0 .. V - 1.
+// The vector of the gradient for slot `slot`. `label` as in general_grad_vector.
 template <class T, int K>
-CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature& temperature, const KnownRow<K>& row,
-                                 int label, float at_label, float (&out)[kVector<T>]) {
+CAMKD_DEVICE void fixed_k_grad_vector(const RowBuffer& buffer, int slot, const Temperature& temperature,
+                                      const FixedKRow<K>& row, int label, float at_label, float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];
-    Elements<T>::unpack(*stash.slot(0, slot), x);
+    Elements<T>::unpack(*buffer.slot(0, slot), x);
     Reference::scale_from(row.at[0], temperature.scale, x);
     exps(x, e);
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = row.student_t * e[j];
+    for (int j = 0; j < V; ++j) out[j] = row.studentT * e[j];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        Elements<T>::unpack(*stash.slot(k + 1, slot), x);
+        Elements<T>::unpack(*buffer.slot(k + 1, slot), x);
         Reference::scale_from(row.at[k + 1], temperature.scale, x);
 #pragma unroll
         for (int j = 0; j < V; ++j) out[j] = fmaf(-row.teacher[k], exp2_fast(x[j]), out[j]);
@@ -188,19 +189,19 @@ CAMKD_DEVICE void known_residual(const Stash& stash, int slot, const Temperature
 #pragma unroll
     for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
     if (unsigned(label) < unsigned(V)) {
-        // Apart from the soft part: beside a label's 1 each of K small terms would be rounded to its scale.
+        // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its scale.
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] += row.student_1 * e[j] - (j == label ? at_label : 0.0f);
+        for (int j = 0; j < V; ++j) out[j] += row.student1 * e[j] - (j == label ? at_label : 0.0f);
     } else {
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student_1, e[j], out[j]);
+        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student1, e[j], out[j]);
     }
 }
 
-// The states of up to 32 parts of a row, one to a lane, become one: load(lane, k) for each stream; put(k, field, value)
-// for each number of it, `field` counting those of StreamState but for the entropy.
+// Merges the states of up to 32 parts of a row, one per lane: calls load(lane, k) for each stream and put(k, field,
+// value) for each of its numbers, where `field` counts the members of StreamState without plogp.
 template <int K, class Load, class Put>
-CAMKD_DEVICE void known_merge(int lane, int parts, float scale, Load load, Put put) {
+CAMKD_DEVICE void fixed_k_merge(int lane, int parts, float scale, Load load, Put put) {
     State states[K + 1];
     float max[K + 1], sums[kSums * (K + 1)];
     if (lane < parts) {
@@ -213,17 +214,17 @@ CAMKD_DEVICE void known_merge(int lane, int parts, float scale, Load load, Put p
     float student_drop = 0;
 #pragma unroll
     for (int k = 0; k <= K; ++k) {
-        // move_student and move_teacher of row_math.h, with the hardware's exponential and without entropies.
+        // move_student and move_teacher of row_math.h, with the hardware's exponential and without plogp
         const State& state = states[k];
         const bool seen = state.max != -INFINITY;
         const float top = shuffle(folded, k * fold_stride<K + 1>), drop = seen ? state.max - top : 0.0f;
         if (k == 0) student_drop = drop;
-        const float factor_t = seen ? exp2_fast(drop * scale) : 0.0f;
-        const float cross = fmaf(drop - student_drop, state.sum_t, state.cross);
-        sums[kSums * k + kSumT] = state.sum_t * factor_t;
-        sums[kSums * k + kSum1] = state.sum_1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
-        // Columns whose probability underflows to 0 count 0, even where the student is -inf and their term infinite.
-        sums[kSums * k + kCross] = factor_t > 0 ? cross * factor_t : 0.0f;
+        const float factorT = seen ? exp2_fast(drop * scale) : 0.0f;
+        const float cross = fmaf(drop - student_drop, state.sumT, state.cross);
+        sums[kSums * k + kSumT] = state.sumT * factorT;
+        sums[kSums * k + kSum1] = state.sum1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
+        // A column whose probability underflows to 0 counts 0, even if the student is -inf there and its term infinite
+        sums[kSums * k + kCross] = factorT > 0 ? cross * factorT : 0.0f;
     }
     const float sum = warp_fold(sums, lane, 0.0f, [](float a, float b) { return a + b; });
     constexpr int wide = fold_stride<K + 1>, narrow = fold_stride<kSums*(K + 1)>;

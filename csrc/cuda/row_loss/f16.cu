@@ -1,4 +1,4 @@
-#include "row_loss_launch.cuh"
+#include "launch.cuh"
 
 namespace camkd::cuda {
 

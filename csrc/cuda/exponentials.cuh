@@ -1,0 +1,84 @@
+// Exponentials of logits relative to a maximum, at temperature T and at 1, for row_loss/ and confidence.cuh.
+#pragma once
+
+#include "elements.cuh"
+
+namespace camkd::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The maximum to subtract. With no finite logit any number will do, as every exponential is 0.
+CAMKD_DEVICE float finite(float max) {
+    return max == -INFINITY ? 0.0f : max;
+}
+
+// The reference of a stream for exponentials at the cost of one multiply-add each: 2^{x scale - at}, with `at` the
+// rounded max * scale. The rounding error `rest` is the same for all columns and is corrected in their sums, so that a
+// large common offset of a row costs no accuracy.
+struct Reference {
+    float at, rest;
+
+    CAMKD_DEVICE Reference() {}
+    CAMKD_DEVICE Reference(float max, float scale) {
+        max = finite(max);
+        at = max * scale;
+        rest = fmaf(max, scale, -at);
+    }
+    // `exact`: as far() below, whatever the maximum.
+    CAMKD_DEVICE Reference(float max, float scale, bool exact) : Reference(max, scale) {
+        if (exact) rest = INFINITY;
+    }
+    // True if `rest` is too large for a correction, or max * scale overflows, as in a row of the lowest float. The
+    // distances from the maximum are then computed before they are scaled.
+    CAMKD_DEVICE bool far() const { return !(fabsf(rest) <= 0x1p-9f); }
+    // Replaces x by its scaled distance from the maximum, up to `rest` unless far().
+    template <int V>
+    CAMKD_DEVICE void apply(float scale, const float& max, float (&x)[V]) const {
+        if (far())
+            scale_far(max, scale, x);
+        else
+            scale_from(at, scale, x);
+    }
+    template <int V>
+    static CAMKD_DEVICE void scale_from(float at, float scale, float (&x)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[j] = fmaf(x[j], scale, -at);
+    }
+    template <int V>
+    static CAMKD_DEVICE void scale_far(float max, float scale, float (&x)[V]) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[j] = (x[j] - finite(max)) * scale;
+    }
+    CAMKD_DEVICE float correction() const { return far() ? 0.0f : rest; }
+    // 2^-correction(), by which sums of exponentials must be multiplied. The hardware's exponential has an error of 2
+    // ulp, this series has not.
+    CAMKD_DEVICE float factor() const {
+        const float y = correction() * 0.693147181f;
+        return 1.0f - (y - 0.5f * y * y);
+    }
+};
+
+// `power`: T if it is 1, 2 or 4, and e^x the product of as many e^{x/T}. 0 for any other T, at the cost of a second
+// exponential.
+struct Temperature {
+    float scale, inverse;  // log2(e) / T and its inverse
+    int power;
+
+    // e^x from e = e^{x/T}, for powers other than 0.
+    CAMKD_DEVICE float raise(float e) const {
+        if (power >= 2) e *= e;
+        return power == 4 ? e * e : e;
+    }
+    // factor() for the exponentials at T = 1.
+    CAMKD_DEVICE float factor1(const Reference& reference, float max, bool exact = false) const {
+        return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
+    }
+};
+
+template <int V>
+CAMKD_DEVICE void exps(const float (&u)[V], float (&e)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) e[j] = exp2_fast(u[j]);
+}
+
+}  // namespace camkd::cuda

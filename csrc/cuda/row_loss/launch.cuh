@@ -1,0 +1,70 @@
+// Launcher of the logit loss for one element type: picks the kernel and its geometry. f32.cu, bf16.cu and f16.cu
+// compile one instantiation each.
+#pragma once
+
+#include "../launch.h"
+#include "kernel.cuh"
+
+namespace camkd::cuda {
+
+// The kernel for this number of teachers, or the general one (0).
+template <class T, bool WarpPerRow>
+auto kernel_for(int fixed_k) {
+    static_assert(kMaxFixedK == 5);
+    switch (fixed_k) {
+        case 1:
+            return &row_loss_kernel<T, WarpPerRow, 1>;
+        case 2:
+            return &row_loss_kernel<T, WarpPerRow, 2>;
+        case 3:
+            return &row_loss_kernel<T, WarpPerRow, 3>;
+        case 4:
+            return &row_loss_kernel<T, WarpPerRow, 4>;
+        case 5:
+            return &row_loss_kernel<T, WarpPerRow, 5>;
+        default:
+            return &row_loss_kernel<T, WarpPerRow, 0>;
+    }
+}
+
+template <class T>
+void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
+    const RowLossArgs& args = launch.args;
+    RowProblem problem{};
+    problem.N = args.N;
+    problem.C = launch.C;
+    problem.K = args.K;
+    // A row that does not begin at a 16-byte boundary touches one more vector
+    const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
+    const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
+    problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
+    problem.vector = kVector<T>;
+    problem.needs_mean = args.mean.loss != nullptr;
+    const bool common_case = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
+    problem.fixed_k = common_case && args.K <= kMaxFixedK ? args.K : 0;
+    RowShared::measure(problem);
+    Limits limits = device_limits();
+    RowGeometry& g = launch.geometry;
+    void (*kernel)(RowLaunch) = nullptr;
+    for (;; limits.cluster /= 2) {
+        g = row_geometry(problem, limits);
+        kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
+        const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
+        // A device may have no room for its largest clusters: parts of it can be disabled or assigned to others
+        if (resident == 0 && g.cluster > 1) continue;
+        limit_grid(g, resident);
+        break;
+    }
+    RowShared::lay_out(launch, problem);
+    launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
+    const bool separate_kernels = problem.needs_mean && !launch.single_cluster;
+    if (separate_kernels) count_rows(args, options);
+    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);
+    if (separate_kernels) average_rows(args, options);
+}
+
+extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);
+extern template void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&);
+extern template void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&);
+
+}  // namespace camkd::cuda

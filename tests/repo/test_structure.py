@@ -1,0 +1,147 @@
+"""The shape of the code: where files may lie, how long a function may be, and the words it uses."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("camkd_fast", "kernels", "csrc", "setup.py")
+PROSE = ("README.md", "CONTRIBUTING.md", "docs", "benchmarks", "Makefile", "pyproject.toml")
+TEXT = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt", ".md", ".yaml", ".yml", ".toml", ""}
+
+# Words that an earlier version used in senses of its own, as whole words or parts of identifiers.
+VOCABULARY = (
+    "teams?", "stash", "sweeps?", "turns?", "told", "taught", "still", "plain(?:ly)?", "alone", "apart", "unfit",
+    "pupils?", "residuals?",
+)  # fmt: skip
+PRIVATE = re.compile(rf"(?<![a-z])(?:{'|'.join(VOCABULARY)})(?![a-z])", re.IGNORECASE)
+
+
+def files(*roots: str) -> list[Path]:
+    """Tracked and new files of text under these roots; generated results are data."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *roots],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\n")  # fmt: skip
+    paths = [ROOT / name for name in listed if name]
+    return [p for p in paths if p.is_file() and not p.is_symlink() and p.suffix in TEXT and "results" not in p.parts]
+
+
+def identifiers_apart(line: str) -> str:
+    """`warp_teams` and `WarpTeams` as their words."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line.replace("_", " "))
+
+
+def test_the_vocabulary_of_the_field():
+    found = []
+    for path in files(*SHIPPED, *PROSE):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if PRIVATE.search(identifiers_apart(line)):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("line", ["warp_teams", "WarpTeams", "a stash", "Told.", "kResidual", "takes turns"])
+def test_the_vocabulary_test_sees(line):
+    assert PRIVATE.search(identifiers_apart(line))
+
+
+@pytest.mark.parametrize("line", ["return x", "steam", "distill", "retold_", "untold stories", "explain(x)"])
+def test_the_vocabulary_test_leaves(line):
+    assert not PRIVATE.search(identifiers_apart(line.replace("retold_", "retolds").replace("untold", "untolds")))
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+
+def python_functions() -> Iterator[tuple[str, int, bool]]:
+    """Name, lines and whether it is a kernel, of every shipped Python function; docstrings count."""
+    for path in files("camkd_fast", "kernels", "setup.py"):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                assert node.end_lineno is not None
+                yield f"{path.relative_to(ROOT)}:{node.name}", node.end_lineno - node.lineno + 1, kernel
+
+
+def cpp_functions() -> Iterator[tuple[str, int, bool]]:
+    """Likewise of C++: from a line that opens a body after a parameter list to the brace that closes it."""
+    for path in files("csrc"):
+        if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+            continue
+        lines = path.read_text().splitlines()
+        for start, line in enumerate(lines):
+            if not re.search(r"\)(?: const)?(?: noexcept)? \{$", line) or re.match(
+                r"\s*(if|for|while|switch|else|} )", line
+            ):
+                continue
+            indent = len(line) - len(line.lstrip())
+            end = next(i for i in range(start, len(lines)) if re.match(rf" {{0,{indent}}}}}", lines[i]))
+            signature = start
+            while signature > 0 and not re.search(r"[;{}]$|^\s*//|^#|^$|:$", lines[signature - 1]):
+                signature -= 1
+            yield (
+                f"{path.relative_to(ROOT)}:{signature + 1}",
+                end - signature + 1,
+                any("CAMKD_KERNEL" in text for text in lines[signature : start + 1]),
+            )
+
+
+def test_functions_are_short():
+    found = [*python_functions(), *cpp_functions()]
+    assert len(found) > 800  # the search finds them
+    long = [f"{name}: {lines} lines" for name, lines, kernel in found if lines > (140 if kernel else 60)]
+    assert not long, "\n".join(long)
+
+
+# --- one carrier of the formula --------------------------------------------------------------------------------------
+
+NUMBERS = ("temperature", "hard_weight", "soft_weight")
+FORMULA = {"camkd_fast/losses/formula.py", "csrc/contract.h"}  # the two definitions
+PUBLIC = ("camkd_loss", "camkd_loss_and_grad", "CAMKDLoss")
+
+
+def code_only(path: Path) -> list[str]:
+    """Lines without comments, docstrings, the public functions, and reads of a Formula (`formula.temperature`)."""
+    text = re.sub(r"\bformula\.\w+", "formula", path.read_text())
+    if path.suffix == ".py":
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                value = body[0].value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    lines[value.lineno - 1 : value.end_lineno] = [""] * (value.end_lineno - value.lineno + 1)
+            if path.name == "logit.py" and getattr(node, "name", None) in PUBLIC:
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        return [line.split("#")[0] for line in lines]
+    return [line.split("//")[0] for line in text.splitlines()]
+
+
+def formula_spellings() -> list[str]:
+    """Places where the three numbers stand together: within ten lines of one another, overlapping ones counted once."""
+    places = []
+    for path in files(*SHIPPED):
+        name = str(path.relative_to(ROOT))
+        if name in FORMULA or path.suffix not in TEXT - {".md", ".txt", ".cmake"}:
+            continue
+        lines, last = code_only(path), -10
+        for i in range(len(lines)):
+            window = "\n".join(lines[i : i + 10])
+            if i > last and all(re.search(rf"\b{word}\b", window) for word in NUMBERS):
+                places.append(f"{name}:{i + 1}")
+                last = i + 10
+    return places
+
+
+def test_the_formula_is_spelled_in_few_places():
+    places = formula_spellings()
+    assert len(places) <= 5, "\n".join(places)
