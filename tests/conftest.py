@@ -1,18 +1,18 @@
-"""Conditions of the whole suite: poisoned memory, interpreted Triton without a GPU, fixed threads, backends to test."""
+"""Settings of the whole suite: poisoned memory, interpreted Triton without a GPU, fixed threads, tested backends."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-# Before torch loads OpenMP: threads that spin between regions make the suite ten times slower on a shared machine.
+# Set before torch loads OpenMP. Threads that spin between regions make the suite ten times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Before CUDA starts: cuBLAS is refused under deterministic algorithms without it.
+# Set before CUDA starts. Deterministic algorithms refuse cuBLAS without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-# Before anything imports triton, which reads it once.
+# Set before anything imports triton, which reads it once.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -22,7 +22,7 @@ import pytest
 from benchmarks import verdict
 from tests.support.backends import BACKENDS
 
-# torch.empty and its relatives return NaN: a kernel that leaves an element unwritten cannot pass by luck.
+# torch.empty and similar return NaN, so that a kernel that leaves an element unwritten cannot pass by luck.
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(2)
@@ -32,8 +32,8 @@ hypothesis.settings.load_profile("camkd")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Whether this tree is green is what published measurements depend on."""
-    if not hasattr(session.config, "workerinput"):  # one of pytest-xdist's processes, which has seen a part of it
+    """Record the verdict: measurements are published only for a tree whose tests passed."""
+    if not hasattr(session.config, "workerinput"):  # a worker of pytest-xdist has run a part only
         verdict.note(session.config, exitstatus)
 
 
@@ -49,7 +49,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For models so small that a second thread gains nothing, and costs much on a busy machine."""
+    """For small models, where a second thread gains nothing and is slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Which backend runs, and the reason that is given."""
+"""Which backend runs, and the reason given for it."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -9,7 +9,10 @@ import torch
 from camkd_fast import camkd_loss
 from camkd_fast.backends import dispatch
 from tests.support.backends import BACKENDS
-from tests.support.cases import make_case, run
+from tests.support.cases import make_case
+from tests.support.evaluate import run
+from tests.support.tolerance import assert_result
+from tests.support.truth import naive, truth
 
 
 @pytest.mark.parametrize("dtype", dispatch.COMPILED_DTYPES, ids=str)
@@ -46,23 +49,22 @@ def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
     assert sum(spy.call_count for spy in spies) == 1
 
 
-def test_auto_is_bitwise_the_backend_that_it_names():
+def test_auto_equals_the_backend_that_it_names_bit_for_bit():
     case = make_case(33, 129)
     name = dispatch.explain(case.student).split(" ")[0]
     assert all(torch.equal(a, b) for a, b in zip(run(case, "auto")[:-1], run(case, name)[:-1], strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on lanes that are masked
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter, on masked lanes
 def test_interpreted_triton_agrees_through_the_public_function():
-    # A smoke test of the path; the kernels have a suite of their own.
+    # A smoke test of the path; test_triton.py tests the kernels.
     case = make_case(3, 33, ignored=0.2)
-    for ours, expected in zip(run(case, "triton")[:-1], run(case, "reference")[:-1], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_result(run(case, "triton"), case, truth(case), naive(case))
 
 
 @pytest.fixture
 def gpu_logits(monkeypatch):
-    """Stands in for bfloat16 logits of 1000 classes on a Hopper GPU; backends count as loadable."""
+    """Mock of bfloat16 logits of 1000 classes on a Hopper GPU, where all backends are available."""
     monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
     built = SimpleNamespace(build=lambda: (True, "90"), built_for=lambda capability: capability >= (8, 0))
@@ -107,7 +109,7 @@ def test_the_cuda_backend_refuses_gpus_that_it_was_not_built_for(gpu_logits, mon
         ("90-virtual", (9, 0), True),
         ("90-virtual", (8, 9), False),
         ("90a-real", (9, 0), True),
-        ("90a", (10, 0), False),  # what is marked runs nowhere else
+        ("90a", (10, 0), False),  # architecture-specific code runs on no other
         ("100f-real 120-real", (12, 0), True),
     ],
 )

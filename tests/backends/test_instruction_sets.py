@@ -1,4 +1,4 @@
-"""Every instruction set that this processor runs gives the same loss; the others are refused by name."""
+"""Every instruction set of this processor gives an accurate loss; the others are refused by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# Widths around each set's vector width, several column blocks, and a row that all threads share.
+# Widths around the vector width of each set, several column blocks, and a row shared by all threads.
 SCRIPT = """
 import torch
 from camkd_fast import camkd_loss_and_grad, confidence_weights, weighted_feature_loss
@@ -55,7 +55,7 @@ def run(name: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_same_numbers(name: str) -> None:
+def test_accurate(name: str) -> None:
     done = run(name)
     if done.returncode == 0:
         assert done.stdout.split()[-1] == name

@@ -1,4 +1,4 @@
-"""The recycled memory of large outputs: one owner at a time, within bounds, safe under threads and fork."""
+"""Recycled memory of large outputs: one owner at a time, bounded, safe under threads and fork."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def output(megabytes: float) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_waits() -> None:
-    """Four blocks of a size that no test asks for take the place of whatever earlier tests left."""
+def _empty_cache() -> None:
+    """Replace the blocks that earlier tests freed by four of a size that no test allocates."""
     blocks = [output(400) for _ in range(4)]
     del blocks
 
 
-# 40 MB is offered to the system while it waits, 8 MB is not.
+# The system may take back the pages of a freed block of 40 MB, but not those of 8 MB.
 @pytest.mark.parametrize("megabytes", [8, 40])
-def test_a_freed_block_is_taken_over(megabytes: int) -> None:
+def test_a_freed_block_is_reused(megabytes: int) -> None:
     first = output(megabytes).fill_(7.0)
     address = first.data_ptr()
     del first
     again = output(megabytes)
     assert again.data_ptr() == address
     assert address % (2 * MB) == 0
-    assert again.isnan().all()  # the suite's poison, not the last owner's numbers
+    assert again.isnan().all()  # poisoned by the suite's settings, without the values of its last owner
     again.fill_(1.0)
     assert float(again.sum(dtype=torch.float64)) == again.numel()
 
 
-def test_a_block_twice_too_large_is_not() -> None:
+def test_a_block_more_than_twice_too_large_is_not_reused() -> None:
     first = output(40)
     address = first.data_ptr()
     del first
@@ -58,12 +58,12 @@ def test_a_block_twice_too_large_is_not() -> None:
     assert output(41).data_ptr() != address
 
 
-def test_small_outputs_are_left_to_torch() -> None:
+def test_small_outputs_are_allocated_by_torch() -> None:
     assert output(0.5).untyped_storage().resizable()
     assert not output(1).untyped_storage().resizable()
 
 
-def test_nobody_alive_loses_memory() -> None:
+def test_blocks_in_use_are_not_reused() -> None:
     held = [output(8).fill_(i) for i in range(7)]
     del held[::2]
     held += [output(8).fill_(10 + i) for i in range(6)]
@@ -72,7 +72,7 @@ def test_nobody_alive_loses_memory() -> None:
         assert bool((block == block[-1]).all())
 
 
-def test_gradients_kept_by_the_caller() -> None:
+def test_gradients_kept_by_the_caller_do_not_change() -> None:
     torch.manual_seed(0)
     student, teacher, target = torch.randn(512, 2048), torch.randn(512, 2048), torch.randint(2048, (512,))
     kept, copies = [], []
@@ -81,7 +81,7 @@ def test_gradients_kept_by_the_caller() -> None:
         kept.append(grad)
         copies.append(grad.clone())
     for grad, copy in zip(kept, copies, strict=True):
-        torch.testing.assert_close(grad, copy, rtol=0, atol=0)
+        assert torch.equal(grad, copy)
     assert len({grad.data_ptr() for grad in kept}) == 6
 
 
@@ -109,7 +109,7 @@ def run(script: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def test_waiting_memory_is_bounded() -> None:
+def test_freed_memory_is_bounded() -> None:
     script = """
 import torch
 from camkd_fast.backends import cpu as cpu_backend
@@ -125,9 +125,9 @@ held = resident() - before
 del blocks
 print(held, resident() - before)
 """
-    held, waiting = run(script)
+    held, freed = run(script)
     assert held >= 12 * 16
-    assert waiting <= 4 * 16 + 4
+    assert freed <= 4 * 16 + 4
 
 
 def test_a_child_after_fork() -> None:
@@ -140,8 +140,8 @@ def output(value):
     return cpu_backend.new_output(2**22, 1, torch.float32).fill_(value)
 
 kept = output(1)
-waiting = output(2)
-del waiting
+freed = output(2)
+del freed
 child = os.fork()
 mine = output(3 if child else 4)
 right = bool((mine == (3 if child else 4)).all()) and bool((kept == 1).all())

@@ -1,6 +1,6 @@
-"""Every launch that ships, compiled for the GPUs that it ships for: no spills, wide loads, no needless recompilation.
+"""Every shipped launch, compiled for the supported GPUs: no spills, wide loads, no needless recompilation.
 
-Nothing is launched, so no GPU is needed; `triton_offline` says how. Speed is not judged here.
+Nothing is launched, so no GPU is needed; see triton_offline.py. Speed is not measured here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tests.backends.triton_offline import Kernel, Shape, compile_all  # noqa: E4
 
 ARCHS = [80, 90, 100]
 
-# One launch of every kernel, each kind of weighting, temperature, layout and scale once; and both regimes at the K that
-# their register budgets were made for. A minute on 2 cores; the whole table takes ten times as long.
+# One launch of every kernel, each kind of weighting, temperature, layout and scale once, and both regimes at the K that
+# sets their register budgets. A minute on 2 cores; the whole table takes ten times as long.
 REPRESENTATIVE = [
     Shape("row_loss", 100, 3, "float32"),
     Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True),
@@ -38,9 +38,12 @@ REPRESENTATIVE = [
 
 
 def _exhaustive() -> list[Shape]:
-    """Every entry of the launch table with what costs most registers, "entropy" and a T without a power, at 1 and 3
-    teachers and the most on chip and per pass; the usual options at 3. float16 differs from bfloat16 in its
-    conversions only, so that it needs no more than the latter."""
+    """Every entry of the launch table.
+
+    The options that cost most registers, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers and with
+    the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only in its
+    conversions and gets the default options only.
+    """
     shapes = []
     widths = [11, 16, 31, 64, 100, 256, 512, 1000, 2048, 4096, 8192, 32000, 65537]
     for dtype in ("float32", "bfloat16", "float16"):
@@ -66,7 +69,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
     assert kernel.stack == 0, f"spills: {what}"
     assert kernel.registers * kernel.threads <= 65536, f"does not fit on an SM: {what}"
     if shape.op.startswith("batch"):
-        return  # a few numbers per row, whose latency counts rather than their width
+        return  # a few numbers per row: latency matters, not width
     # Of mixed dtypes the widest sets the number of elements per access.
     bits = 32 if "float32" in (shape.dtype, shape.teacher_dtype) else 16
     # The widest access that the width allows: C = 100 is 4 elements, so 64 bits in 16-bit types.
@@ -78,7 +81,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
     if not shape.teacher_dtype:
         assert kernel.loads.get(str(expected), 0) >= tensors, f"narrow loads: {what}"
         if expected == 128:
-            # What is left over are labels, logits at the label and numbers of whole rows: a few per row and thread.
+            # The rest are labels, logits at the label and row statistics: a few per row and thread.
             narrow = sum(count for width, count in kernel.loads.items() if int(width) < 128)
             assert narrow <= 8 * (tensors + 1), f"narrow loads: {what}"
     if shape.needs_grad and not shape.teacher_dtype and "forward" not in shape.op:
@@ -99,7 +102,7 @@ def test_every_launch(arch: int) -> None:
 
 
 def test_batch_size_and_width_do_not_recompile() -> None:
-    """Streamed rows of any width with the same alignment share one kernel, as do all batch sizes (1 included)."""
+    """Streamed rows of any width with the same alignment share one kernel, and so do all batch sizes, 1 included."""
     batches = [Shape("row_loss", 1000, 1, N=N, temperature=1.0) for N in (1, 2, 7, 16, 64)]
     widths = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (32000, 128256, 65528)]
     odd = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (21841, 65537)]
@@ -112,14 +115,14 @@ def test_batch_size_and_width_do_not_recompile() -> None:
 
 
 def test_debug_mode_asserts_on_labels() -> None:
-    """Only with CAMKD_FAST_DEBUG=1. (The interpreter, which could run it, leaves assertions out.)"""
+    """Only with CAMKD_FAST_DEBUG=1. Compiled, not run: the interpreter ignores device assertions."""
     shapes = [Shape("row_loss", 100, 1, temperature=1.0), Shape("confidence_forward", 100, 1)]
     for debug in (False, True):
         assert [kernel.asserts for _, _, kernel in compile_all(shapes, [90], debug)] == [debug, debug]
 
 
 def test_limits() -> None:
-    """No block wider than 8192 columns, and geometries that are powers of 2."""
+    """No block is wider than 8192 columns, and all block sizes are powers of 2."""
     for C in (1, 2, 10, 100, 1000, 8192, 8193, 262144):
         for K in (1, 3, 8, 16):
             for itemsize in (2, 4):

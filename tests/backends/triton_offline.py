@@ -1,7 +1,8 @@
-"""Compiles what the Triton launchers would launch, for GPUs that are not here. A program of its own: see `main`.
+"""Compile the kernels that the Triton launchers would launch, for GPUs that this machine does not have.
 
-The launchers run on CPU tensors with `JITFunction.run` replaced: arguments go through Triton's own specialisation, as
-on a GPU, and the kernel is compiled instead of launched. So whatever ships is what is looked at.
+The launchers run on CPU tensors with `JITFunction.run` replaced: arguments are specialised by Triton as on a GPU, and
+the kernel is compiled instead of launched. So the shipped launches are the ones inspected. Runs as a program, see
+`main`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What the compiler made of it."""
+    """A compiled kernel."""
 
     name: str
     registers: int
@@ -67,26 +68,28 @@ def _call(shape: Shape) -> None:
     import torch
     from camkd_fast.kernels import batch_mean
 
+    from camkd_fast.losses.formula import Formula
+
     student = _logits(shape, shape.dtype)
     teachers = [_logits(shape, shape.teacher_dtype or shape.dtype) for _ in range(shape.K)]
     N = student.numel() // shape.C
     target = torch.zeros(N, dtype=torch.int64)
-    numbers = torch.zeros(shape.K, N)
+    per_row = torch.zeros(shape.K, N)
     given = torch.ones(shape.K, 1).expand(shape.K, N)
     calls: dict[str, Callable[[], object]] = {
         "row_loss": lambda: kernels.row_loss(
-            student, teachers, target, temperature=shape.temperature, hard_weight=1.0, soft_weight=1.0,
-            weighting=given if shape.weighting == "given" else shape.weighting, ignore_index=-100,
-            needs_grad=shape.needs_grad, residual_scale=torch.ones(1) if shape.scale_on_device else 1.0,
+            student, teachers, target,
+            Formula(shape.temperature, weighting=given if shape.weighting == "given" else shape.weighting),
+            needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0,
         ),
         "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100),
-        "confidence_backward": lambda: kernels.confidence_backward(teachers, target, numbers, numbers),
+        "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row),
         "feature_forward": lambda: kernels.feature_forward(teachers[:1], teachers[:1]),
-        "feature_backward": lambda: kernels.feature_backward(teachers[:1], teachers[:1], numbers[:1]),
-        "scale_rows": lambda: kernels.scale_rows(student, numbers[0], student),
+        "feature_backward": lambda: kernels.feature_backward(teachers[:1], teachers[:1], per_row[:1]),
+        "scale_rows": lambda: kernels.scale_rows(student, per_row[0], student),
         "batch_scale": lambda: batch_mean.batch_scale(target, -100, torch.ones(1) if shape.scale_on_device else 1.0),
         "batch_mean": lambda: batch_mean.batch_mean(torch.ones(3, N), torch.ones(1)),
-        "scale_all": lambda: kernels.scale_rows(student, numbers[0, :1], student),
+        "scale_all": lambda: kernels.scale_rows(student, per_row[0, :1], student),
     }  # fmt: skip
     calls[shape.op]()
 
@@ -150,14 +153,14 @@ def _job(job: tuple[list[Any], int]) -> list[Any]:
 
 
 def main() -> None:
-    """Reads [[shape, arch], ...] as JSON from stdin, writes the kernels as JSON to stdout."""
+    """Read [[shape, arch], ...] as JSON from stdin and write the kernels as JSON to stdout."""
     jobs = json.load(sys.stdin)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         json.dump(list(pool.map(_job, jobs, chunksize=4)), sys.stdout)
 
 
 def compile_all(shapes: list[Shape], archs: list[int], debug: bool = False) -> list[tuple[Shape, int, Kernel]]:
-    """Every shape for every architecture, in a process where Triton is not interpreted (it reads that flag once)."""
+    """Compile every shape for every architecture, in a process without TRITON_INTERPRET, which is read once."""
     jobs = [(list(shape), arch) for shape in shapes for arch in archs]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CAMKD_FAST_DEBUG"] = str(int(debug))

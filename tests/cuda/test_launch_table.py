@@ -1,4 +1,4 @@
-"""The launch table of the CUDA kernels, asked on the host about real devices."""
+"""The launch table of the CUDA kernels, evaluated on the host for real devices."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def emulated() -> ModuleType:
 
 
 def test_shipped_regimes(emulated: ModuleType) -> None:
-    """At three teachers in 16 bits: the smallest batch in one cluster; one read of global memory while more than one
-    block fits on a multiprocessor; smaller blocks where they leave fewer slots idle."""
+    """Three teachers in 16 bits.
+
+    The smallest batch runs in one cluster. Rows are read once while more than one block fits on a multiprocessor, and
+    blocks are smaller where that leaves fewer slots idle.
+    """
     emulated.set_limits(*H100)
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]

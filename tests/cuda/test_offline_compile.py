@@ -1,7 +1,7 @@
-"""What nvcc made of the CUDA kernels: no spills, no local memory, 16-byte accesses. Nothing is launched, no GPU needed.
+"""Machine code of the CUDA kernels: no spills, no local memory, 16-byte accesses. No GPU is needed.
 
-The quick part reads the machine code inside the installed module, whatever GPUs that was built for; the slow one
-compiles the sources for each architecture by itself, with warnings as errors.
+The fast tests read the machine code in the installed module, for whatever GPUs it was built. The slow ones compile the
+sources for each architecture, with warnings as errors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tests.support.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
-SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-# Element types of each kernel; row_loss_kernel for rows of a warp and of a block, 1 to 5 teachers and any number.
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Instances of each kernel: one per element type; row_loss_kernel also for a warp and a block per row, and 1 to 5
+# teachers or any number.
 KERNELS = {
     "row_loss_kernel": 36,
     "batch_count_kernel": 1,
@@ -33,17 +34,17 @@ KERNELS = {
     "feature_bwd_kernel": 3,
     "scale_rows_kernel": 3,
 }
-THREADS = 256  # launch_table.h: of a block
+THREADS = 256  # of a block, as in launch_table.h
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 NVCC = re.search(r"release (\d+)\.(\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
-if NVCC is not None and tuple(map(int, NVCC.groups())) < (12, 8):  # as csrc/cuda/cuda.cmake has it
+if NVCC is not None and tuple(map(int, NVCC.groups())) < (12, 8):  # as in csrc/cuda/cuda.cmake
     pytest.skip(f"nvcc {NVCC[1]}.{NVCC[2]}, but the kernels need 12.8", allow_module_level=True)
 
 
 def cuobjdump() -> str:
-    """The toolkit's own, or the one that triton brings."""
+    """The one of the CUDA toolkit or the one in the triton package."""
     found = shutil.which("cuobjdump")
     if found is None:
         triton = pytest.importorskip("triton", reason="neither the toolkit nor triton has a cuobjdump here")
@@ -52,7 +53,7 @@ def cuobjdump() -> str:
 
 
 def run(*command: object) -> str:
-    # cuobjdump runs nvdisasm, which lies beside it.
+    # cuobjdump runs nvdisasm, which is in the same folder.
     path = f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=os.environ | {"PATH": path}
@@ -63,7 +64,7 @@ def run(*command: object) -> str:
 
 @cache
 def module() -> Path:
-    """The compiled module, which must have CUDA kernels unless it was told at build time to have none."""
+    """The compiled module, which must have CUDA kernels unless it was built with CAMKD_FAST_CUDA=0."""
     if "cpu" not in BACKENDS:
         pytest.skip("a build without the compiled module")
     from camkd_fast import _C
@@ -76,20 +77,20 @@ def module() -> Path:
 
 
 def check_resources(report: str, arch: str) -> None:
-    """`cuobjdump -res-usage`: a line that names a function, then its registers and bytes of local memory."""
+    """Check a report of `cuobjdump -res-usage`: per function its registers and bytes of stack and local memory."""
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     for kernel, count in KERNELS.items():
         assert sum(kernel in name for name, *_ in usage) == count, f"{arch}: {kernel} is missing"
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
         if "row_loss" in name:
-            # As many blocks to a multiprocessor as blocks_per_multiprocessor() in launch_table.h.
+            # Blocks per multiprocessor, as in blocks_per_multiprocessor() of launch_table.h.
             blocks = 3 if re.search(r"Li[123]E", name) else 2
             assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
 
 
 def built() -> list[str]:
-    """Architectures whose machine code the module holds."""
+    """Architectures whose machine code is in the module."""
     from camkd_fast import _C
 
     module()
@@ -103,7 +104,7 @@ def test_no_spills_in_the_module() -> None:
 
 
 def accesses(arch: str) -> dict[str, Counter[str]]:
-    """Instructions of each kernel that access memory, by mnemonic."""
+    """Number of memory instructions of each kernel by mnemonic."""
     found: dict[str, Counter[str]] = {}
     for line in run(cuobjdump(), "-sass", "-arch", arch, module()).splitlines():
         if match := re.search(r"Function : (\S+)", line):
@@ -123,7 +124,7 @@ def check_accesses(name: str, counts: Counter[str]) -> None:
 
 
 def test_wide_accesses_and_no_atomics() -> None:
-    """Logits come in 16 bytes at a time, past the registers in row_loss, and gradients leave so."""
+    """Logits are read 16 bytes at a time, in row_loss without passing registers, and gradients are written so."""
     for arch in built():
         found = accesses(arch)
         assert len(found) == sum(KERNELS.values())
@@ -132,27 +133,27 @@ def test_wide_accesses_and_no_atomics() -> None:
 
 
 def test_module_imports_without_a_driver() -> None:
-    """The CUDA runtime is part of it: nothing named libcuda is asked of the system."""
-    needed = run("readelf", "-d", module())  # of binutils, without which nothing was linked here
+    """The CUDA runtime is linked statically: no libcuda is needed."""
+    needed = run("readelf", "-d", module())  # part of binutils, like the linker
     assert not re.search(r"NEEDED.*libcuda", needed)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "asked", "expected"),
+    ("gpus", "archs", "expected"),
     [
         ("echo 9.0; echo 9.0; echo 8.6", "", "90-real 86-real"),
-        ("echo 99.0", "", "90"),  # nvcc does not know it: PTX may do
+        ("echo 99.0", "", "90"),  # unknown to nvcc, so PTX
         ("echo driver 9.0 does not answer; exit 9", "", "90"),
         ("echo 9.0", "100-real;120", "100-real 120"),
         ("echo 9.0", "native", None),
     ],
 )
-def test_a_build_is_for_the_gpus_that_are_there(gpus: str, asked: str, expected: str | None, tmp_path: Path) -> None:
-    """Configured with an nvidia-smi that tells of these GPUs."""
+def test_a_build_is_for_the_gpus_of_this_machine(gpus: str, archs: str, expected: str | None, tmp_path: Path) -> None:
+    """Configure with an nvidia-smi that lists these GPUs."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{gpus}\n")
     tool.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CAMKD_FAST_CUDA_ARCHS": asked, "CAMKD_FAST_CUDA": "1"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CAMKD_FAST_CUDA_ARCHS": archs, "CAMKD_FAST_CUDA": "1"}
     command = [
         "cmake",
         "-S",

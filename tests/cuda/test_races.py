@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host under ThreadSanitizer, and the proof that it would notice."""
+"""The CUDA kernels on the host under ThreadSanitizer, and tests that it detects a missing barrier."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_no_races() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT", "MAILBOX_WAIT"])
-def test_a_missing_barrier_shows(dropped: str) -> None:
-    """Without one kind of barrier or wait the same run must fail: by a reported race, a NaN, or a poisoned address."""
+def test_a_missing_barrier_is_detected(dropped: str) -> None:
+    """Without one kind of barrier or wait the same run fails: by a reported race, a NaN, or a poisoned address."""
     assert build.race_check(dropped).returncode != 0

@@ -20,13 +20,13 @@ def gpu(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture
 def device() -> torch.device:
-    """For what no backend decides."""
+    """For tests that do not depend on a backend."""
     return CUDA if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture
-def any_order() -> None:
-    """For models, whose pooling has no deterministic backward pass on a GPU."""
+def nondeterministic() -> None:
+    """For models: their pooling has no deterministic backward pass on a GPU."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,8 @@
-"""`compute-sanitizer python -m tests.gpu.sanitized [BACKEND ...]`: every op on small shapes, for memcheck and its kin.
+"""`compute-sanitizer python -m tests.gpu.sanitized [BACKEND ...]`: every op on small shapes, for memcheck and similar.
 
-Inputs are made on the host and copied, so that a report of uninitialised memory is about our kernels. The shapes are
-small because the tool slows a kernel down a hundred times; a width per regime: narrow, odd, one block, several blocks.
+Inputs are made on the host and copied, so that a report of uninitialised memory concerns the kernels of this package.
+The shapes are small because the tool slows a kernel down a hundred times. One width per regime: narrow, odd, one block,
+several blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def run(backend: str, device: torch.device) -> int:
-    """All ops on one backend; how many evaluations were made."""
+    """Run all ops on one backend; returns the number of evaluations."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -26,7 +27,7 @@ def run(backend: str, device: torch.device) -> int:
 
     count = 0
     for i, C in enumerate(WIDTHS):
-        # The dtypes take turns: a minute is all that there is for three tools.
+        # Dtypes alternate, to keep three tools within a minute.
         for K, weighting, dtype in ((1, "uniform", i % 2), (3, "confidence", 1 - i % 2), (3, "entropy", i % 2)):
             student, *teachers = (random(3, C, dtype=DTYPES[dtype]) for _ in range(K + 1))
             target = torch.tensor([0, C - 1, -100]).to(device)

@@ -1,4 +1,4 @@
-"""Loaders and the training step on the GPU, against the same on the CPU."""
+"""Loaders and the training step on the GPU against the CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_resident_batches_equal_the_cpus(
             for ours, theirs in zip(other, loader, strict=True):
                 assert ours.images.device.type == device.type and torch.equal(ours.index.cpu(), theirs.index)
                 assert torch.equal(ours.target.cpu(), theirs.target)
-                # Interpolation may round to the neighbouring level here and there.
+                # Interpolation may round a few values to the neighbouring level.
                 close = (ours.images.cpu() - theirs.images).abs() <= (0.02 if augmentation is RESIZED else 1e-5)
                 assert close.float().mean() > 0.999
 
@@ -44,28 +44,28 @@ def test_resident_batches_equal_the_cpus(
 def steps_of(device: torch.device, precision: PrecisionConfig, count: int = 3) -> torch.Tensor:
     """All parameters after a few steps of CA-MKD with features."""
     teachers = [SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)]
-    taught = LiveTeachers(teachers, CLASSES)
+    live = LiveTeachers(teachers, CLASSES)
     torch.manual_seed(0)
-    strategy = strategies.create("ca-mkd", taught, SmallNet().num_features)
-    step = TrainStep(SmallNet(), strategy, taught, OPTIM, precision, World(0, 1, device), 32, seed=0)
+    strategy = strategies.create("ca-mkd", live, SmallNet().num_features)
+    step = TrainStep(SmallNet(), strategy, live, OPTIM, precision, World(0, 1, device), 32, seed=0)
     for i in range(count):
         images, target, *rest = batch(32, seed=i)
         step(Batch(images.to(device), target.to(device), *rest), 32, 0.01, i)
     return parameters(step).cpu()
 
 
-@pytest.mark.usefixtures("any_order")
+@pytest.mark.usefixtures("nondeterministic")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # float16's scaler skips the first steps
 def test_training_steps_equal_the_cpus(device: torch.device, dtype: str) -> None:
     before = steps_of(CPU, PrecisionConfig(compile="off"), 0)
     expected = steps_of(CPU, PrecisionConfig(compile="off"))
     actual = steps_of(device, PrecisionConfig(compile="off", dtype=dtype))
-    # Relative to how far three steps moved: convolutions on a GPU may use TF32, 16 bits resolve less.
+    # Relative to the change in three steps: convolutions on a GPU may use TF32, and 16 bits resolve less.
     error = float((actual - expected).norm() / (expected - before).norm())
     assert error < {"float32": 0.03, "bfloat16": 0.1}[dtype], f"{error:.1e}"
 
 
-@pytest.mark.usefixtures("any_order")
+@pytest.mark.usefixtures("nondeterministic")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 @pytest.mark.parametrize("graphs", [False, True], ids=["compiled", "compiled, CUDA graphs"])
 def test_compiled_training_steps_equal_eager_ones(graphs: bool) -> None:
@@ -88,5 +88,5 @@ def test_dali_decodes_on_the_device(device: torch.device, tmp_path: Path) -> Non
     again, actual = by_sample(loader)
     loader.close()
     assert torch.equal(again.cpu(), index)
-    # The GPU's JPEG decoder is a few levels off in places; 60 levels are one unit.
+    # The JPEG decoder of the GPU differs by a few levels in places; 60 levels are one unit.
     assert (actual.cpu() - expected).abs().mean() < 0.05

@@ -1,4 +1,4 @@
-"""Bad input: a one-line ValueError or TypeError that names both values, before any work (need 17)."""
+"""Bad input: a one-line ValueError or TypeError that names both values, raised before any work."""
 
 import re
 
@@ -31,7 +31,7 @@ def teachers(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape) for shape in shapes]
 
 
-# What is wrong: the changed arguments, the error, and what its line must contain.
+# Mistake: changed arguments, type of the error, fragments of its message.
 BAD = {
     "class count": ({"teacher_logits": teachers((4, 10), (4, 12))}, ValueError, ["teacher_logits[1]", "12", "10"]),
     "rows": ({"teacher_logits": teachers((4, 10), (5, 10))}, ValueError, ["teacher_logits[1]", "(5, 10)", "(4, 10)"]),
@@ -100,22 +100,22 @@ BAD = {
     "num_items of two": ({"num_items": torch.ones(2)}, ValueError, ["num_items", "one element", "(2,)"]),
     "num_items a string": ({"num_items": "4"}, TypeError, ["num_items", "number", "str"]),
     "unknown backend": ({"backend": "fastest"}, ValueError, ["'reference'", "'cpu'", "'fastest'"]),
-    "student elsewhere": (
+    "student on another device": (
         {"student_logits": torch.ones(4, 10, device=META)},
         ValueError,
         ["teacher_logits[0]", "cpu", "meta"],
     ),
-    "teacher elsewhere": (
+    "teacher on another device": (
         {"teacher_logits": [torch.ones(4, 10, device=META)]},
         ValueError,
         ["teacher_logits[0]", "meta", "cpu"],
     ),
-    "target elsewhere": (
+    "target on another device": (
         {"target": torch.ones(4, dtype=torch.int64, device=META)},
         ValueError,
         ["target", "meta", "cpu"],
     ),
-    "weights elsewhere": ({"weighting": torch.ones(3, device=META)}, ValueError, ["weighting", "meta", "cpu"]),
+    "weights on another device": ({"weighting": torch.ones(3, device=META)}, ValueError, ["weighting", "meta", "cpu"]),
 }
 
 
@@ -148,7 +148,7 @@ def test_loss_scale(loss_scale, error, backend):
     refuse(camkd_loss_and_grad, error, ["loss_scale"], **arguments(), loss_scale=loss_scale, backend=backend)
 
 
-def test_labels_are_looked_at_even_where_no_loss_needs_them(backend):
+def test_labels_are_checked_even_where_no_loss_needs_them(backend):
     given = arguments(target=torch.tensor([1, 2, 3, 77]), hard_weight=0.0, weighting="uniform")
     refuse(camkd_loss, ValueError, ["label 77", "10 classes"], **given, backend=backend)
 

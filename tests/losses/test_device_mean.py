@@ -1,7 +1,7 @@
-"""The mean where labels lie on a device: its divisor is counted there, by the backend that also adds up the rows.
+"""The mean over labels on a device: the backend counts the rows and reduces them there.
 
-On a CPU the host counts labels while it checks them. Here it is made to look away, so that tensors of the CPU take the
-way of a GPU's.
+On a CPU the host counts labels while it checks them. Here that count is disabled, so that CPU tensors follow the path
+of GPU tensors.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import torch
 from camkd_fast import camkd_loss, camkd_loss_and_grad
 from camkd_fast.backends import dispatch
 from camkd_fast.losses import checks
-from tests.support.cases import assert_accurate, assert_result, make_case, naive, run, run_value_and_grad, truth
+from tests.support.cases import make_case
+from tests.support.evaluate import run, run_value_and_grad
+from tests.support.tolerance import assert_accurate, assert_result
+from tests.support.truth import naive, truth
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, on lanes that are masked
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter, on masked lanes
 
 LEARNED = torch.tensor([0.5, 0.3, 0.9])
 
 
 @pytest.fixture(autouse=True)
-def _blind(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_count_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "count_labels", lambda *_: None)
 
 
@@ -40,32 +43,34 @@ def test_float32(device_backend: str, ignored: float, weighting: str | torch.Ten
         assert_result(ours, case, R, N)
 
 
-def test_float16_keeps_the_divisor_out_of_the_residual(device_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1/N would eat its exponent range; a loss scale makes room for it."""
+def test_float16_is_divided_in_backward_unless_there_is_a_loss_scale(
+    device_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaling float16 gradients by 1/N in the kernel could underflow, so it is done only under a loss scale."""
     case = make_case(12, 20, 3, torch.float16, ignored=0.3)
-    module, asked = dispatch.backend_for(device_backend, [case.student]), []
+    module, in_kernel = dispatch.backend_for(device_backend, [case.student]), []
     original = module.row_loss
 
     def watch(*tensors: Any, **options: Any) -> Any:
-        asked.append(options.get("mean", False))
+        in_kernel.append(options.get("mean", False))
         return original(*tensors, **options)
 
     monkeypatch.setattr(module, "row_loss", watch)
-    plain, scaled = run(case, device_backend), run_value_and_grad(case, device_backend, 64.0)
-    assert asked == [False, True]
+    unscaled, scaled = run(case, device_backend), run_value_and_grad(case, device_backend, 64.0)
+    assert in_kernel == [False, True]
     R, N = truth(case), naive(case)
-    # The interpreter truncates where a GPU rounds to nearest.
+    # One unit in the last place, relative to the gradient: the two roundings to float16 in kernel and backward.
     floor = torch.finfo(torch.float16).eps * float(R.grad.square().mean().sqrt())
-    assert_accurate(plain.grad, R.grad, N.grad, "grad", floor)
+    assert_accurate(unscaled.grad, R.grad, N.grad, "grad", floor)
     assert_accurate(scaled.grad, 64 * R.grad, 64 * N.grad, "scaled grad", 64 * floor)
 
 
 @pytest.mark.parametrize("scale", [8.0, torch.tensor(8.0), torch.tensor([8.0])], ids=["number", "scalar", "vector"])
 def test_loss_scale(device_backend: str, scale: float | torch.Tensor) -> None:
     case = make_case(12, 20, 3, ignored=0.3)
-    ours, R, N = run_value_and_grad(case, device_backend, scale), truth(case), naive(case)
-    assert_accurate(ours.grad, 8 * R.grad, 8 * N.grad, "grad")
-    assert_accurate(ours.loss, R.loss, N.loss, "loss", 1e-6)
+    factor = torch.tensor(8.0)
+    ours, R, N = run_value_and_grad(case, device_backend, scale), truth(case, factor), naive(case, factor)
+    assert_result(ours, case, R, N, scale=8.0)
 
 
 def test_incoming_gradient_and_retained_graph(device_backend: str) -> None:
@@ -80,7 +85,7 @@ def test_incoming_gradient_and_retained_graph(device_backend: str) -> None:
 
 
 def test_the_loss_may_be_written_to(device_backend: str) -> None:
-    """As loops do that accumulate: `loss /= steps`."""
+    """As in loops that accumulate gradients: `loss /= steps`."""
     case = make_case(4, 10, 2)
     student = case.student.detach().requires_grad_()
     loss = camkd_loss(student, case.teachers, case.target, backend=device_backend).loss

@@ -1,4 +1,4 @@
-"""Random cases: shapes, dtypes, layouts, masks, weightings, temperatures, reductions, against float64."""
+"""Random shapes, dtypes, layouts, masks, weightings, temperatures and reductions against float64."""
 
 import math
 
@@ -8,18 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests.support.backends import BACKENDS
-from tests.support.cases import (
-    MASKED,
-    Case,
-    assert_accurate,
-    fields,
-    naive,
-    poisoned_slice,
-    rms,
-    run,
-    run_value_and_grad,
-    truth,
-)
+from tests.support.cases import MASKED, Case, poisoned_slice
+from tests.support.evaluate import fields, run, run_value_and_grad
+from tests.support.tolerance import assert_accurate, rms
+from tests.support.truth import naive, truth
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "padded", "transposed", "expanded", "rows", "columns"]
@@ -62,7 +54,7 @@ def cases(draw) -> Case:
         z.scatter_add_(1, target.unsqueeze(1), torch.full((N, 1), peak))
         z.masked_fill_(masked, -math.inf)
         if teacher and own_mask:
-            # Every label stays possible in every row, whichever row an expanded layout repeats.
+            # Labels stay unmasked in every row, because an expanded layout repeats one row.
             extra = torch.rand(N, C, generator=generator) < 0.2
             extra[:, target] = False
             z.masked_fill_(extra, -math.inf)
@@ -94,18 +86,18 @@ def cases(draw) -> Case:
 
 
 def magnitude(case: Case, weights: torch.Tensor) -> dict[str, float]:
-    """The size of what is added and subtracted on the way to each result, in float64."""
+    """Size of the terms that are added and subtracted to form each result, in float64."""
     C, T = case.student.shape[-1], case.temperature
     s, *zs = (z.double().reshape(-1, C).clamp(min=MASKED) for z in (case.student, *case.teachers))
     w = weights.reshape(len(zs), -1, 1).abs()
     mixture = sum(w_k * (z / T).softmax(1) for w_k, z in zip(w, zs, strict=True))
     q = (s / T).softmax(1)
     grad = abs(case.soft_weight) * T * (w.sum(0) * q + mixture) + abs(case.hard_weight) * (s.softmax(1) + 1 / C)
-    # Each logarithm of a probability is formed from numbers of the size of the logits.
+    # The logarithm of a probability is a difference of numbers of the size of the logits.
     widest = max([1.0, *(float(z.where(z > MASKED, 0.0).abs().max()) for z in (s, *zs) if z.numel())])
     unsure = 1.0
     if case.weighting == "entropy" and w.numel():
-        # Entropies of nearly certain teachers cancel to rounding noise, and their ratio with them.
+        # The entropy of a nearly certain teacher is mostly rounding error, and so is a ratio of such entropies.
         entropy = sum(torch.special.entr(z.softmax(1)).sum(1) for z in zs)
         unsure += 1.0 / max(float(entropy.min()), 1e-9)
     total = float(w.sum(0).mean()) if w.numel() else 0.0
@@ -133,16 +125,16 @@ def check(case: Case, backend: str) -> None:
     if case.reduction != "none":
         results.append((run_value_and_grad(case, backend), R, N))
     eps = torch.finfo(torch.float32).eps
-    for ours, true, plain in results:
+    for ours, true, eager in results:
         for name, size in sizes.items():
             reduced = name in ("loss", "hard", "soft") and case.reduction != "none"
             scale = max(kept, 1) / divisor if reduced else 2 / divisor if name == "grad" else 1.0
-            # Few numbers: eager may be exact by luck, and the residual may sit among float16's subnormals.
+            # Eager may be exact by luck over a few elements, and float16 gradients may be subnormal, 2^-24 apart.
             floor = 4 * eps * size * scale
             if name == "grad" and ours.grad.dtype == torch.float16:
                 floor += 2.0**-24
-            assert_accurate(getattr(ours, name), getattr(true, name), getattr(plain, name), name, floor)
-        # Without a -inf student there is nothing that may be infinite, and ignored rows are exactly 0.
+            assert_accurate(getattr(ours, name), getattr(true, name), getattr(eager, name), name, floor)
+        # Labels are unmasked and masks of the student apply to the teachers too, so every result is finite.
         assert all(x.isfinite().all() for x in (*fields(ours), ours.grad))
         assert (ours.grad[case.target == case.ignore_index] == 0).all()
 

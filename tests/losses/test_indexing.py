@@ -1,4 +1,4 @@
-"""Offsets beyond 32 bits: far rows cheaply, whole batches of more than 2^31 elements in the slow run (need 7)."""
+"""Offsets beyond 32 bits: a few rows far apart, and in the slow run whole batches of more than 2^31 elements."""
 
 import numpy
 import pytest
@@ -6,11 +6,14 @@ import torch
 
 from camkd_fast import camkd_loss_and_grad, confidence_weights, weighted_feature_loss
 from tests.support.backends import BACKENDS
-from tests.support.cases import Case, assert_result, make_case, naive, rms, run, run_value_and_grad, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import run, run_value_and_grad
+from tests.support.tolerance import assert_near, assert_result, rms
+from tests.support.truth import naive, truth
 
 
 def untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros of which only the pages that are written take memory; torch.zeros would be poisoned or touched first."""
+    """Zeros that take memory only for pages that are written; torch.zeros might touch them all."""
     return torch.from_numpy(numpy.zeros(elements * dtype.itemsize, dtype=numpy.uint8)).view(dtype)
 
 
@@ -25,7 +28,7 @@ def far_apart(values: torch.Tensor, stride: int) -> torch.Tensor:
 @pytest.mark.parametrize("C", [100, 33000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_further_apart_than_2_to_the_31_elements(dtype, C, backend):
-    # The sum of the strides passes 2^31 elements, and each alone 2^31 bytes, where an int overflows first.
+    # Two strides exceed 2^31 elements, and one exceeds 2^31 bytes, where an int offset in bytes overflows.
     case = make_case(3, C, 2, dtype, padded=False)
     stride = 2**30 + 2**20 + 7
     far = case.with_(
@@ -36,8 +39,8 @@ def test_rows_further_apart_than_2_to_the_31_elements(dtype, C, backend):
     assert_result(run(far, backend), far, R, N)
     assert_result(run_value_and_grad(far, backend), far, R, N)
     weights, ce = confidence_weights(far.teachers, far.target, backend=backend)
-    torch.testing.assert_close(weights, R.weights.float())
-    torch.testing.assert_close(ce, R.teacher_ce.float())
+    assert_near(weights, R.weights.float())
+    assert_near(ce, R.teacher_ce.float())
 
 
 def test_batches_of_tokens_further_apart_than_2_to_the_31_elements(backend):
@@ -59,7 +62,7 @@ def test_features_further_apart_than_2_to_the_31_elements(backend):
     student, teacher = (far_apart(x, stride).view(3, 40) for x in near)
     loss = weighted_feature_loss([student], [teacher], torch.ones(1, 3), reduction="none", backend=backend)
     expected = (near[0].double() - near[1].double()).square().mean(1)
-    torch.testing.assert_close(loss, expected.float())
+    assert_near(loss, expected.float())
 
 
 def test_more_rows_than_16_bits(backend):
@@ -71,7 +74,7 @@ def test_more_rows_than_16_bits(backend):
 @pytest.mark.parametrize(("rows", "C"), [(2**31 // 32000 + 9, 32000), (2**31 // 1000 + 9, 1000)])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_more_than_2_to_the_31_elements(backend, rows, C):
-    # 4.3 GB of student and as much of gradient; the teachers are one row each. On `cpu` alone: the reference would
+    # The student takes 4.3 GB and the gradient as much; teachers are one row each. Not on the reference, which would
     # hold a dozen float32 copies.
     generator = torch.Generator().manual_seed(4)
     block = torch.randn(64, C, generator=generator).bfloat16()
@@ -84,7 +87,7 @@ def test_more_than_2_to_the_31_elements(backend, rows, C):
     out, grad = camkd_loss_and_grad(student, teachers, target, reduction="sum", backend=backend)
     small = Case(block, tuple(z[:64] for z in teachers), target[:64], reduction="sum")
     R = truth(small)
-    # Every block of rows is the same, so the last must be the first, bit for bit, and the first the truth.
+    # All blocks of rows are equal: the last must equal the first bit for bit, and the first must be accurate.
     for first in (0, (rows // 128) * 64, (rows // 64 - 1) * 64):
         assert torch.equal(grad[first : first + 64], grad[:64])
     last = (rows - 1) % 64

@@ -1,4 +1,4 @@
-"""The one crossing of a plain call: it takes what it should, declines the rest, and changes no bit of any result."""
+"""The mean in one C++ call: which inputs it accepts and declines, and that no result changes by a bit."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
 from tests.support.backends import BACKENDS
-from tests.support.cases import fields, make_case, run, run_value_and_grad
+from tests.support.cases import make_case
+from tests.support.evaluate import fields, run, run_value_and_grad
 
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
+from camkd_fast.losses.formula import Formula
 
 if torch.__version__ < (2, 10):
     pytest.skip("torch < 2.10 does not let C++ read its tensors", allow_module_level=True)
 
-FORMULA = {"temperature": 4.0, "hard_weight": 1.0, "soft_weight": 1.0, "weighting": "confidence"}
 
-
-def mean_loss(student: Any, teachers: Any, target: Any, **changes: Any) -> cpu_backend.MeanLoss | None:
-    options = {**FORMULA, "ignore_index": -100, "loss_scale": 1.0, **changes}
-    return cpu_backend.mean_loss(student, teachers, target, **options)
+def mean_loss(
+    student: Any, teachers: Any, target: Any, loss_scale: Any = 1.0, **changes: Any
+) -> cpu_backend.MeanLoss | None:
+    return cpu_backend.mean_loss(student, teachers, target, Formula(**changes), loss_scale)
 
 
 def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -44,7 +45,7 @@ def test_a_torch_with_c_functions_is_connected() -> None:
 
 @pytest.fixture
 def general(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A switch between the crossing and the path that every other call takes."""
+    """A switch between the one C++ call and the general path."""
 
     def only_general(yes: bool) -> None:
         monkeypatch.setattr(cpu_backend, "_CONNECTED", not yes)
@@ -70,7 +71,7 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
         hard_weight=0.7,
         soft_weight=0.4,
     )
-    options = {name: case.options()[name] for name in (*FORMULA, "ignore_index")}
+    options = {name: case.options()[name] for name in Formula._fields}
     found = mean_loss(case.student, case.teachers, case.target, **options)
     assert found is not None and all(part is not None for part in found)
     results = []
@@ -80,11 +81,11 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == expected.dtype and ours.shape == expected.shape
         assert ours.is_contiguous()
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+        assert torch.equal(ours, expected)
 
 
 class Wrapped(Tensor):
-    """A tensor whose class may mean anything."""
+    """A tensor subclass."""
 
 
 def strided(z: Tensor) -> Tensor:
@@ -114,34 +115,34 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "teachers as one tensor": (S, torch.stack(Z), Y, {}),
     "teachers as an iterator": (S, iter(Z), Y, {}),
     "no teacher": (S, [None], Y, {}),
-    "teacher that learns": (S, [Z[0].clone().requires_grad_()], Y, {}),
-    "teacher of other rows": (S, [Z[0][:4]], Y, {}),
-    "teacher of other classes": (S, [Z[0][:, :6]], Y, {}),
-    "teacher of other dimensions": (S, [Z[0][None]], Y, {}),
+    "teacher that requires grad": (S, [Z[0].clone().requires_grad_()], Y, {}),
+    "teacher with fewer rows": (S, [Z[0][:4]], Y, {}),
+    "teacher with fewer classes": (S, [Z[0][:, :6]], Y, {}),
+    "teacher with more dimensions": (S, [Z[0][None]], Y, {}),
     "int32 labels": (S, Z, Y.int(), {}),
     "strided labels": (S, Z, torch.stack([Y, Y], 1)[:, 0], {}),
-    "other labels": (S, Z, Y[:4], {}),
+    "fewer labels": (S, Z, Y[:4], {}),
     "label too large": (S, Z, Y.clone().fill_(7), {}),
     "label below 0": (S, Z, Y.clone().fill_(-1), {}),
     "temperature 0": (S, Z, Y, {"temperature": 0.0}),
     "temperature -1": (S, Z, Y, {"temperature": -1}),
     "temperature inf": (S, Z, Y, {"temperature": math.inf}),
-    "temperature that is a tensor": (S, Z, Y, {"temperature": torch.tensor(4.0)}),
+    "temperature a tensor": (S, Z, Y, {"temperature": torch.tensor(4.0)}),
     "temperature true": (S, Z, Y, {"temperature": True}),
-    "temperature too long": (S, Z, Y, {"temperature": 10**400}),
+    "temperature beyond float64": (S, Z, Y, {"temperature": 10**400}),
     "hard weight nan": (S, Z, Y, {"hard_weight": math.nan}),
-    "soft weight in words": (S, Z, Y, {"soft_weight": "1"}),
+    "soft weight a string": (S, Z, Y, {"soft_weight": "1"}),
     "unknown weighting": (S, Z, Y, {"weighting": "confident"}),
     "given weights": (S, Z, Y, {"weighting": torch.ones(3)}),
-    "ignore_index in words": (S, Z, Y, {"ignore_index": "none"}),
-    "ignore_index too long": (S, Z, Y, {"ignore_index": 2**64}),
-    "loss scale that is a tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0)}),
+    "ignore_index a string": (S, Z, Y, {"ignore_index": "none"}),
+    "ignore_index beyond int64": (S, Z, Y, {"ignore_index": 2**64}),
+    "loss scale a tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0)}),
     "loss scale nan": (S, Z, Y, {"loss_scale": math.nan}),
 }
 
 
 @pytest.mark.parametrize("name", DECLINED)
-def test_what_is_not_plain_is_declined(name):
+def test_unsupported_or_invalid_input_is_declined(name):
     student, teachers, target, options = DECLINED[name]
     assert mean_loss(student, teachers, target, **options) is None
 
@@ -162,7 +163,7 @@ def test_tensors_without_memory_of_their_own_are_declined():
     assert seen == [None, None]
 
 
-def test_rows_of_any_stride_are_taken():
+def test_rows_of_any_stride_are_accepted():
     student, teachers, target = batch(8, 9)
     wide = torch.full((16, 20), math.nan)
     wide[::2, 3:12] = student
@@ -171,7 +172,7 @@ def test_rows_of_any_stride_are_taken():
         assert found is not None and found[2] is not None and found[2].is_contiguous()
 
 
-def test_a_gradient_only_where_somebody_wants_it():
+def test_the_gradient_is_computed_only_if_needed():
     student, teachers, target = batch()
     assert mean_loss(student, teachers, target, loss_scale=None)[2] is None
     assert mean_loss(student, teachers, target)[2].shape == student.shape
@@ -187,8 +188,8 @@ def test_every_row_ignored():
     assert all(not bool(x.any()) for x in (*fields(out), grad))
 
 
-def test_what_it_made_outlives_the_call_and_what_it_read():
-    """Small tensors and one of recycled pages: written over by nobody, released by their last owner."""
+def test_outputs_outlive_inputs_and_later_calls():
+    """Small tensors, and one in recycled memory, which is released by its last owner."""
     for N, C in ((3, 5), (300, 1000)):
         case = make_case(N, C, padded=False)
         out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target)
@@ -198,11 +199,11 @@ def test_what_it_made_outlives_the_call_and_what_it_read():
         gc.collect()
         others = [camkd_loss_and_grad(*batch(N, C)) for _ in range(5)]
         for part, copy in zip(parts, kept, strict=True):
-            torch.testing.assert_close(part, copy, rtol=0, atol=0)
+            assert torch.equal(part, copy)
         del others
 
 
-def test_in_place_on_the_results():
+def test_results_may_be_changed_in_place():
     student, teachers, target = batch()
     out, grad = camkd_loss_and_grad(student, teachers, target)
     value = float(out.loss)
@@ -213,7 +214,7 @@ def test_in_place_on_the_results():
     assert float(again.loss) == value and not torch.equal(fresh, grad)
 
 
-def test_references_are_given_back():
+def test_reference_counts_are_restored():
     student, teachers, target = batch()
     objects = [student, *teachers, target, teachers]
     before = [sys.getrefcount(x) for x in objects]
@@ -224,7 +225,7 @@ def test_references_are_given_back():
     assert [sys.getrefcount(x) for x in objects] == before
 
 
-def test_memory_is_given_back():
+def test_memory_does_not_grow():
     script = """
 import torch
 from camkd_fast import camkd_loss, camkd_loss_and_grad
@@ -268,9 +269,9 @@ def test_from_many_threads():
 
 
 def test_a_torch_without_c_functions(general):
-    """As before torch 2.10: the general path, which says the same."""
+    """As before torch 2.10: the general path is taken."""
     assert not cpu_backend._C.connect_tensors(None, Tensor, nn.Parameter)
-    assert mean_loss(*batch()) is not None  # the refused connection left the earlier one alone
+    assert mean_loss(*batch()) is not None  # the refused connection did not replace the earlier one
     general(True)
     assert mean_loss(*batch()) is None
     student, teachers, target = batch()

@@ -1,4 +1,4 @@
-"""Peak memory beyond the inputs, measured as the process's resident set (need 11)."""
+"""Peak memory beyond the inputs, measured as the resident set of a process."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from tests.support.backends import BACKENDS
 ROOT = Path(__file__).parents[2]
 MB = 2**20
 
-# The kernel's own high-water mark, reset after the inputs exist and after a small call has loaded everything there is
-# to load. Inputs are filled in place: a generator that allocates would raise the mark by itself.
+# Reads the high-water mark of the operating system, reset after the inputs exist and a small call has loaded all
+# libraries. Inputs are filled in place, because a generator that allocates would raise the mark.
 SCRIPT = """
 import json, sys, torch
 from camkd_fast import camkd_loss, camkd_loss_and_grad
@@ -53,7 +53,7 @@ def measure(entry: str, backend: str, N: int, C: int, K: int, dtype: str) -> dic
     return json.loads(done.stdout)
 
 
-# 2048 x 32000, K = 3, float32 is the size that the promise names; the others have a small gradient or none to hide in.
+# 2048 x 32000, K = 3, float32 is the documented size. The gradients of the others are small and hide less.
 @pytest.mark.parametrize("entry", ["camkd_loss", "camkd_loss_and_grad"])
 @pytest.mark.parametrize(
     ("N", "C", "K", "dtype"), [(2048, 32000, 3, "float32"), (512, 128256, 3, "bfloat16"), (65536, 100, 5, "float32")]
@@ -61,12 +61,12 @@ def measure(entry: str, backend: str, N: int, C: int, K: int, dtype: str) -> dic
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_one_gradient_and_16_mb(backend, N, C, K, dtype, entry):
     used = measure(entry, backend, N, C, K, dtype)
-    numbers = 4 * (3 + 3 * K) * N
+    row_stats = 4 * (3 + 3 * K) * N
     assert used["beyond"] >= used["gradient"] / 2, "the measurement sees nothing"
-    assert used["beyond"] <= used["gradient"] + numbers + 16 * MB, f"{used['beyond'] / MB:.1f} MB"
+    assert used["beyond"] <= used["gradient"] + row_stats + 16 * MB, f"{used['beyond'] / MB:.1f} MB"
 
 
 def test_the_measurement_sees_a_copy():
-    # The reference makes float32 copies of every input, which is what the promise excludes.
+    # The reference makes float32 copies of every input.
     used = measure("camkd_loss", "reference", 512, 32000, 3, "float32")
     assert used["beyond"] > 2 * used["gradient"] + 16 * MB

@@ -1,4 +1,4 @@
-"""One batch however it is cut: accumulation, data parallel in simulation and in processes (need 6)."""
+"""One batch in parts: gradient accumulation and data parallelism, simulated and in processes."""
 
 import os
 import subprocess
@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
-from tests.support.cases import Case, assert_accurate, fields, make_case, naive, truth
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import fields
+from tests.support.tolerance import assert_accurate, assert_near
+from tests.support.truth import naive, truth
 
 ROOT = Path(__file__).parents[2]
 
 
 def ragged(dtype: torch.dtype = torch.float32) -> Case:
-    """32 rows, of which the four quarters keep very different numbers, the last none at all."""
+    """32 rows in four quarters with 1, 5, 8 and 0 rows that are not ignored."""
     case = make_case(32, 129, dtype=dtype, peaked=True)
     target = case.target.clone()
     for first, length in ((0, 1), (8, 5), (16, 8), (24, 0)):
@@ -47,7 +50,7 @@ def test_accumulation_with_num_items(as_tensor, pieces, dtype, backend):
         direct.append(camkd_loss_and_grad(part.student, part.teachers, part.target, **options)[1])
     assert_accurate(torch.cat(gradients), R.grad, N.grad)
     assert_accurate(torch.cat(direct), R.grad, N.grad)
-    torch.testing.assert_close(total, R.loss.float())
+    assert_near(total, R.loss.float())
 
 
 @pytest.mark.parametrize("pieces", [2, 4])
@@ -56,11 +59,11 @@ def test_rows_do_not_see_each_other(pieces, backend):
     whole = camkd_loss(case.student, case.teachers, case.target, reduction="none", backend=backend)
     cut = [camkd_loss(p.student, p.teachers, p.target, reduction="none", backend=backend) for p in parts(case, pieces)]
     for expected, *pieces_of_it in zip(fields(whole), *map(fields, cut), strict=True):
-        torch.testing.assert_close(torch.cat(pieces_of_it, dim=-1), expected)
+        assert_near(torch.cat(pieces_of_it, dim=-1), expected)
 
 
 def test_data_parallel_in_simulation(backend):
-    # Four ranks average their gradients; with num_items = kept / ranks the average is the gradient of the whole.
+    # Four ranks average their gradients. With num_items = kept / ranks the average is the gradient of the whole batch.
     case, ranks = ragged(), 4
     weight = torch.randn(129, 129, generator=torch.Generator().manual_seed(1))
     kept = int((case.target != -100).sum())
@@ -78,7 +81,7 @@ def test_data_parallel_in_simulation(backend):
 RANK = """
 import sys, torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # DDP imports it; after init_process_group it would hold the group to the end
+import torch.distributed.nn.functional  # before init_process_group, or it keeps a reference to the group
 from torch.nn.parallel import DistributedDataParallel
 from camkd_fast import camkd_loss
 
@@ -98,7 +101,7 @@ out = camkd_loss(
 out.loss.backward()
 if rank == 0:
     torch.save(body.weight.grad, answer)
-# A group that something still holds ends with the interpreter, and now and then its threads abort the process.
+# A group with references left is destroyed at exit, where its threads sometimes abort the process.
 del parallel, out
 dist.destroy_process_group()
 """

@@ -1,52 +1,53 @@
-"""Imports point one way (architecture): read from the source, so that a lazy import counts as well."""
+"""Imports point one way: cli -> experiments -> train -> {data, models, losses}, losses -> backends -> {_C, kernels}.
+
+Read from the source, so that an import inside a function counts as well.
+"""
+
+from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "camkd_fast"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-# Who may import whom within the package; a name stands for the module and everything in it. Nothing else may.
-BELOW = {
-    "reference": set(),
-    "native": {"_C", "reference"},
-    "cuda_kernels": {"_C", "native", "reference"},
-    "dispatch": {"reference"},
-    "checks": {"dispatch", "native"},
-    "rows": set(),
-    "logit_op": {"checks", "dispatch", "reference", "rows"},
-    "logit_output": {"reference"},
-    "logit_loss": {"checks", "dispatch", "logit_op", "logit_output", "reference", "rows"},
-    "feature_op": {"checks", "dispatch", "reference", "rows"},
-    "feature_loss": {"checks", "dispatch", "feature_op"},
-    "__init__": {"feature_loss", "logit_loss"},
+# What each part of the package may import besides itself: parts, or single modules of a part. The formula is a leaf of
+# `losses` that everybody may import, and the contract a leaf of `backends`.
+FORMULA, CONTRACT = "losses.formula", "backends.contract"
+PARTS = {
+    "kernels": {FORMULA, CONTRACT},
+    "backends": {FORMULA, "_C", "kernels"},
+    "losses": {"backends"},
+    "models": set(),
+    "data": set(),
+    "report": set(),
+    "train": {"models", "data", "losses", "camkd_fast"},
+    "experiments": {"train", "models", "data", "report", "losses", "camkd_fast"},
+    "__init__": {"losses.logit", "losses.feature"},
+    "__main__": {"cli"},
 }
-LOSSES = {"camkd_fast", "logit_loss", "feature_loss", "reference"}
-LAYERS = {
-    "baselines": LOSSES,
-    "models": {"models"},
-    "data": {"data"},
-    "train": {"train", "models", "data", "baselines", "dispatch", "report", *LOSSES},
-    "report": {"report"},
-}
+# `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
+ORDER = {
+    "backends": ["contract", "reference", "compiled", "cpu", "cuda", "dispatch", "__init__"],
+    "losses": [
+        "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "logit_op",
+        "confidence_op", "feature_op", "evaluate", "logit", "feature",
+    ],
+}  # fmt: skip
 
 
-def imported(path: Path, top_level_only: bool = False) -> set[str]:
-    """Absolute dotted names of everything that a file imports, from anywhere in it or at import time only."""
-    tree = ast.parse(path.read_text())
-    nodes = list(ast.walk(tree))
-    if top_level_only:
-        inside = {id(n) for f in nodes if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
-        nodes = [n for n in nodes if id(n) not in inside]
+def imported(path: Path) -> set[str]:
+    """Absolute dotted names of everything that a file imports, from anywhere in it."""
     package = list(path.relative_to(ROOT).with_suffix("").parts)
     if path.is_relative_to(ROOT / "kernels"):
         package.insert(0, "camkd_fast")
     names = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -56,42 +57,58 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     return names
 
 
+def is_module(name: str) -> bool:
+    path = PACKAGE / name.replace(".", "/")
+    in_kernels = ROOT / "kernels" / name.removeprefix("kernels.").replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists() or in_kernels.with_suffix(".py").exists()
+
+
 def ours(path: Path) -> set[str]:
-    """First component below camkd_fast of each import of ours; "camkd_fast" for the package's own public names."""
+    """Modules of ours that a file imports, below camkd_fast; "camkd_fast" for the package's public names."""
     found = set()
     for name in imported(path):
-        head, *rest = name.split(".")
-        if head == "camkd_fast":
-            part = rest[0] if rest else "camkd_fast"
-            exists = (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() or part in ("_C", "kernels")
-            found.add(part if exists else "camkd_fast")
+        head, _, rest = name.partition(".")
+        if head != "camkd_fast":
+            continue
+        while rest and rest not in ("_C", "kernels") and not is_module(rest):
+            rest = rest.rpartition(".")[0]
+        found.add(rest or "camkd_fast")
     return found
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0] if path.is_relative_to(PACKAGE) else "kernels"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_package_imports_point_one_way(path):
-    name = name_of(path)
-    if name in ("cli", "__main__"):
-        return  # the top: whatever it imports, nothing may import it (below)
-    allowed = BELOW.get(name, LAYERS.get(name))
-    assert allowed is not None, f"{name} has no place in the layers: say here what it may import"
-    assert ours(path) <= allowed, f"{name} imports {sorted(ours(path) - allowed)}"
+@pytest.mark.parametrize("path", [*MODULES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_parts_import_one_way(path):
+    part = part_of(path)
+    if part == "cli":
+        return  # at the top: it may import everything
+    assert part in PARTS, f"{part} has no place in the layers: say here what it may import"
+    for name in ours(path):
+        allowed = any(name == other or name.startswith(f"{other}.") for other in {part, *PARTS[part]})
+        assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_modules_of_losses_and_backends_import_one_way(part):
+    order = ORDER[part]
+    assert sorted(order) == sorted(path.stem for path in (PACKAGE / part).glob("*.py"))
+    for path in (PACKAGE / part).glob("*.py"):
+        if path.stem == "__init__" and part == "backends":
+            continue  # it exports what the others define
+        for name in ours(path):
+            head, _, module = name.partition(".")
+            if head == part and module and "." not in module:
+                # dispatch imports every backend, for the type checker and at run time
+                assert order.index(module) < order.index(path.stem), f"{part}.{path.stem} imports {name}"
 
 
 def test_nothing_imports_the_command_line():
     for path in MODULES:
-        if name_of(path) not in ("cli", "__main__"):
-            assert "cli" not in ours(path)
-
-
-@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
-def test_kernels_import_nothing_of_ours_but_kernels(path):
-    # `camkd_fast.backends.reference` holds the RowLoss that a backend returns; the package's other modules are above it.
-    assert ours(path) <= {"kernels", "reference"}
+        if part_of(path) not in ("cli", "__main__"):
+            assert not any(name.split(".")[0] == "cli" for name in ours(path))
 
 
 @pytest.mark.parametrize("path", [*MODULES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
@@ -100,21 +117,19 @@ def test_the_package_never_imports_tests_or_benchmarks(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_triton_is_imported_by_kernels_alone(path):
+def test_triton_is_imported_only_by_kernels(path):
     assert "triton" not in {name.split(".")[0] for name in imported(path)}
 
 
-def test_only_train_needs_more_than_torch():
-    light = {"reference", "native", "cuda_kernels", "dispatch", "checks", "rows", "__init__"}
-    light |= {"logit_op", "logit_output", "feature_op", "logit_loss", "feature_loss"}
-    for path in MODULES:
-        if path.parent == PACKAGE and name_of(path) in light:
+def test_losses_and_backends_need_only_torch():
+    for path in [*MODULES, *KERNELS]:
+        if part_of(path) in ("losses", "backends", "kernels", "__init__"):
             heads = {name.split(".")[0] for name in imported(path)}
-            third_party = heads - {"torch", "camkd_fast"} - set(__import__("sys").stdlib_module_names)
+            third_party = heads - {"torch", "camkd_fast", "triton"} - set(sys.stdlib_module_names)
             assert not third_party, f"{path.name} imports {third_party}"
 
 
-def test_kernels_of_csrc_know_nothing_of_torch():
+def test_compiled_kernels_know_nothing_of_torch():
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources
     for path in sources:
@@ -128,3 +143,14 @@ def test_no_module_is_named_like_a_dependency():
     dependencies = {"torch", "triton", "timm", "dali", "nvidia", "numpy", "sklearn", "matplotlib", "tqdm", "PIL"}
     dependencies |= {"yaml", "tyro", "tensorboard", "safetensors", "onnx", "onnxruntime", "onnxscript"}
     assert not dependencies & {path.stem for path in MODULES}
+
+
+def test_one_name_for_one_thing():
+    """No two modules of the package and the benchmarks share a name, but for a data set and its benchmark."""
+    shared = {"__init__", "__main__", "fashion_mnist"}
+    names: dict[str, Path] = {}
+    for path in [*MODULES, *sorted((ROOT / "benchmarks").glob("*.py"))]:
+        if path.stem in shared:
+            continue
+        assert path.stem not in names, f"{path} and {names[path.stem]}"
+        names[path.stem] = path

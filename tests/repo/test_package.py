@@ -1,4 +1,4 @@
-"""Import, fallback and installation (needs 13, 14): in processes of their own, with what is missing blocked."""
+"""Import, fallback and installation, in new processes where the missing modules are blocked."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Stands in for a machine on which the modules named on the command line are not installed.
+# Acts as a machine without the modules in ABSENT.
 BLOCK = """
 import sys
 class Absent:
@@ -38,7 +38,7 @@ def python(code: str, absent: tuple[str, ...] = (), **environment: str) -> str:
 
 
 def test_import_costs_less_than_two_seconds_beyond_torch():
-    # Processor time: the promise is about what is imported, not about how busy this machine is.
+    # Processor time, so that other work on the machine does not count.
     code = """
 import time, torch
 start = time.process_time()
@@ -48,7 +48,7 @@ print(time.process_time() - start)
     assert float(python(code)) < 2.0
 
 
-def test_import_loads_neither_triton_nor_what_training_needs():
+def test_import_loads_neither_triton_nor_training_dependencies():
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -90,7 +90,7 @@ def test_without_the_compiled_module_auto_falls_back_and_warns_once():
     warning, explanation, refusal, label, one_kept, one = python(code, absent=("camkd_fast._C",)).splitlines()
     assert "label 10, but there are 10 classes" in label
     assert float(one_kept) == pytest.approx(float(one), rel=1e-5)
-    assert "plain PyTorch" in warning and "cpu" in warning
+    assert "PyTorch" in warning and "cpu" in warning
     assert explanation.startswith("reference (cpu:")
     assert "'cpu' cannot run here" in refusal and "_C" in refusal
 
@@ -130,7 +130,7 @@ def test_public_names():
 
 @pytest.mark.slow
 def test_wheel_builds_without_torch(tmp_path):
-    # A virtual environment without torch, and the build isolation that every user gets.
+    # A virtual environment without torch, with the default build isolation.
     venv.create(tmp_path / "clean", with_pip=True)
     clean = tmp_path / "clean" / "bin" / "python"
     source = tmp_path / "source"
@@ -140,7 +140,7 @@ def test_wheel_builds_without_torch(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     command = [clean, "-m", "pip", "wheel", str(source), "--no-deps", "-w", tmp_path / "wheels"]
-    # 60 s on two cores, as processor time: other work on the machine is not the build's.
+    # 60 s on two cores, as processor time, so that other work on the machine does not count.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
-"""What tests share: cases, contracts, small models and data."""
+"""Shared by the tests: cases, contracts, small models and data."""
 
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("cases", "op_contract", "row_contract", "loader_data"))
+    *(f"{__name__}.{name}" for name in ("tolerance", "op_contract", "row_contract", "loader_data"))
 )

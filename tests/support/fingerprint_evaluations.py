@@ -18,7 +18,8 @@ from camkd_fast import (
     confidence_weights,
     weighted_feature_loss,
 )
-from tests.support.cases import Case, fields, make_case, poisoned_slice
+from tests.support.cases import Case, make_case, poisoned_slice
+from tests.support.evaluate import fields
 from tests.support.fingerprint_cases import Spec
 
 MIXED = (torch.float16, torch.float32, torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Where the tests of this folder run: every backend on the GPU; without one the compiled CPU backend stands in.
+"""Where tests/gpu runs: every backend on the GPU, or the compiled CPU backend on a machine without one.
 
-The stand-in is a rehearsal of the tests, not of the kernels: it runs each test's own code, so that none of it is
-executed for the first time on a rented machine. Tests that are about the GPU itself ask for `gpu` and are skipped.
+The CPU run is a rehearsal of the tests, not of the kernels: it executes each test's own code, so that a mistake in it
+does not show for the first time on a GPU machine. Tests of the GPU itself use the fixture `gpu` and are skipped.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def _on_gpu(backend: str) -> object:
 
 REAL = [_on_gpu(backend) for backend in ("cuda", "triton", "reference")]
 STAND_IN = Place(torch.device("cpu"), "cpu" if dispatch.availability("cpu").usable else "reference")
-# One skipped line says what three would.
+# Without a GPU one skipped line is enough for its three backends.
 PLACES = REAL if torch.cuda.is_available() else [pytest.param(STAND_IN, id="rehearsal"), REAL[0]]

@@ -67,8 +67,7 @@ def load_module() -> ModuleType:
 
 
 def race_check(*dropped: str) -> subprocess.CompletedProcess[str]:
-    """Runs every kernel under ThreadSanitizer, with the barriers and waits in `dropped` (BLOCK_BARRIER, COPIES_WAIT ...)
-    compiled out."""
+    """Runs every kernel under ThreadSanitizer without the barriers and waits in `dropped`, such as BLOCK_BARRIER."""
     flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
     program = _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
     # This sanitizer cannot handle the address space randomisation of some Linux kernels.

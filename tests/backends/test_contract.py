@@ -1,0 +1,88 @@
+"""What holds for every backend without running a kernel: signatures, constants, label counting."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from camkd_fast.backends import contract, dispatch, reference
+from camkd_fast.backends.contract import Backend
+from camkd_fast.losses.formula import WEIGHTINGS, Formula
+from tests.support.backends import BACKENDS
+from tests.support.row_contract import assert_agrees, assert_means
+
+FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
+
+
+def module_of(name: str):
+    if not dispatch.availability(name).usable and name != "cuda":
+        pytest.skip(dispatch.availability(name).reason)
+    return importlib.import_module(dispatch._MODULES[name])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_signatures(name, function):
+    if name in ("cpu", "cuda") and "cpu" not in BACKENDS:
+        pytest.skip("no compiled module")
+    wanted = list(inspect.signature(getattr(Backend, function)).parameters.values())[1:]
+    given = list(inspect.signature(getattr(module_of(name), function)).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in wanted]
+
+
+def test_six_functions():
+    assert len(FUNCTIONS) == 6
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_mean(name):
+    """No caller requests it for CPU tensors, whose labels the host counts; the contract holds all the same."""
+    student, teachers = torch.randn(9, 20), [torch.randn(9, 20) for _ in range(3)]
+    for scale in (1.0, 8.0, torch.tensor([8.0])):
+        assert_means(module_of(name).row_loss, student, teachers, torch.randint(20, (9,)), scale)
+    assert_agrees(module_of(name).row_loss, student, teachers, torch.randint(20, (9,)))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 4], (3, None)),
+        ([0, -7, 4], (2, None)),
+        ([-7, -7], (0, None)),
+        ([], (0, None)),
+        ([1, 5, 9, -7], (None, 5)),
+    ],
+)
+def test_label_counters_agree(name, labels, expected):
+    valid, invalid = module_of(name).count_labels(torch.tensor(labels, dtype=torch.int64), 5, -7)
+    assert invalid == expected[1] and (expected[0] is None or valid == expected[0])
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
+def test_constants_of_the_compiled_module(monkeypatch):
+    from camkd_fast import _C
+    from camkd_fast.backends import compiled
+
+    assert (_C.MAX_TEACHERS, _C.TEMPERATURE_POWERS) == (contract.MAX_TEACHERS, contract.TEMPERATURE_POWERS)
+    assert _C.WEIGHTINGS == WEIGHTINGS and len(Formula._fields) == _C.FORMULA_FIELDS
+    monkeypatch.setattr(contract, "MAX_TEACHERS", 17)
+    with pytest.raises(ImportError, match="most teachers are 16, expected 17"):
+        importlib.reload(compiled)
+    monkeypatch.undo()
+    importlib.reload(compiled)
+
+
+def test_rows_are_named_in_order():
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    result = reference.row_loss(logits, [logits * 2, logits + 1], target, Formula(), needs_grad=False)
+    assert result.row_stats.shape[0] == contract.row_stats_count(2)
+    hard = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(result.row_stats[contract.HARD], hard, rtol=1e-5, atol=0.0)
+    stacked = torch.cat(
+        [result.row_stats[: contract.PER_TEACHER], result.divergence, result.teacher_ce, result.weights]
+    )
+    assert torch.equal(stacked, result.row_stats)

@@ -1,0 +1,53 @@
+"""Who multiplies the gradient by loss_scale / divisor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from camkd_fast.losses.scale_plan import inverse_divisor, plan_scales
+
+F32, F16 = torch.float32, torch.float16
+SCALES = [None, 8.0, torch.tensor(8.0), torch.tensor([8.0])]
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, F16], ids=str)
+@pytest.mark.parametrize("loss_scale", SCALES, ids=["none", "number", "scalar", "vector"])
+@pytest.mark.parametrize("inverse", [1.0, 0.25, torch.tensor([0.25])], ids=["one", "number", "tensor"])
+def test_the_invariant(inverse, loss_scale, dtype, tracing):
+    plan = plan_scales(inverse, loss_scale, dtype, F32, tracing)
+    expected = float(inverse) * (1.0 if loss_scale is None else float(loss_scale))
+    assert float(plan.in_kernel) * float(plan.in_backward) == expected
+    assert plan.inverse_divisor is inverse and not plan.mean_in_kernel
+    if loss_scale is not None:
+        assert plan.in_backward == 1.0  # the kernel writes the finished gradient
+    if isinstance(plan.in_kernel, torch.Tensor):
+        assert plan.in_kernel.shape == (1,) and plan.in_kernel.dtype == F32
+
+
+@pytest.mark.parametrize("loss_scale", SCALES, ids=["none", "number", "scalar", "vector"])
+def test_the_invariant_if_the_kernel_counts(loss_scale):
+    plan = plan_scales(None, loss_scale, F32, F32)
+    assert plan.mean_in_kernel
+    assert float(plan.in_kernel) * float(plan.in_backward) == (1.0 if loss_scale is None else float(loss_scale))
+
+
+def test_float16_is_divided_in_backward_without_a_loss_scale():
+    assert plan_scales(1 / 4096, None, F16, F32)[:2] == (1.0, 1 / 4096)
+    assert plan_scales(1 / 4096, 1.0, F16, F32)[:2] == (1 / 4096, 1.0)
+    assert plan_scales(1 / 4096, None, F32, F32)[:2] == (1 / 4096, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_items", "valid", "expected"),
+    [(None, 4, 0.25), (None, 0, 1.0), (None, None, 1 / 3), (5, 4, 0.2), (torch.tensor(5), 4, 0.2)],
+    ids=["counted", "no valid row", "on the device", "number", "tensor"],
+)
+def test_the_divisor(num_items, valid, expected):
+    labels = torch.tensor([1, -100, 2, 0])
+    inverse = inverse_divisor(num_items, valid, labels, -100, F32)
+    assert float(inverse) == float(torch.tensor(expected, dtype=F32)) or inverse == expected
+    assert isinstance(inverse, torch.Tensor) == (
+        isinstance(num_items, torch.Tensor) or (num_items, valid) == (None, None)
+    )
