@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import environment, results, suite_tables, timer
 
-WRITTEN = pytest.StashKey[list[str]]()
+SUMMARIES: list[str] = []  # tables of this session, printed at its end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "deterministic algorithms are on, so torch fills new memory: run the benchmarks in a process of their own"
         )
-    config.stash[WRITTEN] = []
 
 
 @dataclass
@@ -91,9 +90,9 @@ def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     yield suite
     if suite.rows:
         path = results.write(suite.folder, suite.name, suite.result())  # notes may come after the last row
-        request.config.stash[WRITTEN].append(f"{suite_tables.text(suite.name, suite.result())}\nwritten to {path}")
+        SUMMARIES.append(f"{suite_tables.text(suite.name, suite.result())}\nwritten to {path}")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for text in config.stash[WRITTEN]:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for text in SUMMARIES:
         terminalreporter.write_line(f"\n{text}")

@@ -38,9 +38,8 @@ def identifiers_apart(line: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line.replace("_", " "))
 
 
-# The field's own uses: pytest's stash, residual blocks, and a teacher of the study that is called plain.
+# Residual blocks, and a teacher of the study that is named plain.
 OTHER_USES = {
-    "benchmarks/conftest.py": r"StashKey|config\.stash",
     "camkd_fast/models/": r"(?i)residual",
     "benchmarks/study/": r"\bplain\b",
     "docs/strategies.md": r"\bplain\b",
