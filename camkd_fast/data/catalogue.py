@@ -58,7 +58,7 @@ def load(
     if name == "digits":
         if root is not None or validation != 0.1 or size is not None:
             raise ValueError(
-                f"digits are 8x8 images from scikit-learn, always with {VALIDATION} validation images: "
+                f"digits come with scikit-learn as 8x8 images, with {VALIDATION} validation images: "
                 f"leave out root, validation and size, got {root}, {validation} and {size}"
             )
         return load_digits(split_seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .images import LabelledImages
 
-# Statistics of the ImageNet training set, in pixel levels, with which ImageNet models are trained.
+# Statistics of the ImageNet training set, in pixel levels: the usual normalisation of ImageNet models.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 

@@ -43,7 +43,7 @@ def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int 
 
 
 def load_tiny_imagenet(root: Path, size: int = 64) -> tuple[ImageFiles, ImageFiles]:
-    """Load the training images and, for testing, the validation images: the published test images have no labels.
+    """Load the training images, and the validation images as test split: the published test images have no labels.
 
     Args:
         root: the extracted folder tiny-imagenet-200, or its parent.

@@ -35,7 +35,10 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection: (N, D_in, H, W) -> (N, D, ceil(H/stride), ...)."""
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection.
+
+    (N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from camkd_fast import models
 from camkd_fast.models.protocol import Prediction, feature_model, predict
+from tests.support.models import with_random_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,7 +93,7 @@ def shuffled(x: Tensor, groups: int) -> Tensor:
 
 
 def shufflenet_v1(x: Tensor, w: Weights) -> Tensor:
-    """arXiv 1707.01083, figure 2 (b) and (c), 3 groups; the first grouped convolution of all is not grouped."""
+    """arXiv 1707.01083, figure 2 (b) and (c), 3 groups; the first 1x1 convolution after the stem is not grouped."""
     x = w.conv_norm(x, 1).relu()
     for stage, repeats in enumerate((4, 8, 4)):
         for repeat in range(repeats):
@@ -105,7 +106,7 @@ def shufflenet_v1(x: Tensor, w: Weights) -> Tensor:
 
 
 def shufflenet_v2(x: Tensor, w: Weights) -> Tensor:
-    """arXiv 1807.11164, figure 3 (c) and (d)."""
+    """arXiv 1807.11164, figure 3 (c) and (d), in the order (d), then (c)."""
     x = w.conv_norm(x, 1).relu()
     for repeats in (4, 8, 4):
         for repeat in range(repeats):
@@ -133,15 +134,9 @@ FAMILIES: dict[str, Callable[[Tensor, Weights], Tensor]] = {
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_the_forward_pass_is_the_papers(name: str, size: int) -> None:
+def test_the_forward_pass_matches_the_paper(name: str, size: int) -> None:
     torch.manual_seed(0)
-    model = models.create(name, 7).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.3, 2.0)
+    model = with_random_norms(models.create(name, 7)).double().eval()
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     weights = Weights(model)
     expected = weights.classify(FAMILIES[name](images, weights))

@@ -13,21 +13,11 @@ from torch import Tensor, nn
 
 from camkd_fast import models
 from camkd_fast.models.protocol import Prediction, feature_model, predict
+from tests.support.models import with_random_norms
 
 ONE_PER_FAMILY = ("resnet8", "wrn-16-2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """The model in training mode, with distinct random batch-norm parameters and statistics."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.3, 2.0)
-    return model.train()
 
 
 def norms(model: nn.Module) -> int:
@@ -46,7 +36,7 @@ def error(got: Prediction, exact: Prediction) -> float:
 
 @pytest.mark.parametrize("name", models.names())
 def test_folding_is_exact_up_to_rounding(name: str) -> None:
-    model = settled(models.create(name, 10)).double()
+    model = with_random_norms(models.create(name, 10)).double()
     images = torch.randn(3, 3, 16, 16).double()
     frozen = models.freeze(model)
     # Wide ResNets fold the norm after each block's first convolution and the one after the stem.
@@ -63,7 +53,7 @@ def test_folding_is_exact_up_to_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_is_not_modified(name: str) -> None:
-    model = settled(models.create(name, 10))
+    model = with_random_norms(models.create(name, 10))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     frozen = models.freeze(model, torch.bfloat16, channels_last=True)
     after = model.state_dict()
@@ -77,7 +67,7 @@ def test_the_original_is_not_modified(name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_frozen_means_evaluation_mode_without_parameter_gradients(name: str) -> None:
-    frozen = models.freeze(settled(models.create(name, 10, 1)))
+    frozen = models.freeze(with_random_norms(models.create(name, 10, 1)))
     assert not any(module.training for module in frozen.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert (frozen.num_classes, type(frozen)) == (10, type(models.create(name, 10, 1)))
@@ -90,7 +80,7 @@ def test_frozen_means_evaluation_mode_without_parameter_gradients(name: str) -> 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_low_precision_costs_no_more_than_a_cast(name: str) -> None:
-    model = settled(models.create(name, 10))
+    model = with_random_norms(models.create(name, 10))
     images = torch.randn(4, 3, 32, 32)
     exact = evaluated(models.freeze(model, torch.float64), images.double())
     frozen = models.freeze(model, torch.bfloat16, channels_last=True)
@@ -107,7 +97,7 @@ def test_low_precision_costs_no_more_than_a_cast(name: str) -> None:
 
 
 def test_a_frozen_model_compiles_in_one_graph() -> None:
-    frozen = models.freeze(settled(models.create("wrn-16-2", 10)))
+    frozen = models.freeze(with_random_norms(models.create("wrn-16-2", 10)))
     images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(frozen, fullgraph=True, backend="eager")
     assert torch.equal(compiled(images), frozen(images))
@@ -227,7 +217,7 @@ class UnknownNorm(TwoConvolutions):
 def test_a_convolution_is_folded_only_if_it_feeds_one_norm_and_nothing_else(
     kind: type[TwoConvolutions], remaining: int
 ) -> None:
-    model = settled(kind()).double()
+    model = with_random_norms(kind()).double()
     images = torch.randn(3, 3, 9, 9).double()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -238,7 +228,7 @@ def test_a_convolution_is_folded_only_if_it_feeds_one_norm_and_nothing_else(
 
 
 def test_a_hooked_convolution_is_not_folded() -> None:
-    model = settled(TwoConvolutions()).double()
+    model = with_random_norms(TwoConvolutions()).double()
     model.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
     images = torch.randn(3, 3, 9, 9).double()
     frozen = models.freeze(model)
@@ -247,7 +237,7 @@ def test_a_hooked_convolution_is_not_folded() -> None:
 
 
 def test_norms_without_statistics_or_scales() -> None:
-    model = settled(TwoConvolutions())
+    model = with_random_norms(TwoConvolutions())
     model.bn1 = nn.BatchNorm2d(6, track_running_stats=False)
     model.bn2 = nn.BatchNorm2d(6, affine=False)
     images = torch.randn(3, 3, 9, 9).double()
@@ -265,7 +255,7 @@ def test_norms_without_statistics_or_scales() -> None:
     mode=st.sampled_from(["zeros", "reflect", "circular"]),
 )
 def test_any_convolution_folds(groups: int, stride: int, dilation: int, bias: bool, mode: str) -> None:
-    model = settled(
+    model = with_random_norms(
         TwoConvolutions(groups=groups, stride=stride, dilation=dilation, bias=bias, padding_mode=mode)
     ).double()
     images = torch.randn(2, 3, 12, 10).double()
@@ -282,7 +272,7 @@ class Untraceable(TwoConvolutions):
 
 
 def test_a_model_that_cannot_be_traced_is_frozen_with_its_norms() -> None:
-    model = settled(Untraceable())
+    model = with_random_norms(Untraceable())
     images = torch.randn(3, 3, 9, 9)
     with pytest.warns(UserWarning, match="Untraceable keeps its batch norms, torch.fx cannot trace it: .*control flow"):
         frozen = models.freeze(model)
@@ -293,7 +283,7 @@ def test_a_model_that_cannot_be_traced_is_frozen_with_its_norms() -> None:
 
 def test_control_flow_in_modules_without_norms_is_kept() -> None:
     # VGG's last pool branches on the map's size; the frozen model must keep both branches.
-    model = settled(models.create("vgg8", 10)).double()
+    model = with_random_norms(models.create("vgg8", 10)).double()
     frozen = models.freeze(model)
     for size in (32, 64):
         images = torch.randn(2, 3, size, size).double()

@@ -184,7 +184,7 @@ def test_a_gradient_reaches_every_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_seed_fixes_every_weight(name: str) -> None:
+def test_the_seed_determines_every_weight(name: str) -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         return models.create(name, 4).state_dict()
@@ -196,7 +196,7 @@ def test_the_seed_fixes_every_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
-def test_channels_last_stays_and_agrees(name: str) -> None:
+def test_channels_last_is_kept_and_agrees(name: str) -> None:
     model = models.create(name, 5).eval()
     images = torch.randn(3, 3, 32, 32)
     expected = model(images)
@@ -267,12 +267,12 @@ def test_export_keeps_control_flow_and_shuffles(name: str) -> None:
         ("shufflenet_v2", "shufflenetv2"),
     ],
 )
-def test_unknown_names_give_the_nearest(name: str, nearest: str) -> None:
+def test_unknown_names_list_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"no model is called '{name}'; nearest: .*{nearest}"):
         models.create(name, 10)
 
 
-def test_a_name_like_no_other_gives_them_all() -> None:
+def test_a_name_without_near_matches_lists_all() -> None:
     with pytest.raises(ValueError, match=", ".join(models.names())):
         models.create("???", 10)
 
