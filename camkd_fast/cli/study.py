@@ -18,11 +18,13 @@ from .options import Compare, ComparedStudent
 
 
 def run(command: Compare, path: Path) -> int:
-    """Run the study in the file `path`, or check it; 1 if a piece of it failed or differs."""
+    """Run the study in the file `path`, or check it; return 1 if a piece failed or differs."""
     out = command.settings.out
     given = Compare(study=path, jobs=command.jobs, results=command.results, check=command.check)
     if differences(command.settings, ComparedStudent(out=out)) or replace(command, settings=given.settings) != given:
-        raise ValueError(f"{path} says what is compared: beside --study only --out, --jobs, --results, --check count")
+        raise ValueError(
+            f"{path} defines the comparison: with --study only --out, --jobs, --results, --check are allowed"
+        )
     study, jobs = spec.load(path), _jobs(command.jobs)
     where = environment()
     origin = {
@@ -36,14 +38,14 @@ def run(command: Compare, path: Path) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def merged() -> records.Results:
-        with work.locked(out):  # every rank merges: the last one to end finds everybody's
+        with work.locked(out):  # every rank merges; the last one to finish has all results
             done = records.collect(study, out, records.read(study, file))
             done.write(file)
         return done
 
     def say(text: str) -> None:
         print(text, flush=True)
-        merged()  # so that what is finished is kept even where `out` is lost
+        merged()  # finished results survive a loss of `out`
 
     known = records.read(study, file).cells
     mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
@@ -57,7 +59,7 @@ def run(command: Compare, path: Path) -> int:
 
 
 def _jobs(asked: int | None) -> int:
-    """Worker processes of this process: those asked for, or one for its GPU or each of its share of the processors."""
+    """Number of worker processes: as given, or one for a GPU, or one per available processor of this rank."""
     if asked is None and torch.cuda.is_available():
         return 1
     if asked is None:

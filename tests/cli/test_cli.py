@@ -191,7 +191,7 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (f"distill {SMALL} --out runs/x", "ca-mkd learns from teachers, but none were given"),
         (f"distill {SMALL} --teachers runs/nobody --out runs/x", "runs/nobody holds no run"),
         (f"distill {SMALL} --teachers runs/t0 --teacher-cache cache --out runs/x", "views"),
-        ("teach --config runs/s0/config.yaml", "is the config of a distill run, but teach was asked for"),
+        ("teach --config runs/s0/config.yaml", "is the config of a distill run, but the command is teach"),
         ("teach --config nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("distill --config broken.yaml", "broken.yaml is not YAML"),
         ("distill --config unknown.yaml", "unknown.yaml: unknown field optim.epoch; did you mean optim.epochs?"),

@@ -158,7 +158,7 @@ def test_the_command_prints_the_table_and_keeps_cells(
 
     assert cli.main([*line.split(), "--temperature", "2"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "ce/seed-0 cannot be resumed, as it was begun with temperature 4.0" in error
+    assert error.count("\n") == 1 and "ce/seed-0 cannot be resumed, as it was started with temperature 4.0" in error
 
     # The config of any student sets it up as well.
     again = f"compare --config runs/c/aver/seed-1/config.yaml --strategies aver --seeds 1 --out {tmp_path / 'd'}"

@@ -66,7 +66,7 @@ def test_a_students_page_has_everything(runs: Path) -> None:
         "Result",
         "Training",
         "Weights of the teachers",
-        "Who confuses what",
+        "Confusion matrices",
         "Throughput",
         "Settings",
     ]
@@ -104,7 +104,7 @@ def test_numbers_are_those_of_the_run(runs: Path) -> None:
 def test_a_teachers_page_has_no_weights(runs: Path) -> None:
     page = page_of(runs / "t1")
     assert_self_contained(page)
-    assert headings(page) == ["Result", "Training", "Who confuses what", "Throughput", "Settings"]
+    assert headings(page) == ["Result", "Training", "Confusion matrices", "Throughput", "Settings"]
     assert "80% of the training labels are wrong on purpose" in page and "mean weight" not in page
 
 

@@ -73,7 +73,7 @@ def test_the_pools_weights_are_those_of_its_runs(done: Path) -> None:
 def _training(out: Path) -> tuple[object, object, object]:
     from camkd_fast.train.distributed import World
 
-    config = cells.distilling(study(), Cell("bad", "resnet8", "ca-mkd", 0), out)
+    config = cells.student_config(study(), Cell("bad", "resnet8", "ca-mkd", 0), out)
     return config, run.load_splits(config.data).train, World(0, 1, torch.device("cpu"))
 
 
@@ -186,7 +186,7 @@ def test_failures_are_named_and_cost_nobody_else_anything(done: Path, tmp_path: 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(done: Path) -> None:
     other = replace(study(), training=replace(study().training, weight_decay=0.1))
-    with pytest.raises(RuntimeError, match=r"begun with optim.weight_decay 0.0005 instead of 0.1"):
+    with pytest.raises(RuntimeError, match=r"started with optim.weight_decay 0.0005 instead of 0.1"):
         work.train(other, Cell("none", "resnet8", "ce", 0), done, ORIGIN)
 
 
@@ -294,8 +294,8 @@ def test_checked_cells_are_random_ones_that_are_finished() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--temperature 2", "beside --study only --out, --jobs, --results, --check count"),
-        ("--seeds 1", "beside --study only"),
+        ("--temperature 2", "with --study only --out, --jobs, --results, --check are allowed"),
+        ("--seeds 1", "with --study only"),
         ("--jobs 0", "jobs must be at least 1, got 0"),
         ("--check 2", "holds no finished cell"),
     ],

@@ -6,7 +6,7 @@ from statistics import mean
 
 from benchmarks import readme, study_report
 from camkd_fast.experiments.study import records, spec
-from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, said_of
+from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, interval
 from camkd_fast.experiments.study.records import Results
 from camkd_fast.experiments.study.statistics import Paired
 
@@ -40,7 +40,7 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     def paired(places: list[Place], name: str, said: bool = True) -> Paired:
         found = findings.paired(places, variants[name])
         assert found is not None and len(found.differences) == 5
-        assert not said or said_of(found) in text, f"{name}: {said_of(found)} is not what the text says"
+        assert not said or interval(found) in text, f"{name}: {interval(found)} is not what the text says"
         return found
 
     def accuracy(place: Place, name: str) -> float:
@@ -72,7 +72,7 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     attached = known.study.variant("attached")
     for pool in ("good-equal", "bad-wrong-80"):
         cost = findings.paired([here[pool, "resnet8"]], attached)
-        assert cost is not None and cost.high < 0 and said_of(cost).removeprefix("-") in text
+        assert cost is not None and cost.high < 0 and interval(cost).removeprefix("-") in text
 
     found = bad_teachers_by_class(findings)["logits"].items()
     logits = {(pool.name, teacher): weights for (pool, teacher), weights in found}

@@ -89,7 +89,7 @@ def test_a_seed_that_one_place_lacks_is_left_out_of_the_mean() -> None:
     [
         (1.0, "points over AVER, mean over pools and students: better: CA-MKD (+2.00 ± 2.48)", None),
         (-1.0, "worse: CA-MKD", "less than that in 2 of 2"),
-        (0.0, "not told apart: ", "less than that in 2 of 2"),
+        (0.0, "no clear difference: ", "less than that in 2 of 2"),
     ],
 )
 def test_the_conclusion_follows_the_numbers_whichever_way_they_fall(
@@ -126,7 +126,7 @@ def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> N
 
     findings = Findings(invented(accuracy, study))
     assert (
-        "What the confidence weights alone are worth, in points: "
+        "Gain from the teachers' weights, in points over the same losses with equal weights: "
         "CA-MKD, logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
         "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
     ) in conclusions(findings)

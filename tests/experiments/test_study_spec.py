@@ -118,14 +118,14 @@ def test_ranks_share_all_cells_and_no_cell_twice(world: int) -> None:
 def test_runs_differ_in_what_their_variant_says_and_in_nothing_else(tmp_path: Path) -> None:
     full = study()
     for pool in full.pools:
-        aver = cells.distilling(full, Cell(pool.name, "resnet8", "aver", 1), tmp_path)
+        aver = cells.student_config(full, Cell(pool.name, "resnet8", "aver", 1), tmp_path)
         for variant in full.variants:
             if variant.has_pool:
-                config = cells.distilling(full, Cell(pool.name, "resnet8", variant.name, 1), tmp_path)
+                config = cells.student_config(full, Cell(pool.name, "resnet8", variant.name, 1), tmp_path)
                 said = {"strategy", "out", "beta", "official_scale", "uniform"}
                 assert set(differences(aver, config)) <= said
     # The cache is the pool's, whatever the variant and the seed.
-    runs = [cells.distilling(full, cell, tmp_path) for cell in cells.cells(full) if cell.pool == "bad"]
+    runs = [cells.student_config(full, cell, tmp_path) for cell in cells.cells(full) if cell.pool == "bad"]
     assert {config.teacher_cache for config in runs} == {tmp_path / "caches" / "bad"}
     assert {config.data.view_seed for config in runs} == {7} and {config.seed for config in runs} == {0, 1}
 
@@ -134,7 +134,7 @@ def test_a_students_learning_rate_is_its_own_or_everybodys() -> None:
     full = replace(study(), training=replace(study().training, learning_rate=0.3))
     other = replace(full, students=(replace(full.students[0], learning_rate=0.2),))
     for settings, rate in ((full, 0.3), (other, 0.2)):
-        assert cells.distilling(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
+        assert cells.student_config(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
 
 
 def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> None:
@@ -144,7 +144,7 @@ def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> No
 
     def beta(own: float | None, variant: str) -> float | None:
         changed = replace(settings, students=(replace(student, beta=own),))
-        return cells.distilling(changed, Cell(pool, student.model, variant, 0), Path()).beta
+        return cells.student_config(changed, Cell(pool, student.model, variant, 0), Path()).beta
 
     assert [beta(None, name) for name in ("hints", "more", "aver")] == [50.0, 50.0, None]
     assert [beta(5.0, name) for name in ("hints", "more", "aver")] == [5.0, 50.0, None]
@@ -152,9 +152,9 @@ def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> No
 
 def test_teachers_learn_in_their_own_precision_and_are_asked_in_the_students() -> None:
     full = replace(study(), teaching_precision=PrecisionConfig(dtype="bfloat16"))
-    assert cells.teaching(full, full.teachers[0], Path()).precision.dtype == "bfloat16"
-    assert cells.asking(full, full.pools[0], Path()).precision.dtype == "float32"
-    assert cells.distilling(full, Cell("none", "resnet8", "ce", 0), Path()).precision.dtype == "float32"
+    assert cells.teacher_config(full, full.teachers[0], Path()).precision.dtype == "bfloat16"
+    assert cells.cache_config(full, full.pools[0], Path()).precision.dtype == "float32"
+    assert cells.student_config(full, Cell("none", "resnet8", "ce", 0), Path()).precision.dtype == "float32"
 
 
 def test_a_hash_is_of_everything_that_matters_and_of_nothing_else() -> None:

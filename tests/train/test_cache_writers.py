@@ -58,7 +58,7 @@ def test_ranks_write_their_own_shards_and_another_number_of_ranks_goes_on(tmp_pa
     key = make_key(teachers)
 
     def write(rank: int, world: int) -> None:
-        # size 1 in `World`, so that nobody waits: the ranks write one after the other here
+        # `World` has size 1, so no rank waits: here the ranks write one after the other
         cache_writer.write_missing(tmp_path, teachers, FakeLoader(rank, world), key, Storage(), World(rank, 1, CPU))
 
     write(1, 3)
@@ -104,7 +104,7 @@ def test_unreadable_images_may_be_missing_as_far_as_they_were_allowed(tmp_path: 
     with pytest.raises(CacheError, match=r"98 of 100"):
         build(tmp_path, teachers, loader=FakeLoader(bad=7))
     cache = build(tmp_path, teachers, loader=FakeLoader(bad=7), unreadable=1)
-    with pytest.raises(CacheError, match="no answer for sample 7 in view 1"):
+    with pytest.raises(CacheError, match="no outputs for sample 7 in view 1"):
         cache.answers(1, torch.tensor([3, 7]))
     batch = batch_of(torch.tensor([0, 6, 8]), 1)
     assert torch.equal(cache.answers(1, batch.index)[0].logits, teachers(batch)[0].logits)

@@ -174,7 +174,7 @@ def test_a_pickle_with_a_global_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest[STATE] = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"state.pt holds more than plain data and is refused"):
+    with pytest.raises(CheckpointError, match=r"state.pt needs more than weights_only=True and is refused"):
         read_checkpoint(folder)
 
 

@@ -310,7 +310,7 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
         teach(config)
     again = teach(config, resume=True)  # finished: nothing is left to do
     assert again == first
-    with pytest.raises(RunExistsError, match=r"begun with seed 0 instead of 1, optim.epochs 2 instead of 3"):
+    with pytest.raises(RunExistsError, match=r"started with seed 0 instead of 1, optim.epochs 2 instead of 3"):
         teach(replace(config, seed=1, optim=replace(SHORT, epochs=3)), resume=True)
     with pytest.raises(ValueError, match="exclude each other"):
         teach(config, resume=True, overwrite=True)

@@ -391,7 +391,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         strategies.create("kd", teachers, FEATURES, teacher_index=2)
     with pytest.raises(ValueError, match="uniform is 'logits', but fitnet-mkd has no option uniform: it is for ca"):
         strategies.create("fitnet-mkd", teachers, FEATURES, uniform="logits")
-    with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) knows 7 classes, but the data set has 5"):
+    with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) has 7 classes, but the data set has 5"):
         LiveTeachers([Tiny(3), Tiny(3, num_classes=7)], num_classes=5)
     with pytest.raises(ValueError, match=r"1 to 16 teachers, got 0"):
         LiveTeachers([], num_classes=5)
