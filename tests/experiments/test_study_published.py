@@ -1,4 +1,4 @@
-"""The committed results of the study, and that what is written about them is what they say."""
+"""The committed results of the study, and the texts generated from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_the_advice_follows_from_the_committed_results() -> None:
-    """Every claim of "In short" and its numbers; results that say otherwise need other advice."""
+    """Every claim of "In short" and its numbers must follow from the results."""
     known = committed("study", "results")
     assert known.missing == []
     findings = Findings(known)
@@ -51,8 +51,8 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     assert all(paired(places, name).low > 0 for places in (good, bad) for name in ("ca-mkd", "fitnet-mkd"))
     for pair in findings.weighed():
         for places in (good, bad):
-            alone = findings.paired(places, *pair)
-            assert alone is not None and alone.low < 0 < alone.high
+            gain = findings.paired(places, *pair)
+            assert gain is not None and gain.low < 0 < gain.high
     for place in findings.places:
         if place[1].model == "mobilenetv2":
             for name in ("ca-mkd", "fitnet-mkd"):

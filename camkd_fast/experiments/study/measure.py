@@ -80,7 +80,7 @@ def pool(config: DistillConfig) -> dict[str, Any]:
         the teachers; "confidence_spread": K standard deviations of the confidence weight over images.
     """
     with _asked(config) as (images, teachers, _):
-        logits = [t.logits.float() for t in teachers.cache.answers(0, torch.arange(len(images)))]
+        logits = [t.logits.float() for t in teachers.cache.outputs(0, torch.arange(len(images)))]
         labels = images.labels.to(logits[0].device)
         found: dict[str, Any] = {}
         for rule in ("confidence", "entropy"):
