@@ -43,13 +43,13 @@ def run(command: Compare, path: Path) -> int:
             done.write(file)
         return done
 
-    def say(text: str) -> None:
+    def progress(text: str) -> None:
         print(text, flush=True)
         merged()  # finished results survive a loss of `out`
 
     known = records.read(study, file).cells
     mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
-    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, say=say, only=mine)
+    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, progress=progress, only=mine)
     done = merged()
     page = study_report.write(done, out / "report.html")
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
@@ -58,15 +58,15 @@ def run(command: Compare, path: Path) -> int:
     return 1 if failures else 0
 
 
-def _jobs(asked: int | None) -> int:
+def _jobs(jobs: int | None) -> int:
     """Number of worker processes: as given, or one for a GPU, or one per available processor of this rank."""
-    if asked is None and torch.cuda.is_available():
+    if jobs is None and torch.cuda.is_available():
         return 1
-    if asked is None:
+    if jobs is None:
         return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    if asked < 1:
-        raise ValueError(f"jobs must be at least 1, got {asked}")
-    return asked
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    return jobs
 
 
 def _check(known: records.Results, file: Path, count: int, out: Path, origin: work.Origin, jobs: int) -> int:

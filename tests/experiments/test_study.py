@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with seed 0 finished by two workers."""
     out = tmp_path_factory.mktemp("study")
-    failures = conductor.conduct(replace(study(), seeds=(0,)), out, ORIGIN, jobs=2, say=lambda text: None)
+    failures = conductor.conduct(replace(study(), seeds=(0,)), out, ORIGIN, jobs=2, progress=lambda text: None)
     assert failures == []
     return out
 
@@ -110,11 +110,11 @@ def test_a_second_rank_goes_on_with_what_is_there_and_a_further_call_does_nothin
     before = _stamps(done)
     said: list[str] = []
     for rank in (0, 1):
-        assert conductor.conduct(study(), done, ORIGIN, jobs=1, rank=rank, world=2, say=said.append) == []
+        assert conductor.conduct(study(), done, ORIGIN, jobs=1, rank=rank, world=2, progress=said.append) == []
     after = _stamps(done)
     assert {path: after[path] for path in before} == before and len(after) > len(before)
     assert records.collect(study(), done).missing == []
-    assert conductor.conduct(study(), done, ORIGIN, jobs=1, say=said.append) == []
+    assert conductor.conduct(study(), done, ORIGIN, jobs=1, progress=said.append) == []
     assert _stamps(done) == after
     assert "18/18" in said[-1]
 
@@ -174,7 +174,7 @@ def test_failures_are_named_and_cost_nobody_else_anything(done: Path, tmp_path: 
         pools=(Pool("odd", ("odd",)),),
         variants=(Variant("ce", "ce"), Variant("aver", "aver")),
     )
-    failures = conductor.conduct(broken, tmp_path, ORIGIN, jobs=1, say=lambda text: None)
+    failures = conductor.conduct(broken, tmp_path, ORIGIN, jobs=1, progress=lambda text: None)
     assert [failure.split(" failed: ")[0] for failure in failures] == [
         "teacher odd",
         "cache of odd",
@@ -355,7 +355,7 @@ def test_the_study_of_cifar_size_on_a_few_images(tmp_path: Path, monkeypatch: py
         teaching=replace(full.teaching, epochs=1, batch_size=16),
     )
     out = tmp_path / "out"
-    assert conductor.conduct(small, out, ORIGIN, jobs=2, say=lambda text: None) == []
+    assert conductor.conduct(small, out, ORIGIN, jobs=2, progress=lambda text: None) == []
     kept = records.collect(small, out)
     assert kept.missing == [] and len(kept.cells) == 1 + 2 * 7
     assert run.load_splits(small.data).train.shape == (1, 32, 32)

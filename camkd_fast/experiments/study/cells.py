@@ -175,8 +175,8 @@ def teacher_hash(study: StudyConfig, name: str) -> str:
 def pool_hash(study: StudyConfig, pool: Pool) -> str:
     """Hash of all settings that a pool's outputs on the students' images depend on."""
     settings = _settings(cache_config(study, pool, Path()))
-    asked = {name: value for name, value in settings.items() if not name.startswith("optim.")}
-    return _hash([teacher_hash(study, name) for name in pool.teachers], asked)
+    relevant = {name: value for name, value in settings.items() if not name.startswith("optim.")}
+    return _hash([teacher_hash(study, name) for name in pool.teachers], relevant)
 
 
 def _settings(config: TeachConfig | DistillConfig) -> dict[str, Any]:

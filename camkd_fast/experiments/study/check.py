@@ -34,7 +34,7 @@ def choose(results: Results, count: int, seed: int) -> list[Cell]:
 
 
 def check(
-    results: Results, out: Path, origin: Origin, chosen: list[Cell], jobs: int, say: Callable[[str], None]
+    results: Results, out: Path, origin: Origin, chosen: list[Cell], jobs: int, progress: Callable[[str], None]
 ) -> list[Checked]:
     """Train the chosen cells again in a temporary folder, with the teachers of `out` and new caches.
 
@@ -49,7 +49,7 @@ def check(
             kept = cells.teacher_folder(out, spec.name).resolve()
             kept.mkdir(parents=True, exist_ok=True)
             cells.teacher_folder(scratch, spec.name).symlink_to(kept)
-        conductor.conduct(study, scratch, origin, jobs=jobs, say=say, only=chosen)
+        conductor.conduct(study, scratch, origin, jobs=jobs, progress=progress, only=chosen)
         again = collect(study, scratch).cells
     return [
         Checked(cell, results.cells[cell]["test_accuracy"], again[cell]["test_accuracy"] if cell in again else None)

@@ -36,14 +36,14 @@ def conduct(
     jobs: int,
     rank: int = 0,
     world: int = 1,
-    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = print,
     only: Sequence[Cell] | None = None,
 ) -> list[str]:
     """Run all unfinished pieces of this rank's part.
 
     Args:
         jobs: worker processes with one thread each; results do not depend on their number.
-        say: called with a line of text for every finished piece.
+        progress: called with a line of text for every finished piece.
         only: cells to run instead of the rank's part.
 
     Returns:
@@ -63,7 +63,7 @@ def conduct(
     with ProcessPoolExecutor(jobs, context, _begin, (tuple(STRATEGIES.values()),)) as workers:
         try:
             for stage in stages:
-                failures += _stage(workers, stage, study, out, origin, say)
+                failures += _stage(workers, stage, study, out, origin, progress)
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
@@ -82,7 +82,7 @@ def _stage(
     study: StudyConfig,
     out: Path,
     origin: Origin,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[str]:
     futures: dict[Future[work.Record], str] = {
         workers.submit(task, study, about, out, origin): name for name, task, about in pieces
@@ -97,10 +97,10 @@ def _stage(
         except Exception as error:  # any failure of one piece must not stop the others
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             failures.append(f"{name} failed: {reason}")
-            say(failures[-1])
+            progress(failures[-1])
             continue
         accuracy = f"  {100 * record['test_accuracy']:.2f} %" if "test_accuracy" in record else ""
-        say(f"{number}/{len(pieces)}  {name}{accuracy}")
+        progress(f"{number}/{len(pieces)}  {name}{accuracy}")
     return failures
 
 

@@ -79,7 +79,7 @@ def pool(config: DistillConfig) -> dict[str, Any]:
         "confidence" and "entropy": K rows of C means over the training images of a class in view 0, summing to 1 over
         the teachers; "confidence_spread": K standard deviations of the confidence weight over images.
     """
-    with _asked(config) as (images, teachers, _):
+    with _cached_teachers(config) as (images, teachers, _):
         logits = [t.logits.float() for t in teachers.cache.outputs(0, torch.arange(len(images)))]
         labels = images.labels.to(logits[0].device)
         found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def class_feature_weights(config: DistillConfig) -> list[list[float]] | None:
 
     Needs the run's last checkpoint, which has the maps r_k. None if the strategy gives all maps equal weights.
     """
-    with _asked(config) as (images, teachers, settings):
+    with _cached_teachers(config) as (images, teachers, settings):
         student = load_model(config.out).to(settings.device)
         strategy = run.make_strategy(config, teachers, feature_model(student).num_features).to(settings.device)
         checkpoint = Checkpoints(config.out / CHECKPOINTS).latest()
@@ -120,7 +120,7 @@ def class_feature_weights(config: DistillConfig) -> list[list[float]] | None:
 
 
 @contextmanager
-def _asked(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, LoaderConfig]]:
+def _cached_teachers(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, LoaderConfig]]:
     """A run's training images, its cached teachers and its loader settings."""
     with processes(config.precision.device) as world, torch.random.fork_rng():
         images, settings = run.training_set(config, run.load_splits(config.data).train, world)
