@@ -105,7 +105,7 @@ def test_a_teachers_page_has_no_weights(runs: Path) -> None:
     page = page_of(runs / "t1")
     assert_self_contained(page)
     assert headings(page) == ["Result", "Training", "Confusion matrices", "Throughput", "Settings"]
-    assert "80% of the training labels are wrong on purpose" in page and "mean weight" not in page
+    assert "80% of the training labels are deliberately wrong" in page and "mean weight" not in page
 
 
 def test_the_same_run_gives_the_same_page(runs: Path) -> None:
