@@ -1,6 +1,6 @@
-"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results alone.
+"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results.
 
-Reads benchmarks/study/study.yaml and results.jsonl and needs no run: equal results give equal bytes.
+Reads only benchmarks/study/study.yaml and results.jsonl: equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STRATEGIES = doc_tables.DOCS / "strategies.md"
 
 
 def summary(findings: Findings) -> str:
-    """What the README says: conclusions, and each strategy over all pools."""
+    """The README's part: conclusions, and each strategy over all pools."""
     said = "".join(f"- {sentence}\n" for sentence in conclusions(findings))
     if not findings.results.cells:
         return said
@@ -24,7 +24,7 @@ def summary(findings: Findings) -> str:
 
 
 def evidence(findings: Findings) -> str:
-    """What the page on strategies shows: every table of the study."""
+    """The part of docs/strategies.md: every table of the study."""
     parts = [summary(findings)]
     for student in findings.results.study.students if findings.results.cells else ():
         parts.append(f"{student.model}, test accuracy in percent by pool:\n\n")

@@ -1,4 +1,4 @@
-"""The command line. `info` needs torch alone; every other command the extra `train`, and `export` that of its name."""
+"""The command line. `info` needs only torch, all other commands the extra `train`, and `export` also `export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from .info import environment, info
 
-# Module -> package that brings it.
+# Module -> package on PyPI.
 EXTRAS = {
     "train": {
         "matplotlib": "matplotlib",
@@ -29,9 +29,9 @@ EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 1 with one line of reason, if it could not be done.
+    """Run one command and return the exit status: 1, with one line on stderr, if the command fails.
 
-    A bad command line exits with 2 (SystemExit).
+    An invalid command line raises SystemExit with status 2.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if argv == ["info"]:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(reason: str, extra: str = "") -> int:
-    """One line on stderr, which names the process where there are several."""
+    """Print one line on stderr, with the rank if there are several processes; return exit status 1."""
     process = f"process {_rank()}: " if _rank() else ""
     hint = f": pip install 'camkd-fast[{extra}]'" if extra else ""
     print(f"camkd-fast: {process}{' '.join(reason.split())}{hint}", file=sys.stderr)
@@ -75,7 +75,7 @@ def _rank() -> int:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line without a place in the source, from rank 0 alone."""
+    """Show warnings as one line without source location, from rank 0 only."""
     with warnings.catch_warnings():
         if _rank():
             warnings.simplefilter("ignore")

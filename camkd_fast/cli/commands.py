@@ -1,4 +1,4 @@
-"""What each command does. Rank 0 alone prints and writes reports."""
+"""Implementation of the commands. Only rank 0 prints and writes reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .options import (
 
 
 def run(command: Command) -> int:
-    """Carry out a command and return the exit status; errors are the job's own."""
+    """Run a command and return the exit status; errors propagate."""
     match command:
         case Teach():
             _finish(jobs.teach(command.settings, resume=command.resume, overwrite=command.overwrite))
@@ -44,11 +44,11 @@ def run(command: Command) -> int:
                 return study.run(command, command.study)
             _compare(command)
         case Report():
-            _say(str(run_report.write(command.run, environment())))
+            _print(str(run_report.write(command.run, environment())))
         case Data(action=Fetch() as fetch):
             _fetch(fetch)
         case Data():
-            _say(_data_sets())
+            _print(_data_sets())
         case Bench():
             _bench(command)
         case Export():
@@ -64,13 +64,13 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if _is_main():
         print(text)
 
 
 def _finish(result: RunResult) -> None:
-    """The last lines of a run, and its page."""
+    """Write the run's report, print its result."""
     if not _is_main():
         return
     page = run_report.write(result.out, environment())
@@ -82,7 +82,7 @@ def _finish(result: RunResult) -> None:
 
 def _evaluate(command: Evaluate) -> None:
     found = jobs.evaluate(command.run, command.split, command.device)
-    _say(
+    _print(
         f"{command.run}, {found.images:,} {command.split} images: "
         f"accuracy {100 * found.accuracy:.2f} %, cross-entropy {found.loss:.4f}"
     )
@@ -97,7 +97,7 @@ def _compare(command: Compare) -> None:
     config = compare.CompareConfig(command.strategies, command.seeds, shared)
     cells = list(config.cells())
     for number, cell in enumerate(cells, 1):
-        _say(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
+        _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
         compare.run_cell(cell, command.overwrite)
     if _is_main():
         rows = compare.collect(config)
@@ -120,11 +120,11 @@ def _fetch(command: Fetch) -> None:
             bars[name].close()
 
     files = fetch.fetch(command.name, command.root, command.base_url, progress)
-    _say("\n".join(map(str, files)))
+    _print("\n".join(map(str, files)))
 
 
 def _data_sets() -> str:
-    """A line per data set: its name, and where it lies or how to get it."""
+    """One line per data set: its name, and its location or how to get it."""
     from ..data import catalogue, fashion_mnist, fetch
 
     lines = []
@@ -163,7 +163,7 @@ def _bench(command: Bench) -> None:
         rows.append((shape.replace("x", " x "), f"{times['fused']:.2f} ms", *cells))
         note = speed.note or note
     header = ("images x classes x teachers", "fused", *(cell for name in names for cell in (name, "slower")))
-    _say(f"{Table(header, rows).text()}\n{note}".rstrip())
+    _print(f"{Table(header, rows).text()}\n{note}".rstrip())
 
 
 def _export(command: Export) -> None:
@@ -171,7 +171,7 @@ def _export(command: Export) -> None:
 
     done = export(command.run, command.out, command.folded)
     for path, difference in ((done.onnx, done.onnx_difference), (done.program, done.program_difference)):
-        _say(f"{path}  differs from the model by {difference:.1e} of the largest logit (tolerance {TOLERANCE:.0e})")
+        _print(f"{path}  differs from the model by {difference:.1e} of the largest logit (tolerance {TOLERANCE:.0e})")
 
 
 def _demo(out: Path) -> None:
@@ -180,4 +180,4 @@ def _demo(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = demo.run_demo(demo.DemoConfig(), out)
     page = demo_report.write(results, out, environment())
-    _say(f"\n{demo_report.summary(results)}\n\n{page}")
+    _print(f"\n{demo_report.summary(results)}\n\n{page}")

@@ -1,4 +1,4 @@
-"""`camkd-fast info`: what this process runs on. Needs torch alone."""
+"""`camkd-fast info`: versions, machine and backends. Needs only torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """Name of the processor, if the system provides it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -39,7 +39,7 @@ def _instruction_set() -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a measurement or a bug report must say about this process."""
+    """Versions and machine, for measurements and bug reports."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "camkd_fast": __version__,
@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
 
 
 def info() -> int:
-    """Print versions, backends and why one is missing; returns the exit status."""
+    """Print versions, backends and the reason for each missing one; return the exit status."""
     for name, value in environment().items():
         print(f"{name:<16} {value}")
     print("\nbackends")
@@ -63,6 +63,6 @@ def info() -> int:
         state = availability(name)
         print(f"  {name:<14} {'usable ' if state.usable else 'missing'}  {state.reason}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the lines above say it already
+        warnings.simplefilter("ignore")  # the lines above already have the reasons
         print(f"  {'auto':<14} {explain(torch.zeros(1, 1))}")
     return 0

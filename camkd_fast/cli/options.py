@@ -1,6 +1,6 @@
-"""The commands and their options, which tyro reads from dataclasses: fields are options, docstrings their help.
+"""The commands and their options as dataclasses for tyro: fields are options, docstrings are help texts.
 
-Prefixes are left out: `--epochs`, not `--settings.optim.epochs`. Field names are unique within each command for that.
+Options have no prefixes (`--epochs`, not `--settings.optim.epochs`), so field names are unique within each command.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Teach:
 
     settings: Annotated[TeachConfig, arg(name="")] = field(default_factory=TeachConfig)
     config: Path | None = None
-    """Settings of a run to repeat, its config.yaml; options beside it override it."""
+    """config.yaml of a run to repeat; other options override its settings."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, if there is one."""
+    """Resume from the last checkpoint in --out, if there is one."""
     overwrite: bool = False
     """Remove the run in --out, if there is one."""
 
@@ -39,71 +39,71 @@ class Distill:
 
     settings: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
     config: Path | None = None
-    """Settings of a run to repeat, its config.yaml; options beside it override it."""
+    """config.yaml of a run to repeat; other options override its settings."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, if there is one."""
+    """Resume from the last checkpoint in --out, if there is one."""
     overwrite: bool = False
     """Remove the run in --out, if there is one."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """A finished run's model on images of its data set."""
+    """Evaluate the model of a finished run on its data set."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder of the run."""
     split: Literal["train", "validation", "test"] = "test"
-    """Which images, unaugmented."""
+    """Split to evaluate, unaugmented."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: a GPU where there is one."""
+    """Device; auto: a GPU if torch sees one."""
 
 
 @dataclass(frozen=True)
 class ComparedStudent(DistillConfig):
-    """What all runs of a comparison share."""
+    """Common settings of all runs of a comparison."""
 
     strategy: Suppress[str] = "ca-mkd"
     seed: Suppress[int] = 0
     out: Path = Path("runs/compare")
-    """Folder of the comparison; every run has one in it."""
+    """Folder of the comparison, with one subfolder per run."""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Train one student with several strategies from several seeds; runs that are finished are kept.
+    """Train one student with several strategies and seeds; finished runs are kept.
 
-    Writes a table, compare.json and report.html; `camkd-fast report` makes the page of a single run.
+    Writes a table, compare.json and report.html; `camkd-fast report` writes the page of a single run.
 
-    With --study FILE the file says which teachers, pools, students, variants and seeds there are, and everything is
-    trained, teachers included, by --jobs processes of one thread each. What is finished is kept, in DIR and in the file
-    of results, and what was killed goes on. Under `torchrun --nproc-per-node N -m camkd_fast compare --study FILE
-    --out DIR`, also with --nnodes, rank r of w takes every w-th cell, --jobs processes each; ranks do not talk, but
-    find each other's teachers and caches where they share DIR. On machines that share nothing, merge with --results
-    FILE, one machine after the other.
+    With --study FILE the file defines teachers, pools, students, variants and seeds. Everything is trained, including
+    teachers, by --jobs processes of one thread each. Finished pieces are kept, in DIR and in the file of results, and
+    killed ones resume. Under `torchrun --nproc-per-node N -m camkd_fast compare --study FILE --out DIR`, also with
+    --nnodes, rank r of w takes every w-th cell, with --jobs processes each; ranks do not communicate, but reuse each
+    other's teachers and caches if they share DIR. On machines without a shared folder, merge with --results FILE, one
+    machine after the other.
     """
 
     strategies: tuple[str, ...] = field(default_factory=strategies.names)
-    """Strategies to compare, with equal alpha; beta is for those that regress feature maps."""
+    """Strategies to compare, with equal alpha; each gets only the options that it takes."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every strategy; equal seeds share first parameters and image order."""
+    """Seeds of every strategy; equal seeds share initial parameters and image order."""
     settings: Annotated[ComparedStudent, arg(name="")] = field(default_factory=ComparedStudent)
     config: Path | None = None
-    """Settings to start from, the config.yaml of a distilled student; options beside it override it."""
+    """config.yaml of a distilled student to start from; other options override its settings."""
     overwrite: bool = False
-    """Train all runs anew."""
+    """Train all runs again."""
     study: Path | None = None
-    """Study to run instead, a YAML file; of the other options --out, --jobs, --results and --check go with it."""
+    """YAML file of a study to run instead; only --out, --jobs, --results and --check may be combined with it."""
     jobs: int | None = None
-    """Processes of a study; None: one per processor that this process may use, or one for a GPU."""
+    """Processes of a study; None: one per available processor, or one for a GPU."""
     results: Path | None = None
-    """File of lines to which a study's results are merged; None: results.jsonl in --out."""
+    """JSON-lines file into which a study's results are merged; None: results.jsonl in --out."""
     check: int = 0
-    """Train so many finished cells of a study once more, at random, and compare their accuracies exactly."""
+    """Train this many finished cells of a study again, chosen at random, and compare their accuracies exactly."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write a run's report.html again from what lies in its folder."""
+    """Write a run's report.html again from the files in its folder."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """Folder of the run."""
@@ -111,19 +111,19 @@ class Report:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Download a data set with published checksums; an interrupted download goes on."""
+    """Download a data set with published checksums; an interrupted download resumes."""
 
     name: Annotated[str, Positional, arg(metavar="NAME")]
     """cifar10, cifar100 or fashion-mnist."""
     root: Path | None = None
     """Folder to write; None: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
     base_url: str | None = None
-    """A mirror that has the files under their published names; None: the publisher."""
+    """URL of a mirror with the published file names; None: the publisher."""
 
 
 @dataclass(frozen=True)
 class ListData:
-    """The data sets by name, and which of them are here."""
+    """List the data sets and which of them are present."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time the loss, forward + backward, beside the same formulas in eager PyTorch and under torch.compile."""
+    """Time the loss, forward + backward, against the same formulas in eager PyTorch and under torch.compile."""
 
     shapes: tuple[str, ...] = ("64x100x3", "1024x100x3", "1024x1000x3")
     """Images x classes x teachers of each measurement."""
     rounds: int = 25
-    """Repetitions, in each of which all take their turn; the median counts."""
+    """Repetitions, each of which times all losses once; the median is reported."""
     compiled: bool = True
-    """Compare with torch.compile too, some seconds of compilation per shape."""
+    """Also time torch.compile; takes some seconds of compilation per shape."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, backends and why one is missing, instruction set, threads, GPU."""
+    """Print versions, backends and the reason for each missing one, instruction set, threads, GPU."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,12 @@ class Export:
     out: Path | None = None
     """Folder to write; None: RUN/export."""
     folded: bool = True
-    """Fold batch norms into convolutions, equal up to rounding."""
+    """Fold batch norms into convolutions; equal up to rounding."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train teachers, one of them poor, and students on digits; write a report. About a minute."""
+    """Train teachers, one of them poor, and students on digits; write a report. Takes about a minute."""
 
     out: Path = Path("runs/demo")
     """Folder to write."""
@@ -176,15 +176,15 @@ _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "co
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The command that `argv` asks for.
+    """Parse a command line.
 
     Raises:
-        SystemExit: with status 2 for a bad command line, 0 after --help.
-        ValueError, OSError: the file of --config cannot be read, holds another job or unfit settings.
+        SystemExit: with status 2 for an invalid command line, 0 after --help.
+        ValueError, OSError: the file of --config cannot be read, or has another job or invalid settings.
     """
     name, *options = argv or [""]
     if name not in _COMMANDS:
-        # Nothing but help or an error can come of this: it says what commands there are.
+        # Without a valid command tyro prints the list of commands, as help or with an error.
         every: Any = reduce(or_, (Annotated[kind, subcommand(name)] for name, kind in _COMMANDS.items()))
         description = "Fast multi-teacher knowledge distillation (CA-MKD) for PyTorch."
         return cast(Command, tyro.cli(every, prog="camkd-fast", description=description, args=list(argv)))
@@ -199,7 +199,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _configured(name: str, options: Sequence[str]) -> Command | None:
-    """The command with the settings of --config, which take the place of the defaults; None without it."""
+    """The command with the settings of --config as defaults; None without --config."""
     if name not in _SETTINGS:
         return None
     parser = argparse.ArgumentParser(prog=f"camkd-fast {name}", add_help=False, allow_abbrev=False)
@@ -210,6 +210,6 @@ def _configured(name: str, options: Sequence[str]) -> Command | None:
     loaded = config_file.load(path)
     if not issubclass(_SETTINGS[name], type(loaded)):
         job = next(job for job, kind in JOBS.items() if isinstance(loaded, kind))
-        raise ValueError(f"{path} is the config of a {job} run, but {name} was asked for")
+        raise ValueError(f"{path} is the config of a {job} run, but the command is {name}")
     settings = _SETTINGS[name](**{f.name: getattr(loaded, f.name) for f in fields(loaded)})
     return cast(Command, _COMMANDS[name](settings=settings))

@@ -18,11 +18,13 @@ from .options import Compare, ComparedStudent
 
 
 def run(command: Compare, path: Path) -> int:
-    """Run the study in the file `path`, or check it; 1 if a piece of it failed or differs."""
+    """Run the study in the file `path`, or check it; return 1 if a piece failed or differs."""
     out = command.settings.out
     given = Compare(study=path, jobs=command.jobs, results=command.results, check=command.check)
     if differences(command.settings, ComparedStudent(out=out)) or replace(command, settings=given.settings) != given:
-        raise ValueError(f"{path} says what is compared: beside --study only --out, --jobs, --results, --check count")
+        raise ValueError(
+            f"{path} defines the comparison: with --study only --out, --jobs, --results, --check are allowed"
+        )
     study, jobs = spec.load(path), _jobs(command.jobs)
     where = environment()
     origin = {
@@ -36,18 +38,18 @@ def run(command: Compare, path: Path) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def merged() -> records.Results:
-        with work.locked(out):  # every rank merges: the last one to end finds everybody's
+        with work.locked(out):  # every rank merges; the last one to finish has all results
             done = records.collect(study, out, records.read(study, file))
             done.write(file)
         return done
 
-    def say(text: str) -> None:
+    def progress(text: str) -> None:
         print(text, flush=True)
-        merged()  # so that what is finished is kept even where `out` is lost
+        merged()  # finished results survive a loss of `out`
 
     known = records.read(study, file).cells
     mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
-    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, say=say, only=mine)
+    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, progress=progress, only=mine)
     done = merged()
     page = study_report.write(done, out / "report.html")
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
@@ -56,15 +58,15 @@ def run(command: Compare, path: Path) -> int:
     return 1 if failures else 0
 
 
-def _jobs(asked: int | None) -> int:
-    """Worker processes of this process: those asked for, or one for its GPU or each of its share of the processors."""
-    if asked is None and torch.cuda.is_available():
+def _jobs(jobs: int | None) -> int:
+    """Number of worker processes: as given, or one for a GPU, or one per available processor of this rank."""
+    if jobs is None and torch.cuda.is_available():
         return 1
-    if asked is None:
+    if jobs is None:
         return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    if asked < 1:
-        raise ValueError(f"jobs must be at least 1, got {asked}")
-    return asked
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    return jobs
 
 
 def _check(known: records.Results, file: Path, count: int, out: Path, origin: work.Origin, jobs: int) -> int:

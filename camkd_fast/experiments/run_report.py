@@ -67,7 +67,7 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
         _result(config, epochs, test, evaluated),
         _training(steps, epochs),
         *([_weights(steps, epochs, evaluated.names)] if epochs[-1]["weights"] else []),
-        *([_confusion(evaluated)] if evaluated.answers is not None else []),
+        *([_confusion(evaluated)] if evaluated.confusion is not None else []),
         _speed(steps, epochs, test),
         settings(
             config,
@@ -113,19 +113,19 @@ class _Models:
             self.names.append("student" if isinstance(config, DistillConfig) else "model")
             self.metadata.append(model_metadata(run))
             self.models.append(load_model(run))
-        self.answers: Confusion | None = None
+        self.confusion: Confusion | None = None
         images: ImageSet = load_splits(config.data).validation
         self.images = len(images)
         if self.models and self.images:
             gpu = config.precision.device != "cpu" and torch.cuda.is_available()
             frozen = [models.freeze(model).to("cuda" if gpu else "cpu") for model in self.models]
-            self.answers = confusion(frozen, images, config.data.loader, config.data.skip_bad)
+            self.confusion = confusion(frozen, images, config.data.loader, config.data.skip_bad)
 
     def table(self, weights: Sequence[float]) -> Table:
         """One row per model; `weights` are the teachers' mean weights, or empty."""
         rows = []
         for k, (name, metadata, model) in enumerate(zip(self.names, self.metadata, self.models, strict=True)):
-            accuracy = "" if self.answers is None else f"{100 * self.answers.accuracy(k):.2f} %"
+            accuracy = "" if self.confusion is None else f"{100 * self.confusion.accuracy(k):.2f} %"
             parameters = sum(p.numel() for p in model.parameters())
             weight = [f"{weights[k]:.3f}" if k < len(weights) else ""] if weights else []
             rows.append((name, metadata["model"], f"{parameters:,}", accuracy, *weight))
@@ -239,8 +239,8 @@ def _weights(steps: Sequence[Record], epochs: Sequence[Record], names: Sequence[
 
 
 def _confusion(evaluated: _Models) -> Section:
-    assert evaluated.answers is not None
-    matrices = [ClassMatrix(name, evaluated.answers.shares(k)) for k, name in enumerate(evaluated.names)]
+    assert evaluated.confusion is not None
+    matrices = [ClassMatrix(name, evaluated.confusion.shares(k)) for k, name in enumerate(evaluated.names)]
     C = len(matrices[0].shares)
     picture = confusions(matrices) if C <= _MOST_CLASSES_IN_A_MATRIX else class_accuracies(matrices)
     text = f"Predictions on the {evaluated.images:,} validation images, by true class." + (
@@ -248,7 +248,7 @@ def _confusion(evaluated: _Models) -> Section:
     )
     K = len(matrices)
     if K > 1:
-        none, every = (int(evaluated.answers.right[i]) / max(evaluated.images, 1) for i in (0, K))
+        none, every = (int(evaluated.confusion.right[i]) / max(evaluated.images, 1) for i in (0, K))
         text += f" All models are right on {every:.1%} of them, none on {none:.1%}."
     return Section("Confusion matrices", text, [picture])
 

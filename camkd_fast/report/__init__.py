@@ -1,1 +1,1 @@
-"""Reports: `plots` draws numbers, `page` puts plots and tables into one HTML file. Neither knows of training."""
+"""Building blocks of reports: `plots` draws SVG, `page` writes one HTML file. Independent of training."""

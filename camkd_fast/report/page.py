@@ -1,4 +1,4 @@
-"""The HTML page: sections of text, tables and pictures in one file that loads nothing from elsewhere."""
+"""A self-contained HTML page of sections with text, tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Part(Protocol):
-    """What a section is made of."""
+    """An element of a section."""
 
     def html(self) -> str: ...
 
@@ -23,7 +23,7 @@ class Table:
     rows: Sequence[Sequence[str]]  # the first cell names the row, the others are numbers
 
     def text(self) -> str:
-        """Aligned for a terminal: names to the left, numbers to the right."""
+        """Text for a terminal: the first column is left-aligned, the others are right-aligned."""
         widths = [max(len(row[i]) for row in (self.header, *self.rows)) for i in range(len(self.header))]
         lines = []
         for row in (self.header, ["-" * width for width in widths], *self.rows):
@@ -39,9 +39,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figures:
-    """The few numbers that a reader looks for first, large and side by side."""
+    """A few large numbers side by side."""
 
-    values: Mapping[str, str]  # what it is -> the number
+    values: Mapping[str, str]  # caption -> number
 
     def html(self) -> str:
         cells = "".join(
@@ -53,7 +53,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Points:
-    """Sentences, one below the other."""
+    """A bulleted list of sentences."""
 
     items: Sequence[str]
 
@@ -63,7 +63,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Folded:
-    """A table that a reader opens."""
+    """A table that is collapsed at first."""
 
     summary: str
     table: Table
@@ -75,17 +75,17 @@ class Folded:
 @dataclass(frozen=True)
 class Picture:
     svg: bytes
-    description: str  # for readers who do not see it
+    description: str  # alternative text
 
     def html(self) -> str:
-        # An image of its own rather than inline nodes: the ids of several plots cannot collide.
+        # An image and not inline SVG, since the ids of several plots would collide.
         data = base64.b64encode(self.svg).decode()
         return f'<img alt="{html.escape(self.description, quote=True)}" src="data:image/svg+xml;base64,{data}">'
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph that says what to see, `code` between backticks, then its parts."""
+    """A heading, a paragraph of text with `code` in backticks, and parts."""
 
     title: str
     text: str
@@ -122,7 +122,7 @@ footer { color: #57606a; font-size: 13px; }
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str) -> None:
-    """One HTML file without any external resource."""
+    """Write one HTML file without external resources."""
     body = []
     for section in sections:
         parts = "\n".join(part.html() for part in section.parts)

@@ -1,4 +1,4 @@
-"""Plots as SVG, from plain numbers and labels. Needs matplotlib, which is imported only when a plot is drawn."""
+"""SVG plots of numbers and labels. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-# Okabe and Ito's palette, which stays apart under every common colour blindness. Black is left to text.
+# Okabe and Ito's palette, distinguishable under all common forms of colour blindness. Black is reserved for text.
 GREY, ORANGE, BLUE, GREEN, SKY, VERMILLION, PURPLE = (
     *("#8a8a8a", "#e69f00", "#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7"),
 )
-# One colour per teacher, at most 16: Okabe and Ito's, then Tol's muted ones.
+# One colour for each of up to 16 teachers: Okabe and Ito's palette, then Tol's muted one.
 TEACHER_COLORS = (
     *(GREEN, SKY, VERMILLION, PURPLE, ORANGE, BLUE, GREY),
     *("#332288", "#999933", "#882255", "#44aa99", "#661100", "#6699cc", "#ddcc77", "#117733", "#cc6677"),
@@ -29,7 +29,7 @@ INK, FAINT = "#1f2328", "#d8dce1"
 
 @dataclass(frozen=True)
 class Sample:
-    """Repeated measurements of one thing; drawn in one colour everywhere."""
+    """Repeated measurements of one quantity, with its colour in all plots."""
 
     label: str
     color: str
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line per run over the same x, 1, 2, ... if None; drawn as their mean in a band from lowest to highest."""
+    """Runs over the same x (1, 2, ... if None), drawn as their mean and a band from minimum to maximum."""
 
     label: str
     color: str
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over epochs, or over what `xlabel` says, on one pair of axes."""
+    """Curves on one pair of axes, over epochs or another quantity named by `xlabel`."""
 
     title: str
     ylabel: str
@@ -61,10 +61,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class ClassMatrix:
-    """Of one model: row c says which share of the images of class c it takes for each class."""
+    """Confusion matrix of one model: row c has the fraction of images of class c predicted as each class."""
 
     label: str
-    shares: Sequence[Sequence[float]]  # (C, C), each row sums to 1, or to 0 where there are no images
+    shares: Sequence[Sequence[float]]  # (C, C), each row sums to 1, or to 0 without images
 
 
 def new_figure(
@@ -92,14 +92,14 @@ def picture(figure: Figure, description: str) -> Picture:
     import matplotlib
 
     buffer = io.BytesIO()
-    # Text as outlines looks the same without the fonts; a fixed salt makes the bytes repeatable.
+    # Text as paths needs no fonts; a fixed salt makes the bytes reproducible.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "camkd_fast"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return Picture(buffer.getvalue(), description)
 
 
 def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Picture:
-    """Bars of mean accuracy from 0 to 100 %, in groups; the runs of the last group again beside them, enlarged."""
+    """Bars of mean accuracy from 0 to 100 %, in groups, and a magnified plot of the last group's runs."""
     figure, (bars, zoom) = new_figure(2, 0.42 * sum(map(len, groups)) + 1.5, widths=(3, 2))
     position, ticks, labels = 0.0, [], []
     for group in groups:
@@ -120,7 +120,7 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
     bars.invert_yaxis()
     bars.set_xlabel("accuracy on test images (%)", color=INK)
     bars.grid(axis="x", color=FAINT, linewidth=0.8)
-    set_title(bars, "Everybody")
+    set_title(bars, "All models")
 
     _strip(zoom, groups[-1])
     zoom.set_xlabel("accuracy (%): each seed, and their mean", color=INK)
@@ -130,7 +130,7 @@ def accuracy_bars(groups: Sequence[Sequence[Sample]], zoom_title: str) -> Pictur
 
 
 def differences(samples: Sequence[Sample], title: str, xlabel: str) -> Picture:
-    """Every difference as a dot around 0, and their means."""
+    """Every difference as a dot, their means, and a line at 0."""
     figure, (axis,) = new_figure(1, 0.42 * len(samples) + 1.3)
     axis.axvline(0.0, color=INK, linewidth=1.2, linestyle=":")
     _strip(axis, samples)
@@ -141,10 +141,10 @@ def differences(samples: Sequence[Sample], title: str, xlabel: str) -> Picture:
 
 
 def _strip(axis: Axes, samples: Sequence[Sample]) -> None:
-    """One line per sample: its values as dots, their mean as a bar."""
+    """One row per sample: its values as dots, their mean as a bar."""
     for row, sample in enumerate(samples):
         axis.plot([mean(sample.values)] * 2, [row - 0.3, row + 0.3], color=sample.color, linewidth=3)
-        # A little apart, so that equal values stay two dots.
+        # Vertical offsets keep equal values visible.
         rows = [row + 0.16 * (i - (len(sample.values) - 1) / 2) for i in range(len(sample.values))]
         axis.scatter(sample.values, rows, s=55, color=sample.color, edgecolor="white", linewidth=0.8, zorder=3)
     axis.set_yticks(range(len(samples)), [sample.label for sample in samples])
@@ -153,11 +153,11 @@ def _strip(axis: Axes, samples: Sequence[Sample]) -> None:
     axis.grid(axis="x", color=FAINT, linewidth=0.8)
 
 
-_MOST_BANDS = 4  # more of them hide each other
+_MOST_BANDS = 4  # more bands would hide each other
 
 
 def curves(panels: Sequence[Panel]) -> Picture:
-    """Panels side by side."""
+    """Draw panels side by side."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = new_figure(len(panels), 3.5)
@@ -165,7 +165,7 @@ def curves(panels: Sequence[Panel]) -> Picture:
         for line in panel.curves:
             at_epoch = list(zip(*line.runs, strict=True))
             x = range(1, len(at_epoch) + 1) if line.x is None else line.x
-            # Over anything but epochs the points are single measurements, which the line only connects.
+            # If x is not the epoch, points are single measurements, which get markers.
             style, marker = "--" if line.dashed else "-", "o" if len(x) == 1 or panel.xlabel != "epoch" else ""
             means = [mean(v) for v in at_epoch]
             axis.plot(x, means, style, marker=marker, color=line.color, linewidth=2, label=line.label)
@@ -196,7 +196,7 @@ def curves(panels: Sequence[Panel]) -> Picture:
 
 
 def weight_histograms(samples: Sequence[Sample]) -> Picture:
-    """One panel per teacher: how its weight is distributed over images, its mean, and the equal weight 1/K."""
+    """One panel per teacher: histogram of its weight over images, mean, and the equal weight 1/K."""
     K = len(samples)
     top = 1.0 / max(K - 1, 1)
     figure, axes = new_figure(K, 3.1)
@@ -222,7 +222,7 @@ _MOST_IN_ROW = 4
 
 
 def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
-    """One heat map per model, true class downwards, answer to the right."""
+    """One heat map per model: rows are true classes, columns are predictions."""
     from matplotlib.colors import PowerNorm
 
     rows = -(-len(matrices) // _MOST_IN_ROW)
@@ -230,7 +230,7 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
     figure, axes = new_figure(columns, rows * (0.55 + 8.4 / columns), rows=rows)
     image = None
     for axis, matrix in zip(axes, matrices, strict=False):
-        # The root makes confusions of a few per cent visible beside a diagonal near 100 %.
+        # A square-root colour scale makes confusions of a few per cent visible.
         image = axis.imshow(matrix.shares, cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
         classes = range(0, len(matrix.shares), 1 if len(matrix.shares) <= 10 else 5)
         axis.set_xticks(classes)
@@ -248,7 +248,7 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
 
 
 def class_accuracies(matrices: Sequence[ClassMatrix]) -> Picture:
-    """One line of a heat map per model: its accuracy on each class."""
+    """One row of a heat map per model: accuracy by class."""
     levels = [[row[c] for c, row in enumerate(matrix.shares)] for matrix in matrices]
     words = f"Accuracy by class on the validation images of {_said(matrices)}."
     return class_levels([matrix.label for matrix in matrices], levels, words)
@@ -257,7 +257,7 @@ def class_accuracies(matrices: Sequence[ClassMatrix]) -> Picture:
 def class_levels(
     labels: Sequence[str], levels: Sequence[Sequence[float]], words: str, top: float = 1.0, percent: bool = True
 ) -> Picture:
-    """A heat map from 0 to `top`: one labelled line of C levels each, described by `words`."""
+    """A heat map from 0 to `top` with one labelled row of C levels each; `words` is the alternative text."""
     figure, (axis,) = new_figure(1, 1.4 + 0.42 * len(levels))
     image = axis.imshow(levels, cmap="Blues", vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(len(levels)), labels)

@@ -43,7 +43,7 @@ for dtype in eps:
     w = torch.rand(1, 3)
     actual = weighted_feature_loss([r], [f], w, backend="cpu")
     close(actual, weighted_feature_loss([r.double()], [f.double()], w.double()), 2.0**-20)
-print(cpu.instruction_set())
+print(cpu_backend.instruction_set())
 """
 
 

@@ -225,7 +225,7 @@ def test_given_weight_of_zero_silences_a_teacher(regime: str, rows: tuple) -> No
     weights = torch.tensor([0.5, 0.0, 0.25]).unsqueeze(1).expand(3, 4)
     actual = kernels.row_loss(student, teachers, target, **options(weighting=weights))
     without = kernels.row_loss(student, teachers[::2], target, **options(weighting=weights[::2]))
-    assert_near(actual.rows, without.rows)
+    assert_near(actual.row_stats[:3], without.row_stats[:3])
     assert_near(actual.grad_student, without.grad_student)
 
 

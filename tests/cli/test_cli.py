@@ -1,4 +1,4 @@
-"""The command line: help, typical commands from end to end, bad input as one line, what is missing."""
+"""The command line: help, typical commands end to end, one-line errors, missing packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(line: str, capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
-    """Run a command line in this process; what it printed on stdout, or on stderr if it is to fail."""
+    """Run a command line in this process; returns stdout, or stderr if it is expected to fail."""
     capsys.readouterr()
     assert cli.main(line.split()) == status
     printed = capsys.readouterr()
@@ -34,7 +34,7 @@ def call(line: str, capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers and a student, by the README's commands with small settings."""
+    """Two teachers and a student, from the README's commands with small settings."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +92,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", [*((c,) for c in COMMANDS if c != "data"), ("data", "fetch"), ("data", "list")])
 def test_help_has_every_option_with_its_default(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(list(command), capsys).partition(" options ")[2]
-    # An option begins with its name and what it takes, and is described up to the next one.
+    # An option starts with its name and type; its description ends at the next option.
     options = re.split(r" (?=--(?!no-)[a-z][a-z-]*(?:, --no-| [A-Z{\[]))", text)[1:]
     if command[-1] in ("teach", "distill", "compare"):
         assert len(options) > 30
@@ -191,7 +191,7 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (f"distill {SMALL} --out runs/x", "ca-mkd learns from teachers, but none were given"),
         (f"distill {SMALL} --teachers runs/nobody --out runs/x", "runs/nobody holds no run"),
         (f"distill {SMALL} --teachers runs/t0 --teacher-cache cache --out runs/x", "views"),
-        ("teach --config runs/s0/config.yaml", "is the config of a distill run, but teach was asked for"),
+        ("teach --config runs/s0/config.yaml", "is the config of a distill run, but the command is teach"),
         ("teach --config nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("distill --config broken.yaml", "broken.yaml is not YAML"),
         ("distill --config unknown.yaml", "unknown.yaml: unknown field optim.epoch; did you mean optim.epochs?"),
@@ -291,4 +291,4 @@ def test_torchrun_prints_once_and_leaves_one_run(here: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1
     assert (here / "runs/two/report.html").exists()
-    assert len((here / "runs/two/metrics.jsonl").read_text().splitlines()) == 2  # an epoch, the test
+    assert len((here / "runs/two/metrics.jsonl").read_text().splitlines()) == 2  # one epoch, the test

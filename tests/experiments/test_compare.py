@@ -1,4 +1,4 @@
-"""Comparison: finished cells are kept, other settings refused, and the table is arithmetic on the runs' results."""
+"""Comparison: finished cells are kept, other settings rejected, and the table follows from the runs' results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_cells_are_every_strategy_of_a_seed_before_the_next_seed(tmp_path: Path)
     student = DistillConfig("vgg8", beta=7.0, strategy="kd", seed=9, out=tmp_path)
     cells = list(CompareConfig(("aver", "ca-mkd"), (3, 5), student).cells())
     assert [(cell.strategy, cell.seed) for cell in cells] == [("aver", 3), ("ca-mkd", 3), ("aver", 5), ("ca-mkd", 5)]
-    # Beta is for strategies with a feature term: the others refuse one.
+    # Strategies without a feature term refuse a beta.
     assert [cell.beta for cell in cells] == [None, 7.0, None, 7.0]
     assert cells[3].out == tmp_path / "ca-mkd" / "seed-5"
     assert len({cell.out for cell in cells}) == 4
@@ -58,7 +58,7 @@ def test_cells_are_every_strategy_of_a_seed_before_the_next_seed(tmp_path: Path)
         ({"strategies": ("aver", "camkd")}, "no strategy is named 'camkd'; nearest: ca-mkd"),
     ],
 )
-def test_unfit_comparisons_are_refused(changes: dict[str, object], words: str) -> None:
+def test_invalid_comparisons_are_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config((), Path("out"), **changes)
 
@@ -115,7 +115,7 @@ def test_differences_are_paired_by_seed() -> None:
         f"{mean(gains):+.2f} ± {stdev(gains):.2f}",
         "100",
     ]
-    assert lines[1][4] == ""  # AVER beside itself
+    assert lines[1][4] == ""  # AVER compared with itself
     table = compare_report.student_table([ce, camkd])
     assert "over AVER, paired" not in table.header and len(table.rows[0]) == 5
     single = Row("ce", [0.5], 1.0, [[]])
@@ -158,9 +158,9 @@ def test_the_command_prints_the_table_and_keeps_cells(
 
     assert cli.main([*line.split(), "--temperature", "2"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "ce/seed-0 cannot be resumed, as it was begun with temperature 4.0" in error
+    assert error.count("\n") == 1 and "ce/seed-0 cannot be resumed, as it was started with temperature 4.0" in error
 
-    # The config of any student sets it up as well.
+    # It can start from the config of any student.
     again = f"compare --config runs/c/aver/seed-1/config.yaml --strategies aver --seeds 1 --out {tmp_path / 'd'}"
     assert cli.main(again.split()) == 0
     model = Path("aver") / "seed-1" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The demonstration's parts, its data, its baseline, and a short run of the whole."""
+"""The demonstration: its parts, its data, its baseline, and a short complete run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_baseline_computes_the_same_loss_and_gradient() -> None:
 
 
 def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) -> None:
-    """A fair teacher, one that learned mostly wrong labels, and the student of both, by the demonstration's runs."""
+    """A fair teacher, one trained on mostly wrong labels, and the student of both, from the demonstration's runs."""
     fair = demo.TeacherSpec("fair", "resnet8", epochs=8, images=200, augmentation="none")
     config = demo.DemoConfig(
         teachers=(fair, replace(fair, name="poor", wrong_labels=0.95)),
@@ -107,12 +107,11 @@ def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) ->
     assert sum(epochs[-1]["feature_weights"]) == pytest.approx(1.0, abs=1e-4)
     assert epochs[-1]["train_accuracy"] > epochs[0]["train_accuracy"]
 
-    # On the very images that the student learned from: the mean that it logged is of the last epoch, without
-    # augmentation, so of the same teachers on the same pixels.
+    # The logged mean of the last epoch is over the same images without augmentation, so it must be equal.
     parts = run.load_splits(DataConfig(data=demo.DATA))
     weights = demo.teacher_weights(list(cell.teachers), parts.train, 110)
     assert weights.shape == (2, 110)
-    torch.testing.assert_close(weights.mean(1), torch.tensor(epochs[-1]["weights"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights.mean(1), torch.tensor(epochs[-1]["weights"]), rtol=5e-4, atol=0)
 
 
 def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
@@ -134,7 +133,7 @@ def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
     assert all(0 <= s["test_accuracy"]["mean"] <= 1 for s in written["students"])
     weights = torch.tensor(written["confidence_weights"])
     assert weights.shape == (3, 40)
-    torch.testing.assert_close(weights.sum(0), torch.ones(40), rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights.sum(0), torch.ones(40), rtol=1e-4, atol=0)
     assert set(written["loss_speed"]["milliseconds"]) == {"fused", "eager"}
 
     assert page.count('<img alt="') == 4 and page.count("<table>") == 3
@@ -143,5 +142,5 @@ def test_short_demo_writes_page_and_metrics(tmp_path: Path) -> None:
     for expected in ("poor teacher (resnet20)", "CE only", "AVER", "CA-MKD", "images/s", "eager"):
         assert expected in text and expected in page
 
-    again = demo.run_demo(config, tmp_path)  # replaces the runs, and comes to the same
+    again = demo.run_demo(config, tmp_path)  # replaces the runs and gives the same results
     assert [row.test_accuracy for row in again.students] == [row.test_accuracy for row in results.students]

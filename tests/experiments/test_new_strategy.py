@@ -87,7 +87,7 @@ def test_a_study_reaches_its_report(tmp_path: Path) -> None:
     done = records.read(small, tmp_path / "out" / "results.jsonl")
     assert len(done.cells) == 4 and not done.missing
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    conclusions, accuracy = page.index("What was found"), page.index("Test accuracy</h2>")
+    conclusions, accuracy = page.index("Conclusions"), page.index("Test accuracy</h2>")
     assert f"{LeastLoss.label} (" in page[conclusions:accuracy]  # the verdict
     assert f"{LeastLoss.label} minus AVER" in page[conclusions:accuracy]  # the value of its weights
     findings = Findings(done)

@@ -1,4 +1,4 @@
-"""A run's page: what it says is what the run's files say, in one file that loads nothing."""
+"""A run's page: its content matches the run's files, and it loads no other file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Teachers t0 and t1 (most of its labels wrong), and the student of both."""
+    """Teachers t0 and t1 (with mostly wrong labels), and the student of both."""
     folder = tmp_path_factory.mktemp("runs")
     data, optim = DataConfig(images=100, augmentation="none"), OptimConfig(epochs=2, batch_size=20)
     for k in (0, 1):
@@ -51,7 +51,7 @@ def assert_self_contained(page: str) -> None:
     assert "http" not in page and "<script" not in page and "@import" not in page and "url(" not in page
     for picture in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page):
         svg = base64.b64decode(picture).decode()
-        # Namespaces are names, and nothing else may point outside.
+        # XML namespaces are the only URLs.
         assert not re.search(r'(href|src)="(?!#|data:)[^"]*//', svg)
 
 
@@ -66,7 +66,7 @@ def test_a_students_page_has_everything(runs: Path) -> None:
         "Result",
         "Training",
         "Weights of the teachers",
-        "Who confuses what",
+        "Confusion matrices",
         "Throughput",
         "Settings",
     ]
@@ -92,11 +92,11 @@ def test_numbers_are_those_of_the_run(runs: Path) -> None:
     assert figures["validation accuracy"] == f"{100 * epoch['validation_accuracy']:.2f} %"
     assert figures["images per second"] == f"{test['images_per_second']:,.0f}"
     rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(<td>.*?)</tr>", page)]
-    # The student's accuracy here is counted anew, by another path than the loop's.
+    # The report evaluates the student again, with other code than the loop.
     assert ["student", "resnet8", "77,754", figures["validation accuracy"], ""] in rows
     weights = {row[0]: row[-1] for row in rows if row[0] in ("t0", "t1")}
     assert weights == {f"t{k}": f"{epoch['weights'][k]:.3f}" for k in (0, 1)}
-    # Changed settings with their defaults, all of them without.
+    # Changed settings are listed with their defaults; the full list has none.
     assert ["student", "resnet8", "vgg8"] in rows and ["optim.epochs", "2", "240"] in rows
     assert ["log.progress", "False"] in rows and ["temperature", "4"] in rows
 
@@ -104,8 +104,8 @@ def test_numbers_are_those_of_the_run(runs: Path) -> None:
 def test_a_teachers_page_has_no_weights(runs: Path) -> None:
     page = page_of(runs / "t1")
     assert_self_contained(page)
-    assert headings(page) == ["Result", "Training", "Who confuses what", "Throughput", "Settings"]
-    assert "80% of the training labels are wrong on purpose" in page and "mean weight" not in page
+    assert headings(page) == ["Result", "Training", "Confusion matrices", "Throughput", "Settings"]
+    assert "80% of the training labels are deliberately wrong" in page and "mean weight" not in page
 
 
 def test_the_same_run_gives_the_same_page(runs: Path) -> None:
@@ -148,7 +148,7 @@ def test_what_is_missing_is_named(runs: Path, tmp_path: Path, name: str) -> None
 
 
 class Says(nn.Module):
-    """Answers with the first pixel of the image, plus an offset."""
+    """Predicts the first pixel of the image plus an offset."""
 
     def __init__(self, offset: int) -> None:
         super().__init__()
@@ -162,13 +162,13 @@ class Says(nn.Module):
 def test_confusion_counts_every_image_once() -> None:
     labels = torch.arange(600) % 3
     pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(600, 1, 2, 2).contiguous()
-    pixels[:10] = 2  # 4 of class 0, 3 each of classes 1 and 2, all taken for 2
+    pixels[:10] = 2  # 4 of class 0, 3 each of classes 1 and 2, all predicted as 2
     found = confusion([Says(0), Says(1)], LabelledImages(pixels, labels, 3, mean=(0.0,), std=(1.0,)))
     assert found.counts[0].tolist() == [[196, 0, 4], [0, 197, 3], [0, 0, 200]]
     assert found.counts[1].tolist() == [[4, 196, 0], [3, 0, 197], [200, 0, 0]]
     assert found.accuracy(0) == pytest.approx(593 / 600)
     assert found.shares(1)[0] == pytest.approx([0.02, 0.98, 0.0])
-    # The second is right only where the first is not: the four images of class 0 that look like 2.
+    # The second is right only on the four images of class 0 that look like 2, where the first is wrong.
     assert found.right.tolist() == [3, 597, 0]
 
 
@@ -197,7 +197,7 @@ def matrices(K: int, C: int) -> list[ClassMatrix]:
 @pytest.mark.parametrize("K", [1, 4, 5, 17])
 def test_heat_maps_of_any_number_of_models(K: int) -> None:
     picture = confusions(matrices(K, 3))
-    assert picture.svg.count(b"<image") == K + 1  # and the scale
+    assert picture.svg.count(b"<image") == K + 1  # and the colour bar
     assert f"model {K - 1}." in picture.description
     assert b"<image" in class_accuracies(matrices(K, 100)).svg
 

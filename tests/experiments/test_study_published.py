@@ -1,4 +1,4 @@
-"""The committed results of the study, and that what is written about them is what they say."""
+"""The committed results of the study, and the texts generated from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from statistics import mean
 
 from benchmarks import doc_tables, study_report
 from camkd_fast.experiments.study import records, spec
-from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, said_of
+from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, interval
 from camkd_fast.experiments.study.records import Results
 from camkd_fast.experiments.study.statistics import Paired
 
@@ -25,7 +25,7 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_the_advice_follows_from_the_committed_results() -> None:
-    """Every claim of "In short" and its numbers; results that say otherwise need other advice."""
+    """Every claim of "In short" and its numbers must follow from the results."""
     known = committed("study", "results")
     assert known.missing == []
     findings = Findings(known)
@@ -37,7 +37,7 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     def paired(places: list[Place], name: str, said: bool = True) -> Paired:
         found = findings.paired(places, variants[name])
         assert found is not None and len(found.differences) == 5
-        assert not said or said_of(found) in text, f"{name}: {said_of(found)} is not what the text says"
+        assert not said or interval(found) in text, f"{name}: {interval(found)} is not what the text says"
         return found
 
     def accuracy(place: Place, name: str) -> float:
@@ -48,8 +48,8 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     assert all(paired(places, name).low > 0 for places in (good, bad) for name in ("ca-mkd", "fitnet-mkd"))
     for pair in findings.weighed():
         for places in (good, bad):
-            alone = findings.paired(places, *pair)
-            assert alone is not None and alone.low < 0 < alone.high
+            gain = findings.paired(places, *pair)
+            assert gain is not None and gain.low < 0 < gain.high
     for place in findings.places:
         if place[1].model == "mobilenetv2":
             for name in ("ca-mkd", "fitnet-mkd"):
@@ -69,7 +69,7 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     attached = known.study.variant("attached")
     for pool in ("good-equal", "bad-wrong-80"):
         cost = findings.paired([here[pool, "resnet8"]], attached)
-        assert cost is not None and cost.high < 0 and said_of(cost).removeprefix("-") in text
+        assert cost is not None and cost.high < 0 and interval(cost).removeprefix("-") in text
 
     found = bad_teachers_by_class(findings)["logits"].items()
     logits = {(pool.name, teacher): weights for (pool, teacher), weights in found}

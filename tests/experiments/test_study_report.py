@@ -1,4 +1,4 @@
-"""What is concluded from a study's results, and that its page and tables are a function of the results alone."""
+"""Conclusions from a study's results; its page and tables depend only on the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GAINS = (0.01, 0.02, 0.03)  # of seeds 0, 1, 2
 
 
 def with_gain(sign: float, pools: tuple[str, ...] = ("good", "bad"), scale: float = 1.0) -> Results:
-    """CA-MKD is 1, 2 and 3 points above AVER (or below) in the pools named, and equal elsewhere."""
+    """CA-MKD is 1, 2 and 3 points above AVER (or below) in the given pools, and equal elsewhere."""
 
     def accuracy(cell: Cell) -> float:
         gains = cell.variant == "ca-mkd" and cell.pool in pools
@@ -89,13 +89,13 @@ def test_a_seed_that_one_place_lacks_is_left_out_of_the_mean() -> None:
     [
         (1.0, "points over AVER, mean over pools and students: better: CA-MKD (+2.00 ± 2.48)", None),
         (-1.0, "worse: CA-MKD", "less than that in 2 of 2"),
-        (0.0, "not told apart: ", "less than that in 2 of 2"),
+        (0.0, "no clear difference: ", "less than that in 2 of 2"),
     ],
 )
 def test_the_conclusion_follows_the_numbers_whichever_way_they_fall(
     sign: float, verdict: str, paper: str | None
 ) -> None:
-    # Gains of 1, 2, 3 points have an interval of 2.48 around 2; a third of the spread leaves 0 out.
+    # Gains of 1, 2, 3 points have an interval of 2.48 around 2; a third of the spread excludes 0.
     known = with_gain(sign)
     for cell, record in known.cells.items():
         if cell.variant == "ca-mkd" and sign:
@@ -114,8 +114,8 @@ def test_an_interval_around_the_papers_gain_is_compatible_with_it() -> None:
     assert "a gain of 0.8 points" in said and "compatible with it in 2 of 2" in said
 
 
-def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> None:
-    """Feature maps gain 2 points, and weights 0.25 of a point beside them in bad pools; on logits nothing."""
+def test_gain_of_weights_is_separated_from_gain_of_feature_maps() -> None:
+    """Feature maps gain 2 points, their weights another 0.25 in bad pools; logit weights gain nothing."""
     study = invented(lambda cell: 0.5).study
     both = (Variant("fitnet-mkd", "fitnet-mkd", label="FitNet-MKD"), Variant("ca-mkd-logits", "ca-mkd-logits"))
     study = replace(study, variants=(*study.variants, *both))
@@ -126,7 +126,7 @@ def test_what_the_weights_alone_are_worth_is_told_apart_from_feature_maps() -> N
 
     findings = Findings(invented(accuracy, study))
     assert (
-        "What the confidence weights alone are worth, in points: "
+        "Gain from the teachers' weights, in points over the same losses with equal weights: "
         "CA-MKD, logits minus AVER +0.00 ± 0.00 with good teachers only, +0.00 ± 0.00 with a bad teacher; "
         "CA-MKD minus FitNet-MKD +0.00 ± 0.00 with good teachers only, +0.25 ± 0.00 with a bad teacher."
     ) in conclusions(findings)
@@ -162,7 +162,7 @@ def test_hours_are_those_of_all_cells_by_the_median() -> None:
     known = invented(lambda cell: 0.5)  # 27 cells of 3 seconds
     for record in (*known.teachers.values(), *known.pools.values()):
         record["seconds"] = 100.0
-    known.cells[Cell("bad", "resnet8", "aver", 1)]["seconds"] = 5000.0  # it was stopped for a while
+    known.cells[Cell("bad", "resnet8", "aver", 1)]["seconds"] = 5000.0  # interrupted for a while
     assert core_hours(Findings(known)) * 3600 == pytest.approx(27 * 3 + 6 * 100)
     del known.cells[Cell("bad", "resnet8", "aver", 1)]
     assert core_hours(Findings(known)) * 3600 == pytest.approx(27 * 3 + 6 * 100)
@@ -185,7 +185,7 @@ def test_tables_hold_the_numbers() -> None:
     assert "AVER" not in gains and gains["CA-MKD"] == ("+0.00 ± 0.00", "+2.00 ± 2.48")
     (ablation,) = study_tables.against_others(findings, "ablation").rows
     assert ablation[:5] == ("uniform", "bad, resnet8", "52.00 %", "CA-MKD", "-2.00 ± 2.48")
-    # Labels alone stand in both pools and are counted once.
+    # A variant without teachers is in both pools and counts once.
     speeds = {row[0]: row[1] for row in study_tables.cost(findings).rows}
     assert speeds["CE only"] == "1,000"
     assert study_tables.teachers(findings).rows[3][1:3] == ("resnet8", "logits x 4")

@@ -1,4 +1,4 @@
-"""A study before it runs: its file, the runs that it stands for and their hashes, and what is derived from teachers."""
+"""A study before it runs: its file, its runs and their hashes, and derived teachers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_study_covers_what_it_is_to_compare() -> None:
     main = [variant for variant in full.variants if variant.table == "main"]
     wanted = {"ce", "kd", "aver", "ebkd", "aekd", "fitnet-mkd", "ca-mkd-logits", "ca-mkd"}
     assert {variant.strategy for variant in main} == wanted
-    # Equal strength: nothing but the strategy differs in the main table.
+    # Equal strength: only the strategy differs in the main table.
     for attribute in ("alpha", "temperature", "official_scale", "detach", "uniform"):
         assert len({getattr(variant, attribute) for variant in main}) == 1, attribute
     assert len({v.beta for v in main if v.strategy in ("fitnet-mkd", "ca-mkd")}) == 1
@@ -72,7 +72,7 @@ def test_a_study_survives_yaml(tmp_path: Path) -> None:
         (lambda: replace(study(), data=replace(study().data, view_seed=None)), "view_seed must be a number"),
     ],
 )
-def test_unfit_studies_are_refused(make: object, words: str) -> None:
+def test_invalid_studies_are_refused(make: object, words: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()  # type: ignore[operator]
     assert words in str(caught.value)
@@ -87,7 +87,7 @@ def test_unfit_studies_are_refused(make: object, words: str) -> None:
         ("titel: x", "unknown field titel; did you mean title?"),
     ],
 )
-def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -98,7 +98,7 @@ def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) 
 # --- its runs --------------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_everything_of_a_seed_before_the_next_and_labels_alone_are_run_once() -> None:
+def test_cells_go_seed_by_seed_and_runs_without_teachers_occur_once() -> None:
     every = cells.cells(study())
     names = [(c.pool, c.variant) for c in every if c.seed == 0]
     assert names == [
@@ -118,14 +118,14 @@ def test_ranks_share_all_cells_and_no_cell_twice(world: int) -> None:
 def test_runs_differ_in_what_their_variant_says_and_in_nothing_else(tmp_path: Path) -> None:
     full = study()
     for pool in full.pools:
-        aver = cells.distilling(full, Cell(pool.name, "resnet8", "aver", 1), tmp_path)
+        aver = cells.student_config(full, Cell(pool.name, "resnet8", "aver", 1), tmp_path)
         for variant in full.variants:
             if variant.has_pool:
-                config = cells.distilling(full, Cell(pool.name, "resnet8", variant.name, 1), tmp_path)
+                config = cells.student_config(full, Cell(pool.name, "resnet8", variant.name, 1), tmp_path)
                 said = {"strategy", "out", "beta", "official_scale", "uniform"}
                 assert set(differences(aver, config)) <= said
-    # The cache is the pool's, whatever the variant and the seed.
-    runs = [cells.distilling(full, cell, tmp_path) for cell in cells.cells(full) if cell.pool == "bad"]
+    # The cache belongs to the pool, whatever the variant and the seed.
+    runs = [cells.student_config(full, cell, tmp_path) for cell in cells.cells(full) if cell.pool == "bad"]
     assert {config.teacher_cache for config in runs} == {tmp_path / "caches" / "bad"}
     assert {config.data.view_seed for config in runs} == {7} and {config.seed for config in runs} == {0, 1}
 
@@ -134,7 +134,7 @@ def test_a_students_learning_rate_is_its_own_or_everybodys() -> None:
     full = replace(study(), training=replace(study().training, learning_rate=0.3))
     other = replace(full, students=(replace(full.students[0], learning_rate=0.2),))
     for settings, rate in ((full, 0.3), (other, 0.2)):
-        assert cells.distilling(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
+        assert cells.student_config(settings, Cell("none", "resnet8", "ce", 0), Path()).optim.learning_rate == rate
 
 
 def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> None:
@@ -144,7 +144,7 @@ def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> No
 
     def beta(own: float | None, variant: str) -> float | None:
         changed = replace(settings, students=(replace(student, beta=own),))
-        return cells.distilling(changed, Cell(pool, student.model, variant, 0), Path()).beta
+        return cells.student_config(changed, Cell(pool, student.model, variant, 0), Path()).beta
 
     assert [beta(None, name) for name in ("hints", "more", "aver")] == [50.0, 50.0, None]
     assert [beta(5.0, name) for name in ("hints", "more", "aver")] == [5.0, 50.0, None]
@@ -152,9 +152,9 @@ def test_a_students_beta_takes_the_place_of_a_main_variants_that_has_one() -> No
 
 def test_teachers_learn_in_their_own_precision_and_are_asked_in_the_students() -> None:
     full = replace(study(), teaching_precision=PrecisionConfig(dtype="bfloat16"))
-    assert cells.teaching(full, full.teachers[0], Path()).precision.dtype == "bfloat16"
-    assert cells.asking(full, full.pools[0], Path()).precision.dtype == "float32"
-    assert cells.distilling(full, Cell("none", "resnet8", "ce", 0), Path()).precision.dtype == "float32"
+    assert cells.teacher_config(full, full.teachers[0], Path()).precision.dtype == "bfloat16"
+    assert cells.cache_config(full, full.pools[0], Path()).precision.dtype == "float32"
+    assert cells.student_config(full, Cell("none", "resnet8", "ce", 0), Path()).precision.dtype == "float32"
 
 
 def test_a_hash_is_of_everything_that_matters_and_of_nothing_else() -> None:
@@ -174,7 +174,7 @@ def test_a_hash_is_of_everything_that_matters_and_of_nothing_else() -> None:
     ]
     hashes = [cells.cell_hash(other, cell) for other in others]
     assert len({same, *hashes, cells.cell_hash(full, replace(cell, seed=1))}) == len(others) + 2
-    # Teachers that are trained alike are the same whatever the students do.
+    # Teachers do not depend on the students' settings.
     assert cells.teacher_hash(others[3], "loud") == cells.teacher_hash(full, "loud")
     assert cells.teacher_hash(others[0], "loud") != cells.teacher_hash(full, "loud")
 

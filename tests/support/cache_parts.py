@@ -18,7 +18,7 @@ N, VIEWS, CLASSES = 50, 2, 5
 
 
 class Tiny(nn.Module):
-    """A 1x1 convolution, global average pooling, a linear layer, in sums whose order no batch size changes.
+    """A 1x1 convolution, global average pooling, a linear layer, with sums in an order independent of the batch size.
 
     (torch's own convolutions and matrix products may round a sample differently in another batch.)
     """
@@ -37,7 +37,7 @@ class Tiny(nn.Module):
 
 
 class CountedTeachers(LiveTeachers):
-    """Counts the samples it was asked about, and may die on the way."""
+    """Counts the samples that it computes, and can fail after a given number."""
 
     asked = 0
     dies_after = 10**9

@@ -27,7 +27,7 @@ OPTIM = OptimConfig(epochs=3, batch_size=32)
 
 
 class SmallNet(nn.Module):
-    """Two convolutions and a classifier, whose first parameters depend on `seed` alone."""
+    """Two convolutions and a classifier, whose initial parameters depend only on `seed`."""
 
     def __init__(self, width: int = 8, batch_norm: bool = False, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def batch(count: int = 32, seed: int = 0) -> Batch:
 
 
 def loader(data: LabelledImages, batch_size: int, world: World = ONE, train: bool = True) -> ResidentLoader:
-    """This rank's share of steps of `batch_size` images over all ranks."""
+    """Loader of this rank's part of steps of `batch_size` images over all ranks."""
     augmentation = Augmentation(padding=1) if train else None
     config = LoaderConfig(batch_size // world.size, augmentation=augmentation, rank=world.rank, world=world.size)
     return ResidentLoader(data, config)

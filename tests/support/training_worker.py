@@ -28,7 +28,7 @@ STRATEGIES = ("ce", "aver", "ebkd", "aekd", "ca-mkd-logits", "fitnet-mkd", "ca-m
 
 
 def gradients(strategy: str, world: World, precision: PrecisionConfig = EAGER) -> torch.Tensor:
-    """Of one step on 37 images over all processes, flat, and its sums; no batch norm sees them."""
+    """Flat gradients and sums of one step on 37 images over all processes, without batch norm in training mode."""
     step = train_step(strategy, world=world, precision=precision, full_batch=19 - world.rank)
     step.strategy.eval()  # the maps r_k have batch norms
     whole = batch(37)
@@ -58,7 +58,7 @@ def run(out: Path, world: World) -> None:
 
 
 def seen(world: World, train: bool) -> list[list[int]]:
-    """Indices that each process gets in one epoch of 101 images."""
+    """Indices of the images of each process in one epoch of 101 images."""
     mine = torch.cat([b.index for b in loader(images(101), 16, world, train=train)]).tolist()
     everybody: list[list[int]] = [[]] * world.size
     if world.size == 1:
@@ -70,14 +70,14 @@ def seen(world: World, train: bool) -> list[list[int]]:
 def check(out: Path, world: World) -> None:
     results: dict[str, object] = {"gradients": {name: gradients(name, world) for name in STRATEGIES}}
     results |= {"train": seen(world, True), "test": seen(world, False)}
-    torch.compile = partial(torch.compile, backend="aot_eager")  # the graphs are what is ours
+    torch.compile = partial(torch.compile, backend="aot_eager")  # tests the graphs, not inductor
     results["compiled"] = gradients("ca-mkd", world, PrecisionConfig(compile="on"))
     if world.is_main:
         torch.save(results, out / "check.pt")
 
 
 def kill_at(victim: int, step: int) -> None:
-    """Process `victim` is killed, as by the system, in the middle of its step `step`, counted from 0."""
+    """Send SIGKILL to process `victim` in the middle of its step `step`, counted from 0."""
     take = TrainStep.__call__
 
     def last(self: TrainStep, batch: Batch, items: int, rate: float, number: int) -> None:

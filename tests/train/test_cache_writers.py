@@ -1,4 +1,4 @@
-"""What a killed or failing writer of the teacher cache leaves behind, and several writers at once."""
+"""Writers of the teacher cache: killed, failing, and several at once."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_a_killed_writer_loses_what_it_had_not_listed(
         assert kept >= dies_after - 8  # all but the batch it died on
 
     second = make_teachers()
-    # Another batch size: what counts is which rows are there, not who wrote them.
+    # Another batch size: rows are identified by their index, whoever wrote them.
     cache = build(folder, second, shard_bytes=shard_bytes, loader=FakeLoader(batch_size=8 if dies_after % 2 else 5))
     assert N * VIEWS - kept <= second.asked
     assert all((folder / name).read_bytes() == data for name, data in before.items())
     batch = batch_of(torch.arange(N), 1)
-    for ours, live in zip(cache.answers(1, batch.index), LiveTeachers.__call__(second, batch), strict=True):
+    for ours, live in zip(cache.outputs(1, batch.index), LiveTeachers.__call__(second, batch), strict=True):
         assert torch.equal(ours.logits, live.logits)
 
 
@@ -58,20 +58,20 @@ def test_ranks_write_their_own_shards_and_another_number_of_ranks_goes_on(tmp_pa
     key = make_key(teachers)
 
     def write(rank: int, world: int) -> None:
-        # size 1 in `World`, so that nobody waits: the ranks write one after the other here
+        # `World` has size 1, so no rank waits: here the ranks write one after the other
         cache_writer.write_missing(tmp_path, teachers, FakeLoader(rank, world), key, Storage(), World(rank, 1, CPU))
 
     write(1, 3)
     write(2, 3)
     assert teachers.asked == 2 * (17 + 16)
-    with pytest.raises(CacheError, match=r"66 of 100 answers"):
+    with pytest.raises(CacheError, match=r"66 of 100 rows"):
         TeacherCache.open(tmp_path, key)
     write(0, 1)
     cache = TeacherCache.open(tmp_path, key)
     assert {path.name for path in tmp_path.glob("manifest*")} == {f"manifest.00{r}.json" for r in range(3)}
     assert len(cache.errors) == 3
     batch = batch_of(torch.arange(N), 0)
-    for ours, live in zip(cache.answers(0, batch.index), LiveTeachers.__call__(teachers, batch), strict=True):
+    for ours, live in zip(cache.outputs(0, batch.index), LiveTeachers.__call__(teachers, batch), strict=True):
         assert torch.equal(ours.logits, live.logits)
 
 
@@ -104,10 +104,10 @@ def test_unreadable_images_may_be_missing_as_far_as_they_were_allowed(tmp_path: 
     with pytest.raises(CacheError, match=r"98 of 100"):
         build(tmp_path, teachers, loader=FakeLoader(bad=7))
     cache = build(tmp_path, teachers, loader=FakeLoader(bad=7), unreadable=1)
-    with pytest.raises(CacheError, match="no answer for sample 7 in view 1"):
-        cache.answers(1, torch.tensor([3, 7]))
+    with pytest.raises(CacheError, match="no outputs for sample 7 in view 1"):
+        cache.outputs(1, torch.tensor([3, 7]))
     batch = batch_of(torch.tensor([0, 6, 8]), 1)
-    assert torch.equal(cache.answers(1, batch.index)[0].logits, teachers(batch)[0].logits)
+    assert torch.equal(cache.outputs(1, batch.index)[0].logits, teachers(batch)[0].logits)
 
 
 def test_a_loader_of_other_views_is_noticed(tmp_path: Path) -> None:

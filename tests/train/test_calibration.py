@@ -1,4 +1,4 @@
-"""The expected calibration error: against a case by hand, and as evaluation reports it."""
+"""The expected calibration error: a case computed by hand, and the value that evaluation reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.training import CLASSES, ONE, SmallNet, images, loader
 
 
 def logits_of(confidences: list[float]) -> Tensor:
-    """Two classes, of which the first has these probabilities."""
+    """Logits of two classes with the given probabilities of the first."""
     p = torch.tensor(confidences, dtype=torch.float64)
     return torch.stack([(p / (1 - p)).log(), torch.zeros_like(p)], 1)
 
@@ -26,7 +26,7 @@ def test_a_case_by_hand() -> None:
     bins = calibration_bins(logits_of(confidences), correct)
     assert BINS == 15 and bins.shape == (2, 15)
     assert calibration_error(bins, 5) == pytest.approx(expected, abs=1e-6)
-    # Bins of parts of a set add up.
+    # The bins of parts of a set add up.
     parts = sum(calibration_bins(logits_of(confidences[i : i + 2]), correct[i : i + 2]) for i in (0, 2, 4))
     assert calibration_error(parts, 5) == pytest.approx(expected, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, checked, bounded in number; and a run that is killed anywhere ends as if it had not been."""
+"""Checkpoints: atomic, verified, bounded in number; a run killed at any point ends with the same result."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def saved(folder: Path, *steps: int) -> Checkpoints:
 
 @contextmanager
 def small_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: writes fail half-way, as on a full disk."""
+    """Limit files to `limit` bytes, so that writes fail half-way as on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -174,7 +174,7 @@ def test_a_pickle_with_a_global_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest[STATE] = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"state.pt holds more than plain data and is refused"):
+    with pytest.raises(CheckpointError, match=r"state.pt needs more than weights_only=True and is refused"):
         read_checkpoint(folder)
 
 
@@ -199,19 +199,19 @@ def test_a_model_file_is_checked(tmp_path: Path) -> None:
 
 def test_equal_models_give_equal_files_whatever_their_layout() -> None:
     metadata = {letter: letter for letter in "qwertyuiop"}
-    plain, other = SmallNet(), SmallNet().to(memory_format=torch.channels_last)
-    assert model_bytes(plain, metadata) == model_bytes(other, dict(reversed(metadata.items())))
+    model, other = SmallNet(), SmallNet().to(memory_format=torch.channels_last)
+    assert model_bytes(model, metadata) == model_bytes(other, dict(reversed(metadata.items())))
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Not an Exception, so that no handler of the run takes it for a failure to tidy up after."""
+    """Not an Exception, so that no handler of the run catches it."""
 
 
 class _Kill(NullJournal):
-    """Ends the run right after a step's record, as a kill would."""
+    """Ends the run right after a step's record, like a kill."""
 
     def __init__(self, journal: Journal, step: int) -> None:
         self.journal, self.step = journal, step
@@ -250,7 +250,7 @@ def test_resumed_anywhere_a_run_ends_as_the_uninterrupted_one(
     journal.close()
     out = tmp_path / "killed"
     out.mkdir()
-    # 5 steps an epoch: in the middle, before and at its end, right after a checkpoint and between two.
+    # 5 steps per epoch: in the middle, before and at its end, right after a checkpoint and between two.
     for kill in (2, 3, 5, 8, 9, 14, None):
         run = build(out, strategy, precision, every=2)
         checkpoint = run.checkpoints.latest()
@@ -273,7 +273,7 @@ def test_the_clock_asks_for_checkpoints_too(tmp_path: Path, monkeypatch: pytest.
 
     def clock() -> float:
         nonlocal now
-        now += 40  # seconds from one look at the clock to the next
+        now += 40  # seconds between two readings of the clock
         return now
 
     monkeypatch.setattr("camkd_fast.train.trainer.time.monotonic", clock)
@@ -329,7 +329,7 @@ def lines(out: Path) -> int:
 
 
 def kill_after(process: subprocess.Popen[str], out: Path, count: int, generator: random.Random) -> bool:
-    """SIGKILL once the run has written `count` lines and a moment more; False if it was over before."""
+    """SIGKILL shortly after the run has written `count` lines; False if it finished earlier."""
     while lines(out) < count:
         try:
             process.wait(timeout=0.002)
@@ -350,19 +350,19 @@ def test_killed_runs_end_byte_identical(tmp_path: Path, kills: int) -> None:
     distill(job(tmp_path / "whole"))
     whole, out = tmp_path / "whole", tmp_path / "killed"
     expected, total = (whole / "model.safetensors").read_bytes(), lines(whole)
-    assert total == 18 + 1  # a line per step and the test result
+    assert total == 18 + 1  # one line per step, and the test result
     generator = random.Random(kills)
     done = 0
     while done < kills:
         process = start(out)
-        first = min(lines(out) + 1, total - 1)  # a line more than there are, so that the run gets somewhere
+        first = min(lines(out) + 1, total - 1)  # one more line than before, so that the run makes progress
         done += kill_after(process, out, generator.randint(first, min(first + 6, total - 1)), generator)
-        if (out / "model.safetensors").exists():  # it got to the end before the last kill: once more from the start
+        if (out / "model.safetensors").exists():  # finished before the last kill: start again
             assert (out / "model.safetensors").read_bytes() == expected
             if done < kills:
                 shutil.rmtree(out)
     process = start(out)
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert (out / "model.safetensors").read_bytes() == expected
-    # But for the seconds in the last one.
+    # Except for the seconds in the last record.
     assert records(out)[:-1] == records(whole)[:-1] and len(records(out)) == total

@@ -1,4 +1,4 @@
-"""Configs: YAML round trip, values that are refused, and that the command line can show every field."""
+"""Configs: YAML round trip, rejected values, descriptions of all fields."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_file_by_hand_may_leave_fields_out(tmp_path: Path) -> None:
         ("job: teach\n  model: x: y", "is not YAML"),
     ],
 )
-def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
@@ -92,7 +92,7 @@ def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) 
         (OptimConfig, {"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         (OptimConfig, {"learning_rate": float("nan")}, "got nan"),
         (OptimConfig, {"milestones": (0.8, 0.5)}, "got (0.8, 0.5)"),
-        (OptimConfig, {"milestones": (150.0,)}, "shares between 0 and 1, got (150.0,)"),
+        (OptimConfig, {"milestones": (150.0,)}, "fractions between 0 and 1, got (150.0,)"),
         (OptimConfig, {"warmup": 240.0}, "warmup must lie in [0, epochs), got 240.0 of 240 epochs"),
         (OptimConfig, {"momentum": 1.0}, "got 1.0"),
         (OptimConfig, {"drop": 0.0}, "got 0.0"),
@@ -110,7 +110,7 @@ def test_unfit_files_are_refused_by_name(tmp_path: Path, text: str, words: str) 
         (DistillConfig, {"teacher_cache": Path("c")}, "needs a fixed number of views, got views None"),
     ],
 )
-def test_unfit_values_are_refused(kind: type, settings: dict[str, object], words: str) -> None:
+def test_invalid_values_are_refused(kind: type, settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         kind(**settings)
 

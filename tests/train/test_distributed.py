@@ -1,4 +1,4 @@
-"""Data parallel over gloo: gradients, sample counts and sums equal one process's; a killed rank; resuming."""
+"""Data parallel over gloo: gradients, sample counts and sums equal those of one process; a killed rank; resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(job: str, folder: Path, *more: int) -> tuple[list[subprocess.Popen[str]], torch.distributed.TCPStore]:
-    """Two processes, told who they are as torchrun tells, and the store by which they meet: keep it until they end."""
+    """Two processes with torchrun's environment variables, and their store, which must outlive them."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
@@ -47,7 +47,7 @@ def complete(job: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes found: check.pt, and an uninterrupted run in `whole`."""
+    """Output folder of two processes: check.pt, and an uninterrupted run in `whole`."""
     folder = tmp_path_factory.mktemp("two")
     complete("check", folder)
     return folder
@@ -72,11 +72,11 @@ def test_every_image_is_seen_once_and_every_step_sees_the_same_ones(two: Path) -
     for train in (True, False):
         first, second = found["train" if train else "test"]
         assert sorted(first + second) == list(range(101)) and abs(len(first) - len(second)) <= 5
-    (alone,) = seen(ONE, train=True)
+    (single,) = seen(ONE, train=True)
     first, second = found["train"]
     for step in range(6):  # of 16 images, 8 for each
         assert sorted(first[8 * step : 8 * step + 8] + second[8 * step : 8 * step + 8]) == sorted(
-            alone[16 * step : 16 * step + 16]
+            single[16 * step : 16 * step + 16]
         )
 
 
@@ -94,7 +94,7 @@ def test_only_rank_0_writes_and_evaluation_counts_all_images(two: Path) -> None:
 
 
 def test_resuming_on_another_number_of_processes(two: Path, tmp_path: Path) -> None:
-    # The same images at every step; batch norm and dropout differ between 2 x 8 and 1 x 16, so only near.
+    # Same images in every step, but batch norm and dropout differ between 2 x 8 and 1 x 16: approximately equal.
     shutil.copytree(two / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest = Checkpoints(tmp_path / "checkpoints").paths()[0]
     shutil.rmtree(newest)
@@ -131,7 +131,7 @@ def test_one_process_needs_no_torchrun() -> None:
         world.wait()
 
 
-def test_unfit_worlds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_worlds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="batch_size 64 cannot be shared evenly by 3 processes"):
         share_of_batch(64, World(0, 3, torch.device("cpu")))
     monkeypatch.setenv("LOCAL_RANK", "3")

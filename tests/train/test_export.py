@@ -1,4 +1,4 @@
-"""Export: ONNX and torch.export agree with the model, for any batch, folded or not; what does not agree is refused."""
+"""Export: ONNX and torch.export agree with the model for any batch size; a file that differs is rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(folder: Path, name: str, size: int = 8) -> Path:
-    """A folder as a run leaves it, with batch norms that have seen images."""
+    """A finished run's folder, with trained batch-norm statistics."""
     model = models.create(name, num_classes=7)
     model.train()
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +54,7 @@ def test_both_files_compute_what_the_model_computes(tmp_path: Path, name: str, f
     model = load_model(run)
     session = onnxruntime.InferenceSession(done.onnx, providers=["CPUExecutionProvider"])
     program = torch.export.load(done.program).module()
-    for n in (1, 2, 5, 17):  # also sizes that the export itself did not check
+    for n in (1, 2, 5, 17):  # including sizes that the export itself does not check
         images = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n))
         assert difference(model(images), program(images)) <= TOLERANCE
         (logits,) = session.run(None, {"images": images.numpy()})
@@ -88,7 +88,7 @@ def test_metadata_says_how_to_normalise(tmp_path: Path) -> None:
 
 
 class Off(nn.Module):
-    """What a faulty exporter would make of a model."""
+    """A model as a faulty exporter would write it."""
 
     def __init__(self, model: nn.Module, factor: float, last: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics that survive a kill, TensorBoard events, the progress bar."""
+"""Output of a run: metrics that survive a kill, TensorBoard events, the progress bar."""
 
 from __future__ import annotations
 

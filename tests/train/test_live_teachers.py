@@ -1,4 +1,4 @@
-"""Teachers that run beside the student: frozen, in their own precision, told apart by hash."""
+"""Live teachers: frozen, in their own precision, identified by hash."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_teachers_run_in_the_precision_they_were_given() -> None:
     assert half(batch)[0].logits.dtype == torch.bfloat16
 
 
-def test_hashes_tell_weights_layers_and_precision_apart() -> None:
+def test_hashes_depend_on_weights_layers_and_precision() -> None:
     model = SmallNet(4)
     (first,) = LiveTeachers([model], CLASSES).hashes
     assert LiveTeachers([model], CLASSES).hashes == [first] and len(first) == 64

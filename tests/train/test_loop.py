@@ -1,4 +1,4 @@
-"""The loop and the run folder: records, divergence, evaluation, what a folder may be used for."""
+"""The training loop and the run folder: records, divergence, evaluation, checks of the folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recorder(NullJournal):
-    """A journal that keeps what it is told."""
+    """A journal that keeps its records in memory."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -115,7 +115,7 @@ def test_evaluation_counts_every_image_and_leaves_no_trace() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_clock_keeps_first_steps_and_pauses_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_separates_first_steps_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock(torch.device("cpu"), first=2)
@@ -144,7 +144,7 @@ def test_clock_keeps_first_steps_and_pauses_apart(monkeypatch: pytest.MonkeyPatc
 
 
 class _Explodes(SmallNet):
-    """Its logits turn NaN at one call in training."""
+    """Its logits are NaN in one training call."""
 
     def __init__(self, call: int) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int)
 
 
 def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
-    # The last step of an epoch may break a parameter with a loss that was still finite.
+    # The last step of an epoch may make a parameter NaN although its loss was finite.
     run = trainer(tmp_path, train_step("ce"))
     inner = run.step.optimizer.step
 
@@ -280,7 +280,7 @@ def test_same_seed_same_bytes_and_the_callers_random_numbers_stay(tmp_path: Path
     first = model("a")
     assert torch.equal(torch.rand(3), expected)
     assert first == model("b") and first != model("c", seed=1)
-    # Labels for a poor teacher, and what only watches: neither changes the file's size, only the first its bytes.
+    # Wrong labels and logging settings: neither changes the file's size, and only the labels change its bytes.
     assert len({first, model("d", wrong_labels=0.5), model("f", swapped=(0, 1))}) == 3
     assert first == model("e", log=replace(QUIET, log_every=1, checkpoint_every=1, validate_every=2))
 
@@ -308,9 +308,9 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     first = teach(config)
     with pytest.raises(RunExistsError, match="holds a finished run"):
         teach(config)
-    again = teach(config, resume=True)  # finished: nothing is left to do
+    again = teach(config, resume=True)  # already finished
     assert again == first
-    with pytest.raises(RunExistsError, match=r"begun with seed 0 instead of 1, optim.epochs 2 instead of 3"):
+    with pytest.raises(RunExistsError, match=r"started with seed 0 instead of 1, optim.epochs 2 instead of 3"):
         teach(replace(config, seed=1, optim=replace(SHORT, epochs=3)), resume=True)
     with pytest.raises(ValueError, match="exclude each other"):
         teach(config, resume=True, overwrite=True)
@@ -331,7 +331,7 @@ def test_resuming_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> Non
     newest = max((config.out / "checkpoints").iterdir())
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:1000])
     with pytest.warns(UserWarning, match=rf"{newest.name}.* is damaged: .*; taking the one before it"):
-        again = teach(replace(config, log=QUIET), resume=True)  # how often it writes is free
+        again = teach(replace(config, log=QUIET), resume=True)  # logging settings may change
     assert model.read_bytes() == expected and again.test == result.test
     assert len(read_metrics(metrics)) == lines
 
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         teach(teach_config(tmp_path / "file" / "run"))
 
 
-def test_unfit_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
+def test_invalid_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
     def attempt(*teachers: Path, **changes: Any) -> None:
         base = DistillConfig(student="resnet8", teachers=teachers, out=tmp_path / "s", data=FEW, optim=SHORT, log=QUIET)
         distill(replace(base, **changes))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast.train.min_norm import min_norm_weights
 
-TOLERANCE = 1e-9  # of the largest g_k . g_k, as the docstring promises
+TOLERANCE = 1e-9  # relative to the largest g_k . g_k, from the docstring
 
 
 def vectors(K: int, D: int, seed: int) -> Tensor:
@@ -26,7 +26,7 @@ def squared_norm(gram: Tensor, weights: Tensor) -> float:
 
 
 def brute_force(gram: Tensor, cap: float) -> float:
-    """The least squared norm over every choice of weights at 0, at the cap and in between."""
+    """Minimum of the squared norm over all choices of weights at 0, at the cap and in between."""
     K = gram.shape[0]
     best = float("inf")
     for places in itertools.product(("zero", "free", "cap"), repeat=K):
@@ -34,7 +34,7 @@ def brute_force(gram: Tensor, cap: float) -> float:
         weights = torch.tensor([cap if place == "cap" else 0.0 for place in places], dtype=torch.float64)
         rest = 1.0 - float(weights.sum())
         if free:
-            # Stationary on the free weights, whose sum is what is left.
+            # Stationary in the free weights, whose sum is the remainder.
             n = len(free)
             system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
             system[:n, :n] = gram[free][:, free]
@@ -49,7 +49,7 @@ def brute_force(gram: Tensor, cap: float) -> float:
 
 
 def optimality_gap(gram: Tensor, weights: Tensor, cap: float) -> float:
-    """How far the squared norm can at most be above the least one: the linear program of its slope at `weights`."""
+    """Upper bound of the excess of the squared norm: the linear program of its slope at `weights`."""
     slope = 2 * gram @ weights
     least, rest = 0.0, 1.0
     for k in slope.argsort().tolist():
@@ -63,7 +63,7 @@ def optimality_gap(gram: Tensor, weights: Tensor, cap: float) -> float:
 @pytest.mark.parametrize(("K", "D"), [(2, 3), (3, 50), (4, 2), (5, 1), (5, 8)])
 def test_brute_force_finds_nothing_shorter(K: int, D: int, cap: float) -> None:
     for seed in range(5):
-        g = vectors(K, D, seed) + seed * vectors(1, D, 99)  # more and more of one mind
+        g = vectors(K, D, seed) + seed * vectors(1, D, 99)  # increasingly similar vectors
         gram = g @ g.T
         cap_k = max(cap, 1 / K)
         weights = min_norm_weights(gram, cap)
@@ -75,7 +75,7 @@ def test_brute_force_finds_nothing_shorter(K: int, D: int, cap: float) -> None:
 
 @pytest.mark.parametrize(("K", "cap"), [(3, 0.6), (2, 0.6), (5, 0.6), (8, 0.2), (16, 0.1)])
 def test_scikit_learn_agrees(K: int, cap: float) -> None:
-    """The dual of a one-class SVM with nu = 1 / (K cap) is this problem, its coefficients being w / cap."""
+    """The problem is the dual of a one-class SVM with nu = 1 / (K cap) and coefficients w / cap."""
     svm = pytest.importorskip("sklearn.svm")
     for seed in range(6):
         g = vectors(K, K + 4, seed)
@@ -84,6 +84,7 @@ def test_scikit_learn_agrees(K: int, cap: float) -> None:
         theirs = torch.zeros(K, dtype=torch.float64)
         theirs[model.support_] = torch.from_numpy(model.dual_coef_[0])
         theirs /= theirs.sum()
+        # Absolute, since the weights sum to 1 and some are 0.
         torch.testing.assert_close(min_norm_weights(gram, cap), theirs, atol=1e-6, rtol=0)
 
 
@@ -136,7 +137,7 @@ def test_a_gradient_that_is_not_finite_cannot_pass_unnoticed() -> None:
 
 
 def test_no_number_is_read_back_from_the_device() -> None:
-    """Tensors without data: whatever asks for a value, as a host synchronisation does, fails."""
+    """On tensors without data a host synchronisation fails."""
     with FakeTensorMode():
         assert min_norm_weights(torch.ones(3, 3), 0.6).shape == (3,)
 

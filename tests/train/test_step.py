@@ -1,4 +1,4 @@
-"""The training step: gradients, precisions, compilation, sums, no waiting for the device; rates and random numbers."""
+"""The training step: gradients, precisions, compilation, sums, no host synchronisation, rates and random numbers."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_gradient_is_that_of_the_differentiable_loss(name: str) -> None:
     assert totals.losses[0] / 33 == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_update_is_that_of_plain_sgd() -> None:
+def test_update_is_that_of_torch_sgd() -> None:
     step, twin = train_step(), train_step()
-    plain = torch.optim.SGD(twin.trainable.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    twin.optimizer = plain
+    unfused = torch.optim.SGD(twin.trainable.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    twin.optimizer = unfused
     take_steps(step)
     take_steps(twin)
     assert relative(parameters(step), parameters(twin)) < 1e-6
@@ -87,10 +87,10 @@ def test_num_items_divides_and_the_rate_of_each_step_is_its_own() -> None:
     whole(batch(), 32, 0.01, 0)
     half(batch(), 64, 0.02, 0)
     assert relative(gradients(half), gradients(whole) / 2) < 1e-6
-    still = train_step()
-    before = parameters(still)
-    take_steps(still, rate=0.0)
-    assert torch.equal(parameters(still), before)
+    frozen = train_step()
+    before = parameters(frozen)
+    take_steps(frozen, rate=0.0)
+    assert torch.equal(parameters(frozen), before)
 
 
 def test_teachers_stay_as_they_are_and_the_strategys_own_parameters_learn() -> None:
@@ -122,7 +122,7 @@ def test_float16_lowers_its_scale_until_steps_count_and_skips_leave_no_trace() -
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     before = parameters(step)
     step(batch(), 32, 0.01, 0)
-    assert torch.equal(parameters(step), before)  # an overflow: nothing may change, momentum included
+    assert torch.equal(parameters(step), before)  # overflow: nothing changes, including momentum
     assert step.scaler.get_scale() == 2.0**23
     momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
     assert momenta and all(torch.equal(m, torch.zeros_like(m)) for m in momenta)
@@ -189,7 +189,7 @@ def _refuse(*arguments: object) -> None:
 
 
 class _NoReads(TorchDispatchMode):
-    """Fails where a number of a tensor goes to the host: on a GPU that waits for all work before it."""
+    """Fails if a value is copied to the host, which on a GPU waits for all earlier work."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
@@ -199,7 +199,7 @@ class _NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", names())
 def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Student and loss are one graph (tests above), which admits no read; eager kernels of a CPU may read.
+    # Student and loss are one graph (tests above), which cannot read values; eager CPU kernels may.
     step = take_steps(train_step(name), 1)
     forward = step._forward
 
@@ -209,7 +209,7 @@ def test_a_step_reads_nothing_from_the_device(name: str, monkeypatch: pytest.Mon
 
     step._forward = unwatched
     data = batch()
-    for name in ("tolist", "numpy", "cpu"):  # which reach no dispatcher on a CPU
+    for name in ("tolist", "numpy", "cpu"):  # which bypass the dispatcher on a CPU
         monkeypatch.setattr(torch.Tensor, name, _refuse)
     with _NoReads():
         step(data, 32, 0.01, 1)
@@ -232,7 +232,7 @@ def test_sums_are_over_images_whatever_the_batches() -> None:
     one, two = (step.sums.read(ONE).totals for step in (whole, parts))
     assert one.images == two.images == 48
     assert one.correct == two.correct == (whole.student(data.images).argmax(1) == data.target).sum()
-    # The feature maps r_k have batch norms, so only what comes before them is a sum over images.
+    # The maps r_k have batch norms, so only parameters before them have gradients that are sums over images.
     assert one.losses[1:3] == pytest.approx(two.losses[1:3], rel=1e-5)
     assert one.weights == pytest.approx(two.weights, rel=1e-5)
     assert sum(one.weights) == pytest.approx(48, rel=1e-4) and sum(one.feature_weights) == pytest.approx(48, rel=1e-4)
@@ -320,7 +320,7 @@ def test_each_step_has_random_numbers_of_its_own() -> None:
     def drawn(seed: int, step: int, calls: int = 0) -> Tensor:
         made = train_step("ce", student=SmallNet(dropout=0.5), seed=seed)
         take_steps(made, calls, rate=0.0)
-        torch.rand(5)  # what others draw meanwhile makes no difference
+        torch.rand(5)  # other draws must have no effect
         made(batch(), 32, 0.0, step)
         return gradients(made)
 

@@ -1,4 +1,4 @@
-"""Strategies: weights, strengths and feature terms against the formulas, and where their gradients go."""
+"""Strategies: weights, strengths and feature terms against the formulas, and their gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def live(K: int) -> LiveTeachers:
 
 
 class Case(NamedTuple):
-    """One batch: what K teachers say and what the student says, its tensors being leaves of the graph."""
+    """One batch with the outputs of K teachers and of the student, whose tensors are leaves of the graph."""
 
     teachers: LiveTeachers
     outputs: list[Prediction]
@@ -64,7 +64,7 @@ def case(K: int, N: int = 7, spread: float = 4.0) -> Case:
     teachers = live(K)
     images = torch.randn(N, 3, 8, 8)
     target = torch.randint(5, (N,))
-    # Peaked logits of their own, so that confidences and entropies differ.
+    # Peaked logits, so that confidences and entropies differ.
     outputs = [p._replace(logits=spread * torch.randn(N, 5)) for p in teachers(Batch(images, target, target, 0))]
     student = Prediction(torch.randn(N, FEATURES, 5, 5).relu_().requires_grad_(), torch.randn(N, 5).requires_grad_())
     return Case(teachers, outputs, student, target)
@@ -82,7 +82,7 @@ def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
 
 
 def soft_losses(batch: Case) -> Tensor:
-    """T^2 KL_k as (K, N), in the plainest way."""
+    """T^2 KL_k as (K, N), with torch functions only."""
     log_q = F.log_softmax(batch.student.logits / T, 1)
     kl = [F.kl_div(log_q, F.softmax(t.logits / T, 1), reduction="none").sum(1) for t in batch.outputs]
     return T**2 * torch.stack(kl)
@@ -97,7 +97,7 @@ def confidence(logits: list[Tensor], target: Tensor) -> Tensor:
 
 
 def official_strength(name: str, K: int) -> float:
-    """What the official code's weights and divisors sum to, K teachers and alpha 1."""
+    """Sum of the weights after the official code's division, for K teachers and alpha 1."""
     if K == 1:
         return 1.0
     return {"ebkd": (K - 1) / K, "ca-mkd-logits": 1 / K, "ca-mkd": 1 / K}.get(name, 1.0)
@@ -144,12 +144,12 @@ def test_weights_of_every_strategy_follow_its_formula() -> None:
     for name, weights in expected.items():
         strategy = strategies.create(name, batch.teachers, FEATURES, alpha=0.5)
         out = logit_loss(strategy, batch)
-        torch.testing.assert_close(strategy.formula.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(strategy.formula.soft_weight / 0.5 * out.weights, weights, rtol=1e-4, atol=0)
         loss = hard + 0.5 * (weights * soft_losses(batch)).sum(0).mean()
-        torch.testing.assert_close(out.loss, loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(out.loss, loss, rtol=1e-4, atol=0)
 
 
-def test_labels_alone_need_no_teacher() -> None:
+def test_ce_needs_no_teacher() -> None:
     strategy = strategies.create("ce", None, FEATURES)
     assert not strategy.needs_teachers and not strategy.needs_features and strategy.formula.soft_weight == 0.0
     batch = case(1)
@@ -168,7 +168,7 @@ def test_one_teacher_may_be_any_of_them() -> None:
 
 def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
     batch = case(3)
-    # Two teachers of one mind against a third whose gradient is short: without the cap it would weigh nearly 1.
+    # Two equal teachers and a third with a short gradient, whose weight would be nearly 1 without the cap.
     near = batch.student.logits.detach() + 0.1 * torch.randn(7, 5)
     outputs = [
         batch.outputs[0],
@@ -177,7 +177,7 @@ def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
     ]
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
     weights = strategy.weighting(batch.student.logits, outputs, batch.target)
-    torch.testing.assert_close(weights, torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights, torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64), rtol=1e-5, atol=0)
     assert not weights.requires_grad
 
     broken = [t.logits.clone() for t in batch.outputs]
@@ -191,15 +191,15 @@ def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
         [Prediction(t.logits[kept], t.logits[kept]) for t in batch.outputs],
         target[kept],
     )
-    torch.testing.assert_close(ignoring, fewer, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ignoring, fewer, rtol=1e-5, atol=0)
 
 
 def test_agreement_does_not_lose_precision_under_autocast() -> None:
     batch = case(3)
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
-    plain = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
+    expected = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(strategy.weighting(batch.student.logits, batch.outputs, batch.target), plain)
+        assert torch.equal(strategy.weighting(batch.student.logits, batch.outputs, batch.target), expected)
 
 
 def _weights_of_a_rank(rank: int, folder: str) -> None:
@@ -221,7 +221,7 @@ def test_agreement_does_not_depend_on_how_a_batch_is_spread_over_ranks(tmp_path:
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
     whole = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-5, atol=0)
 
 
 # --- feature maps ----------------------------------------------------------------------------------------------------
@@ -300,7 +300,9 @@ def test_the_gradient_through_the_feature_weights_is_an_option() -> None:
 def test_parts_of_a_batch_add_up_under_num_items(name: str) -> None:
     batch = case(2, N=9)
     batch.target[4] = -100
-    strategy = strategies.create(name, batch.teachers, FEATURES).eval()  # batch norm sees each part alone otherwise
+    strategy = strategies.create(
+        name, batch.teachers, FEATURES
+    ).eval()  # batch norm in training mode depends on the part
 
     def term(rows: slice, num_items: float | Tensor | None) -> Tensor:
         student = Prediction(batch.student.features[rows], batch.student.logits[rows])
@@ -316,13 +318,13 @@ def test_parts_of_a_batch_add_up_under_num_items(name: str) -> None:
 def test_feature_terms_are_float32_whatever_precision_surrounds_them(name: str) -> None:
     batch = case(2)
     strategy = strategies.create(name, batch.teachers, FEATURES)
-    plain = strategy.feature_term(batch.student, batch.outputs, batch.target)
+    expected = strategy.feature_term(batch.student, batch.outputs, batch.target)
     half = Prediction(batch.student.features.detach().bfloat16().requires_grad_(), batch.student.logits)
     outputs = [Prediction(t.features.bfloat16(), t.logits) for t in batch.outputs]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         term = strategy.feature_term(half, outputs, batch.target)
     assert term.loss.dtype == torch.float32
-    torch.testing.assert_close(term.loss, plain.loss, rtol=2e-2, atol=0)
+    torch.testing.assert_close(term.loss, expected.loss, rtol=2e-2, atol=0)
     term.loss.backward()
     assert half.features.grad.dtype == torch.bfloat16 and half.features.grad.abs().sum() > 0
 
@@ -391,7 +393,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         strategies.create("kd", teachers, FEATURES, teacher_index=2)
     with pytest.raises(ValueError, match="uniform is 'logits', but fitnet-mkd has no option uniform: it is for ca"):
         strategies.create("fitnet-mkd", teachers, FEATURES, uniform="logits")
-    with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) knows 7 classes, but the data set has 5"):
+    with pytest.raises(ValueError, match=r"teacher 1 \(Tiny\) has 7 classes, but the data set has 5"):
         LiveTeachers([Tiny(3), Tiny(3, num_classes=7)], num_classes=5)
     with pytest.raises(ValueError, match=r"1 to 16 teachers, got 0"):
         LiveTeachers([], num_classes=5)

@@ -1,4 +1,4 @@
-"""The teacher cache: what it replays and what it refuses."""
+"""The teacher cache: exact replay, and rejected caches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_view_replays_bit_by_bit_and_no_teacher_runs_again(tmp_path: Path, mem
     assert cache.resident == (memory_limit > 0)
     replayed = CachedTeachers(cache, teachers.heads)
     assert replayed.num_features == [3, 4, 6] and replayed.hashes == teachers.hashes
-    loader = FakeLoader(batch_size=13)  # other batches, and epochs that the build never saw
+    loader = FakeLoader(batch_size=13)  # other batches, and later epochs than those of the build
     for epoch in range(4):
         loader.set_epoch(epoch)
         for batch in loader:
@@ -52,7 +52,7 @@ def test_a_view_replays_bit_by_bit_and_no_teacher_runs_again(tmp_path: Path, mem
 
 
 def test_real_teachers_and_a_real_loader(tmp_path: Path) -> None:
-    """In the epochs that the cache was made from, batches are those of live training: equal bit by bit. In later
+    """In the epochs that the cache was built from, batches are those of live training: bit-identical. In later
     epochs a live convolution may round a sample differently beside others."""
     torch.manual_seed(0)
     pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
@@ -76,7 +76,7 @@ def test_real_teachers_and_a_real_loader(tmp_path: Path) -> None:
 def test_views_differ(tmp_path: Path) -> None:
     cache = build(tmp_path, make_teachers())
     index = torch.arange(N)
-    first, second = cache.answers(0, index), cache.answers(1, index)
+    first, second = cache.outputs(0, index), cache.outputs(1, index)
     assert not torch.isclose(first[0].logits, second[0].logits).all(1).any()
 
 
@@ -87,7 +87,7 @@ def test_a_complete_cache_opens_without_teachers_and_a_second_build_asks_nothing
     again = build(tmp_path, teachers)
     assert teachers.asked == N * VIEWS
     for cache in (opened, again):
-        for ours, theirs in zip(cache.answers(1, torch.arange(N)), built.answers(1, torch.arange(N)), strict=True):
+        for ours, theirs in zip(cache.outputs(1, torch.arange(N)), built.outputs(1, torch.arange(N)), strict=True):
             assert torch.equal(ours.logits, theirs.logits)
 
 
@@ -125,14 +125,14 @@ def test_a_cache_with_features_serves_those_who_ask_for_none(tmp_path: Path) -> 
     teachers.dies_after = 10**9
     cache = build(tmp_path, teachers, Storage(features=False))
     assert cache.channels == [3, 4, 6]
-    assert cache.answers(1, torch.arange(N))[2].features.shape == (N, 6, 1, 1)
+    assert cache.outputs(1, torch.arange(N))[2].features.shape == (N, 6, 1, 1)
 
 
 def test_bfloat16_halves_the_bytes_and_rounds_once(tmp_path: Path) -> None:
     teachers = make_teachers()
     cache = build(tmp_path, teachers, Storage(dtype="bfloat16"))
     batch = batch_of(torch.arange(10), 1)
-    for ours, live in zip(cache.answers(1, batch.index), teachers(batch), strict=True):
+    for ours, live in zip(cache.outputs(1, batch.index), teachers(batch), strict=True):
         assert torch.equal(ours.logits, live.logits.bfloat16())
         assert ours.features.dtype == torch.bfloat16
     (error,) = cache.errors
@@ -148,7 +148,7 @@ def test_a_truncated_cache_replays_what_truncation_leaves_and_states_the_error(t
     cache = build(tmp_path, teachers, storage, shard_bytes=1000)
     batch = batch_of(torch.tensor([7, 30, 2]), 1)
     live = torch.stack([t.logits for t in teachers(batch)], 1)
-    ours = torch.stack([t.logits for t in cache.answers(1, batch.index)], 1)
+    ours = torch.stack([t.logits for t in cache.outputs(1, batch.index)], 1)
     assert torch.equal(ours, expand(truncate(live, 3, 4.0), CLASSES))
     stated = json.loads((tmp_path / "manifest.000.json").read_text())["error"]
     assert cache.errors == [stated] and stated["rows"] == 8
@@ -257,8 +257,8 @@ def test_a_missing_or_damaged_manifest_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     teachers = make_teachers()
     cache = build(tmp_path, teachers)
-    with pytest.raises(CacheError, match=r"view 2 is asked for, but .* holds 2 views"):
-        cache.answers(2, torch.tensor([0]))
+    with pytest.raises(CacheError, match=r"holds 2 views, but not view 2"):
+        cache.outputs(2, torch.tensor([0]))
     with pytest.raises(ValueError, match=r"top_k must lie in \[1, 5\) for 5 classes, got 5"):
         build(tmp_path / "other", teachers, Storage(top_k=5))
     for fields in ({"dtype": "int8"}, {"top_k": 0}, {"temperature": 0.0}):

@@ -1,4 +1,4 @@
-"""The k largest logits of a teacher and the mass of the rest: what is exact, and what the stated error says."""
+"""Top-k truncation of logits: what is exact, and the stated error of the loss."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_kept_probabilities_and_the_mass_of_the_rest_are_exact(
     ids = rows.ids.long()
     assert torch.equal(again.gather(-1, ids), logits.gather(-1, ids))
     true, ours = (logits.double() / T).softmax(-1), (again.double() / T).softmax(-1)
-    torch.testing.assert_close(ours.gather(-1, ids), true.gather(-1, ids), rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(ours.gather(-1, ids), true.gather(-1, ids), rtol=1e-4, atol=0)
     rest = torch.ones(3, 2, C).scatter_(-1, ids, 0.0).bool()
-    torch.testing.assert_close((ours * rest).sum(-1), (true * rest).sum(-1), rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close((ours * rest).sum(-1), (true * rest).sum(-1), rtol=1e-4, atol=0)
     shares = ours[rest].view(3, 2, C - k)
     torch.testing.assert_close(shares, shares[..., :1].expand_as(shares))
 

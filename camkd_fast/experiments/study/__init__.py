@@ -1,4 +1,4 @@
-"""A study: strategies x pools of teachers x students x seeds, from one file of settings to one page of results.
+"""A study: strategies x pools of teachers x students x seeds, from one settings file to one page of results.
 
-spec -> cells -> work (in processes, see `conductor`) -> results -> tables, report
+spec -> cells -> work (in the processes of `conductor`) -> records -> findings -> study_tables, study_report
 """

@@ -1,4 +1,4 @@
-"""From a study to its runs: which there are, each one's settings, folder and hash."""
+"""The runs of a study: their names, settings, folders and hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...train.run_folder import FREE
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
 QUIET = LogConfig(tensorboard=False, progress=False, checkpoint_minutes=1.0)
-NO_POOL = "none"  # of runs that learn from labels alone
+NO_POOL = "none"  # pool of runs without teachers
 
 
 @dataclass(frozen=True, order=True)
@@ -33,13 +33,13 @@ class Cell:
 
 
 def cells(study: StudyConfig) -> list[Cell]:
-    """All runs, everything of a seed before the next seed: a study that is stopped early is a fair one."""
+    """All runs, seed by seed: a study that is stopped early has complete seeds."""
     places = list(comparisons(study))
     return list(dict.fromkeys(locate(*place, seed) for seed in study.seeds for place in places))
 
 
 def comparisons(study: StudyConfig) -> Iterator[tuple[Pool, Student, Variant]]:
-    """Where variants stand beside each other, in the study's order."""
+    """All combinations that the study includes, in its order."""
     for pool in study.pools:
         for student in study.students:
             for variant in study.variants:
@@ -52,29 +52,29 @@ def comparisons(study: StudyConfig) -> Iterator[tuple[Pool, Student, Variant]]:
 
 
 def locate(pool: Pool, student: Student, variant: Variant, seed: int) -> Cell:
-    """The run that speaks for the variant there. Those that ask no teacher are one run for all pools."""
+    """The run of a combination. Variants without teachers have one run for all pools."""
     return Cell(pool.name if variant.has_pool else NO_POOL, student.model, variant.name, seed)
 
 
 def assigned(cells: Sequence[Cell], rank: int, world: int) -> list[Cell]:
-    """The cells of one of `world` machines or processes: every one is somebody's, none is two's."""
+    """The cells of one of `world` machines or processes; the parts are disjoint and complete."""
     return list(cells[rank::world])
 
 
 def pools_of(study: StudyConfig, cells: Sequence[Cell]) -> list[Pool]:
-    """Those that the cells learn from, in the study's order."""
+    """The pools of these cells, in the study's order."""
     used = {cell.pool for cell in cells}
     return [pool for pool in study.pools if pool.name in used]
 
 
 def teachers_of(study: StudyConfig, pools: Sequence[Pool]) -> list[TeacherSpec]:
-    """Those of the pools, in the study's order, and those that they are derived from."""
+    """The teachers of these pools and the teachers that they are derived from, in the study's order."""
     used = {name for pool in pools for name in pool.teachers}
     used |= {study.teacher(name).source for name in used}
     return [teacher for teacher in study.teachers if teacher.name in used]
 
 
-# --- where things lie ------------------------------------------------------------------------------------------------
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def teacher_folder(out: Path, name: str) -> Path:
@@ -92,8 +92,8 @@ def cell_folder(out: Path, cell: Cell) -> Path:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def teaching(study: StudyConfig, spec: TeacherSpec, out: Path) -> TeachConfig:
-    """The run of a teacher that is trained."""
+def teacher_config(study: StudyConfig, spec: TeacherSpec, out: Path) -> TeachConfig:
+    """Config of a trained teacher."""
     epochs = study.teaching.epochs if spec.epochs is None else spec.epochs
     return TeachConfig(
         model=spec.model,
@@ -108,11 +108,11 @@ def teaching(study: StudyConfig, spec: TeacherSpec, out: Path) -> TeachConfig:
     )
 
 
-def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0) -> DistillConfig:
-    """The run of a cell.
+def student_config(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0) -> DistillConfig:
+    """Config of a cell.
 
     Args:
-        best_teacher: position in the pool of the teacher that variants with `best_teacher` learn from.
+        best_teacher: position of the pool's best teacher, used by variants with `best_teacher`.
     """
     student, variant = study.student(cell.student), study.variant(cell.variant)
     pool = study.pool(cell.pool) if variant.has_pool else None
@@ -135,14 +135,14 @@ def distilling(study: StudyConfig, cell: Cell, out: Path, best_teacher: int = 0)
     )
 
 
-def asking(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
-    """A run that needs all that the pool's teachers can say: whoever loads its teachers makes their cache."""
+def cache_config(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
+    """Config of a run that needs the logits and features of the pool's teachers, for writing their cache."""
     everything = next(name for name, kind in strategies.STRATEGIES.items() if kind.needs_features)
     return DistillConfig(strategy=everything, optim=study.training, **_shared(study, pool, out))
 
 
 def _shared(study: StudyConfig, pool: Pool | None, out: Path) -> dict[str, Any]:
-    """What all runs from a pool have in common."""
+    """Common settings of all runs from a pool."""
     return {
         "teachers": tuple(teacher_folder(out, name) for name in pool.teachers) if pool else (),
         "teacher_cache": cache_folder(out, pool.name) if pool else None,
@@ -154,29 +154,29 @@ def _shared(study: StudyConfig, pool: Pool | None, out: Path) -> dict[str, Any]:
 
 
 # --- hashes ----------------------------------------------------------------------------------------------------------
-# Of what differs from the defaults, so that a setting that a later version adds changes no hash.
+# Hashes cover only settings that differ from the defaults, so a new setting in a later version changes no hash.
 
 
 def cell_hash(study: StudyConfig, cell: Cell) -> str:
-    """Of all settings that the result of a cell depends on, its teachers' among them, wherever it is run."""
+    """Hash of all settings that a cell's result depends on, including its teachers; independent of folders."""
     variant = study.variant(cell.variant)
     teachers = [teacher_hash(study, name) for name in study.pool(cell.pool).teachers] if variant.has_pool else []
-    return _hash(_settings(distilling(study, cell, Path())), teachers, variant.best_teacher)
+    return _hash(_settings(student_config(study, cell, Path())), teachers, variant.best_teacher)
 
 
 def teacher_hash(study: StudyConfig, name: str) -> str:
-    """Likewise of a teacher."""
+    """Hash of all settings that a teacher depends on."""
     spec = study.teacher(name)
     if spec.source:
         return _hash(teacher_hash(study, spec.source), spec.logit_scale)
-    return _hash(_settings(teaching(study, spec, Path())))
+    return _hash(_settings(teacher_config(study, spec, Path())))
 
 
 def pool_hash(study: StudyConfig, pool: Pool) -> str:
-    """Likewise of what a pool's teachers say about the students' images."""
-    settings = _settings(asking(study, pool, Path()))
-    asked = {name: value for name, value in settings.items() if not name.startswith("optim.")}
-    return _hash([teacher_hash(study, name) for name in pool.teachers], asked)
+    """Hash of all settings that a pool's outputs on the students' images depend on."""
+    settings = _settings(cache_config(study, pool, Path()))
+    relevant = {name: value for name, value in settings.items() if not name.startswith("optim.")}
+    return _hash([teacher_hash(study, name) for name in pool.teachers], relevant)
 
 
 def _settings(config: TeachConfig | DistillConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The spot check: finished cells trained once more, from the same teachers, must say the same to the last bit."""
+"""Spot check: finished cells, trained again from the same teachers, must give bit-identical accuracies."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .work import Origin
 
 @dataclass(frozen=True)
 class Checked:
-    """One cell, twice."""
+    """Accuracy of one cell from both runs."""
 
     cell: Cell
     kept: float
-    again: float | None  # None: it could not be trained again
+    again: float | None  # None if the second run failed
 
     @property
     def agrees(self) -> bool:
@@ -28,17 +28,17 @@ class Checked:
 
 
 def choose(results: Results, count: int, seed: int) -> list[Cell]:
-    """So many finished cells at random, or all if there are fewer."""
+    """A random sample of `count` finished cells, or all if there are fewer."""
     finished = sorted(results.cells)
     return random.Random(seed).sample(finished, min(count, len(finished)))
 
 
 def check(
-    results: Results, out: Path, origin: Origin, chosen: list[Cell], jobs: int, say: Callable[[str], None]
+    results: Results, out: Path, origin: Origin, chosen: list[Cell], jobs: int, progress: Callable[[str], None]
 ) -> list[Checked]:
-    """Train the chosen cells anew, beside `out`, whose teachers are used and whose caches are made again.
+    """Train the chosen cells again in a temporary folder, with the teachers of `out` and new caches.
 
-    Teachers that `out` lacks, as where there is nothing but a file of results, are trained first and stay there.
+    Teachers that `out` lacks are trained first and kept there.
     """
     study = results.study
     with tempfile.TemporaryDirectory(dir=out, prefix=".check-") as folder:
@@ -49,7 +49,7 @@ def check(
             kept = cells.teacher_folder(out, spec.name).resolve()
             kept.mkdir(parents=True, exist_ok=True)
             cells.teacher_folder(scratch, spec.name).symlink_to(kept)
-        conductor.conduct(study, scratch, origin, jobs=jobs, say=say, only=chosen)
+        conductor.conduct(study, scratch, origin, jobs=jobs, progress=progress, only=chosen)
         again = collect(study, scratch).cells
     return [
         Checked(cell, results.cells[cell]["test_accuracy"], again[cell]["test_accuracy"] if cell in again else None)

@@ -1,7 +1,7 @@
-"""All pieces of a study in worker processes: teachers, then what is derived from them, then caches, then cells.
+"""Runs all pieces of a study in worker processes: teachers, derived teachers, caches, cells.
 
-Several machines, or ranks of torchrun, each take every w-th cell and need not talk: where they share `out` they find
-each other's teachers and caches, elsewhere each makes its own, which are the same.
+Several machines, or ranks of torchrun, each take every w-th cell without communication. If they share `out`, they reuse
+each other's teachers and caches; otherwise each computes its own, which are identical.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .cells import Cell
 from .spec import StudyConfig
 from .work import Origin
 
-Piece = tuple[str, Callable[..., work.Record], Any]  # its name, the function of `work`, what it is about
+Piece = tuple[str, Callable[..., work.Record], Any]  # name, function of `work`, its argument
 
 
 def conduct(
@@ -36,18 +36,18 @@ def conduct(
     jobs: int,
     rank: int = 0,
     world: int = 1,
-    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = print,
     only: Sequence[Cell] | None = None,
 ) -> list[str]:
-    """Do all that is not done yet of this rank's share.
+    """Run all unfinished pieces of this rank's part.
 
     Args:
-        jobs: worker processes, of one thread each: a cell's result does not depend on their number.
-        say: told of every piece that is done.
-        only: these cells instead of the rank's share.
+        jobs: worker processes with one thread each; results do not depend on their number.
+        progress: called with a line of text for every finished piece.
+        only: cells to run instead of the rank's part.
 
     Returns:
-        A line for each piece that failed; the others went on.
+        A line for each failed piece; failures do not stop the other pieces.
     """
     mine = cells.assigned(cells.cells(study), rank, world) if only is None else list(only)
     pools = cells.pools_of(study, mine)
@@ -55,15 +55,15 @@ def conduct(
     stages: list[list[Piece]] = [
         _from(rank, world, [(f"teacher {spec.name}", work.teach, spec) for spec in teachers if not spec.source]),
         [(f"teacher {spec.name}", work.teach, spec) for spec in teachers if spec.source],
-        _from(rank, world, [(f"cache of {pool.name}", work.ask, pool.name) for pool in pools]),
+        _from(rank, world, [(f"cache of {pool.name}", work.write_cache, pool.name) for pool in pools]),
         [(str(cell), work.train, cell) for cell in mine],
     ]
     failures: list[str] = []
-    context = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's threads, and hang
+    context = multiprocessing.get_context("spawn")  # a fork inherits OpenMP's state and hangs
     with ProcessPoolExecutor(jobs, context, _begin, (tuple(STRATEGIES.values()),)) as workers:
         try:
             for stage in stages:
-                failures += _stage(workers, stage, study, out, origin, say)
+                failures += _stage(workers, stage, study, out, origin, progress)
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
@@ -71,7 +71,7 @@ def conduct(
 
 
 def _from(rank: int, world: int, pieces: list[Piece]) -> list[Piece]:
-    """Begun at another place by each rank, so that ranks that share a folder seldom wait for each other."""
+    """Rotated by rank, so that ranks that share a folder rarely wait for the same piece."""
     start = rank * len(pieces) // world
     return pieces[start:] + pieces[:start]
 
@@ -82,7 +82,7 @@ def _stage(
     study: StudyConfig,
     out: Path,
     origin: Origin,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[str]:
     futures: dict[Future[work.Record], str] = {
         workers.submit(task, study, about, out, origin): name for name, task, about in pieces
@@ -93,14 +93,14 @@ def _stage(
         try:
             record = future.result()
         except BrokenProcessPool as error:
-            raise RuntimeError(f"a worker process was killed at or near {name}; what is finished is kept") from error
-        except Exception as error:  # one bad cell must not cost the others, whatever it is that failed
+            raise RuntimeError(f"a worker process was killed at or near {name}; finished pieces are kept") from error
+        except Exception as error:  # any failure of one piece must not stop the others
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             failures.append(f"{name} failed: {reason}")
-            say(failures[-1])
+            progress(failures[-1])
             continue
         accuracy = f"  {100 * record['test_accuracy']:.2f} %" if "test_accuracy" in record else ""
-        say(f"{number}/{len(pieces)}  {name}{accuracy}")
+        progress(f"{number}/{len(pieces)}  {name}{accuracy}")
     return failures
 
 
@@ -109,14 +109,14 @@ def _begin(kinds: Sequence[type[Strategy]]) -> None:
     for kind in kinds:
         register(kind)
     torch.set_num_threads(1)
-    for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK stays, it says which GPU is this rank's
-        os.environ.pop(name, None)  # a cell is one process's: it must not look for torchrun's others
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
+    for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK is kept: it selects the GPU
+        os.environ.pop(name, None)  # a cell is a single-process run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback per worker on Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed conductor leaves nobody who would stop its workers."""
+    """Exit with the main process, which cannot stop its workers if it is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

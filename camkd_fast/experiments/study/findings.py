@@ -1,4 +1,4 @@
-"""Arithmetic on results: means, paired differences, and what may be concluded from them. No layout."""
+"""Statistics of results: means, paired differences and the conclusions from them, without layout."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Place = tuple[Pool, Student]
 
 @dataclass(frozen=True)
 class Findings:
-    """What the records say, by pool, student and variant."""
+    """Statistics of the records by pool, student and variant."""
 
     results: Results
 
     @property
     def places(self) -> list[Place]:
-        """Pools and students that stand together, in the study's order."""
+        """All combinations of pool and student, in the study's order."""
         return list(dict.fromkeys((pool, student) for pool, student, _ in cells.comparisons(self.results.study)))
 
     def variants(self, table: str) -> list[Variant]:
         return [variant for variant in self.results.study.variants if variant.table == table]
 
     def has(self, place: Place, variant: Variant) -> bool:
-        """Whether the study tries the variant there."""
+        """Whether the study includes the variant at this place."""
         return (*place, variant) in list(cells.comparisons(self.results.study))
 
     def records(self, place: Place, variant: Variant) -> dict[int, Record]:
@@ -46,14 +46,14 @@ class Findings:
         return {seed: 100 * record["test_accuracy"] for seed, record in self.records(place, variant).items()}
 
     def gains(self, place: Place, variant: Variant, against: Variant | None = None) -> dict[int, float]:
-        """Points over another variant, by default `variant.against`, for the seeds that both have."""
+        """Percentage points over another variant, by default `variant.against`, for seeds that both have."""
         other = self.accuracies(place, against or self.results.study.variant(variant.against))
         return {s: accuracy - other[s] for s, accuracy in self.accuracies(place, variant).items() if s in other}
 
     def paired(self, places: Iterable[Place], variant: Variant, against: Variant | None = None) -> Paired | None:
-        """Differences seed by seed, each the mean over the places; only of seeds that every place has.
+        """Difference per seed, averaged over the places, for seeds that are complete at every place.
 
-        None where the variant is tried in none of the places or no seed is complete.
+        None if the variant is in none of the places or no seed is complete.
         """
         other = against or self.results.study.variant(variant.against)
         gains = [
@@ -67,7 +67,7 @@ class Findings:
         return Paired([gain for place in places for gain in self.gains(place, variant).values()]).outcomes
 
     def mean_accuracy(self, places: Iterable[Place], variant: Variant) -> float | None:
-        """Percent, the mean over places and seeds; None while a place that the study has is without any."""
+        """Mean over places and seeds in percent; None while a place of the study has no results."""
         found = [self.accuracies(place, variant) for place in places if self.has(place, variant)]
         if not found or not all(found):
             return None
@@ -78,13 +78,13 @@ class Findings:
         return [variant for variant in self.variants("main") if variant.strategy == CAMKD.name]
 
     def weighed(self) -> list[tuple[Variant, Variant]]:
-        """Variants of the main table with confidence weights, and those with the same losses and equal weights."""
+        """Pairs of main-table variants with the same losses: with weights, and with equal weights."""
         main = {variant.strategy: variant for variant in self.variants("main")}
         pairs = [(name, kind.unweighted) for name, kind in STRATEGIES.items() if kind.unweighted is not None]
         return [(main[one], main[other]) for one, other in pairs if one in main and other in main]
 
     def groups(self) -> dict[str, list[Place]]:
-        """The places by whether a bad teacher is in the pool; groups without places are left out."""
+        """Places grouped by whether the pool has a bad teacher; empty groups are left out."""
         study = self.results.study
         found = {
             "good teachers only": [place for place in self.places if not study.bad(place[0])],
@@ -94,30 +94,30 @@ class Findings:
 
 
 def conclusions(findings: Findings) -> list[str]:
-    """Sentences that follow from the numbers by rule, whichever way these fall."""
+    """Conclusions as sentences, generated from the numbers by fixed rules."""
     results = findings.results
     missing, total = len(results.missing), len(results.missing) + len(results.cells)
     if not results.cells:
         return [f"The study has not been run: all {total} cells are missing, and nothing can be concluded."]
-    said = [f"{missing} of {total} cells are missing; this is about the others."] if missing else []
+    said = [f"{missing} of {total} cells are missing; the following is about the others."] if missing else []
     verdicts = _verdicts(findings)
     if not verdicts:
         return [*said, "No comparison has two seeds yet, so nothing can be concluded."]
-    return [*said, *verdicts, *_weights_alone(findings), *_paper(findings)]
+    return [*said, *verdicts, *_gain_of_weights(findings), *_paper(findings)]
 
 
 def _verdicts(findings: Findings) -> list[str]:
-    """Which variants are better or worse, group by group; none of a group without two seeds."""
+    """Variants that are better or worse, by group; groups with fewer than two seeds are left out."""
     study, main = findings.results.study, findings.variants("main")
     others = " or ".join(dict.fromkeys(label(study.variant(variant.against)) for variant in main))
     said = []
     for name, places in findings.groups().items():
-        verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+        verdicts: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
         for variant in main:
             paired = findings.paired(places, variant) if variant.name != variant.against else None
             if paired is not None and len(paired.differences) > 1:
-                verdict = "better" if paired.low > 0 else "worse" if paired.high < 0 else "not told apart"
-                verdicts[verdict].append(f"{label(variant)} ({said_of(paired)})")
+                verdict = "better" if paired.low > 0 else "worse" if paired.high < 0 else "no clear difference"
+                verdicts[verdict].append(f"{label(variant)} ({interval(paired)})")
         parts = [f"{verdict}: {', '.join(who)}" for verdict, who in verdicts.items() if who]
         if parts:
             start = f"Pools with {name}, points over {others}, mean over pools and students"
@@ -125,19 +125,20 @@ def _verdicts(findings: Findings) -> list[str]:
     return said
 
 
-def said_of(paired: Paired) -> str:
+def interval(paired: Paired) -> str:
     return f"{paired.mean:+.2f} ± {paired.half:.2f}" if len(paired.differences) > 1 else f"{paired.mean:+.2f}"
 
 
-def _weights_alone(findings: Findings) -> list[str]:
-    """What is left of a gain when the same losses with equal weights are taken off."""
+def _gain_of_weights(findings: Findings) -> list[str]:
+    """Gain over the same losses with equal weights."""
     parts = []
     for variant, equal in findings.weighed():
         pairs = {name: findings.paired(places, variant, equal) for name, places in findings.groups().items()}
-        known = [f"{said_of(paired)} with {name}" for name, paired in pairs.items() if paired]
+        known = [f"{interval(paired)} with {name}" for name, paired in pairs.items() if paired]
         if known:
             parts.append(f"{difference(variant, equal)} {', '.join(known)}")
-    return [f"What the confidence weights alone are worth, in points: {'; '.join(parts)}."] if parts else []
+    start = "Gain from the teachers' weights, in points over the same losses with equal weights"
+    return [f"{start}: {'; '.join(parts)}."] if parts else []
 
 
 def label(variant: Variant) -> str:
@@ -146,12 +147,12 @@ def label(variant: Variant) -> str:
 
 
 def difference(variant: Variant, other: Variant) -> str:
-    """The name of a difference of two variants."""
+    """Row label for the difference of two variants."""
     return f"{label(variant)} minus {label(other)}"
 
 
 def _paper(findings: Findings) -> list[str]:
-    """Where the published gain over AVER appears."""
+    """Comparison with the published gain over AVER."""
     said = []
     for variant in findings.confident():
         by: dict[str, list[str]] = {"within": [], "below": [], "above": []}
@@ -176,7 +177,7 @@ def _paper(findings: Findings) -> list[str]:
 
 
 def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: str) -> list[float] | None:
-    """Mean weight of a pool's bad teachers together, epoch by epoch, mean over seeds; `of` is a record's field."""
+    """Summed weight of a pool's bad teachers per epoch, mean over seeds; `of` is a field of the records."""
     study = findings.results.study
     bad = [k for k, name in enumerate(place[0].teachers) if study.is_bad(name)]
     runs = [record[of] for record in findings.records(place, variant).values() if record[of] and record[of][0]]
@@ -186,9 +187,9 @@ def bad_teacher_weight(findings: Findings, place: Place, variant: Variant, of: s
 
 
 def bad_teachers_by_class(findings: Findings) -> dict[str, dict[tuple[Pool, str], list[float]]]:
-    """CA-MKD's mean weights of each bad teacher, class by class: "logits", "features" -> pool and teacher -> C.
+    """CA-MKD's mean weight of each bad teacher by class: "logits" or "features" -> (pool, teacher) -> C values.
 
-    Those on logits follow from teachers and labels alone, those on features are of students after the last epoch.
+    Logit weights depend only on teachers and labels; feature weights are those of students after the last epoch.
     """
     study = findings.results.study
     weights: dict[str, dict[tuple[Pool, str], list[float]]] = {"logits": {}, "features": {}}
@@ -214,15 +215,15 @@ def bad_teachers_by_class(findings: Findings) -> dict[str, dict[tuple[Pool, str]
     return weights
 
 
-def how_bad(findings: Findings, pool: Pool, teacher: str) -> str:
-    """The name of a row about a bad teacher."""
+def badness_of(findings: Findings, pool: Pool, teacher: str) -> str:
+    """Row label for a bad teacher."""
     return f"{pool.name}: {findings.results.study.teacher(teacher).badness}"
 
 
 def core_hours(findings: Findings) -> float:
-    """Of one core for teachers, caches and all cells, finished or not, at the median of a student's finished runs.
+    """Core hours for teachers, caches and all cells, finished or not, at the median time of a student's finished runs.
 
-    The median, because runs may have been stopped for other work while their clock went on.
+    The median, because the wall time of some runs includes interruptions.
     """
     results = findings.results
     done: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What a study wants to know of models and weights beyond what their runs write."""
+"""Measurements of a study on models and teacher weights, in addition to the runs' own metrics."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ...train.teachers.runs import load_teachers
 from ...train.trainer import evaluate
 from .spec import StudyConfig
 
-DIGITS = 5  # that weights keep
+DIGITS = 5  # decimals of stored weights
 
 
 def scaled(model: nn.Module, factor: float) -> nn.Module:
-    """The model, its last linear layer multiplied by `factor`, and so its logits.
+    """Multiply the model's last linear layer, and so its logits, by `factor`, in place.
 
     Raises:
-        ValueError: it has no linear layer that gives its logits.
+        ValueError: the logits do not come from a linear layer.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers or layers[-1].out_features != model.num_classes:
@@ -71,22 +71,22 @@ def _evaluate(model: nn.Module, images: ImageSet, study: StudyConfig, world: Wor
 
 
 def pool(config: DistillConfig) -> dict[str, Any]:
-    """Ask the teachers of a run, through its cache, and weigh them by confidence and by entropy, class by class.
+    """Confidence and entropy weights of a run's teachers by class, from their cache, which is written if missing.
 
-    These weights depend on teachers and labels alone, so they are those of every run from this pool.
+    These weights depend only on teachers and labels, so they are the same for every run from this pool.
 
     Returns:
-        "confidence" and "entropy": K rows of C means over the training images of a class in view 0, each summing to 1
-        over the teachers; "confidence_spread": K deviations of the confidence weight over images.
+        "confidence" and "entropy": K rows of C means over the training images of a class in view 0, summing to 1 over
+        the teachers; "confidence_spread": K standard deviations of the confidence weight over images.
     """
-    with _asked(config) as (images, teachers, _):
-        logits = [told.logits.float() for told in teachers.cache.answers(0, torch.arange(len(images)))]
+    with _cached_teachers(config) as (images, teachers, _):
+        logits = [t.logits.float() for t in teachers.cache.outputs(0, torch.arange(len(images)))]
         labels = images.labels.to(logits[0].device)
         found: dict[str, Any] = {}
         for rule in ("confidence", "entropy"):
             student = torch.zeros_like(logits[0])
             weights = camkd_loss(student, logits, labels, **Formula(weighting=rule).options()).weights
-            weights = weights / weights.sum(0)  # those of entropy sum to K - 1
+            weights = weights / weights.sum(0)  # entropy weights sum to K - 1
             found[rule] = _by_class(weights, labels, images.num_classes)
             if rule == "confidence":
                 found["confidence_spread"] = [round(value, DIGITS) for value in weights.std(1).tolist()]
@@ -95,23 +95,23 @@ def pool(config: DistillConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def class_feature_weights(config: DistillConfig) -> list[list[float]] | None:
-    """What a trained student's feature term gives each teacher, by class: (K, C) means over the images of view 0.
+    """Feature weights of a trained student by class: (K, C) means over the images of view 0.
 
-    Needs the run's last checkpoint, which holds the maps r_k. None where the strategy weighs all maps alike.
+    Needs the run's last checkpoint, which has the maps r_k. None if the strategy gives all maps equal weights.
     """
-    with _asked(config) as (images, teachers, settings):
+    with _cached_teachers(config) as (images, teachers, settings):
         student = load_model(config.out).to(settings.device)
         strategy = run.make_strategy(config, teachers, feature_model(student).num_features).to(settings.device)
         checkpoint = Checkpoints(config.out / CHECKPOINTS).latest()
         if checkpoint is None:
-            raise FileNotFoundError(f"{config.out} has no checkpoint, which holds the maps of its features")
+            raise FileNotFoundError(f"{config.out} has no checkpoint, which has the maps r_k")
         strategy.load_state_dict(checkpoint.state["training"]["strategy"])
         strategy.eval()
         weights, labels = [], []
         with closing(choose.loader(images, settings, config.data.loader)) as loader:
             for batch in loader:
-                told = predict(feature_model(student), batch.images)
-                term = strategy.feature_term(told, teachers(batch), batch.target)
+                output = predict(feature_model(student), batch.images)
+                term = strategy.feature_term(output, teachers(batch), batch.target)
                 if term is None or term.weights is None:
                     return None
                 weights.append(term.weights)
@@ -120,8 +120,8 @@ def class_feature_weights(config: DistillConfig) -> list[list[float]] | None:
 
 
 @contextmanager
-def _asked(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, LoaderConfig]]:
-    """A run's images, its cached teachers, and how both are loaded, at view 0."""
+def _cached_teachers(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, LoaderConfig]]:
+    """A run's training images, its cached teachers and its loader settings."""
     with processes(config.precision.device) as world, torch.random.fork_rng():
         images, settings = run.training_set(config, run.load_splits(config.data).train, world)
         teachers = load_teachers(config, images, settings, world)
@@ -131,7 +131,7 @@ def _asked(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, Lo
 
 
 def _by_class(weights: Tensor, labels: Tensor, C: int) -> list[list[float]]:
-    """(K, C) means over the images of each class, 0 where there are none, of weights (K, N)."""
+    """Means (K, C) of weights (K, N) over the images of each class; 0 for classes without images."""
     sums = torch.zeros(len(weights), C, dtype=torch.float64, device=weights.device)
     sums.index_add_(1, labels, weights.double())
     counts = torch.bincount(labels, minlength=C).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The results of a study as one file of lines, sorted: equal results are equal bytes, and differences read well."""
+"""Results of a study as a sorted JSON-lines file: equal results give equal bytes and readable diffs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .work import RECORD, Record
 
 @dataclass
 class Results:
-    """Records of the present settings: what is finished, and by subtraction what is missing."""
+    """Records that match the current settings of the study."""
 
     study: StudyConfig
     teachers: dict[str, Record] = field(default_factory=dict)
@@ -30,13 +30,13 @@ class Results:
 
     @property
     def origin(self) -> str:
-        """Machines and commits that the results come from, whoever draws them; empty without results."""
+        """Machines and commits of the results; empty without results."""
         records = [*self.teachers.values(), *self.pools.values(), *self.cells.values()]
         where, commits = (sorted({record[name] for record in records}) for name in ("where", "commit"))
         return f"{', '.join(where)}; commit {', '.join(commits)}" if records else ""
 
     def add(self, records: Iterable[Record]) -> None:
-        """Take those that are of the study as it is now; a later one takes the place of an earlier one."""
+        """Add the records whose hash matches the current study; a later record replaces an earlier one."""
         teachers = {spec.name: cells.teacher_hash(self.study, spec.name) for spec in self.study.teachers}
         pools = {pool.name: cells.pool_hash(self.study, pool) for pool in self.study.pools}
         hashes = {cell: cells.cell_hash(self.study, cell) for cell in cells.cells(self.study)}
@@ -51,7 +51,7 @@ class Results:
                     into[record["name"]] = record
 
     def write(self, path: Path) -> None:
-        """A line of JSON per record: teachers, pools, then cells, each by name."""
+        """Write one JSON line per record: teachers, pools, then cells, each sorted by name."""
         parts: list[dict[Any, Record]] = [self.teachers, self.pools, self.cells]
         lines = [json.dumps(part[name]) + "\n" for part in parts for name in sorted(part)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,10 @@ def cell_of(record: Record) -> Cell:
 
 
 def read(study: StudyConfig, path: Path) -> Results:
-    """The results in a file; none where there is no file.
+    """The results in a file; empty if the file does not exist.
 
     Raises:
-        ValueError: a line is not JSON or no record; file and line are named.
+        ValueError: a line is not a JSON record; the message has file and line.
     """
     results, records = Results(study), []
     if path.exists():
@@ -82,7 +82,7 @@ def read(study: StudyConfig, path: Path) -> Results:
 
 
 def collect(study: StudyConfig, out: Path, into: Results | None = None) -> Results:
-    """What the folder of a study holds, in addition to earlier results, which other machines may have written."""
+    """Add the records in the folder of a study to earlier results, by default to none."""
     results = Results(study) if into is None else into
     folders = [
         *(cells.teacher_folder(out, spec.name) for spec in study.teachers),

@@ -1,4 +1,4 @@
-"""What a study file says, as frozen dataclasses: teachers and how they are bad, pools, students, variants, seeds."""
+"""The settings file of a study as frozen dataclasses: teachers, pools, students, variants and seeds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Literal, TypeVar
 from ...train import config_file, strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are folders
-REFERENCE = strategies.AVER.name  # the variant that others are compared with unless they say otherwise
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are used as folder names
+REFERENCE = strategies.AVER.name  # default of `Variant.against`
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """One teacher, trained on labels or derived from another one."""
+    """A teacher that is trained on labels or derived from another teacher."""
 
     name: str
     model: str = ""
     seed: int = 0
-    badness: str = ""  # in words, how it is bad; empty: it is good
-    epochs: int | None = None  # None: those of `StudyConfig.teaching`
-    images: int | None = None  # of the training part, None: all
+    badness: str = ""  # description of a bad teacher; empty for a good one
+    epochs: int | None = None  # None: from `StudyConfig.teaching`
+    images: int | None = None  # number of training images; None: all
     wrong_labels: float = 0.0
     swapped: tuple[int, ...] = ()
-    source: str = ""  # the teacher whose logits this one multiplies, instead of being trained
+    source: str = ""  # the teacher that this one is derived from, by scaling its logits
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -56,11 +56,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class Student:
-    """A student's model, which names it, and what suits it alone."""
+    """A student, named by its model, and its own settings."""
 
     model: str
-    learning_rate: float | None = None  # None: that of `StudyConfig.training`
-    beta: float | None = None  # of the main table's variants that have one; None: the variant's own
+    learning_rate: float | None = None  # None: from `StudyConfig.training`
+    beta: float | None = None  # replaces the beta of main-table variants that have one
     pools: tuple[str, ...] = ()  # empty: all
 
     def __post_init__(self) -> None:
@@ -69,13 +69,13 @@ class Student:
 
 @dataclass(frozen=True)
 class Variant:
-    """A strategy with options, and where it is tried."""
+    """A strategy with options, and the pools and students that it is run with."""
 
     name: str
     strategy: str
     label: str = ""
     table: Literal["main", "official", "ablation"] = "main"
-    best_teacher: bool = False  # "kd" from the teacher with the highest validation accuracy, the first of equals
+    best_teacher: bool = False  # teacher_index is that of the highest validation accuracy, the first of equals
     alpha: float = 1.0
     beta: float | None = None
     temperature: float = 4.0
@@ -95,13 +95,13 @@ class Variant:
 
     @property
     def has_pool(self) -> bool:
-        """False for labels alone, whose runs belong to every pool."""
+        """False for variants without teachers, whose runs belong to every pool."""
         return strategies.find(self.strategy).needs_teachers
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The whole study; every name that it uses is one that it defines."""
+    """The whole study; all names that it refers to must be defined in it."""
 
     title: str
     teachers: tuple[TeacherSpec, ...]
@@ -110,15 +110,15 @@ class StudyConfig:
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     data: DataConfig = field(default_factory=DataConfig)
-    """Of students; `images` are theirs alone. Teachers see the same split, but new views in every epoch."""
+    """Data of students. Teachers use the same split, but all images and new views in every epoch."""
     training: OptimConfig = field(default_factory=OptimConfig)
-    """Of students."""
+    """Optimiser of students."""
     teaching: OptimConfig = field(default_factory=OptimConfig)
-    """Of teachers."""
+    """Optimiser of teachers."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Of students, and of teachers when they are asked."""
+    """Precision of students, and of teachers for their cache."""
     teaching_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Of teachers while they learn."""
+    """Precision of teachers while they are trained."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ def load(path: Path) -> StudyConfig:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no YAML, or a field is missing, unknown or unfit; file and field are named.
+        ValueError: it is not YAML, or a field is missing, unknown or invalid; the message has file and field.
     """
     import yaml
 

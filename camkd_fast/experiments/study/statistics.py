@@ -17,7 +17,7 @@ _T95 = (
 
 
 def t95(freedom: int) -> float:
-    """The factor of a 95 % interval; beyond 30 degrees of freedom that of 30, which is a little too wide."""
+    """Half-width factor of a 95 % interval; above 30 degrees of freedom the slightly too wide value for 30."""
     if freedom < 1:
         raise ValueError(f"an interval needs at least 1 degree of freedom, got {freedom}")
     return _T95[min(freedom, len(_T95)) - 1]
@@ -25,7 +25,7 @@ def t95(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of two methods, seed by seed."""
+    """Differences of two methods, one per seed."""
 
     differences: Sequence[float]
 

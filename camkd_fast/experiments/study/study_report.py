@@ -1,4 +1,4 @@
-"""The page of a study, from its settings and results alone: equal results give equal bytes."""
+"""The page of a study, generated only from its settings and results: equal results give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...report.page import Figures, Folded, Part, Picture, Points, Section, Tabl
 from ...report.plots import TEACHER_COLORS, Curve, Panel, class_levels, curves
 from ...train.strategies import find
 from . import cells, study_tables
-from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, conclusions, core_hours, how_bad, label
+from .findings import Findings, bad_teacher_weight, bad_teachers_by_class, badness_of, conclusions, core_hours, label
 from .records import Results
 from .spec import Pool
 
@@ -23,7 +23,7 @@ def write(results: Results, page: Path) -> Path:
         *_variants(findings),
         *_quality(findings),
         *_weights(findings),
-        _helpless(),
+        _limits(),
         _calibration(findings),
         _cost(findings),
         _teachers(findings),
@@ -50,10 +50,10 @@ def _conclusion(findings: Findings) -> Section:
         rows = [(cell.pool, cell.student, cell.variant, str(cell.seed)) for cell in missing]
         parts.append(Folded("Missing cells", Table(("pool", "student", "variant", "seed"), rows)))
     rule = (
-        "An interval is that of the mean over seeds, 95 %, from Student's t; a strategy counts as better or worse "
-        "where its interval leaves out 0. Nothing is corrected for the number of comparisons."
+        "Intervals are 95 % intervals of the mean over seeds, from Student's t. A strategy counts as better or worse "
+        "if its interval excludes 0. There is no correction for multiple comparisons."
     )
-    return Section("What was found", rule, parts)
+    return Section("Conclusions", rule, parts)
 
 
 def _accuracy(findings: Findings) -> Section:
@@ -65,9 +65,9 @@ def _accuracy(findings: Findings) -> Section:
         parts.append(Folded(f"{student.model}, difference in points", gains))
     text = (
         "Mean over pools, students and seeds; differences to AVER from the same seed, with 95 % intervals. All "
-        "strategies have the same total strength and, per seed, the same first parameters, image order and "
-        "augmentation. Every teacher is asked through the cache, which makes the study possible and equal for all, "
-        "so the feature losses compare maps averaged over height and width rather than the maps of the paper."
+        "strategies have the same total strength and, per seed, the same initial parameters, image order and "
+        "augmentation. All teachers are replayed from a cache, so the feature losses compare maps averaged over height "
+        "and width, unlike in the paper."
     )
     return Section("Test accuracy", text, parts)
 
@@ -76,10 +76,10 @@ def _variants(findings: Findings) -> list[Section]:
     texts = {
         "official": (
             "The official code's scale",
-            "Both losses divided by the number of teachers once more where the official code does so, which makes the "
-            "total strength differ by strategy.",
+            "Both losses are divided by the number of teachers once more wherever the official code does so; the total "
+            "strength then differs between strategies.",
         ),
-        "ablation": ("Ablations", "One thing changed, each beside the variant that it is to be compared with."),
+        "ablation": ("Ablations", "One setting changed, compared with the unchanged variant."),
     }
     return [
         Section(title, text, [study_tables.against_others(findings, table)])
@@ -89,7 +89,7 @@ def _variants(findings: Findings) -> list[Section]:
 
 
 def _quality(findings: Findings) -> list[Section]:
-    """Students over the accuracy of their pool's teachers."""
+    """Accuracy of students against the mean accuracy of their teachers."""
     known = findings.results.teachers
     panels = []
     for student in findings.results.study.students:
@@ -110,12 +110,12 @@ def _quality(findings: Findings) -> list[Section]:
             )
     if not panels:
         return []
-    text = "Each point is a pool: the mean accuracy of its teachers, and of students that learnt from them."
+    text = "Each point is a pool: mean accuracy of its teachers and of the students distilled from them."
     return [Section("Students and the quality of teachers", text, [curves([panel]) for panel in panels])]
 
 
 def _weights(findings: Findings) -> list[Section]:
-    """What the bad teachers of each pool get: over training, and class by class."""
+    """Weights of the bad teachers of each pool: over training, and by class."""
     study = findings.results.study
     parts: list[Part] = []
     bad_pools = [pool for pool in study.pools if study.bad(pool)]
@@ -130,9 +130,9 @@ def _weights(findings: Findings) -> list[Section]:
     if not parts:
         return []
     text = (
-        "Weight that CA-MKD gives to the bad teachers of a pool together, mean over images and seeds; equal weights "
-        "would be their share of the pool. By class: the weight on logits follows from teachers and labels alone; "
-        "that on features is of students after the last epoch. A row names the pool and how its bad teacher is bad."
+        "Summed weight of a pool's bad teachers in CA-MKD, mean over images and seeds; with equal weights it would be "
+        "their fraction of the pool. By class: logit weights depend only on teachers and labels; feature weights are "
+        "those of students after the last epoch. Rows are labelled with the pool and the defect of its bad teacher."
     )
     return [Section("Weights of bad teachers", text, parts)]
 
@@ -154,7 +154,7 @@ def _by_class(findings: Findings) -> list[Picture]:
     pictures = []
     for kind, weights in bad_teachers_by_class(findings).items():
         if weights:
-            names = [how_bad(findings, *teacher) for teacher in weights]
+            names = [badness_of(findings, *teacher) for teacher in weights]
             levels = list(weights.values())
             words = f"Mean weight on {kind} of bad teachers by class: " + "; ".join(
                 f"{name}: {min(row):.2f} to {max(row):.2f}" for name, row in zip(names, levels, strict=True)
@@ -164,19 +164,18 @@ def _by_class(findings: Findings) -> list[Picture]:
     return pictures
 
 
-def _helpless() -> Section:
+def _limits() -> Section:
     text = (
-        "The weight w_k = (1 - softmax_k(CE_k)) / (K - 1) is at most 1 / (K - 1): it takes its say away from the worst "
-        "teacher of a sample, but never gives more than that bound to the best. So (1) where several teachers are bad "
-        "in the same samples the worst alone is left out: of two whose cross-entropies differ clearly the lesser evil "
-        "counts as much as a good teacher, of two that are alike each counts half as much; (2) with large K the bound "
-        "is near the equal weight 1 / K, whatever the teachers say; (3) it looks at the probability of the label "
-        "alone: a teacher that is right and over-confident has the least cross-entropy and so the most weight, "
-        "although its other probabilities, which are what distillation adds to labels, say least; (4) where teachers "
-        "give the label the same probability their weights are equal, and CA-MKD is AVER; (5) on logits it depends on "
-        "teachers and labels and not on the student, so it cannot know what a student has yet to learn. It can help "
-        "where teachers differ in which samples they get wrong: one that was taught swapped classes can be left out "
-        "there and kept elsewhere."
+        "The weight w_k = (1 - softmax_k(CE_k)) / (K - 1) is at most 1 / (K - 1): it suppresses the worst teacher of "
+        "a sample, but the best teacher never exceeds this bound. Therefore: (1) If several teachers are wrong on the "
+        "same samples, only the worst is suppressed: of two with clearly different cross-entropies the better one "
+        "weighs as much as a good teacher; of two with equal ones each weighs half as much. (2) With large K the bound "
+        "approaches the equal weight 1 / K. (3) Only the probability of the label matters: an over-confident correct "
+        "teacher has the lowest cross-entropy and the largest weight, although its other probabilities, which are the "
+        "gain of distillation over labels, carry the least information. (4) If all teachers give the label the same "
+        "probability, their weights are equal and CA-MKD is AVER. (5) Logit weights depend on teachers and labels, not "
+        "on the student. The weights can help if teachers are wrong on different samples: one that was trained with "
+        "two swapped classes can be suppressed on these classes and used on the others."
     )
     return Section("When a label-aware weight cannot help", text, [])
 
@@ -188,9 +187,9 @@ def _calibration(findings: Findings) -> Section:
 
 def _cost(findings: Findings) -> Section:
     text = (
-        "Training steps of one process with one thread, evaluation apart, teachers from the cache; other processes of "
-        "the study ran beside it, and at times other work, which is why these are medians. By them teachers, caches "
-        f"and all cells together are {core_hours(findings):.1f} hours of one core."
+        "Training steps of one process with one thread, without evaluation, teachers from the cache. Values are "
+        "medians, because other processes of the study and at times other work ran on the machine. At these medians, "
+        f"teachers, caches and all cells take {core_hours(findings):.1f} hours of one core."
     )
     return Section("Cost", text, [study_tables.cost(findings)])
 
@@ -198,8 +197,8 @@ def _cost(findings: Findings) -> Section:
 def _teachers(findings: Findings) -> Section:
     study = findings.results.study
     text = (
-        "Teachers learn from the whole training part; a bad one is bad on purpose. `best teacher` in the tables is the "
-        "one of the pool with the highest validation accuracy. Total number of runs: "
+        "Teachers are trained on the whole training part; bad ones are deliberately bad. `best teacher` in the tables "
+        "is the teacher of the pool with the highest validation accuracy. Total number of runs: "
         f"{len(cells.cells(study)):,} students."
     )
     return Section("Teachers and pools", text, [study_tables.teachers(findings), study_tables.pools(findings)])

@@ -1,4 +1,4 @@
-"""Findings as tables, for the page, the README and the documentation alike."""
+"""Findings as tables, for the page, the README and the documentation."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from statistics import median
 
 from ...report.page import Table
-from .findings import Findings, Place, bad_teachers_by_class, difference, how_bad, label, mean_over, said_of
+from .findings import Findings, Place, bad_teachers_by_class, badness_of, difference, interval, label, mean_over
 from .spec import Student, Variant
 from .work import Record
 
-NOTHING = "-"  # where a cell is missing
+NOTHING = "-"  # for missing results
 
 
 def overview(findings: Findings, table: str = "main") -> Table:
-    """Each variant over all pools, those with good teachers alone and those with a bad one."""
+    """Each variant over all pools with good teachers only, and over those with a bad one."""
     groups = findings.groups()
     header = ["strategy"]
     for name in groups:
@@ -35,7 +35,7 @@ def _gain(findings: Findings, places: Sequence[Place], variant: Variant) -> tupl
     paired = findings.paired(places, variant)
     if paired is None:
         return NOTHING, NOTHING
-    return said_of(paired), " / ".join(map(str, findings.outcomes(places, variant)))
+    return interval(paired), " / ".join(map(str, findings.outcomes(places, variant)))
 
 
 def accuracy_by_pool(findings: Findings, student: Student) -> Table:
@@ -49,7 +49,7 @@ def accuracy_by_pool(findings: Findings, student: Student) -> Table:
 
 
 def difference_by_pool(findings: Findings, student: Student) -> Table:
-    """Points over what each variant of the main table is compared with x pools; last, what weights alone are worth."""
+    """Points over the reference of each main-table variant x pools; the last rows give the gain from weights."""
     study, places = findings.results.study, _places_of(findings, student)
     variants = [variant for variant in findings.variants("main") if variant.name != variant.against]
     compared = [(label(variant), variant, study.variant(variant.against)) for variant in variants]
@@ -57,7 +57,7 @@ def difference_by_pool(findings: Findings, student: Student) -> Table:
     rows = []
     for name, variant, other in compared:
         pairs = [findings.paired([place], variant, other) for place in places]
-        rows.append((name, *(NOTHING if paired is None else said_of(paired) for paired in pairs)))
+        rows.append((name, *(NOTHING if paired is None else interval(paired) for paired in pairs)))
     return Table(("", *(place[0].name for place in places)), rows)
 
 
@@ -66,7 +66,7 @@ def _places_of(findings: Findings, student: Student) -> list[Place]:
 
 
 def against_others(findings: Findings, table: str) -> Table:
-    """The variants of a table, each in every place where it is tried, with what it is compared with."""
+    """The variants of a table at each of their places, with their references."""
     rows = []
     for variant in findings.variants(table):
         other = findings.results.study.variant(variant.against)
@@ -106,18 +106,18 @@ def pools(findings: Findings) -> Table:
 
 
 def by_class(findings: Findings, kind: str) -> Table:
-    """CA-MKD's mean weight of each bad teacher on `kind` ("logits", "features"), class by class."""
+    """CA-MKD's mean weight of each bad teacher on `kind` ("logits", "features"), by class."""
     weights = bad_teachers_by_class(findings)[kind]
     C = max(map(len, weights.values()), default=0)
     rows = [
-        (how_bad(findings, pool, teacher), f"{1 / len(pool.teachers):.2f}", *(f"{weight:.2f}" for weight in row))
+        (badness_of(findings, pool, teacher), f"{1 / len(pool.teachers):.2f}", *(f"{weight:.2f}" for weight in row))
         for (pool, teacher), row in weights.items()
     ]
     return Table(("bad teacher", "equal share", *(f"class {c}" for c in range(C))), rows)
 
 
 def calibration(findings: Findings) -> Table:
-    """ECE of students on the test images in percent, by variant and group, means over places and seeds."""
+    """ECE of students on the test images in percent, by variant and group; means over places and seeds."""
     groups = findings.groups()
     rows = []
     for variant in findings.variants("main"):
@@ -133,7 +133,7 @@ def calibration(findings: Findings) -> Table:
 def cost(findings: Findings) -> Table:
     """Images per second of one process and seconds per epoch, by variant and student.
 
-    Medians over pools and seeds: some runs shared the machine with other work.
+    Medians over pools and seeds, since some runs shared the machine with other work.
     """
     study = findings.results.study
     header, rows = ["strategy"], []
@@ -153,6 +153,6 @@ def cost(findings: Findings) -> Table:
 
 
 def _records(findings: Findings, places: Sequence[Place], variant: Variant) -> list[Record]:
-    """Of all finished cells there; a run that stands in several pools counts once."""
+    """Records of all finished cells at these places; a run that belongs to several pools counts once."""
     found = [record for place in places for record in findings.records(place, variant).values()]
     return list({id(record): record for record in found}.values())

@@ -1,7 +1,7 @@
-"""The pieces of a study: train a teacher, ask a pool's teachers, train a cell. Each is done once and leaves a record.
+"""The pieces of a study: train a teacher, cache a pool's outputs, train a cell. Each runs once and writes a record.
 
-A piece holds the lock of its folder while it works, so a second process that wants the same waits and then finds it
-done; the lock of a killed one is free. A piece that was killed goes on from its last checkpoint.
+A piece locks its folder while it runs, so a second process with the same piece waits and then finds the record; the
+lock of a killed process is released. A killed piece resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .cells import Cell
 from .spec import StudyConfig, TeacherSpec
 
 RECORD = "record.json"
-Origin = Mapping[str, str]  # "commit" and "where" a result comes from
+Origin = Mapping[str, str]  # "commit" and "where" (machine) of a result
 Record = dict[str, Any]
 
 
@@ -33,7 +33,7 @@ def teach(study: StudyConfig, spec: TeacherSpec, out: Path, origin: Origin) -> R
     """Train or derive a teacher and measure it.
 
     Raises:
-        As `run.teach`; FileNotFoundError: the teacher that it is derived from is not there.
+        As `run.teach`; FileNotFoundError: the source of a derived teacher is missing.
     """
 
     def work(folder: Path) -> Record:
@@ -41,7 +41,7 @@ def teach(study: StudyConfig, spec: TeacherSpec, out: Path, origin: Origin) -> R
         if spec.source:
             _derive(cells.teacher_folder(out, spec.source), folder, spec.logit_scale)
         else:
-            result = run.teach(cells.teaching(study, spec, out), resume=True)
+            result = run.teach(cells.teacher_config(study, spec, out), resume=True)
             speed = {"images_per_second": round(result.images_per_second, 1), "seconds": round(result.seconds, 1)}
         return {"name": spec.name, **measure.teacher(folder, study), **speed}
 
@@ -50,22 +50,22 @@ def teach(study: StudyConfig, spec: TeacherSpec, out: Path, origin: Origin) -> R
 
 
 def _derive(source: Path, folder: Path, scale: float) -> None:
-    """A model whose logits are those of `source` times `scale`; made anew each time, as nothing says of what it is."""
+    """Write a model with the logits of `source` times `scale`, replacing any earlier one."""
     _, metadata = read_model(source / MODEL)
     model = measure.scaled(load_model(source), scale)
     write_atomically(folder / MODEL, model_bytes(model, metadata))
 
 
-def ask(study: StudyConfig, pool: str, out: Path, origin: Origin) -> Record:
-    """Make the teacher cache of a pool, which all its cells replay, and say how its teachers are weighed.
+def write_cache(study: StudyConfig, pool: str, out: Path, origin: Origin) -> Record:
+    """Write the teacher cache of a pool, which all its cells replay, and measure the weights of its teachers.
 
     Raises:
-        CacheError: the cache that is there is of something else; FileNotFoundError: a teacher is not there.
+        CacheError: the existing cache does not match; FileNotFoundError: a teacher is missing.
     """
 
     def work(folder: Path) -> Record:
         started = time.perf_counter()
-        weights = measure.pool(cells.asking(study, study.pool(pool), out))
+        weights = measure.pool(cells.cache_config(study, study.pool(pool), out))
         return {"name": pool, **weights, "seconds": round(time.perf_counter() - started, 1)}
 
     folder, digest = cells.cache_folder(out, pool), cells.pool_hash(study, study.pool(pool))
@@ -73,10 +73,10 @@ def ask(study: StudyConfig, pool: str, out: Path, origin: Origin) -> Record:
 
 
 def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
-    """Train the student of a cell, or go on with it.
+    """Train the student of a cell, or resume it.
 
     Raises:
-        ValueError: its pool's teachers were not asked yet.
+        ValueError: the cache of its pool is missing.
         As `run.distill`.
     """
 
@@ -85,7 +85,7 @@ def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
         teachers = study.pool(cell.pool).teachers if variant.has_pool else ()
         if variant.has_pool and not (cells.cache_folder(out, cell.pool) / RECORD).exists():
             raise ValueError(f"{cell} needs the cache of pool {cell.pool}, which could not be made")
-        config = cells.distilling(study, cell, out, _best(out, teachers) if variant.best_teacher else 0)
+        config = cells.student_config(study, cell, out, _best(out, teachers) if variant.best_teacher else 0)
         result = run.distill(config, resume=True)
         epochs = read_metrics(folder / METRICS, "epoch")
         record = {
@@ -105,7 +105,7 @@ def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
         }
         if epochs[-1]["feature_weights"] and any(map(study.is_bad, teachers)):
             record["class_feature_weights"] = measure.class_feature_weights(config)
-        shutil.rmtree(folder / CHECKPOINTS)  # several times the model's size, and of no use to a finished cell
+        shutil.rmtree(folder / CHECKPOINTS)  # several times the model's size, not needed by a finished cell
         return record
 
     return _once("cell", cells.cell_folder(out, cell), cells.cell_hash(study, cell), origin, work)
@@ -123,7 +123,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 
 def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[Path], Record]) -> Record:
-    """The record in `folder` if it is of these settings; otherwise what `work` makes."""
+    """The record in `folder` if its hash matches; otherwise run `work` and write its record."""
     with locked(folder):
         path = folder / RECORD
         if path.exists():
@@ -137,7 +137,7 @@ def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else works in this folder meanwhile: the system frees the lock of a process that ends in any way."""
+    """Hold the lock of a folder; the system releases it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

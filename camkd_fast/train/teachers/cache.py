@@ -122,7 +122,7 @@ class TeacherCache:
         write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
-    def answers(self, view: int, index: Tensor) -> list[Prediction]:
+    def outputs(self, view: int, index: Tensor) -> list[Prediction]:
         """Outputs of the teachers for samples of a view.
 
         Args:
@@ -184,4 +184,4 @@ class CachedTeachers:
         self.hashes = list(cache.key.teachers)
 
     def __call__(self, batch: Batch) -> list[Prediction]:
-        return self.cache.answers(batch.view, batch.index)
+        return self.cache.outputs(batch.view, batch.index)

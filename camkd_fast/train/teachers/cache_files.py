@@ -62,7 +62,7 @@ class CacheKey:
         loader: str,
         teachers: LiveTeachers,
     ) -> CacheKey:
-        """The key of what `teachers` say about `data` as a loader with `config` delivers it.
+        """Key of the outputs of `teachers` for `data`, loaded with `config`.
 
         Args:
             split: "train", for instance.
