@@ -75,7 +75,7 @@ study-quick: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/camkd-fast compare --study benchmarks/study/quick.yaml --out runs/study-quick
 
 study-report: $(STAMP)
-	$(BIN)/python -m benchmarks.study_report
+	$(BIN)/python -m benchmarks.publish_study
 
 # Three finished cells once more, which must end with the same accuracy exactly.
 study-check: $(STAMP)

@@ -98,7 +98,7 @@ def our_step(
     student = models.create(STUDENT, CLASSES)
     strategy = strategies.create("ca-mkd", teachers, feature_model(student).num_features)
     step = TrainStep(student, strategy, teachers, OptimConfig(epochs=1), precision, world, BATCH, seed=0)
-    step.pupil.train()
+    step.trainable.train()
     batches = endless(choose.loader(images, config, "resident"))
     number = 0
 

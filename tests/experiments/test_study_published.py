@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from benchmarks import doc_tables, study_report
+from benchmarks import doc_tables, publish_study
 from camkd_fast.experiments.study import records, spec
 from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, interval
 from camkd_fast.experiments.study.records import Results
@@ -12,16 +12,16 @@ from camkd_fast.experiments.study.statistics import Paired
 
 
 def committed(study: str, lines: str) -> Results:
-    return records.read(spec.load(study_report.FOLDER / f"{study}.yaml"), study_report.FOLDER / f"{lines}.jsonl")
+    return records.read(spec.load(publish_study.FOLDER / f"{study}.yaml"), publish_study.FOLDER / f"{lines}.jsonl")
 
 
 def test_committed_tables_are_those_of_the_committed_results() -> None:
     known = committed("study", "results")
     findings = Findings(known)
-    text = study_report.STRATEGIES.read_text()
-    written = doc_tables.replaced(text, "evidence", study_report.evidence(findings))
+    text = publish_study.STRATEGIES.read_text()
+    written = doc_tables.replaced(text, "evidence", publish_study.evidence(findings))
     assert written == text, "`make study-report` changes docs/strategies.md"
-    assert (study_report.FOLDER / "report.html").exists()
+    assert (publish_study.FOLDER / "report.html").exists()
 
 
 def test_the_advice_follows_from_the_committed_results() -> None:
@@ -29,7 +29,9 @@ def test_the_advice_follows_from_the_committed_results() -> None:
     known = committed("study", "results")
     assert known.missing == []
     findings = Findings(known)
-    text = " ".join(study_report.STRATEGIES.read_text().partition("## In short")[2].partition("## Evidence")[0].split())
+    text = " ".join(
+        publish_study.STRATEGIES.read_text().partition("## In short")[2].partition("## Evidence")[0].split()
+    )
     groups = findings.groups()
     good, bad = groups["good teachers only"], groups["a bad teacher"]
     variants = {variant.name: variant for variant in findings.variants("main")}
@@ -84,7 +86,7 @@ def test_the_advice_follows_from_the_committed_results() -> None:
 def test_the_students_betas_are_the_best_on_held_out_images() -> None:
     chosen = committed("beta", "beta")
     assert chosen.missing == []
-    study = spec.load(study_report.FOLDER / "study.yaml")
+    study = spec.load(publish_study.FOLDER / "study.yaml")
     for student in study.students:
         means = {
             variant.beta: mean(

@@ -10,7 +10,7 @@ from statistics import stdev
 
 import pytest
 
-from benchmarks import study_report as published
+from benchmarks import publish_study as published
 from camkd_fast.experiments.study import records, study_report, study_tables
 from camkd_fast.experiments.study.cells import Cell
 from camkd_fast.experiments.study.findings import (

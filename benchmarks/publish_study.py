@@ -1,4 +1,4 @@
-"""`make study-report`: the study's page, and tables in README.md and docs/strategies.md, from committed results.
+"""`make study-report`: the study's page, and tables in docs/strategies.md, from committed results.
 
 Reads only benchmarks/study/study.yaml and results.jsonl: equal results give equal bytes.
 """
