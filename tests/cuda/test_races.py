@@ -21,3 +21,13 @@ def test_no_races() -> None:
 def test_a_missing_barrier_is_detected(dropped: str) -> None:
     """Without one kind of barrier or wait the same run fails: by a reported race, a NaN, or a poisoned address."""
     assert build.race_check(dropped).returncode != 0
+
+
+@pytest.mark.slow
+def test_a_single_missing_block_barrier_shows() -> None:
+    """Each block barrier outside the row kernel, removed one at a time. In the row kernel some barriers come before a
+    stronger one on the paths that the run takes."""
+    sites = [site for site in build.barrier_sites() if site[0] == "BLOCK_BARRIER" and "row_loss/" not in site[2]]
+    assert len(sites) >= 6
+    for _, address, lines in sites:
+        assert build.race_check(CAMKD_DROP_SITE=address).returncode != 0, lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -66,10 +67,28 @@ def load_module() -> ModuleType:
     return module
 
 
-def race_check(*dropped: str) -> subprocess.CompletedProcess[str]:
-    """Runs every kernel under ThreadSanitizer without the barriers and waits in `dropped`, such as BLOCK_BARRIER."""
+def _race_program(*dropped: str) -> Path:
     flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
-    program = _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
+    return _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
+
+
+def race_check(*dropped: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs every kernel under ThreadSanitizer, without the kinds of barriers and waits in `dropped` (BLOCK_BARRIER,
+    COPIES_WAIT and so on), or without a single one, CAMKD_DROP_SITE (host_threads.h)."""
+    program = _race_program(*dropped)
     # This sanitizer cannot handle the address space randomisation of some Linux kernels.
     command = ["setarch", "-R", str(program)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    variables = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def barrier_sites() -> list[tuple[str, str, str]]:
+    """(kind, address, source lines from callee to caller) of each barrier or wait that race_check runs."""
+    done = race_check(CAMKD_LIST_SITES="1")
+    assert done.returncode == 0, done.stderr
+    sites = []
+    for kind, address in map(str.split, done.stdout.splitlines()):
+        command = ["addr2line", "-i", "-e", str(_race_program()), address]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        sites.append((kind, address, lines))
+    return sites

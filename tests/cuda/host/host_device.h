@@ -7,115 +7,24 @@
 #pragma once
 
 #include <atomic>
-#include <barrier>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <thread>
-#include <utility>
-#include <vector>
 
-#define CAMKD_DEVICE inline
+#include "host_threads.h"
+
+// Helpers are inlined and barriers are not, so that each barrier has one call site in each caller of a helper.
+#define CAMKD_DEVICE inline __attribute__((always_inline))
+#define CAMKD_SITE inline __attribute__((noinline))
 #define CAMKD_KERNEL(threads, blocks_per_sm) void
 #define CAMKD_PARAMETER const
 
 namespace camkd::cuda {
-
-constexpr int kWarp = 32;
-
-struct alignas(16) Pack {
-    uint32_t word[4];
-};
-
-namespace host {
-
-using Barrier = std::barrier<>;
-
-// The values that the lanes of a warp exchange. Two sets of slots alternate, so that one barrier per exchange is
-// enough.
-struct Warp {
-    Barrier barrier{kWarp};
-    float slots[2][kWarp];
-};
-
-struct Block {
-    explicit Block(int threads, int bytes)
-        : barrier(threads), shared(new Pack[bytes / int(sizeof(Pack)) + 1]), warps(threads / kWarp) {
-        std::memset(static_cast<void*>(shared.get()), 0xff, (bytes / sizeof(Pack) + 1) * sizeof(Pack));
-        for (auto& warp : warps) warp = std::make_unique<Warp>();
-    }
-    Barrier barrier;
-    std::unique_ptr<Pack[]> shared;
-    std::vector<std::unique_ptr<Warp>> warps;
-};
-
-struct Cluster {
-    Cluster(int size, int threads, int bytes) : barrier(size * threads) {
-        for (int i = 0; i < size; ++i) blocks.push_back(std::make_unique<Block>(threads, bytes));
-    }
-    Barrier barrier;
-    std::vector<std::unique_ptr<Block>> blocks;
-};
-
-struct Thread {
-    Cluster* cluster;
-    int rank, thread, threads;
-    int64_t block, blocks;
-    int parity = 0;
-    std::vector<std::pair<Pack*, const void*>> copies;
-
-    Block& own_block() const { return *cluster->blocks[rank]; }
-    Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }
-};
-
-inline thread_local Thread* self = nullptr;
-
-// The values of all lanes, in their order.
-inline const float* exchange(float x) {
-    Warp& warp = self->own_warp();
-    float* slots = warp.slots[self->parity];
-    self->parity ^= 1;
-    slots[self->thread % kWarp] = x;
-    warp.barrier.arrive_and_wait();
-    return slots;
-}
-
-// A butterfly reduction as by shuffles: every lane computes the result of each lane in the order of the hardware.
-template <class F>
-float butterfly(float x, F f) {
-    const float* slots = exchange(x);
-    float values[kWarp], next[kWarp];
-    std::memcpy(values, slots, sizeof(values));
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        for (int lane = 0; lane < kWarp; ++lane) next[lane] = f(values[lane], values[lane ^ offset]);
-        std::memcpy(values, next, sizeof(values));
-    }
-    return values[self->thread % kWarp];
-}
-
-// Runs a kernel, one cluster after the other, with all threads of a cluster at once.
-inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
-    for (int64_t first = 0; first < blocks; first += cluster_size) {
-        Cluster cluster(cluster_size, threads, shared);
-        std::vector<std::thread> running;
-        for (int rank = 0; rank < cluster_size; ++rank)
-            for (int thread = 0; thread < threads; ++thread)
-                running.emplace_back([&, rank, thread, first] {
-                    Thread current{&cluster, rank, thread, threads, first + rank, blocks};
-                    self = &current;
-                    kernel();
-                });
-        for (auto& one : running) one.join();
-    }
-}
-
-}  // namespace host
 
 inline int thread_id() {
     return host::self->thread;
@@ -129,19 +38,19 @@ inline int64_t block_id() {
 inline int64_t block_count() {
     return host::self->blocks;
 }
-inline void block_barrier() {
+CAMKD_SITE void block_barrier() {
 #ifndef CAMKD_DROP_BLOCK_BARRIER
-    host::self->own_block().barrier.arrive_and_wait();
+    if (host::runs("BLOCK_BARRIER", __builtin_return_address(0))) host::self->own_block().barrier.arrive_and_wait();
 #endif
 }
-inline void warp_barrier() {
+CAMKD_SITE void warp_barrier() {
 #ifndef CAMKD_DROP_WARP_BARRIER
-    host::self->own_warp().barrier.arrive_and_wait();
+    if (host::runs("WARP_BARRIER", __builtin_return_address(0))) host::self->own_warp().barrier.arrive_and_wait();
 #endif
 }
-inline void cluster_barrier(bool) {
+CAMKD_SITE void cluster_barrier(bool) {
 #ifndef CAMKD_DROP_CLUSTER_BARRIER
-    host::self->cluster->barrier.arrive_and_wait();
+    if (host::runs("CLUSTER_BARRIER", __builtin_return_address(0))) host::self->cluster->barrier.arrive_and_wait();
 #endif
 }
 inline constexpr bool has_clusters() {
@@ -185,9 +94,10 @@ struct Mailbox {
     std::atomic<int32_t> missing, phases;
 
     void add(int32_t bytes) {
-        if (missing.fetch_add(bytes) + bytes != 0) return;
-        missing.fetch_add(kUnannounced);
-        phases.fetch_add(1);
+        // Only the receiver acquires; a message does not order the senders among each other.
+        if (missing.fetch_add(bytes, std::memory_order_release) + bytes != 0) return;
+        missing.fetch_add(kUnannounced, std::memory_order_relaxed);
+        phases.fetch_add(1, std::memory_order_relaxed);
     }
 };
 inline void mailbox_open(Mailbox* box) {
@@ -200,13 +110,15 @@ inline void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
     *remote(at, rank) = p;
     remote(box, rank)->add(-int32_t(sizeof(Pack)));
 }
-inline void mailbox_wait(Mailbox* box, int phase) {
+CAMKD_SITE void mailbox_wait(Mailbox* box, int phase) {
 #ifndef CAMKD_DROP_MAILBOX_WAIT
+    if (!host::runs("MAILBOX_WAIT", __builtin_return_address(0))) return;
     const auto start = std::chrono::steady_clock::now();
-    while (box->phases.load() <= phase) {
+    while (box->phases.load(std::memory_order_relaxed) <= phase) {
         std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
+    box->missing.load(std::memory_order_acquire);
 #endif
 }
 
@@ -219,8 +131,9 @@ inline void copy_async(Pack* shared, const void* global) {
     std::memset(static_cast<void*>(shared), 0xff, sizeof(Pack));
     host::self->copies.emplace_back(shared, global);
 }
-inline void copies_wait() {
+CAMKD_SITE void copies_wait() {
 #ifndef CAMKD_DROP_COPIES_WAIT
+    if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;
     for (const auto& [shared, global] : host::self->copies)
         std::memcpy(static_cast<void*>(shared), global, sizeof(Pack));
     host::self->copies.clear();

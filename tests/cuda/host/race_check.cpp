@@ -29,9 +29,11 @@ bool all_finite(const char* what, const std::vector<float>& x) {
 }
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
-bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks) {
+bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
+              Weighting weighting = Weighting::confidence) {
     host::limits = limits;
-    RowProblem problem{N, C, K, (C + 3) / 4, 4, K, true, 0, 0, 0, 0, 0};
+    const int fixed_k = weighting == Weighting::entropy ? 0 : K;
+    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0};
     RowShared::measure(problem);
     const RowGeometry g = row_geometry(problem, limits);
     if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks) {
@@ -51,7 +53,7 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     target[0] = -100;
     std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), means(4, NAN);
     args.target = target.data();
-    args.formula = {4, 1, 1, Weighting::confidence, -100};
+    args.formula = {4, 1, 1, weighting, -100};
     args.row_stats = out.data();
     args.grad_student = grad.data();
     args.grad_scale = 1;
@@ -61,7 +63,8 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
 }
 
 bool run_others(int64_t N, int C, int K) {
-    host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64};
+    // One multiprocessor, so that blocks loop over the rows.
+    host::limits = {1, 96 * 1024, 300 * 1024, 1 << 20, 1, 64};
     const std::vector<float> x = numbers(size_t(N * C), 3), y = numbers(size_t(N * C), 5);
     std::vector<float> grads(size_t(K * N * C), NAN), weights(size_t(K * N), NAN),
         ce = weights, lse = weights, error = weights, scaled(size_t(N * C), NAN);
@@ -103,6 +106,12 @@ int main() {
                       run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false) &
                       run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false) &
                       run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true) &
-                      run_others(5, 70, 2) & run_others(3, 2300, 2);
+                      run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false,
+                               Weighting::entropy) &
+                      run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false,
+                               Weighting::entropy) &
+                      run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true,
+                               Weighting::entropy) &
+                      run_others(5, 70, 2) & run_others(9, 1100, 2);
     return fine ? 0 : 1;
 }

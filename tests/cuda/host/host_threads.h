@@ -1,0 +1,209 @@
+// The emulated device of host_device.h: threads, warps, blocks and clusters with their barriers and shared memory, and
+// how a kernel runs on them.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+extern const char __executable_start;  // by the linker
+}
+#endif
+
+namespace camkd::cuda {
+
+constexpr int kWarp = 32;
+
+struct alignas(16) Pack {
+    uint32_t word[4];
+};
+
+namespace host {
+
+// Hides the synchronisation inside a scope from ThreadSanitizer. The waiters of a std::barrier share atomics with those
+// of other barriers, which orders more memory accesses than a barrier of the device and would hide a missing one.
+struct Unseen {
+#ifdef __SANITIZE_THREAD__
+    Unseen() {
+        AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    }
+    static void release(void* at) { __tsan_release(at); }
+    static void acquire(void* at) { __tsan_acquire(at); }
+#else
+    Unseen() {}
+    static void release(void*) {}
+    static void acquire(void*) {}
+#endif
+};
+
+// A std::barrier that orders only the accesses of its own threads.
+class Barrier {
+  public:
+    explicit Barrier(int threads) : barrier_(threads, Advance{this}) {}
+    void arrive_and_wait() {
+        // Two addresses are enough: before anybody arrives two phases later, all threads have left this one.
+        void* const edge = edges_ + phase_.load(std::memory_order_relaxed) % 2;
+        Unseen::release(edge);
+        {
+            const Unseen unseen;
+            barrier_.arrive_and_wait();
+        }
+        Unseen::acquire(edge);
+    }
+
+  private:
+    struct Advance {
+        Barrier* barrier;
+        void operator()() noexcept { barrier->phase_.fetch_add(1, std::memory_order_relaxed); }
+    };
+    std::barrier<Advance> barrier_;
+    std::atomic<int> phase_{0};
+    char edges_[2];
+};
+
+// The values that the lanes of a warp exchange. Two sets of slots alternate, so that one barrier per exchange is
+// enough.
+struct Warp {
+    Barrier barrier{kWarp};
+    float slots[2][kWarp];
+};
+
+struct Block {
+    explicit Block(int threads, int bytes)
+        : barrier(threads), shared(new Pack[bytes / int(sizeof(Pack)) + 1]), warps(threads / kWarp) {
+        std::memset(static_cast<void*>(shared.get()), 0xff, (bytes / sizeof(Pack) + 1) * sizeof(Pack));
+        for (auto& warp : warps) warp = std::make_unique<Warp>();
+    }
+    Barrier barrier;
+    std::unique_ptr<Pack[]> shared;
+    std::vector<std::unique_ptr<Warp>> warps;
+};
+
+struct Cluster {
+    Cluster(int size, int threads, int bytes) : barrier(size * threads) {
+        for (int i = 0; i < size; ++i) blocks.push_back(std::make_unique<Block>(threads, bytes));
+    }
+    Barrier barrier;
+    std::vector<std::unique_ptr<Block>> blocks;
+};
+
+struct Thread {
+    Cluster* cluster;
+    int rank, thread, threads;
+    int64_t block, blocks;
+    int parity;  // of the next exchange in the warp
+    std::vector<std::pair<Pack*, const void*>> copies;
+
+    Block& own_block() const { return *cluster->blocks[rank]; }
+    Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }
+};
+
+inline thread_local Thread* self = nullptr;
+
+#ifdef __SANITIZE_THREAD__
+
+// Removes a single barrier or wait, identified by its call site (an address in the program's file, as for addr2line).
+// The environment variable CAMKD_LIST_SITES prints the sites that ran, CAMKD_DROP_SITE removes one.
+inline const uintptr_t dropped_site = [] {
+    const char* text = std::getenv("CAMKD_DROP_SITE");
+    return text ? uintptr_t(std::strtoull(text, nullptr, 16)) : 0;
+}();
+
+struct Sites {
+    const bool listed = std::getenv("CAMKD_LIST_SITES") != nullptr;
+    std::mutex mutex;
+    std::map<uintptr_t, const char*> found;
+
+    ~Sites() {
+        for (const auto& [address, kind] : found) std::printf("%s %lx\n", kind, static_cast<unsigned long>(address));
+    }
+};
+inline Sites sites;
+
+inline bool runs(const char* kind, const void* site) {
+    // The return address follows the call.
+    const uintptr_t address = reinterpret_cast<uintptr_t>(site) - 1 - reinterpret_cast<uintptr_t>(&__executable_start);
+    if (sites.listed) {
+        const Unseen unseen;
+        const std::lock_guard<std::mutex> lock(sites.mutex);
+        sites.found.emplace(address, kind);
+    }
+    return address != dropped_site;
+}
+
+#else
+
+inline bool runs(const char*, const void*) {
+    return true;
+}
+
+#endif
+
+// The values of all lanes, in their order.
+inline const float* exchange(float x) {
+    Warp& warp = self->own_warp();
+    float* slots = warp.slots[self->parity];
+    self->parity ^= 1;
+    slots[self->thread % kWarp] = x;
+    warp.barrier.arrive_and_wait();
+    return slots;
+}
+
+// A butterfly reduction as by shuffles: every lane computes the result of each lane in the order of the hardware.
+template <class F>
+float butterfly(float x, F f) {
+    const float* slots = exchange(x);
+    float values[kWarp], next[kWarp];
+    std::memcpy(values, slots, sizeof(values));
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        for (int lane = 0; lane < kWarp; ++lane) next[lane] = f(values[lane], values[lane ^ offset]);
+        std::memcpy(values, next, sizeof(values));
+    }
+    return values[self->thread % kWarp];
+}
+
+// Runs a kernel, one cluster after the other, with all threads of a cluster at once.
+inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
+    for (int64_t first = 0; first < blocks; first += cluster_size) {
+        Cluster cluster(cluster_size, threads, shared);
+        std::vector<std::thread> running;
+        for (int rank = 0; rank < cluster_size; ++rank)
+            for (int thread = 0; thread < threads; ++thread)
+                running.emplace_back([&, rank, thread, first] {
+                    Thread current{&cluster, rank, thread, threads, first + rank, blocks, 0, {}};
+                    self = &current;
+                    kernel();
+                });
+        for (auto& one : running) one.join();
+    }
+}
+
+}  // namespace host
+
+}  // namespace camkd::cuda
