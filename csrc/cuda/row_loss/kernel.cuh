@@ -3,8 +3,8 @@
 // While it writes a gradient it already fetches the next row into the slots that become free. Rows too wide for shared
 // memory pass through it in chunks: in order for the statistics, in reverse order for the gradient.
 //
-// Start reading at RowKernel::run. Its steps are in statistics.cuh, results.cuh and gradient.cuh, one thread's work on its
-// vectors in passes.cuh and fixed_k_passes.cuh, and the division of work in ../launch_table.h.
+// Start reading at RowKernel::run. Its steps are in statistics.cuh, results.cuh and gradient.cuh, one thread's work on
+// its vectors in passes.cuh and fixed_k_passes.cuh, and the division of work in ../launch_table.h.
 #pragma once
 
 #include "../batch_mean.cuh"
