@@ -15,8 +15,8 @@ def min_norm_weights(gram: Tensor, cap: float = 1.0) -> Tensor:
     """argmin_w ||sum_k w_k g_k||^2 with sum_k w_k = 1 and 0 <= w_k <= cap, from the Gram matrix of the g_k.
 
     Interior-point method with a fixed number of steps on (K, K) tensors: no host synchronisation, no data-dependent
-    shape, and singular matrices are handled. Vectors that the Gram matrix does not distinguish get equal weights, so
-    identical or zero vectors get 1/K each. One opaque node under torch.compile, which would take half a minute to
+    shape, and singular matrices are handled. Vectors whose rows of the Gram matrix are equal bit for bit get equal
+    weights; if rounding makes them differ, identical vectors share their weight unequally, with the same combination. One opaque node under torch.compile, which would take half a minute to
     trace the unrolled steps.
 
     Args:

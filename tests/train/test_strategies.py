@@ -177,7 +177,10 @@ def test_agreement_is_capped_and_ignores_rows_without_label() -> None:
     ]
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
     weights = strategy.weighting(batch.student.logits, outputs, batch.target)
-    torch.testing.assert_close(weights, torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64), rtol=1e-5, atol=0)
+    # How equal teachers share their 0.4 depends on the rounding of the float32 Gram matrix; the mixture does not.
+    assert weights.amin() >= 0 and weights.shape == (3,)
+    shared = torch.stack([weights[:2].sum(), weights[2]])
+    torch.testing.assert_close(shared, torch.tensor([0.4, 0.6], dtype=torch.float64), rtol=1e-5, atol=0)
     assert not weights.requires_grad
 
     broken = [t.logits.clone() for t in batch.outputs]
