@@ -16,8 +16,8 @@ def min_norm_weights(gram: Tensor, cap: float = 1.0) -> Tensor:
 
     Interior-point method with a fixed number of steps on (K, K) tensors: no host synchronisation, no data-dependent
     shape, and singular matrices are handled. Vectors whose rows of the Gram matrix are equal bit for bit get equal
-    weights; if rounding makes them differ, identical vectors share their weight unequally, with the same combination. One opaque node under torch.compile, which would take half a minute to
-    trace the unrolled steps.
+    weights; if rounding makes the rows differ, identical vectors may get unequal weights with the same combination.
+    One opaque node under torch.compile, which would take half a minute to trace the unrolled steps.
 
     Args:
         gram: (K, K), g_j . g_k; any floating dtype, solved in float64. Any NaN makes all weights NaN.
