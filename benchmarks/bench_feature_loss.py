@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,34 +17,12 @@ from torch import Tensor
 
 from benchmarks import timer
 from benchmarks.conftest import Suite
+from benchmarks.shapes import FEATURES, Features
 from camkd_fast import confidence_weights, weighted_feature_loss
 
 pytestmark = pytest.mark.benchmark(timer=timer.CLOCK)
 
 Loss = Callable[[list[Tensor], list[Tensor], list[Tensor], Tensor], Tensor]
-
-
-class Features(NamedTuple):
-    N: int
-    channels: int
-    side: int
-    C: int
-    K: int
-    dtype: torch.dtype
-
-    def floor_bytes(self) -> int:
-        M = self.channels * self.side**2
-        return self.K * self.N * (3 * M + 2 * self.C) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.N}x{self.channels}x{self.side}x{self.side}-{str(self.dtype).removeprefix('torch.')}"
-
-
-# Last feature maps for CIFAR and ImageNet at common batch sizes.
-FEATURES = {
-    "cpu": [Features(64, 256, 8, 100, 3, torch.float32), Features(32, 512, 7, 1000, 3, torch.float32)],
-    "cuda": [Features(64, 256, 8, 100, 3, torch.float32), Features(1024, 2048, 7, 1000, 3, torch.bfloat16)],
-}
 
 
 def eager(student: list[Tensor], teachers: list[Tensor], logits: list[Tensor], target: Tensor) -> Tensor:

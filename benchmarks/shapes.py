@@ -80,3 +80,28 @@ def over_classes(device: str, which: str) -> list[Shape]:
                 N = max(int(CLASSES_BYTES[device] / ((K + 2) * C * dtype.itemsize)), 1)
                 shapes.append(Shape(N, C, K, dtype))
     return shapes
+
+
+class Features(NamedTuple):
+    """K pairs of feature maps (N, channels, side, side), and logits (N, C) for their weights."""
+
+    N: int
+    channels: int
+    side: int
+    C: int
+    K: int
+    dtype: torch.dtype
+
+    def floor_bytes(self) -> int:
+        M = self.channels * self.side**2
+        return self.K * self.N * (3 * M + 2 * self.C) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.channels}x{self.side}x{self.side}-{str(self.dtype).removeprefix('torch.')}"
+
+
+# Last feature maps for CIFAR and ImageNet at common batch sizes.
+FEATURES = {
+    "cpu": [Features(64, 256, 8, 100, 3, F32), Features(32, 512, 7, 1000, 3, F32)],
+    "cuda": [Features(64, 256, 8, 100, 3, F32), Features(1024, 2048, 7, 1000, 3, BF16)],
+}

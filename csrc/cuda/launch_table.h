@@ -2,8 +2,8 @@
 // the reasons. Limits per architecture belong here too. Host only and free of CUDA headers, so that the tests can use
 // it.
 //
-// A new architecture: limits here, instructions in device.cuh, the default targets in cuda.cmake, and ARCHS in
-// tests/cuda/test_offline_compile.py.
+// A new architecture: limits here, instructions in device.cuh, the default targets in cuda.cmake, and ARCHITECTURES in
+// tests/support/gpu.py.
 #pragma once
 
 #include <algorithm>

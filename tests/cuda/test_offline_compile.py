@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.backends import BACKENDS
+from tests.support.gpu import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
-ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+ARCHS = [f"sm_{number}" for number in ARCHITECTURES]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Instances of each kernel: one per element type; row_loss_kernel also for a warp and a block per row, and 1 to 5
 # teachers or any number.

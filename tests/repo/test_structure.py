@@ -23,17 +23,21 @@ VOCABULARY = (
 PRIVATE = re.compile(rf"(?<![a-z])(?:{'|'.join(VOCABULARY)})(?![a-z])", re.IGNORECASE)
 
 
-def files(*roots: str) -> list[Path]:
-    """Tracked and new files of text under these roots; generated results are data."""
+def tracked(*roots: str) -> list[Path]:
+    """Tracked and new files under these roots."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *roots],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split("\n")  # fmt: skip
-    paths = [ROOT / name for name in listed if name]
-    return [p for p in paths if p.is_file() and not p.is_symlink() and p.suffix in TEXT and "results" not in p.parts]
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
 
 
-def identifiers_apart(line: str) -> str:
+def files(*roots: str) -> list[Path]:
+    """Files of text under these roots; generated results are data."""
+    return [p for p in tracked(*roots) if not p.is_symlink() and p.suffix in TEXT and "results" not in p.parts]
+
+
+def split_identifiers(line: str) -> str:
     """`warp_teams` and `WarpTeams` as their words."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line.replace("_", " "))
 
@@ -55,19 +59,42 @@ def test_the_vocabulary_of_the_field():
             words = line
             for pattern in others:
                 words = re.sub(pattern, "", words)
-            if PRIVATE.search(identifiers_apart(words)):
+            if PRIVATE.search(split_identifiers(words)):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("line", ["warp_teams", "WarpTeams", "a stash", "Told.", "kResidual", "takes turns"])
 def test_the_vocabulary_test_sees(line):
-    assert PRIVATE.search(identifiers_apart(line))
+    assert PRIVATE.search(split_identifiers(line))
 
 
 @pytest.mark.parametrize("line", ["return x", "steam", "distill", "retold_", "untold stories", "explain(x)"])
 def test_the_vocabulary_test_leaves(line):
-    assert not PRIVATE.search(identifiers_apart(line.replace("retold_", "retolds").replace("untold", "untolds")))
+    assert not PRIVATE.search(split_identifiers(line.replace("retold_", "retolds").replace("untold", "untolds")))
+
+
+# --- tree ------------------------------------------------------------------------------------------------------------
+
+TREE = {
+    ".": {"benchmarks", "camkd_fast", "csrc", "docs", "kernels", "tests", ".ci"},
+    "camkd_fast": {"backends", "cli", "data", "experiments", "losses", "models", "report", "train"},
+    "camkd_fast/experiments": {"study"},
+    "camkd_fast/train": {"strategies", "teachers"},
+    "csrc": {"cpu", "cuda", "python"},
+    "csrc/cuda": {"row_loss"},
+    "tests": {
+        *("backends", "benchmarks", "cli", "cuda", "data", "experiments"),
+        *("gpu", "losses", "models", "repo", "support", "train"),
+    },
+}
+
+
+@pytest.mark.parametrize("folder", TREE)
+def test_folders(folder):
+    """A new folder is a decision about the layout: say it here and in the map of CONTRIBUTING.md."""
+    inside = {path.relative_to(ROOT / folder).parts for path in tracked(folder)}
+    assert {parts[0] for parts in inside if len(parts) > 1} == TREE[folder]
 
 
 # --- length ----------------------------------------------------------------------------------------------------------

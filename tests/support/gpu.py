@@ -15,6 +15,8 @@ from camkd_fast.backends import dispatch
 
 CUDA = torch.device("cuda", 0)
 NO_GPU = "no CUDA device"
+# Compute capabilities, times ten, for which the tests compile the kernels: A100, Hopper, Blackwell, its consumer cards.
+ARCHITECTURES = (80, 90, 100, 120)
 
 
 class Place(NamedTuple):

@@ -1,0 +1,132 @@
+"""`python -m benchmarks.two_builds OTHER`: the speed of this checkout against another one, such as the commit before.
+
+Both must have the compiled module built in place (`python setup.py build_ext --inplace`). Each runs in a process of its
+own; the two run alternating blocks of calls, so both see the same state of the machine, and the median of the ratios
+counts. Covers the sizes of `make bench` on a CPU. With `make fingerprint` it shows that a refactoring changed nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
+BLOCK_SECONDS = 0.02  # of calls between two measurements of the same process
+
+
+def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names and calls, one after another: the tensors of one exist only until the next is taken."""
+    import torch
+
+    import camkd_fast
+    from benchmarks.shapes import COMPARED, FEATURES
+
+    for shape in COMPARED["cpu"]:
+        batch = shape.batch(torch.device("cpu"))
+
+        def backward(batch: Any = batch) -> None:
+            batch.student.grad = None
+            camkd_fast.camkd_loss(*batch).loss.backward()
+
+        yield f"{shape} swap-in", backward
+        yield f"{shape} value + gradient", lambda batch=batch: camkd_fast.camkd_loss_and_grad(*batch)
+    for features in FEATURES["cpu"]:
+        size = (features.N, features.channels, features.side, features.side)
+        student = [torch.randn(size).requires_grad_() for _ in range(features.K)]
+        teachers = [torch.randn(size) for _ in range(features.K)]
+        logits = [torch.randn(features.N, features.C).requires_grad_() for _ in range(features.K)]
+        target = torch.randint(features.C, (features.N,))
+
+        def step(student=student, teachers=teachers, logits=logits, target=target) -> None:  # type: ignore[no-untyped-def]
+            for leaf in (*student, *logits):
+                leaf.grad = None
+            weights, _ = camkd_fast.confidence_weights(logits, target)
+            camkd_fast.weighted_feature_loss(student, teachers, weights).backward()
+
+        yield f"{features} feature loss", step
+
+
+def work(package: Path) -> None:
+    """The worker: for each subject prints its name, then answers every line with the seconds of one call."""
+    sys.path.insert(0, str(package))
+    import torch
+
+    import camkd_fast
+
+    assert Path(camkd_fast.__file__).is_relative_to(package), camkd_fast.__file__
+    torch.set_num_threads(os.cpu_count() or 1)
+    for name, call in subjects():
+        for _ in range(3):
+            call()
+        start = time.perf_counter()
+        call()
+        calls = max(1, round(BLOCK_SECONDS / (time.perf_counter() - start)))
+        print(json.dumps(name), flush=True)
+        while sys.stdin.readline().strip() == "run":
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            print((time.perf_counter() - start) / calls, flush=True)
+
+
+def pipes(worker: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert worker.stdin is not None and worker.stdout is not None
+    return worker.stdin, worker.stdout
+
+
+def ask(worker: subprocess.Popen[str], command: str) -> str:
+    into, out = pipes(worker)
+    print(command, file=into, flush=True)
+    return out.readline()
+
+
+def compare(other: Path, rounds: int) -> dict[str, list[float]]:
+    """For each subject the other's time over ours, by round."""
+    command = [sys.executable, "-m", "benchmarks.two_builds", "--worker"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    workers = [
+        subprocess.Popen([*command, str(package)], env=environment, **options) for package in (ROOT, other.resolve())
+    ]
+    ratios: dict[str, list[float]] = {}
+    while name := {pipes(worker)[1].readline() for worker in workers}.pop():
+        found = ratios.setdefault(json.loads(name), [])
+        for round_ in range(rounds + 1):
+            order = workers if round_ % 2 else workers[::-1]
+            seconds = {worker: float(ask(worker, "run")) for worker in order}
+            if round_:  # the first round warms up both
+                found.append(seconds[workers[1]] / seconds[workers[0]])
+        for worker in workers:
+            print("next", file=pipes(worker)[0], flush=True)
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("other", type=Path, help="root of the other checkout")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.other)
+        return
+    medians = {}
+    for name, ratios in compare(arguments.other, arguments.rounds).items():
+        medians[name] = statistics.median(ratios)
+        low, high = statistics.quantiles(ratios, n=10)[::8]
+        print(f"{medians[name]:.3f}  ({low:.2f} to {high:.2f})  {name}")
+    mean = math.exp(statistics.mean(map(math.log, medians.values())))
+    print(f"{mean:.3f}  geometric mean, the other's time over this one's; least {min(medians.values()):.3f}")
+
+
+if __name__ == "__main__":
+    main()
