@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from camkd_fast import camkd_loss
 from camkd_fast.data.batch import Batch
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
+from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.live import LiveTeachers
 
 FEATURES = 6  # channels of the student
+WITH_FEATURES = ("fitnet-mkd", "ca-mkd")
 WITH_TEACHERS = tuple(name for name in strategies.names() if name != "ce")
 
 
@@ -56,3 +59,14 @@ def case(K: int, N: int = 7, spread: float = 4.0) -> Case:
     outputs = [p._replace(logits=spread * torch.randn(N, 5)) for p in teachers(Batch(images, target, target, 0))]
     student = Prediction(torch.randn(N, FEATURES, 5, 5).relu_().requires_grad_(), torch.randn(N, 5).requires_grad_())
     return Case(teachers, outputs, student, target)
+
+
+def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
+    logits = [t.logits for t in batch.outputs]
+    weighting = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
+    return camkd_loss(
+        batch.student.logits,
+        logits,
+        batch.target,
+        **{**strategy.formula.options(), "weighting": weighting, **keywords},
+    )

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camkd_fast.data.batch import Batch
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.strategies import Strategy
-from tests.support.strategies import FEATURES, WITH_TEACHERS, Case, Tiny, case, live
+from camkd_fast.train.teachers.live import LiveTeachers
+from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WITH_FEATURES = ("fitnet-mkd", "ca-mkd")
 
 
 def confidence(logits: list[Tensor], target: Tensor) -> Tensor:

@@ -9,28 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast import camkd_loss_and_grad
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.min_norm import min_norm_weights
-from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.live import LiveTeachers
-from tests.support.strategies import FEATURES, WITH_TEACHERS, Case, Tiny, case, live
+from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
 
 T = 4.0
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
-    logits = [t.logits for t in batch.outputs]
-    weighting = strategy.weighting(batch.student.logits, batch.outputs, batch.target)
-    return camkd_loss(
-        batch.student.logits,
-        logits,
-        batch.target,
-        **{**strategy.formula.options(), "weighting": weighting, **keywords},
-    )
 
 
 def soft_losses(batch: Case) -> Tensor:
