@@ -1,6 +1,6 @@
-"""The confidence-weighted logit loss as a good PyTorch user writes it: what the fused kernel is measured against.
+"""The confidence-weighted logit loss as a PyTorch user would write it: the baseline of the measurements.
 
-The same formulas as `camkd_fast.reference`, without its care for infinite logits and ignored rows.
+The formulas of `backends.reference`, without its handling of infinite logits and ignored rows.
 """
 
 from __future__ import annotations

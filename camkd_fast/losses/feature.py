@@ -81,7 +81,7 @@ def weighted_feature_loss(
 
 
 class FeatureLossOutput(NamedTuple):
-    """What CAMKDFeatureLoss returns."""
+    """The result of CAMKDFeatureLoss."""
 
     loss: Tensor  # mean over the samples that are not ignored, or sum / num_items; a scalar, differentiable
     weights: Tensor  # (K, N): w_k^inter; detached unless detach_weights=False
@@ -143,12 +143,12 @@ class CAMKDFeatureLoss(nn.Module):
             num_items: divisor of the mean instead of the number of rows, as in `camkd_loss`.
 
         Raises:
-            ValueError: another number of teachers than at construction, and as `weighted_feature_loss`.
+            ValueError: the number of teachers differs from construction; and as `weighted_feature_loss`.
         """
         K = len(self.regressors)
         for name, given in (("teacher_features", teacher_features), ("teacher_heads", teacher_heads)):
             if len(given) != K:
-                raise ValueError(f"{name} holds {len(given)}, but {K} teachers were named at construction")
+                raise ValueError(f"{name} holds {len(given)}, but the module was built for {K} teachers")
         regressed = self.regress(student_feature, teacher_features)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_weights):
             logits = [head(feature) for head, feature in zip(teacher_heads, regressed, strict=True)]
@@ -159,7 +159,7 @@ class CAMKDFeatureLoss(nn.Module):
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:
-    """To (H, W): average pooling where a side shrinks, nearest neighbour where it grows."""
+    """Resize to (H, W): average pooling for a smaller side, nearest neighbour for a larger one."""
     H, W = feature.shape[-2:]
     if size[0] < H or size[1] < W:
         feature = F.adaptive_avg_pool2d(feature, (min(size[0], H), min(size[1], W)))

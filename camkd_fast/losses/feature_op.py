@@ -1,9 +1,7 @@
 """The feature error as a differentiable call.
 
 In eager mode it is a torch.autograd.Function around the backend; under torch.compile, a registered operator with a fake
-and the same gradient formula.
-
-Two forms because an operator's dispatch costs, right after other work, as much as reading some MB of features.
+and the same gradient formula. An operator's dispatch costs as much as reading some MB of features, hence both forms.
 """
 
 from __future__ import annotations

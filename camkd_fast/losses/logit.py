@@ -106,6 +106,7 @@ def camkd_loss(
         teacher_logits: K tensors (..., C), whose dtypes may differ, or one (K, ..., C) tensor; K from 1 to 16.
         target: (...) int64 labels in [0, C), or `ignore_index`.
         temperature: T > 0. Cross-entropies are always at temperature 1.
+        hard_weight, soft_weight: coefficients of the two terms (paper: 1 and alpha; the official code: alpha / K).
         weighting: "confidence" (the paper), "uniform" (AVER), "entropy" (EBKD), or weights (K,) or (K, ...), which
             are differentiable.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
@@ -158,7 +159,7 @@ def camkd_loss_and_grad(
 
 
 class CAMKDLoss(nn.Module):
-    """`camkd_loss` as a module: same keywords at construction, tensors at the call.
+    """`camkd_loss` as a module: the same keywords at construction, tensors in the call.
 
     >>> criterion = CAMKDLoss(temperature=4.0)
     >>> criterion(student_logits, teacher_logits, target).loss.backward()
@@ -194,6 +195,7 @@ class CAMKDLoss(nn.Module):
         target: Tensor,
         num_items: float | Tensor | None = None,
     ) -> CAMKDOutput:
+        """See `camkd_loss`."""
         return _differentiable_loss(
             student_logits, teacher_logits, target, self.formula, self.reduction, num_items, self.backend
         )
