@@ -11,7 +11,7 @@ Formula = tuple[float, float, float, str | Tensor, int]  # camkd_fast.losses.for
 
 MAX_TEACHERS: int
 TEMPERATURE_POWERS: tuple[int, ...]  # temperatures T at which e^x is computed as (e^{x/T})^T
-FORMULA_FIELDS: int
+FORMULA_FIELDS: tuple[str, ...]  # in order
 DTYPES: tuple[str, ...]  # by dtype code
 WEIGHTINGS: tuple[str, ...]  # by weighting code
 RECYCLED_BYTES: int  # smaller outputs are allocated by torch

@@ -19,7 +19,7 @@ for _name, _ours, _theirs in (
     ("temperature powers", TEMPERATURE_POWERS, _C.TEMPERATURE_POWERS),
     ("weightings", WEIGHTINGS, _C.WEIGHTINGS),
     ("dtypes", tuple(str(dtype).removeprefix("torch.") for dtype in COMPILED_DTYPES), _C.DTYPES),
-    ("fields of Formula", len(Formula._fields), _C.FORMULA_FIELDS),
+    ("fields of Formula", Formula._fields, _C.FORMULA_FIELDS),
 ):
     if _ours != _theirs:
         raise ImportError(f"camkd_fast._C is of another version: {_name} are {_theirs}, expected {_ours}")

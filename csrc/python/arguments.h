@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -64,11 +65,12 @@ inline bool read_weighting(PyObject* object, Weighting& out) {
     return false;
 }
 
-constexpr int kFormulaFields = 5;
+// Fields of camkd_fast.losses.formula.Formula in order; Python asserts the same names.
+constexpr const char* kFormulaFields[] = {"temperature", "hard_weight", "soft_weight", "weighting", "ignore_index"};
 
 // The only place that reads a camkd_fast.losses.formula.Formula, a tuple. False if a field is invalid; no error is set.
 inline bool read_formula(PyObject* from, Formula& out) {
-    if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != kFormulaFields) return false;
+    if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != Py_ssize_t(std::size(kFormulaFields))) return false;
     double T, hard, soft;
     if (!read_number(PyTuple_GET_ITEM(from, 0), T) || T <= 0) return false;
     if (!read_number(PyTuple_GET_ITEM(from, 1), hard) || !read_number(PyTuple_GET_ITEM(from, 2), soft)) return false;

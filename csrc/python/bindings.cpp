@@ -90,7 +90,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_set", [] { return kernels().name; });
     m.attr("MAX_TEACHERS") = kMaxTeachers;
     m.attr("TEMPERATURE_POWERS") = exported(kTemperaturePowers);
-    m.attr("FORMULA_FIELDS") = kFormulaFields;
+    m.attr("FORMULA_FIELDS") = exported(kFormulaFields);
     m.attr("DTYPES") = exported(kDTypeNames);
     m.attr("WEIGHTINGS") = exported(kWeightingNames);
     m.attr("RECYCLED_BYTES") = kRecycledBytes;
