@@ -22,7 +22,7 @@ from tests.support.gpu import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 ARCHS = [f"sm_{number}" for number in ARCHITECTURES]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # Instances of each kernel: one per element type; row_loss_kernel also for a warp and a block per row, and 1 to 5
 # teachers or any number.
 KERNELS = {
