@@ -177,6 +177,12 @@ def test_debug_assertions_survive_the_release_build() -> None:
     assert b"camkd_fast: a label lies outside [0, C)" in module().read_bytes()
 
 
+def test_the_module_is_built_of_these_sources() -> None:
+    folder = ROOT / "csrc"
+    listed = re.findall(r"cuda/[\w/]+\.cu\b", (folder / "cuda" / "cuda.cmake").read_text())
+    assert sorted(listed) == [str(source.relative_to(folder)) for source in SOURCES]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sources_compile_without_a_warning(arch: str, tmp_path: Path) -> None:

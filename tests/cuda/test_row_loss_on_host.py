@@ -33,7 +33,7 @@ __all__ = ["cuda_on_the_host", "emulated"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
-REGIMES = ["table", "cluster", "batches"]
+REGIMES = ["table", "cluster", "chunks"]
 WIDE = 1000  # columns of four blocks on the reduced device: one read by a cluster is cheaper than two by a block
 
 
@@ -41,9 +41,9 @@ WIDE = 1000  # columns of four blocks on the reduced device: one read by a clust
 def regime(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
     """Checks after the test that it ran in this regime: the launch table might have chosen another."""
     yield str(request.param)
-    _, batches, cluster = emulated.last_rows()
+    _, chunks, cluster = emulated.last_rows()
     if request.param != "table":
-        assert (batches > 1, cluster > 1) == (request.param == "batches", request.param == "cluster")
+        assert (chunks > 1, cluster > 1) == (request.param == "chunks", request.param == "cluster")
 
 
 def enter(emulated: ModuleType, regime: str, K: int) -> None:
@@ -93,9 +93,9 @@ def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype
         ("cluster", 1000, 5, 3.3, "entropy", F32, (False, 1, 4)),
         ("cluster", 3999, 2, 2.0, "confidence", F16, (False, 1, 8)),
         ("cluster", 1001, 4, 1.0, "uniform", F16, (False, 1, 2)),
-        ("batches", 1001, 3, 4.0, "confidence", BF16, (False, 2, 1)),
-        ("batches", 1127, 5, 3.3, "entropy", F32, (False, 5, 1)),
-        ("batches", 3999, 1, 1.0, "confidence", F16, (False, 4, 1)),
+        ("chunks", 1001, 3, 4.0, "confidence", BF16, (False, 2, 1)),
+        ("chunks", 1127, 5, 3.3, "entropy", F32, (False, 5, 1)),
+        ("chunks", 3999, 1, 1.0, "confidence", F16, (False, 4, 1)),
     ],
 )
 @pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
