@@ -19,16 +19,17 @@ FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
 
 
 def module_of(name: str):
-    if not dispatch.availability(name).usable and name != "cuda":
-        pytest.skip(dispatch.availability(name).reason)
+    """A backend's module, which need not be able to run here. Only a build that is meant to lack it is skipped."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    if name in ("cpu", "cuda") and "cpu" not in BACKENDS:
+        pytest.skip("a build without the compiled module")
     return importlib.import_module(dispatch._MODULES[name])
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", dispatch.BACKENDS)
 def test_signatures(name, function):
-    if name in ("cpu", "cuda") and "cpu" not in BACKENDS:
-        pytest.skip("no compiled module")
     wanted = list(inspect.signature(getattr(Backend, function)).parameters.values())[1:]
     given = list(inspect.signature(getattr(module_of(name), function)).parameters.values())
     assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in wanted]

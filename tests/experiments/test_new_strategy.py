@@ -108,7 +108,7 @@ def test_registration_is_checked() -> None:
         strategies.register(Unnamed)
 
     class Twin(LeastLoss):
-        pass
+        """Inherits the name."""
 
     with pytest.raises(ValueError, match="Twin and LeastLoss are both named 'least-loss'"):
         strategies.register(Twin)
