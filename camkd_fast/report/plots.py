@@ -244,13 +244,13 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
     axes[0].set_ylabel("true class", color=INK)
     if image is not None:
         _scale(figure, image, axes[: len(matrices)])
-    return picture(figure, f"Confusion matrices on the validation images of {_said(matrices)}.")
+    return picture(figure, f"Confusion matrices on the validation images of {_names(matrices)}.")
 
 
 def class_accuracies(matrices: Sequence[ClassMatrix]) -> Picture:
     """One row of a heat map per model: accuracy by class."""
     levels = [[row[c] for c, row in enumerate(matrix.shares)] for matrix in matrices]
-    words = f"Accuracy by class on the validation images of {_said(matrices)}."
+    words = f"Accuracy by class on the validation images of {_names(matrices)}."
     return class_levels([matrix.label for matrix in matrices], levels, words)
 
 
@@ -277,5 +277,5 @@ def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes], percent: bool
     bar.ax.tick_params(colors=INK, labelsize=9, length=0)
 
 
-def _said(matrices: Sequence[ClassMatrix]) -> str:
+def _names(matrices: Sequence[ClassMatrix]) -> str:
     return ", ".join(matrix.label for matrix in matrices)
