@@ -26,6 +26,10 @@ def instruction_set() -> str: ...
 def connect_tensors(api: object, tensor: type, parameter: type, /) -> bool:
     """Connects to torch's C functions for tensors; False if this torch has none, and then `mean_loss` returns None."""
 
+def are_dense(*tensors: Tensor) -> bool:
+    """Whether each is a tensor whose memory holds its values as they are (csrc/python/tensors.h, look); False without
+    a connection."""
+
 def mean_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],

@@ -13,8 +13,14 @@ from ..losses.formula import Formula
 from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
 from .contract import MeanLoss, RowLossResult, row_stats_count
 
+# Named in every allocation, because a default device may be set.
+_DEVICE = torch.device("cpu")
+
 # torch >= 2.10 lets C++ read and make tensors itself.
 _CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
+
+
+are_dense = _C.are_dense  # see `memory`
 
 
 def instruction_set() -> str:
@@ -32,7 +38,7 @@ def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for an (N, C) output; if large, the pages of the last such output that was freed."""
     size = N * C * dtype.itemsize
     if size < _C.RECYCLED_BYTES:
-        return torch.empty(N, C, dtype=dtype)
+        return torch.empty(N, C, dtype=dtype, device=_DEVICE)
     out = torch.frombuffer(_C.OutputMemory(size), dtype=dtype).view(N, C)
     if _fills_memory():
         out.fill_(torch.nan)
@@ -77,7 +83,7 @@ def row_loss(
     mean: bool = False,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
-    row_stats = torch.empty(row_stats_count(len(teachers)), N, dtype=torch.float32)
+    row_stats = torch.empty(row_stats_count(len(teachers)), N, dtype=torch.float32, device=_DEVICE)
     grad_student = new_output(N, C, student.dtype) if needs_grad else None
     inverse = 1.0 / max(count_labels(target, C, formula.ignore_index)[0], 1) if mean else 1.0
     sums = _C.row_loss(
@@ -94,7 +100,8 @@ def row_loss(
     means = None
     if mean:
         loss, hard, soft = (value * inverse for value in sums)
-        means = torch.tensor(loss), torch.tensor([hard, soft, inverse])
+        numbers = torch.tensor([loss, hard, soft, inverse], dtype=torch.float32, device=_DEVICE)
+        means = numbers[0].clone(), numbers[1:]
     return RowLossResult(row_stats, grad_student, sums, means)
 
 
@@ -116,7 +123,7 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = shape_of(logits[0])
-    weights, ce, lse = (torch.empty((len(logits), shape[0]), dtype=torch.float32) for _ in range(3))
+    weights, ce, lse = (torch.empty((len(logits), shape[0]), dtype=torch.float32, device=_DEVICE) for _ in range(3))
     _C.confidence_forward(
         shape,
         [matrix(z) for z in logits],
@@ -147,7 +154,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
 
 
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32)
+    error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32, device=_DEVICE)
     _C.feature_forward(*pairs_of(student, teachers), error.data_ptr(), torch.get_num_threads())
     return error
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from . import memory
 from .contract import COMPILED_DTYPES, Backend, LabelCounter, MeanLossBackend
 
 if TYPE_CHECKING:  # holds every backend to the contract
@@ -87,7 +88,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
+def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
     """Why backend `name` cannot run these tensors; None if it can."""
     if name == "reference":
         return None
@@ -103,6 +104,11 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"
+    if not memory.are_dense([*tensors, *others]):
+        sort = next(sort for tensor in (*tensors, *others) if (sort := memory.sort_of(tensor)))
+        return f"it takes dense tensors, got {sort.name}"
+    if (observer := memory.observer()) is not None:
+        return f"{observer} must see PyTorch's operations"
     return None
 
 
@@ -124,8 +130,8 @@ def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
     return ("triton", "cuda", "reference"), f"no measurement shows cuda faster: {where}"
 
 
-def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
-    """The backend for these tensors and the reason.
+def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> tuple[str, str]:
+    """The backend for these tensors and the reason. See `backend_for`.
 
     Raises:
         ValueError: `requested` is not the name of a backend.
@@ -134,14 +140,14 @@ def choose(requested: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
     if requested != "auto":
         if requested not in BACKENDS:
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
-        refusal = _refusal(requested, tensors)
+        refusal = _refusal(requested, tensors, others)
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
     names, why = _candidates(tensors[0])
     reasons, missing = [], []
     for name in names:
-        refusal = _refusal(name, tensors)
+        refusal = _refusal(name, tensors, others)
         if refusal is None:
             break
         reasons.append(f"{name}: {refusal}")
@@ -167,19 +173,29 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def backend_for(requested: str, tensors: Sequence[Tensor]) -> Backend:
-    """The module that runs these tensors; raises as `choose` does."""
-    if requested == "auto" and tensors[0].device.type == "cpu" and _all_compiled(tensors):
+def backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Backend:
+    """The module that runs these tensors; raises as `choose` does.
+
+    Args:
+        tensors: of the dtypes that the backend reads.
+        others: labels, weights, factors: every other tensor whose address the backend takes.
+    """
+    if requested == "auto" and tensors[0].device.type == "cpu" and _all_compiled(tensors, others):
         return cast(Backend, _module("cpu"))
-    return cast(Backend, _module(choose(requested, tensors)[0]))
+    return cast(Backend, _module(choose(requested, tensors, others)[0]))
 
 
-def _all_compiled(tensors: Sequence[Tensor]) -> bool:
+def check_expression(requested: str, tensors: Sequence[Tensor]) -> None:
+    """For a call that no kernel can serve: raises as `choose` does if a backend with kernels is named."""
+    choose(requested, tensors)
+
+
+def _all_compiled(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """The common case of `choose` for CPU tensors, without building its reasons."""
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return False
-    return availability("cpu").usable
+    return availability("cpu").usable and memory.are_dense([*tensors, *others]) and memory.observer() is None
 
 
 @functools.cache

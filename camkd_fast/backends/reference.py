@@ -77,7 +77,8 @@ def weights_from_entropy(entropy: Tensor) -> Tensor:
     if K == 1:
         return torch.ones_like(entropy)
     total = entropy.sum(0, keepdim=True)
-    return 1.0 - torch.where(total > 0, entropy / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0 / K)
+    ratio = entropy / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return 1.0 - ratio.masked_fill(total <= 0, 1.0 / K)
 
 
 def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
@@ -91,21 +92,22 @@ def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), terms with p = 0 counting 0."""
     p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+    return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
 
 
 def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
-    return torch.where(weights == 0, 0.0, weights * terms).sum(0)
+    """sum_k w_k term_k; its derivative by a weight of 0 is the term, unless that is infinite."""
+    return (weights * terms.masked_fill((weights == 0) & ~terms.isfinite(), 0.0)).sum(0)
 
 
 def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula) -> RowLossResult:
     """The formulas above as a differentiable expression, without the closed-form gradient. Ignored rows give 0."""
     temperature, weighting, ignore_index = formula.temperature, formula.weighting, formula.ignore_index
-    kept = (target != ignore_index).unsqueeze(-1)
+    ignored = target == ignore_index
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
-    label = torch.where(kept.squeeze(-1), target, 0)
-    s = _rows(student).where(kept, 0.0)
-    zs = [_rows(z).to(s.dtype).where(kept, 0.0) for z in teachers]
+    label = target.masked_fill(ignored, 0)
+    s = _rows(student).masked_fill(ignored.unsqueeze(-1), 0.0)
+    zs = [_rows(z).to(s.dtype).masked_fill(ignored.unsqueeze(-1), 0.0) for z in teachers]
 
     log_q = F.log_softmax(s / temperature, dim=-1)
     divergence = torch.stack([_kl(F.log_softmax(z / temperature, dim=-1), log_q) for z in zs])
@@ -127,9 +129,8 @@ def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, form
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
     loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))
-    mask = kept.squeeze(-1)
     row_stats = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
-    return RowLossResult(row_stats.where(mask, 0.0), None)
+    return RowLossResult(row_stats.masked_fill(ignored, 0.0), None)
 
 
 def grad_student(
@@ -142,12 +143,12 @@ def grad_student(
     w = weights.to(s.dtype).unsqueeze(-1)
     mixture = torch.zeros_like(s)
     for w_k, z in zip(w, teachers, strict=True):
-        mixture += torch.where(w_k == 0, 0.0, w_k * (_rows(z).to(s.dtype) / T).softmax(-1))
+        mixture = mixture + (w_k * (_rows(z).to(s.dtype) / T).softmax(-1)).masked_fill(w_k == 0, 0.0)
     out = formula.soft_weight * T * (w.sum(0) * (s / T).softmax(-1) - mixture)
     onehot = F.one_hot(target.clamp(0, C - 1), C).to(s.dtype)
-    out += formula.hard_weight * (s.softmax(-1) - onehot)
-    out.masked_fill_(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
-    return out.masked_fill_((target == formula.ignore_index).unsqueeze(-1), 0.0)
+    out = out + formula.hard_weight * (s.softmax(-1) - onehot)
+    out = out.masked_fill(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
+    return out.masked_fill((target == formula.ignore_index).unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()
@@ -180,21 +181,22 @@ def row_loss(
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """See `contract.Backend`."""
-    return out.copy_(grad.to(factor.dtype) * factor.unsqueeze(-1))
+    return (grad.to(factor.dtype) * factor.unsqueeze(-1)).to(grad.dtype)
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence weights w (K, N), teacher cross-entropies CE (K, N) and log-sum-exps at T = 1 (K, N)."""
-    kept = (target != ignore_index).unsqueeze(-1)
-    label = torch.where(kept.squeeze(-1), target, 0)
+    ignored = target == ignore_index
+    label = target.masked_fill(ignored, 0)
     lse, ce = [], []
     for z in logits:
-        rows = _rows(z).where(kept, 0.0)
+        rows = _rows(z).masked_fill(ignored.unsqueeze(-1), 0.0)
         lse.append(rows.logsumexp(-1))
         ce.append(-_label_log_prob(rows.log_softmax(-1), label))
-    mask = kept.squeeze(-1)
     teacher_ce = torch.stack(ce)
-    return weights_from_ce(teacher_ce).where(mask, 0.0), teacher_ce.where(mask, 0.0), torch.stack(lse).where(mask, 0.0)
+    results = weights_from_ce(teacher_ce), teacher_ce, torch.stack(lse)
+    weights, teacher_ce, lse_rows = (rows.masked_fill(ignored, 0.0) for rows in results)
+    return weights, teacher_ce, lse_rows
 
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
@@ -207,7 +209,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
         rows = _rows(z)
         onehot = F.one_hot(target.clamp(0, rows.shape[-1] - 1), rows.shape[-1]).to(rows.dtype)
         gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - onehot)
-        gradients.append(gradient.masked_fill_((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
+        gradients.append(gradient.masked_fill((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
     return gradients
 
 

@@ -14,6 +14,27 @@ def needs_grad(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of one made under torch.inference_mode, which autograd refuses to save.
+
+    torch.compile cannot ask for the mode; there autograd's own error remains, which says to use torch.no_grad.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def save(ctx: Any, *tensors: Tensor) -> None:
+    """`ctx.save_for_backward` that takes tensors made under torch.inference_mode as well; see `saved`."""
+    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors)))
+
+
+def saved(ctx: Any) -> list[Tensor]:
+    """The tensors of `save`."""
+    return [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+
+
 # Exists since torch 2.4 but is not public; without it every backward assumes a retained graph and copies.
 _engine_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 

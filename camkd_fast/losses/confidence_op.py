@@ -1,7 +1,7 @@
-"""Confidence weights as a differentiable call.
+"""Confidence weights by each of the three ways of `entry`.
 
-In eager mode it is a torch.autograd.Function around the backend; under torch.compile, a registered operator with a fake
-and the same gradient formula. An operator's dispatch costs as much as reading some MB of features, hence both forms.
+KERNEL is a torch.autograd.Function around the backend, since an operator's dispatch costs as much as reading some MB
+of features. OPERATOR is a registered operator with a fake and the same gradient formula.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.dispatch import backend_for
+from ..backends import reference
+from ..backends.dispatch import backend_for, check_expression
+from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
-from .autograd import first_order, needs_grad
+from .autograd import first_order, needs_grad, savable, save, saved
+from .entry import Way, expression
 from .layout import contiguous_labels, row_view
 
 
@@ -26,14 +29,16 @@ def _confidence_forward(
     labels = contiguous_labels(target)
     if not target.is_cuda:
         checks.count_labels(labels, logits[0].shape[-1], ignore_index)
-    return backend_for(backend, logits).confidence_forward([row_view(z) for z in logits], labels, ignore_index)
+    rows = [row_view(z) for z in logits]
+    return backend_for(backend, logits, [labels]).confidence_forward(rows, labels, ignore_index)
 
 
 def _confidence_backward(
     logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str
 ) -> list[Tensor]:
     rows = [row_view(z) for z in logits]
-    grads = backend_for(backend, logits).confidence_backward(rows, contiguous_labels(target), lse, grad_ce)
+    labels = contiguous_labels(target)
+    grads = backend_for(backend, logits, [labels, lse, grad_ce]).confidence_backward(rows, labels, lse, grad_ce)
     return [grad.view(z.shape) for grad, z in zip(grads, logits, strict=True)]
 
 
@@ -47,14 +52,14 @@ class _Confidence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: Tensor, ignore_index: int, backend: str, *logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, ce, lse = _confidence_forward(logits, target, ignore_index, backend)
-        ctx.save_for_backward(*logits, target, weights, lse)
+        save(ctx, *logits, target, weights.clone(), lse)  # a copy, since the caller may change the weights in place
         ctx.ignore_index, ctx.backend = ignore_index, backend
         return weights, ce
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor) -> tuple[Any, ...]:
-        *logits, target, weights, lse = ctx.saved_tensors
+        *logits, target, weights, lse = saved(ctx)
         total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
         return None, None, None, *_confidence_backward(logits, target, lse, total, ctx.backend)
 
@@ -80,14 +85,14 @@ def _(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, ba
 def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, ignore_index, backend = inputs
     weights, _, lse = output
-    ctx.save_for_backward(*logits, target, weights, lse)
+    save(ctx, *logits, target, weights, lse)
     ctx.ignore_index, ctx.backend = ignore_index, backend
     ctx.mark_non_differentiable(lse)
 
 
 @first_order
 def _confidence_op_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *logits, target, weights, lse = ctx.saved_tensors
+    *logits, target, weights, lse = saved(ctx)
     total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
     return _confidence_backward_op(logits, target, lse, total, ctx.backend), None, None, None
 
@@ -95,12 +100,28 @@ def _confidence_op_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: 
 _confidence_op.register_autograd(_confidence_op_backward, setup_context=_confidence_setup)
 
 
-def confidence_rows(logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
+def confidence_rows(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, way: Way
+) -> tuple[Tensor, Tensor]:
     """Weights and cross-entropies, each (K, N), of checked logits; differentiable once with respect to the logits."""
-    if torch.compiler.is_compiling():
+    if way is Way.OPERATOR:
         weights, ce, _ = _confidence_op(list(logits), target, ignore_index, backend)
         return weights, ce
+    if way is Way.EXPRESSION:
+        return _confidence_expression(logits, target, ignore_index, backend)
     if not needs_grad(logits):
         return _confidence_forward(logits, target, ignore_index, backend)[:2]
     result: tuple[Tensor, Tensor] = _Confidence.apply(target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
     return result
+
+
+def _confidence_expression(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    check_expression(backend, logits)
+    labels = contiguous_labels(target)
+    if target.device.type == "cpu" and are_dense([labels]):
+        checks.count_labels(labels, logits[0].shape[-1], ignore_index)
+    with expression(logits=list(logits), target=target):
+        rows = [savable(row_view(z)) for z in logits]
+        return reference.confidence_forward(rows, savable(labels), ignore_index)[:2]

@@ -1,8 +1,8 @@
-"""The value of the logit loss and, with it, the student's gradient: one of three routes to a backend.
+"""The value of the logit loss and, with it, the student's gradient.
 
-_mean_on_cpu       the mean over ordinary CPU tensors: one C++ call that also checks and reduces
+_mean_on_cpu       the mean over dense CPU tensors: one C++ call that also checks and reduces
 _mean_on_device    the mean if only the device knows the number of valid rows: the kernel counts and reduces
-_rows              everything else: rows from a backend, reduced here
+_rows              everything else: rows by the way that suits the tensors (`entry`), reduced here
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.dispatch import mean_loss_backend
+from ..backends.dispatch import check_expression, mean_loss_backend
+from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
+from .entry import Way, enter, expression, way_of_call
 from .formula import Formula, check_choice
 from .layout import contiguous_labels
-from .logit_op import RowLossCall, run_rows, traced_rows
+from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
 from .output import CAMKDOutput, reduce_rows
 from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_scales
 
 
 class Evaluation(NamedTuple):
-    """The loss of a batch before it is part of an autograd graph."""
+    """The loss of a batch."""
 
     output: CAMKDOutput
     grad_student: Tensor | None  # (N, C), scaled as `plan` says
     weights: Tensor | None  # the caller's weights as (K, N), if given
     plan: ScalePlan  # its inverse_divisor is known now
+    in_graph: bool = False  # whether output.loss is part of an autograd graph already
 
 
 def evaluate(
@@ -43,27 +46,54 @@ def evaluate(
     loss_scale: float | Tensor | None,
 ) -> Evaluation:
     """Checks the arguments and computes the loss. With a `loss_scale`, the gradient is the finished one."""
-    tracing = torch.compiler.is_compiling()
-    if reduction == "mean" and num_items is None and not tracing:
+    way = way_of_call()
+    if reduction == "mean" and num_items is None and way is Way.KERNEL:
         evaluation = _mean_on_cpu(student, teacher_logits, target, formula, backend, loss_scale)
         if evaluation is not None:
             return evaluation
+    way, (student, teacher_logits, target, weighting, num_items, loss_scale) = enter(
+        way,
+        student_logits=student,
+        teacher_logits=teacher_logits,
+        target=target,
+        weighting=formula.weighting,
+        num_items=num_items,
+        loss_scale=loss_scale,
+    )
+    formula = formula._replace(weighting=weighting)
     call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
+    if way is Way.EXPRESSION:
+        check_expression(backend, call.tensors)
+        with expression(student_logits=student, teacher_logits=teacher_logits, target=target, weighting=weighting):
+            return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
+    return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
 
-    dtype, ignore_index = accumulation_dtype(student.dtype), call.formula.ignore_index
+
+def _evaluate_checked(
+    call: RowLossCall,
+    lead: torch.Size,
+    reduction: str,
+    num_items: float | Tensor | None,
+    loss_scale: float | Tensor | None,
+    way: Way,
+) -> Evaluation:
+    student, ignore_index = call.student, call.formula.ignore_index
+    dtype = accumulation_dtype(student.dtype)
     valid = None
-    if call.labels.device.type == "cpu" and not tracing:
+    if call.labels.device.type == "cpu" and way is not Way.OPERATOR and are_dense([call.labels]):
         valid = checks.count_labels(call.labels, student.shape[-1], ignore_index)
+        # A trace would keep the number of this batch.
+        valid = valid if way is Way.KERNEL else None
     inverse: float | Tensor = 1.0
     if reduction == "mean":
-        unknown = num_items is None and valid is None and not tracing
+        unknown = num_items is None and valid is None and way is Way.KERNEL
         if unknown and can_divide_in_kernel(student.dtype, loss_scale):
-            return _mean_on_device(call, target.shape, loss_scale, dtype)
+            return _mean_on_device(call, lead, loss_scale, dtype)
         inverse = inverse_divisor(num_items, valid, call.labels, ignore_index, dtype)
-    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, tracing)
-    return _rows(call, target.shape, reduction, plan, tracing)
+    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, differentiable=way is not Way.KERNEL)
+    return _rows(call, lead, reduction, plan, way, with_grad=loss_scale is not None)
 
 
 def _checked_call(
@@ -123,12 +153,19 @@ def _mean_on_device(
     return Evaluation(output, rows.grad_student, call.given_weights, plan._replace(inverse_divisor=others[2:]))
 
 
-def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, tracing: bool) -> Evaluation:
-    rows = (traced_rows if tracing else run_rows)(call, plan.in_kernel)
+def _rows(
+    call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, way: Way, with_grad: bool
+) -> Evaluation:
+    if way is Way.KERNEL:
+        rows = run_rows(call, plan.in_kernel)
+    elif way is Way.OPERATOR:
+        rows = traced_rows(call, plan.in_kernel)
+    else:
+        rows = expression_rows(call, plan.in_kernel, with_grad)
     inverse = None if reduction == "none" else plan.inverse_divisor
     loss = reduce_rows(rows.row_stats, 0, rows.sums, None, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, None, inverse, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights, plan)
+    return Evaluation(output, rows.grad_student, call.given_weights, plan, in_graph=way is not Way.KERNEL)
 
 
 def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:

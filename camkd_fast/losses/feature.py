@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..backends.contract import MAX_TEACHERS
 from . import checks
+from .autograd import savable
 from .confidence_op import confidence_rows
+from .entry import enter, way_of_call
 from .feature_op import feature_error
 from .formula import check_choice, check_ignore_index
+from .scale_plan import divisor_of
 
 
 def confidence_weights(
@@ -31,6 +34,7 @@ def confidence_weights(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
+    way, (logits, target) = enter(way_of_call(), logits=logits, target=target)
     tensors = checks.as_teacher_list("logits", logits)
     checks.check_classes("logits[0]", tensors[0])
     for k, tensor in enumerate(tensors):
@@ -38,7 +42,7 @@ def confidence_weights(
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
     checks.check_target(target, tensors[0], "logits[0]")
     check_ignore_index(ignore_index)
-    weights, ce = confidence_rows(tensors, target, ignore_index, backend)
+    weights, ce = confidence_rows(tensors, target, int(ignore_index), backend, way)
     shape = (len(tensors), *target.shape)
     return weights.view(shape), ce.view(shape)
 
@@ -64,6 +68,9 @@ def weighted_feature_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
+    way, (student_features, teacher_features, weights) = enter(
+        way_of_call(), student_features=student_features, teacher_features=teacher_features, weights=weights
+    )
     student = checks.as_teacher_list("student_features", student_features)
     teachers = checks.as_teacher_list("teacher_features", teacher_features)
     checks.check_features(student, teachers)
@@ -73,8 +80,8 @@ def weighted_feature_loss(
     if weights.shape != expected:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")
     checks.check_device("weights", weights, "student_features[0]", student[0])
-    error = feature_error(student, teachers, backend)
-    loss = (weights.to(error.dtype) * error).sum(0)
+    error = feature_error(student, teachers, backend, way)
+    loss = (savable(weights.to(error.dtype)) * error).sum(0)
     if reduction == "none":
         return loss
     return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
@@ -154,8 +161,17 @@ class CAMKDFeatureLoss(nn.Module):
             logits = [head(feature) for head, feature in zip(teacher_heads, regressed, strict=True)]
             weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend)
         total = weighted_feature_loss(regressed, teacher_features, weights, reduction="sum", backend=self.backend)
-        loss = total / ((target != self.ignore_index).sum().clamp(min=1) if num_items is None else num_items)
+        loss = total / self._divisor(target, num_items)
         return FeatureLossOutput(loss, weights, ce)
+
+    def _divisor(self, target: Tensor, num_items: float | Tensor | None) -> float | Tensor:
+        checks.check_num_items(num_items, "mean")
+        kept = target != self.ignore_index
+        if num_items is None:
+            return kept.sum().clamp(min=1)
+        return (
+            divisor_of(num_items.to(target.device), kept.any()) if isinstance(num_items, Tensor) else float(num_items)
+        )
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:

@@ -1,8 +1,4 @@
-"""The feature error as a differentiable call.
-
-In eager mode it is a torch.autograd.Function around the backend; under torch.compile, a registered operator with a fake
-and the same gradient formula. An operator's dispatch costs as much as reading some MB of features, hence both forms.
-"""
+"""The feature error by each of the three ways of `entry`, as in `confidence_op`."""
 
 from __future__ import annotations
 
@@ -13,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.dispatch import backend_for
+from ..backends import reference
+from ..backends.dispatch import backend_for, check_expression
 from ..backends.reference import accumulation_dtype
-from .autograd import first_order, needs_grad
+from .autograd import first_order, needs_grad, savable, save, saved
+from .entry import Way, expression
 from .layout import row_view
 
 
@@ -47,7 +45,7 @@ def _feature_backward(
     student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str
 ) -> list[Tensor]:
     pairs = [_sample_rows(r, f) for r, f in zip(student, teachers, strict=True)]
-    grads = backend_for(backend, [*student, *teachers]).feature_backward(
+    grads = backend_for(backend, [*student, *teachers], [grad_error]).feature_backward(
         [p[0] for p in pairs], [p[1] for p in pairs], grad_error
     )
     return [_like_feature(grad, r) for grad, r in zip(grads, student, strict=True)]
@@ -56,15 +54,16 @@ def _feature_backward(
 class _FeatureError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, teachers: Sequence[Tensor], *student: Tensor) -> Tensor:
-        ctx.save_for_backward(*student, *teachers)
+        save(ctx, *student, *teachers)
         ctx.backend = backend
         return _feature_forward(student, teachers, backend)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_error: Tensor) -> tuple[Any, ...]:
-        K = len(ctx.saved_tensors) // 2
-        grads = _feature_backward(ctx.saved_tensors[:K], ctx.saved_tensors[K:], grad_error, ctx.backend)
+        features = saved(ctx)
+        K = len(features) // 2
+        grads = _feature_backward(features[:K], features[K:], grad_error, ctx.backend)
         return None, None, *grads
 
 
@@ -85,25 +84,29 @@ def _(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor,
 
 def _feature_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     student, teachers, backend = inputs
-    ctx.save_for_backward(*student, *teachers)
+    save(ctx, *student, *teachers)
     ctx.backend = backend
 
 
 @first_order
 def _feature_op_backward(ctx: Any, grad_error: Tensor) -> tuple[Any, ...]:
-    K = len(ctx.saved_tensors) // 2
-    student, teachers = ctx.saved_tensors[:K], ctx.saved_tensors[K:]
-    return _feature_backward_op(student, teachers, grad_error, ctx.backend), [None] * K, None
+    features = saved(ctx)
+    K = len(features) // 2
+    return _feature_backward_op(features[:K], features[K:], grad_error, ctx.backend), [None] * K, None
 
 
 _feature_op.register_autograd(_feature_op_backward, setup_context=_feature_setup)
 
 
-def feature_error(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
+def feature_error(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str, way: Way) -> Tensor:
     """error (K, N) of checked features, in the accumulation dtype; differentiable once with respect to the student."""
-    if torch.compiler.is_compiling():
+    if way is Way.OPERATOR:
         error: Tensor = _feature_op(list(student), list(teachers), backend)
         return error
+    if way is Way.EXPRESSION:
+        check_expression(backend, [*student, *teachers])
+        with expression(student_features=list(student), teacher_features=list(teachers)):
+            return reference.feature_forward([r.flatten(1) for r in student], [savable(f).flatten(1) for f in teachers])
     if not needs_grad(student):
         return _feature_forward(student, teachers, backend)
     result: Tensor = _FeatureError.apply(backend, teachers, *student)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ This is a leaf: it imports nothing of the package, so backends can use it.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ WEIGHTINGS = ("confidence", "uniform", "entropy")
 
 
 def check_number(name: str, value: float, *, positive: bool) -> None:
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):  # numpy's scalars are Real
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a number that changes between calls.
     if not -math.inf < value < math.inf or (positive and value <= 0):
@@ -28,7 +29,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
@@ -45,7 +46,7 @@ class Formula(NamedTuple):
     ignore_index: int = -100
 
     def checked(self) -> Formula:
-        """The same constants as floats. The shape of a weighting tensor is checked with the logits.
+        """The same constants as Python's floats and int. The shape of a weighting tensor is checked with the logits.
 
         Raises:
             TypeError, ValueError: naming the constant and its value.
@@ -60,6 +61,7 @@ class Formula(NamedTuple):
             temperature=float(self.temperature),
             hard_weight=float(self.hard_weight),
             soft_weight=float(self.soft_weight),
+            ignore_index=int(self.ignore_index),
         )
 
     def options(self) -> dict[str, Any]:

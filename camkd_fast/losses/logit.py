@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dispatch import BACKENDS, backend_for
+from ..backends.memory import are_dense
 from . import checks
 from .autograd import first_order, keeps_graph
 from .evaluate import Evaluation, evaluate
@@ -26,7 +27,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluation, formula: Formula, backend: str
     ) -> Tensor:
-        output, grad_student, _, plan = evaluation
+        output, grad_student, plan = evaluation.output, evaluation.grad_student, evaluation.plan
         ctx.save_for_backward(grad_student, None if weights is None else output._result.divergence)
         ctx.shape, ctx.in_backward, ctx.backend = student.shape, plan.in_backward, backend
         if weights is not None:
@@ -51,7 +52,7 @@ class _LogitLoss(torch.autograd.Function):
             factor = grad_output.reshape(-1)
             if isinstance(ctx.in_backward, Tensor) or ctx.in_backward != 1.0:
                 factor = factor * ctx.in_backward
-            grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
+            grad = backend_for(ctx.backend, [grad], [factor]).scale_rows(grad, factor, out)
         return _shaped(grad, ctx.shape), grad_weights, None, None, None
 
 
@@ -62,8 +63,8 @@ def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
 
 def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
     """Whether backward multiplies by 1, as in `loss.backward()`. False on a GPU, where reading would synchronise."""
-    on_host = grad_output.device.type == "cpu" and isinstance(in_backward, float)
-    return on_host and grad_output.dim() == 0 and bool(grad_output.item() * in_backward == 1.0)
+    on_host = grad_output.device.type == "cpu" and isinstance(in_backward, float) and grad_output.dim() == 0
+    return on_host and are_dense([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
 
 
 def _differentiable_loss(
@@ -78,7 +79,7 @@ def _differentiable_loss(
     evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, None)
     output, weights = evaluation.output, evaluation.weights
     needs_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
-    if needs_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_grad and torch.is_grad_enabled() and not evaluation.in_graph:
         output.loss = _LogitLoss.apply(student_logits, weights, evaluation, formula, backend)  # type: ignore[no-untyped-call]
     return output
 
@@ -161,6 +162,8 @@ def camkd_loss_and_grad(
 class CAMKDLoss(nn.Module):
     """`camkd_loss` as a module: the same keywords at construction, tensors in the call.
 
+    A `weighting` tensor is a buffer, as the weight of nn.CrossEntropyLoss: it is moved and saved with the module.
+
     >>> criterion = CAMKDLoss(temperature=4.0)
     >>> criterion(student_logits, teacher_logits, target).loss.backward()
     """
@@ -180,8 +183,17 @@ class CAMKDLoss(nn.Module):
         check_choice("reduction", reduction, checks.REDUCTIONS)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
-        self.weighting = weighting  # an nn.Parameter is registered by torch, so it is learned
+        self.weighting = weighting
         self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A `weighting` may be a name, an nn.Parameter, which is learned, or a tensor, which becomes a buffer."""
+        if name == "weighting":
+            for store in (self.__dict__, self._parameters, self._buffers):
+                store.pop(name, None)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                return self.register_buffer(name, value)
+        super().__setattr__(name, value)
 
     @property
     def formula(self) -> Formula:

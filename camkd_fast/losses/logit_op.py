@@ -1,7 +1,8 @@
-"""The rows of the logit loss: a direct call of a backend, or the registered operator `camkd_fast::row_loss`.
+"""The rows of the logit loss by each of the three ways of `entry`.
 
-`run_rows` is for eager mode, since an operator's dispatch costs more than the kernel at C = 100. `traced_rows` is for
-torch.compile, which needs an opaque operator with a fake and its own autograd formula.
+`run_rows` calls a backend: an operator's dispatch costs more than the kernel at C = 100. `traced_rows` calls the
+registered operator `camkd_fast::row_loss`, opaque to torch.compile, with a fake and its own autograd formula.
+`expression_rows` consists of PyTorch operations.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, row_stats_count
 from ..backends.dispatch import backend_for
-from ..backends.reference import accumulation_dtype
+from ..backends.reference import accumulation_dtype, loss_terms
+from ..backends.reference import row_loss as reference_row_loss
 from . import checks
-from .autograd import first_order
+from .autograd import first_order, savable
 from .formula import Formula
 from .layout import contiguous_labels, row_view
 
@@ -32,6 +34,10 @@ class RowLossCall(NamedTuple):
     backend: str
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [self.student, *self.teachers]
+
+    @property
     def given_weights(self) -> Tensor | None:
         weighting = self.formula.weighting
         return weighting if isinstance(weighting, Tensor) else None
@@ -39,7 +45,8 @@ class RowLossCall(NamedTuple):
 
 def run_rows(call: RowLossCall, grad_scale: float | Tensor, mean: bool = False) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
-    return backend_for(call.backend, [call.student, *call.teachers]).row_loss(
+    others = [tensor for tensor in (call.labels, call.given_weights, grad_scale) if isinstance(tensor, Tensor)]
+    return backend_for(call.backend, call.tensors, others).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,
@@ -134,3 +141,11 @@ def _scale_tensor(scale: float | Tensor, like: Tensor) -> Tensor | None:
     if isinstance(scale, Tensor):
         return scale
     return None if scale == 1.0 else torch.full((1,), scale, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def expression_rows(call: RowLossCall, grad_scale: float | Tensor, with_grad: bool) -> RowLossResult:
+    """`run_rows` in PyTorch operations: differentiable numbers, or with `with_grad` the gradient and no graph."""
+    student, teachers = row_view(call.student), [savable(row_view(teacher)) for teacher in call.teachers]
+    if with_grad:
+        return reference_row_loss(student, teachers, call.labels, call.formula, needs_grad=True, grad_scale=grad_scale)
+    return loss_terms(student, teachers, savable(call.labels), call.formula)

@@ -11,7 +11,8 @@ from ..backends.contract import HARD, LOSS, SOFT, RowLossResult
 class CAMKDOutput:
     """The result of the logit loss, in the accumulation dtype. Only `loss` is differentiable.
 
-    Everything but the loss is computed from the kernel's numbers when it is read.
+    Everything but the loss is computed from the kernel's numbers when it is read. Results have memory of their own, so
+    they may be changed in place.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class CAMKDOutput:
         return reduce_rows(self._row_stats, row, self._sums, self._means, self._inverse_divisor, self._lead).detach()
 
     def _per_teacher(self, rows: Tensor) -> Tensor:
-        return rows.detach().view(rows.shape[0], *self._lead)
+        return rows.detach().view(rows.shape[0], *self._lead).clone()
 
 
 def reduce_rows(
@@ -76,11 +77,11 @@ def reduce_rows(
     Uses the backend's `sums` or `means` if there are any.
     """
     if means is not None:
-        return means[0] if row == LOSS else means[1][row - 1]
+        return means[0] if row == LOSS else means[1][row - 1].clone()
     if inverse_divisor is None:
-        return row_stats[row].view(lead)
+        return row_stats[row].view(lead).clone()
     if sums is not None and isinstance(inverse_divisor, float):
         # By way of float64: a sum beyond the range of float32 becomes inf rather than an error.
-        return torch.scalar_tensor(sums[row] * inverse_divisor, dtype=torch.float64).to(row_stats.dtype)
+        return torch.scalar_tensor(sums[row] * inverse_divisor, dtype=torch.float64, device="cpu").to(row_stats.dtype)
     total = row_stats[row].sum()
     return total * inverse_divisor if isinstance(inverse_divisor, float) else total * inverse_divisor.squeeze(0)

@@ -35,7 +35,7 @@ def plan_scales(
     loss_scale: float | Tensor | None,
     student_dtype: torch.dtype,
     accumulation_dtype: torch.dtype,
-    tracing: bool = False,
+    differentiable: bool = False,
 ) -> ScalePlan:
     """Splits the factor.
 
@@ -43,13 +43,13 @@ def plan_scales(
         inverse_divisor: 1 / the divisor of "mean", 1 for the other reductions, None if the kernel counts the rows.
         loss_scale: None in `camkd_loss`, where backward can multiply. With a number or a one-element tensor
             (`camkd_loss_and_grad`) the kernel writes the finished gradient.
-        tracing: under torch.compile the operator's own backward formula multiplies.
+        differentiable: the rows are differentiable themselves (torch.compile), so nothing is left to scale.
     """
     if inverse_divisor is None:
         return ScalePlan(_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype), 1.0, None)
     if loss_scale is not None:
         return ScalePlan(_scale(inverse_divisor * loss_scale, accumulation_dtype), 1.0, inverse_divisor)
-    if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not tracing:
+    if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not differentiable:
         return ScalePlan(inverse_divisor, 1.0, inverse_divisor)
     return ScalePlan(1.0, inverse_divisor, inverse_divisor)
 
@@ -71,13 +71,20 @@ def inverse_divisor(
         dtype: of a tensor result.
     """
     if isinstance(num_items, Tensor):
-        return num_items.to(labels.device, dtype).reshape(1).reciprocal()
+        kept = (labels != ignore_index).any() if valid is None else valid > 0
+        return divisor_of(num_items.to(labels.device, dtype), kept).reshape(1).reciprocal()
     if num_items is not None:
-        return 1.0 / num_items
+        return 1.0 / float(num_items)
     if valid is not None:
         return 1.0 / max(valid, 1)
     return (labels != ignore_index).sum().clamp(min=1).to(dtype).reciprocal().reshape(1)
 
 
+def divisor_of(num_items: Tensor, kept: bool | Tensor) -> Tensor:
+    """`num_items`; 1 unless rows are `kept`, since the sum of none, which is 0, may not be divided by 0."""
+    num_items = num_items.detach()
+    return num_items.where(kept, 1) if isinstance(kept, Tensor) else num_items if kept else torch.ones_like(num_items)
+
+
 def _scale(scale: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return scale.reshape(1).to(dtype) if isinstance(scale, Tensor) else scale
+    return scale.detach().reshape(1).to(dtype) if isinstance(scale, Tensor) else float(scale)

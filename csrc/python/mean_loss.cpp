@@ -53,9 +53,10 @@ struct MeanLossCall {
 
     // False for anything that the general path must handle.
     bool read(PyObject* const* from) {
-        return tensors::look(from[student], student_logits) && read_student() && read_teachers(from[teachers]) &&
-               read_labels(from[target]) && read_formula(from[formula], args.formula) &&
-               args.formula.weighting != Weighting::given && read_integer(from[threads], max_threads);
+        return tensors::look(from[student], student_logits) && tensors::in_main_memory(student_logits) &&
+               read_student() && read_teachers(from[teachers]) && read_labels(from[target]) &&
+               read_formula(from[formula], args.formula) && args.formula.weighting != Weighting::given &&
+               read_integer(from[threads], max_threads);
     }
 
     // (N, C) or (B, S, C). Not float16: scaled by 1/N in the kernel its gradients could underflow.
@@ -78,7 +79,8 @@ struct MeanLossCall {
             held[k] =
                 py::reinterpret_borrow<py::object>(list ? PyList_GET_ITEM(sequence, k) : PyTuple_GET_ITEM(sequence, k));
             dlpack::Tensor logits;
-            if (!tensors::look(held[k].ptr(), logits) || logits.dimensions != student_logits.dimensions ||
+            if (!tensors::look(held[k].ptr(), logits) || !tensors::in_main_memory(logits) ||
+                logits.dimensions != student_logits.dimensions ||
                 !same_shape(logits, student_logits, logits.dimensions) || !matrix_of(logits, args.streams[k + 1]) ||
                 tensors::requires_grad(held[k].ptr()))
                 return false;
@@ -88,7 +90,8 @@ struct MeanLossCall {
 
     // Contiguous int64 in the student's leading shape.
     bool read_labels(PyObject* object) {
-        if (!tensors::look(object, labels) || !(labels.dtype == dlpack::kInt64)) return false;
+        if (!tensors::look(object, labels) || !tensors::in_main_memory(labels) || !(labels.dtype == dlpack::kInt64))
+            return false;
         if (labels.dimensions != student_logits.dimensions - 1) return false;
         if (!same_shape(labels, student_logits, labels.dimensions)) return false;
         for (int64_t i = labels.dimensions - 1, stride = 1; i >= 0; stride *= labels.shape[i--])
@@ -141,9 +144,21 @@ PyObject* mean_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
     return nullptr;
 }
 
-PyMethodDef methods[] = {
-    {"mean_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mean_loss)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+// See camkd_fast/_C.pyi.
+PyObject* are_dense(PyObject*, PyObject* const* from, Py_ssize_t count) {
+    dlpack::Tensor tensor;
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (!tensors::look(from[i], tensor)) Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {{"are_dense", fast(are_dense), METH_FASTCALL, nullptr},
+                         {"mean_loss", fast(mean_loss), METH_FASTCALL, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

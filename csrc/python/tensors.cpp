@@ -16,7 +16,7 @@ constexpr size_t kAlignment = 64;
 
 struct Connection {
     dlpack::ExchangeApi* api = nullptr;
-    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr;  // never released
+    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr, *is_neg = nullptr;  // never released
 };
 Connection connection;
 
@@ -45,6 +45,20 @@ struct alignas(kAlignment) Made {
     void* data() { return pages ? pages->data() : static_cast<void*>(this + 1); }
 };
 
+bool is_empty(const dlpack::Tensor& tensor) {
+    for (int i = 0; i < tensor.dimensions; ++i)
+        if (tensor.shape[i] == 0) return true;
+    return false;
+}
+
+// Takes a reference to an answer, or null with an error set.
+bool is_false(PyObject* answer) {
+    if (!answer) PyErr_Clear();
+    const bool found = answer == Py_False;
+    Py_XDECREF(answer);
+    return found;
+}
+
 }  // namespace
 
 bool connect(py::object api, py::type tensor, py::type parameter) {
@@ -52,8 +66,8 @@ bool connect(py::object api, py::type tensor, py::type parameter) {
     auto* found = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     while (found && found->version.major > 1) found = found->older;
     if (!found || found->version.major != 1 || !found->look || !found->give) return false;
-    connection = {found, tensor.release().ptr(), parameter.release().ptr(),
-                  PyUnicode_InternFromString("requires_grad")};
+    connection = {found, tensor.release().ptr(), parameter.release().ptr(), PyUnicode_InternFromString("requires_grad"),
+                  PyUnicode_InternFromString("is_neg")};
     api.release();
     return true;
 }
@@ -65,15 +79,12 @@ bool look(PyObject* object, dlpack::Tensor& out) {
         PyErr_Clear();  // a tensor without memory, such as a torch.func wrapper
         return false;
     }
-    return out.device.type == dlpack::DeviceType::cpu;
+    // DLPack ignores lazy negation, and gives null for zero tensors and freed storage.
+    return (out.data || is_empty(out)) && is_false(PyObject_CallMethodNoArgs(object, connection.is_neg));
 }
 
 bool requires_grad(PyObject* object) {
-    PyObject* answer = PyObject_GetAttr(object, connection.requires_grad);
-    if (!answer) PyErr_Clear();
-    const bool is_true = answer == Py_True;
-    Py_XDECREF(answer);
-    return is_true;
+    return !is_false(PyObject_GetAttr(object, connection.requires_grad));
 }
 
 py::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bool poison, void*& data) {

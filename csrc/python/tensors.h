@@ -12,8 +12,14 @@ namespace camkd::tensors {
 // this torch has no compatible version; `look` then accepts nothing.
 bool connect(pybind11::object api, pybind11::type tensor, pybind11::type parameter);
 
-// Describes a dense tensor in main memory in `out`, valid while `object` lives. Returns false for anything else.
+// Describes a dense tensor in `out`, valid while `object` lives. Returns false for anything whose memory does not hold
+// its values as they are: other classes, other layouts, wrappers, lazy negation, freed storage
+// (camkd_fast.backends.memory).
 bool look(PyObject* object, dlpack::Tensor& out);
+
+inline bool in_main_memory(const dlpack::Tensor& tensor) {
+    return tensor.device.type == dlpack::DeviceType::cpu;
+}
 
 bool requires_grad(PyObject* object);
 

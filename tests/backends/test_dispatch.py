@@ -69,6 +69,7 @@ def gpu_logits(monkeypatch):
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(True, name))
     built = SimpleNamespace(build=lambda: (True, "90"), built_for=lambda capability: capability >= (8, 0))
     monkeypatch.setattr(dispatch, "_module", lambda name: built)
+    monkeypatch.setattr(dispatch.memory, "are_dense", lambda tensors: True)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
 
 

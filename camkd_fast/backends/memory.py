@@ -1,0 +1,119 @@
+"""The one door to memory: may a kernel take the addresses of these tensors, and may it run in this call?
+
+A kernel reads and writes memory behind PyTorch's back. That is right for dense tensors, whose memory holds their values
+as they are, in a call where no mode or transform has to see every operation. `dispatch` asks before it picks a
+compiled backend; `losses.entry` asks first and sends everything else another way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+class Sort(NamedTuple):
+    """A sort of tensors that are not dense memory."""
+
+    name: str  # for messages: "student_logits is <name>"
+    way_out: str  # for messages; "" if PyTorch's own operations take such tensors
+    resolvable: bool = False  # `resolved` gives the same values as dense memory
+    fake: bool = False  # has shapes only; a registered operator takes it
+
+
+DISPATCH_MODE = "a __torch_dispatch__ mode"  # see `observer`
+
+_NEGATED = Sort("a lazily negated view", "call .resolve_neg()", resolvable=True)
+_ZERO = Sort("a zero tensor without memory", "use torch.zeros_like", resolvable=True)
+_FREED = Sort("a tensor whose storage was freed", "fill it before the call")
+_TRANSFORMED = Sort("a tensor of a torch.func transform", "")
+_WRAPPED = Sort("a wrapper without memory of its own", "")
+_NESTED = Sort("a nested tensor", "use torch.nested.to_padded_tensor, and labels of ignore_index for the padding")
+_QUANTISED = Sort("a quantised tensor", "call .dequantize()")
+_UNINITIALISED = Sort("an uninitialised parameter", "run the lazy module once")
+
+
+def _dispatches(kind: type) -> bool:
+    """Whether a subclass of Tensor replaces PyTorch's operations, so that its memory may mean something else."""
+    function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
+    return not (
+        dispatch in (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
+        and getattr(function, "__func__", function)
+        in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    )
+
+
+@functools.cache
+def _sort_of_class(kind: type) -> Sort | None:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if issubclass(kind, torch.nn.parameter.UninitializedTensorMixin):
+        return _UNINITIALISED
+    if not _dispatches(kind):
+        return Sort(f"a {kind.__name__}", "call .as_subclass(torch.Tensor)", resolvable=True)
+    return Sort(f"a {kind.__name__}", "", fake=issubclass(kind, (FakeTensor, FunctionalTensor)))
+
+
+def sort_of(tensor: Tensor) -> Sort | None:
+    """What else than dense memory `tensor` is; None if it is dense, on whatever device."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return _NESTED if tensor.is_nested else _sort_of_class(type(tensor))
+    if tensor.is_nested:
+        return _NESTED
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.").removeprefix("_")
+        return Sort(f"a tensor of layout {layout}", "call .to_dense()")
+    if tensor.is_quantized:
+        return _QUANTISED
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return _TRANSFORMED
+    if tensor._is_zerotensor():
+        return _ZERO
+    if tensor.is_neg():
+        return _NEGATED
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return _WRAPPED
+    return _FREED if address == 0 and tensor.numel() and tensor.device.type in ("cpu", "cuda") else None
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A dense tensor of the same values, in the same graph, for a sort that is `resolvable`."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        tensor = tensor.as_subclass(Tensor)
+    if tensor._is_zerotensor():
+        return tensor.new_zeros(tensor.shape)
+    return tensor.resolve_neg()
+
+
+@functools.cache
+def _quick_check() -> object:
+    """`_C.are_dense`, a fraction of the cost of `sort_of`; None without the module."""
+    try:
+        from . import cpu
+    except ImportError:
+        return None
+    return cpu.are_dense
+
+
+def are_dense(tensors: Sequence[Tensor]) -> bool:
+    """Whether all of them are dense memory."""
+    quick = _quick_check()
+    return (quick is not None and quick(*tensors)) or all(sort_of(tensor) is None for tensor in tensors)
+
+
+def observer() -> str | None:
+    """Which mode or transform has to see every operation of this call; None in an ordinary call."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return DISPATCH_MODE if torch._C._len_torch_dispatch_stack() else None

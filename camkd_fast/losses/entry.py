@@ -1,0 +1,103 @@
+"""How a call of the public functions is computed, decided by its tensors and by the modes it runs in.
+
+KERNEL      dense tensors in an ordinary call: a backend, by address
+OPERATOR    a registered operator: torch.compile, dispatch modes (make_fx, FakeTensorMode) and tensors with shapes only
+EXPRESSION  the reference as PyTorch operations, differentiable any number of times: torch.func transforms, forward-mode
+            differentiation, torch.jit.trace and subclasses with operations of their own (DTensor)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import memory
+
+
+class Way(enum.Enum):
+    """See the module."""
+
+    KERNEL = enum.auto()
+    OPERATOR = enum.auto()
+    EXPRESSION = enum.auto()
+
+
+def way_of_call() -> Way:
+    """The way of a call with dense tensors."""
+    if torch.compiler.is_compiling():
+        return Way.EXPRESSION if torch._C._are_functorch_transforms_active() else Way.OPERATOR
+    observer = memory.observer()
+    if observer is None:
+        return Way.KERNEL
+    return Way.OPERATOR if observer == memory.DISPATCH_MODE else Way.EXPRESSION
+
+
+def enter(way: Way, **arguments: Any) -> tuple[Way, list[Any]]:
+    """Dense tensors in place of those that have an exact equivalent, and the way for all of them.
+
+    Args:
+        way: of the call.
+        arguments: tensors and sequences of tensors by their names in messages; anything else is returned as it is.
+
+    Raises:
+        TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its sort and the way out.
+    """
+    if torch.compiler.is_compiling():
+        return way, list(arguments.values())
+    if way is Way.KERNEL and memory.are_dense(_tensors(arguments.values())):
+        return way, list(arguments.values())
+    sorts: set[memory.Sort | None] = set()
+    values = [_dense(name, value, sorts) for name, value in arguments.items()]
+    if way is not Way.EXPRESSION and (others := sorts - {None}):
+        way = Way.OPERATOR if all(sort and sort.fake for sort in others) else Way.EXPRESSION
+    return way, values
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(entry for entry in value if isinstance(entry, Tensor))
+    return found
+
+
+def _dense(name: str, value: Any, sorts: set[memory.Sort | None]) -> Any:
+    """`value` with its tensors resolved where that is exact; adds the sorts of the others."""
+    if isinstance(value, (list, tuple)):
+        return [_dense(f"{name}[{i}]", entry, sorts) for i, entry in enumerate(value)]
+    if not isinstance(value, Tensor):
+        return value
+    while (sort := memory.sort_of(value)) is not None and sort.resolvable:
+        value = memory.resolved(value)
+    if sort is not None and sort.way_out:
+        raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out}")
+    sorts.add(sort)
+    return value
+
+
+@contextlib.contextmanager
+def expression(**arguments: Any) -> Iterator[None]:
+    """Around PyTorch operations on other than dense tensors: where these fail, says which argument is what.
+
+    Raises:
+        TypeError: PyTorch's own operations do not take these tensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        sorts = {name: memory.sort_of(tensor) for name, value in arguments.items() for tensor in _tensors([value])}
+        found = next((f"{name} is {sort.name}" for name, sort in sorts.items() if sort), None)
+        if found is None:
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TypeError(
+            f"{found}, which no kernel takes, and PyTorch's own operations fail: {reason}"
+            "; pass dense tensors, such as those of .to_local() or .full_tensor() of a DTensor"
+        ) from error
