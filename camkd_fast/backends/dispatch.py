@@ -185,11 +185,6 @@ def backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tens
     return cast(Backend, _module(choose(requested, tensors, others)[0]))
 
 
-def check_expression(requested: str, tensors: Sequence[Tensor]) -> None:
-    """For a call that no kernel can serve: raises as `choose` does if a backend with kernels is named."""
-    choose(requested, tensors)
-
-
 def _all_compiled(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """The common case of `choose` for CPU tensors, without building its reasons."""
     for tensor in tensors:

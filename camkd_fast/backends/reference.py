@@ -89,6 +89,11 @@ def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
     return picked.masked_fill(~inside, float("nan"))
 
 
+def _onehot(target: Tensor, rows: Tensor) -> Tensor:
+    """(N, C) like `rows`, 1 at the label. Out of place, as torch.func.functionalize needs it."""
+    return torch.zeros_like(rows).scatter(-1, target.clamp(0, rows.shape[-1] - 1).unsqueeze(-1), 1.0)
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), terms with p = 0 counting 0."""
     p = log_p.exp()
@@ -145,8 +150,7 @@ def grad_student(
     for w_k, z in zip(w, teachers, strict=True):
         mixture = mixture + (w_k * (_rows(z).to(s.dtype) / T).softmax(-1)).masked_fill(w_k == 0, 0.0)
     out = formula.soft_weight * T * (w.sum(0) * (s / T).softmax(-1) - mixture)
-    onehot = F.one_hot(target.clamp(0, C - 1), C).to(s.dtype)
-    out = out + formula.hard_weight * (s.softmax(-1) - onehot)
+    out = out + formula.hard_weight * (s.softmax(-1) - _onehot(target, s))
     out = out.masked_fill(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
     return out.masked_fill((target == formula.ignore_index).unsqueeze(-1), 0.0)
 
@@ -207,8 +211,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     gradients = []
     for z, lse_k, g in zip(logits, lse, grad_ce, strict=True):
         rows = _rows(z)
-        onehot = F.one_hot(target.clamp(0, rows.shape[-1] - 1), rows.shape[-1]).to(rows.dtype)
-        gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - onehot)
+        gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - _onehot(target, rows))
         gradients.append(gradient.masked_fill((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
     return gradients
 

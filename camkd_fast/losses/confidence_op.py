@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.dispatch import backend_for, check_expression
+from ..backends.dispatch import backend_for
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
-from .entry import Way, expression
+from .entry import Way
 from .layout import contiguous_labels, row_view
 
 
@@ -108,20 +108,16 @@ def confidence_rows(
         weights, ce, _ = _confidence_op(list(logits), target, ignore_index, backend)
         return weights, ce
     if way is Way.EXPRESSION:
-        return _confidence_expression(logits, target, ignore_index, backend)
+        return _confidence_expression(logits, target, ignore_index)
     if not needs_grad(logits):
         return _confidence_forward(logits, target, ignore_index, backend)[:2]
     result: tuple[Tensor, Tensor] = _Confidence.apply(target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
     return result
 
 
-def _confidence_expression(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    check_expression(backend, logits)
+def _confidence_expression(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     labels = contiguous_labels(target)
     if target.device.type == "cpu" and are_dense([labels]):
         checks.count_labels(labels, logits[0].shape[-1], ignore_index)
-    with expression(logits=list(logits), target=target):
-        rows = [savable(row_view(z)) for z in logits]
-        return reference.confidence_forward(rows, savable(labels), ignore_index)[:2]
+    rows = [savable(row_view(z)) for z in logits]
+    return reference.confidence_forward(rows, savable(labels), ignore_index)[:2]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import memory
+from ..backends.dispatch import choose
 
 
 class Way(enum.Enum):
@@ -37,24 +38,30 @@ def way_of_call() -> Way:
     return Way.OPERATOR if observer == memory.DISPATCH_MODE else Way.EXPRESSION
 
 
-def enter(way: Way, **arguments: Any) -> tuple[Way, list[Any]]:
+def enter(way: Way, backend: str, **arguments: Any) -> tuple[Way, list[Any]]:
     """Dense tensors in place of those that have an exact equivalent, and the way for all of them.
 
     Args:
         way: of the call.
+        backend: as requested by the caller.
         arguments: tensors and sequences of tensors by their names in messages; anything else is returned as it is.
 
     Raises:
         TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its sort and the way out.
+        NotImplementedError: `backend` names kernels, but no kernel can serve this call.
     """
     if torch.compiler.is_compiling():
         return way, list(arguments.values())
-    if way is Way.KERNEL and memory.are_dense(_tensors(arguments.values())):
+    if way is Way.KERNEL and memory.are_dense(_tensors(list(arguments.values()))):
         return way, list(arguments.values())
     sorts: set[memory.Sort | None] = set()
     values = [_dense(name, value, sorts) for name, value in arguments.items()]
     if way is not Way.EXPRESSION and (others := sorts - {None}):
         way = Way.OPERATOR if all(sort and sort.fake for sort in others) else Way.EXPRESSION
+    if way is Way.EXPRESSION:
+        tensors = _tensors(values)
+        if floating := [tensor for tensor in tensors if tensor.is_floating_point()]:
+            choose(backend, floating, tensors)
     return way, values
 
 
@@ -82,19 +89,23 @@ def _dense(name: str, value: Any, sorts: set[memory.Sort | None]) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def expression(**arguments: Any) -> Iterator[None]:
-    """Around PyTorch operations on other than dense tensors: where these fail, says which argument is what.
+def computing(way: Way, **arguments: Any) -> contextlib.AbstractContextManager[None]:
+    """Around the computation: an error of PyTorch's operations on other than dense tensors says which argument is what.
 
     Raises:
         TypeError: PyTorch's own operations do not take these tensors.
     """
+    return _naming(arguments) if way is Way.EXPRESSION else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _naming(arguments: dict[str, Any]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        sorts = {name: memory.sort_of(tensor) for name, value in arguments.items() for tensor in _tensors([value])}
-        found = next((f"{name} is {sort.name}" for name, sort in sorts.items() if sort), None)
-        if found is None:
+    except (TypeError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        sorts = [(name, memory.sort_of(tensor)) for name, value in arguments.items() for tensor in _tensors([value])]
+        found = next((f"{name} is {sort.name}" for name, sort in sorts if sort), None)
+        if found is None or str(error).startswith(tuple(arguments)):  # the latter is an error of ours
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TypeError(

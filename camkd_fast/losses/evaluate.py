@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.dispatch import check_expression, mean_loss_backend
+from ..backends.dispatch import mean_loss_backend
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
-from .entry import Way, enter, expression, way_of_call
+from .entry import Way, computing, enter, way_of_call
 from .formula import Formula, check_choice
 from .layout import contiguous_labels
 from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
@@ -53,6 +53,7 @@ def evaluate(
             return evaluation
     way, (student, teacher_logits, target, weighting, num_items, loss_scale) = enter(
         way,
+        backend,
         student_logits=student,
         teacher_logits=teacher_logits,
         target=target,
@@ -64,11 +65,8 @@ def evaluate(
     call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
-    if way is Way.EXPRESSION:
-        check_expression(backend, call.tensors)
-        with expression(student_logits=student, teacher_logits=teacher_logits, target=target, weighting=weighting):
-            return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
-    return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
+    with computing(way, student_logits=student, teacher_logits=teacher_logits, target=target, weighting=weighting):
+        return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
 
 
 def _evaluate_checked(

@@ -13,7 +13,7 @@ from ..backends.contract import MAX_TEACHERS
 from . import checks
 from .autograd import savable
 from .confidence_op import confidence_rows
-from .entry import enter, way_of_call
+from .entry import computing, enter, way_of_call
 from .feature_op import feature_error
 from .formula import check_choice, check_ignore_index
 from .scale_plan import divisor_of
@@ -34,7 +34,7 @@ def confidence_weights(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
-    way, (logits, target) = enter(way_of_call(), logits=logits, target=target)
+    way, (logits, target) = enter(way_of_call(), backend, logits=logits, target=target)
     tensors = checks.as_teacher_list("logits", logits)
     checks.check_classes("logits[0]", tensors[0])
     for k, tensor in enumerate(tensors):
@@ -42,9 +42,10 @@ def confidence_weights(
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
     checks.check_target(target, tensors[0], "logits[0]")
     check_ignore_index(ignore_index)
-    weights, ce = confidence_rows(tensors, target, int(ignore_index), backend, way)
-    shape = (len(tensors), *target.shape)
-    return weights.view(shape), ce.view(shape)
+    with computing(way, logits=tensors, target=target):
+        weights, ce = confidence_rows(tensors, target, int(ignore_index), backend, way)
+        shape = (len(tensors), *target.shape)
+        return weights.view(shape), ce.view(shape)
 
 
 def weighted_feature_loss(
@@ -69,7 +70,11 @@ def weighted_feature_loss(
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
     way, (student_features, teacher_features, weights) = enter(
-        way_of_call(), student_features=student_features, teacher_features=teacher_features, weights=weights
+        way_of_call(),
+        backend,
+        student_features=student_features,
+        teacher_features=teacher_features,
+        weights=weights,
     )
     student = checks.as_teacher_list("student_features", student_features)
     teachers = checks.as_teacher_list("teacher_features", teacher_features)
@@ -80,11 +85,12 @@ def weighted_feature_loss(
     if weights.shape != expected:
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")
     checks.check_device("weights", weights, "student_features[0]", student[0])
-    error = feature_error(student, teachers, backend, way)
-    loss = (savable(weights.to(error.dtype)) * error).sum(0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+    with computing(way, student_features=student, teacher_features=teachers, weights=weights):
+        error = feature_error(student, teachers, backend, way)
+        loss = (savable(weights.to(error.dtype)) * error).sum(0)
+        if reduction == "none":
+            return loss
+        return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
 
 
 class FeatureLossOutput(NamedTuple):

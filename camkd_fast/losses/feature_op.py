@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.dispatch import backend_for, check_expression
+from ..backends.dispatch import backend_for
 from ..backends.reference import accumulation_dtype
 from .autograd import first_order, needs_grad, savable, save, saved
-from .entry import Way, expression
+from .entry import Way
 from .layout import row_view
 
 
@@ -104,9 +104,7 @@ def feature_error(student: Sequence[Tensor], teachers: Sequence[Tensor], backend
         error: Tensor = _feature_op(list(student), list(teachers), backend)
         return error
     if way is Way.EXPRESSION:
-        check_expression(backend, [*student, *teachers])
-        with expression(student_features=list(student), teacher_features=list(teachers)):
-            return reference.feature_forward([r.flatten(1) for r in student], [savable(f).flatten(1) for f in teachers])
+        return reference.feature_forward([r.flatten(1) for r in student], [savable(f).flatten(1) for f in teachers])
     if not needs_grad(student):
         return _feature_forward(student, teachers, backend)
     result: Tensor = _FeatureError.apply(backend, teachers, *student)  # type: ignore[no-untyped-call]
