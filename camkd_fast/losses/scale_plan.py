@@ -48,7 +48,8 @@ def plan_scales(
     if inverse_divisor is None:
         return ScalePlan(_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype), 1.0, None)
     if loss_scale is not None:
-        return ScalePlan(_scale(inverse_divisor * loss_scale, accumulation_dtype), 1.0, inverse_divisor)
+        factor = loss_scale if isinstance(loss_scale, Tensor) else float(loss_scale)
+        return ScalePlan(_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)
     if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not differentiable:
         return ScalePlan(inverse_divisor, 1.0, inverse_divisor)
     return ScalePlan(1.0, inverse_divisor, inverse_divisor)
