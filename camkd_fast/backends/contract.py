@@ -85,7 +85,7 @@ class Backend(Protocol):
         ...
 
     def scale_rows(self, grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        """grad * factor, multiplied in the accumulation dtype. May use the memory of `out`, which may be `grad`.
+        """out = grad * factor, multiplied in the accumulation dtype; `out` may be `grad`.
 
         grad, out: (N, C) contiguous, one dtype. factor: (1,) or (N,) in the accumulation dtype.
         """

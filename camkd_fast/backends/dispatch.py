@@ -190,7 +190,7 @@ def _all_compiled(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return False
-    return availability("cpu").usable and memory.are_dense([*tensors, *others]) and memory.observer() is None
+    return availability("cpu").usable and memory.is_ordinary([*tensors, *others])
 
 
 @functools.cache

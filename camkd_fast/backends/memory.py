@@ -8,12 +8,13 @@ compiled backend; `losses.entry` asks first and sends everything else another wa
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
 class Sort(NamedTuple):
@@ -37,14 +38,15 @@ _QUANTISED = Sort("a quantised tensor", "call .dequantize()")
 _UNINITIALISED = Sort("an uninitialised parameter", "run the lazy module once")
 
 
-def _dispatches(kind: type) -> bool:
+_DEFAULT_FUNCTION = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+
+
+def _dispatches(kind: Any) -> bool:
     """Whether a subclass of Tensor replaces PyTorch's operations, so that its memory may mean something else."""
-    function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
-    return not (
-        dispatch in (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
-        and getattr(function, "__func__", function)
-        in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
-    )
+    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return True
+    function = getattr(kind.__torch_function__, "__func__", torch._C._disabled_torch_function_impl)
+    return function not in (_DEFAULT_FUNCTION, torch._C._disabled_torch_function_impl)
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def _sort_of_class(kind: type) -> Sort | None:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if issubclass(kind, torch.nn.parameter.UninitializedTensorMixin):
+    if issubclass(kind, (UninitializedParameter, UninitializedBuffer)):
         return _UNINITIALISED
     if not _dispatches(kind):
         return Sort(f"a {kind.__name__}", "call .as_subclass(torch.Tensor)", resolvable=True)
@@ -93,7 +95,7 @@ def resolved(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _quick_check() -> object:
+def _quick_check() -> Callable[..., bool] | None:
     """`_C.are_dense`, a fraction of the cost of `sort_of`; None without the module."""
     try:
         from . import cpu
@@ -117,3 +119,8 @@ def observer() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     return DISPATCH_MODE if torch._C._len_torch_dispatch_stack() else None
+
+
+def is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels may take the addresses of these tensors now."""
+    return are_dense(tensors) and observer() is None

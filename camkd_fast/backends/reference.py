@@ -185,7 +185,7 @@ def row_loss(
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """See `contract.Backend`."""
-    return (grad.to(factor.dtype) * factor.unsqueeze(-1)).to(grad.dtype)
+    return out.copy_(grad.to(factor.dtype) * factor.unsqueeze(-1))
 
 
 def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

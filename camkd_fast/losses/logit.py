@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dispatch import BACKENDS, backend_for
-from ..backends.memory import are_dense
+from ..backends.memory import are_dense, is_ordinary
 from . import checks
 from .autograd import first_order, keeps_graph
 from .evaluate import Evaluation, evaluate
@@ -52,7 +52,10 @@ class _LogitLoss(torch.autograd.Function):
             factor = grad_output.reshape(-1)
             if isinstance(ctx.in_backward, Tensor) or ctx.in_backward != 1.0:
                 factor = factor * ctx.in_backward
-            grad = backend_for(ctx.backend, [grad], [factor]).scale_rows(grad, factor, out)
+            if is_ordinary([factor]):
+                grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
+            else:  # a batch of gradients, or inside a trace
+                grad = (grad.to(factor.dtype) * factor.unsqueeze(-1)).to(grad.dtype)
         return _shaped(grad, ctx.shape), grad_weights, None, None, None
 
 

@@ -33,9 +33,9 @@ PARTS = {
 }
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
-    "backends": ["contract", "reference", "compiled", "cpu", "cuda", "dispatch", "__init__"],
+    "backends": ["contract", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__"],
     "losses": [
-        "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "logit_op",
+        "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry", "logit_op",
         "confidence_op", "feature_op", "evaluate", "logit", "feature",
     ],
 }  # fmt: skip
