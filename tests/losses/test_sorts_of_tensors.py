@@ -18,7 +18,7 @@ from camkd_fast import (
     weighted_feature_loss,
 )
 from camkd_fast.backends.dispatch import availability
-from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES
+from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES, dense
 from tests.support.tolerance import assert_near
 
 N, C = 6, 10
@@ -91,12 +91,6 @@ def student_gradient(name, x):
     student = x["student"].detach().clone().requires_grad_()
     scalar(name, x | {"student": student}).backward()
     return student.grad
-
-
-def dense(tensor):
-    if torch._is_functional_tensor(tensor):
-        return torch._from_functional_tensor(tensor)
-    return getattr(tensor, "elem", tensor).as_subclass(torch.Tensor)
 
 
 def assert_same_sum(actual, terms):

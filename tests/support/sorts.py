@@ -75,6 +75,13 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The values of a result in dense memory."""
+    if torch._is_functional_tensor(tensor):
+        return torch._from_functional_tensor(tensor)
+    return getattr(tensor, "elem", tensor).as_subclass(torch.Tensor)
+
+
 class Watching(TorchDispatchMode):
     """A mode that passes every operation on."""
 
