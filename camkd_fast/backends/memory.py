@@ -82,7 +82,10 @@ def sort_of(tensor: Tensor) -> Sort | None:
         address = tensor.data_ptr()
     except RuntimeError:
         return _WRAPPED
-    return _FREED if address == 0 and tensor.numel() and tensor.device.type in ("cpu", "cuda") else None
+    if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
+        return None
+    # The address in a null storage is the offset.
+    return _FREED if address == tensor.storage_offset() * tensor.element_size() else None
 
 
 def resolved(tensor: Tensor) -> Tensor:

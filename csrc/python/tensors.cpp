@@ -16,7 +16,8 @@ constexpr size_t kAlignment = 64;
 
 struct Connection {
     dlpack::ExchangeApi* api = nullptr;
-    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr, *is_neg = nullptr;  // never released
+    PyObject *tensor = nullptr, *parameter = nullptr;  // never released, like the names
+    PyObject *requires_grad = nullptr, *is_neg = nullptr, *storage_offset = nullptr;
 };
 Connection connection;
 
@@ -51,6 +52,18 @@ bool is_empty(const dlpack::Tensor& tensor) {
     return false;
 }
 
+// False for freed storage and for wrappers, whose storage is null: then the address is that of the offset. An address
+// beyond 1 TB is no offset, which saves the question on most systems.
+bool has_memory(PyObject* object, const dlpack::Tensor& tensor) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor.data);
+    if (address >> 40) return true;
+    PyObject* offset = PyObject_CallMethodNoArgs(object, connection.storage_offset);
+    const int64_t elements = offset ? PyLong_AsLongLong(offset) : -1;
+    Py_XDECREF(offset);
+    if (PyErr_Occurred()) PyErr_Clear();
+    return elements >= 0 && address != uintptr_t(elements) * (tensor.dtype.bits / 8);
+}
+
 // Takes a reference to an answer, or null with an error set.
 bool is_false(PyObject* answer) {
     if (!answer) PyErr_Clear();
@@ -66,8 +79,9 @@ bool connect(py::object api, py::type tensor, py::type parameter) {
     auto* found = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     while (found && found->version.major > 1) found = found->older;
     if (!found || found->version.major != 1 || !found->look || !found->give) return false;
-    connection = {found, tensor.release().ptr(), parameter.release().ptr(), PyUnicode_InternFromString("requires_grad"),
-                  PyUnicode_InternFromString("is_neg")};
+    const auto name = PyUnicode_InternFromString;
+    connection = {found,          tensor.release().ptr(), parameter.release().ptr(), name("requires_grad"),
+                  name("is_neg"), name("storage_offset")};
     api.release();
     return true;
 }
@@ -79,8 +93,8 @@ bool look(PyObject* object, dlpack::Tensor& out) {
         PyErr_Clear();  // a tensor without memory, such as a torch.func wrapper
         return false;
     }
-    // DLPack ignores lazy negation, and gives null for zero tensors and freed storage.
-    return (out.data || is_empty(out)) && is_false(PyObject_CallMethodNoArgs(object, connection.is_neg));
+    // DLPack ignores lazy negation.
+    return (is_empty(out) || has_memory(object, out)) && is_false(PyObject_CallMethodNoArgs(object, connection.is_neg));
 }
 
 bool requires_grad(PyObject* object) {

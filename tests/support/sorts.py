@@ -40,9 +40,16 @@ def _inference(values: Tensor) -> Tensor:
 
 
 def _freed(values: Tensor) -> Tensor:
-    copy = values.clone()
-    copy.untyped_storage().resize_(0)
-    return copy
+    """A view at an offset, as sharded training frees the parameters that share one buffer."""
+    buffer = torch.cat([values.new_zeros(3), values.flatten()])
+    view = buffer[3:].view(values.shape)
+    buffer.untyped_storage().resize_(0)
+    return view
+
+
+def _functionalised_view(values: Tensor) -> Tensor:
+    """A wrapper that names an address of its own: its offset in no storage."""
+    return torch._to_functional_tensor(torch.cat([values.new_zeros(5), values.flatten()])[5:].view(values.shape))
 
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +59,7 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "subclass with torch functions": lambda values: values.as_subclass(Counting),
     "wrapper subclass": LoggingTensor,
     "functionalised": torch._to_functional_tensor,
+    "functionalised view": _functionalised_view,
     "lazy copy": torch._lazy_clone,
     "inference": _inference,
 }

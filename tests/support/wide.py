@@ -88,7 +88,7 @@ def convert(tensor: Tensor, sort: str) -> Tensor:
 def sorts_for(tensor: Tensor, learned: bool) -> list[str]:
     """Sorts of equal values; `learned`: that have a gradient of their own."""
     names = list(VALUES) if not tensor.is_floating_point() else [*VALUES, *FLOATING]
-    without = {"inference", "functionalised"} if learned else set()
+    without = {"inference", "functionalised", "functionalised view"} if learned else set()
     # A complex number has no bfloat16 parts.
     if tensor.dtype == torch.bfloat16:
         without.add("imaginary part")
