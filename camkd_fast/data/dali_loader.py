@@ -103,7 +103,8 @@ class DaliLoader(EpochLoader):
             enable_conditionals=len(self._foreign) > 0,  # `_content` chooses by sample
         )
         def pipeline() -> Any:
-            return graph(dict(zip(names, dali.fn.external_source(**source), strict=True)))
+            fed = dali.fn.external_source(**source)
+            return graph({name: fed[n] for n, name in enumerate(names)})
 
         built = pipeline()
         built.build()
