@@ -53,7 +53,9 @@ class LoaderConfig:
         if self.rank >= self.world:
             raise ValueError(f"rank must lie in [0, {self.world}), got {self.rank}")
         if len(self.known_bad) > self.skip_bad:
-            raise ValueError(f"{len(self.known_bad)} files are unreadable, at most skip_bad={self.skip_bad} are skipped")
+            raise ValueError(
+                f"{len(self.known_bad)} files are unreadable, at most skip_bad={self.skip_bad} are skipped"
+            )
         if self.views is not None and self.views < 1:
             raise ValueError(f"views must be at least 1, got {self.views}")
 

@@ -23,5 +23,5 @@ def load_digits(seed: int = 0) -> Splits:
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     parts = stratified_parts(labels, (TRAIN, VALIDATION, TEST), seed)
     levels = pixels[parts[0]].double()
-    images = LabelledImages(pixels, labels, 10, mean=(levels.mean().item(),), std=(levels.std().item(),), class_names=NAMES)
+    images = LabelledImages(pixels, labels, 10, (levels.mean().item(),), (levels.std().item(),), NAMES)
     return Splits(*(images.take(part) for part in parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ KINDS: dict[str, Save] = {
     "tiff": saved("TIFF"),
     "tiff-lzw": saved("TIFF", compression="tiff_lzw"),
     "tiff-rotated": saved("TIFF", exif=rotated()),
-    "tiff-float": lambda image, path: Image.fromarray(np.asarray(image.convert("L")).astype(np.float32)).save(path, "TIFF"),
+    "tiff-float": saved("TIFF", "F"),
     "jpeg-cmyk": saved("JPEG", "CMYK"),
     "jpeg-rotated": saved("JPEG", exif=rotated()),
     "jpeg-2000": saved("JPEG2000"),
@@ -98,11 +99,11 @@ def test_every_kind_is_decoded_to_the_same_pixels(files: ImageFiles) -> None:
 
 @pytest.mark.parametrize("augmentation", [CROP, RESIZED], ids=["crop", "resized-crop"])
 def test_augmented_files_of_every_kind_agree(files: ImageFiles, augmentation: Augmentation) -> None:
-    with opened(files, "torch", 8, augmentation=augmentation) as ours:
-        with opened(files, "dali", 8, augmentation=augmentation) as dali:
-            for one, other in zip(ours, dali, strict=True):
-                assert torch.equal(one.index, other.index)
-                assert (levels(one, files) - levels(other, files)).abs().max() <= 1.01  # one level of rounding
+    with ExitStack() as stack:
+        loaders = [stack.enter_context(opened(files, kind, 8, augmentation=augmentation)) for kind in ("torch", "dali")]
+        for ours, dali in zip(*loaders, strict=True):
+            assert torch.equal(ours.index, dali.index)
+            assert (levels(ours, files) - levels(dali, files)).abs().max() <= 1.01  # one level of rounding
 
 
 def test_pillow_decodes_what_dali_would_read_differently(files: ImageFiles) -> None:
@@ -138,7 +139,10 @@ def broken_gif(folder: Path) -> Path:
 def test_a_damaged_file_of_another_kind_is_named_and_skipped(kind: str, tmp_path: Path) -> None:
     good = image_files(tmp_path, 6)
     data = ImageFiles((*good.paths, broken_gif(tmp_path)), torch.arange(7) % 4, 4, good.class_names, MEAN, STD, 32)
-    with opened(data, kind, 4) as loader, pytest.raises(BadImageError, match=r"cut\.jpg cannot be read as an image: \w"):
+    with (
+        opened(data, kind, 4) as loader,
+        pytest.raises(BadImageError, match=r"cut\.jpg cannot be read as an image: \w"),
+    ):
         list(loader)
     with opened(data, kind, 4, skip_bad=1) as loader:
         assert by_sample(loader)[0].tolist() == list(range(6))

@@ -21,7 +21,9 @@ def image_folder(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     samples = []
     for number, name in enumerate(classes):
         for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
-            samples += [(os.path.join(folder, file), number) for file in sorted(files) if file.lower().endswith(ENDINGS)]
+            samples += [
+                (os.path.join(folder, file), number) for file in sorted(files) if file.lower().endswith(ENDINGS)
+            ]
     return classes, samples
 
 
