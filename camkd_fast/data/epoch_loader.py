@@ -119,7 +119,8 @@ class EpochLoader(ABC):
         kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
         if not len(kept):
             raise BadImageError(
-                f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}"
+                f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}: "
+                "replace it, and resume"
             )
         return kept
 
