@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -69,8 +69,17 @@ class DaliLoader(EpochLoader):
                 images = self._deliver()
             except RuntimeError as error:
                 self._skip_undecodable(error)
-            else:
-                yield images, self._in_flight.popleft()
+                continue
+            except StopIteration:  # no image is left in the batches of the queue
+                yield from self._empty_batches()
+                continue
+            yield from self._empty_batches()
+            yield images, self._in_flight.popleft()
+
+    def _empty_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next batches in flight without a readable image, which DALI does not get."""
+        while self._in_flight and not len(self._in_flight[0]):
+            yield torch.zeros(0, *self.data.shape, device=self.config.device), self._in_flight.popleft()
 
     def _read_headers(self) -> None:
         """Sizes and kinds of all files, on first use."""
@@ -142,16 +151,20 @@ class DaliLoader(EpochLoader):
         """Inputs of DALI's next batch. DALI calls this before the batch is delivered.
 
         Raises:
-            StopIteration: no batch is queued.
+            StopIteration: no batch with a readable image is queued.
         """
+        source: Any = []
+        while isinstance(self.data, ImageFiles) and self._queued and not source:
+            index, source = self._sources(self._readable(self._queued[0]), self.data)
+            if not source:
+                self._queued.popleft()
+                self._in_flight.append(index)
         if not self._queued:
             raise StopIteration
-        index = self._queued[0]
-        source: Any
         if isinstance(self.data, ImageFiles):
-            index, source = self._sources(self._readable(index), self.data)
             sizes = self._image_sizes[index.numpy()]
         else:
+            index = self._queued[0]
             source, sizes = self.data.pixels[index.to(self.data.pixels.device)].cpu().numpy(), self._image_sizes
         record = records(self.config.augmentation, self.config.augmentation_seed, self._view, index.numpy(), sizes)
         self._queued.popleft()

@@ -43,6 +43,7 @@ class EpochLoader(ABC):
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """For each batch of indices (n,), yield normalised images (m, channels, H, W) and the m readable indices.
 
+        m is 0 if all files of an evaluation batch are unreadable.
         The generator may be closed early. The next call does not depend on it.
         """
 
@@ -63,13 +64,12 @@ class EpochLoader(ABC):
         c = self.config
         view = c.view(self._epoch)
         batches = epoch_batches(len(self.data), c.batch_size, c.world, c.rank, c.seed, self._epoch, self._shuffle)
-        planned = [(n, self._filled(batch)) for n, batch in enumerate(batches) if n >= self._position]
-        planned = [(n, batch) for n, batch in planned if len(batch)]
-        images = self._images([batch for _, batch in planned], view)
+        images = self._images([self._filled(batch) for batch in batches[self._position :]], view)
         try:
-            for (n, _), (pixels, index) in zip(planned, images, strict=True):
-                self._position = n + 1  # before the yield: a state saved while the batch is in use continues after it
-                yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
+            for pixels, index in images:
+                self._position += 1  # before the yield: a state saved while the batch is in use continues after it
+                if len(index):
+                    yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
         finally:
             images.close()
         self._position = 0
@@ -95,14 +95,12 @@ class EpochLoader(ABC):
         return rows.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
 
     def _filled(self, index: Tensor) -> Tensor:
-        """A batch without known unreadable samples. If none is left, it is empty, or another sample in training.
+        """A training batch, or another sample in place of a batch in which all files are known to be unreadable.
 
         Training has a fixed number of steps in every epoch and process, so that a batch cannot be left out.
         """
-        if not self._bad or not self._bad.issuperset(index.tolist()):
+        if not self._shuffle or not self._bad.issuperset(index.tolist()):
             return index
-        if not self._shuffle:
-            return index[:0]
         N = len(self.data)
         others = ((int(index[0]) + step) % N for step in range(1, N))
         other = next((sample for sample in others if sample not in self._bad), None)
@@ -112,12 +110,12 @@ class EpochLoader(ABC):
         """`index` without the samples found unreadable so far.
 
         Raises:
-            BadImageError: no sample is left.
+            BadImageError: no sample is left in a training batch, or in the whole set.
         """
         if not self._bad:
             return index
         kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
-        if not len(kept):
+        if not len(kept) and (self._shuffle or len(self._bad) == len(self.data)):
             raise BadImageError(
                 f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}: "
                 "replace it, and resume"

@@ -266,9 +266,19 @@ def test_known_files_are_not_opened(tmp_path: Path, kind: str, caplog: pytest.Lo
 @pytest.mark.parametrize("kind", ["dali", "torch"])
 def test_an_evaluation_batch_without_a_readable_image_is_left_out(tmp_path: Path, kind: str) -> None:
     data = splits(tmp_path, "test/4", "test/5", "test/0", "test/1").test
-    with opened(data, kind, 2, skip_bad=4, known_bad=(0, 1, 4, 5)) as loader:
+    for known in (0, 1, 4, 5), (0,), ():
+        with opened(data, kind, 2, skip_bad=4, known_bad=known) as loader:
+            for _ in range(2):
+                assert [batch.index.tolist() for batch in loader] == [[2, 3]]
+        with opened(data, kind, 1, skip_bad=4, known_bad=known) as loader:
+            assert [batch.index.tolist() for batch in loader] == [[2], [3]]
+    middle = data.paths[3]
+    image(middle, "PNG")
+    content, half = middle.read_bytes(), middle.stat().st_size // 2
+    middle.write_bytes(content[:half] + bytes(100) + content[half + 100 :])  # complete by its header and its end
+    with opened(data, kind, 1, skip_bad=5) as loader:
         for _ in range(2):
-            assert [batch.index.tolist() for batch in loader] == [[2, 3]]
+            assert [batch.index.tolist() for batch in loader] == [[2]]
 
 
 @pytest.mark.parametrize("kind", ["dali", "torch"])
