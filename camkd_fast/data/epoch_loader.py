@@ -99,7 +99,7 @@ class EpochLoader(ABC):
 
         Training has a fixed number of steps in every epoch and process, so that a batch cannot be left out.
         """
-        if not self._shuffle or not self._bad.issuperset(index.tolist()):
+        if not self._bad or not self._shuffle or not self._bad.issuperset(index.tolist()):
             return index
         N = len(self.data)
         others = ((int(index[0]) + step) % N for step in range(1, N))

@@ -36,8 +36,8 @@ def class_order(owner: str, theirs: Sequence[str] | None, ours: Sequence[str] | 
     names = [_normal(name) for name in ours]
     if len(place) != len(theirs) or place.keys() != set(names) or len(names) != len(theirs):
         raise ValueError(
-            f"{owner} knows {len(theirs)} classes, such as {_examples(theirs, ours)}, but the images have "
-            f"{len(ours)}, such as {_examples(ours, theirs)}: use a model that was trained on the same classes"
+            f"{owner} knows {len(theirs)} classes, such as {examples(theirs, ours)}, but the images have "
+            f"{len(ours)}, such as {examples(ours, theirs)}: use a model that was trained on the same classes"
         )
     order = [place[name] for name in names]
     return None if order == list(range(len(order))) else order
@@ -47,8 +47,8 @@ def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _examples(names: Sequence[str], others: Sequence[str]) -> str:
-    """Two names, of those that the others lack if there are any."""
+def examples(names: Sequence[str], others: Sequence[str]) -> str:
+    """Two of the names, if possible of those that the others lack."""
     lacking = {_normal(name) for name in names} - {_normal(name) for name in others}
     chosen = [name for name in names if _normal(name) in lacking] or list(names)
     return " and ".join(map(repr, chosen[:_EXAMPLES]))

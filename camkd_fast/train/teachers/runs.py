@@ -16,7 +16,7 @@ from ...data import choose
 from ...data.batch import LoaderConfig
 from ...data.files import ImageSet
 from .. import strategies
-from ..class_names import class_order, renumbered
+from ..class_names import examples, renumbered
 from ..config import DistillConfig
 from ..distributed import World
 from ..run_folder import load_model, model_metadata
@@ -62,8 +62,13 @@ def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfi
 def _check(path: Path, metadata: dict[str, Any], images: ImageSet) -> None:
     for name, mine in (("num_classes", images.num_classes), ("in_channels", images.channels)):
         if metadata[name] != mine:
-            class_order(f"teacher {path}", metadata.get("class_names"), images.class_names)  # raises with examples
-            raise ValueError(f"teacher {path} has {name} {metadata[name]}, but the student's images have {mine}")
+            problem = f"teacher {path} has {name} {metadata[name]}, but the student's images have {mine}"
+            theirs = metadata.get("class_names")
+            if name == "num_classes" and theirs and images.class_names:
+                problem += (
+                    f": {examples(theirs, images.class_names)} there, {examples(images.class_names, theirs)} here"
+                )
+            raise ValueError(problem)
     seen, given = (metadata["mean"], metadata["std"]), (list(images.mean), list(images.std))
     if seen != given:
         warnings.warn(
