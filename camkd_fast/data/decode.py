@@ -10,11 +10,11 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .augment import Integers
 
@@ -108,9 +108,9 @@ def _check_format(image: Image.Image) -> None:
         raise ValueError(f"an image of {image.width} x {image.height} pixels")
 
 
-def _decoded_alike(image: Image.Image) -> bool:
+def _decoded_alike(image: ImageFile.ImageFile) -> bool:
     """True for the kinds of files that DALI's CPU decoders are tested to read like Pillow."""
-    layout = image.tile[0][3] if image.tile else None  # "RGB;16B", for example, or a tuple that begins with such a name
+    layout: Any = image.tile[0][3] if image.tile else None  # "RGB;16B", or a tuple that begins with such a name
     name = layout[0] if isinstance(layout, tuple) else layout
     match image.format:
         case "JPEG" | "MPO":
