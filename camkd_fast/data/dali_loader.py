@@ -155,7 +155,7 @@ class DaliLoader(EpochLoader):
         """
         source: Any = []
         while isinstance(self.data, ImageFiles) and self._queued and not source:
-            index, source = self._sources(self._readable(self._queued[0]), self.data)
+            index, source = self._sources(self._queued[0], self.data)
             if not source:
                 self._queued.popleft()
                 self._in_flight.append(index)
@@ -178,24 +178,28 @@ class DaliLoader(EpochLoader):
         }
         return source, *(inputs[name].astype(np.int32, order="C") for name in self._inputs[1:])
 
-    def _sources(self, index: Tensor, data: ImageFiles) -> tuple[Tensor, list[NDArray[np.uint8]]]:
-        """The readable samples of `index`, and for each its path, or the encoded image if Pillow decodes it."""
+    def _sources(self, batch: Tensor, data: ImageFiles) -> tuple[Tensor, list[NDArray[np.uint8]]]:
+        """The readable samples of a batch, and for each its path, or the encoded image if Pillow decodes it."""
         problems = data.headers().problems
-        for sample in index.tolist():
-            if sample in problems:
-                self._reject(sample, problems[sample])
-        index = self._readable(index)
-        source = {i: np.frombuffer(os.fsencode(data.paths[i]), np.uint8) for i in index.tolist()}
-        foreign = [i for i in source if self._foreign[i]] if len(self._foreign) else []
-        if foreign:
-            with ThreadPoolExecutor(max(self.config.workers, 1)) as pool:
-                for i, content in zip(foreign, pool.map(_encode_file, (data.paths[i] for i in foreign)), strict=True):
-                    if isinstance(content, str):
-                        self._reject(i, content)
-                    else:
-                        source[i] = content
-            index = self._readable(index)
-        return index, [source[i] for i in index.tolist()]
+        while len(index := self._readable(batch)):
+            for sample in index.tolist():
+                if sample in problems:
+                    self._reject(sample, problems[sample])
+            found = {
+                i: np.frombuffer(os.fsencode(data.paths[i]), np.uint8) for i in index.tolist() if i not in problems
+            }
+            foreign = [i for i in found if self._foreign[i]] if len(self._foreign) else []
+            if foreign:
+                with ThreadPoolExecutor(max(self.config.workers, 1)) as pool:
+                    encoded = pool.map(_encode_file, (data.paths[i] for i in foreign))
+                    found.update(zip(foreign, encoded, strict=True))
+            for i in foreign:
+                if isinstance(content := found[i], str):
+                    self._reject(i, content)
+                    del found[i]
+            if found:
+                return torch.tensor(list(found)), list(found.values())
+        return index, []
 
     def _deliver(self) -> Tensor:
         """The oldest batch in flight, without a copy.

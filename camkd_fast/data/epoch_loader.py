@@ -64,7 +64,7 @@ class EpochLoader(ABC):
         c = self.config
         view = c.view(self._epoch)
         batches = epoch_batches(len(self.data), c.batch_size, c.world, c.rank, c.seed, self._epoch, self._shuffle)
-        images = self._images([self._filled(batch) for batch in batches[self._position :]], view)
+        images = self._images(batches[self._position :], view)
         try:
             for pixels, index in images:
                 self._position += 1  # before the yield: a state saved while the batch is in use continues after it
@@ -94,33 +94,27 @@ class EpochLoader(ABC):
         n, C, H, W = levels.shape
         return rows.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
 
-    def _filled(self, index: Tensor) -> Tensor:
-        """A training batch, or another sample in place of a batch in which all files are known to be unreadable.
-
-        Training has a fixed number of steps in every epoch and process, so that a batch cannot be left out.
-        """
-        if not self._bad or not self._shuffle or not self._bad.issuperset(index.tolist()):
-            return index
-        N = len(self.data)
-        others = ((int(index[0]) + step) % N for step in range(1, N))
-        other = next((sample for sample in others if sample not in self._bad), None)
-        return index if other is None else torch.tensor([other])
-
     def _readable(self, index: Tensor) -> Tensor:
         """`index` without the samples found unreadable so far.
 
+        If none is left, the result is empty in evaluation, and another sample in training, which has a fixed number of
+        steps in every epoch and process.
+
         Raises:
-            BadImageError: no sample is left in a training batch, or in the whole set.
+            BadImageError: no sample of the set is left.
         """
-        if not self._bad:
+        if not self._bad or not len(index):
             return index
-        kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
-        if not len(kept) and (self._shuffle or len(self._bad) == len(self.data)):
-            raise BadImageError(
-                f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}: "
-                "replace it, and resume"
-            )
-        return kept
+        kept = [i for i in index.tolist() if i not in self._bad]
+        if not kept:
+            N = len(self.data)
+            others = ((int(index[0]) + step) % N for step in range(1, N))
+            other = next((sample for sample in others if sample not in self._bad), None)
+            if other is None:
+                first = self._path(int(index[0]))
+                raise BadImageError(f"no image of a batch of {len(index)} can be read, the first is {first}")
+            kept = [other] * self._shuffle
+        return torch.tensor(kept, dtype=torch.int64)
 
     def _reject(self, sample: int, reason: str) -> None:
         """Skip a sample from now on.

@@ -70,6 +70,12 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def damage_inside(path: Path) -> None:
+    """Write a PNG that is complete by its header and its end."""
+    content, half = image(path, "PNG", 32, 32).read_bytes(), path.stat().st_size // 2
+    path.write_bytes(content[:half] + bytes(100) + content[half + 100 :])
+
+
 def cut(format: str) -> Callable[[Path], Any]:
     def write(path: Path) -> None:
         image(path, format)
@@ -272,10 +278,7 @@ def test_an_evaluation_batch_without_a_readable_image_is_left_out(tmp_path: Path
                 assert [batch.index.tolist() for batch in loader] == [[2, 3]]
         with opened(data, kind, 1, skip_bad=4, known_bad=known) as loader:
             assert [batch.index.tolist() for batch in loader] == [[2], [3]]
-    middle = data.paths[3]
-    image(middle, "PNG")
-    content, half = middle.read_bytes(), middle.stat().st_size // 2
-    middle.write_bytes(content[:half] + bytes(100) + content[half + 100 :])  # complete by its header and its end
+    damage_inside(data.paths[3])
     with opened(data, kind, 1, skip_bad=5) as loader:
         for _ in range(2):
             assert [batch.index.tolist() for batch in loader] == [[2]]
@@ -284,13 +287,26 @@ def test_an_evaluation_batch_without_a_readable_image_is_left_out(tmp_path: Path
 @pytest.mark.parametrize("kind", ["dali", "torch"])
 def test_a_training_batch_without_a_readable_image_gets_another_one(tmp_path: Path, kind: str) -> None:
     """Training has a fixed number of steps: with batches of one every unreadable file would end the run."""
-    data = splits(tmp_path, "train/2", "train/3").train
-    with opened(data, kind, 1, augmentation=CROP, skip_bad=2, known_bad=(2, 3)) as loader:
-        for epoch in range(3):
-            loader.set_epoch(epoch)
-            index = torch.cat([batch.index for batch in loader])
-            assert len(index) == len(loader) == 6
-            assert sorted(index.tolist()) == [0, 1, 4, 4, 4, 5]
+    data = splits(tmp_path, "train/2").train
+    damage_inside(data.paths[3])
+    for known in (2,), ():
+        with opened(data, kind, 1, augmentation=CROP, skip_bad=2, known_bad=known) as loader:
+            for epoch in range(3):
+                loader.set_epoch(epoch)
+                index = torch.cat([batch.index for batch in loader])
+                assert len(index) == len(loader) == 6
+                assert sorted(index.tolist()) == [0, 1, 4, 4, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["dali", "torch"])
+@pytest.mark.parametrize("augmentation", [None, CROP], ids=["evaluation", "training"])
+def test_a_set_without_a_readable_image_is_an_error(tmp_path: Path, kind: str, augmentation: Any) -> None:
+    data = splits(tmp_path, "test/0", "test/1", "test/2", "test/3", "test/4").test
+    damage_inside(data.paths[5])
+    message = r"no image of a batch of \d can be read"
+    options = {"augmentation": augmentation, "skip_bad": 9}
+    with opened(data, kind, 2, **options) as loader, pytest.raises(BadImageError, match=message):
+        list(loader)
 
 
 def test_files_of_known_sizes_are_decoded_alike(tmp_path: Path) -> None:
@@ -334,9 +350,8 @@ def test_a_run_with_a_damaged_file_ends_before_the_first_epoch(tmp_path: Path, d
 
 def test_damage_that_headers_do_not_show_is_named_with_the_way_out(tmp_path: Path) -> None:
     root = folder(tmp_path / "d")
-    path = image(root / "val" / "b" / "3.jpg", "PNG", H=32, W=32)
-    content, half = path.read_bytes(), path.stat().st_size // 2
-    path.write_bytes(content[:half] + bytes(100) + content[half + 100 :])
+    path = root / "val" / "b" / "3.jpg"
+    damage_inside(path)
     with pytest.raises(BadImageError, match=r"3\.jpg .*replace the file or raise skip_bad, and resume"):
         teach(root, tmp_path / "r")
     config = TeachConfig(

@@ -217,8 +217,4 @@ def test_unreadable_files_leave_one_image_of_a_batch(batch_size: int, hidden: bo
         optim=optim,
         log=LOG,
     )
-    if hidden and batch_size == 1:  # found while decoding: the only image of its batch
-        with pytest.raises(ValueError, match=r"no image of a batch of 1 can be read, the first is .*png"):
-            run.distill(config)
-        return
     assert run.distill(config).test.images == 2
