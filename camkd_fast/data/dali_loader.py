@@ -191,12 +191,13 @@ class DaliLoader(EpochLoader):
             foreign = [i for i in found if self._foreign[i]] if len(self._foreign) else []
             if foreign:
                 with ThreadPoolExecutor(max(self.config.workers, 1)) as pool:
-                    encoded = pool.map(_encode_file, (data.paths[i] for i in foreign))
-                    found.update(zip(foreign, encoded, strict=True))
-            for i in foreign:
-                if isinstance(content := found[i], str):
-                    self._reject(i, content)
-                    del found[i]
+                    encoded = list(pool.map(_encode_file, (data.paths[i] for i in foreign)))
+                for i, content in zip(foreign, encoded, strict=True):
+                    if isinstance(content, str):
+                        del found[i]
+                        self._reject(i, content)
+                    else:
+                        found[i] = content
             if found:
                 return torch.tensor(list(found)), list(found.values())
         return index, []

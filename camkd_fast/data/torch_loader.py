@@ -31,8 +31,8 @@ class TorchLoader(EpochLoader):
 
     def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
         super().__init__(data, config)
-        arrays = isinstance(data, LabelledImages)
-        self._prepared = ArrayBatches(data, config) if arrays else FileBatches(data, config)
+        self._prepared: Dataset[Prepared]
+        self._prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
         self._plan: list[Key] = []  # the sampler of the DataLoader, replaced in place
         self._loader: DataLoader[Prepared] | None = DataLoader(
             self._prepared,

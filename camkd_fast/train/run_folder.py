@@ -16,7 +16,7 @@ from .journal import METRICS
 
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-# Settings that may differ on resume: locations, logging, and how many files may turn out to be unreadable.
+# Settings that may differ on resume: locations, logging, and how many files may be unreadable.
 FREE = ("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad", "precision.device", "log.")
 
 
