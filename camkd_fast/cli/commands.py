@@ -132,7 +132,7 @@ def _data_sets() -> str:
         if name == "digits":
             where = "comes with scikit-learn"
         elif name == "folder":
-            where = "any class-per-folder tree of JPEG and PNG files at --root"
+            where = "any class-per-folder tree of image files at --root"
         else:
             folders = [fetch.default_folder(name), *([fashion_mnist.DEBIAN] if name == "fashion-mnist" else [])]
             found = next((folder for folder in folders if folder.is_dir() and any(folder.iterdir())), None)

@@ -43,6 +43,7 @@ class LoaderConfig:
     device: torch.device = CPU
     channels_last: bool = False  # memory format of the images
     skip_bad: int = 0  # unreadable files to skip, per process; the next one raises BadImageError
+    known_bad: tuple[int, ...] = ()  # positions of files found unreadable before, which are skipped and counted
 
     def __post_init__(self) -> None:
         limits = {"batch_size": 1, "world": 1, "rank": 0, "workers": 0, "skip_bad": 0}
@@ -51,6 +52,10 @@ class LoaderConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.rank >= self.world:
             raise ValueError(f"rank must lie in [0, {self.world}), got {self.rank}")
+        if len(self.known_bad) > self.skip_bad:
+            raise ValueError(
+                f"{len(self.known_bad)} files are unreadable, at most skip_bad={self.skip_bad} are skipped"
+            )
         if self.views is not None and self.views < 1:
             raise ValueError(f"views must be at least 1, got {self.views}")
 

@@ -13,6 +13,7 @@ from .images import LabelledImages
 
 KINDS = ("resident", "dali", "torch")
 _RESIDENT_FRACTION = 0.5  # of free device memory that images may take; models and activations need the rest
+_FOREIGN_FRACTION = 0.1  # of files that DALI would leave to Pillow, which then decodes all in worker processes
 
 
 def loader(data: ImageSet, config: LoaderConfig, kind: str = "auto") -> Loader:
@@ -57,8 +58,13 @@ def pick(data: ImageSet, config: LoaderConfig) -> tuple[str, str]:
         if need <= _RESIDENT_FRACTION * free:
             return "resident", sizes
         return "torch", f"{sizes}, of which resident images may take {_RESIDENT_FRACTION:.0%}"
-    refusal = _refusal("dali", data, config)
-    return ("torch", refusal) if refusal else ("dali", f"{len(data)} image files to decode")
+    if refusal := _refusal("dali", data, config):
+        return "torch", refusal
+    foreign = (~data.headers().exact).nonzero()[0]
+    if len(foreign) > _FOREIGN_FRACTION * len(data):
+        first = data.paths[foreign[0]]
+        return "torch", f"{len(foreign)} of {len(data)} files are not of a kind that DALI reads, the first is {first}"
+    return "dali", f"{len(data)} image files to decode"
 
 
 def _refusal(kind: str, data: ImageSet, config: LoaderConfig) -> str | None:

@@ -29,6 +29,8 @@ class _Layout:
     train: tuple[str, ...]
     test: str
     labels: str  # key of the labels in each pickled dict
+    meta: str  # file of the class names, which may be missing
+    names: str  # key of the class names in it
     num_classes: int
     mean: tuple[float, ...]  # per channel, in pixel levels
     std: tuple[float, ...]
@@ -44,6 +46,8 @@ CIFAR10 = _Layout(
     tuple(f"data_batch_{i}" for i in range(1, 6)),
     "test_batch",
     "labels",
+    "batches.meta",
+    "label_names",
     10,
     _levels(0.4914, 0.4822, 0.4465),
     _levels(0.2470, 0.2435, 0.2616),
@@ -54,6 +58,8 @@ CIFAR100 = _Layout(
     ("train",),
     "test",
     "fine_labels",
+    "meta",
+    "fine_label_names",
     100,
     _levels(0.5071, 0.4867, 0.4408),
     _levels(0.2675, 0.2565, 0.2761),
@@ -82,11 +88,12 @@ def load_cifar100(root: Path) -> tuple[LabelledImages, LabelledImages]:
 def _load(layout: _Layout, root: Path) -> tuple[LabelledImages, LabelledImages]:
     names = (*layout.train, layout.test)
     contents = _find(layout, root, names)
+    class_names = _read_names(contents[layout.meta], layout) if layout.meta in contents else None
     parts = [_read_batch(contents[name], layout) for name in names]
 
     def images(batches: Iterable[tuple[Tensor, Tensor]]) -> LabelledImages:
         pixels, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-        return LabelledImages(pixels, labels, layout.num_classes, layout.mean, layout.std)
+        return LabelledImages(pixels, labels, layout.num_classes, layout.mean, layout.std, class_names)
 
     return images(parts[:-1]), images(parts[-1:])
 
@@ -98,11 +105,12 @@ class _Content:
 
 
 def _find(layout: _Layout, root: Path, names: tuple[str, ...]) -> dict[str, _Content]:
-    """Read the named files from the extracted folder, which is faster, or else from the archive."""
+    """Read the named files, and the class names if they are there, from the extracted folder, else from the archive."""
     (published,) = SOURCES[layout.name].files
     for folder in (root, root / layout.folder):
         if all((folder / name).is_file() for name in names):
-            return {name: _Content(str(folder / name), (folder / name).read_bytes()) for name in names}
+            there = [*names, layout.meta] if (folder / layout.meta).is_file() else names
+            return {name: _Content(str(folder / name), (folder / name).read_bytes()) for name in there}
     archive = root if root.is_file() else root / published.name
     if not archive.is_file():
         raise FileNotFoundError(
@@ -115,7 +123,8 @@ def _find(layout: _Layout, root: Path, names: tuple[str, ...]) -> dict[str, _Con
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                file = tar.extractfile(member) if path.name in names and path.parent.name == layout.folder else None
+                wanted = path.name in (*names, layout.meta) and path.parent.name == layout.folder
+                file = tar.extractfile(member) if wanted else None
                 if file is not None:
                     found[path.name] = _Content(f"{path.name} of {archive}", file.read())
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -130,11 +139,7 @@ def _find(layout: _Layout, root: Path, names: tuple[str, ...]) -> dict[str, _Con
 
 def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
     """Pixels (n, 3, 32, 32) uint8 and labels (n,) int64 of one pickled dict."""
-    batch = read_pickle(content.data, content.source)
-    if not isinstance(batch, dict):
-        raise ValueError(f"{content.source} holds a {type(batch).__name__}, expected a dict")
-    # Python 2 strings are read as bytes; a file repickled by Python 3 has str.
-    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    fields = _read_fields(content)
     pixels, classes = fields.get("data"), fields.get(layout.labels)
     if not isinstance(pixels, Tensor) or pixels.dim() != 2 or pixels.shape[1] != 3 * 32 * 32:
         found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
@@ -146,6 +151,29 @@ def _read_batch(content: _Content, layout: _Layout) -> tuple[Tensor, Tensor]:
     labels = torch.tensor(classes, dtype=torch.int64)
     check_labels(labels, layout.num_classes, content.source)
     return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def _read_names(content: _Content, layout: _Layout) -> tuple[str, ...]:
+    """The class names in the order of the labels."""
+    found = _read_fields(content).get(layout.names)
+    names = tuple(map(_text, found)) if isinstance(found, list) else ()
+    if len(names) != layout.num_classes or not all(isinstance(name, str) for name in names):
+        what = f"{len(names)} values" if isinstance(found, list) else type(found).__name__
+        raise ValueError(f"{content.source}: {layout.names} must be a list of {layout.num_classes} names, got {what}")
+    return names
+
+
+def _read_fields(content: _Content) -> dict[Any, Any]:
+    """The pickled dict of a file, with its keys as str."""
+    fields = read_pickle(content.data, content.source)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{content.source} holds a {type(fields).__name__}, expected a dict")
+    return {_text(key): value for key, value in fields.items()}
+
+
+def _text(value: Any) -> Any:
+    """Python 2 strings are read as bytes; a file pickled again by Python 3 has str."""
+    return value.decode("latin1") if isinstance(value, bytes) else value
 
 
 class RefusedPickleError(ValueError):
@@ -183,6 +211,13 @@ class _Bytes(_StandIn):
         return text.encode("latin1")
 
 
+class _NoBytes(_StandIn):
+    """Replaces `bytes`, which Python 3 calls for empty bytes in protocol 2."""
+
+    def __new__(cls) -> bytes:  # type: ignore[misc]
+        return b""
+
+
 class _Dtype(_StandIn):
     def __init__(self, code: bytes | str, *_: object) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
@@ -199,13 +234,34 @@ class _Array(_StandIn):
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, fortran, content = state
-        code = dtype.code if isinstance(dtype, _Dtype) else type(dtype).__name__
-        if code not in ("u1", "|u1"):
-            raise RefusedPickleError(f"the pickle holds an array of type {code!r}, which is refused: expected 'u1'")
-        if len(content) != math.prod(shape):
-            raise ValueError(f"an array of shape {shape} has {len(content)} bytes")
-        tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        self.tensor = tensor.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran else tensor.view(shape)
+        self.tensor = _levels_of(content, dtype, shape, "F" if fortran else "C")
+
+
+class _Buffer(_Array):
+    """Replaces numpy's function for the arrays of protocol 5, whose content is an argument."""
+
+    def __init__(self, content: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> None:
+        self.tensor = _levels_of(content, dtype, shape, order, axes)
+
+    __setstate__ = _StandIn.__setstate__
+
+
+def _levels_of(content: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> Tensor:
+    """A tensor of `shape` from an array's bytes: rows first ("C"), columns first ("F") or with permuted axes ("K")."""
+    code = dtype.code if isinstance(dtype, _Dtype) else type(dtype).__name__
+    if code not in ("u1", "|u1"):
+        raise RefusedPickleError(f"the pickle holds an array of type {code!r}, which is refused: expected 'u1'")
+    if not isinstance(content, (bytes, bytearray)) or len(content) != math.prod(shape):
+        size = f"{len(content)} bytes" if isinstance(content, (bytes, bytearray)) else type(content).__name__
+        raise ValueError(f"an array of shape {shape} has {size}")
+    if order not in ("C", "F", "K"):
+        raise ValueError(f"an array has the order {order!r}")
+    if not content:
+        return torch.zeros(shape, dtype=torch.uint8)
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if order == "F":
+        return tensor.view(shape[::-1]).permute(*reversed(range(len(shape))))
+    return tensor.view(shape) if axes is None else tensor.view(shape).permute(*axes)
 
 
 STAND_INS = {
@@ -213,7 +269,11 @@ STAND_INS = {
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,  # numpy 2
+    ("numpy.core.numeric", "_frombuffer"): _Buffer,  # protocol 5
+    ("numpy._core.numeric", "_frombuffer"): _Buffer,
     ("_codecs", "encode"): _Bytes,
+    ("__builtin__", "bytes"): _NoBytes,
+    ("builtins", "bytes"): _NoBytes,
 }
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -31,8 +34,8 @@ class DaliLoader(EpochLoader):
     """Decodes and resizes files, or crops arrays; then flips and normalises.
 
     Only the window is decoded if the format allows it. Decoded pixels equal Pillow's on the CPU; on a GPU (`mixed`)
-    they differ by a few levels. Resizing is linear with antialiasing. A file is unreadable if its header or DALI's
-    decoder reports an error.
+    they differ by a few levels. Kinds of files that DALI cannot read, or reads differently, are decoded by Pillow.
+    Resizing is linear with antialiasing. A file is unreadable if its header or the decoder reports an error.
 
     Raises:
         NotImplementedError: DALI is not installed.
@@ -48,14 +51,16 @@ class DaliLoader(EpochLoader):
         flips = a is not None and a.flip
         windows = ("start", "shape")
         self._inputs = ("source", *windows * self._resizes, *("shift",) * self._shifts, *("mirror",) * flips)
-        # For files 0 until the header is read, once per file.
-        self._image_sizes = np.zeros((len(data), 2), np.int64) if self._files else np.array([data.shape[1:]])
+        # Of files the sizes in their headers, which are read on first use.
+        self._image_sizes = np.zeros((0, 2), np.int64) if self._files else np.array([data.shape[1:]])
+        self._foreign = np.zeros(0, np.bool_)  # files that Pillow decodes; empty if there is none
         self._view = 0
         self._queued: deque[Tensor] = deque()  # batches not yet passed to DALI
         self._in_flight: deque[Tensor] = deque()  # batches passed to DALI and not yet delivered
         self._pipeline: Any = None  # built on first use
 
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        self._read_headers()
         self._rewind()
         self._view = view
         self._queued.extend(batches)
@@ -64,69 +69,102 @@ class DaliLoader(EpochLoader):
                 images = self._deliver()
             except RuntimeError as error:
                 self._skip_undecodable(error)
-            else:
-                yield images, self._in_flight.popleft()
+                continue
+            except StopIteration:  # no image is left in the batches of the queue
+                yield from self._empty_batches()
+                continue
+            yield from self._empty_batches()
+            yield images, self._in_flight.popleft()
+
+    def _empty_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next batches in flight without a readable image, which DALI does not get."""
+        while self._in_flight and not len(self._in_flight[0]):
+            yield torch.zeros(0, *self.data.shape, device=self.config.device), self._in_flight.popleft()
+
+    def _read_headers(self) -> None:
+        """Sizes and kinds of all files, on first use."""
+        if isinstance(self.data, ImageFiles) and not len(self._image_sizes):
+            headers = self.data.headers()
+            self._image_sizes = headers.sizes
+            if not headers.exact.all():
+                self._foreign = ~headers.exact
+                self._inputs = (*self._inputs, "encoded")
 
     def _build(self) -> Any:
-        """Build the graph from `_feed` to images (n, channels, H, W) or (n, H, W, channels) float32."""
+        """A pipeline of the graph, with room for the largest batch."""
         dali = _import_dali()
-        fn, types = dali.fn, dali.types
-        c = self.config
         feed: Any = WeakMethod(self._feed)  # a cycle would delay the release of threads and memory
-        gpu = c.device.type == "cuda"
-        _, H, W = self.data.shape
-        pipeline = dali.Pipeline(
-            max(self._sizes), max(c.workers, 1), _device_id(c.device), prefetch_queue_depth=_PREFETCH
+        types = dali.types
+        source = {
+            "source": lambda: feed()(),
+            "num_outputs": len(self._inputs),
+            "dtype": [types.UINT8, *[types.INT32] * (len(self._inputs) - 1)],
+            "layout": [None if self._files else "CHW"],
+        }
+        names = self._inputs
+        graph = partial(self._graph, dali)
+
+        @dali.pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=max(self._sizes),
+            num_threads=max(self.config.workers, 1),
+            device_id=_device_id(self.config.device),
+            prefetch_queue_depth=_PREFETCH,
+            enable_conditionals=len(self._foreign) > 0,  # `_content` chooses by sample
         )
-        with pipeline:
-            fed = fn.external_source(
-                lambda: feed()(),
-                num_outputs=len(self._inputs),
-                dtype=[types.UINT8, *[types.INT32] * (len(self._inputs) - 1)],
-                layout=[None if self._files else "CHW"],
-            )
-            inputs = dict(zip(self._inputs, fed, strict=True))
-            levels = inputs["source"]
-            if self._files:
-                encoded = fn.io.file.read(levels)
-                window = {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
-                levels = fn.decoders.image_slice(encoded, **window, **_decoder_options(types, gpu))
-            elif gpu:
-                levels = levels.gpu()
-            if self._resizes:
-                if not self._files:
-                    levels = fn.slice(levels, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
-                levels = fn.resize(levels, size=(H, W), interp_type=types.INTERP_TRIANGULAR, antialias=True)
-            if self._shifts:
-                edge = {"out_of_bounds_policy": "pad", "fill_values": 0}
-                levels = fn.slice(levels, start=inputs["shift"], shape=(H, W), axis_names="HW", **edge)
-            images = fn.crop_mirror_normalize(
-                levels,
-                mirror=inputs.get("mirror", 0),
-                mean=list(self.data.mean),
-                std=list(self.data.std),
-                dtype=types.FLOAT,
-                output_layout="HWC" if c.channels_last else "CHW",
-            )
-            pipeline.set_outputs(images)
-        pipeline.build()
-        return pipeline
+        def pipeline() -> Any:
+            fed = dali.fn.external_source(**source)
+            return graph({name: fed[n] for n, name in enumerate(names)})
+
+        built = pipeline()
+        built.build()
+        return built
+
+    def _graph(self, dali: Any, inputs: dict[str, Any]) -> Any:
+        """The graph from the outputs of `_feed` to images (n, channels, H, W) or (n, H, W, channels) float32."""
+        fn, types = dali.fn, dali.types
+        gpu = self.config.device.type == "cuda"
+        _, H, W = self.data.shape
+        levels = inputs["source"]
+        if self._files:
+            content = _content(fn, levels, inputs.get("encoded"))
+            window = {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
+            levels = fn.decoders.image_slice(content, **window, **_decoder_options(types, gpu))
+        elif gpu:
+            levels = levels.gpu()
+        if self._resizes:
+            if not self._files:
+                levels = fn.slice(levels, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
+            levels = fn.resize(levels, size=(H, W), interp_type=types.INTERP_TRIANGULAR, antialias=True)
+        if self._shifts:
+            edge = {"out_of_bounds_policy": "pad", "fill_values": 0}
+            levels = fn.slice(levels, start=inputs["shift"], shape=(H, W), axis_names="HW", **edge)
+        return fn.crop_mirror_normalize(
+            levels,
+            mirror=inputs.get("mirror", 0),
+            mean=list(self.data.mean),
+            std=list(self.data.std),
+            dtype=types.FLOAT,
+            output_layout="HWC" if self.config.channels_last else "CHW",
+        )
 
     def _feed(self) -> tuple[Any, ...]:
         """Inputs of DALI's next batch. DALI calls this before the batch is delivered.
 
         Raises:
-            StopIteration: no batch is queued.
+            StopIteration: no batch with a readable image is queued.
         """
+        source: Any = []
+        while isinstance(self.data, ImageFiles) and self._queued and not source:
+            index, source = self._sources(self._queued[0], self.data)
+            if not source:
+                self._queued.popleft()
+                self._in_flight.append(index)
         if not self._queued:
             raise StopIteration
-        index = self._queued[0]
-        source: Any
         if isinstance(self.data, ImageFiles):
-            index = self._with_headers(self._readable(index), self.data.paths)
-            source = [np.frombuffer(os.fsencode(self.data.paths[i]), np.uint8) for i in index.tolist()]
             sizes = self._image_sizes[index.numpy()]
         else:
+            index = self._queued[0]
             source, sizes = self.data.pixels[index.to(self.data.pixels.device)].cpu().numpy(), self._image_sizes
         record = records(self.config.augmentation, self.config.augmentation_seed, self._view, index.numpy(), sizes)
         self._queued.popleft()
@@ -136,20 +174,33 @@ class DaliLoader(EpochLoader):
             "shape": record.windows[:, 2:],
             "shift": record.shifts,
             "mirror": record.mirrored,
+            "encoded": self._foreign[index.numpy()] if len(self._foreign) else index.numpy(),
         }
         return source, *(inputs[name].astype(np.int32, order="C") for name in self._inputs[1:])
 
-    def _with_headers(self, index: Tensor, paths: Sequence[Path]) -> Tensor:
-        """`index` without files that are truncated or not images. Reads the sizes of the others."""
-        from .decode import image_size
-
-        samples = index.numpy()
-        for sample in samples[self._image_sizes[samples, 0] == 0].tolist():
-            try:
-                self._image_sizes[sample] = image_size(paths[sample])
-            except ValueError as error:
-                self._reject(sample, str(error))
-        return self._readable(index)
+    def _sources(self, batch: Tensor, data: ImageFiles) -> tuple[Tensor, list[NDArray[np.uint8]]]:
+        """The readable samples of a batch, and for each its path, or the encoded image if Pillow decodes it."""
+        problems = data.headers().problems
+        while len(index := self._readable(batch)):
+            for sample in index.tolist():
+                if sample in problems:
+                    self._reject(sample, problems[sample])
+            found = {
+                i: np.frombuffer(os.fsencode(data.paths[i]), np.uint8) for i in index.tolist() if i not in problems
+            }
+            foreign = [i for i in found if self._foreign[i]] if len(self._foreign) else []
+            if foreign:
+                with ThreadPoolExecutor(max(self.config.workers, 1)) as pool:
+                    encoded = list(pool.map(_encode_file, (data.paths[i] for i in foreign)))
+                for i, content in zip(foreign, encoded, strict=True):
+                    if isinstance(content, str):
+                        del found[i]
+                        self._reject(i, content)
+                    else:
+                        found[i] = content
+            if found:
+                return torch.tensor(list(found)), list(found.values())
+        return index, []
 
     def _deliver(self) -> Tensor:
         """The oldest batch in flight, without a copy.
@@ -226,6 +277,27 @@ def _device_id(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _content(fn: Any, source: Any, encoded: Any) -> Any:
+    """Encoded images from their paths, or the source itself for samples of which `encoded` is not 0."""
+    if encoded is None:
+        content = fn.io.file.read(source)
+    elif encoded != 0:  # for each sample: DALI translates this statement
+        content = source
+    else:
+        content = fn.io.file.read(source)
+    return content
+
+
+def _encode_file(path: Path) -> NDArray[np.uint8] | str:
+    """A file decoded by Pillow, as the bytes of one that DALI reads; the reason if it cannot be decoded."""
+    from .decode import encode, open_rgb
+
+    try:
+        return encode(open_rgb(path))
+    except ValueError as error:
+        return str(error)
 
 
 def _decoder_options(types: Any, gpu: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from .images import LabelledImages, stratified_parts
 from .splits import Splits
 
 TRAIN, VALIDATION, TEST = 900, 300, 597
+NAMES = tuple("0123456789")
 
 
 def load_digits(seed: int = 0) -> Splits:
@@ -22,5 +23,5 @@ def load_digits(seed: int = 0) -> Splits:
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     parts = stratified_parts(labels, (TRAIN, VALIDATION, TEST), seed)
     levels = pixels[parts[0]].double()
-    images = LabelledImages(pixels, labels, 10, mean=(levels.mean().item(),), std=(levels.std().item(),))
+    images = LabelledImages(pixels, labels, 10, (levels.mean().item(),), (levels.std().item(),), NAMES)
     return Splits(*(images.take(part) for part in parts))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .files import ImageFiles, ImageSet
 from .order import epoch_batches, rank_sizes
 
 log = logging.getLogger(__name__)
+WAY_OUT = "replace the file or raise skip_bad, and resume"
 
 
 class EpochLoader(ABC):
@@ -28,7 +30,7 @@ class EpochLoader(ABC):
         self.num_samples = sum(self._sizes)
         self._labels = data.labels.to(config.device)
         self._epoch = self._position = 0
-        self._bad: set[int] = set()  # samples whose file cannot be read
+        self._bad = set(config.known_bad)  # samples whose file cannot be read
         self._running: Generator[Batch, None, None] | None = None
         mean, std = (torch.tensor(v, device=config.device).view(-1, 1, 1) for v in (data.mean, data.std))
         factor = 1 / std
@@ -41,6 +43,7 @@ class EpochLoader(ABC):
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         """For each batch of indices (n,), yield normalised images (m, channels, H, W) and the m readable indices.
 
+        m is 0 if all files of an evaluation batch are unreadable.
         The generator may be closed early. The next call does not depend on it.
         """
 
@@ -65,7 +68,8 @@ class EpochLoader(ABC):
         try:
             for pixels, index in images:
                 self._position += 1  # before the yield: a state saved while the batch is in use continues after it
-                yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
+                if len(index):
+                    yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
         finally:
             images.close()
         self._position = 0
@@ -93,17 +97,24 @@ class EpochLoader(ABC):
     def _readable(self, index: Tensor) -> Tensor:
         """`index` without the samples found unreadable so far.
 
+        If none is left, the result is empty in evaluation, and another sample in training, which has a fixed number of
+        steps in every epoch and process.
+
         Raises:
-            BadImageError: no sample is left.
+            BadImageError: no sample of the set is left.
         """
-        if not self._bad:
+        if not self._bad or not len(index):
             return index
-        kept = torch.tensor([i for i in index.tolist() if i not in self._bad], dtype=torch.int64)
-        if not len(kept):
-            raise BadImageError(
-                f"no image of a batch of {len(index)} can be read, the first is {self._path(int(index[0]))}"
-            )
-        return kept
+        kept = [i for i in index.tolist() if i not in self._bad]
+        if not kept:
+            N = len(self.data)
+            others = ((int(index[0]) + step) % N for step in range(1, N))
+            other = next((sample for sample in others if sample not in self._bad), None)
+            if other is None:
+                first = self._path(int(index[0]))
+                raise BadImageError(f"no image of a batch of {len(index)} can be read, the first is {first}")
+            kept = [other] * self._shuffle
+        return torch.tensor(kept, dtype=torch.int64)
 
     def _reject(self, sample: int, reason: str) -> None:
         """Skip a sample from now on.
@@ -115,8 +126,8 @@ class EpochLoader(ABC):
             return
         problem = f"{self._path(sample)} cannot be read as an image: {reason}"
         allowed = self.config.skip_bad
-        if len(self._bad) == allowed:
-            raise BadImageError(f"{problem} (at most skip_bad={allowed} such files are skipped)")
+        if len(self._bad) >= allowed:
+            raise BadImageError(f"{problem} (at most skip_bad={allowed} such files are skipped): {WAY_OUT}")
         self._bad.add(sample)
         log.warning("skipped: %s (%d of skip_bad=%d)", problem, len(self._bad), allowed)
 
@@ -143,6 +154,7 @@ class EpochLoader(ABC):
             "batch": self._position,
             "batches": len(self),
             "bad": sorted(self._bad),
+            "classes": None if self.data.class_names is None else list(self.data.class_names),
             "settings": self._settings(),
         }
 
@@ -152,10 +164,14 @@ class EpochLoader(ABC):
             # A state of an earlier version lacks the settings that were added since.
             if saved.get(name, value) != value:
                 raise ValueError(f"the saved position has {name} {saved[name]!r}, this loader has {value!r}")
+        there, here = state.get("classes"), self.data.class_names
+        if there is not None and here is not None and there != list(here):
+            old, new = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+            raise ValueError(f"the saved position has a class {old!r} where this loader has {new!r}")
         done, planned = state["batch"], state["batches"]
         if done < planned and done >= len(self) and self._shuffle:
             # A short last step may be separate on few ranks and merged on many (see `order.step_sizes`).
             raise ValueError(f"the saved position is before batch {done} of {planned}, this loader has {len(self)}")
         self._stop()
-        self._epoch, self._bad = state["epoch"], set(state["bad"])
+        self._epoch, self._bad = state["epoch"], {*state["bad"], *self.config.known_bad}
         self._position = len(self) if done == planned else min(done, len(self))

@@ -17,7 +17,8 @@ from .images import LabelledImages, check_labels
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = tuple(file.name for file in SOURCES["fashion-mnist"].files)
-NUM_CLASSES = 10
+NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+NUM_CLASSES = len(NAMES)
 # Statistics of the 60,000 training images, in pixel levels.
 MEAN, STD = (72.94035,), (90.02118,)
 
@@ -50,7 +51,7 @@ def _part(folder: Path, part: str) -> LabelledImages:
     if len(pixels) != len(classes):
         raise ValueError(f"{images} holds {len(pixels)} images, {labels} holds {len(classes)} labels")
     check_labels(classes, NUM_CLASSES, labels)
-    return LabelledImages(pixels.unsqueeze(1), classes, NUM_CLASSES, MEAN, STD)
+    return LabelledImages(pixels.unsqueeze(1), classes, NUM_CLASSES, MEAN, STD, NAMES)
 
 
 def read_idx(path: Path, dims: int) -> Tensor:

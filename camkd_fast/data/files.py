@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
+from .headers import Headers, read_headers
 from .images import LabelledImages
 
 # Statistics of the ImageNet training set, in pixel levels: the usual normalisation of ImageNet models.
@@ -19,7 +21,7 @@ IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """JPEG or PNG files with labels. Loaders decode them to RGB and yield squares of `size` pixels."""
+    """Image files with labels. Loaders decode them to RGB and yield squares of `size` pixels."""
 
     paths: tuple[Path, ...]  # length N
     labels: Tensor  # (N,) int64 in [0, num_classes)
@@ -44,10 +46,7 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the files' contents, labels, order, normalisation and size.
 
-        Paths are excluded, so that a set can be moved. Reads every file, once.
-
-        Raises:
-            OSError: a file cannot be read.
+        Paths are excluded, so that a set can be moved. Reads every file, once; one that cannot be read counts as empty.
         """
         return self._fingerprint
 
@@ -62,13 +61,25 @@ class ImageFiles:
         digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def headers(self) -> Headers:
+        """Headers of the files, read once and cached on disk (see `headers.read_headers`)."""
+        return self._headers
+
+    @cached_property
+    def _headers(self) -> Headers:
+        return read_headers(self.paths)
+
     def take(self, index: Tensor) -> ImageFiles:
         """The files at `index` (M,) int64."""
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
 
 
 def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+    content = b""
+    if path.is_file():  # a named pipe would wait for its writer
+        with suppress(OSError):
+            content = path.read_bytes()
+    return hashlib.sha256(content).digest()
 
 
 ImageSet = LabelledImages | ImageFiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 from .files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .splits import Splits, hold_out
+from .walk import count_files, image_names, warn_left_out
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")  # in upper or lower case
 # Commonly published statistics of Tiny-ImageNet's training set, in pixel levels.
 TINY_MEAN = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
 TINY_STD = (0.2770 * 255, 0.2691 * 255, 0.2821 * 255)
@@ -20,9 +21,11 @@ TEST_FRACTION = 0.2  # of a flat tree
 def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int = 0) -> Splits:
     """Load ROOT/train/CLASS/IMAGE with ROOT/val, ROOT/test or both, or a flat tree ROOT/CLASS/IMAGE.
 
-    Classes are the folders in sorted order. JPEG and PNG files are read; hidden files and folders are ignored. If only
-    one of val and test exists, it is the test split, as in ImageNet, and the validation split is held out of train. One
-    fifth of a flat tree is the test split, the same for every seed, so that no teacher is trained on it.
+    Classes are the folders in sorted order, without hidden ones. Of a class the same files are read in the same order
+    as by torchvision's ImageFolder: folders inside it and links to folders are followed, and a name must end with one
+    of `walk.EXTENSIONS`. A warning counts the files that are left out. If only one of val and test exists, it is the
+    test split, as in ImageNet, and the validation split is held out of train. One fifth of a flat tree is the test
+    split, the same for every seed, so that no teacher is trained on it.
 
     Args:
         size: side of the images, pixels.
@@ -31,12 +34,22 @@ def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int 
     Raises:
         FileNotFoundError: the folder is missing, or it has train but neither val nor test.
         ValueError: there are fewer than two classes, a class folder has no image, or train lacks a class.
+        OSError: a folder cannot be read.
     """
+    left_out: Counter[str] = Counter()
+    splits = _load_splits(root, size, validation, split_seed, left_out)
+    warn_left_out(root, left_out)
+    return splits
+
+
+def _load_splits(root: Path, size: int, validation: float, split_seed: int, left_out: Counter[str]) -> Splits:
+    """`load_folder`, which counts the files that are left out by ending."""
     if not (root / "train").is_dir() or not _visible_folders(root / "train"):  # without subfolders, train is a class
-        train, test = hold_out(_read_tree(root, size), TEST_FRACTION, seed=0)
+        train, test = hold_out(_read_tree(root, size, left_out), TEST_FRACTION, seed=0)
         return Splits(*hold_out(train, validation, split_seed), test)
-    train = _read_tree(root / "train", size)
-    others = [_read_tree(root / part, size, train.class_names) for part in ("val", "test") if (root / part).is_dir()]
+    train = _read_tree(root / "train", size, left_out)
+    parts = [root / part for part in ("val", "test") if (root / part).is_dir()]
+    others = [_read_tree(part, size, left_out, train.class_names) for part in parts]
     if not others:
         raise FileNotFoundError(f"{root} has a folder train, but neither val nor test")
     return Splits(train, *others) if len(others) == 2 else Splits(*hold_out(train, validation, split_seed), others[0])
@@ -105,30 +118,35 @@ def class_folders(root: Path, minimum: int = 2) -> list[Path]:
     return folders
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The JPEG and PNG files in a folder that are not hidden, sorted by name.
+def images_in(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """The image files in a folder and in the folders inside it, in the order of torchvision's ImageFolder.
+
+    Args:
+        left_out: counts the endings of all other files.
 
     Raises:
         ValueError: there is none.
+        OSError: a folder inside cannot be read.
     """
-    inside = folder.iterdir() if folder.is_dir() else ()
-    images = sorted(path for path in inside if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    images = image_names(folder, Counter() if left_out is None else left_out) if folder.is_dir() else []
     if not images:
-        raise ValueError(f"{folder} holds no JPEG or PNG file")
-    return images
+        raise ValueError(f"{folder} holds no image file")
+    return [Path(name) for name in images]
 
 
 def _visible_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(folders, key=lambda path: path.name)  # paths themselves compare without case on Windows
 
 
-def _read_tree(root: Path, size: int, names: Sequence[str] | None = None) -> ImageFiles:
+def _read_tree(root: Path, size: int, left_out: Counter[str], names: Sequence[str] | None = None) -> ImageFiles:
     """Read ROOT/CLASS/IMAGE. `names` are the classes if given; some may be missing here."""
     folders = class_folders(root, minimum=1 if names else 2)
     found = [folder.name for folder in folders]
     if names and (unknown := sorted(set(found) - set(names))):
         raise ValueError(f"{root} has a class {unknown[0]} that is not among the {len(names)} training classes")
-    pairs = [(folder.name, image) for folder in folders for image in images_in(folder)]
+    pairs = [(folder.name, image) for folder in folders for image in images_in(folder, left_out)]
+    count_files(root, folders, left_out)
     return _image_files(pairs, names or found, size, IMAGENET_MEAN, IMAGENET_STD)
 
 

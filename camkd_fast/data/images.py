@@ -21,6 +21,7 @@ class LabelledImages:
     num_classes: int
     mean: tuple[float, ...]  # per channel, in pixel levels
     std: tuple[float, ...]
+    class_names: tuple[str, ...] | None = None  # in the order of the labels; None: unknown
 
     def __len__(self) -> int:
         return self.labels.numel()

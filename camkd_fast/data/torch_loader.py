@@ -31,10 +31,11 @@ class TorchLoader(EpochLoader):
 
     def __init__(self, data: ImageSet, config: LoaderConfig) -> None:
         super().__init__(data, config)
-        prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
+        self._prepared: Dataset[Prepared]
+        self._prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
         self._plan: list[Key] = []  # the sampler of the DataLoader, replaced in place
         self._loader: DataLoader[Prepared] | None = DataLoader(
-            prepared,
+            self._prepared,
             sampler=self._plan,
             batch_size=None,
             num_workers=config.workers,
@@ -49,10 +50,15 @@ class TorchLoader(EpochLoader):
             raise RuntimeError("the loader is closed")
         self._plan[:] = [(view, self._readable(batch)) for batch in batches]
         for batch, (levels, index, problems) in zip(batches, self._loader, strict=True):
-            for sample, problem in problems.items():
-                self._reject(sample, problem)
-            self._readable(batch)  # raises if no image of the batch is left
+            self._reject_all(problems)
+            while not len(index) and len(other := self._readable(batch)):  # all were damaged while they were decoded
+                levels, index, problems = self._prepared[view, other]
+                self._reject_all(problems)
             yield self._normalised(levels.to(self.config.device, non_blocking=True)), index
+
+    def _reject_all(self, problems: dict[int, str]) -> None:
+        for sample, problem in problems.items():
+            self._reject(sample, problem)
 
     def close(self) -> None:
         super().close()

@@ -29,6 +29,7 @@ from ..report.plots import (
     curves,
 )
 from ..train import config_file
+from ..train.class_names import renumbered
 from ..train.config import DistillConfig, JobConfig, TeachConfig
 from ..train.confusion import Confusion, confusion
 from ..train.journal import METRICS, read_metrics
@@ -118,7 +119,10 @@ class _Models:
         self.images = len(images)
         if self.models and self.images:
             gpu = config.precision.device != "cpu" and torch.cuda.is_available()
-            frozen = [models.freeze(model).to("cuda" if gpu else "cpu") for model in self.models]
+            frozen = [
+                renumbered(models.freeze(model).to("cuda" if gpu else "cpu"), f"model {name}", metadata, images)
+                for model, name, metadata in zip(self.models, self.names, self.metadata, strict=True)
+            ]
             self.confusion = confusion(frozen, images, config.data.loader, config.data.skip_bad)
 
     def table(self, weights: Sequence[float]) -> Table:

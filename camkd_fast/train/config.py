@@ -47,7 +47,7 @@ class DataConfig:
     view_seed: int | None = None
     """Seed of the augmentation; None: the run's seed. Runs with the same view seed can share a teacher cache."""
     skip_bad: int = 0
-    """Number of unreadable image files to skip before the run stops."""
+    """Number of image files that may be unreadable, over all parts; one more stops the run before training."""
 
     def __post_init__(self) -> None:
         _fraction("validation", self.validation)

@@ -47,8 +47,9 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     """Write the model of a finished run as `student.onnx` and `student.pt2`.
 
     Both take normalised `images` (n, channels, H, W) float32 for any n and return `logits` (n, C). The metadata has
-    the normalisation of pixel levels 0 to 255, (level - mean) / std per channel, the model's name and its data set:
-    JSON under "camkd_fast" in the ONNX model's properties and in the extra files of the torch.export program.
+    the normalisation of pixel levels 0 to 255, (level - mean) / std per channel, the model's name, its data set and
+    the names of its classes in the order of the logits: JSON under "camkd_fast" in the ONNX model's properties and in
+    the extra files of the torch.export program.
 
     Args:
         run: folder of the run.

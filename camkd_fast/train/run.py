@@ -20,10 +20,12 @@ from ..data.batch import Loader, LoaderConfig
 from ..data.files import ImageSet
 from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
+from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
 from ..models.protocol import feature_model
 from . import config_file, run_folder, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints, model_bytes
+from .class_names import renumbered
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
 from .journal import METRICS, Journal, NullJournal, read_metrics
@@ -78,7 +80,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
         split: "train", "validation" or "test".
 
     Raises:
-        ValueError: an unknown or empty split.
+        ValueError: an unknown or empty split, or images of other classes than the model's.
         FileNotFoundError, CheckpointError, OSError: as `load_model`.
     """
     if split not in Splits._fields:
@@ -86,6 +88,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     model = load_model(run)
     config = config_file.load(run / CONFIG)
     images: ImageSet = getattr(load_splits(config.data), split)
+    model = renumbered(model, f"the model of {run}", run_folder.model_metadata(run), images)
     if not len(images):
         raise ValueError(f"the {split} part of {config.data.data} is empty")
     with processes(device) as world:
@@ -112,6 +115,8 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
     with ExitStack() as stack:
         parts = load_splits(config.data)
         train, settings = training_set(config, parts.train, world)
+        bad = _unreadable(parts._replace(train=train), config.data.skip_bad, world)
+        settings = replace(settings, known_bad=bad.train)
         teachers = load_teachers(config, train, settings, world) if isinstance(config, DistillConfig) else None
         torch.manual_seed(config.seed)
         student = models.create(model, train.num_classes, train.channels)
@@ -124,10 +129,12 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
 
         for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)
+        for_validation = replace(for_evaluation, known_bad=bad.validation)
+        for_test = replace(for_evaluation, known_bad=bad.test)
         trainer = Trainer(
             step,
             loader(train, settings),
-            loader(parts.validation, for_evaluation) if len(parts.validation) else None,
+            loader(parts.validation, for_validation) if len(parts.validation) else None,
             len(train),
             config.optim,
             peak_rate(config.optim, model),
@@ -152,7 +159,7 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
         outcome = trainer.run(journal)
 
         world.copy_buffers(step.student)
-        test = evaluate_model(step.student, loader(parts.test, for_evaluation), world)
+        test = evaluate_model(step.student, loader(parts.test, for_test), world)
         speed, start = outcome
         result = RunResult(config.out, test, speed, start, time.perf_counter() - started)
         if world.is_main:
@@ -194,6 +201,18 @@ def load_splits(config: DataConfig) -> Splits:
     return catalogue.load(
         config.data, config.root, split_seed=config.split_seed, validation=config.validation, size=config.size
     )
+
+
+def _unreadable(parts: Splits, skip_bad: int, world: World) -> Unreadable:
+    """The files that cannot be read, in every process; only rank 0 reads headers that no cache has.
+
+    Raises:
+        BadImageError: as `find_unreadable`.
+    """
+    if world.is_main:
+        read_all_headers(parts)
+    world.wait()
+    return find_unreadable(parts, skip_bad, quiet=not world.is_main)
 
 
 def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[ImageSet, LoaderConfig]:
@@ -267,6 +286,7 @@ def _metadata(model: str, data: str, images: ImageSet) -> dict[str, Any]:
     return {
         "model": model,
         "num_classes": images.num_classes,
+        "class_names": images.class_names,
         "in_channels": images.channels,
         "data": data,
         "size": images.shape[1:],

@@ -16,8 +16,8 @@ from .journal import METRICS
 
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-# Settings that may differ on resume: locations and logging, nothing that affects training.
-FREE = ("out", "teacher_cache", "data.root", "data.workers", "precision.device", "log.")
+# Settings that may differ on resume: locations, logging, and how many files may be unreadable.
+FREE = ("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad", "precision.device", "log.")
 
 
 class RunExistsError(RuntimeError):
@@ -79,7 +79,10 @@ def _remove(out: Path) -> None:
 
 
 def model_metadata(run: Path) -> dict[str, Any]:
-    """Metadata of a run's model: model, num_classes, in_channels, data, size (H, W), mean and std in pixel levels."""
+    """Metadata of a run's model: model, num_classes, class_names, in_channels, data, size (H, W), mean and std.
+
+    Mean and std are pixel levels. The class names are None if unknown, and missing in files of earlier versions.
+    """
     return _read(run)[1]
 
 

@@ -7,18 +7,22 @@ Student and loss are one graph under torch.compile.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch
 from ..losses.logit import camkd_loss_and_grad
 from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate
+from .single_values import running_statistics
 from .strategies import Strategy
 from .sums import Sums
 from .teachers.live import Teachers
@@ -132,7 +136,12 @@ class TrainStep:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
             self.trainable = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable)  # type: ignore[no-untyped-call]
-        compiled = precision.compiles(world.device.type)
+        compiled = precision.compiles(world.device.type) and full_batch > 1  # one image: see `running_statistics`
+        if full_batch == 1 and any(isinstance(module, _BatchNorm) for module in self.trainable.modules()):
+            warnings.warn(
+                "batch_size 1 for a process: a batch norm that sees one value per channel uses its running statistics",
+                stacklevel=2,
+            )
         if compiled:
             self.trainable.compile_for(full_batch, precision.cuda_graphs)
         self.student, self.strategy, self.teachers = self.trainable.student, self.trainable.strategy, teachers
@@ -169,7 +178,8 @@ class TrainStep:
         seed_generators(self._world.device, self._seed, self._world.rank, number)
         teacher_outputs = self.teachers(batch) if self.teachers is not None else []
         scale = self.scaler.scale(self._scale)
-        objective = self._forward(batch.images, batch.target, teacher_outputs, num_items, scale)
+        with running_statistics(self.trainable) if len(batch.target) == 1 else nullcontext():
+            objective = self._forward(batch.images, batch.target, teacher_outputs, num_items, scale)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         for group in self.optimizer.param_groups:

@@ -227,7 +227,9 @@ def test_a_teacher_of_another_class_count_is_named_with_both(here: Path, capsys:
                 Image.new("L", (8, 8), 40 * i).save(images / f"{i}.png")
     line = "distill --data folder --root tree --size 8 --epochs 1 --validation 0 --student resnet8 --out runs/x"
     error = call(f"{line} --teachers runs/t0", capsys, status=1)
-    assert "runs/t0 has num_classes 10, but the student's images have 3" in error
+    assert (
+        "runs/t0 has num_classes 10, but the student's images have 3: '0' and '1' there, 'cat' and 'dog' here" in error
+    )
 
 
 def test_a_damaged_model_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,3 +130,23 @@ def test_a_position_in_other_data_is_refused() -> None:
     relabelled = replace(data, labels=data.labels.flip(0))
     with opened(relabelled, "resident") as other, pytest.raises(ValueError, match="labels '"):
         other.load_state_dict(state)
+
+
+def test_a_position_in_other_classes_is_refused() -> None:
+    """Equal labels of renamed folders mean other classes. Unknown names are taken to be the same."""
+    data = replace(arrays(), class_names=tuple("abcdefg"))
+    with opened(data, "resident") as saved:
+        state = saved.state_dict()
+    for names, message in (
+        (("a", "x", *"cdefg"), "a class 'b' where this loader has 'x'"),
+        (tuple("bacdefg"), "'a'.*'b'"),
+    ):
+        renamed = replace(data, class_names=names)
+        with opened(renamed, "resident") as other, pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    with opened(replace(data, class_names=None), "resident") as other, opened(data, "resident") as same:
+        other.load_state_dict(state)
+        same.load_state_dict(
+            {name: value for name, value in state.items() if name != "classes"}
+        )  # an earlier version's
+        same.load_state_dict(other.state_dict())

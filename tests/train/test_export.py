@@ -18,6 +18,7 @@ from camkd_fast.train.export import METADATA, ONNX, PROGRAM, TOLERANCE, ExportEr
 from camkd_fast.train.run_folder import load_model
 
 MEAN, STD = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]
+CLASSES = "cdabgfe"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,6 +33,7 @@ def trained(folder: Path, name: str, size: int = 8) -> Path:
         for _ in range(3):
             model(2 * torch.randn(8, 3, size, size, generator=generator) + 0.5)
     metadata = {"model": name, "num_classes": 7, "in_channels": 3, "data": "cifar10", "size": [size, size]}
+    metadata["class_names"] = list(CLASSES)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(model_bytes(model, {**metadata, "mean": MEAN, "std": STD}))
     return folder
@@ -81,6 +83,7 @@ def test_metadata_says_how_to_normalise(tmp_path: Path) -> None:
     for text in (extra[METADATA], property.value):
         metadata = json.loads(text)
         assert (metadata["model"], metadata["mean"], metadata["std"]) == ("resnet8", MEAN, STD)
+        assert metadata["class_names"] == list(CLASSES)  # in the order of the logits
         assert metadata["input"] == "images (n, 3, 12, 12) float32, (level - mean) / std by channel"
     (images,) = onnx.load(done.onnx).graph.input
     sizes = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
