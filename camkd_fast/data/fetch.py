@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from ..system import expand_path
+
 TIMEOUT = 60.0  # seconds without a response or data
 CHUNK = 1 << 18  # bytes
 
@@ -55,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # (file name, bytes received, total 
 def default_folder(name: str) -> Path:
     """Default folder of a data set: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
     base = os.environ.get("CAMKD_FAST_DATA")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "camkd_fast") / name
+    return (expand_path(base) if base else Path.home() / ".cache" / "camkd_fast") / name
 
 
 def fetch(

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .atomic import sync_folder, write_synced
+from ..system import sync_folder
+from .atomic import write_synced
 
 FORMAT = 1
 KEEP = 2  # checkpoints kept per run

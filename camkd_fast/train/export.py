@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import models
 from .run_folder import load_model, model_metadata
+from .run_lock import check_free, locked
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
 METADATA = "camkd_fast"  # key of the ONNX model's properties, name of the file in the program's archive
@@ -65,8 +66,8 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     channels, (H, W) = metadata["in_channels"], metadata["size"]
     metadata = {**metadata, "input": f"images (n, {channels}, {H}, {W}) float32, (level - mean) / std by channel"}
     folder = run / "export" if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
+    check_free(run)
+    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
         onnx_file, program_file = Path(unchecked) / ONNX, Path(unchecked) / PROGRAM
         written = models.freeze(model) if folded else model
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...models.protocol import Prediction
 from ..distributed import World
+from ..run_lock import shared
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
 from .live import Head, Teachers
@@ -119,7 +120,8 @@ class TeacherCache:
             CacheError: the cache in `folder` is damaged or has another key or storage.
             OSError: a shard cannot be written; earlier shards are kept, and another call continues from there.
         """
-        write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
+        with shared(folder, world=world):  # of jobs that need the same cache, the first one writes it
+            write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
     def outputs(self, view: int, index: Tensor) -> list[Prediction]:
