@@ -68,8 +68,8 @@ def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
         raise RunExistsError(f"{out} holds {state}: choose another folder; {ways}")
     saved = config_file.load(out / CONFIG)
     changed = config_file.differences(saved, config)
-    changed = {name: values for name, values in changed.items() if not name.startswith((*FREE, "optim.epochs"))}
-    if changed:
+    changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
+    if set(changed) - {"optim.epochs"}:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
         raise RunExistsError(
             f"{out} cannot be resumed, as it was started with {words}: --resume with the old settings goes on, "

@@ -275,7 +275,7 @@ def check_free(folder: Path, name: str = LOCK) -> None:
     Raises:
         FolderLockedError: as `locked`.
     """
-    if (folder / name).exists():
+    if any(folder.glob(f"{name}*")):
         with locked(folder, name):
             pass
 
