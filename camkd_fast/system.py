@@ -144,7 +144,7 @@ def expand_path(text: str) -> Path:
             return "$"
         name = match[2] if match[3] is None else match[3]
         if name not in os.environ:
-            raise ValueError(f"the environment variable {name or match[0]!r} of the path {text!r} is not set")
+            raise ValueError(f"the environment variable {name or match[0]} of the path {text!r} is not set")
         return os.environ[name]
 
     home, separator, rest = text, "", ""

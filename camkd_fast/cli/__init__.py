@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
         if os.environ.get(failures.TRACEBACK):
             traceback.print_exc()
         way = failures.way_on(error, command) if _rank() == 0 else ""
-        _fail(f"{reason.rstrip('.')}. {way}" if way else reason)
+        _fail(f"{reason.rstrip('.')}; {way}" if way else reason)
         return failures.status(error)
 
 

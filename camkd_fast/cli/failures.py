@@ -132,7 +132,8 @@ def _way_on(error: BaseException, out: Path) -> str:
         return ""
     if isinstance(error, NonFiniteLossError):
         return "start again with --overwrite and a lower --learning-rate; --resume would end the same way"
-    if isinstance(error, (CheckpointError, ValueError)) and str(out) in str(error):
+    file_of_the_run = rf"(?:^|[\s'\"]){re.escape(str(out / 'x')[:-1])}"
+    if isinstance(error, (CheckpointError, ValueError)) and re.search(file_of_the_run, str(error)):
         return "restore that file, or start again with --overwrite"
     last = next(iter(Checkpoints(out / CHECKPOINTS).paths()), None)
     where = "at the beginning" if last is None else f"after step {int(last.name.removeprefix('step-'))}"

@@ -20,6 +20,7 @@ from camkd_fast.train.schedule import RateChange, last_change
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SLOW = pytest.mark.slow
 DATA = DataConfig(images=40)  # 3 steps of 16 images per epoch, of which the last one has 8
 LOG = LogConfig(tensorboard=False, progress=False, log_every=1, checkpoint_every=1)
 TIMES = ("images_per_second", "start_seconds", "seconds")
@@ -58,7 +59,9 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["constant", *(pytest.param(name, marks=SLOW) for name in ("warm-up", "step at epochs"))]
+)
 def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path, schedule: str) -> None:
     optim = SCHEDULES[schedule]
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -72,7 +75,10 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path, schedul
     assert load(out / CONFIG).optim.epochs == 4 and result == teach(config(out, 4, **optim), resume=True)
 
 
-@pytest.mark.parametrize(("before", "stop", "after"), [(2, 2, 3), (2, 4, 4), (4, 5, 2), (3, 6, 2)])
+@pytest.mark.parametrize(
+    ("before", "stop", "after"),
+    [(2, 4, 3), (4, 5, 2), *(pytest.param(*case, marks=SLOW) for case in ((2, 2, 3), (3, 6, 2)))],
+)
 def test_an_interrupted_run_goes_on_to_more_or_fewer_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, stop: int, after: int
 ) -> None:
@@ -104,7 +110,7 @@ DEPENDENT = {
 }
 
 
-@pytest.mark.parametrize("schedule", DEPENDENT)
+@pytest.mark.parametrize("schedule", ["cosine", "step", pytest.param("default step", marks=SLOW)])
 def test_a_schedule_that_depends_on_the_epochs_takes_extend(tmp_path: Path, schedule: str) -> None:
     optim, words = DEPENDENT[schedule]
     out = tmp_path / "run"
@@ -136,9 +142,7 @@ def test_fewer_epochs_than_trained_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_other_settings_are_refused_as_before(tmp_path: Path) -> None:
     out = tmp_path / "run"
     teach(config(out, 1))
-    with pytest.raises(
-        RunExistsError, match=r"seed 0 instead of 1, optim.epochs 1 instead of 2: --resume with"
-    ):
+    with pytest.raises(RunExistsError, match=r"seed 0 instead of 1, optim.epochs 1 instead of 2: --resume with"):
         teach(config(out, 2, seed=1), resume=True)
     with pytest.raises(RunExistsError, match=r"optim.schedule 'constant' instead of 'cosine'"):
         teach(config(out, 2, schedule="cosine"), resume=True, extend=True)

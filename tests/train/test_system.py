@@ -111,7 +111,7 @@ def test_paths_are_expanded(text: str, path: str, monkeypatch: pytest.MonkeyPatc
     [
         ("$NOT_SET/x", "NOT_SET"),
         ("a/${NOT_SET}", "NOT_SET"),
-        ("${}", "'${}'"),
+        ("${}", "variable ${} of"),
         ("${A B}", "A B"),
         ("~no-such-user/x", "~no-such-user"),
     ],
