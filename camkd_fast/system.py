@@ -129,6 +129,14 @@ def link_folder(link: Path, target: Path) -> None:
         shutil.copytree(target, link)
 
 
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+
+
+def is_portable_name(name: str) -> bool:
+    """Whether every system accepts this name, of letters, digits, dots and dashes, for a folder."""
+    return not name.endswith(".") and not _DEVICES.fullmatch(name)
+
+
 _VARIABLE = re.compile(r"\$(?:(\$)|\{([^}]*)\}|([A-Za-z_]\w*))")
 
 

@@ -144,6 +144,9 @@ class FolderLock:
                 system.close_lock_file(descriptor)  # its holder removed the file meanwhile
                 continue
             before = Holder.read(descriptor)
+            if not locked and before is None:
+                time.sleep(0.05)  # the holder writes its name right after it took the lock
+                before = Holder.read(descriptor)
             if locked and (before is None or before.is_here or self._is_silent(self.path)):
                 self._hold(self.path, descriptor, Holder.here())
                 return None

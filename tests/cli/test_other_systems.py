@@ -13,11 +13,14 @@ import pytest
 
 from camkd_fast import cli
 from camkd_fast.experiments import demo
-from tests.support.systems import no_fork, no_unix_signals
+from tests.support.systems import SYSTEMS, no_fork, no_unix_signals
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+QUICK = ("macOS", "Windows")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS if name not in QUICK]
+SOME = pytest.mark.parametrize("other_system", [*QUICK, *REST], indirect=True)
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 
 
@@ -25,6 +28,7 @@ def main(line: str) -> int:
     return cli.main(line.split())
 
 
+@SOME
 def test_teach_and_distill(other_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(f"teach {SMALL} --model resnet8 --out t") == 0
@@ -36,6 +40,7 @@ def test_teach_and_distill(other_system: str, tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.rglob("*.lock*")) and not list(tmp_path.rglob(".*.now.*"))
 
 
+@SOME
 def test_demo(other_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = demo.DemoConfig()
     quick = replace(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from camkd_fast import system
+from camkd_fast.experiments.study.spec import Student
 from camkd_fast.train.atomic import write_atomically
 from tests.support import systems
 
@@ -120,6 +121,15 @@ def test_what_cannot_be_expanded_is_named(text: str, name: str) -> None:
     with pytest.raises(ValueError, match="is not") as caught:
         system.expand_path(text)
     assert name in str(caught.value) and repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["con", "aux", "nul.1", "com1", "lpt9.x", "teacher."])
+def test_names_that_windows_refuses(name: str) -> None:
+    assert not system.is_portable_name(name) and not system.is_portable_name(name.upper())
+    with pytest.raises(ValueError, match=f"which Windows refuses for '{name}'"):
+        Student(name)
+    for other in ("conv", "a.con", "resnet8", "com", "auxiliary", "1.5"):
+        Student(other)
 
 
 # --- signals and streams ---------------------------------------------------------------------------------------------
