@@ -144,6 +144,20 @@ def test_a_finished_run_is_kept_resumed_or_overwritten(here: Path, capsys: pytes
     assert model.read_bytes() != before[1]
 
 
+def test_a_finished_run_takes_more_epochs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"teach {SMALL.replace('--epochs 1', '')} --model resnet8 --batch-size 20 --schedule cosine --out runs/more"
+    call(f"{line} --epochs 1", capsys)
+    refused = call(f"{line} --epochs 2 --resume", capsys, status=1)
+    assert "the cosine schedule depends on the number of epochs: step 3 of runs/more had" in refused
+    assert "--extend goes on with step 4 at 0.0" in refused
+    capsys.readouterr()
+    assert cli.main(f"{line} --epochs 2 --resume --extend".split()) == 0
+    assert "camkd-fast: warning: the cosine schedule depends" in capsys.readouterr().err
+    page = (here / "runs/more/report.html").read_text()
+    assert "repeats the run, but for epochs up to 1, which had the learning rates of 1 epochs." in page
+    assert "has trained 2 epochs, more than the 1 of --epochs" in call(f"{line} --epochs 1 --resume", capsys, status=1)
+
+
 def test_evaluate_report_and_export_of_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = call("evaluate runs/s0", capsys)
     test = json.loads((here / "runs/s0/metrics.jsonl").read_text().splitlines()[-1])
