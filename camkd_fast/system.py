@@ -293,7 +293,7 @@ def end_on_interrupt() -> None:
 def tolerate_unprintable() -> None:
     """Let stdout and stderr print `?` for characters that their encoding lacks, instead of raising an error."""
     for stream in _streams():
-        encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
+        encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "")
         if encoding != "utf8" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

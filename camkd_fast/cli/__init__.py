@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return info() if argv == ["info"] else _run(argv)
         finally:
             system.flush_output()
+    except (KeyboardInterrupt, system.Stopped) as error:  # before the command began
+        _fail(str(error) or "interrupted")
+        return error.status if isinstance(error, system.Stopped) else 130
     except OSError as error:
         if not system.is_closed_pipe(error):
             raise

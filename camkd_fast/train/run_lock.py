@@ -17,7 +17,6 @@ import secrets
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -285,7 +284,7 @@ def check_free(folder: Path, name: str = LOCK) -> None:
 
 @contextmanager
 def shared(
-    folder: Path, name: str = LOCK, *, world: World = ONE, say: Callable[[str], None] = warnings.warn
+    folder: Path, name: str = LOCK, *, world: World = ONE, say: Callable[[str], None] | None = None
 ) -> Iterator[None]:
     """Hold the lock of a folder in the block, after the processes that hold it before.
 
@@ -302,7 +301,7 @@ def shared(
         # Ranks exchange this several times a minute, or their next exchange would time out.
         if not world.broadcast(holder is not None):
             break
-        if holder is not None and pause == 0.05:
+        if say is not None and holder is not None and pause == 0.05:
             say(f"waiting for {folder}, which is being written by {holder}")
         time.sleep(pause)
         pause = min(2 * pause, 1.0)

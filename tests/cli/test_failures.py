@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from camkd_fast import cli
 from camkd_fast.cli import failures
 from camkd_fast.data.torch_loader import ArrayBatches
+from camkd_fast.system import Stopped
 from camkd_fast.train import run_lock
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.sums import NonFiniteLossError
@@ -242,6 +243,14 @@ def test_a_signal_says_how_to_go_on(
     what = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert error == f"camkd-fast: {what}; {RESUME}\n"
     assert not Path("r/.lock").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM), 143)])
+def test_a_signal_before_the_command_began(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda argv: raising(error)())  # while it imports
+    assert failing(TEACH, capsys, status) in ("camkd-fast: interrupted\n", "camkd-fast: stopped by SIGTERM\n")
 
 
 # --- closed pipes, encodings -----------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_of_two_jobs_that_need_a_cache_one_writes_it(tmp_path: Path) -> None:
     batch = batch_of(torch.arange(N), 1)
     one, two = (cache.outputs(1, batch.index) for cache in caches)
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(one, two, strict=True))
-    assert not list(tmp_path.glob(".lock*"))
+    assert not list(tmp_path.glob(".*lock*"))
 
 
 def test_a_job_says_for_whom_it_waits(tmp_path: Path) -> None:

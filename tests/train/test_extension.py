@@ -181,7 +181,7 @@ def test_a_student_goes_on_too(tmp_path: Path) -> None:
         data = replace(DATA, views=2)
         return DistillConfig(
             "resnet8", (tmp_path / "t",), "ca-mkd", out=tmp_path / name, data=data, optim=optim, log=LOG,
-            teacher_cache=tmp_path / "cache",
+            teacher_cache=tmp_path / name,  # in the run's own folder, which it has locked
         )  # fmt: skip
 
     run.distill(student("whole", 3))

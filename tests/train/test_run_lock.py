@@ -72,7 +72,7 @@ def test_threads_get_the_lock_one_after_the_other(kind: str, tmp_path: Path) -> 
     inside, seen = [], []
 
     def work(number: int) -> None:
-        with shared(tmp_path, say=lambda text: None):
+        with shared(tmp_path):
             inside.append(number)
             seen.append(len(inside))
             time.sleep(0.01)

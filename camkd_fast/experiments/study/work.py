@@ -123,7 +123,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[Path], Record]) -> Record:
     """The record in `folder` if its hash matches; otherwise run `work` and write its record."""
-    with run_lock.shared(folder, PIECE_LOCK, say=lambda text: None):
+    with run_lock.shared(folder, PIECE_LOCK):
         path = folder / RECORD
         if path.exists():
             found: Record = json.loads(path.read_bytes())
