@@ -37,10 +37,9 @@ def _module(name: str) -> Any:
 
 def available_memory() -> int:
     """Bytes of memory that a process may take without paging; an estimate on systems that do not count them."""
-    with suppress(OSError, ValueError, IndexError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    free = _table("/proc/meminfo").get("MemAvailable:")
+    if free is not None:
+        return min([free * 1024, *_container_memory()])
     page = _sysconf("SC_PAGE_SIZE")
     if free := page * _sysconf("SC_AVPHYS_PAGES"):
         return free
@@ -48,6 +47,33 @@ def available_memory() -> int:
         return free
     # macOS counts pages, but not the free ones. It keeps files in most of what programs leave.
     return page * _sysconf("SC_PHYS_PAGES") // 2 or ASSUMED_MEMORY
+
+
+def _table(path: str) -> dict[str, int]:
+    """The first number after each name in a file of Linux; empty if it cannot be read."""
+    numbers = {}
+    with suppress(OSError), open(path, encoding="ascii", errors="replace") as lines:
+        for words in map(str.split, lines):
+            with suppress(ValueError, IndexError):
+                numbers[words[0]] = int(words[-1] if len(words) == 1 else words[1])
+    return numbers
+
+
+# Files of a control group, version 2 and 1: limit, use, and what of the use is cached files that can be dropped.
+_CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def _container_memory() -> list[int]:
+    """Bytes that the container may take in addition, for each kind of limit that it has."""
+    free = []
+    for *files, name in _CONTROL_GROUPS:
+        limit, used, statistics = (_table(f"/sys/fs/cgroup/{file}") for file in files)
+        if limit and used:  # otherwise there is no container, or no limit
+            free.append(max(sum(limit.values()) - sum(used.values()) + statistics.get(name, 0), 0))
+    return free
 
 
 def _sysconf(name: str) -> int:

@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # (file name, bytes received, total 
 def default_folder(name: str) -> Path:
     """Default folder of a data set: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
     base = os.environ.get("CAMKD_FAST_DATA")
-    return (expand_path(base) if base else Path.home() / ".cache" / "camkd_fast") / name
+    return expand_path(base or "~/.cache/camkd_fast") / name
 
 
 def fetch(

@@ -142,3 +142,18 @@ def test_the_folder_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for text, path in {"~/d": tmp_path / "home" / "d", "$RUNS/d": tmp_path / "all runs" / "d", "": None}.items():
         monkeypatch.setenv("CAMKD_FAST_DATA", text)
         assert default_folder("x") == (path or tmp_path / "home" / ".cache" / "camkd_fast") / "x"
+
+
+def test_a_machine_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A container with a user of no name."""
+    import pwd
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("CAMKD_FAST_DATA", raising=False)
+
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cli.main(["data", "list"]) == 1
+    assert "the home folder '~' of the path '~/.cache/camkd_fast' is not known" in capsys.readouterr().err

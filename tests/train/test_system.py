@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -37,6 +38,39 @@ def test_memory_is_a_number_whatever_the_system_counts(missing: Any, monkeypatch
         assert free == total // 2
     elif len(missing) == 2:
         assert free == system.ASSUMED_MEMORY
+
+
+V2 = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 300\ninactive_file 250\n"}
+V1 = {
+    "memory/memory.limit_in_bytes": "1000\n",
+    "memory/memory.usage_in_bytes": "900\n",
+    "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 50\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        (V2, 550),
+        (V1, 150),
+        ({**V2, "memory.stat": ""}, 300),
+        ({**V2, "memory.current": "2000\n"}, 0),
+        ({**V2, "memory.max": "max\n"}, 4096),
+        ({**V1, "memory/memory.limit_in_bytes": "9223372036854771712\n"}, 4096),
+        ({}, 4096),
+    ],
+)
+def test_memory_of_a_container(files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  4 kB\n"}
+    contents |= {f"/sys/fs/cgroup/{name}": text for name, text in files.items()}
+
+    def fake(path: str, **more: Any) -> io.StringIO:
+        if path not in contents:
+            raise FileNotFoundError(path)
+        return io.StringIO(contents[path])
+
+    monkeypatch.setattr("builtins.open", fake)
+    assert system.available_memory() == free
 
 
 def test_memory_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
