@@ -65,9 +65,10 @@ class Holder:
     @classmethod
     def parse(cls, content: bytes) -> Holder | None:
         try:
-            return cls(**json.loads(content))
+            found = cls(**json.loads(content))
         except (ValueError, TypeError):
             return None
+        return found if isinstance(found.pid, int) else None
 
     def write(self, descriptor: int) -> None:
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -131,6 +132,9 @@ class FolderLock:
         while True:
             try:
                 descriptor = system.open_lock_file(self.path)
+            except FileNotFoundError:
+                self._make_folder()  # its holder removed the folder meanwhile
+                continue
             except OSError as error:
                 if error.errno in _READ_ONLY and not self.path.exists():
                     return None
@@ -186,10 +190,12 @@ class FolderLock:
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
+            with suppress(FileNotFoundError):  # another holder has removed a parent meanwhile
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(error.errno, f"cannot write the run folder {self.folder}: {error.strerror}") from error
-        self._created = missing
+        self._created = [*missing, *self._created]
 
     def _is_silent(self, path: Path) -> bool:
         """Whether the holder has not touched the file for long, by the clock of the file system."""

@@ -13,6 +13,7 @@ import torch
 
 from camkd_fast import __version__, cli
 from camkd_fast.backends.dispatch import BACKENDS, availability
+from camkd_fast.train.run_lock import locked
 
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")
@@ -306,3 +307,7 @@ def test_torchrun_prints_once_and_leaves_one_run(here: Path) -> None:
     assert done.stdout.count("test accuracy") == 1
     assert (here / "runs/two/report.html").exists()
     assert len((here / "runs/two/metrics.jsonl").read_text().splitlines()) == 2  # one epoch, the test
+    assert not (here / "runs/two/.lock").exists()
+    with locked(here / "runs/two"):
+        done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "camkd-fast: runs/two is being written by process" in done.stderr

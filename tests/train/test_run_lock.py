@@ -86,6 +86,26 @@ def test_threads_get_the_lock_one_after_the_other(kind: str, tmp_path: Path) -> 
     assert seen == [1, 1, 1, 1] and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_its_last_holder_removes(kind: str, tmp_path: Path) -> None:
+    """Between the creation of a folder and of its lock file, another process may remove the folder."""
+    failures = []
+
+    def work() -> None:
+        try:
+            for _ in range(30):
+                with shared(tmp_path / "a" / "b"):
+                    pass
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 def left_by(folder: Path, holder: Holder, claim: bool) -> None:
     """The files of a holder that was killed."""
     (folder / ".lock").write_text("" if claim else json.dumps(holder.__dict__))
@@ -144,7 +164,7 @@ def test_a_holder_gives_signs_of_life(kind: str, tmp_path: Path, monkeypatch: py
 
 
 def test_a_damaged_lock_file_is_no_holder(tmp_path: Path) -> None:
-    for content in (b"", b"{", b"[1]", b'{"pid": 1, "colour": 2}', b"\xff\xfe"):
+    for content in (b"", b"{", b"[1]", b'{"pid": 1, "colour": 2}', b'{"pid": "x"}', b"\xff\xfe"):
         (tmp_path / ".lock").write_bytes(content)
         with locked(tmp_path):
             pass
