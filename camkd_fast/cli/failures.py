@@ -118,7 +118,7 @@ def way_on(error: BaseException, command: Command | None) -> str:
         case Teach() | Distill():
             return _way_on(error, command.settings.out)
         case Compare() if command.settings.out.exists() and not isinstance(error, (RunExistsError, FolderLockedError)):
-            return "the same command goes on, and keeps what is finished"
+            return f"the same command {'without --overwrite ' * command.overwrite}goes on, and keeps what is finished"
         case Data(action=Fetch()) if stopped:
             return "the same command goes on with the download"
         case Demo() if stopped:
@@ -128,6 +128,8 @@ def way_on(error: BaseException, command: Command | None) -> str:
 
 def _way_on(error: BaseException, out: Path) -> str:
     """Likewise of a run in `out`."""
+    if isinstance(error, (KeyboardInterrupt, Stopped)) and not (out / CONFIG).exists():
+        return "nothing was written yet, the same command starts again"
     if isinstance(error, (RunExistsError, FolderLockedError)) or not (out / CONFIG).exists() or is_finished(out):
         return ""
     if isinstance(error, NonFiniteLossError):

@@ -220,6 +220,7 @@ def test_other_commands_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys
     with monkeypatch.context() as patch:
         at_step(patch, 4, gpu_memory)
         assert "the same command goes on, and keeps what is finished" in failing(compare, capsys)
+        assert "the same command without --overwrite goes on" in failing(f"{compare} --overwrite", capsys)
     with monkeypatch.context() as patch:
         at_step(patch, 0, raising(KeyboardInterrupt()))
         assert cli.main(["demo", "--out", "d"]) == 130
@@ -243,6 +244,15 @@ def test_a_signal_says_how_to_go_on(
     what = "interrupted" if name == "SIGINT" else f"stopped by {name}"
     assert error == f"camkd-fast: {what}; {RESUME}\n"
     assert not Path("r/.lock").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_before_the_first_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from camkd_fast.train import run
+
+    monkeypatch.setattr(run, "load_splits", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    error = failing(TEACH, capsys, 143)
+    assert error == "camkd-fast: stopped by SIGTERM; nothing was written yet, the same command starts again\n"
+    assert not Path("r").exists()
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM), 143)])
