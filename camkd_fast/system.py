@@ -32,6 +32,11 @@ def _module(name: str) -> Any:
         return None
 
 
+def _errors(*names: str) -> set[int]:
+    """Numbers of the errors that this system has."""
+    return {getattr(errno, name) for name in names if hasattr(errno, name)}
+
+
 # --- machine ---------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +132,7 @@ def processor_name() -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 # Folders cannot be opened (Windows), or the file system has no fsync for them (some network file systems).
-_NO_FOLDER_SYNC = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
+_NO_FOLDER_SYNC = _errors("EACCES", "EPERM", "EISDIR", "EINVAL", "EBADF", "ENOSYS", "ENOTSUP")
 
 
 def sync_folder(path: Path) -> None:
@@ -200,7 +205,8 @@ def quote_path(path: Path) -> str:
 
 # --- locks -----------------------------------------------------------------------------------------------------------
 
-_BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+_BUSY = _errors("EACCES", "EAGAIN", "EDEADLK", "EDEADLOCK")
+_NO_LOCKS = _errors("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL", "EBADF")
 _LOCKED_BYTE = 1 << 20  # Windows keeps others from reading locked bytes, so lock one behind the content
 
 _inherited: set[int] = set()  # descriptors that forked processes close, or they would hold the parent's locks
@@ -226,7 +232,7 @@ def try_lock(descriptor: int) -> bool | None:
     except OSError as error:
         if error.errno in _BUSY:
             return False
-        if error.errno in {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}:
+        if error.errno in _NO_LOCKS:
             return None
         raise
     return True
@@ -244,6 +250,16 @@ def open_lock_file(path: Path, new: bool = False) -> int:
     _close_in_forks()
     _inherited.add(descriptor)
     return descriptor
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open lock file is the file at `path`, and not one that was removed since."""
+    if _module("fcntl") is None:
+        return path.exists()  # Windows removes no open files
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def close_lock_file(descriptor: int) -> None:

@@ -143,7 +143,7 @@ class FolderLock:
             if locked is None:
                 self._held.append((self.path, descriptor))
                 return self._acquire_claim()
-            if locked and not _is_file(descriptor, self.path):
+            if locked and not system.is_at(descriptor, self.path):
                 system.close_lock_file(descriptor)  # its holder removed the file meanwhile
                 continue
             before = Holder.read(descriptor)
@@ -219,7 +219,7 @@ class FolderLock:
         """Give the lock up, and remove its file and the folders that it created and nobody filled."""
         self._ended.set()
         for path, descriptor in reversed(self._held):
-            there = _is_file(descriptor, path)
+            there = system.is_at(descriptor, path)
             with suppress(OSError):
                 if there:
                     path.unlink()  # before the lock ends, or it could be the next holder's
@@ -233,14 +233,6 @@ class FolderLock:
             with suppress(OSError):
                 folder.rmdir()
         self._created = []
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
 
 
 def _holder(path: Path) -> Holder | None:

@@ -189,6 +189,7 @@ def test_what_a_loaders_process_raises(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "too little memory (3.00 GiB): use a smaller" in error and "--resume goes on at the beginning" in error
 
 
+@pytest.mark.slow
 def test_a_loaders_process_that_is_killed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ArrayBatches, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
     error = failing(f"{TEACH} --loader torch --workers 1", capsys)

@@ -18,9 +18,13 @@ from tests.support.systems import SYSTEMS, no_fork, no_unix_signals
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = ("macOS", "Windows")
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS if name not in QUICK]
-SOME = pytest.mark.parametrize("other_system", [*QUICK, *REST], indirect=True)
+
+def quick_for(*quick: str) -> pytest.MarkDecorator:
+    """All systems, those besides the quick ones only in the long suite."""
+    names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
+    return pytest.mark.parametrize("other_system", names, indirect=True)
+
+
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 
 
@@ -28,7 +32,7 @@ def main(line: str) -> int:
     return cli.main(line.split())
 
 
-@SOME
+@quick_for("macOS", "Windows")
 def test_teach_and_distill(other_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(f"teach {SMALL} --model resnet8 --out t") == 0
@@ -40,7 +44,7 @@ def test_teach_and_distill(other_system: str, tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.rglob("*.lock*")) and not list(tmp_path.rglob(".*.now.*"))
 
 
-@SOME
+@quick_for("Windows")
 def test_demo(other_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = demo.DemoConfig()
     quick = replace(
