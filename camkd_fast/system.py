@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -150,6 +151,22 @@ def sync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace. Windows refuses it while another process reads the target, which this waits for, 1.5 s at most.
+
+    Raises:
+        OSError: as os.replace.
+    """
+    for pause in (0.1, 0.2, 0.4, 0.8):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if _module("fcntl") is not None:
+                raise
+            time.sleep(pause)
+    return os.replace(source, target)
 
 
 def link_folder(link: Path, target: Path) -> None:

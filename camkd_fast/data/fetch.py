@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from ..system import expand_path
+from ..system import expand_path, replace
 
 TIMEOUT = 60.0  # seconds without a response or data
 CHUNK = 1 << 18  # bytes
@@ -104,7 +104,7 @@ def _fetch_file(url: str, file: RemoteFile, target: Path, progress: Progress | N
     if found != file.md5:
         part.unlink()
         raise ValueError(f"{url} has MD5 {found}, the published file {file.md5}: refused and removed")
-    os.replace(part, target)
+    replace(part, target)
     return target
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..system import sync_folder
+from ..system import replace, sync_folder
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -17,7 +17,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_synced(temporary, data)
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:  # a signal too
         temporary.unlink(missing_ok=True)
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..system import replace
 from .run_folder import load_model, model_metadata
 from .run_lock import check_free, locked
 
@@ -88,7 +88,7 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
                         f"images, more than {TOLERANCE:.0e}"
                     )
         for file in worst:
-            os.replace(file, folder / file.name)
+            replace(file, folder / file.name)
     return Exported(folder / ONNX, folder / PROGRAM, worst[onnx_file], worst[program_file])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from camkd_fast import cli
 from camkd_fast.experiments import demo
@@ -87,8 +91,6 @@ def test_loader_processes_start_without_fork(tmp_path: Path) -> None:
 
 def test_a_loader_can_be_sent_to_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Started without fork, a process gets the data set pickled."""
-    import pickle
-
     from camkd_fast.data import choose
     from camkd_fast.data.augment import Augmentation
     from camkd_fast.data.batch import LoaderConfig
@@ -97,11 +99,21 @@ def test_a_loader_can_be_sent_to_its_processes(monkeypatch: pytest.MonkeyPatch, 
 
     no_fork(monkeypatch)
     no_unix_signals(monkeypatch)
-    images = load_splits(DataConfig()).validation
-    for augmentation in (None, Augmentation(padding=1), Augmentation("resized-crop", 0, True)):
-        loader: Any = choose.loader(images, LoaderConfig(8, augmentation=augmentation, workers=1), "torch")
-        sent = pickle.loads(pickle.dumps((loader._loader.dataset, loader._loader.worker_init_fn)))
-        assert len(sent) == 2
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / f"{i}.png")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    files = load_splits(DataConfig("folder", root=tmp_path, size=8, validation=0.0)).train
+    arrays = load_splits(DataConfig()).validation
+    for images in (arrays, files):
+        for augmentation in (None, Augmentation(padding=1), Augmentation("resized-crop", 0, True)):
+            loader: Any = choose.loader(images, LoaderConfig(8, augmentation=augmentation, workers=1), "torch")
+            data, start = pickle.loads(pickle.dumps((loader._loader.dataset, loader._loader.worker_init_fn)))
+            assert start.__name__ == "_keep_inherited"
+            levels, index, problems = data[0, torch.tensor([1, 5])]
+            assert torch.equal(levels, loader._loader.dataset[0, torch.tensor([1, 5])][0])
+            assert index.tolist() == [1, 5] and not problems
 
 
 def test_the_study_starts_its_processes_without_fork() -> None:

@@ -18,7 +18,8 @@ IMPORTS = {
 OS = {
     "sysconf", "sched_getaffinity", "sched_setaffinity", "getloadavg", "fork", "forkpty", "register_at_fork", "kill",
     "killpg", "getuid", "geteuid", "getgid", "getpgid", "setsid", "nice", "uname", "umask", "chown", "chroot", "mkfifo",
-    "symlink", "link", "readlink", "open", "name", "O_DIRECTORY", "O_BINARY", "memfd_create", "sendfile", "statvfs",
+    "symlink", "link", "readlink", "open", "replace", "rename", "name",
+    "O_DIRECTORY", "O_BINARY", "memfd_create", "sendfile", "statvfs",
     "process_cpu_count", "posix_fadvise", "wait", "waitpid", "SCHED_BATCH", "times", "fchmod", "pread", "pwrite",
 }  # fmt: skip
 OTHERS = {
@@ -75,7 +76,7 @@ def test_the_search_sees(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["os.replace(a, b)", "os.environ['X']", "path.open()", "get_context('spawn')", "a.kill()"]
+    "line", ["text.replace(a, b)", "os.environ['X']", "path.open()", "get_context('spawn')", "a.kill()"]
 )
 def test_the_search_leaves(line: str) -> None:
     assert not facilities(line)

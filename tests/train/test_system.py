@@ -105,6 +105,34 @@ def test_files_are_written_atomically(other_system: str, tmp_path: Path) -> None
     assert (tmp_path / "link" / "file").read_text() == "x"
 
 
+@pytest.mark.parametrize("refusals", [0, 1, 4, 5])
+def test_windows_replaces_a_file_after_its_readers(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, []
+
+    def refusing(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) <= refusals:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(system.time, "sleep", lambda seconds: None)
+    if refusals:
+        with pytest.raises(PermissionError):
+            write_atomically(tmp_path / "here", b"x")  # another reason than readers
+        assert len(calls) == 1 and list(tmp_path.iterdir()) == []
+        calls.clear()
+    systems.no_fcntl(monkeypatch)
+    if refusals < 5:
+        write_atomically(tmp_path / "file", b"x")
+        assert (tmp_path / "file").read_bytes() == b"x"
+    else:
+        with pytest.raises(PermissionError):
+            write_atomically(tmp_path / "file", b"x")
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_an_error_of_the_disk_is_no_missing_facility(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
