@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks import verdict
 from tests.support.backends import BACKENDS
+from tests.support.systems import SYSTEMS, become
 
 # torch.empty and similar return NaN, so that a kernel that leaves an element unwritten cannot pass by luck.
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -60,3 +61,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=SYSTEMS)
+def other_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the emulated operating systems."""
+    become(request.param, monkeypatch)
+    return str(request.param)

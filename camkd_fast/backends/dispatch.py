@@ -66,7 +66,11 @@ def availability(name: str) -> Availability:
         module = importlib.import_module("triton" if name == "triton" else _MODULES[name])
     except ImportError as error:
         failure = Path(__file__).parents[1] / "_build_failure.txt"
-        why = f"; the build said: {failure.read_text().strip()}" if name != "triton" and failure.exists() else ""
+        why = (
+            f"; the build said: {failure.read_text('utf-8', 'replace').strip()}"
+            if name != "triton" and failure.exists()
+            else ""
+        )
         return Availability(False, f"{error}{why}")
     if name == "cpu":
         return Availability(True, f"compiled module, {module.instruction_set()} instructions")

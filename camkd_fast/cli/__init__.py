@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from .. import system
 from .info import environment, info
 
 # Module -> package on PyPI.
@@ -31,34 +33,49 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 1, with one line on stderr, if the command fails.
 
-    An invalid command line raises SystemExit with status 2.
+    128 + the number of a signal that stopped it, 141 if the reader of its output went away. An invalid command line
+    raises SystemExit with status 2. Bugs raise their exception.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    if argv == ["info"]:
-        return info()
-    with _short_warnings():
-        for extra in ("train", "export") if argv[:1] == ["export"] else ("train",):
-            missing = [name for module, name in EXTRAS[extra].items() if importlib.util.find_spec(module) is None]
-            if missing:
-                return _fail(f"camkd-fast {argv[0] if argv else ''} needs {', '.join(missing)}", extra)
-        from ..train.checkpoint import CheckpointError
-        from ..train.export import ExportError
-        from ..train.run_folder import RunExistsError
-        from ..train.sums import NonFiniteLossError
-        from .commands import run
-        from .options import parse
-
+    system.tolerate_unprintable()
+    try:
         try:
-            return run(parse(argv))
-        except OSError as error:
-            return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
-        except (ValueError, NotImplementedError) as error:
-            return _fail(str(error))
-        except (CheckpointError, ExportError, NonFiniteLossError, RunExistsError) as error:
-            return _fail(str(error))
-        except KeyboardInterrupt:
-            _fail("interrupted")
-            return 130
+            with _short_warnings(), system.stop_signals():
+                return info() if argv == ["info"] else _run(argv)
+        finally:
+            system.flush_output()
+    except (KeyboardInterrupt, system.Stopped) as error:  # before the command began
+        _fail(str(error) or "interrupted")
+        return error.status if isinstance(error, system.Stopped) else 130
+    except OSError as error:
+        if not system.is_closed_pipe(error):
+            raise
+        system.discard_output()
+        return system.CLOSED_PIPE_STATUS
+
+
+def _run(argv: list[str]) -> int:
+    for extra in ("train", "export") if argv[:1] == ["export"] else ("train",):
+        missing = [name for module, name in EXTRAS[extra].items() if importlib.util.find_spec(module) is None]
+        if missing:
+            return _fail(f"camkd-fast {argv[0] if argv else ''} needs {', '.join(missing)}", extra)
+    from . import failures
+    from .commands import run
+    from .options import parse
+
+    command = None
+    try:
+        command = parse(argv)
+        return run(command)
+    except (Exception, KeyboardInterrupt, system.Stopped) as error:
+        reason = failures.reason(error)
+        if reason is None or system.is_closed_pipe(error):
+            raise
+        if os.environ.get(failures.TRACEBACK):
+            traceback.print_exc()
+        way = failures.way_on(error, command) if _rank() == 0 else ""
+        _fail(f"{reason.rstrip('.')}; {way}" if way else reason)
+        return failures.status(error)
 
 
 def _fail(reason: str, extra: str = "") -> int:

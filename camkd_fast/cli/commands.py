@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +12,7 @@ from ..experiments import compare, run_report
 from ..train import run as jobs
 from ..train.config import DistillConfig
 from ..train.run import RunResult
+from ..train.run_lock import locked
 from . import study
 from .info import environment, info
 from .options import (
@@ -34,9 +36,9 @@ def run(command: Command) -> int:
     """Run a command and return the exit status; errors propagate."""
     match command:
         case Teach():
-            _finish(jobs.teach(command.settings, resume=command.resume, overwrite=command.overwrite))
+            _finish(jobs.teach(command.settings, **_how(command)))
         case Distill():
-            _finish(jobs.distill(command.settings, resume=command.resume, overwrite=command.overwrite))
+            _finish(jobs.distill(command.settings, **_how(command)))
         case Evaluate():
             _evaluate(command)
         case Compare():
@@ -58,6 +60,10 @@ def run(command: Command) -> int:
         case Info():
             return info()
     return 0
+
+
+def _how(command: Teach | Distill) -> dict[str, bool]:
+    return {"resume": command.resume, "overwrite": command.overwrite, "extend": command.extend}
 
 
 def _is_main() -> bool:
@@ -96,13 +102,14 @@ def _compare(command: Compare) -> None:
     shared = DistillConfig(**{f.name: getattr(student, f.name) for f in fields(DistillConfig)})
     config = compare.CompareConfig(command.strategies, command.seeds, shared)
     cells = list(config.cells())
-    for number, cell in enumerate(cells, 1):
-        _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
-        compare.run_cell(cell, command.overwrite)
-    if _is_main():
-        rows = compare.collect(config)
-        page = compare_report.write(config, rows, environment())
-        print(f"\n{compare_report.student_table(rows).text()}\n\n{page}")
+    with locked(config.out) if _is_main() else nullcontext():
+        for number, cell in enumerate(cells, 1):
+            _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
+            compare.run_cell(cell, command.overwrite, command.extend)
+        if _is_main():
+            rows = compare.collect(config)
+            page = compare_report.write(config, rows, environment())
+            print(f"\n{compare_report.student_table(rows).text()}\n\n{page}")
 
 
 def _fetch(command: Fetch) -> None:
@@ -177,7 +184,7 @@ def _export(command: Export) -> None:
 def _demo(out: Path) -> None:
     from ..experiments import demo, demo_report
 
-    out.mkdir(parents=True, exist_ok=True)
-    results = demo.run_demo(demo.DemoConfig(), out)
-    page = demo_report.write(results, out, environment())
+    with locked(out):
+        results = demo.run_demo(demo.DemoConfig(), out)
+        page = demo_report.write(results, out, environment())
     _print(f"\n{demo_report.summary(results)}\n\n{page}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import warnings
-from pathlib import Path
 
 import torch
 
 from .. import __version__
 from ..backends.dispatch import BACKENDS, availability, explain
+from ..system import processor_name
 
 
 def _version(package: str) -> str:
@@ -18,16 +18,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    """Name of the processor, if the system provides it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _instruction_set() -> str:
@@ -47,7 +37,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "OS": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "instruction set": _instruction_set(),
         "threads": str(torch.get_num_threads()),
         "GPU": ", ".join(gpus) or "none",

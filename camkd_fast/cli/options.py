@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ..system import expand_path
 from ..train import config_file, strategies
 from ..train.config import JOBS, DistillConfig, TeachConfig
 
@@ -31,6 +33,8 @@ class Teach:
     """Resume from the last checkpoint in --out, if there is one."""
     overwrite: bool = False
     """Remove the run in --out, if there is one."""
+    extend: bool = False
+    """With --resume and other --epochs: go on although learning rates so far depend on the number of epochs."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Distill:
     """Resume from the last checkpoint in --out, if there is one."""
     overwrite: bool = False
     """Remove the run in --out, if there is one."""
+    extend: bool = False
+    """With --resume and other --epochs: go on although learning rates so far depend on the number of epochs."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class Compare:
     """config.yaml of a distilled student to start from; other options override its settings."""
     overwrite: bool = False
     """Train all runs again."""
+    extend: bool = False
+    """With other --epochs: go on although learning rates so far depend on the number of epochs."""
     study: Path | None = None
     """YAML file of a study to run instead; only --out, --jobs, --results and --check may be combined with it."""
     jobs: int | None = None
@@ -175,6 +183,23 @@ _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Co
 _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "compare": ComparedStudent}
 
 
+_PATHS = ConstructorRegistry()
+
+
+@_PATHS.primitive_rule
+def _expanded_paths(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Every option that is a path is expanded."""
+    if field.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: expand_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def parse(argv: Sequence[str]) -> Command:
     """Parse a command line.
 
@@ -182,6 +207,11 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: with status 2 for an invalid command line, 0 after --help.
         ValueError, OSError: the file of --config cannot be read, or has another job or invalid settings.
     """
+    with _PATHS:
+        return _parse(argv)
+
+
+def _parse(argv: Sequence[str]) -> Command:
     name, *options = argv or [""]
     if name not in _COMMANDS:
         # Without a valid command tyro prints the list of commands, as help or with an error.
@@ -203,7 +233,7 @@ def _configured(name: str, options: Sequence[str]) -> Command | None:
     if name not in _SETTINGS:
         return None
     parser = argparse.ArgumentParser(prog=f"camkd-fast {name}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=expand_path)
     path: Path | None = parser.parse_known_args(options)[0].config
     if path is None:
         return None

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from ..experiments.study import cells, check, conductor, records, spec, study_report, work
+from ..system import processors
+from ..train import run_lock
 from ..train.config_file import differences
 from ..train.provenance import commit
 from .info import environment
@@ -38,7 +40,7 @@ def run(command: Compare, path: Path) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def merged() -> records.Results:
-        with work.locked(out):  # every rank merges; the last one to finish has all results
+        with run_lock.shared(out, work.PIECE_LOCK):  # every rank merges; the last one to finish has all results
             done = records.collect(study, out, records.read(study, file))
             done.write(file)
         return done
@@ -63,7 +65,7 @@ def _jobs(jobs: int | None) -> int:
     if jobs is None and torch.cuda.is_available():
         return 1
     if jobs is None:
-        return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+        return max(processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     return jobs

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 
+from ..system import available_memory
 from .batch import Loader, LoaderConfig
 from .files import ImageSet
 from .images import LabelledImages
@@ -101,9 +101,4 @@ def free_bytes(device: torch.device) -> int:
     """Free memory in bytes: of a CUDA device, or of the host for any other device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return available_memory()

@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from ..system import expand_path, replace
+
 TIMEOUT = 60.0  # seconds without a response or data
 CHUNK = 1 << 18  # bytes
 
@@ -55,7 +57,7 @@ Progress = Callable[[str, int, int], None]  # (file name, bytes received, total 
 def default_folder(name: str) -> Path:
     """Default folder of a data set: $CAMKD_FAST_DATA/NAME or ~/.cache/camkd_fast/NAME."""
     base = os.environ.get("CAMKD_FAST_DATA")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "camkd_fast") / name
+    return expand_path(base or "~/.cache/camkd_fast") / name
 
 
 def fetch(
@@ -102,7 +104,7 @@ def _fetch_file(url: str, file: RemoteFile, target: Path, progress: Progress | N
     if found != file.md5:
         part.unlink()
         raise ValueError(f"{url} has MD5 {found}, the published file {file.md5}: refused and removed")
-    os.replace(part, target)
+    replace(part, target)
     return target
 
 

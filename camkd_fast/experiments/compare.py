@@ -79,14 +79,14 @@ def spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def run_cell(cell: DistillConfig, overwrite: bool = False) -> None:
-    """Train one cell, resume it, or keep it if it is finished.
+def run_cell(cell: DistillConfig, overwrite: bool = False, extend: bool = False) -> None:
+    """Train one cell, resume it, or keep it if it is finished; `extend` as in `run.teach`.
 
     Raises:
         RunExistsError: its folder holds a run with other settings; the message has the differences.
         As `run.distill`.
     """
-    run.distill(cell, resume=not overwrite, overwrite=overwrite)
+    run.distill(cell, resume=not overwrite, overwrite=overwrite, extend=extend and not overwrite)
 
 
 def collect(config: CompareConfig) -> list[Row]:

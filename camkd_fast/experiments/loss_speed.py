@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses.eager import compiled_loss, eager_loss
 from ..losses.logit import camkd_loss
+from ..system import load_average
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LossSpeed:
 def _busy() -> str:
     """A warning if other work fills the processor, since the times are unreliable then."""
     cores = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = load_average()
     return f"The machine was busy with other work: load {load:.1f} on {cores} cores." if load > 1.5 * cores else ""
 
 

@@ -73,12 +73,21 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
         settings(
             config,
             "Settings that differ from the defaults. "
-            f"`camkd-fast {job} --config {run / CONFIG} --out FOLDER` repeats the run.",
+            f"`camkd-fast {job} --config {run / CONFIG} --out FOLDER` repeats the run{_extended(records)}.",
         ),
     ]
     page = run / REPORT
     write_page(page, _title(config), _lead(run, config, epochs), sections, footer(environment))
     return page
+
+
+def _extended(records: Sequence[Record]) -> str:
+    """The difference of a run that was extended to one of its final number of epochs; empty for any other run."""
+    return "".join(
+        f", but for epochs up to {record['epoch']}, which had the learning rates of {record['epochs_before']} epochs"
+        for record in records
+        if record["kind"] == "extended"
+    )
 
 
 def _title(config: JobConfig) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..system import replace, sync_folder
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the content of `path` by `data`, or leave it unchanged.
@@ -15,8 +17,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_synced(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
+        replace(temporary, path)
+    except BaseException:  # a signal too
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
@@ -28,12 +30,3 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """fsync a folder: a rename is durable only afterwards."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .atomic import sync_folder, write_synced
+from ..system import replace, sync_folder
+from .atomic import write_synced
 
 FORMAT = 1
 KEEP = 2  # checkpoints kept per run
@@ -140,7 +141,7 @@ class Checkpoints:
             for passed in self.paths():
                 if passed >= path:  # damaged, since the run was resumed from an earlier one
                     shutil.rmtree(passed)
-            os.rename(temporary, path)
+            replace(temporary, path)
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -70,7 +70,7 @@ class OptimConfig:
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate schedule (paper: step)."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Fractions of the run after which a step schedule drops (paper: epochs 150, 180 and 210 of 240)."""
+    """Fractions of the run, or epochs (1 and more), after which a step schedule drops (paper: epochs 150 180 210)."""
     drop: float = 0.1
     """Factor of each drop of a step schedule (paper: 0.1)."""
     warmup: float = 0.0
@@ -86,10 +86,12 @@ class OptimConfig:
         if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         _one_of("schedule", self.schedule, ("step", "cosine", "constant"))
-        if list(self.milestones) != sorted(self.milestones) or not all(
-            0.0 < milestone < 1.0 for milestone in self.milestones
-        ):
-            raise ValueError(f"milestones must be rising fractions between 0 and 1, got {self.milestones}")
+        fractions = [0.0 < milestone < 1.0 for milestone in self.milestones]
+        epochs = [1.0 <= milestone < math.inf for milestone in self.milestones]
+        if list(self.milestones) != sorted(self.milestones) or not (all(fractions) or all(epochs)):
+            raise ValueError(
+                f"milestones must be rising fractions between 0 and 1, or epochs from 1 on, got {self.milestones}"
+            )
         if not 0.0 < self.drop <= 1.0:
             raise ValueError(f"drop must lie in (0, 1], got {self.drop}")
         if not 0.0 <= self.warmup < self.epochs:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..system import expand_path, quote_path
 from .atomic import write_atomically
 from .config import JOBS, JobConfig
 
@@ -19,11 +20,12 @@ def save(config: JobConfig, path: Path) -> None:
     import yaml
 
     job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
-    write_atomically(path, yaml.safe_dump({"job": job, **serializable(config)}, sort_keys=False).encode())
+    content = {"job": job, **serializable(config, quote_path)}
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def load(path: Path) -> JobConfig:
-    """Read a config written by `save` or by hand; missing fields have their defaults.
+    """Read a config written by `save` or by hand; missing fields have their defaults, paths are expanded.
 
     Raises:
         OSError: the file cannot be read.
@@ -51,13 +53,13 @@ def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, 
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 
-def serializable(value: Any) -> Any:
-    """Convert dataclasses, paths and tuples to types that YAML can represent."""
+def serializable(value: Any, path: Callable[[Path], str] = str) -> Any:
+    """Convert dataclasses, paths and tuples to types that YAML can represent; paths by the given function."""
     if dataclasses.is_dataclass(value):
-        return {f.name: serializable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: serializable(getattr(value, f.name), path) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [serializable(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        return [serializable(item, path) for item in value]
+    return path(value) if isinstance(value, Path) else value
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,7 +103,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return expand_path(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):  # the error below names the field
             return float(value)  # YAML reads 5e-4 as a string

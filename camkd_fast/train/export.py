@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..system import replace
 from .run_folder import load_model, model_metadata
+from .run_lock import check_free, locked
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
 METADATA = "camkd_fast"  # key of the ONNX model's properties, name of the file in the program's archive
@@ -66,8 +67,8 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     channels, (H, W) = metadata["in_channels"], metadata["size"]
     metadata = {**metadata, "input": f"images (n, {channels}, {H}, {W}) float32, (level - mean) / std by channel"}
     folder = run / "export" if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
+    check_free(run)
+    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
         onnx_file, program_file = Path(unchecked) / ONNX, Path(unchecked) / PROGRAM
         written = models.freeze(model) if folded else model
         try:
@@ -88,7 +89,7 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
                         f"images, more than {TOLERANCE:.0e}"
                     )
         for file in worst:
-            os.replace(file, folder / file.name)
+            replace(file, folder / file.name)
     return Exported(folder / ONNX, folder / PROGRAM, worst[onnx_file], worst[program_file])
 
 

@@ -21,10 +21,10 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=False)
         except OSError:
             return ""
-        return done.stdout.strip()
+        return done.stdout.decode("utf-8", "replace").strip()
 
     name = git("rev-parse", "--short=10", "HEAD")
     if not name:

@@ -22,14 +22,14 @@ from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
 from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
 from ..models.protocol import feature_model
-from . import config_file, run_folder, strategies
+from . import config_file, run_folder, run_lock, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints, model_bytes
 from .class_names import renumbered
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
 from .journal import METRICS, Journal, NullJournal, read_metrics
-from .run_folder import CHECKPOINTS, CONFIG, MODEL, is_finished, load_model
+from .run_folder import CHECKPOINTS, CONFIG, MODEL, RunExistsError, is_finished, load_model
 from .schedule import peak_rate
 from .step import TrainStep
 from .teachers.live import Teachers
@@ -52,25 +52,28 @@ class RunResult:
     seconds: float  # wall time since the last resume, everything included
 
 
-def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False, extend: bool = False) -> RunResult:
     """Train a model on labels, in one process or in those that torchrun starts; all of them must see `config.out`.
 
     Args:
-        resume: continue from the last intact checkpoint in `config.out`, if there is one.
+        resume: continue from the last intact checkpoint in `config.out`, if there is one. The number of epochs may
+            differ if the learning rates so far do not depend on it: the run ends as one that had it from the start.
         overwrite: remove an existing run.
+        extend: with `resume`, the number of epochs may differ in any case.
 
     Raises:
-        RunExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is set.
+        RunExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is set or fits.
+        FolderLockedError: another process trains in `config.out`.
         NonFiniteLossError: training diverged.
         CheckpointError: every checkpoint is damaged.
         ValueError, OSError: an invalid setting or file, named in the message.
     """
-    return _run(config, config.model, resume, overwrite)
+    return _run(config, config.model, resume, overwrite, extend)
 
 
-def distill(config: DistillConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+def distill(config: DistillConfig, *, resume: bool = False, overwrite: bool = False, extend: bool = False) -> RunResult:
     """Train a student from labels and from the runs of its teachers; arguments and errors as `teach`."""
-    return _run(config, config.student, resume, overwrite)
+    return _run(config, config.student, resume, overwrite, extend)
 
 
 def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation:
@@ -97,20 +100,25 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
             return evaluate_model(model.to(world.device), loader, world)
 
 
-def _run(config: JobConfig, model: str, resume: bool, overwrite: bool) -> RunResult:
+def _run(config: JobConfig, model: str, resume: bool, overwrite: bool, extend: bool) -> RunResult:
     """Common part of `teach` and `distill`."""
     started = time.perf_counter()
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other, but both are set")
-    with processes(config.precision.device) as world, _repeatable(config.precision, world.device):
+    if extend and not resume:
+        raise ValueError("extend needs resume, which is not set")
+    with ExitStack() as stack:
+        world = stack.enter_context(processes(config.precision.device))
+        stack.enter_context(_repeatable(config.precision, world.device))
         if world.is_main:
+            stack.enter_context(run_lock.locked(config.out))
             run_folder.check_free(config, resume, overwrite)
-        if world.broadcast(resume and is_finished(config.out)):
+        if world.broadcast(resume and run_folder.is_done(config)):
             return _result(config.out)
-        return _train(config, model, resume, world, started)
+        return _train(config, model, resume, extend, world, started)
 
 
-def _train(config: JobConfig, model: str, resume: bool, world: World, started: float) -> RunResult:
+def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: World, started: float) -> RunResult:
     """`started`: time.perf_counter() at the start of the job."""
     with ExitStack() as stack:
         parts = load_splits(config.data)
@@ -143,17 +151,14 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
             _metadata(model, config.data.data, train),
             world,
         )
-        if world.is_main:
-            run_folder.prepare(config, resume)
-        world.wait()  # no process may read checkpoints before rank 0 has prepared the folder
-        checkpoint = trainer.checkpoints.latest()
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
+        extended = _start(config, trainer, resume, extend)
         journal: Journal | NullJournal = NullJournal()
         if world.is_main:
             title = f"{model} on {config.data.data}"
             journal = Journal(config.out, config.log, trainer.steps, trainer.position, title)
         stack.enter_context(closing(journal))
+        if extended:
+            journal.write(extended)
         if config.data.loader == "auto":
             journal.note(f"loader {choose.explain(train, settings)}")
         outcome = trainer.run(journal)
@@ -167,6 +172,34 @@ def _train(config: JobConfig, model: str, resume: bool, world: World, started: f
             write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
         world.wait()
         return result
+
+
+def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> dict[str, Any]:
+    """Prepare the run folder, and restore the last checkpoint when resuming.
+
+    Returns:
+        A record for metrics.jsonl if completed steps had the learning rates of other epochs; else an empty one.
+    """
+    world, checkpoint, extended = trainer.world, None, {}
+    if world.is_main:
+        before = run_folder.epochs_before(config) if resume else None
+        if resume and (config.out / CONFIG).exists():
+            checkpoint = trainer.checkpoints.latest()
+        if before is not None:
+            if checkpoint is None and is_finished(config.out):
+                raise RunExistsError(f"{config.out} has no checkpoint from which to go on: --overwrite starts again")
+            completed = 0 if checkpoint is None else checkpoint.step
+            steps = trainer.steps_per_epoch
+            if run_folder.check_extension(config, before, completed, steps, trainer.peak, extend):
+                epochs = {"epochs": config.optim.epochs, "epochs_before": before}
+                extended = {"kind": "extended", "step": completed, "epoch": -(-completed // steps), **epochs}
+        run_folder.prepare(config, resume)
+    world.wait()  # no process may read checkpoints before rank 0 has prepared the folder
+    if not world.is_main:
+        checkpoint = trainer.checkpoints.latest()
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return extended
 
 
 def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from . import config_file
 from .checkpoint import CheckpointError, read_model
 from .config import JobConfig
 from .journal import METRICS
+from .schedule import last_change, learning_rate
 
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
@@ -29,8 +32,27 @@ def is_finished(out: Path) -> bool:
     return (out / MODEL).exists()
 
 
+def is_done(config: JobConfig) -> bool:
+    """Whether a run of these epochs finished in `config.out`."""
+    out = config.out
+    return is_finished(out) and epochs_before(config) is None
+
+
+def epochs_before(config: JobConfig) -> int | None:
+    """The number of epochs that the run in `config.out` was started for; None without a run, or for that of `config`.
+
+    Raises:
+        ValueError, OSError: the config of the existing run cannot be read.
+    """
+    path = config.out / CONFIG
+    epochs = config_file.load(path).optim.epochs if path.exists() else config.optim.epochs
+    return None if epochs == config.optim.epochs else epochs
+
+
 def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
     """Check that a run with this config may write to `config.out`; writes nothing.
+
+    A run to resume may have another number of epochs: `check_extension` says whether it fits.
 
     Raises:
         RunExistsError: the folder holds a run, or the run to resume has another config.
@@ -40,20 +62,61 @@ def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
     if overwrite or not (out / CONFIG).exists():
         return
     if not resume:
-        state, ways = "an unfinished", "resume or overwrite it"
+        state, ways = "an unfinished run", "--resume goes on with it, --overwrite starts again"
         if is_finished(out):
-            state, ways = "a finished", "overwrite it"
-        raise RunExistsError(f"{out} holds {state} run: choose another folder, or {ways}")
+            state, ways = "a finished run", "--resume with more --epochs goes on with it, --overwrite starts again"
+        raise RunExistsError(f"{out} holds {state}: choose another folder; {ways}")
     saved = config_file.load(out / CONFIG)
     changed = config_file.differences(saved, config)
     changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
-    if changed:
+    if set(changed) - {"optim.epochs"}:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
-        raise RunExistsError(f"{out} cannot be resumed, as it was started with {words}")
+        raise RunExistsError(
+            f"{out} cannot be resumed, as it was started with {words}: --resume with the old settings goes on, "
+            "--overwrite starts again with the new ones"
+        )
+
+
+def check_extension(config: JobConfig, before: int, completed: int, per_epoch: int, peak: float, extend: bool) -> bool:
+    """Check that a run that was started for `before` epochs may go on to those of `config`.
+
+    It may if all completed steps had the learning rates of the new number of epochs: then it ends as a run that had
+    this number from the start. Otherwise only with `extend`.
+
+    Args:
+        completed: steps, `per_epoch` of them in an epoch.
+        peak: highest learning rate.
+
+    Returns:
+        Whether a completed step had another learning rate.
+
+    Raises:
+        RunExistsError: more steps are completed than the epochs have, or learning rates differ; the message has both.
+    """
+    out, optim = config.out, config.optim
+    if completed > optim.epochs * per_epoch:
+        raise RunExistsError(
+            f"{out} has trained {completed / per_epoch:.4g} epochs, more than the {optim.epochs} of --epochs: "
+            "resume it with more, or --overwrite it"
+        )
+    change = last_change(replace(optim, epochs=before), optim, peak, completed, per_epoch)
+    if change is None:
+        return False
+    going_on = learning_rate(optim, peak, completed, per_epoch)
+    words = (
+        f"the {optim.schedule} schedule depends on the number of epochs: step {change.step + 1} of {out} had the "
+        f"learning rate {change.old:.4g} of {before} epochs, not the {change.new:.4g} of {optim.epochs} epochs"
+    )
+    if not extend:
+        raise RunExistsError(f"{words}; --extend goes on with step {completed + 1} at {going_on:.4g}")
+    warnings.warn(f"{words}; step {completed + 1} goes on at {going_on:.4g}", stacklevel=2)
+    return True
 
 
 def prepare(config: JobConfig, resume: bool) -> None:
     """Create `config.out` with the config in it; unless resuming, remove an earlier run.
+
+    A run that is resumed for another number of epochs is unfinished from here on.
 
     Raises:
         OSError: the folder cannot be written; the message names it.
@@ -63,6 +126,10 @@ def prepare(config: JobConfig, resume: bool) -> None:
         if not (resume and (out / CONFIG).exists()):
             _remove(out)
             out.mkdir(parents=True, exist_ok=True)
+            config_file.save(config, out / CONFIG)
+        elif epochs_before(config) is not None:
+            for name in (MODEL, REPORT):
+                (out / name).unlink(missing_ok=True)
             config_file.save(config, out / CONFIG)
     except OSError as error:
         raise OSError(error.errno, f"cannot write the run folder {out}: {error.strerror}") from error

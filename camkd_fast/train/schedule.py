@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from .config import OptimConfig
 
@@ -26,5 +27,25 @@ def learning_rate(optim: OptimConfig, peak: float, step: int, steps_per_epoch: i
     if optim.schedule == "cosine":
         return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     if optim.schedule == "step":
-        return peak * float(optim.drop ** sum(step >= share * total for share in optim.milestones))
+        drops = (at * (total if at < 1.0 else steps_per_epoch) for at in optim.milestones)
+        return peak * float(optim.drop ** sum(step >= drop for drop in drops))
     return peak
+
+
+class RateChange(NamedTuple):
+    """A completed step that two schedules train with different rates."""
+
+    step: int  # counted from 0
+    old: float
+    new: float
+
+
+def last_change(
+    old: OptimConfig, new: OptimConfig, peak: float, completed: int, steps_per_epoch: int
+) -> RateChange | None:
+    """The last of the completed steps whose rate differs between two schedules; None if they agree so far."""
+    for step in reversed(range(completed)):
+        rates = [learning_rate(optim, peak, step, steps_per_epoch) for optim in (old, new)]
+        if rates[0] != rates[1]:
+            return RateChange(step, *rates)
+    return None

@@ -13,6 +13,7 @@ import torch
 
 from camkd_fast import __version__, cli
 from camkd_fast.backends.dispatch import BACKENDS, availability
+from camkd_fast.train.run_lock import locked
 
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")
@@ -142,6 +143,20 @@ def test_a_finished_run_is_kept_resumed_or_overwritten(here: Path, capsys: pytes
     assert "data.images 60 instead of 50" in call(f"{line} --images 50 --resume", capsys, status=1)
     call(f"{line} --images 50 --overwrite", capsys)
     assert model.read_bytes() != before[1]
+
+
+def test_a_finished_run_takes_more_epochs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"teach {SMALL.replace('--epochs 1', '')} --model resnet8 --batch-size 20 --schedule cosine --out runs/more"
+    call(f"{line} --epochs 1", capsys)
+    refused = call(f"{line} --epochs 2 --resume", capsys, status=1)
+    assert "the cosine schedule depends on the number of epochs: step 3 of runs/more had" in refused
+    assert "--extend goes on with step 4 at 0.0" in refused
+    capsys.readouterr()
+    assert cli.main(f"{line} --epochs 2 --resume --extend".split()) == 0
+    assert "camkd-fast: warning: the cosine schedule depends" in capsys.readouterr().err
+    page = (here / "runs/more/report.html").read_text()
+    assert "repeats the run, but for epochs up to 1, which had the learning rates of 1 epochs." in page
+    assert "has trained 2 epochs, more than the 1 of --epochs" in call(f"{line} --epochs 1 --resume", capsys, status=1)
 
 
 def test_evaluate_report_and_export_of_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,3 +309,7 @@ def test_torchrun_prints_once_and_leaves_one_run(here: Path) -> None:
     assert done.stdout.count("test accuracy") == 1
     assert (here / "runs/two/report.html").exists()
     assert len((here / "runs/two/metrics.jsonl").read_text().splitlines()) == 2  # one epoch, the test
+    assert not (here / "runs/two/.lock").exists()
+    with locked(here / "runs/two"):
+        done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "camkd-fast: runs/two is being written by process" in done.stderr

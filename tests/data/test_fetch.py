@@ -110,7 +110,7 @@ def test_the_default_folder_and_a_mirror(server: Server, tmp_path: Path, monkeyp
     paths = fetch("tiny", base_url=server.url.rstrip("/"))
     assert contents(paths) == CONTENT and paths[0].parent == tmp_path / "tiny" == default_folder("tiny")
     monkeypatch.delenv("CAMKD_FAST_DATA")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder("cifar10") == tmp_path / ".cache" / "camkd_fast" / "cifar10"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from camkd_fast import cli
+from camkd_fast import cli, system
 from camkd_fast.experiments.study import cells, check, conductor, records, spec, study_report, work
 from camkd_fast.experiments.study.cells import Cell
 from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
@@ -360,3 +362,20 @@ def test_the_study_of_cifar_size_on_a_few_images(tmp_path: Path, monkeypatch: py
     assert kept.missing == [] and len(kept.cells) == 1 + 2 * 7
     assert run.load_splits(small.data).train.shape == (1, 32, 32)
     assert small.title in study_report.write(kept, out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_workers_at_once(tmp_path: Path) -> None:
+    """It arrives in the main process only; the pieces would take on for hours."""
+
+    def stop(text: str) -> None:
+        raise system.Stopped(signal.SIGTERM)
+
+    endless = replace(study(), teaching=replace(study().teaching, epochs=100_000))
+    spec_of_one = replace(endless.teachers[0], epochs=1)
+    endless = replace(endless, teachers=(spec_of_one, *endless.teachers[1:]))
+    with pytest.raises(system.Stopped):
+        conductor.conduct(endless, tmp_path, ORIGIN, jobs=2, progress=stop)
+    for child in multiprocessing.active_children():
+        child.join(20)
+    assert not multiprocessing.active_children()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import threading
+import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -13,7 +16,9 @@ from hypothesis import given, settings
 
 pytest.importorskip("safetensors")
 
+from camkd_fast import system
 from camkd_fast.train.distributed import World
+from camkd_fast.train.run_lock import locked, shared
 from camkd_fast.train.teachers import cache_writer
 from camkd_fast.train.teachers.cache import CacheError, Storage, TeacherCache
 from camkd_fast.train.teachers.live import LiveTeachers
@@ -114,3 +119,74 @@ def test_a_loader_of_other_views_is_noticed(tmp_path: Path) -> None:
     teachers = make_teachers()
     with pytest.raises(CacheError, match="delivers view 0 in epoch 1, with views 2"):
         build(tmp_path, teachers, loader=FakeLoader(views=1))
+
+
+def test_of_two_jobs_that_need_a_cache_one_writes_it(tmp_path: Path) -> None:
+    jobs, caches = [make_teachers(), make_teachers()], []
+
+    def job(teachers: LiveTeachers) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "waiting for ..."
+            caches.append(build(tmp_path, teachers, shard_bytes=500))
+
+    threads = [threading.Thread(target=job, args=(teachers,)) for teachers in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(teachers.asked for teachers in jobs) == [0, N * VIEWS]
+    batch = batch_of(torch.arange(N), 1)
+    one, two = (cache.outputs(1, batch.index) for cache in caches)
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(one, two, strict=True))
+    assert not list(tmp_path.glob(".*lock*"))
+
+
+def test_a_job_says_for_whom_it_waits(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            release.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while not list(tmp_path.glob(".lock")):
+        pass
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        release.set()
+
+    with shared(tmp_path, say=say):
+        pass
+    thread.join()
+    (line,) = said
+    assert line.startswith(f"waiting for {tmp_path}, which is being written by process {os.getpid()} on ")
+
+
+def test_ranks_wait_together(tmp_path: Path) -> None:
+    exchanged: list[int] = []
+
+    class Ranks(World):
+        def broadcast(self, number: int) -> int:
+            exchanged.append(number)
+            return number if self.is_main else len(exchanged) < 3
+
+    with shared(tmp_path, world=Ranks(1, 2, CPU)):
+        assert list(tmp_path.iterdir()) == []  # rank 0 holds the lock
+    assert len(exchanged) == 3
+    with shared(tmp_path, world=Ranks(0, 2, CPU)):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_complete_cache_is_read_from_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path, make_teachers())
+
+    def denied(*arguments: object, **more: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(system, "open_lock_file", denied)
+    teachers = make_teachers()
+    build(tmp_path, teachers)
+    assert teachers.asked == 0

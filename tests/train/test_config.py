@@ -92,7 +92,7 @@ def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str
         (OptimConfig, {"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         (OptimConfig, {"learning_rate": float("nan")}, "got nan"),
         (OptimConfig, {"milestones": (0.8, 0.5)}, "got (0.8, 0.5)"),
-        (OptimConfig, {"milestones": (150.0,)}, "fractions between 0 and 1, got (150.0,)"),
+        (OptimConfig, {"milestones": (0.5, 150.0)}, "fractions between 0 and 1, or epochs from 1 on, got (0.5, 150.0)"),
         (OptimConfig, {"warmup": 240.0}, "warmup must lie in [0, epochs), got 240.0 of 240 epochs"),
         (OptimConfig, {"momentum": 1.0}, "got 1.0"),
         (OptimConfig, {"drop": 0.0}, "got 0.0"),

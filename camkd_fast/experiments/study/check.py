@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...system import link_folder
 from . import cells, conductor
 from .cells import Cell
 from .records import Results, collect
@@ -48,7 +49,7 @@ def check(
         for spec in needed:
             kept = cells.teacher_folder(out, spec.name).resolve()
             kept.mkdir(parents=True, exist_ok=True)
-            cells.teacher_folder(scratch, spec.name).symlink_to(kept)
+            link_folder(cells.teacher_folder(scratch, spec.name), kept)
         conductor.conduct(study, scratch, origin, jobs=jobs, progress=progress, only=chosen)
         again = collect(study, scratch).cells
     return [

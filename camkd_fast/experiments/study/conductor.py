@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ... import system
 from ...train.strategies import STRATEGIES, Strategy, register
 from . import cells, work
 from .cells import Cell
@@ -26,6 +26,10 @@ from .spec import StudyConfig
 from .work import Origin
 
 Piece = tuple[str, Callable[..., work.Record], Any]  # name, function of `work`, its argument
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process was killed, for lack of memory for instance."""
 
 
 def conduct(
@@ -60,11 +64,13 @@ def conduct(
     ]
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")  # a fork inherits OpenMP's state and hangs
-    with ProcessPoolExecutor(jobs, context, _begin, (tuple(STRATEGIES.values()),)) as workers:
+    stop, end = context.Pipe(duplex=False)
+    with stop, end, ProcessPoolExecutor(jobs, context, _begin, (tuple(STRATEGIES.values()), stop)) as workers:
         try:
             for stage in stages:
                 failures += _stage(workers, stage, study, out, origin, progress)
         except BaseException:
+            end.close()  # a signal ends this process only; its workers would finish their pieces first
             workers.shutdown(wait=False, cancel_futures=True)
             raise
     return failures
@@ -93,7 +99,7 @@ def _stage(
         try:
             record = future.result()
         except BrokenProcessPool as error:
-            raise RuntimeError(f"a worker process was killed at or near {name}; finished pieces are kept") from error
+            raise WorkerDiedError(f"a worker process was killed at or near {name}; finished pieces are kept") from error
         except Exception as error:  # any failure of one piece must not stop the others
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             failures.append(f"{name} failed: {reason}")
@@ -104,20 +110,25 @@ def _stage(
     return failures
 
 
-def _begin(kinds: Sequence[type[Strategy]]) -> None:
-    """Initialise a worker; `kinds` are the strategies of the main process, some of them registered by other modules."""
+def _begin(kinds: Sequence[type[Strategy]], stop: Connection) -> None:
+    """Initialise a worker.
+
+    Args:
+        kinds: strategies of the main process, some of them registered by other modules.
+        stop: end of a pipe; the worker ends at once when the main process closes the other one.
+    """
     for kind in kinds:
         register(kind)
     torch.set_num_threads(1)
     for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK is kept: it selects the GPU
         os.environ.pop(name, None)  # a cell is a single-process run
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback per worker on Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    system.end_on_interrupt()  # no traceback per worker on Ctrl-C
+    threading.Thread(target=_end_with_parent, args=(stop,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Exit with the main process, which cannot stop its workers if it is killed."""
+def _end_with_parent(stop: Connection) -> None:
+    """Exit with the main process, which cannot stop its workers if it is killed, or when it closes `stop`."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait([parent.sentinel])
+        wait([parent.sentinel, stop])
         os._exit(1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ...system import is_portable_name
 from ...train import config_file, strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
@@ -190,6 +191,8 @@ Name = TypeVar("Name", str, int)
 def _name(what: str, name: str) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(f"{what} names are made of a-z, 0-9, . and -, got {name!r}")
+    if not is_portable_name(name):
+        raise ValueError(f"{what} names are names of folders, which Windows refuses for {name!r}")
 
 
 def _unique(what: str, names: Sequence[Name]) -> Sequence[Name]:

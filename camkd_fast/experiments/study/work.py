@@ -6,16 +6,14 @@ lock of a killed process is released. A killed piece resumes from its last check
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...train import run
+from ...train import run, run_lock
 from ...train.atomic import write_atomically
 from ...train.checkpoint import model_bytes, read_model
 from ...train.journal import METRICS, read_metrics
@@ -25,6 +23,7 @@ from .cells import Cell
 from .spec import StudyConfig, TeacherSpec
 
 RECORD = "record.json"
+PIECE_LOCK = ".piece.lock"  # not a run's own lock, which `run.teach` takes in the same folder
 Origin = Mapping[str, str]  # "commit" and "where" (machine) of a result
 Record = dict[str, Any]
 
@@ -124,7 +123,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[Path], Record]) -> Record:
     """The record in `folder` if its hash matches; otherwise run `work` and write its record."""
-    with locked(folder):
+    with run_lock.shared(folder, PIECE_LOCK):
         path = folder / RECORD
         if path.exists():
             found: Record = json.loads(path.read_bytes())
@@ -133,12 +132,3 @@ def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[
         record = {"kind": kind, **work(folder), "hash": digest, **origin}
         write_atomically(path, (json.dumps(record) + "\n").encode())
         return record
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; the system releases it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -8,6 +8,7 @@ differs from the live feature loss, but the cache is far smaller.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ...models.protocol import Prediction
 from ..distributed import World
+from ..run_lock import shared
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
 from .live import Head, Teachers
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CacheError", "CacheKey", "CachedTeachers", "Storage", "TeacherCache"]
 
 CPU = torch.device("cpu")
+CACHE_LOCK = ".cache.lock"  # not a run's lock: a run may keep its cache in its own folder
 MEMORY_LIMIT = 4 << 30  # bytes up to which a cache is held in memory; a larger one is memory-mapped
 
 
@@ -119,7 +122,8 @@ class TeacherCache:
             CacheError: the cache in `folder` is damaged or has another key or storage.
             OSError: a shard cannot be written; earlier shards are kept, and another call continues from there.
         """
-        write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
+        with shared(folder, CACHE_LOCK, world=world, say=warnings.warn):  # the first of several jobs writes the cache
+            write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
     def outputs(self, view: int, index: Tensor) -> list[Prediction]:
