@@ -15,7 +15,7 @@ _AT_A_LINE = re.compile(
 )
 # A message of the tool itself: "g++: fatal error: Killed ...", "nvcc fatal   : ...", "cl : Command line error D8021 : ...".
 _OF_A_TOOL = re.compile(
-    r"(?:\S*?(?:cc|c\+\+|clang|clang\+\+|cc1|cc1plus|cl|clang-cl|nvcc|cicc|cudafe\+\+|ptxas|nvlink|fatbinary|ld|lld|link|as"
+    r"(?:(?!CMake)\S*?(?:cc|[cg]\+\+|clang|clang\+\+|cc1|cc1plus|cl|clang-cl|nvcc|cicc|cudafe\+\+|ptxas|nvlink|fatbinary|ld|lld|link|as"
     r"|strip|make|ninja)(?:-?[\d.]+)?(?:\.exe)?|LLVM|LINK|Command-line)\s*:?\s*"
     r"(?:(?:internal compiler|fatal|catastrophic|command line)\s+)?(?:error|fatal|internal error)\s*(?:[A-Z]+\d+)?\s*:",
     re.IGNORECASE,
