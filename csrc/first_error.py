@@ -53,7 +53,12 @@ def _messages(log: str) -> list[str]:
     lines: list[str] = []
     after_failed = False
     for line in map(str.strip, log.splitlines()):
-        if line and not after_failed and not _QUOTED.match(line) and not line.startswith(("FAILED:", "Run Build Command")):
+        if (
+            line
+            and not after_failed
+            and not _QUOTED.match(line)
+            and not line.startswith(("FAILED:", "Run Build Command"))
+        ):
             lines.append(line)
         after_failed = line.startswith("FAILED:")
     return lines

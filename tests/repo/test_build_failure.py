@@ -28,7 +28,7 @@ REASONS = {
     "clang_option": "clang: error: unknown argument: '-fno-such'",
     "cmake_bad_flags": "c++: error: unrecognized command-line option '-fno-such-option'",
     "cmake_no_compiler": "Could not find compiler set in environment variable CXX: /nonexistent/c++.",
-    "cmake_no_ninja": "CMake was unable to find a build program corresponding to \"Ninja\".  CMAKE_MAKE_PROGRAM is not "
+    "cmake_no_ninja": 'CMake was unable to find a build program corresponding to "Ninja".  CMAKE_MAKE_PROGRAM is not '
     "set.  You probably need to select a different build tool.",
     "cmake_package": 'By not providing "FindNope.cmake" in CMAKE_MODULE_PATH this project has asked CMake to find a '
     'package configuration file provided by "Nope", but CMake did not find one.',
