@@ -6,17 +6,17 @@ import re
 
 LONGEST = 400  # characters of a reason: the names of templates have no end
 
-# A message at a place in a source file, as GCC and Clang (a.cpp:1:2:), nvcc and MSVC (a.cu(1):) or ptxas (a.ptx, line 1;)
-# write it. MSVC and EDG put a code between "error" and the colon.
+# A message at a place in a source file, as GCC and Clang (a.cpp:1:2:), nvcc and MSVC (a.cu(1):) or ptxas (a.ptx, line
+# 1;) write it. MSVC and EDG put a code between "error" and the colon.
 _AT_A_LINE = re.compile(
     r".+?(?::\d+(?::\d+)?:|\(\d+(?:,\d+)?\)\s*:|, line \d+;)\s*"
     r"(?:(?:internal compiler|fatal|catastrophic)\s+)?error\s*(?:#?[A-Z]*\d[\w-]*)?\s*:",
     re.IGNORECASE,
 )
-# A message of the tool itself: "g++: fatal error: Killed ...", "nvcc fatal   : ...", "cl : Command line error D8021 : ...".
+# A message of the tool itself: "g++: fatal error: Killed ...", "nvcc fatal   : ...", "cl : Command line error D8021 :".
 _OF_A_TOOL = re.compile(
-    r"(?:(?!CMake)\S*?(?:cc|[cg]\+\+|clang|clang\+\+|cc1|cc1plus|cl|clang-cl|nvcc|cicc|cudafe\+\+|ptxas|nvlink|fatbinary|ld|lld|link|as"
-    r"|strip|make|ninja)(?:-?[\d.]+)?(?:\.exe)?|LLVM|LINK|Command-line)\s*:?\s*"
+    r"(?:(?!CMake)\S*?(?:cc|[cg]\+\+|clang|clang\+\+|cc1|cc1plus|cl|clang-cl|nvcc|cicc|cudafe\+\+|ptxas|nvlink|fatbinary"
+    r"|ld|lld|link|as|strip|make|ninja)(?:-?[\d.]+)?(?:\.exe)?|LLVM|LINK|Command-line)\s*:?\s*"
     r"(?:(?:internal compiler|fatal|catastrophic|command line)\s+)?(?:error|fatal|internal error)\s*(?:[A-Z]+\d+)?\s*:",
     re.IGNORECASE,
 )
