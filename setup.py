@@ -56,13 +56,13 @@ def compile_module(module: Path, cuda_failed: str = "") -> None:
     """Compile csrc/ and put the result at `module`. `cuda_failed`: build without CUDA kernels, for this reason."""
     import pybind11  # a requirement of the build
 
-    with plain_folder() as work:
+    with simple_folder() as work:
         shutil.copytree(ROOT / "csrc", work / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
         (work / "csrc" / "cuda_failed.txt").write_text(cuda_failed, encoding="utf-8")
         configure = [
             *("cmake", "-S", "csrc", "-B", "build", "-G", "Ninja"),
-            f"-DPython_EXECUTABLE={plain_path(Path(sys.executable), work / 'python')}",
-            f"-Dpybind11_DIR={plain_path(Path(pybind11.get_cmake_dir()), work / 'pybind11')}",
+            f"-DPython_EXECUTABLE={simple_path(Path(sys.executable), work / 'python')}",
+            f"-Dpybind11_DIR={simple_path(Path(pybind11.get_cmake_dir()), work / 'pybind11')}",
         ]
         # Compilers translate their messages, and nvcc fails where its temporary folder has a space in its name.
         environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(work)}
@@ -76,23 +76,25 @@ def compile_module(module: Path, cuda_failed: str = "") -> None:
         shutil.copymode(built, module)
 
 
-def is_plain(path: Path) -> bool:
+def is_simple(path: Path) -> bool:
     """True if compilers, CMake, Ninja and the shell take the path as it is, without quotes."""
     return re.fullmatch(r"[\w./\\:+-]+", str(path), re.ASCII) is not None
 
 
 @contextmanager
-def plain_folder() -> Iterator[Path]:
-    """A temporary folder with a plain path, where there is one: sources and builds may lie in a folder of any name."""
+def simple_folder() -> Iterator[Path]:
+    """A temporary folder with a simple path, where there is one: sources and builds may lie in a folder of any name."""
     candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/dev/shm")]
-    parent = next((path for path in candidates if is_plain(path) and os.access(path, os.W_OK | os.X_OK)), candidates[0])
+    parent = next(
+        (path for path in candidates if is_simple(path) and os.access(path, os.W_OK | os.X_OK)), candidates[0]
+    )
     with tempfile.TemporaryDirectory(prefix="camkd_fast-", dir=parent) as folder:
         yield Path(folder).resolve()
 
 
-def plain_path(path: Path, link: Path) -> Path:
+def simple_path(path: Path, link: Path) -> Path:
     """`path` itself, or a symbolic link to it if its name needs quotes; CMake takes a semicolon for the end of one."""
-    if is_plain(path):
+    if is_simple(path):
         return path
     try:
         link.symlink_to(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -75,7 +77,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Path, dic
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
-def test_cmake_sees_plain_names_only(
+def test_cmake_sees_simple_names_only(
     name: str, commands: list[tuple[list[str], Path, dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the names of the folders of the module, of Python and of temporary files are."""
@@ -88,15 +90,15 @@ def test_cmake_sees_plain_names_only(
     assert (folder / "_C.so").read_bytes() == b"module"
     assert len(commands) == 2
     for command, cwd, environment in commands:
-        assert SETUP["is_plain"](cwd) and environment["TMPDIR"] == str(cwd) and environment["LC_ALL"] == "C"
+        assert SETUP["is_simple"](cwd) and environment["TMPDIR"] == str(cwd) and environment["LC_ALL"] == "C"
         assert not cwd.exists()
         for argument in command:
-            assert SETUP["is_plain"](Path(argument.partition("=")[2] or argument)), argument
+            assert SETUP["is_simple"](Path(argument.partition("=")[2] or argument)), argument
 
 
 @pytest.mark.parametrize("path", ["/usr/lib/python3.11", "C:\\Python\\x", "/a/b-c_d.e+f"])
-def test_a_plain_path_is_used_as_it_is(path: str, tmp_path: Path) -> None:
-    assert SETUP["plain_path"](Path(path), tmp_path / "link") == Path(path)
+def test_a_simple_path_is_used_as_it_is(path: str, tmp_path: Path) -> None:
+    assert SETUP["simple_path"](Path(path), tmp_path / "link") == Path(path)
     assert not (tmp_path / "link").is_symlink()
 
 
@@ -228,3 +230,27 @@ def test_a_build_that_fails_keeps_its_reason(
     assert not has_module(names)
     (wheel,) = (tmp_path / "out").glob("*.whl")
     assert reason in zipfile.ZipFile(wheel).read("camkd_fast/_build_failure.txt").decode()
+
+
+# What the workflow and the extras promise
+
+
+def test_the_workflow_pins_what_it_uses_and_covers_every_python() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    for step in steps:
+        assert "run" in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step["uses"]), step
+    commands = [step["run"] for step in jobs["linux"]["steps"] if "run" in step]
+    assert commands == ["make demo PYTHON=python", "make test PYTHON=python"]
+    supported = set(re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text()))
+    assert supported <= set(jobs["linux"]["strategy"]["matrix"]["python"])
+    for name in re.findall(r"tests/[\w/.]+", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_extras_for_dali_name_a_cuda_version() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^dali-cuda12 = \["nvidia-dali-cuda120', text, re.MULTILINE)
+    assert re.search(r'^dali-cuda13 = \["nvidia-dali-cuda130', text, re.MULTILINE)
+    assert re.search(r'^dali = \["camkd-fast\[dali-cuda13\]"\]', text, re.MULTILINE)
