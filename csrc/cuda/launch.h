@@ -1,6 +1,5 @@
-// The host side of every launch: limits of the device, alignment of matrices, and the launch itself. The part that
-// needs the CUDA runtime is in launch.cpp, which a C++ compiler reads once; nvcc would read the headers for every
-// kernel file three times. tests/cuda/host/ replaces it.
+// The host side of every launch: limits of the device, alignment of matrices, and the launch itself. tests/cuda/host/
+// replaces the part that needs the CUDA runtime, runtime.h.
 #pragma once
 
 #include <initializer_list>
@@ -13,21 +12,9 @@
 #include CAMKD_LAUNCH_HEADER
 #else
 
+#include "runtime.h"
+
 namespace camkd::cuda {
-
-struct LaunchConfig {
-    int64_t blocks;
-    int threads, cluster, shared;
-};
-
-// Queries the driver once per device.
-const Limits& device_limits();
-
-// Blocks of this launch that are resident at once on the current device; 0 if a cluster of this size never fits.
-// Queries the driver once per configuration, and sets the kernel's attributes that the configuration needs.
-int64_t resident_blocks_of(const void* kernel, const LaunchConfig& config);
-
-void launch_address(const void* kernel, const LaunchConfig& config, void* launch, const LaunchOptions& options);
 
 template <class Launch>
 int64_t resident_blocks(void (*kernel)(Launch), const LaunchConfig& config) {

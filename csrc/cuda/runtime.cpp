@@ -1,5 +1,4 @@
-// The part of launch.h that calls the CUDA runtime.
-#include "launch.h"
+#include "runtime.h"
 
 #include <cuda_runtime.h>
 
