@@ -66,12 +66,9 @@ def availability(name: str) -> Availability:
         module = importlib.import_module("triton" if name == "triton" else _MODULES[name])
     except ImportError as error:
         failure = Path(__file__).parents[1] / "_build_failure.txt"
-        why = (
-            f"; the build said: {failure.read_text('utf-8', 'replace').strip()}"
-            if name != "triton" and failure.exists()
-            else ""
-        )
-        return Availability(False, f"{error}{why}")
+        if name == "triton" or not failure.exists():
+            return Availability(False, str(error))
+        return Availability(False, f"{error}; the build said: {failure.read_text('utf-8', 'replace').strip()}")
     if name == "cpu":
         return Availability(True, f"compiled module, {module.instruction_set()} instructions")
     if name == "cuda":

@@ -130,7 +130,7 @@ def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, form
     hard = -_label_log_prob(F.log_softmax(s, dim=-1), label)
     soft = temperature**2 * _weighted_sum(weights, divergence)
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
-    coefficients = torch.stack([torch.full_like(hard, weight) for weight in formula[1:3]])
+    coefficients = torch.stack([torch.full_like(hard, weight) for weight in (formula.hard_weight, formula.soft_weight)])
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
     loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))

@@ -1,5 +1,5 @@
 # The CUDA kernels of _C, controlled by the environment variables CAMKD_FAST_CUDA=auto|0|1 and CAMKD_FAST_CUDA_ARCHS. The
-# module keeps the outcome. setup.py sets CAMKD_CUDA_FAILED to the error message if compiling the kernels has failed.
+# module keeps the outcome. setup.py writes cuda_failed.txt, the error message if compiling the kernels has failed.
 set(mode "$ENV{CAMKD_FAST_CUDA}")
 if(mode STREQUAL "")
   set(mode auto)
@@ -7,29 +7,39 @@ elseif(NOT mode MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "CAMKD_FAST_CUDA must be auto, 0 or 1, got ${mode}")
 endif()
 
-# A file instead of definitions, because a compiler's message could break a command line.
+# A file instead of definitions, because a compiler's message could break a command line. WRITE expands nothing in it.
 function(write_cuda_build built text)
-  file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/cuda_build.h CONTENT
+  file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/cuda_build.h
        "#define CAMKD_CUDA ${built}\n#define CAMKD_CUDA_BUILD R\"words(${text})words\"\n")
   target_include_directories(_C PRIVATE ${CMAKE_CURRENT_BINARY_DIR})
 endfunction()
 
+set(failed "")
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/cuda_failed.txt)
+  file(READ ${CMAKE_CURRENT_SOURCE_DIR}/cuda_failed.txt failed)
+endif()
+
+# The version is asked for before CMake tries the compiler, which takes some seconds and is an error where it fails.
 set(missing "")
 if(mode STREQUAL "0")
   set(missing "CAMKD_FAST_CUDA=0 at build time")
-elseif(NOT "${CAMKD_CUDA_FAILED}" STREQUAL "")
-  set(missing "the CUDA kernels did not compile: ${CAMKD_CUDA_FAILED}")
+elseif(NOT "${failed}" STREQUAL "")
+  set(missing "the CUDA kernels did not compile: ${failed}")
 else()
-  include(CheckLanguage)
-  set(CMAKE_CUDA_ARCHITECTURES OFF)  # set below
-  check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER)
-    set(missing "no working nvcc at build time (looked in PATH and CUDACXX)")
+  find_program(nvcc NAMES "$ENV{CUDACXX}" nvcc HINTS ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin)
+  set(version "")
+  if(nvcc)
+    execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE version RESULT_VARIABLE status ERROR_QUIET)
+  endif()
+  if(NOT version MATCHES "release [0-9.]+, V([0-9.]+)")
+    set(missing "no working nvcc at build time (looked in PATH, CUDACXX, CUDA_PATH and CUDA_HOME)")
+  elseif(CMAKE_MATCH_1 VERSION_LESS 12.8)
+    set(missing "nvcc ${CMAKE_MATCH_1} at build time, but 12.8 is needed")
   else()
+    message(STATUS "CUDA kernels: trying ${nvcc}")  # setup.py looks for this line
+    set(CMAKE_CUDA_COMPILER ${nvcc})
+    set(CMAKE_CUDA_ARCHITECTURES OFF)  # set below
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-      set(missing "nvcc ${CMAKE_CUDA_COMPILER_VERSION} at build time, but 12.8 is needed")
-    endif()
   endif()
 endif()
 
@@ -66,8 +76,9 @@ if(archs STREQUAL "")
 elseif(NOT archs MATCHES "^([0-9]+[af]?(-real|-virtual)?;?)+$")
   message(FATAL_ERROR "CAMKD_FAST_CUDA_ARCHS must be like 80-real;90, got ${archs}")
 endif()
-target_sources(_C PRIVATE cuda/bindings.cpp cuda/batch_mean.cu cuda/confidence.cu cuda/elementwise.cu
+target_sources(_C PRIVATE cuda/bindings.cpp cuda/runtime.cpp cuda/batch_mean.cu cuda/confidence.cu cuda/elementwise.cu
                           cuda/row_loss/row_loss.cu cuda/row_loss/f32.cu cuda/row_loss/bf16.cu cuda/row_loss/f16.cu)
+set_source_files_properties(cuda/runtime.cpp PROPERTIES INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
 string(REPLACE ";" " " listed "${archs}")
 write_cuda_build(1 "${listed}")
 # The runtime is linked statically, so that importing the module needs neither a driver nor a toolkit.

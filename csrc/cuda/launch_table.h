@@ -12,7 +12,7 @@
 
 namespace camkd::cuda {
 
-// The properties of a device that the table depends on, filled in by launch.h.
+// The properties of a device that the table depends on, filled in by runtime.cpp.
 struct Limits {
     int multiprocessors;
     int shared_per_block, shared_per_multiprocessor;  // bytes; each block takes 1 KB more than it requests

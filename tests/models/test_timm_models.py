@@ -48,7 +48,7 @@ class Swin(Base):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         # Rows have different weights, so that a transposed map changes the logits.
-        x = (x * torch.arange(1.0, 1 + x.shape[1]).view(-1, 1, 1)).mean((1, 2))
+        x = (x * torch.ones_like(x).cumsum(1)).mean((1, 2))
         return x if pre_logits else self.head(x)
 
 
@@ -59,7 +59,7 @@ class Mixer(Base):
         return self.patches(x).flatten(2).transpose(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = (x * torch.arange(1.0, 1 + x.shape[1]).view(-1, 1)).mean(1)
+        x = (x * torch.ones_like(x).cumsum(1)).mean(1)
         return x if pre_logits else self.head(x)
 
 

@@ -1,0 +1,110 @@
+#include "runtime.h"
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace camkd::cuda {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("camkd_fast: ") + what + ": " + cudaGetErrorString(status));
+}
+
+int current_device() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+Limits read_limits(int device) {
+    auto read = [&](cudaDeviceAttr name) {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+        return value;
+    };
+    Limits limits{};
+    limits.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+    limits.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    limits.shared_per_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    limits.l2 = read(cudaDevAttrL2CacheSize);
+    limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
+    limits.block_threads = kBlockThreads;
+    return limits;
+}
+
+cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaLaunchAttribute* attribute) {
+    cudaLaunchConfig_t native{};
+    native.gridDim = dim3(unsigned(config.blocks));
+    native.blockDim = dim3(unsigned(config.threads));
+    native.dynamicSmemBytes = size_t(config.shared);
+    native.stream = static_cast<cudaStream_t>(stream);
+    if (config.cluster > 1) {
+        attribute->id = cudaLaunchAttributeClusterDimension;
+        attribute->val.clusterDim.x = unsigned(config.cluster);
+        attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+        native.attrs = attribute;
+        native.numAttrs = 1;
+    }
+    return native;
+}
+
+}  // namespace
+
+const Limits& device_limits() {
+    static std::mutex mutex;
+    static std::map<int, Limits> cache;
+    const int device = current_device();
+    std::lock_guard<std::mutex> lock(mutex);
+    auto at = cache.find(device);
+    if (at == cache.end()) at = cache.emplace(device, read_limits(device)).first;
+    return at->second;
+}
+
+int64_t resident_blocks_of(const void* kernel, const LaunchConfig& config) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int, int, int>, int64_t> cache;
+    const auto key = std::make_tuple(current_device(), kernel, config.threads, config.cluster, config.shared);
+    std::lock_guard<std::mutex> lock(mutex);
+    auto at = cache.find(key);
+    if (at != cache.end()) return at->second;
+    // The maximum of the device, so that the order of launches from different threads does not matter
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared_per_block),
+          "shared memory of a kernel");
+    // Logits bypass L1, so the memory that L1 and shared memory divide serves better for more blocks
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "carve-out of a kernel");
+    int count = 0;
+    if (config.cluster > 1) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of a kernel");
+        cudaLaunchAttribute attribute{};
+        LaunchConfig one = config;
+        one.blocks = config.cluster;
+        const cudaLaunchConfig_t native = native_config(one, nullptr, &attribute);
+        if (cudaOccupancyMaxActiveClusters(&count, kernel, &native) != cudaSuccess) {
+            cudaGetLastError();  // the device refuses this size, which is no error here: clear it
+            count = 0;
+        }
+        count *= config.cluster;
+    } else {
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, config.threads, size_t(config.shared)),
+              "occupancy of a kernel");
+        count *= device_limits().multiprocessors;
+    }
+    cache[key] = count;
+    return count;
+}
+
+void launch_address(const void* kernel, const LaunchConfig& config, void* launch, const LaunchOptions& options) {
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t native = native_config(config, options.stream, &attribute);
+    void* arguments[] = {launch};
+    check(cudaLaunchKernelExC(&native, kernel, arguments), "launch");
+}
+
+}  // namespace camkd::cuda

@@ -1,0 +1,24 @@
+// The calls of the CUDA runtime, in runtime.cpp. A C++ compiler reads that file once; nvcc would read the standard
+// library's headers three times for every kernel file.
+#pragma once
+
+#include "api.h"
+#include "launch_table.h"
+
+namespace camkd::cuda {
+
+struct LaunchConfig {
+    int64_t blocks;
+    int threads, cluster, shared;
+};
+
+// Queries the driver once per device.
+const Limits& device_limits();
+
+// Blocks of this launch that are resident at once on the current device; 0 if a cluster of this size never fits.
+// Queries the driver once per configuration, and sets the kernel's attributes that the configuration needs.
+int64_t resident_blocks_of(const void* kernel, const LaunchConfig& config);
+
+void launch_address(const void* kernel, const LaunchConfig& config, void* launch, const LaunchOptions& options);
+
+}  // namespace camkd::cuda
