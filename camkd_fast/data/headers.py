@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..system import expand_path, replace
+
 _FORMAT = 1  # of the cache; part of its file name
 _THREADS = 16  # more than cores: they wait for disks
 _CHUNK = 64  # files per task
@@ -96,15 +98,14 @@ def cache_folder() -> Path:
     """$CAMKD_FAST_CACHE or ~/.cache/camkd_fast, with the folder of the headers in it.
 
     Raises:
-        RuntimeError: the user has no home folder.
+        ValueError: the user has no home folder.
     """
-    base = os.environ.get("CAMKD_FAST_CACHE")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "camkd_fast") / "headers"
+    return expand_path(os.environ.get("CAMKD_FAST_CACHE") or "~/.cache/camkd_fast") / "headers"
 
 
 def _cache_file(paths: Sequence[Path]) -> Path | None:
     """The cache of a set of files, named after their common folder; None if there is no place for one."""
-    with suppress(RuntimeError, ValueError):  # no home folder; no common folder
+    with suppress(ValueError):  # no home folder; no common folder
         folder = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
         name = hashlib.blake2b(os.fsencode(folder), digest_size=12).hexdigest()
         return cache_folder() / f"{name}.{_FORMAT}.npy"
@@ -132,6 +133,6 @@ def _save(cache: Path | None, entries: NDArray[Any], earlier: NDArray[Any]) -> N
         try:
             with temporary.open("wb") as file:
                 np.save(file, entries, allow_pickle=False)
-            os.replace(temporary, cache)
+            replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
