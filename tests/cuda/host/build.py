@@ -6,8 +6,10 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -20,17 +22,32 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
 
 
-def _digest(flags: list[str]) -> str:
+def _included(path: Path, seen: set[Path]) -> set[Path]:
+    """The file and the files of this repository that it includes, as far as their names are relative to it."""
+    if path not in seen:
+        seen.add(path)
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            if (path.parent / name).is_file():
+                _included((path.parent / name).resolve(), seen)
+    return seen
+
+
+def _digest(flags: list[str], sources: Iterable[Path]) -> str:
     state = hashlib.sha256(repr(flags).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.iterdir()]):
+    included: set[Path] = set()
+    for source in sources:
+        _included(source, included)
+    # The emulated device is included by a macro.
+    for path in sorted(included.union(HERE.iterdir())):
         if path.is_file() and path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py"):
             state.update(path.read_bytes())
     return state.hexdigest()[:16]
 
 
 def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) -> Path:
-    """The linked output, cached until a source or a flag changes."""
-    folder = ROOT / "build" / "cuda_host" / _digest([*flags, *link, name])
+    """The linked output. It and its objects are cached until a source or a flag changes."""
+    cache = ROOT / "build" / "cuda_host"
+    folder = cache / _digest([*flags, *link, name], sources)
     output = folder / name
     if output.exists():
         return output
@@ -41,8 +58,12 @@ def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) 
         assert done.returncode == 0, done.stderr
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        run("g++", "-std=c++20", *WARNINGS, *EMULATED, *flags, "-x", "c++", "-c", source, "-o", target)
+        target = cache / "objects" / f"{source.stem}-{_digest(flags, [source])}.o"
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_suffix(f".{os.getpid()}")
+            run("g++", "-std=c++20", *WARNINGS, *EMULATED, *flags, "-x", "c++", "-c", source, "-o", partial)
+            partial.rename(target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
