@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 
-from . import Change, load
+from . import AREAS, Change, load
 from .scratch import HUNG, ROOT, BuildError, Tree, seconds_of
 
 FOLDER = ROOT / "build" / "mutants"
@@ -35,11 +35,11 @@ class Outcome:
 
 
 def chosen(every: Iterable[Change], only: Sequence[str]) -> list[Change]:
-    """Changes whose area is, or whose title contains, one of the words; all without words."""
-    return [c for c in every if not only or any(word == c.area or word in c.title for word in only)]
+    """The changes of these areas, or whose titles contain one of these words; all without words."""
+    return [c for c in every if not only or any(word == c.area if word in AREAS else word in c.title for word in only)]
 
 
-def tests_of(listed: Iterable[Change]) -> list[str]:
+def named_tests(listed: Iterable[Change]) -> list[str]:
     """All named tests once, in order."""
     return list(dict.fromkeys(test for change in listed for test in change.tests.split()))
 
@@ -83,7 +83,7 @@ def run(listed: Sequence[Change], jobs: int, limit: float, folder: Path) -> list
     trees = [Tree(folder / f"worker-{i}") for i in range(min(jobs, max(len(listed), 1)))]
     try:
         print("the unchanged tree", flush=True)
-        if trees[0].pytest(tests_of(listed), 20 * limit) != 0:
+        if trees[0].pytest(named_tests(listed), 20 * limit) != 0:
             print(trees[0].log.read_text()[-5000:])
             return None
         threads = [Thread(target=work, args=(tree,)) for tree in trees]
@@ -99,7 +99,9 @@ def run(listed: Sequence[Change], jobs: int, limit: float, folder: Path) -> list
 
 def summary(outcomes: Sequence[Outcome], equivalent: int) -> str:
     counts = {r: sum(o.result == r for o in outcomes) for r in ("caught", "survived", "broken")}
-    lines = [f"{o.change.title} ({o.change.file})\n  {o.by or o.change.tests}" for o in outcomes if o.result != "caught"]
+    lines = [
+        f"{o.change.title} ({o.change.file})\n  {o.by or o.change.tests}" for o in outcomes if o.result != "caught"
+    ]
     share = 100 * counts["caught"] / max(len(outcomes), 1)
     numbers = ", ".join(f"{count} {name}" for name, count in counts.items())
     return "\n".join([*lines, f"{len(outcomes)} changes: {numbers} ({share:.1f} % caught); {equivalent} equivalent"])

@@ -91,7 +91,9 @@ class Tree:
 
     def last_failure(self) -> str:
         """The first failed test of the last run."""
-        failed = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+        failed = [
+            line for line in self.log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
+        ]
         return failed[0].split(" - ")[0] if failed else ""
 
     def close(self) -> None:

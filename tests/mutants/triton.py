@@ -9,46 +9,122 @@ EDGES = (
     f"{TRITON}::test_masked_columns {TRITON}::test_blocks_masked_with_infinity_and_with_the_lowest_number"
     f" {TRITON}::test_infinite_cross_entropies {TRITON}::test_certain_teachers"
 )
-MEMORY = "tests/backends/test_triton_memory.py"
+MEMORY = "tests/backends/test_memory_access.py"
 
 CHANGES = (
     *changes(
         "kernels/softmax.py",
         EDGES,
-        Change("rows beyond the last are kept", "kept = in_range & (y != ignore_index)", "kept = y != ignore_index", tests=MEMORY),
+        Change(
+            "rows beyond the last are kept",
+            "kept = in_range & (y != ignore_index)",
+            "kept = y != ignore_index",
+            tests=MEMORY,
+        ),
         Change("an underflowing decay times infinity", "tl.where(decay > 0, value * decay, 0.0)", "value * decay"),
         Change("maximum of a masked row", 'return tl.where(top == float("-inf"), 0.0, top)', "return top"),
         Change("infinite scores subtracted", "tl.where(score == top, 1.0, tl.exp(score - top))", "tl.exp(score - top)"),
-        Change("confidence weights not divided by K - 1", "weight = weight / (K - 1)", "weight = weight / K", tests=BOTH),
-        Change("label C is inside", "inside = (y >= 0) & (y < C)", "inside = (y >= 0) & (y <= C)", tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows"),
-        Change("inner row stride", "(n % S) * stride_inner", "(n % S) * stride_outer", tests=f"{TRITON}::test_two_row_strides"),
-        Change("e^x at T = 4 squared once", "square = e * e\n        return square * square", "square = e * e\n        return square", tests=TRUTH),
+        Change(
+            "confidence weights not divided by K - 1", "weight = weight / (K - 1)", "weight = weight / K", tests=BOTH
+        ),
+        Change(
+            "label C is inside",
+            "inside = (y >= 0) & (y < C)",
+            "inside = (y >= 0) & (y <= C)",
+            tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows",
+        ),
+        Change(
+            "inner row stride",
+            "(n % S) * stride_inner",
+            "(n % S) * stride_outer",
+            tests=f"{TRITON}::test_two_row_strides",
+        ),
+        Change(
+            "e^x at T = 4 squared once",
+            "square = e * e\n        return square * square",
+            "square = e * e\n        return square",
+            tests=TRUTH,
+        ),
     ),
     *changes(
         "kernels/results.py",
         BOTH,
-        Change("soft loss without the square of T", "(formula.temperature * formula.temperature)", "formula.temperature"),
-        Change("gradient without T", "formula.soft_weight * formula.temperature * soft_part", "formula.soft_weight * soft_part"),
+        Change(
+            "soft loss without the square of T", "(formula.temperature * formula.temperature)", "formula.temperature"
+        ),
+        Change(
+            "gradient without T",
+            "formula.soft_weight * formula.temperature * soft_part",
+            "formula.soft_weight * soft_part",
+        ),
         Change("rows of the statistics overlap", "PER_TEACHER + K + k, N, n, ce", "PER_TEACHER + k, N, n, ce"),
-        Change("one teacher has entropy weight 0", 'return "uniform" if K == 1 and name in ("confidence", "entropy") else name', 'return "uniform" if K == 1 and name == "confidence" else name', tests=TRUTH),
-        Change("statistics of ignored rows", "tl.where(kept, value, 0.0)", "value", tests=f"{TRITON}::test_ignored_rows_are_zero_whatever_they_contain"),
+        Change(
+            "one teacher has entropy weight 0",
+            'return "uniform" if K == 1 and name in ("confidence", "entropy") else name',
+            'return "uniform" if K == 1 and name == "confidence" else name',
+            tests=TRUTH,
+        ),
+        Change(
+            "statistics of ignored rows",
+            "tl.where(kept, value, 0.0)",
+            "value",
+            tests=f"{TRITON}::test_ignored_rows_are_zero_whatever_they_contain",
+        ),
     ),
     *changes(
         "kernels/row_loss_onchip.py",
         BOTH,
         Change("mixture not rescaled to the new top", "mixed = mixed * decay[:, None] +", "mixed = mixed +"),
         Change("running total not rescaled", "total = total * decay + share", "total = total + share"),
-        Change("columns beyond the row", "tile = in_range[:, None] & (cols < C)[None, :]", "tile = in_range[:, None] & (cols <= C)[None, :]", tests=f"{TRITON}::test_reductions {MEMORY}"),
-        Change("probability 0 times infinity", "cross = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)", "cross = tl.sum(e * (z - s), axis=1)", tests=EDGES),
-        Change("scale on the device ignored", "out *= tl.load(grad_scale)", "pass", tests=f"{TRITON}::test_scaled_gradient_and_no_gradient"),
+        Change(
+            "columns beyond the row",
+            "tile = in_range[:, None] & (cols < C)[None, :]",
+            "tile = in_range[:, None] & (cols <= C)[None, :]",
+            tests=f"{TRITON}::test_reductions {MEMORY}",
+        ),
+        Change(
+            "probability 0 times infinity",
+            "cross = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)",
+            "cross = tl.sum(e * (z - s), axis=1)",
+            tests=EDGES,
+        ),
+        Change(
+            "row stride of given weights",
+            "k * stride_wk + n * stride_wn, mask",
+            "k * stride_wk + n, mask",
+            tests=f"{TRITON}::test_given_weights_of_any_strides",
+        ),
+        Change(
+            "scale on the device ignored",
+            "out *= tl.load(grad_scale)",
+            "pass",
+            tests=f"{TRITON}::test_scaled_gradient_and_no_gradient",
+        ),
     ),
     *changes(
         "kernels/row_loss_streaming.py",
         BOTH,
-        Change("cross terms keep the student's old maximum", "(drop - s_drop), decay) + tl.sum(tl.where(e > 0", "drop, decay) + tl.sum(tl.where(e > 0"),
-        Change("the last block of columns is not written", "blocks = tl.cdiv(C, BLOCK_C)\n        for i in range(blocks)", "blocks = C // BLOCK_C\n        for i in range(blocks)"),
-        Change("first group of teachers only", "for first in tl.static_range(0, K, GROUP):", "for first in tl.static_range(0, 1, GROUP):"),
-        Change("ignored rows are read", "limit_units = tl.where(kept, C_units, 0)", "limit_units = C_units", equivalent="a cost only: statistics and gradient of ignored rows are replaced by 0 where they are stored"),
+        Change(
+            "cross terms keep the student's old maximum",
+            "(drop - s_drop), decay) + tl.sum(tl.where(e > 0",
+            "drop, decay) + tl.sum(tl.where(e > 0",
+        ),
+        Change(
+            "the last block of columns is not written",
+            "blocks = tl.cdiv(C, BLOCK_C)\n        for i in range(blocks)",
+            "blocks = C // BLOCK_C\n        for i in range(blocks)",
+        ),
+        Change(
+            "first group of teachers only",
+            "for first in tl.static_range(0, K, GROUP):",
+            "for first in tl.static_range(0, 1, GROUP):",
+        ),
+        Change(
+            "ignored rows are read",
+            "limit_units = tl.where(kept, C_units, 0)",
+            "limit_units = C_units",
+            equivalent="a cost only: statistics and gradient of ignored rows are replaced by 0 where they are stored",
+        ),
     ),
     *changes(
         "kernels/confidence.py",
@@ -56,14 +132,23 @@ CHANGES = (
         Change("lanes not rescaled", "sums = sums * tl.exp2(drop * LOG2E) + tl.sum", "sums = sums + tl.sum"),
         Change("gradient of the label", "(p - tl.where(cols[None, :] == y[:, None], 1.0, 0.0))", "p"),
         Change("log-sum-exp without its maximum", "tl.where(kept, log_sum + top, 0.0)", "tl.where(kept, log_sum, 0.0)"),
-        Change("row stride of the incoming gradient", "n * stride_gn, mask=in_range", "n, mask=in_range", tests=f"{TRITON}::test_confidence {TRITON}::test_gradients_of_any_strides"),
-        Change("rows beyond the last of the gradient", "tile = in_range[:, None] & (cols < C)[None, :]", "tile = (cols < C)[None, :]", tests=MEMORY),
+        Change("row stride of the incoming gradient", "n * stride_gn, mask=in_range", "n, mask=in_range"),
+        Change(
+            "rows beyond the last of the gradient",
+            "tile = in_range[:, None] & (cols < C)[None, :]",
+            "tile = (cols < C)[None, :]",
+            tests=MEMORY,
+        ),
     ),
     *changes(
         "kernels/features.py",
         f"{TRITON}::test_features {TRITON}::test_feature_loss_module",
         Change("gradient without the factor 2", "(2.0 / tl.cast(M, tl.float32))", "(1.0 / tl.cast(M, tl.float32))"),
-        Change("one stride for both", "t_row = teacher + n * stride_tn * ALIGN\n    squares", "t_row = teacher + n * stride_sn * ALIGN\n    squares"),
+        Change(
+            "one stride for both",
+            "t_row = teacher + n * stride_tn * ALIGN\n    squares",
+            "t_row = teacher + n * stride_sn * ALIGN\n    squares",
+        ),
     ),
     *changes(
         "kernels/batch_mean.py",
@@ -79,11 +164,20 @@ CHANGES = (
     *changes(
         "kernels/layout.py",
         f"{TRITON}::test_alignments {TRITON}::test_two_row_strides {TRITON}::test_matches_truth",
-        Change("row strides do not count for the alignment", "bits |= outer | inner | tensor.shape[-1]", "bits |= tensor.shape[-1]"),
+        Change(
+            "row strides do not count for the alignment",
+            "bits |= outer | inner | tensor.shape[-1]",
+            "bits |= tensor.shape[-1]",
+        ),
     ),
     *changes(
         "kernels/launch.py",
         "tests/backends/test_triton_compile.py::test_limits tests/backends/test_triton.py::test_wide_rows_match_truth",
-        Change("narrow programs for narrow rows", "BLOCK_C = _power_of_2(max(C, 16))\n    if BLOCK_C > 1024", "BLOCK_C = _power_of_2(max(C, 16)) // 2\n    if BLOCK_C > 1024", tests=TRUTH),
+        Change(
+            "narrow programs for narrow rows",
+            "BLOCK_C = _power_of_2(max(C, 16))\n    if BLOCK_C > 1024",
+            "BLOCK_C = _power_of_2(max(C, 16)) // 2\n    if BLOCK_C > 1024",
+            tests=TRUTH,
+        ),
     ),
-)  # fmt: skip
+)
