@@ -113,15 +113,16 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="changes at the same time, each in a copy of its own")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run counts as a hang")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for copies, logs and results")
     arguments = parser.parse_args()
     listed = chosen(load(), arguments.only)
     if arguments.list:
         for change in listed:
             print(change.title, f"[equivalent: {change.equivalent}]" if change.equivalent else "", change.file)
         return 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     effective = [change for change in listed if not change.equivalent]
-    outcomes = run(effective, arguments.jobs, arguments.limit, FOLDER)
+    outcomes = run(effective, arguments.jobs, arguments.limit, arguments.folder)
     if outcomes is None:
         print("the tests fail without any change")
         return 2

@@ -90,7 +90,8 @@ def load_module() -> ModuleType:
 
 def _race_program(*dropped: str) -> Path:
     flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
-    return _compile([*KERNELS, HERE / "race_check.cpp"], flags, [], "race_check")
+    kernels = [path for path in KERNELS if path.stem not in ("bf16", "f16")]  # race_check.cpp is float32
+    return _compile([*kernels, HERE / "race_check.cpp"], flags, [], "race_check")
 
 
 def race_check(*dropped: str, **environment: str) -> subprocess.CompletedProcess[str]:

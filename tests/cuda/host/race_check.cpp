@@ -7,6 +7,22 @@
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/row_loss/group.cuh"
 
+namespace camkd::cuda {
+
+// The 16-bit instantiations of the row kernel have the same barriers, and compile as long.
+template <class T>
+void launch_row_loss(RowLaunch&, const LaunchOptions&);
+template <>
+void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&) {
+    std::abort();
+}
+template <>
+void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&) {
+    std::abort();
+}
+
+}  // namespace camkd::cuda
+
 using namespace camkd;
 using namespace camkd::cuda;
 
