@@ -93,6 +93,7 @@ CHANGES = (
             "no barrier before the next row",
             "row.write_block(b, shared, 0, streaming);\n#pragma omp barrier",
             "row.write_block(b, shared, 0, streaming);",
+            equivalent="all threads meet once more before one of them changes what they share, for the next row",
         ),
         Change(
             "rows of a group overlap in scratch",

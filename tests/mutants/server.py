@@ -18,6 +18,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def main() -> None:
     import hypothesis  # noqa: F401
     import pytest
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._dynamo
     import torch.distributed  # noqa: F401
 

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = sorted(CUDA.rglob("*.cu"))
+OPTIMISATION = os.environ.get("CAMKD_FAST_EMULATED_OPTIMISATION", "-O1")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 EMULATED = ['-DCAMKD_DEVICE_HEADER="host_device.h"', '-DCAMKD_LAUNCH_HEADER="host_launch.h"', f"-I{HERE}"]
 
@@ -78,7 +79,7 @@ def load_module() -> ModuleType:
     """The CUDA functions of the compiled module, emulated: `emulated_cuda`."""
     import pybind11
 
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    flags = [OPTIMISATION, "-fPIC", "-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     sources = [*KERNELS, CUDA / "bindings.cpp", HERE / "module.cpp"]
     path = _compile(sources, flags, ["-shared"], f"emulated_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     spec = importlib.util.spec_from_file_location("emulated_cuda", path)
@@ -89,7 +90,7 @@ def load_module() -> ModuleType:
 
 
 def _race_program(*dropped: str) -> Path:
-    flags = ["-O1", "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
+    flags = [OPTIMISATION, "-g", "-fsanitize=thread", *(f"-DCAMKD_DROP_{name}" for name in dropped)]
     kernels = [path for path in KERNELS if path.stem not in ("bf16", "f16")]  # race_check.cpp is float32
     return _compile([*kernels, HERE / "race_check.cpp"], flags, [], "race_check")
 

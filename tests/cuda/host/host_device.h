@@ -119,7 +119,10 @@ CAMKD_SITE void mailbox_wait(Mailbox* box, int phase) {
     if (!host::runs("MAILBOX_WAIT", __builtin_return_address(0))) return;
     const auto start = std::chrono::steady_clock::now();
     while (box->phases.load(std::memory_order_relaxed) <= phase) {
-        std::this_thread::yield();
+        if (host::delays.on)
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        else
+            std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
     box->missing.load(std::memory_order_acquire);
