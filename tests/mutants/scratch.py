@@ -41,9 +41,6 @@ class Tree:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.root / name)
         (self.root / "camkd_fast" / "kernels").symlink_to("../kernels")
-        emulated = ROOT / "build" / "cuda_host"
-        if emulated.is_dir():  # compiled by earlier runs of the tests
-            shutil.copytree(emulated, self.root / "build" / "cuda_host")
         self.module = Module(self.root, folder / "objects")
         self.module.build()
         self._server = subprocess.Popen(

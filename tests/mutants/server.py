@@ -23,7 +23,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._dynamo
-    import torch.distributed  # noqa: F401
+    import torch.distributed
 
     for line in sys.stdin:
         log, *arguments = json.loads(line)

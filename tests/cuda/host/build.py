@@ -79,7 +79,13 @@ def load_module() -> ModuleType:
     """The CUDA functions of the compiled module, emulated: `emulated_cuda`."""
     import pybind11
 
-    flags = [OPTIMISATION, "-fPIC", "-fvisibility=hidden", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    flags = [
+        OPTIMISATION,
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{sysconfig.get_path('include')}",
+        f"-I{pybind11.get_include()}",
+    ]
     sources = [*KERNELS, CUDA / "bindings.cpp", HERE / "module.cpp"]
     path = _compile(sources, flags, ["-shared"], f"emulated_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     spec = importlib.util.spec_from_file_location("emulated_cuda", path)
