@@ -88,6 +88,17 @@ def test_a_window_a_little_smaller_than_its_image_takes_every_place() -> None:
     assert together == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+def test_records_are_stable() -> None:
+    """Golden values: views of teacher caches, and interrupted runs, depend on them across versions."""
+    size, index = np.array([[20, 30]]), np.arange(4)
+    wide = Augmentation("resized-crop", scale=(0.3, 1.0), ratio=(0.4, 2.5))
+    windows = records(wide, 3, 2, index, size).windows
+    np.testing.assert_array_equal(windows, [[1, 6, 18, 22], [4, 12, 15, 18], [8, 1, 10, 22], [2, 5, 15, 12]])
+    crops = records(Augmentation(padding=3), 3, 2, index, size)
+    np.testing.assert_array_equal(crops.shifts, [[-1, 1], [1, 3], [2, -3], [0, -1]])
+    np.testing.assert_array_equal(records(wide, 4, 2, np.arange(6), size).mirrored, [True, False, True, False, True, True])
+
+
 @pytest.mark.parametrize("kind", ["crop", "resized-crop"])
 def test_nothing_is_mirrored_unless_it_may_be(kind: Any) -> None:
     for flip in (False, True):

@@ -53,7 +53,6 @@ CHANGES = (
             "the last window that fits",
             "first = fits.argmax(1)",
             "first = _TRIES - 1 - fits[:, ::-1].argmax(1)",
-            equivalent="which of the windows that fit is used does not change their distribution: their draws are independent and alike",
         ),
     ),
     *changes(

@@ -136,7 +136,7 @@ CHANGES = (
             "hard is part of the graph",
             "self._inverse_divisor, self._lead).detach()",
             "self._inverse_divisor, self._lead)",
-            equivalent="row_stats have no graph outside of torch.compile, where `_reduced` runs on detached results",
+            tests=f"{COMPILE}::test_fullgraph_equals_eager",
         ),
     ),
     *changes(
