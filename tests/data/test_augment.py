@@ -96,7 +96,9 @@ def test_records_are_stable() -> None:
     np.testing.assert_array_equal(windows, [[1, 6, 18, 22], [4, 12, 15, 18], [8, 1, 10, 22], [2, 5, 15, 12]])
     crops = records(Augmentation(padding=3), 3, 2, index, size)
     np.testing.assert_array_equal(crops.shifts, [[-1, 1], [1, 3], [2, -3], [0, -1]])
-    np.testing.assert_array_equal(records(wide, 4, 2, np.arange(6), size).mirrored, [True, False, True, False, True, True])
+    np.testing.assert_array_equal(
+        records(wide, 4, 2, np.arange(6), size).mirrored, [True, False, True, False, True, True]
+    )
 
 
 @pytest.mark.parametrize("kind", ["crop", "resized-crop"])

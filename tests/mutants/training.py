@@ -4,7 +4,12 @@ from . import Change, changes
 
 STEP = "tests/train/test_step.py"
 LOOP = "tests/train/test_loop.py"
-TWO = "tests/train/test_distributed.py"
+RANKS = "tests/train/test_distributed.py"
+TWO = (
+    f"{RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one {RANKS}::test_rank_0_decides"
+    f" {RANKS}::test_only_rank_0_writes_and_evaluation_counts_all_images {RANKS}::test_invalid_worlds_are_refused"
+    f" {RANKS}::test_every_image_is_seen_once_and_every_step_sees_the_same_ones"
+)
 OPTIONS = "tests/train/test_options.py"
 CHECKPOINT = "tests/train/test_checkpoint.py"
 
@@ -16,7 +21,7 @@ CHANGES = (
             "rank is not in the seed",
             "self._seed, self._world.rank, number",
             "self._seed, number",
-            tests=f"{TWO}::test_ranks_draw_different_dropout_masks",
+            tests=f"{RANKS}::test_ranks_draw_different_dropout_masks",
         ),
         Change("step is not in the seed", "self._seed, self._world.rank, number)", "self._seed, self._world.rank)"),
         Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{STEP} {OPTIONS}"),
@@ -69,7 +74,7 @@ CHANGES = (
             "gradient of the feature loss not scaled",
             "gradients.append(scale.reshape(()).to(term.loss.dtype))",
             "gradients.append(torch.ones_like(term.loss))",
-            tests=f"{STEP} {TWO}::test_two_processes_have_the_gradient_and_the_sums_of_one",
+            tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
         Change(
             "strategy's parameters are not trained",
@@ -184,7 +189,7 @@ CHANGES = (
             "this rank's number",
             "return int(self.gather(torch.tensor([number], device=self.device))[0])",
             "return number",
-            tests=f"{TWO}::test_rank_0_decides",
+            tests=f"{RANKS}::test_rank_0_decides",
         ),
     ),
     *changes(
@@ -248,7 +253,7 @@ CHANGES = (
             "test result of rank 0's buffers only",
             "world.copy_buffers(step.student)\n        test",
             "test",
-            tests=f"{TWO}::test_the_test_result_is_that_of_the_saved_model",
+            tests=f"{RANKS}::test_the_test_result_is_that_of_the_saved_model",
         ),
         Change(
             "training accuracy as test accuracy",
