@@ -9,7 +9,7 @@ OPTIONS = "tests/train/test_options.py"
 CHANGES = (
     *changes(
         "camkd_fast/train/strategies/registry.py",
-        f"{LOGITS} {OPTIONS}",
+        f"{OPTIONS} {LOGITS}",
         Change("alpha not divided", "soft_weight = alpha / divisor", "soft_weight = alpha"),
         Change("options are dropped", "{**kind.options, **given}", "{**given, **kind.options}"),
         Change("option 0 is no option", "if options.get(name) is not None}", "if options.get(name)}"),
@@ -40,12 +40,12 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/strategies/features.py",
-        f"{FEATURES} {OPTIONS}",
+        f"{OPTIONS} {FEATURES}",
         Change(
             "beta is not divided",
             'setup.options["beta"] / setup.divisor',
             'setup.options["beta"]',
-            tests=f"{LOGITS} {OPTIONS}",
+            tests=f"{OPTIONS} {LOGITS}",
         ),
         Change("hints without 1 / K", "weights = (kept / len(teachers)).expand", "weights = (kept / 1).expand"),
         Change(
@@ -66,7 +66,7 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/strategies/confidence.py",
-        f"{FEATURES} {LOGITS} {OPTIONS}",
+        f"{OPTIONS} {FEATURES} {LOGITS}",
         Change("CA-MKD never divided", "return K if official else 1", "return 1"),
         Change("uniform logits are features", 'if self.uniform == "features":', 'if self.uniform == "logits":'),
         Change(

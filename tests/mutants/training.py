@@ -24,8 +24,8 @@ CHANGES = (
             tests=f"{RANKS}::test_ranks_draw_different_dropout_masks",
         ),
         Change("step is not in the seed", "self._seed, self._world.rank, number)", "self._seed, self._world.rank)"),
-        Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{STEP} {OPTIONS}"),
-        Change("default momentum", "momentum=optim.momentum,", "momentum=0.9,", tests=f"{STEP} {OPTIONS}"),
+        Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{OPTIONS} {STEP}"),
+        Change("default momentum", "momentum=optim.momentum,", "momentum=0.9,", tests=f"{OPTIONS} {STEP}"),
         Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
         Change("gradients accumulate", "self.optimizer.zero_grad(set_to_none=True)", "pass"),
         Change(
@@ -47,7 +47,7 @@ CHANGES = (
             "enabled=True",
             equivalent="torch refuses float32 autocast on a CPU with a warning and disables it",
         ),
-        Change("no autocast", "enabled=self._dtype != torch.float32", "enabled=False", tests=f"{STEP} {OPTIONS}"),
+        Change("no autocast", "enabled=self._dtype != torch.float32", "enabled=False", tests=f"{OPTIONS} {STEP}"),
         Change(
             "momentum is not saved",
             '"optimizer": self.optimizer.state_dict(),\n',
@@ -58,7 +58,7 @@ CHANGES = (
             "scaler is not restored",
             'self.scaler.load_state_dict(state["scaler"])',
             "pass",
-            tests=f"{CHECKPOINT} {OPTIONS}",
+            tests=f"{OPTIONS} {CHECKPOINT}",
         ),
         Change(
             "channels_last dropped",
@@ -161,18 +161,18 @@ CHANGES = (
         Change("drop one step late", "step >= share * total", "step > share * total"),
         Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
         Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
-        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{STEP} {OPTIONS}"),
+        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{OPTIONS} {STEP}"),
         Change(
             "own milestones ignored",
             "for share in optim.milestones)",
             "for share in (0.625, 0.75, 0.875))",
-            tests=f"{STEP} {OPTIONS}",
+            tests=f"{OPTIONS} {STEP}",
         ),
         Change(
             "own rate ignored for slow models",
             "if optim.learning_rate is not None:",
             "if optim.learning_rate is not None and model not in ('mobilenetv2', 'shufflenetv1'):",
-            tests=f"{STEP} {OPTIONS}",
+            tests=f"{OPTIONS} {STEP}",
         ),
     ),
     *changes(
@@ -278,7 +278,7 @@ CHANGES = (
         "camkd_fast/train/run_folder.py",
         LOOP,
         Change(
-            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{LOOP} {OPTIONS}"
+            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{OPTIONS} {LOOP}"
         ),
     ),
     *changes(
