@@ -43,6 +43,20 @@ def test_the_default_mark_is_no_label_under_another_one(ignore_index: int, backe
         run(case.with_(target=target), backend)
 
 
+@pytest.mark.parametrize("ignore_index", [True, False, 1.0, None, torch.tensor(1)], ids=str)
+def test_an_ignore_index_is_an_int(ignore_index: Any, backend: str) -> None:
+    case = make_case(8, 10)
+    arguments = case.student, case.teachers, case.target
+    for call in (
+        lambda: camkd_loss(*arguments, ignore_index=ignore_index, backend=backend),
+        lambda: camkd_loss_and_grad(*arguments, ignore_index=ignore_index, backend=backend),
+        lambda: CAMKDLoss(ignore_index=ignore_index, backend=backend),
+        lambda: confidence_weights(case.teachers, case.target, ignore_index, backend=backend),
+    ):
+        with pytest.raises(TypeError, match="ignore_index must be an int, got "):
+            call()
+
+
 # --- the module ------------------------------------------------------------------------------------------------------
 
 KEYWORDS: dict[str, Any] = {

@@ -71,7 +71,10 @@ CHANGES = (
             tests=f"tests/losses/test_formula.py {COMPILE}",
         ),
         Change(
-            "True is an ignore_index", "or isinstance(ignore_index, bool)", "", tests="tests/losses/test_bad_input.py"
+            "True is an ignore_index",
+            "or isinstance(ignore_index, bool)",
+            "",
+            tests="tests/losses/test_bad_input.py tests/losses/test_keywords.py",
         ),
     ),
     *changes(
