@@ -112,6 +112,46 @@ def test_both_functions_take_every_keyword_compiled_too(name: str) -> None:
     assert_near(traced[2], grad)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss_scale", [64.0, torch.tensor(0.25)], ids=str)
+def test_a_loss_scale_multiplies_the_gradient_compiled_too(loss_scale: Any, reduction: str) -> None:
+    case = make_case(40, 10, ignored=0.3, reduction=reduction)
+
+    def scaled(student: Tensor, teachers: list[Tensor], target: Tensor, scale: Any) -> Tensor:
+        num_items = 12.5 if reduction == "mean" else None
+        return camkd_loss_and_grad(
+            student, teachers, target, loss_scale=scale, num_items=num_items, reduction=reduction
+        )[1]
+
+    arguments = case.student, list(case.teachers), case.target
+    expected = float(loss_scale) * scaled(*arguments, 1.0)
+    assert_near(scaled(*arguments, loss_scale), expected)
+    assert_near(torch.compile(scaled, backend="aot_eager", fullgraph=True)(*arguments, loss_scale), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "compiled"), [("every other", False), ("expanded", False), ("a column", False), ("every other", True)]
+)
+def test_labels_of_any_strides(layout: str, compiled: bool) -> None:
+    """Vectors of labels too: what a view leaves out must not be read."""
+    case = make_case(12, 10)
+    labels = {
+        "every other": torch.stack([case.target, case.target.flip(0)], 1).flatten()[::2],
+        "expanded": case.target[:1].expand(12),
+        "a column": torch.stack([case.target, case.target.flip(0)], 1)[:, 0],
+    }[layout]
+
+    def all_of_it(student: Tensor, teachers: list[Tensor], target: Tensor) -> list[Tensor]:
+        loss = camkd_loss(student, teachers, target, reduction="none").loss
+        _, grad = camkd_loss_and_grad(student, teachers, target)
+        return [loss, grad, *confidence_weights(teachers, target)]
+
+    expected = all_of_it(case.student, list(case.teachers), labels.clone())
+    call = torch.compile(all_of_it, backend="aot_eager", fullgraph=True) if compiled else all_of_it
+    for ours, theirs in zip(call(case.student, list(case.teachers), labels), expected, strict=True):
+        assert_near(ours, theirs)
+
+
 # --- the feature loss ------------------------------------------------------------------------------------------------
 
 

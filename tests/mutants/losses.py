@@ -155,6 +155,7 @@ CHANGES = (
             "labels of any strides",
             "target if target.dim() == 1 and target.is_contiguous()",
             "target if target.dim() == 1",
+            tests="tests/losses/test_layout.py tests/losses/test_keywords.py::test_labels_of_any_strides",
         ),
     ),
     *changes(
@@ -181,7 +182,12 @@ CHANGES = (
             "checks.count_labels(labels, student.shape[-1], ignore_index)\n    formula",
             "pass\n    formula",
         ),
-        Change("scale of 1 for every traced call", "return None if scale == 1.0 else", "return None if True else"),
+        Change(
+            "scale of 1 for every traced call",
+            "return None if scale == 1.0 else",
+            "return None if True else",
+            tests="tests/losses/test_keywords.py::test_a_loss_scale_multiplies_the_gradient_compiled_too",
+        ),
     ),
     *changes(
         "camkd_fast/losses/confidence_op.py",
