@@ -83,7 +83,7 @@ def test_loss_and_gradients(K, detach, backend):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_map_is_the_relu_of_a_normalised_1x1_convolution(training):
-    module, _, student, teachers, _ = build("reference")
+    module, _, _, teachers, _ = build("reference")
     for regressor, teacher in zip(module.train(training).regressors, teachers, strict=True):
         conv, norm = (
             next(m for m in regressor.modules() if isinstance(m, kind)) for kind in (nn.Conv2d, nn.BatchNorm2d)
