@@ -77,13 +77,13 @@ CHANGES = (
             "strided incoming gradients of the confidence weights",
             "grad_ce = grad_ce.contiguous()",
             "pass",
-            tests=f"{FEATURES} tests/losses/test_layout.py",
+            tests="tests/backends/test_cpu_functions.py",
         ),
         Change(
             "strided incoming gradients of the features",
             "grad_error = grad_error.contiguous()",
             "pass",
-            tests=f"{FEATURES} tests/losses/test_layout.py",
+            tests="tests/backends/test_cpu_functions.py",
         ),
         Change(
             "recycled memory is not filled when torch fills its own",

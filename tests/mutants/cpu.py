@@ -42,7 +42,7 @@ CHANGES = (
             "an invalid label with soft_weight 0 has a loss",
             "formula.soft_weight), result.soft) + label_nan",
             "formula.soft_weight), result.soft)",
-            tests="tests/backends tests/losses/test_bad_input.py",
+            tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
         ),
     ),
     *changes(
@@ -110,7 +110,7 @@ CHANGES = (
             "label C is valid",
             "args.target[index] < args.C; }",
             "args.target[index] <= args.C; }",
-            tests="tests/backends tests/losses/test_bad_input.py",
+            tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
         ),
     ),
     *changes(
