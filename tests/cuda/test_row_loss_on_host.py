@@ -245,7 +245,8 @@ def test_blocks_masked_with_infinity_and_with_the_lowest_number(rows: tuple, low
     student, teachers, _ = rows
     for i, tensor in enumerate((student, *teachers)):
         tensor[:, :700] = torch.finfo(F32).min if i in lowest else -INF
-    agree(student, teachers, torch.tensor([700, WIDE - 1, 800, 900]))
+    for weighting in ("confidence", "entropy"):
+        agree(student, teachers, torch.tensor([700, WIDE - 1, 800, 900]), weighting=weighting)
 
 
 def test_infinite_cross_entropies(rows: tuple) -> None:

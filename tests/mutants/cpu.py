@@ -32,6 +32,8 @@ CHANGES = (
             "an underflowing factor times an overflowing shift",
             "factor1 > 0 ? factor1 * (teacher.plogp - shift * teacher.sum1) : Real(0)",
             "factor1 * (teacher.plogp - shift * teacher.sum1)",
+            tests="tests/cuda/test_row_loss_on_host.py::test_blocks_masked_with_infinity_and_with_the_lowest_number"
+            " tests/cuda/test_row_loss_on_host.py::test_columns_masked_with_the_lowest_number",
         ),
         Change(
             "no infinity where the weight is 0",
