@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc tests/cuda/host -name '*.cpp' -o -name '*.h' -o -na
 TORCH := 2.13.0
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install demo test test-all fingerprint lint docs format bench bench-train bench-report gpu-check study \
+.PHONY: install demo test test-all mutants fingerprint lint docs format bench bench-train bench-report gpu-check study \
   study-quick study-report study-check clean
 
 install: $(STAMP)
@@ -28,6 +28,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# An hour: which of the wrong changes in tests/mutants do the tests notice? `python -m tests.mutants --only AREA` for a part.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants
 
 # One hash per backend over all its results: equal before and after a refactoring.
 fingerprint: $(STAMP)

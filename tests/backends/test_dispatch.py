@@ -89,6 +89,22 @@ def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logit
         assert dispatch.choose("auto", [gpu_logits])[0] == "triton"
 
 
+def test_a_measurement_counts_from_its_fewest_to_its_most_classes(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (((9, 0), 512, 2048),))
+
+    def chosen(C):
+        logits = SimpleNamespace(**{**vars(gpu_logits), "shape": torch.Size([8, C])})
+        return dispatch.choose("auto", [logits])[0]
+
+    assert [chosen(C) for C in (511, 512, 513, 2047, 2048, 2049)] == ["triton", *["cuda"] * 4, "triton"]
+
+
+@pytest.mark.skipif(not dispatch.availability("cpu").usable, reason="no compiled module")
+def test_only_the_cpu_backend_has_a_fast_mean():
+    found = {name: dispatch.mean_loss_backend(name) is not None for name in ("auto", *dispatch.BACKENDS)}
+    assert found == {"auto": True, "cpu": True, "cuda": False, "triton": False, "reference": False}
+
+
 def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):
     monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
     monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(name != "triton", "absent"))

@@ -229,6 +229,16 @@ def test_given_weight_of_zero_silences_a_teacher(regime: str, rows: tuple) -> No
     assert_near(actual.grad_student, without.grad_student)
 
 
+@pytest.mark.parametrize("layout", ["per teacher", "transposed", "every other row"])
+def test_given_weights_of_any_strides(rows: tuple, layout: str) -> None:
+    weights = {
+        "per teacher": torch.rand(3, 1).expand(3, 4),
+        "transposed": torch.rand(4, 3).t(),
+        "every other row": torch.rand(3, 8)[:, ::2],
+    }[layout]
+    agree(*rows, weighting=weights)
+
+
 @pytest.mark.parametrize("offset", [1e4, -3e4])
 def test_large_offsets_do_not_cancel(regime: str, rows: tuple, offset: float) -> None:
     """A whole number added to logits on a grid of 1/32 changes nothing, bit for bit."""

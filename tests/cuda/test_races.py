@@ -17,6 +17,14 @@ def test_no_races() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_races_with_delays(seed: int) -> None:
+    """The same with delays of lanes, warps and blocks, which change no bit of a result."""
+    done = build.race_check(CAMKD_DELAYS=str(seed))
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT", "MAILBOX_WAIT"])
 def test_a_missing_barrier_is_detected(dropped: str) -> None:
     """Without one kind of barrier or wait the same run fails: by a reported race, a NaN, or a poisoned address."""

@@ -141,6 +141,17 @@ def test_every_weighting_and_temperature(emulated: ModuleType, regime: str, weig
     check(case, f"{regime} {weighting}")
 
 
+@pytest.mark.parametrize("layout", ["per teacher", "transposed", "every other row"])
+def test_given_weights_of_any_strides(layout: str) -> None:
+    weights = {
+        "per teacher": torch.rand(3, 1).expand(3, 12),
+        "transposed": torch.rand(12, 3).t(),
+        "every other row": torch.rand(3, 24)[:, ::2],
+    }[layout]
+    case = make_case(12, 72, 3, padded=False)
+    agree(case.student, list(case.teachers), case.target, weighting=weights)
+
+
 @pytest.mark.parametrize("teacher_dtypes", [(F32, F16, BF16), (F16, F16, F16)], ids=["three", "one"])
 def test_mixed_dtypes(emulated: ModuleType, regime: str, teacher_dtypes: tuple[torch.dtype, ...]) -> None:
     enter(emulated, regime, 3)
@@ -234,7 +245,8 @@ def test_blocks_masked_with_infinity_and_with_the_lowest_number(rows: tuple, low
     student, teachers, _ = rows
     for i, tensor in enumerate((student, *teachers)):
         tensor[:, :700] = torch.finfo(F32).min if i in lowest else -INF
-    agree(student, teachers, torch.tensor([700, WIDE - 1, 800, 900]))
+    for weighting in ("confidence", "entropy"):
+        agree(student, teachers, torch.tensor([700, WIDE - 1, 800, 900]), weighting=weighting)
 
 
 def test_infinite_cross_entropies(rows: tuple) -> None:

@@ -68,6 +68,46 @@ def test_windows_have_the_configured_areas_and_ratios() -> None:
         assert np.abs(deciles - np.linspace(low, high, 11)).max() <= 0.03 * (high - low)
 
 
+@pytest.mark.parametrize("padding", [1, 2, 5])
+def test_every_shift_occurs_and_no_other(padding: int) -> None:
+    record = records(Augmentation(padding=padding), 0, 0, np.arange(4000), np.array([[8, 8]]))
+    for axis in (0, 1):
+        assert set(record.shifts[:, axis]) == set(range(-padding, padding + 1))
+    assert len({tuple(shift) for shift in record.shifts.tolist()}) == (2 * padding + 1) ** 2
+
+
+def test_a_window_a_little_smaller_than_its_image_takes_every_place() -> None:
+    H, W = 6, 5
+    augmentation = Augmentation("resized-crop", scale=(0.3, 1.0), ratio=(0.5, 2.0))
+    top, left, height, width = records(augmentation, 0, 0, np.arange(9000), np.array([[H, W]])).windows.T
+    assert {H - 1, H} < set(height) and {W - 1, W} < set(width)
+    for side, start, length in ((H, top, height), (W, left, width)):
+        for size in np.unique(length):
+            assert set(start[length == size]) == set(range(side - size + 1)), size
+    together = {tuple(place) for place in np.stack([top, left], 1)[(height == H - 1) & (width == W - 1)].tolist()}
+    assert together == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_records_are_stable() -> None:
+    """Golden values: views of teacher caches, and interrupted runs, depend on them across versions."""
+    size, index = np.array([[20, 30]]), np.arange(4)
+    wide = Augmentation("resized-crop", scale=(0.3, 1.0), ratio=(0.4, 2.5))
+    windows = records(wide, 3, 2, index, size).windows
+    np.testing.assert_array_equal(windows, [[1, 6, 18, 22], [4, 12, 15, 18], [8, 1, 10, 22], [2, 5, 15, 12]])
+    crops = records(Augmentation(padding=3), 3, 2, index, size)
+    np.testing.assert_array_equal(crops.shifts, [[-1, 1], [1, 3], [2, -3], [0, -1]])
+    np.testing.assert_array_equal(
+        records(wide, 4, 2, np.arange(6), size).mirrored, [True, False, True, False, True, True]
+    )
+
+
+@pytest.mark.parametrize("kind", ["crop", "resized-crop"])
+def test_nothing_is_mirrored_unless_it_may_be(kind: Any) -> None:
+    for flip in (False, True):
+        record = records(Augmentation(kind, flip=flip), 0, 0, np.arange(500), np.array([[9, 9]]))
+        assert record.mirrored.any() == flip and not record.mirrored.all()
+
+
 def test_a_very_long_image_gets_a_central_window_of_an_allowed_ratio() -> None:
     record = records(RESIZED, 0, 0, np.arange(50), np.array([[10, 1000]]))
     full_height = record.windows[:, 2] == 10

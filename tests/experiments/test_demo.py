@@ -75,6 +75,14 @@ def test_corrupted_labels_are_wrong_in_exactly_that_share(fraction: float) -> No
     assert torch.equal(corrupted, corrupt_labels(labels, 10, fraction, seed=0))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_corrupted_labels_are_any_other_class(classes: int) -> None:
+    labels = torch.arange(4000) % classes
+    offsets = (corrupt_labels(labels, classes, 1.0, seed=0) - labels) % classes
+    assert set(offsets.tolist()) == set(range(1, classes))
+    assert set(((corrupt_labels(labels, classes, 1.0, 0, neighbour=True) - labels) % classes).tolist()) == {1}
+
+
 def test_baseline_computes_the_same_loss_and_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     student, *teachers = (4 * torch.randn(4, 33, 50, generator=generator)).unbind()

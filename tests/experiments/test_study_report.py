@@ -109,6 +109,15 @@ def test_the_conclusion_follows_the_numbers_whichever_way_they_fall(
         assert paper in said
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_interval_around_0_is_no_difference(sign: float) -> None:
+    """Gains of 1, 2 and 3 points: +2.00 ± 2.48, whose mean is on one side of 0 and whose interval is on both."""
+    said = " ".join(conclusions(Findings(with_gain(sign))))
+    clear = said.partition("Gain from")[0]
+    assert f"CA-MKD ({2 * sign:+.2f} ± 2.48)" in clear.partition("no clear difference: ")[2]
+    assert "better: " not in clear and "worse: " not in clear
+
+
 def test_an_interval_around_the_papers_gain_is_compatible_with_it() -> None:
     said = " ".join(conclusions(Findings(with_gain(1.0, scale=0.5))))
     assert "a gain of 0.8 points" in said and "compatible with it in 2 of 2" in said

@@ -78,6 +78,13 @@ def test_invalid_studies_are_refused(make: object, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a/b", "a/../b", "a b", "a_b", "A", ".a", "", "a\n", "a\\b", "ä"])
+def test_names_are_names_of_folders(name: str) -> None:
+    for make in (lambda: TeacherSpec(name, "vgg8"), lambda: Pool(name, ("t",)), lambda: Variant(name, "ce")):
+        with pytest.raises(ValueError, match=r"names are made of a-z, 0-9, \. and -, got "):
+            make()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -81,6 +81,23 @@ def test_loss_and_gradients(K, detach, backend):
         assert_near(actual, expected.float(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_map_is_the_relu_of_a_normalised_1x1_convolution(training):
+    module, _, _, teachers, _ = build("reference")
+    for regressor, teacher in zip(module.train(training).regressors, teachers, strict=True):
+        conv, norm = (
+            next(m for m in regressor.modules() if isinstance(m, kind)) for kind in (nn.Conv2d, nn.BatchNorm2d)
+        )
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
+        statistics = (None, None) if training else (norm.running_mean, norm.running_var)
+        x = torch.randn(5, 3, *teacher.shape[2:])
+        linear = torch.einsum("dc,nchw->ndhw", conv.weight[:, :, 0, 0], x)
+        expected = nn.functional.batch_norm(linear, *statistics, norm.weight, norm.bias, training).relu()
+        assert conv.bias is None and (expected == 0).any()
+        assert_near(regressor(x).detach(), expected.detach(), rtol=1e-5)
+
+
 def test_attached_weights_change_the_gradient(backend):
     gradients = []
     for detach in (True, False):

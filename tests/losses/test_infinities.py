@@ -46,10 +46,10 @@ def test_columns_masked_everywhere_contribute_nothing(C, dtype, weighting, backe
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
 @pytest.mark.parametrize("lowest", [(1, 2, 3), (0,), (2,)], ids=["teachers", "student", "one teacher"])
-@pytest.mark.parametrize("C", [70, 40000])
-def test_blocks_masked_with_infinity_and_with_the_lowest_number(C, lowest, temperature, backend):
+@pytest.mark.parametrize(("C", "weighting"), [(70, "confidence"), (40000, "confidence"), (40000, "entropy")])
+def test_blocks_masked_with_infinity_and_with_the_lowest_number(C, weighting, lowest, temperature, backend):
     # The first columns are masked: there the running maximum is the mask itself, whose sums must vanish later.
-    case = make_case(3, C, temperature=temperature, padded=False, hard_weight=0.5)
+    case = make_case(3, C, temperature=temperature, padded=False, hard_weight=0.5, weighting=weighting)
     for i, z in enumerate((case.student, *case.teachers)):
         z[:, : C // 2] = torch.finfo(torch.float32).min if i in lowest else -INF
     case = case.with_(target=case.target % (C // 2) + C // 2)

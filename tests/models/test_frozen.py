@@ -51,6 +51,26 @@ def test_folding_is_exact_up_to_rounding(name: str) -> None:
     assert error(folded, exact) <= 2 * error(unfolded, exact) + torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_weights_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
+    """Folding is float64; what is stored is the nearest number of the model's dtype."""
+    model = models.create("vgg8" if bias else "resnet8", 10)
+    layers = [m for m in with_random_norms(model).modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][:2]
+    conv, norm = (layer.to(dtype) for layer in layers)
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    exact = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    offset = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+    frozen = next(module for module in models.freeze(model).modules() if isinstance(module, nn.Conv2d))
+    for stored, true in (
+        (frozen.weight, conv.weight.double() * exact.view(-1, 1, 1, 1)),
+        (frozen.bias, norm.bias.double() + offset * exact),
+    ):
+        assert stored.dtype == dtype
+        half_a_step = torch.finfo(dtype).eps / 2
+        assert ((stored.double() - true).abs() <= half_a_step * (1 + 1e-6) * true.abs()).all()
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_the_original_is_not_modified(name: str) -> None:
     model = with_random_norms(models.create(name, 10))

@@ -195,6 +195,19 @@ def test_the_seed_determines_every_weight(name: str) -> None:
     assert random and not any(torch.equal(first[key], other[key]) for key in random)
 
 
+# The ShuffleNets have the initialisation of PyTorch's layers.
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn-16-2", "vgg8", "mobilenetv2"])
+def test_initial_weights_have_the_published_spread(name: str) -> None:
+    model = models.create(name, 50)
+    wide = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000]
+    assert any(layer.in_channels != layer.out_channels for layer in wide)  # otherwise fan-in and fan-out are equal
+    for layer in wide:
+        fan_out = layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+    spread = 0.01 if name in ("vgg8", "mobilenetv2") else (3 * model.num_features) ** -0.5
+    assert model.fc.weight.std().item() == pytest.approx(spread, rel=0.06)
+
+
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_channels_last_is_kept_and_agrees(name: str) -> None:
     model = models.create(name, 5).eval()

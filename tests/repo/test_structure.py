@@ -85,7 +85,7 @@ TREE = {
     "csrc/cuda": {"row_loss"},
     "tests": {
         *("backends", "benchmarks", "cli", "cuda", "data", "experiments"),
-        *("gpu", "losses", "models", "repo", "support", "train"),
+        *("gpu", "losses", "models", "mutants", "repo", "support", "train"),
     },
 }
 

@@ -67,8 +67,39 @@ def seen(world: World, train: bool) -> list[list[int]]:
     return everybody
 
 
+def from_all(mine: object, world: World) -> list[object]:
+    """The objects of all processes."""
+    everybody: list[object] = [None] * world.size
+    dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def dropped(world: World) -> list[torch.Tensor]:
+    """What dropout keeps of one batch, the same in every process, in three steps."""
+    step, masks = train_step("ce", student=SmallNet(dropout=0.5), world=world), []
+    step.student.dropout.register_forward_hook(lambda module, inputs, output: masks.append(output != 0))
+    for number in range(3):
+        step(batch(16), 16 * world.size, 0.0, number)
+    return masks
+
+
+def buffers(world: World) -> torch.Tensor:
+    """Buffers of a module that differed between the processes, after rank 0's were copied."""
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.fill_(world.rank + 1.0)
+    world.copy_buffers(norm)
+    return norm.running_mean
+
+
 def check(out: Path, world: World) -> None:
     results: dict[str, object] = {"gradients": {name: gradients(name, world) for name in STRATEGIES}}
+    for name, mine in (
+        ("dropped", dropped(world)),
+        ("broadcast", world.broadcast(world.rank + 7)),
+        ("sum", world.sum(torch.tensor([1.0, world.rank]))),
+        ("buffers", buffers(world)),
+    ):
+        results[name] = from_all(mine, world)
     results |= {"train": seen(world, True), "test": seen(world, False)}
     torch.compile = partial(torch.compile, backend="aot_eager")  # tests the graphs, not inductor
     results["compiled"] = gradients("ca-mkd", world, PrecisionConfig(compile="on"))

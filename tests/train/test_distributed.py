@@ -7,16 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from camkd_fast.train import run as run_module
 from camkd_fast.train.checkpoint import Checkpoints
+from camkd_fast.train.config import DataConfig, OptimConfig, TeachConfig
 from camkd_fast.train.distributed import World, processes, share_of_batch
 from camkd_fast.train.journal import METRICS, read_metrics
+from tests.support.loader_data import fashion_folder
 from tests.support.training import ONE
-from tests.support.training_worker import STRATEGIES, gradients, run, seen
+from tests.support.training_worker import LOG, STRATEGIES, gradients, run, seen
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 100  # seconds
@@ -78,6 +84,37 @@ def test_every_image_is_seen_once_and_every_step_sees_the_same_ones(two: Path) -
         assert sorted(first[8 * step : 8 * step + 8] + second[8 * step : 8 * step + 8]) == sorted(
             single[16 * step : 16 * step + 16]
         )
+
+
+def test_ranks_draw_different_dropout_masks(two: Path) -> None:
+    first, second = torch.load(two / "check.pt", weights_only=True)["dropped"]
+    for one, other in zip(first, second, strict=True):
+        assert one.any() and other.any() and not torch.equal(one, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_rank_0_decides(two: Path) -> None:
+    found = torch.load(two / "check.pt", weights_only=True)
+    assert found["broadcast"] == [7, 7]
+    assert [mine.tolist() for mine in found["sum"]] == [[2, 1]] * 2
+    assert [mine.tolist() for mine in found["buffers"]] == [[1, 1, 1]] * 2
+
+
+def test_the_test_result_is_that_of_the_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without validation images nothing else exchanges the statistics of batch norms, which differ between ranks."""
+    calls: list[str] = []
+    evaluated = run_module.evaluate_model
+
+    def evaluate(model: nn.Module, loader: Any, world: World) -> Any:
+        calls.append("evaluate")
+        return evaluated(model, loader, world)
+
+    data = fashion_folder(tmp_path / "data", 60)
+    monkeypatch.setattr(World, "copy_buffers", lambda world, module: calls.append("copy"))
+    monkeypatch.setattr(run_module, "evaluate_model", evaluate)
+    config = TeachConfig("resnet8", out=tmp_path / "run", data=DataConfig("fashion-mnist", data, validation=0.0))
+    run_module.teach(replace(config, optim=OptimConfig(epochs=2, batch_size=30), log=LOG))
+    assert calls == ["copy", "evaluate"]
 
 
 def test_only_rank_0_writes_and_evaluation_counts_all_images(two: Path) -> None:
@@ -150,6 +187,36 @@ from camkd_fast.train.run import teach
 out = Path(sys.argv[1])
 teach(TeachConfig(model="resnet8", out=out, data=DataConfig(images=120), optim=OptimConfig(epochs=3, batch_size=40)))
 """
+
+
+WITHOUT_VALIDATION = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from camkd_fast.train.config import DataConfig, LogConfig, OptimConfig, TeachConfig
+from camkd_fast.train.run import teach
+out, root = Path(sys.argv[1]), Path(sys.argv[2])
+data = DataConfig("fashion-mnist", root, validation=0.0)
+optim = OptimConfig(epochs=2, batch_size=20, learning_rate=0.1)
+teach(TeachConfig("resnet8", out=out, data=data, optim=optim, log=LogConfig(tensorboard=False, progress=False)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_without_validation(tmp_path: Path) -> None:
+    """Every rank tests its half of the images with the model that is saved."""
+    root = fashion_folder(tmp_path / "data", 120)
+    (tmp_path / "job.py").write_text(WITHOUT_VALIDATION)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "job.py"), str(tmp_path / "run"), str(root)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    (record,) = read_metrics(tmp_path / "run" / METRICS, "test")
+    found = run_module.evaluate(tmp_path / "run")
+    assert record["test_images"] == found.images and record["test_accuracy"] == found.accuracy
+    assert record["test_loss"] == pytest.approx(found.loss, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -126,6 +126,22 @@ def test_feature_terms_are_float32_whatever_precision_surrounds_them(name: str) 
     assert half.features.grad.dtype == torch.bfloat16 and half.features.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WITH_FEATURES)
+def test_autocast_changes_no_bit_of_a_feature_term(name: str, dtype: torch.dtype) -> None:
+    batch = case(2)
+    strategy = strategies.create(name, batch.teachers, FEATURES)
+
+    def term() -> list[torch.Tensor]:
+        loss, weights = strategy.feature_term(batch.student, batch.outputs, batch.target)
+        gradients = torch.autograd.grad(loss, [batch.student.features, *strategy.maps.parameters()])
+        return [loss, *gradients, *([] if weights is None else [weights])]
+
+    expected = term()
+    with torch.autocast("cpu", dtype=dtype):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(term(), expected, strict=True))
+
+
 def test_heads_of_bfloat16_teachers_take_float32_maps() -> None:
     teachers = LiveTeachers([Tiny(4).to(torch.bfloat16), Tiny(5)], num_classes=5)
     batch = case(2)

@@ -32,6 +32,23 @@ def test_teachers_run_in_the_precision_they_were_given() -> None:
     assert half(batch)[0].logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_images_take_the_dtype_of_each_teacher(dtype: torch.dtype) -> None:
+    batch = Batch(torch.randn(3, 3, 8, 8), torch.zeros(3), torch.zeros(3), 0)
+    outputs = LiveTeachers([SmallNet(4).to(dtype), SmallNet(4)], CLASSES)(batch)
+    assert [p.logits.dtype for p in outputs] == [p.features.dtype for p in outputs] == [dtype, torch.float32]
+    assert (outputs[0].logits.double() - outputs[1].logits.double()).norm() < 0.05 * outputs[1].logits.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_keep_their_own_precision_under_autocast(dtype: torch.dtype) -> None:
+    (head,) = LiveTeachers([SmallNet(4)], CLASSES).heads
+    features = torch.randn(3, 4, 4, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        under = head(features)
+    assert under.dtype == torch.float32 and torch.equal(under, head(features))
+
+
 def test_hashes_depend_on_weights_layers_and_precision() -> None:
     model = SmallNet(4)
     (first,) = LiveTeachers([model], CLASSES).hashes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast.train import config_file
+from camkd_fast.train import trainer as trainer_module
 from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, NullJournal, read_metrics
@@ -94,6 +95,36 @@ def test_every_image_is_trained_on_once_per_epoch(tmp_path: Path, monkeypatch: p
         order = torch.cat(seen[5 * epoch : 5 * epoch + 5])
         assert torch.equal(order.sort().values, torch.arange(150))
     assert not torch.equal(torch.cat(seen[:5]), torch.cat(seen[5:10]))
+
+
+def test_each_step_has_the_rate_of_its_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    take = TrainStep.__call__
+
+    def watch(step: TrainStep, batch: Any, items: int, rate: float, number: int) -> None:
+        rates.append(rate)
+        take(step, batch, items, rate, number)
+
+    monkeypatch.setattr(TrainStep, "__call__", watch)
+    optim = OptimConfig(epochs=2, batch_size=32, warmup=0.6, milestones=(0.5, 0.8), drop=0.1)
+    trainer(tmp_path, train_step("ce"), optim=optim).run(NullJournal())
+    # 10 steps: 3 of warmup to the peak of 0.02, drops before the sixth and the ninth.
+    assert rates == pytest.approx([0.02 / 3, 0.04 / 3, *[0.02] * 3, *[0.002] * 3, *[0.0002] * 2])
+
+
+def test_every_validation_is_of_the_exchanged_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm's statistics differ between ranks; only rank 0's are saved."""
+    calls: list[str] = []
+    evaluated = trainer_module.evaluate
+
+    def evaluate(*arguments: Any) -> Any:
+        calls.append("evaluate")
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(trainer_module.World, "copy_buffers", lambda world, module: calls.append("copy"))
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    trainer(tmp_path, train_step("ce")).run(NullJournal())
+    assert calls == ["copy", "evaluate"] * 3
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])

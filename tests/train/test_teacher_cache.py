@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from camkd_fast.train.teachers.cache import CachedTeachers, CacheError, CacheKey
 from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.teachers.truncation import expand, truncate
 from tests.support.cache_parts import CLASSES, VIEWS, FakeLoader, N, Tiny, batch_of, build, make_key, make_teachers
+from tests.support.training import CLASSES as SMALL_CLASSES
+from tests.support.training import SmallNet
 
 CPU = torch.device("cpu")
 
@@ -275,3 +279,52 @@ def test_the_key_of_a_loader() -> None:
     assert CacheKey.of(images, "train", LoaderConfig(2, seed=9, view_seed=3, views=4), "resident", teachers) == key
     assert key.teachers == tuple(teachers.hashes) and key.data == images.fingerprint()
     assert CacheKey.of(images, "train", LoaderConfig(2), "resident", teachers).views == 1  # evaluation has one view
+
+
+# Field of the key -> other arguments of `CacheKey.of` that change it, and it only unless "also" names more.
+KEY_CHANGES: dict[str, dict[str, Any]] = {
+    "data": {"pixels": torch.ones(6, 3, 4, 4, dtype=torch.uint8)},
+    "split": {"split": "validation"},
+    "samples": {"count": 5, "also": {"data"}},
+    "shape": {"pixels": torch.zeros(6, 3, 4, 5, dtype=torch.uint8), "also": {"data"}},
+    "mean": {"mean": (1.0, 1.0, 2.0), "also": {"data"}},
+    "std": {"std": (2.0, 2.0, 1.0), "also": {"data"}},
+    "augmentation": {"augmentation": Augmentation(padding=1)},
+    "seed": {"seed": 4},
+    "views": {"views": 5},
+    "loader": {"loader": "torch"},
+    "teachers": {"width": 9},
+    "autocast": {"autocast": torch.bfloat16},
+}
+
+
+def key_of(**changes: Any) -> CacheKey:
+    given = {
+        "pixels": torch.zeros(6, 3, 4, 4, dtype=torch.uint8),
+        "count": 6,
+        "mean": (1.0,) * 3,
+        "std": (2.0,) * 3,
+        "split": "train",
+        "augmentation": Augmentation(padding=2),
+        "seed": 3,
+        "views": 4,
+        "loader": "resident",
+        "width": 8,
+        "autocast": None,
+        **changes,
+    }
+    count = given["count"]
+    images = LabelledImages(given["pixels"][:count], torch.arange(count) % 5, 5, given["mean"], given["std"])
+    teachers = LiveTeachers([SmallNet(given["width"])], SMALL_CLASSES, autocast=given["autocast"])
+    config = LoaderConfig(2, seed=given["seed"], views=given["views"], augmentation=given["augmentation"])
+    return CacheKey.of(images, given["split"], config, given["loader"], teachers)
+
+
+def test_everything_that_the_outputs_depend_on_is_in_the_key() -> None:
+    assert set(KEY_CHANGES) == {field.name for field in dataclasses.fields(CacheKey)}
+    first = dataclasses.asdict(key_of())
+    assert first == dataclasses.asdict(key_of())
+    for name, changes in KEY_CHANGES.items():
+        also = changes.get("also", set())
+        other = dataclasses.asdict(key_of(**{k: v for k, v in changes.items() if k != "also"}))
+        assert {field for field in first if first[field] != other[field]} == {name, *also}

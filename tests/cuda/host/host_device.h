@@ -42,16 +42,19 @@ CAMKD_SITE void block_barrier() {
 #ifndef CAMKD_DROP_BLOCK_BARRIER
     if (host::runs("BLOCK_BARRIER", __builtin_return_address(0))) host::self->own_block().barrier.arrive_and_wait();
 #endif
+    host::delays.wait();
 }
 CAMKD_SITE void warp_barrier() {
 #ifndef CAMKD_DROP_WARP_BARRIER
     if (host::runs("WARP_BARRIER", __builtin_return_address(0))) host::self->own_warp().barrier.arrive_and_wait();
 #endif
+    host::delays.wait();
 }
 CAMKD_SITE void cluster_barrier(bool) {
 #ifndef CAMKD_DROP_CLUSTER_BARRIER
     if (host::runs("CLUSTER_BARRIER", __builtin_return_address(0))) host::self->cluster->barrier.arrive_and_wait();
 #endif
+    host::delays.wait();
 }
 inline constexpr bool has_clusters() {
     return true;
@@ -107,6 +110,7 @@ inline void mailbox_expect(Mailbox* box, int bytes) {
     box->add(bytes - Mailbox::kUnannounced);
 }
 inline void mailbox_send(Mailbox* box, int rank, Pack* at, const Pack& p) {
+    host::delays.wait();
     *remote(at, rank) = p;
     remote(box, rank)->add(-int32_t(sizeof(Pack)));
 }
@@ -115,11 +119,15 @@ CAMKD_SITE void mailbox_wait(Mailbox* box, int phase) {
     if (!host::runs("MAILBOX_WAIT", __builtin_return_address(0))) return;
     const auto start = std::chrono::steady_clock::now();
     while (box->phases.load(std::memory_order_relaxed) <= phase) {
-        std::this_thread::yield();
+        if (host::delays.on)
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        else
+            std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
     box->missing.load(std::memory_order_acquire);
 #endif
+    host::delays.wait();
 }
 
 inline void check_aligned(const void* p) {
@@ -138,6 +146,7 @@ CAMKD_SITE void copies_wait() {
         std::memcpy(static_cast<void*>(shared), global, sizeof(Pack));
     host::self->copies.clear();
 #endif
+    host::delays.wait();
 }
 inline Pack load_pack(const void* global) {
     check_aligned(global);

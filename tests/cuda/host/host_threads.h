@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -126,6 +127,33 @@ struct Thread {
 
 inline thread_local Thread* self = nullptr;
 
+// Delays after every synchronisation: of single threads now and then, of some warps often, and of some blocks always,
+// so that threads meet in orders that an idle machine does not show. The environment variable CAMKD_DELAYS is the seed;
+// `on` is set by race_check.cpp.
+struct Delays {
+    const char* const seed = std::getenv("CAMKD_DELAYS");
+    bool on = false;
+
+    static uint32_t hash(uint32_t a, uint32_t b) {
+        uint32_t x = (a ^ (b + 0x9e3779b9u)) * 0x85ebca6bu;
+        x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+        return x ^ (x >> 16);
+    }
+    void wait() const {
+        if (!on) return;
+        static thread_local uint32_t calls = 0;
+        const uint32_t start = uint32_t(std::atoi(seed));
+        const uint32_t block = hash(start, uint32_t(self->block)), warp = hash(block, uint32_t(self->thread / kWarp));
+        const uint32_t draw = hash(hash(warp, uint32_t(self->thread)), ++calls);
+        int microseconds = 0;
+        if (draw % 16 == 0) microseconds += int(draw / 16 % 200);
+        if (warp % 3 == 0 && draw / 4096 % 4 == 0) microseconds += 100;
+        if (block % 3 == 0) microseconds += 50;
+        if (microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+    }
+};
+inline Delays delays;
+
 #ifdef __SANITIZE_THREAD__
 
 // Removes a single barrier or wait, identified by its call site (an address in the program's file, as for addr2line).
@@ -172,6 +200,7 @@ inline const float* exchange(float x) {
     self->parity ^= 1;
     slots[self->thread % kWarp] = x;
     warp.barrier.arrive_and_wait();
+    delays.wait();
     return slots;
 }
 

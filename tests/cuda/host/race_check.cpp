@@ -1,8 +1,27 @@
-// Runs every kernel once in every regime, for ThreadSanitizer. Exits with 1 if a result is not finite.
+// Runs every kernel once in every regime, for ThreadSanitizer. Exits with 1 if a result is not finite. With
+// CAMKD_DELAYS every kernel runs once more with delays (host_threads.h), which must not change a bit.
 #include <cstdio>
+#include <cstring>
+#include <initializer_list>
 
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/row_loss/group.cuh"
+
+namespace camkd::cuda {
+
+// The 16-bit instantiations of the row kernel have the same barriers, and compile as long.
+template <class T>
+void launch_row_loss(RowLaunch&, const LaunchOptions&);
+template <>
+void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&) {
+    std::abort();
+}
+template <>
+void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&) {
+    std::abort();
+}
+
+}  // namespace camkd::cuda
 
 using namespace camkd;
 using namespace camkd::cuda;
@@ -25,6 +44,29 @@ bool all_finite(const char* what, const std::vector<float>& x) {
             std::printf("%s: %g\n", what, value);
             return false;
         }
+    return true;
+}
+
+// Runs `launch`, which writes to these outputs, without delays and, if they are wanted, with them.
+template <class Launch>
+bool same_with_delays(const char* what, std::initializer_list<std::vector<float>*> outputs, Launch launch) {
+    launch();
+    if (!host::delays.seed) return true;
+    std::vector<std::vector<float>> before;
+    for (std::vector<float>* output : outputs) {
+        before.push_back(*output);
+        std::fill(output->begin(), output->end(), NAN);
+    }
+    host::delays.on = true;
+    launch();
+    host::delays.on = false;
+    size_t i = 0;
+    for (const std::vector<float>* output : outputs) {
+        const std::vector<float>& expected = before[i++];
+        if (std::memcmp(output->data(), expected.data(), expected.size() * sizeof(float)) == 0) continue;
+        std::printf("%s: output %zu changes with delays\n", what, i - 1);
+        return false;
+    }
     return true;
 }
 
@@ -58,8 +100,8 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     args.grad_student = grad.data();
     args.grad_scale = 1;
     args.mean = {means.data(), means.data() + 1};
-    row_loss(args, {});
-    return all_finite(what, out) && all_finite(what, grad) && all_finite(what, means);
+    const bool same = same_with_delays(what, {&out, &grad, &means}, [&] { row_loss(args, {}); });
+    return same && all_finite(what, out) && all_finite(what, grad) && all_finite(what, means);
 }
 
 bool run_others(int64_t N, int C, int K) {
@@ -85,15 +127,18 @@ bool run_others(int64_t N, int C, int K) {
     confidence.weights = weights.data();
     confidence.ce = ce.data();
     confidence.lse = lse.data();
-    confidence_forward(confidence, {});
+    bool fine = same_with_delays("confidence", {&weights, &ce, &lse}, [&] { confidence_forward(confidence, {}); });
     confidence.grad_ce = weights.data();
-    confidence_backward(confidence, {});
-    bool fine = all_finite("confidence", grads);
+    fine = same_with_delays("confidence, gradient", {&grads}, [&] { confidence_backward(confidence, {}); }) && fine &&
+           all_finite("confidence", grads);
     features.error = error.data();
-    feature_forward(features, {});
+    fine = same_with_delays("features", {&error}, [&] { feature_forward(features, {}); }) && fine;
     features.grad_error = error.data();
-    feature_backward(features, {});
-    scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, {});
+    fine = same_with_delays("features, gradient", {&grads}, [&] { feature_backward(features, {}); }) && fine;
+    fine =
+        same_with_delays("scale_rows", {&scaled},
+                         [&] { scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, {}); }) &&
+        fine;
     return fine && all_finite("features", grads) && all_finite("scale_rows", scaled);
 }
 

@@ -1,0 +1,144 @@
+"""Wrong changes of camkd_fast/backends, the reference included: its truth is tests/support/truth.py."""
+
+from . import Change, changes
+
+DISPATCH = "tests/backends/test_dispatch.py"
+FORMULAS = "tests/losses/test_formulas.py"
+FEATURES = "tests/losses/test_feature_loss.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/backends/reference.py",
+        f"{FORMULAS} tests/losses/test_autograd.py::test_gradcheck_in_float64",
+        Change(
+            "soft loss without the square of T",
+            "soft = temperature**2 * _weighted_sum",
+            "soft = temperature * _weighted_sum",
+        ),
+        Change("gradient without T", "out = formula.soft_weight * T * (", "out = formula.soft_weight * ("),
+        Change("entropy weights of the whole batch", "total = entropy.sum(0, keepdim=True)", "total = entropy.sum()"),
+        Change(
+            "infinite cross-entropies are not shared",
+            'gap.masked_fill(top.isposinf() & ~infinite, float("-inf")).softmax(0)',
+            "gap.softmax(0)",
+            tests="tests/losses/test_infinities.py",
+        ),
+        Change(
+            "weights follow only their own cross-entropy",
+            "return grad_ce - sigma * (grad_weights - mean) / (K - 1)",
+            "return grad_ce - sigma * grad_weights / (K - 1)",
+            tests=FEATURES,
+        ),
+        Change(
+            "mean over all rows",
+            "valid = (target != formula.ignore_index).sum().clamp(min=1)",
+            "valid = torch.tensor(target.numel())",
+            tests="tests/losses/test_device_mean.py tests/backends/test_contract.py",
+        ),
+        Change(
+            "mean error over the batch",
+            "errors.append((r.to(dtype) - f.to(dtype)).square().mean(-1))",
+            "errors.append((r.to(dtype) - f.to(dtype)).square().sum(-1))",
+            tests=FEATURES,
+        ),
+        Change(
+            "label C counts",
+            "outside = kept[(kept < 0) | (kept >= C)]",
+            "outside = kept[(kept < 0) | (kept > C)]",
+            tests="tests/backends/test_contract.py tests/losses/test_bad_input.py",
+        ),
+        Change(
+            "KL the wrong way round",
+            "return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)",
+            "return torch.where(p == 0, 0.0, log_q.exp() * (log_q - log_p)).sum(-1)",
+        ),
+        Change(
+            "weights of bfloat16 students in bfloat16",
+            "return torch.float64 if dtype == torch.float64 else torch.float32",
+            "return torch.float32",
+            tests="tests/losses/test_autograd.py",
+        ),
+    ),
+    *changes(
+        "camkd_fast/backends/cpu.py",
+        f"{FORMULAS} {FEATURES}",
+        Change(
+            "factor of rows as one factor",
+            "0 if factor.numel() == 1 else 1,\n        torch.get_num_threads()",
+            "0,\n        torch.get_num_threads()",
+        ),
+        Change(
+            "strided factors",
+            "factor = factor.contiguous()",
+            "pass",
+            tests="tests/losses/test_layout.py tests/losses/test_autograd.py",
+        ),
+        Change(
+            "strided incoming gradients of the confidence weights",
+            "grad_ce = grad_ce.contiguous()",
+            "pass",
+            tests="tests/backends/test_cpu_functions.py",
+        ),
+        Change(
+            "strided incoming gradients of the features",
+            "grad_error = grad_error.contiguous()",
+            "pass",
+            tests="tests/backends/test_cpu_functions.py",
+        ),
+        Change(
+            "recycled memory is not filled when torch fills its own",
+            "out.fill_(torch.nan)",
+            "pass",
+            tests="tests/backends/test_output_memory.py tests/repo/test_tolerance_rule.py",
+        ),
+        Change(
+            "grad scale dropped",
+            "float(grad_scale) * inverse,",
+            "inverse,",
+            tests=f"{FORMULAS}::test_loss_scale_multiplies_only_the_gradient {FORMULAS}::test_num_items_is_the_divisor",
+        ),
+    ),
+    *changes(
+        "camkd_fast/backends/cuda.py",
+        "tests/cuda/test_row_loss_on_host.py::test_value_and_grad tests/cuda/test_row_loss_on_host.py::test_means tests/cuda/test_other_ops_on_host.py",
+        Change(
+            "strided log-sum-exps",
+            "lse, grad_ce = lse.contiguous(), grad_ce.contiguous()",
+            "lse, grad_ce = lse.contiguous(), grad_ce",
+        ),
+        Change(
+            "PTX of a later architecture",
+            "later = number.isdigit() and of < capability",
+            "later = number.isdigit() and of > capability",
+            tests=DISPATCH,
+        ),
+    ),
+    *changes(
+        "camkd_fast/backends/dispatch.py",
+        DISPATCH,
+        Change(
+            "CUDA kernels are always preferred",
+            "measured = any(capability == c and fewest <= C <= most",
+            "measured = any(True",
+        ),
+        Change("fewest classes of a measurement", "fewest <= C <= most", "fewest < C <= most"),
+        Change(
+            "compiled kernels for float64",
+            "if tensor.dtype not in COMPILED_DTYPES:\n            return False",
+            "if tensor.dtype not in COMPILED_DTYPES:\n            return True",
+            tests=f"{DISPATCH} tests/losses/test_autograd.py::test_float64_runs_on_the_reference",
+        ),
+        Change(
+            "dtypes of the first tensor",
+            "for tensor in tensors:\n        if tensor.dtype not in COMPILED_DTYPES:\n            return False",
+            "for tensor in tensors[:1]:\n        if tensor.dtype not in COMPILED_DTYPES:\n            return False",
+            tests=f"{DISPATCH} tests/losses/test_keywords.py",
+        ),
+        Change(
+            "fast mean for every backend",
+            'requested in ("auto", "cpu")',
+            'requested != "reference"',
+            tests=f"{DISPATCH} tests/losses/test_mean_loss.py",
+        ),
+    ),
+)

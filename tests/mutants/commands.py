@@ -1,0 +1,66 @@
+"""Wrong changes of camkd_fast/cli."""
+
+from . import Change, changes
+
+OPTIONS = "tests/cli/test_options_reach_their_objects.py"
+CLI = "tests/cli/test_cli.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/cli/commands.py",
+        OPTIONS,
+        Change(
+            "teach never resumes",
+            "jobs.teach(command.settings, resume=command.resume, overwrite=command.overwrite)",
+            "jobs.teach(command.settings, overwrite=command.overwrite)",
+        ),
+        Change(
+            "distill never overwrites",
+            "jobs.distill(command.settings, resume=command.resume, overwrite=command.overwrite)",
+            "jobs.distill(command.settings, resume=command.resume)",
+        ),
+        Change(
+            "evaluate always on the test split",
+            "jobs.evaluate(command.run, command.split, command.device)",
+            'jobs.evaluate(command.run, "test", command.device)',
+        ),
+        Change(
+            "evaluate ignores the device",
+            "jobs.evaluate(command.run, command.split, command.device)",
+            "jobs.evaluate(command.run, command.split)",
+        ),
+        Change(
+            "export always folds",
+            "export(command.run, command.out, command.folded)",
+            "export(command.run, command.out)",
+        ),
+        Change(
+            "fetch ignores the folder",
+            "fetch.fetch(command.name, command.root, command.base_url, progress)",
+            "fetch.fetch(command.name, None, command.base_url, progress)",
+        ),
+        Change("bench ignores the rounds", "command.rounds, command.compiled)", "25, command.compiled)"),
+        Change(
+            "comparison of the default seeds",
+            "compare.CompareConfig(command.strategies, command.seeds, shared)",
+            "compare.CompareConfig(command.strategies, student=shared)",
+        ),
+        Change(
+            "every process prints",
+            'return os.environ.get("RANK", "0") == "0"',
+            "return True",
+            tests=f"{CLI}::test_other_ranks_are_silent_but_for_errors",
+        ),
+    ),
+    *changes(
+        "camkd_fast/cli/options.py",
+        f"{OPTIONS} {CLI}::test_options_override_the_config {CLI}::test_bad_input_is_one_line",
+        Change("a config of another job", "if not issubclass(_SETTINGS[name], type(loaded)):", "if False:"),
+        Change("config file ignored", "default=_configured(name, options),", "default=None,"),
+    ),
+    *changes(
+        "camkd_fast/cli/study.py",
+        OPTIONS,
+        Change("one job", "jobs=jobs", "jobs=1"),
+    ),
+)

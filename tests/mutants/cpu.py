@@ -1,0 +1,237 @@
+"""Wrong changes of the compiled module without CUDA: csrc/ but for csrc/cuda/."""
+
+from . import Change, changes
+
+FORMULAS = "tests/losses/test_formulas.py"
+INFINITIES = "tests/losses/test_infinities.py"
+FEATURES = "tests/losses/test_feature_loss.py"
+MEAN = "tests/losses/test_mean_loss.py"
+
+CHANGES = (
+    *changes(
+        "csrc/row_math.h",
+        f"{FORMULAS}::test_every_weighting_and_temperature {INFINITIES} tests/losses/test_logit_loss.py",
+        Change("soft loss without the square of T", "Math::set(T * T) * soft", "Math::set(T) * soft"),
+        Change(
+            "gradient of the soft term without T",
+            "formula.soft_weight * T * grad_scale",
+            "formula.soft_weight * grad_scale",
+        ),
+        Change("confidence weights divided by K", "sum * Math::set(float(K - 1))", "sum * Math::set(float(K))"),
+        Change(
+            "a teacher's sums do not follow the student's maximum",
+            "teacher.cross -= (shift - student_shift) * teacher.sumT;",
+            "teacher.cross -= shift * teacher.sumT;",
+        ),
+        Change(
+            "an underflowing factor times an infinite sum",
+            "factorT > 0 ? factorT * teacher.cross : Real(0)",
+            "factorT * teacher.cross",
+        ),
+        Change(
+            "an underflowing factor times an overflowing shift",
+            "factor1 > 0 ? factor1 * (teacher.plogp - shift * teacher.sum1) : Real(0)",
+            "factor1 * (teacher.plogp - shift * teacher.sum1)",
+            tests="tests/cuda/test_row_loss_on_host.py::test_blocks_masked_with_infinity_and_with_the_lowest_number"
+            " tests/cuda/test_row_loss_on_host.py::test_columns_masked_with_the_lowest_number",
+        ),
+        Change(
+            "no infinity where the weight is 0",
+            "return weight * Math::zero_where_zero(term, weight);",
+            "return weight * term;",
+        ),
+        Change(
+            "an invalid label with soft_weight 0 has a loss",
+            "formula.soft_weight), result.soft) + label_nan",
+            "formula.soft_weight), result.soft)",
+            tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_loss.h",
+        f"{FORMULAS} tests/losses/test_logit_loss.py",
+        Change(
+            "ignored rows not cleared where rows run in parallel",
+            "if (row.ignored())\n                    row.clear_grad();\n                else",
+            "if (!row.ignored())",
+        ),
+        Change(
+            "ignored rows not cleared where columns run in parallel",
+            "if (ignored && args.grad_student) row.clear_grad();",
+            "",
+        ),
+        Change(
+            "two states of the threads are not merged",
+            "for (int t = 1; t < num_threads; ++t)",
+            "for (int t = 2; t < num_threads; ++t)",
+        ),
+        Change(
+            "a block lost between the threads",
+            "end = blocks * (thread + 1) / num_threads;",
+            "end = blocks * (thread + 1) / num_threads - (thread + 1 == num_threads && blocks > 2);",
+        ),
+        Change(
+            "one student scratch for all threads",
+            "float* student_d = base + row_floats + thread * (kBlock + 2 * Vec::width);",
+            "float* student_d = base + row_floats;",
+        ),
+        Change(
+            "no barrier before the next row",
+            "row.write_block(b, shared, 0, streaming);\n#pragma omp barrier",
+            "row.write_block(b, shared, 0, streaming);",
+            equivalent="all threads meet once more before one of them changes what they share, for the next row",
+        ),
+        Change(
+            "the last group is cut",
+            "const int64_t groups = (args.N + group - 1) / group;",
+            "const int64_t groups = std::max<int64_t>(1, args.N / group);",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_passes.h",
+        f"{FORMULAS} tests/losses/test_logit_loss.py {INFINITIES}",
+        Change("a masked block is not read again", "if (sums[k].finite()) continue;", "continue;"),
+        Change(
+            "gradient of a block without the shift to the row's maximum",
+            "terms[count++] = {float(coefficient * factor)",
+            "terms[count++] = {float(coefficient)",
+        ),
+        Change(
+            "label in the first block only",
+            "const int64_t y = args.target[index] - c;",
+            "const int64_t y = args.target[index];",
+        ),
+        Change("weight 0 reads a teacher of NaN", "if (coefficient == 0) continue;", ""),
+        Change(
+            "inner stride ignored",
+            "offset[k] = outer * m.stride_outer + inner * m.stride_inner;",
+            "offset[k] = outer * m.stride_outer + inner;",
+            tests="tests/losses/test_layout.py",
+        ),
+        Change(
+            "label C is valid",
+            "args.target[index] < args.C; }",
+            "args.target[index] <= args.C; }",
+            tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_lanes.h",
+        f"{FORMULAS} tests/losses/test_logit_loss.py",
+        Change(
+            "given weights of the first row for all",
+            "args.weights[k * args.weight_stride_k + (begin + lane) * args.weight_stride_n]",
+            "args.weights[k * args.weight_stride_k + lane * args.weight_stride_n]",
+        ),
+        Change(
+            "ignored rows keep their statistics",
+            "Vec::bit_and(x, mask), count);\n        };\n        store_row(row_stats::loss",
+            "x, count);\n        };\n        store_row(row_stats::loss",
+        ),
+        Change(
+            "hard and soft exchanged",
+            "store_row(row_stats::hard, result.hard);",
+            "store_row(row_stats::hard, result.soft);",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_blocks.h",
+        f"{FORMULAS}::test_every_weighting_and_temperature {INFINITIES} tests/losses/test_logit_loss.py",
+        Change(
+            "the overlap is counted twice", "const Vec mask = last_lanes(n - i);", "const Vec mask = last_lanes(W);"
+        ),
+        Change("streamed gradient starts late", "i = W - misaligned;", "i = W;"),
+        Change(
+            "infinite sums are finite",
+            "return std::isfinite(cross) && std::isfinite(plogp);",
+            "return std::isfinite(cross);",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/vec_math.h",
+        "tests/losses/test_logit_loss.py tests/losses/test_formulas.py::test_every_weighting_and_temperature",
+        Change(
+            "logarithm of sums near 0 not corrected",
+            "return x.all_between(FLT_MIN, INFINITY) ? result : extremes(x, result);",
+            "return result;",
+            tests=INFINITIES,
+        ),
+        Change(
+            "work of one element wakes all threads",
+            "elements / kWorkPerThread, 1",
+            "elements, 1",
+            equivalent="only the number of threads changes: rows and their sums do not depend on it",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/confidence.h",
+        FEATURES,
+        Change(
+            "exponentials of the next block without the old maximum",
+            "state.sum1 *= shift_factor(state.max, max, 1.0);",
+            "",
+            tests=f"{FEATURES} tests/losses/test_layout.py",
+        ),
+        Change("no one-hot in the gradient", "- factor, 1);", ", 1);"),
+        Change(
+            "cross-entropies of ignored rows",
+            "store_row(args.ce, k, ce[k]);",
+            "store_lanes(args.ce + k * args.N + begin, ce[k], count);",
+        ),
+        Change("gradient of the first teacher's log-sum-exp", "args.lse[k * args.N + n]", "args.lse[n]"),
+    ),
+    *changes(
+        "csrc/cpu/elementwise.h",
+        FEATURES,
+        Change("feature gradient without the factor 2", "* 2.0f / float(M)", "/ float(M)"),
+        Change(
+            "one factor for all rows",
+            "args.factor[n * args.factor_stride]",
+            "args.factor[0]",
+            tests="tests/losses/test_autograd.py tests/losses/test_formulas.py::test_random_grad_output_for_every_reduction",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/output_memory.cpp",
+        "tests/backends/test_output_memory.py",
+        Change(
+            "a block that is too small",
+            "pages->bytes >= needed && pages->bytes / 2 <= needed",
+            "pages->bytes / 2 <= needed",
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_call.h",
+        f"{MEAN} tests/losses/test_bad_input.py",
+        Change(
+            "ignore_index must be a class",
+            "if (labels[n] == ignore_index) continue;\n        if (labels[n] < 0",
+            "if (labels[n] < 0",
+        ),
+        Change("label C is counted", "labels[n] >= C) return", "labels[n] > C) return"),
+    ),
+    *changes(
+        "csrc/python/mean_loss.cpp",
+        f"{MEAN} tests/losses/test_layout.py",
+        Change("divided by all rows", "found.valid > 0 ? found.valid : 1", "args.N"),
+        Change(
+            "loss scale multiplies the gradient twice",
+            "args.grad_scale = float(inverse * scale);",
+            "args.grad_scale = float(inverse * scale * scale);",
+            tests=f"{MEAN} {FORMULAS}::test_loss_scale_multiplies_only_the_gradient",
+        ),
+        Change("float16 is scaled in the kernel", "&& args.streams[0].dtype != DType::f16;", ";"),
+        Change(
+            "a teacher that requires grad passes",
+            "||\n                tensors::requires_grad(held[k].ptr()))",
+            ")",
+            tests=f"{MEAN} tests/losses/test_bad_input.py",
+        ),
+        Change(
+            "gradient under no_grad",
+            "(from[grad_enabled] == Py_True && tensors::requires_grad(from[student]))",
+            "tensors::requires_grad(from[student])",
+        ),
+        Change("labels of any strides", "if (labels.strides[i] != stride && labels.shape[i] != 1) return false;", ""),
+    ),
+)

@@ -1,0 +1,80 @@
+"""Wrong changes of camkd_fast/train/strategies."""
+
+from . import Change, changes
+
+LOGITS = "tests/train/test_strategies.py"
+FEATURES = "tests/train/test_feature_strategies.py"
+OPTIONS = "tests/train/test_options.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/train/strategies/registry.py",
+        f"{OPTIONS} {LOGITS}",
+        Change("alpha not divided", "soft_weight = alpha / divisor", "soft_weight = alpha"),
+        Change("options are dropped", "{**kind.options, **given}", "{**given, **kind.options}"),
+        Change("option 0 is no option", "if options.get(name) is not None}", "if options.get(name)}"),
+        Change(
+            "default temperature", "formula = Formula(temperature, soft_weight", "formula = Formula(4.0, soft_weight"
+        ),
+        Change("rule of the class ignored", "weighting=kind.rule)", 'weighting="confidence")'),
+    ),
+    *changes(
+        "camkd_fast/train/strategies/logits.py",
+        LOGITS,
+        Change("EBKD divided by K", "return K if official else max(K - 1, 1)", "return K if official else K"),
+        Change(
+            "gradients at T = 1 in AEKD",
+            "(t.logits.float() / T).softmax(-1), 0.0)",
+            "t.logits.float().softmax(-1), 0.0)",
+        ),
+        Change("AEKD of each rank", "torch.distributed.all_reduce(gram)", "pass"),
+        Change(
+            "AEKD with ignored rows",
+            "kept = (target != self.formula.ignore_index).unsqueeze(-1)",
+            "kept = torch.ones_like(target).bool().unsqueeze(-1)",
+        ),
+        Change("AEKD without its cap", "return min_norm_weights(gram, self.cap)", "return min_norm_weights(gram)"),
+        Change("AEKD in half precision", "with torch.autocast(q.device.type, enabled=False):", "if True:"),
+        Change("KD of the first teacher", "F.one_hot(torch.tensor(teacher_index), K)", "F.one_hot(torch.tensor(0), K)"),
+        Change("KD's index up to K", "if not 0 <= teacher_index < K:", "if not 0 <= teacher_index <= K:"),
+    ),
+    *changes(
+        "camkd_fast/train/strategies/features.py",
+        f"{OPTIONS} {FEATURES}",
+        Change(
+            "beta is not divided",
+            'setup.options["beta"] / setup.divisor',
+            'setup.options["beta"]',
+            tests=f"{OPTIONS} {LOGITS}",
+        ),
+        Change("hints without 1 / K", "weights = (kept / len(teachers)).expand", "weights = (kept / 1).expand"),
+        Change(
+            "hints of ignored images", "kept = target != self.formula.ignore_index", "kept = torch.ones_like(target)"
+        ),
+        Change(
+            "hints ignore num_items",
+            "(kept.sum().clamp(min=1) if num_items is None else num_items)",
+            "kept.sum().clamp(min=1)",
+        ),
+        Change("weights always detached", 'detach = setup.options.get("detach_weights", True)', "detach = True"),
+        Change(
+            "feature loss in half precision",
+            "with torch.autocast(student.features.device.type, enabled=False):",
+            "if True:",
+        ),
+        Change("hints without beta", "return self.beta * total /", "return total /"),
+    ),
+    *changes(
+        "camkd_fast/train/strategies/confidence.py",
+        f"{OPTIONS} {FEATURES} {LOGITS}",
+        Change("CA-MKD never divided", "return K if official else 1", "return 1"),
+        Change("uniform logits are features", 'if self.uniform == "features":', 'if self.uniform == "logits":'),
+        Change(
+            "feature loss without beta",
+            "return FeatureTerm(self.beta * out.loss, out.weights.detach())",
+            "return FeatureTerm(out.loss, out.weights.detach())",
+        ),
+        Change("uniform logits ignored", 'self.formula = self.formula._replace(weighting="uniform")', "pass"),
+        Change("num_items dropped", "self.heads, target, num_items)", "self.heads, target, None)"),
+    ),
+)

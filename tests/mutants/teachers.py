@@ -1,0 +1,106 @@
+"""Wrong changes of camkd_fast/train/teachers."""
+
+from . import Change, changes
+
+CACHE = "tests/train/test_teacher_cache.py"
+WRITERS = "tests/train/test_cache_writers.py"
+LIVE = "tests/train/test_live_teachers.py"
+OPTIONS = "tests/train/test_options.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/train/teachers/cache_files.py",
+        CACHE,
+        Change("augmentation is not part of the key", "augmentation=str(config.augmentation),", 'augmentation="",'),
+        Change("seed of the images instead of the views", "seed=config.augmentation_seed,", "seed=config.seed,"),
+        Change("split is not part of the key", "split=split,", 'split="train",'),
+        Change("loader is not part of the key", "loader=loader,", 'loader="resident",'),
+        Change("autocast is not part of the key", "autocast=str(teachers.autocast),", 'autocast="None",'),
+        Change("normalisation is not part of the key", "mean=tuple(data.mean),", "mean=(),"),
+        Change(
+            "temperature is not compared",
+            'if storage.top_k is None:\n        del settings["temperature"]',
+            'del settings["temperature"]',
+        ),
+        Change("shards are not verified", 'if digest != shard["sha256"]:', "if False:"),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/cache.py",
+        CACHE,
+        Change("rows of view 0", "rows = view * N + index", "rows = index"),
+        Change(
+            "an incomplete cache opens",
+            "if total - there > unreadable * key.views:",
+            "if False:",
+            tests=f"{CACHE} {WRITERS}",
+        ),
+        Change(
+            "unreadable images per cache instead of per view", "unreadable * key.views", "unreadable", tests=WRITERS
+        ),
+        Change("number of heads is not checked", "if len(heads) != K:", "if False:"),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/cache_writer.py",
+        f"{CACHE} {WRITERS}",
+        Change("rows written twice", "new = ~covered[rows]", "new = torch.ones_like(rows, dtype=torch.bool)"),
+        Change("view of the batch is not checked", "if batch.view != view:", "if False:"),
+        Change("all ranks write one file", 'f"manifest.{rank:03d}.json"', '"manifest.000.json"'),
+        Change(
+            "features in float32 whatever the dtype",
+            'kept["features"] = features.to(DTYPES[self._storage.dtype])',
+            'kept["features"] = features',
+        ),
+        Change(
+            "maximum instead of the average",
+            "features.float().mean((2, 3)).cpu()",
+            "features.float().amax((2, 3)).cpu()",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/truncation.py",
+        "tests/train/test_truncation.py",
+        Change("bucket at T = 1", "(rest / temperature).logsumexp(-1)", "rest.logsumexp(-1)"),
+        Change("mass of the rest not shared", "- math.log(C - k))", "- math.log(C))"),
+        Change("int16 ids up to 65535", "C <= 32767", "C <= 65535"),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/live.py",
+        LIVE,
+        Change(
+            "teachers in training mode",
+            "model.eval().requires_grad_(False) for model",
+            "model.requires_grad_(False) for model",
+            tests=f"{LIVE} {CACHE}",
+        ),
+        Change("hash without the values", "digest.update(data.numpy())", "pass"),
+        Change("images keep their dtype", "predict(m, images.to(dtype))", "predict(m, images)"),
+        Change(
+            "heads follow autocast",
+            "with torch.autocast(features.device.type, enabled=False):",
+            "if True:",
+            tests=f"{LIVE} tests/train/test_feature_strategies.py",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/runs.py",
+        OPTIONS,
+        Change(
+            "cache dtype dropped",
+            "Storage(config.cache_dtype, config.cache_top_k",
+            'Storage("float32", config.cache_top_k',
+        ),
+        Change("top_k dropped", "Storage(config.cache_dtype, config.cache_top_k", "Storage(config.cache_dtype, None"),
+        Change(
+            "teachers in float32",
+            'dtype = None if config.precision.dtype == "float32" else DTYPES[config.precision.dtype]',
+            "dtype = None",
+        ),
+        Change("teachers are not frozen in channels_last", "dtype, config.precision.channels_last)", "dtype, False)"),
+        Change("other normalisation passes in silence", "if seen != given:", "if False:"),
+        Change(
+            "channels are not compared",
+            '("in_channels", images.channels)):',
+            '("in_channels", metadata["in_channels"])):',
+        ),
+    ),
+)

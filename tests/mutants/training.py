@@ -1,0 +1,309 @@
+"""Wrong changes of camkd_fast/train: the step, the loop, checkpoints, runs."""
+
+from . import Change, changes
+
+STEP = "tests/train/test_step.py"
+LOOP = "tests/train/test_loop.py"
+RANKS = "tests/train/test_distributed.py"
+TWO = (
+    f"{RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one {RANKS}::test_rank_0_decides"
+    f" {RANKS}::test_only_rank_0_writes_and_evaluation_counts_all_images {RANKS}::test_invalid_worlds_are_refused"
+    f" {RANKS}::test_every_image_is_seen_once_and_every_step_sees_the_same_ones"
+)
+OPTIONS = "tests/train/test_options.py"
+CHECKPOINT = "tests/train/test_checkpoint.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/train/step.py",
+        STEP,
+        Change(
+            "rank is not in the seed",
+            "self._seed, self._world.rank, number",
+            "self._seed, number",
+            tests=f"{RANKS}::test_ranks_draw_different_dropout_masks",
+        ),
+        Change("step is not in the seed", "self._seed, self._world.rank, number)", "self._seed, self._world.rank)"),
+        Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{OPTIONS} {STEP}"),
+        Change("default momentum", "momentum=optim.momentum,", "momentum=0.9,", tests=f"{OPTIONS} {STEP}"),
+        Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
+        Change("gradients accumulate", "self.optimizer.zero_grad(set_to_none=True)", "pass"),
+        Change(
+            "gradients not scaled for DDP",
+            "float(world.size), device=world.device)",
+            "1.0, device=world.device)",
+            tests=TWO,
+        ),
+        Change(
+            "divided by the images of this process",
+            "num_items=num_items,\n                loss_scale",
+            "num_items=len(target),\n                loss_scale",
+        ),
+        Change("loss scale left out", "loss_scale=scale,", ""),
+        Change("the scaler is not updated", "self.scaler.update()", "pass"),
+        Change(
+            "autocast whatever the dtype",
+            "enabled=self._dtype != torch.float32",
+            "enabled=True",
+            equivalent="torch refuses float32 autocast on a CPU with a warning and disables it",
+        ),
+        Change("no autocast", "enabled=self._dtype != torch.float32", "enabled=False", tests=f"{OPTIONS} {STEP}"),
+        Change(
+            "momentum is not saved",
+            '"optimizer": self.optimizer.state_dict(),\n',
+            '"optimizer": {},\n',
+            tests=CHECKPOINT,
+        ),
+        Change(
+            "scaler is not restored",
+            'self.scaler.load_state_dict(state["scaler"])',
+            "pass",
+            tests=f"{OPTIONS} {CHECKPOINT}",
+        ),
+        Change(
+            "channels_last dropped",
+            "self.trainable.to(memory_format=torch.channels_last)  # type: ignore[call-overload]",
+            "pass",
+        ),
+        Change(
+            "feature loss is not part of the logged loss",
+            "torch.stack([loss + feature, hard, soft, feature])",
+            "torch.stack([loss, hard, soft, feature])",
+        ),
+        Change(
+            "gradient of the feature loss not scaled",
+            "gradients.append(scale.reshape(()).to(term.loss.dtype))",
+            "gradients.append(torch.ones_like(term.loss))",
+            tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
+        ),
+        Change(
+            "strategy's parameters are not trained",
+            "[p for p in self.trainable.parameters() if p.requires_grad]",
+            "[p for p in self.trainable.student.parameters() if p.requires_grad]",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/trainer.py",
+        LOOP,
+        Change(
+            "rate of the step before",
+            "self._rate(self.position), self.position)",
+            "self._rate(max(self.position - 1, 0)), self.position)",
+        ),
+        Change("evaluation in training mode", "model.eval()\n    sums", "sums"),
+        Change("mean loss per batch", 'reduction="sum")\n        correct', 'reduction="mean")\n        correct'),
+        Change("no validation after the last epoch", "or last == self.steps):", ")and True:"),
+        Change(
+            "log position is not restored",
+            'self._logged = None if state["logged"] is None else Totals(*state["logged"])',
+            "self._logged = None",
+            tests=CHECKPOINT,
+        ),
+        Change(
+            "sums of an unfinished epoch are not restored",
+            'self.step.sums.base = None if state["totals"] is None else Totals(*state["totals"])',
+            "pass",
+            tests=CHECKPOINT,
+        ),
+        Change(
+            "loader starts the epoch again", 'self.train.load_state_dict(state["loader"])', "pass", tests=CHECKPOINT
+        ),
+        Change(
+            "buffers of this rank in the validation",
+            "self.world.copy_buffers(self.step.student)\n            validation",
+            "validation",
+            tests=f"{LOOP}::test_every_validation_is_of_the_exchanged_statistics",
+        ),
+        Change(
+            "batches of one process",
+            "optim.batch_size // world.size, world.size, shuffle=True)",
+            "optim.batch_size, world.size, shuffle=True)",
+            tests=TWO,
+        ),
+        Change(
+            "calibration bins shifted",
+            "((confidence * BINS).ceil().long() - 1)",
+            "(confidence * BINS).long()",
+            tests="tests/train/test_calibration.py",
+            equivalent="no float32 below 1 is a multiple of 1/15, so no confidence lies on the edge of a bin",
+        ),
+        Change("a checkpoint of every rank", "if not self.world.is_main:\n            return", "", tests=TWO),
+        Change(
+            "a checkpoint one step late",
+            "save = every > 0 and self.position % every == 0",
+            "save = every > 0 and self.position % every == 1 % every",
+            tests=CHECKPOINT,
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/sums.py",
+        STEP,
+        Change(
+            "the last bad step instead of the first",
+            "first = (self._bad_step < 0) & ~numbers[0].isfinite()",
+            "first = ~numbers[0].isfinite()",
+        ),
+        Change("sums of an unfinished epoch left out", "Reading(totals.plus(self.base),", "Reading(totals,"),
+        Change(
+            "feature weights among the weights",
+            "rest[: self._num_weights], rest[self._num_weights :]",
+            "rest, rest[self._num_weights :]",
+        ),
+        Change(
+            "accuracy per batch",
+            '"train_accuracy": self.correct / images',
+            '"train_accuracy": self.correct',
+            tests=LOOP,
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/schedule.py",
+        STEP,
+        Change("drop one step late", "step >= share * total", "step > share * total"),
+        Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
+        Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
+        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{OPTIONS} {STEP}"),
+        Change(
+            "own milestones ignored",
+            "for share in optim.milestones)",
+            "for share in (0.625, 0.75, 0.875))",
+            tests=f"{OPTIONS} {STEP}",
+        ),
+        Change(
+            "own rate ignored for slow models",
+            "if optim.learning_rate is not None:",
+            "if optim.learning_rate is not None and model not in ('mobilenetv2', 'shufflenetv1'):",
+            tests=f"{OPTIONS} {STEP}",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/distributed.py",
+        TWO,
+        Change("uneven batches are cut", "if batch_size % world.size:", "if False:"),
+        Change(
+            "buffers are not exchanged",
+            "for buffer in module.buffers():\n                dist.broadcast(buffer, src=0)",
+            "pass",
+            tests=TWO,
+        ),
+        Change(
+            "this rank's number",
+            "return int(self.gather(torch.tensor([number], device=self.device))[0])",
+            "return number",
+            tests=f"{RANKS}::test_rank_0_decides",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/checkpoint.py",
+        CHECKPOINT,
+        Change("one checkpoint is kept", "KEEP = 2", "KEEP = 1"),
+        Change(
+            "the oldest checkpoint",
+            'sorted(self.folder.glob("step-*"), reverse=True)',
+            'sorted(self.folder.glob("step-*"))',
+        ),
+        Change(
+            "hash of the state is not checked",
+            "for name in (MODEL, STATE):\n            if hashlib",
+            "for name in (MODEL,):\n            if hashlib",
+        ),
+        Change("any pickle is loaded", "weights_only=True)\n    except", "weights_only=False)\n    except"),
+        Change("damaged later checkpoints stay", "if passed >= path:", "if False:"),
+    ),
+    *changes(
+        "camkd_fast/train/run.py",
+        f"{OPTIONS} {LOOP}::test_augmentation_by_default",
+        Change("official_scale dropped", "        official_scale=config.official_scale,\n", ""),
+        Change("detach_weights dropped", "        detach_weights=config.detach,\n", ""),
+        Change("uniform dropped", "        uniform=config.uniform,\n", ""),
+        Change("temperature dropped", "        temperature=config.temperature,\n", ""),
+        Change("beta dropped", "        beta=config.beta,\n", ""),
+        Change("alpha dropped", "        alpha=config.alpha,\n", ""),
+        Change("teacher_index dropped", "        teacher_index=config.teacher_index,\n", ""),
+        Change("view seed dropped", "        view_seed=config.data.view_seed,\n", ""),
+        Change("views dropped", "        views=config.data.views,\n", ""),
+        Change("skip_bad dropped", "        skip_bad=config.data.skip_bad,\n", ""),
+        Change("workers dropped", "        workers=config.data.workers,\n", ""),
+        Change(
+            "loader option dropped",
+            "choose.loader(images, settings, config.data.loader)))\n\n        for_evaluation",
+            "choose.loader(images, settings)))\n\n        for_evaluation",
+        ),
+        Change("channels_last dropped from the loader", "        channels_last=config.precision.channels_last,\n", ""),
+        Change(
+            "split seed dropped", "config.data, config.root, split_seed=config.split_seed,", "config.data, config.root,"
+        ),
+        Change(
+            "images of the first split for every seed",
+            "[config.data.images], config.data.split_seed)",
+            "[config.data.images], 0)",
+        ),
+        Change(
+            "validation images are augmented",
+            "for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)",
+            "for_evaluation = settings",
+            tests=f"{LOOP}::test_teach_leaves_a_run_that_can_be_evaluated",
+        ),
+        Change(
+            "student's seed ignored",
+            "torch.manual_seed(config.seed)",
+            "torch.manual_seed(0)",
+            tests=f"{LOOP}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
+        ),
+        Change(
+            "test result of rank 0's buffers only",
+            "world.copy_buffers(step.student)\n        test",
+            "test",
+            tests=f"{RANKS}::test_the_test_result_is_that_of_the_saved_model",
+        ),
+        Change(
+            "training accuracy as test accuracy",
+            "loader(parts.test, for_evaluation), world)",
+            "loader(parts.train, for_evaluation), world)",
+            tests=f"{LOOP}::test_teach_leaves_a_run_that_can_be_evaluated",
+        ),
+        Change(
+            "deterministic only if asked",
+            'or (precision.deterministic == "auto" and device.type == "cpu")',
+            "",
+            tests=OPTIONS,
+        ),
+        Change(
+            "swapped labels dropped",
+            "if isinstance(config, TeachConfig) and config.swapped:",
+            "if False:",
+            tests=f"{LOOP}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/run_folder.py",
+        LOOP,
+        Change(
+            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{OPTIONS} {LOOP}"
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/journal.py",
+        f"tests/train/test_journal.py {CHECKPOINT}",
+        Change(
+            "records of the resumed part twice",
+            'if r["step"] <= step and r["kind"] != "test"',
+            'if r["kind"] != "test"',
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/min_norm.py",
+        "tests/train/test_min_norm.py",
+        Change(
+            "the cap is ignored",
+            "slack = torch.stack([uniform, cap - uniform])",
+            "slack = torch.stack([uniform, 1.0 - uniform])",
+        ),
+        Change("half the steps", "STEPS = 20", "STEPS = 6"),
+    ),
+    *changes(
+        "camkd_fast/train/config_file.py",
+        "tests/train/test_config.py",
+        Change("differences of the first config only", "for name in {**one, **two} if", "for name in one if"),
+    ),
+)

@@ -1,0 +1,158 @@
+"""Wrong changes of the Triton kernels, which the tests run under Triton's interpreter."""
+
+from . import Change, changes
+
+TRITON = "tests/backends/test_triton.py"
+TRUTH = f"{TRITON}::test_matches_truth"
+BOTH = f"{TRITON}::test_every_weighting_both_regimes {TRITON}::test_number_of_teachers"
+EDGES = (
+    f"{TRITON}::test_masked_columns {TRITON}::test_blocks_masked_with_infinity_and_with_the_lowest_number"
+    f" {TRITON}::test_infinite_cross_entropies {TRITON}::test_certain_teachers"
+)
+MEMORY = "tests/backends/test_memory_access.py"
+
+CHANGES = (
+    *changes(
+        "kernels/softmax.py",
+        EDGES,
+        Change(
+            "rows beyond the last are kept",
+            "kept = in_range & (y != ignore_index)",
+            "kept = y != ignore_index",
+            tests=MEMORY,
+        ),
+        Change("an underflowing decay times infinity", "tl.where(decay > 0, value * decay, 0.0)", "value * decay"),
+        Change("maximum of a masked row", 'return tl.where(top == float("-inf"), 0.0, top)', "return top"),
+        Change("infinite scores subtracted", "tl.where(score == top, 1.0, tl.exp(score - top))", "tl.exp(score - top)"),
+        Change(
+            "confidence weights not divided by K - 1", "weight = weight / (K - 1)", "weight = weight / K", tests=BOTH
+        ),
+        Change(
+            "label C is inside",
+            "inside = (y >= 0) & (y < C)",
+            "inside = (y >= 0) & (y <= C)",
+            tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows",
+        ),
+        Change(
+            "inner row stride",
+            "(n % S) * stride_inner",
+            "(n % S) * stride_outer",
+            tests=f"{TRITON}::test_two_row_strides",
+        ),
+    ),
+    *changes(
+        "kernels/results.py",
+        BOTH,
+        Change(
+            "soft loss without the square of T", "(formula.temperature * formula.temperature)", "formula.temperature"
+        ),
+        Change(
+            "gradient without T",
+            "formula.soft_weight * formula.temperature * soft_part",
+            "formula.soft_weight * soft_part",
+        ),
+        Change(
+            "one teacher has entropy weight 0",
+            'return "uniform" if K == 1 and name in ("confidence", "entropy") else name',
+            'return "uniform" if K == 1 and name == "confidence" else name',
+            tests=TRUTH,
+        ),
+        Change(
+            "statistics of ignored rows",
+            "tl.where(kept, value, 0.0)",
+            "value",
+            tests=f"{TRITON}::test_ignored_rows_are_zero_whatever_they_contain",
+        ),
+    ),
+    *changes(
+        "kernels/row_loss_onchip.py",
+        BOTH,
+        Change("mixture not rescaled to the new top", "mixed = mixed * decay[:, None] +", "mixed = mixed +"),
+        Change(
+            "columns beyond the row",
+            "tile = in_range[:, None] & (cols < C)[None, :]",
+            "tile = in_range[:, None] & (cols <= C)[None, :]",
+            tests=f"{TRITON}::test_reductions {MEMORY}",
+        ),
+        Change(
+            "probability 0 times infinity",
+            "cross = tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)",
+            "cross = tl.sum(e * (z - s), axis=1)",
+            tests=EDGES,
+        ),
+        Change(
+            "row stride of given weights",
+            "k * stride_wk + n * stride_wn, mask",
+            "k * stride_wk + n, mask",
+            tests=f"{TRITON}::test_given_weights_of_any_strides",
+        ),
+        Change(
+            "scale on the device ignored",
+            "out *= tl.load(grad_scale)",
+            "pass",
+            tests=f"{TRITON}::test_scaled_gradient_and_no_gradient",
+        ),
+    ),
+    *changes(
+        "kernels/row_loss_streaming.py",
+        BOTH,
+        Change(
+            "cross terms keep the student's old maximum",
+            "(drop - s_drop), decay) + tl.sum(tl.where(e > 0",
+            "drop, decay) + tl.sum(tl.where(e > 0",
+        ),
+        Change(
+            "the last block of columns is not written",
+            "blocks = tl.cdiv(C, BLOCK_C)\n        for i in range(blocks)",
+            "blocks = C // BLOCK_C\n        for i in range(blocks)",
+        ),
+        Change(
+            "ignored rows are read",
+            "limit_units = tl.where(kept, C_units, 0)",
+            "limit_units = C_units",
+            equivalent="a cost only: statistics and gradient of ignored rows are replaced by 0 where they are stored",
+        ),
+    ),
+    *changes(
+        "kernels/confidence.py",
+        f"{TRITON}::test_confidence {TRITON}::test_confidence_edges",
+        Change("lanes not rescaled", "sums = sums * tl.exp2(drop * LOG2E) + tl.sum", "sums = sums + tl.sum"),
+        Change("log-sum-exp without its maximum", "tl.where(kept, log_sum + top, 0.0)", "tl.where(kept, log_sum, 0.0)"),
+        Change("row stride of the incoming gradient", "n * stride_gn, mask=in_range", "n, mask=in_range"),
+        Change(
+            "rows beyond the last of the gradient",
+            "tile = in_range[:, None] & (cols < C)[None, :]",
+            "tile = (cols < C)[None, :]",
+            tests=MEMORY,
+        ),
+    ),
+    *changes(
+        "kernels/features.py",
+        f"{TRITON}::test_features {TRITON}::test_feature_loss_module",
+        Change(
+            "one stride for both",
+            "t_row = teacher + n * stride_tn * ALIGN\n    squares",
+            "t_row = teacher + n * stride_sn * ALIGN\n    squares",
+        ),
+    ),
+    *changes(
+        "kernels/batch_mean.py",
+        f"{TRITON}::test_means",
+        Change("all rows counted", "(n < N) & (y != ignore_index)", "n < N"),
+        Change("no row at all divides by 0", "tl.maximum(tl.sum(kept, axis=0), 1)", "tl.sum(kept, axis=0)"),
+    ),
+    *changes(
+        "kernels/scale.py",
+        f"{TRITON}::test_scale_rows",
+        Change("first factor for all rows", "tl.load(factor + n * stride_fn", "tl.load(factor + n * 0"),
+    ),
+    *changes(
+        "kernels/layout.py",
+        f"{TRITON}::test_alignments {TRITON}::test_two_row_strides {TRITON}::test_matches_truth",
+        Change(
+            "row strides do not count for the alignment",
+            "bits |= outer | inner | tensor.shape[-1]",
+            "bits |= tensor.shape[-1]",
+        ),
+    ),
+)
