@@ -173,11 +173,9 @@ class CAMKDFeatureLoss(nn.Module):
     def _divisor(self, target: Tensor, num_items: float | Tensor | None) -> float | Tensor:
         checks.check_num_items(num_items, "mean")
         kept = target != self.ignore_index
-        if num_items is None:
-            return kept.sum().clamp(min=1)
-        return (
-            divisor_of(num_items.to(target.device), kept.any()) if isinstance(num_items, Tensor) else float(num_items)
-        )
+        if isinstance(num_items, Tensor):
+            return divisor_of(num_items.to(target.device), kept.any())
+        return kept.sum().clamp(min=1) if num_items is None else float(num_items)
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:

@@ -49,8 +49,8 @@ CHANGES = (
         ),
         Change(
             "KL the wrong way round",
-            "return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)",
-            "return torch.where(p == 0, 0.0, log_q.exp() * (log_q - log_p)).sum(-1)",
+            "return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)",
+            "return (log_q.exp() * (log_q - log_p)).masked_fill(p == 0, 0.0).sum(-1)",
         ),
         Change(
             "weights of bfloat16 students in bfloat16",

@@ -11,13 +11,13 @@ CHANGES = (
         OPTIONS,
         Change(
             "teach never resumes",
-            "jobs.teach(command.settings, resume=command.resume, overwrite=command.overwrite)",
-            "jobs.teach(command.settings, overwrite=command.overwrite)",
+            "jobs.teach(command.settings, **_how(command))",
+            "jobs.teach(command.settings, **_how(command) | {'resume': False})",
         ),
         Change(
             "distill never overwrites",
-            "jobs.distill(command.settings, resume=command.resume, overwrite=command.overwrite)",
-            "jobs.distill(command.settings, resume=command.resume)",
+            "jobs.distill(command.settings, **_how(command))",
+            "jobs.distill(command.settings, **_how(command) | {'overwrite': False})",
         ),
         Change(
             "evaluate always on the test split",

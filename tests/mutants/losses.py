@@ -72,8 +72,8 @@ CHANGES = (
         ),
         Change(
             "True is an ignore_index",
-            "or isinstance(ignore_index, bool)",
-            "",
+            "isinstance(ignore_index, bool) or not",
+            "not",
             tests="tests/losses/test_bad_input.py tests/losses/test_keywords.py",
         ),
     ),
@@ -82,8 +82,8 @@ CHANGES = (
         FORMULAS,
         Change(
             "labels of the default ignore_index",
-            "ignore_index = accumulation_dtype(student.dtype), call.formula.ignore_index",
-            "ignore_index = accumulation_dtype(student.dtype), -100",
+            "student, ignore_index = call.student, call.formula.ignore_index",
+            "student, ignore_index = call.student, -100",
             tests=f"{FORMULAS} tests/losses/test_keywords.py",
         ),
         Change(
@@ -93,7 +93,7 @@ CHANGES = (
         ),
         Change(
             "learned weights have a graph in the value and gradient",
-            "formula = formula._replace(weighting=formula.weighting.detach())",
+            "formula = formula.with_weighting(formula.weighting.detach())",
             "pass",
             tests=f"{FORMULAS} {COMPILE}::test_loss_and_grad_records_no_graph_for_learned_weights",
         ),
@@ -122,8 +122,8 @@ CHANGES = (
         ),
         Change(
             "the scale twice",
-            "return ScalePlan(_scale(inverse_divisor * loss_scale, accumulation_dtype), 1.0, inverse_divisor)",
-            "return ScalePlan(_scale(inverse_divisor * loss_scale, accumulation_dtype), loss_scale, inverse_divisor)",
+            "return ScalePlan(_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)",
+            "return ScalePlan(_scale(inverse_divisor * factor, accumulation_dtype), factor, inverse_divisor)",
             tests="tests/losses/test_scale_plan.py",
         ),
     ),
@@ -229,8 +229,8 @@ CHANGES = (
         ),
         Change(
             "num_items ignored in the feature loss",
-            ".clamp(min=1) if num_items is None else num_items)\n        return FeatureLossOutput",
-            ".clamp(min=1))\n        return FeatureLossOutput",
+            "return kept.sum().clamp(min=1) if num_items is None else float(num_items)",
+            "return kept.sum().clamp(min=1)",
             tests="tests/losses/test_feature_module.py tests/train/test_feature_strategies.py",
         ),
         Change(

@@ -63,6 +63,7 @@ def test_the_summary_names_what_survived() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_command_tells_caught_from_survived(tmp_path: Path) -> None:
     from tests.mutants.scratch import Tree
 

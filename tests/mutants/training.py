@@ -159,14 +159,14 @@ CHANGES = (
     *changes(
         "camkd_fast/train/schedule.py",
         STEP,
-        Change("drop one step late", "step >= share * total", "step > share * total"),
+        Change("drop one step late", "step >= drop for", "step > drop for"),
         Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
         Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
         Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{OPTIONS} {STEP}"),
         Change(
             "own milestones ignored",
-            "for share in optim.milestones)",
-            "for share in (0.625, 0.75, 0.875))",
+            "for at in optim.milestones)",
+            "for at in (0.625, 0.75, 0.875))",
             tests=f"{OPTIONS} {STEP}",
         ),
         Change(
@@ -258,8 +258,8 @@ CHANGES = (
         ),
         Change(
             "training accuracy as test accuracy",
-            "loader(parts.test, for_evaluation), world)",
-            "loader(parts.train, for_evaluation), world)",
+            "loader(parts.test, for_test), world)",
+            "loader(parts.train, for_test), world)",
             tests=f"{LOOP}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
         Change(
