@@ -171,7 +171,7 @@ def wheel_of(tmp_path: Path) -> Callable[..., set[str]]:
     def build(source: Path, python: Path = Path(sys.executable), **environment: str) -> set[str]:
         environment = {"CAMKD_FAST_CUDA": "0", "CMAKE_CXX_COMPILER_LAUNCHER": str(launcher)} | environment
         command = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "out"]
-        run([*command, f"./{source.name}"], source.parent, **environment)
+        run([*command, "."], source, **environment)  # pip takes a semicolon in a path for a marker
         (wheel,) = (tmp_path / "out").glob("*.whl")
         return names_in(wheel)
 
