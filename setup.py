@@ -72,6 +72,7 @@ def compile_module(module: Path, cuda_failed: str = "") -> None:
             if done.returncode != 0:
                 raise subprocess.CalledProcessError(done.returncode, command, output)
         (built,) = (path for path in (work / "build").glob("_C*") if path.suffix in (".so", ".pyd"))
+        module.parent.mkdir(parents=True, exist_ok=True)  # of an editable install nobody has made it yet
         shutil.copyfile(built, module)
         shutil.copymode(built, module)
 
