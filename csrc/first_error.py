@@ -16,7 +16,7 @@ _AT_A_LINE = re.compile(
 # A message of the tool itself: "g++: fatal error: Killed ...", "nvcc fatal   : ...", "cl : Command line error D8021 :".
 _OF_A_TOOL = re.compile(
     r"(?:(?!CMake)\S*?(?:cc|[cg]\+\+|clang|clang\+\+|cc1|cc1plus|cl|clang-cl|nvcc|cicc|cudafe\+\+|ptxas|nvlink|fatbinary"
-    r"|ld|lld|link|as|strip|make|ninja)(?:-?[\d.]+)?(?:\.exe)?|LLVM|LINK|Command-line)\s*:?\s*"
+    r"|ld|lld|link|as|strip|make|ninja)(?:-?[\d.]+)?(?:\.exe)?|LLVM|LINK|Command-line|<command[ -]line>)\s*:?\s*"
     r"(?:(?:internal compiler|fatal|catastrophic|command line)\s+)?(?:error|fatal|internal error)\s*(?:[A-Z]+\d+)?\s*:",
     re.IGNORECASE,
 )
@@ -79,7 +79,7 @@ def _of_cmake(log: str) -> str:
                 break
             if below.strip():
                 text.append(below.strip())
-            elif text and not text[-1].endswith(":"):
+            elif text and text[-1].endswith("."):
                 break
         return " ".join(text)
     return ""

@@ -33,6 +33,7 @@ REASONS = {
     "cmake_package": 'By not providing "FindNope.cmake" in CMAKE_MODULE_PATH this project has asked CMake to find a '
     'package configuration file provided by "Nope", but CMake did not find one.',
     "gcc": "error.cpp:1:21: error: invalid conversion from 'const char*' to 'int' [-fpermissive]",
+    "gcc_command_line": "<command-line>: fatal error: missing_error.h: No such file or directory",
     "gcc_include": "inc.cpp:1:10: fatal error: missing_error.h: No such file or directory",
     "gcc_killed": "g++: fatal error: Killed signal terminated program cc1plus",
     "gcc_memory": "virtual memory exhausted: Cannot allocate memory",
