@@ -89,6 +89,7 @@ CHANGES = (
             "rate of the step before",
             "self._rate(self.position), self.position)",
             "self._rate(max(self.position - 1, 0)), self.position)",
+            tests=f"{LOOP}::test_each_step_has_the_rate_of_its_own_number",
         ),
         Change("evaluation in training mode", "model.eval()\n    sums", "sums"),
         Change("mean loss per batch", 'reduction="sum")\n        correct', 'reduction="mean")\n        correct'),
@@ -132,7 +133,7 @@ CHANGES = (
             "a checkpoint one step late",
             "save = every > 0 and self.position % every == 0",
             "save = every > 0 and self.position % every == 1 % every",
-            tests=CHECKPOINT,
+            tests=f"{LOOP}::test_checkpoints_are_of_these_steps_and_of_every_epochs_end",
         ),
     ),
     *changes(
