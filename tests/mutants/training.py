@@ -12,6 +12,10 @@ TWO = (
 )
 OPTIONS = "tests/train/test_options.py"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+RATES = (
+    f"{OPTIONS}::test_the_rate_follows_the_config {STEP}::test_cosine_constant_and_warmup {STEP}::test_paper_rates_by_model"
+    f" {STEP}::test_paper_schedule_drops_after_150_180_and_210_epochs {STEP}::test_short_runs_drop_at_the_same_shares"
+)
 
 CHANGES = (
     *changes(
@@ -138,7 +142,8 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/sums.py",
-        STEP,
+        f"{STEP}::test_sums_are_over_images_whatever_the_batches {STEP}::test_first_bad_step_and_its_parts_are_named"
+        f" {STEP}::test_sums_start_again_and_take_over_what_a_checkpoint_holds",
         Change(
             "the last bad step instead of the first",
             "first = (self._bad_step < 0) & ~numbers[0].isfinite()",
@@ -159,22 +164,22 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/schedule.py",
-        STEP,
+        RATES,
         Change("drop one step late", "step >= share * total", "step > share * total"),
         Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
         Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
-        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{OPTIONS} {STEP}"),
+        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=RATES),
         Change(
             "own milestones ignored",
             "for share in optim.milestones)",
             "for share in (0.625, 0.75, 0.875))",
-            tests=f"{OPTIONS} {STEP}",
+            tests=RATES,
         ),
         Change(
             "own rate ignored for slow models",
             "if optim.learning_rate is not None:",
             "if optim.learning_rate is not None and model not in ('mobilenetv2', 'shufflenetv1'):",
-            tests=f"{OPTIONS} {STEP}",
+            tests=RATES,
         ),
     ),
     *changes(
