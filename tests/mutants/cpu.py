@@ -79,6 +79,7 @@ CHANGES = (
             "one student scratch for all threads",
             "float* student_d = base + row_floats + thread * (kBlock + 2 * Vec::width);",
             "float* student_d = base + row_floats;",
+            tests=f"{FORMULAS}::test_threads_that_share_a_row_do_not_disturb_each_other",
         ),
         Change(
             "no barrier before the next row",
