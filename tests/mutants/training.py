@@ -254,7 +254,7 @@ CHANGES = (
             "student's seed ignored",
             "torch.manual_seed(config.seed)",
             "torch.manual_seed(0)",
-            tests=f"{LOOP}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
+            tests=f"{OPTIONS}::test_the_students_seed_decides_its_first_weights",
         ),
         Change(
             "test result of rank 0's buffers only",
