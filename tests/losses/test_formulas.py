@@ -140,12 +140,11 @@ def test_ignored_rows_are_exactly_zero_where_threads_share_a_row(dtype, N, C, K,
 
 
 @pytest.mark.parametrize(("N", "C"), [(9, 130_001), (2100, 515), (70, 16_387)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_that_do_not_stay_in_the_cache(dtype, N, C, backend):
+def test_gradients_that_do_not_stay_in_the_cache(N, C):
     """Above 4 MB the CPU kernels store around the cache; of odd widths, so that rows begin at any address."""
-    case = make_case(N, C, 1, dtype, padded=False)
+    case = make_case(N, C, 1, padded=False)
     assert N * C * 4 > 4 * 2**20 and C % 2 == 1
-    assert_accurate(run_value_and_grad(case, backend).grad, truth(case).grad, naive(case).grad)
+    assert_accurate(run_value_and_grad(case, "auto").grad, truth(case).grad, naive(case).grad)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
