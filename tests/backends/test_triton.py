@@ -123,6 +123,19 @@ def test_alignments(regime: str, C: int) -> None:
     check(make_case(3, C, 2, BF16, peaked=True, padded=False), f"{regime} C={C}")
 
 
+@pytest.mark.parametrize("stride", [41, 42, 44])
+def test_row_strides_that_are_less_aligned_than_the_width(regime: str, stride: int) -> None:
+    """The first row is aligned, and 40 columns are five vectors, but the rows after it begin in between."""
+    case = make_case(5, 40, 2, padded=False)
+    student, *teachers = (
+        torch.cat([z, torch.full((5, stride - 40), NAN)], 1)[:, :40] for z in (case.student, *case.teachers)
+    )
+    check(case.with_(student=student), f"{regime} student")
+    check(case.with_(teachers=(case.teachers[0], teachers[1])), f"{regime} a teacher")
+    wide = [z.repeat(2, 1)[::2] for z in (student, *teachers)]
+    check(case.with_(student=wide[0], teachers=tuple(wide[1:])), f"{regime} all")
+
+
 @pytest.mark.parametrize("K", [1, 2, 5, 16])
 def test_number_of_teachers(regime: str, K: int) -> None:
     check(make_case(2, 40, K, peaked=True, weighting="entropy" if K == 5 else "confidence"), f"{regime} K={K}")

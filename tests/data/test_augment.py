@@ -88,6 +88,18 @@ def test_a_window_a_little_smaller_than_its_image_takes_every_place() -> None:
     assert together == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+@pytest.mark.parametrize(("H", "W"), [(10, 10), (10, 30), (30, 10)])
+def test_windows_as_long_as_a_side_are_as_frequent_as_their_ratios(H: int, W: int) -> None:
+    """Half of a square, of ratios from 1/2 to 2: a side above 9.5 is that of the image, for 7.4 % of the ratios."""
+    augmentation = Augmentation("resized-crop", scale=(50 / (H * W), 50 / (H * W)), ratio=(0.5, 2.0))
+    n = 20000
+    _, _, height, width = records(augmentation, 0, 0, np.arange(n), np.array([[H, W]])).windows.T
+    expected = np.log(100 / 9.5**2) / np.log(4)
+    for side, length in ((H, height), (W, width)):
+        if side == 10:
+            assert abs((length == 10).mean() - expected) < 4 * (expected / n) ** 0.5
+
+
 def test_records_are_stable() -> None:
     """Golden values: views of teacher caches, and interrupted runs, depend on them across versions."""
     size, index = np.array([[20, 30]]), np.arange(4)

@@ -139,6 +139,31 @@ def test_ignored_rows_are_exactly_zero_where_threads_share_a_row(dtype, N, C, K,
         assert_accurate(result.grad, R, N_)
 
 
+@pytest.mark.parametrize(("N", "C"), [(9, 130_001), (2100, 515), (70, 16_387)])
+def test_gradients_that_do_not_stay_in_the_cache(N, C):
+    """Above 4 MB the CPU kernels store around the cache; of odd widths, so that rows begin at any address."""
+    case = make_case(N, C, 1, padded=False)
+    assert N * C * 4 > 4 * 2**20 and C % 2 == 1
+    assert_accurate(run_value_and_grad(case, "auto").grad, truth(case).grad, naive(case).grad)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_that_share_a_row_do_not_disturb_each_other(threads):
+    """Long enough for a thread to be interrupted in the middle of a block, if the machine has fewer processors."""
+    case = make_case(1, 500_000, 3, padded=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run_value_and_grad(case, "auto")
+        torch.set_num_threads(threads)
+        for _ in range(12):
+            result = run_value_and_grad(case, "auto")
+            assert_near(result.divergence, expected.divergence)
+            assert_near(result.grad, expected.grad)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_ignore_index_may_be_a_class(backend):
     case = make_case(40, 10, ignore_index=7)
     assert (case.target == 7).any()

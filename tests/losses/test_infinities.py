@@ -171,6 +171,20 @@ def test_weight_zero_removes_an_infinite_divergence(backend):
     assert result.loss.isfinite().all() and result.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("C", [33, 5000])
+def test_weight_zero_removes_a_teacher_of_any_content(C, value, backend):
+    """Loss and gradient are those without the teacher."""
+    weights = torch.tensor([0.5, 0.0, 0.25])
+    case = make_case(4, C, weighting=weights)
+    case.teachers[1].fill_(value)
+    without = case.with_(teachers=case.teachers[::2], weighting=weights[::2])
+    for evaluate in (run, run_value_and_grad):
+        result, expected = evaluate(case, backend), evaluate(without, backend)
+        for name in ("loss", "hard", "soft", "grad"):
+            assert_near(getattr(result, name), getattr(expected, name))
+
+
 def test_entropy_weights_of_certain_teachers_are_equal(backend):
     # One-hot teachers have entropy 0: each ratio is 1/K, so each weight (K-1)/K.
     case = make_case(4, 33, weighting="entropy")

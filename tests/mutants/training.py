@@ -12,6 +12,10 @@ TWO = (
 )
 OPTIONS = "tests/train/test_options.py"
 CHECKPOINT = "tests/train/test_checkpoint.py"
+RATES = (
+    f"{OPTIONS}::test_the_rate_follows_the_config {STEP}::test_cosine_constant_and_warmup {STEP}::test_paper_rates_by_model"
+    f" {STEP}::test_paper_schedule_drops_after_150_180_and_210_epochs {STEP}::test_short_runs_drop_at_the_same_shares"
+)
 
 CHANGES = (
     *changes(
@@ -89,6 +93,7 @@ CHANGES = (
             "rate of the step before",
             "self._rate(self.position), self.position)",
             "self._rate(max(self.position - 1, 0)), self.position)",
+            tests=f"{LOOP}::test_each_step_has_the_rate_of_its_own_number",
         ),
         Change("evaluation in training mode", "model.eval()\n    sums", "sums"),
         Change("mean loss per batch", 'reduction="sum")\n        correct', 'reduction="mean")\n        correct'),
@@ -132,12 +137,13 @@ CHANGES = (
             "a checkpoint one step late",
             "save = every > 0 and self.position % every == 0",
             "save = every > 0 and self.position % every == 1 % every",
-            tests=CHECKPOINT,
+            tests=f"{LOOP}::test_checkpoints_are_of_these_steps_and_of_every_epochs_end",
         ),
     ),
     *changes(
         "camkd_fast/train/sums.py",
-        STEP,
+        f"{STEP}::test_sums_are_over_images_whatever_the_batches {STEP}::test_first_bad_step_and_its_parts_are_named"
+        f" {STEP}::test_sums_start_again_and_take_over_what_a_checkpoint_holds",
         Change(
             "the last bad step instead of the first",
             "first = (self._bad_step < 0) & ~numbers[0].isfinite()",
@@ -158,22 +164,22 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/schedule.py",
-        STEP,
+        RATES,
         Change("drop one step late", "step >= drop for", "step > drop for"),
         Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
         Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
-        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=f"{OPTIONS} {STEP}"),
+        Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=RATES),
         Change(
             "own milestones ignored",
             "for at in optim.milestones)",
             "for at in (0.625, 0.75, 0.875))",
-            tests=f"{OPTIONS} {STEP}",
+            tests=RATES,
         ),
         Change(
             "own rate ignored for slow models",
             "if optim.learning_rate is not None:",
             "if optim.learning_rate is not None and model not in ('mobilenetv2', 'shufflenetv1'):",
-            tests=f"{OPTIONS} {STEP}",
+            tests=RATES,
         ),
     ),
     *changes(
@@ -248,7 +254,7 @@ CHANGES = (
             "student's seed ignored",
             "torch.manual_seed(config.seed)",
             "torch.manual_seed(0)",
-            tests=f"{LOOP}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
+            tests=f"{OPTIONS}::test_the_students_seed_decides_its_first_weights",
         ),
         Change(
             "test result of rank 0's buffers only",

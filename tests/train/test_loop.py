@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from camkd_fast.train import config_file
 from camkd_fast.train import trainer as trainer_module
-from camkd_fast.train.checkpoint import CheckpointError
+from camkd_fast.train.checkpoint import CheckpointError, Checkpoints
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, NullJournal, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation
@@ -110,6 +110,19 @@ def test_each_step_has_the_rate_of_its_own_number(tmp_path: Path, monkeypatch: p
     trainer(tmp_path, train_step("ce"), optim=optim).run(NullJournal())
     # 10 steps: 3 of warmup to the peak of 0.02, drops before the sixth and the ninth.
     assert rates == pytest.approx([0.02 / 3, 0.04 / 3, *[0.02] * 3, *[0.002] * 3, *[0.0002] * 2])
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(0, [5, 10]), (1, [*range(1, 11)]), (2, [2, 4, 5, 6, 8, 10]), (3, [3, 5, 6, 9, 10])]
+)
+def test_checkpoints_are_of_these_steps_and_of_every_epochs_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, expected: list[int]
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda checkpoints, step, model, state: saved.append(step))
+    log = replace(QUIET, checkpoint_every=every)
+    trainer(tmp_path, train_step("ce"), optim=OptimConfig(epochs=2, batch_size=32), log=log).run(NullJournal())
+    assert saved == expected
 
 
 def test_every_validation_is_of_the_exchanged_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
