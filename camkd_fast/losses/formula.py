@@ -57,7 +57,7 @@ class Formula(NamedTuple):
         check_ignore_index(self.ignore_index)
         if not isinstance(self.weighting, Tensor):
             check_choice("weighting", self.weighting, WEIGHTINGS)
-        # torch.compile of PyTorch 2.8 traces neither _replace nor slices nor properties of a named tuple.
+        # torch.compile of PyTorch 2.8 traces neither _replace, _asdict, slices nor properties of a named tuple.
         numbers = float(self.temperature), float(self.hard_weight), float(self.soft_weight)
         return Formula(*numbers, self.weighting, int(self.ignore_index))
 
@@ -67,7 +67,7 @@ class Formula(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `camkd_loss`."""
-        return self._asdict()
+        return {name: getattr(self, name) for name in Formula._fields}
 
     def weighting_name(self) -> str:
         """The weighting's name; "given" for a tensor."""
