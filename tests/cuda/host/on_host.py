@@ -22,7 +22,7 @@ def emulated_device(emulated: ModuleType) -> Iterator[None]:
 
     refusal = dispatch._refusal
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_refusal", lambda name, t: None if name == "cuda" else refusal(name, t))
+        patch.setattr(dispatch, "_refusal", lambda name, *rest: None if name == "cuda" else refusal(name, *rest))
         patch.setattr(cuda_backend, "_C", emulated)
         patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
         patch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
