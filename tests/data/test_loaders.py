@@ -8,12 +8,13 @@ import multiprocessing
 import os
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from camkd_fast.data import Augmentation, Batch, LoaderConfig
+from camkd_fast.data import Augmentation, BadImageError, Batch, LoaderConfig
 from tests.support.loader_data import CROP, KINDS, RESIZED, arrays, assert_same, by_sample, image_files, opened
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +81,41 @@ def test_views_may_have_their_own_seed(kind: str) -> None:
     assert torch.equal(by_sample(one)[1], by_sample(other)[1])
     assert not torch.equal(by_sample(one)[1], by_sample(batches(seed=0))[1])
     assert_same(batches(seed=7), batches(seed=7, view_seed=7))
+
+
+@pytest.mark.parametrize("augmentation", [CROP, RESIZED], ids=["crop", "resized-crop"])
+def test_views_of_files_have_their_own_seed_too(augmentation: Augmentation, tmp_path: Path) -> None:
+    """The pixels of a sample depend on the view seed only, the order on the seed only."""
+    data = image_files(tmp_path, 12, 16, 40)
+
+    def loaded(**seeds: int) -> tuple[list[int], torch.Tensor]:
+        with opened(data, "torch", 4, augmentation=augmentation, **seeds) as loader:
+            batches = list(loader)
+        return torch.cat([batch.index for batch in batches]).tolist(), by_sample(batches)[1]
+
+    order, images = loaded(seed=1, view_seed=7)
+    other_order, same_images = loaded(seed=2, view_seed=7)
+    same_order, other_images = loaded(seed=1, view_seed=8)
+    assert order == same_order != other_order
+    assert torch.equal(images, same_images) and not torch.equal(images, other_images)
+    assert torch.equal(images, loaded(seed=7)[1])
+
+
+def test_a_position_holds_the_unreadable_files(tmp_path: Path) -> None:
+    """They count as skipped after a resume, whether or not they are met again."""
+    data = image_files(tmp_path, 12, 16, 40)
+    data.paths[3].write_bytes(b"no image")
+    with opened(data, "torch", 4, augmentation=CROP, skip_bad=1) as loader:
+        list(loader)
+        state = loader.state_dict()
+    assert state["bad"] == [3]
+    data.paths[5].write_bytes(b"no image")
+    with opened(data, "torch", 4, augmentation=CROP, skip_bad=1) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        resumed.set_epoch(1)
+        with pytest.raises(BadImageError, match="skip_bad=1"):
+            list(resumed)
 
 
 @kinds

@@ -95,7 +95,7 @@ CHANGES = (
             "bad files forgotten on resume",
             '{*state["bad"], *self.config.known_bad}',
             "{*self.config.known_bad}",
-            tests=f"{POSITION} tests/data/test_unreadable_files.py",
+            tests=f"{LOADERS}::test_a_position_holds_the_unreadable_files",
         ),
     ),
     *changes(
@@ -132,7 +132,7 @@ CHANGES = (
             "seed of the order",
             "self.config.augmentation_seed, view, np.array([sample]), size)",
             "self.config.seed, view, np.array([sample]), size)",
-            tests=f"tests/data/test_dali.py {LOADERS}",
+            tests=f"{LOADERS}::test_views_of_files_have_their_own_seed_too",
         ),
         Change("files are never mirrored", "levels[:, ::-1] if record.mirrored[0] else levels", "levels"),
         Change("files are never shifted", "if record.shifts.any():", "if False:"),
