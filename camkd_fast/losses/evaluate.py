@@ -79,14 +79,14 @@ def _checked_call(
         # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
         student = student.detach() if isinstance(student, Tensor) else student
         if isinstance(formula.weighting, Tensor):
-            formula = formula.with_weighting(formula.weighting.detach())
+            formula = formula._replace(weighting=formula.weighting.detach())
     teachers = checks.check_logits(student, teacher_logits, target)
     formula = formula.checked()
     labels = contiguous_labels(target)
     if isinstance(formula.weighting, Tensor):
         checks.check_weighting(formula.weighting, len(teachers), student)
         rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), accumulation_dtype(student.dtype))
-        formula = formula.with_weighting(rows)
+        formula = formula._replace(weighting=rows)
     needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
     return RowLossCall(student, teachers, labels, formula, needs_grad, backend)
 
@@ -120,7 +120,7 @@ def _mean_on_device(
     assert rows.means is not None  # they were requested
     loss, others = rows.means
     output = CAMKDOutput(loss, rows.row_stats, None, rows.means, None, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
+    return Evaluation(output, rows.grad_student, call.given_weights, plan._replace(inverse_divisor=others[2:]))
 
 
 def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, tracing: bool) -> Evaluation:
@@ -128,7 +128,7 @@ def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, 
     inverse = None if reduction == "none" else plan.inverse_divisor
     loss = reduce_rows(rows.row_stats, 0, rows.sums, None, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, None, inverse, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan)
+    return Evaluation(output, rows.grad_student, call.given_weights, plan)
 
 
 def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:

@@ -201,6 +201,6 @@ class CAMKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        values = self.formula._replace(weighting=self.formula.weighting_name())._asdict()
+        values = self.formula._replace(weighting=self.formula.weighting_name)._asdict()
         values |= {"reduction": self.reduction, "backend": self.backend}
         return ", ".join(f"{name}={value}" for name, value in values.items())

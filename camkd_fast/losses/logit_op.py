@@ -31,6 +31,7 @@ class RowLossCall(NamedTuple):
     needs_grad: bool
     backend: str
 
+    @property
     def given_weights(self) -> Tensor | None:
         weighting = self.formula.weighting
         return weighting if isinstance(weighting, Tensor) else None
@@ -119,7 +120,7 @@ def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
         call.student,
         list(call.teachers),
         call.labels,
-        call.given_weights(),
+        call.given_weights,
         _scale_tensor(grad_scale, call.student),
         *call.formula.constants(),
         call.needs_grad,
