@@ -199,7 +199,7 @@ def test_double_backward_is_refused_when_compiled(backend):
         lambda s: camkd_loss(s, case.teachers, case.target, backend=backend).loss, backend="aot_eager", fullgraph=True
     )
     (grad,) = torch.autograd.grad(function(student), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
         grad.square().sum().backward()
 
 
