@@ -64,10 +64,10 @@ def _logits(shape: Shape, dtype: str) -> Any:
 
 
 def _call(shape: Shape) -> None:
-    import torch
-
     import camkd_fast.kernels as kernels
+    import torch
     from camkd_fast.kernels import batch_mean
+
     from camkd_fast.losses.formula import Formula
 
     student = _logits(shape, shape.dtype)
