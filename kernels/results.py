@@ -39,7 +39,7 @@ def temperature_power(formula: Formula) -> int:
 
 def weighting_kind(formula: Formula, K: int) -> str:
     """The kernels' WEIGHTING: a single teacher weighs 1 under every rule."""
-    name = formula.weighting_name()
+    name = formula.weighting_name
     return "uniform" if K == 1 and name in ("confidence", "entropy") else name
 
 

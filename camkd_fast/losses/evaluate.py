@@ -61,7 +61,7 @@ def evaluate(
         num_items=num_items,
         loss_scale=loss_scale,
     )
-    formula = formula.with_weighting(weighting)
+    formula = formula._replace(weighting=weighting)
     call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
@@ -107,14 +107,14 @@ def _checked_call(
         # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
         student = student.detach() if isinstance(student, Tensor) else student
         if isinstance(formula.weighting, Tensor):
-            formula = formula.with_weighting(formula.weighting.detach())
+            formula = formula._replace(weighting=formula.weighting.detach())
     teachers = checks.check_logits(student, teacher_logits, target)
     formula = formula.checked()
     labels = contiguous_labels(target)
     if isinstance(formula.weighting, Tensor):
         checks.check_weighting(formula.weighting, len(teachers), student)
         rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), accumulation_dtype(student.dtype))
-        formula = formula.with_weighting(rows)
+        formula = formula._replace(weighting=rows)
     needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
     return RowLossCall(student, teachers, labels, formula, needs_grad, backend)
 
@@ -148,7 +148,7 @@ def _mean_on_device(
     assert rows.means is not None  # they were requested
     loss, others = rows.means
     output = CAMKDOutput(loss, rows.row_stats, None, rows.means, None, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
+    return Evaluation(output, rows.grad_student, call.given_weights, plan._replace(inverse_divisor=others[2:]))
 
 
 def _rows(
@@ -163,7 +163,7 @@ def _rows(
     inverse = None if reduction == "none" else plan.inverse_divisor
     loss = reduce_rows(rows.row_stats, 0, rows.sums, None, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, None, inverse, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
+    return Evaluation(output, rows.grad_student, call.given_weights, plan, in_graph=way is not Way.KERNEL)
 
 
 def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:

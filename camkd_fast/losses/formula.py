@@ -57,18 +57,18 @@ class Formula(NamedTuple):
         check_ignore_index(self.ignore_index)
         if not isinstance(self.weighting, Tensor):
             check_choice("weighting", self.weighting, WEIGHTINGS)
-        # torch.compile of PyTorch 2.8 traces neither _replace, _asdict, slices nor properties of a named tuple.
-        numbers = float(self.temperature), float(self.hard_weight), float(self.soft_weight)
-        return Formula(*numbers, self.weighting, int(self.ignore_index))
-
-    def with_weighting(self, weighting: str | Tensor) -> Formula:
-        """The same constants with another weighting."""
-        return Formula(self.temperature, self.hard_weight, self.soft_weight, weighting, self.ignore_index)
+        return self._replace(
+            temperature=float(self.temperature),
+            hard_weight=float(self.hard_weight),
+            soft_weight=float(self.soft_weight),
+            ignore_index=int(self.ignore_index),
+        )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `camkd_loss`."""
-        return {name: getattr(self, name) for name in Formula._fields}
+        return self._asdict()
 
+    @property
     def weighting_name(self) -> str:
         """The weighting's name; "given" for a tensor."""
         return "given" if isinstance(self.weighting, Tensor) else self.weighting
@@ -80,7 +80,7 @@ class Formula(NamedTuple):
 
     def constants(self) -> tuple[list[float], str, int]:
         """Everything but a weighting tensor, in types that an operator's schema has. See `from_constants`."""
-        return [self.temperature, self.hard_weight, self.soft_weight], self.weighting_name(), self.ignore_index
+        return list(self[:3]), self.weighting_name, self.ignore_index
 
     @classmethod
     def from_constants(

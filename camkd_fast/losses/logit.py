@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dispatch import BACKENDS, backend_for
-from ..backends.memory import are_dense, is_ordinary
+from ..backends.memory import is_ordinary
 from . import checks
 from .autograd import first_order, keeps_graph
 from .evaluate import Evaluation, evaluate
@@ -65,9 +65,12 @@ def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
-    """Whether backward multiplies by 1, as in `loss.backward()`. False on a GPU, where reading would synchronise."""
+    """Whether backward multiplies by 1, as in `loss.backward()`.
+
+    False on a GPU, where reading would synchronise, and in a trace, which would keep the number.
+    """
     on_host = grad_output.device.type == "cpu" and isinstance(in_backward, float) and grad_output.dim() == 0
-    return on_host and are_dense([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
+    return on_host and is_ordinary([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
 
 
 def _differentiable_loss(
@@ -216,6 +219,6 @@ class CAMKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        values = self.formula._replace(weighting=self.formula.weighting_name())._asdict()
+        values = self.formula._replace(weighting=self.formula.weighting_name)._asdict()
         values |= {"reduction": self.reduction, "backend": self.backend}
         return ", ".join(f"{name}={value}" for name, value in values.items())

@@ -33,9 +33,11 @@ class RowLossCall(NamedTuple):
     needs_grad: bool
     backend: str
 
+    @property
     def tensors(self) -> list[Tensor]:
         return [self.student, *self.teachers]
 
+    @property
     def given_weights(self) -> Tensor | None:
         weighting = self.formula.weighting
         return weighting if isinstance(weighting, Tensor) else None
@@ -43,8 +45,8 @@ class RowLossCall(NamedTuple):
 
 def run_rows(call: RowLossCall, grad_scale: float | Tensor, mean: bool = False) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
-    others = [tensor for tensor in (call.labels, call.given_weights(), grad_scale) if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors(), others).row_loss(
+    others = [tensor for tensor in (call.labels, call.given_weights, grad_scale) if isinstance(tensor, Tensor)]
+    return backend_for(call.backend, call.tensors, others).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,
@@ -125,7 +127,7 @@ def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
         call.student,
         list(call.teachers),
         call.labels,
-        call.given_weights(),
+        call.given_weights,
         _scale_tensor(grad_scale, call.student),
         *call.formula.constants(),
         call.needs_grad,

@@ -82,7 +82,7 @@ class TrainableStudent(nn.Module):
         feature = torch.zeros((), device=images.device)
         if teacher_outputs:
             teacher_logits = [teacher.logits for teacher in teacher_outputs]
-            formula = strategy.formula.with_weighting(strategy.weighting(logits, teacher_outputs, target))
+            formula = strategy.formula._replace(weighting=strategy.weighting(logits, teacher_outputs, target))
             out, gradient = camkd_loss_and_grad(
                 logits,
                 teacher_logits,

@@ -117,8 +117,7 @@ def compile_shape(shape: Shape, arch: int) -> Kernel:
         kwargs.setdefault("debug", False)
         bind = jit.create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = bind(*args, **kwargs)
-        # Triton 3.4 has no function for its key
-        key = getattr(jit, "compute_cache_key", lambda _, *parts: "".join(map(str, parts)))({}, specialization, options)
+        key = jit.compute_cache_key({}, specialization, options)
         options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
         compiled = triton.compile(
             ASTSource(self, signature, constexprs, attrs), target=target, options=options.__dict__

@@ -142,16 +142,16 @@ def test_of_two_jobs_that_need_a_cache_one_writes_it(tmp_path: Path) -> None:
 
 
 def test_a_job_says_for_whom_it_waits(tmp_path: Path) -> None:
-    release = threading.Event()
+    held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
         with locked(tmp_path):
+            held.set()
             release.wait(20)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    while not list(tmp_path.glob(".lock")):
-        pass
+    assert held.wait(20)
     said: list[str] = []
 
     def say(text: str) -> None:
