@@ -4,6 +4,7 @@ from . import Change, changes
 
 STEP = "tests/train/test_step.py"
 LOOP = "tests/train/test_loop.py"
+JOBS = "tests/train/test_jobs.py"
 RANKS = "tests/train/test_distributed.py"
 TWO = (
     f"{RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one {RANKS}::test_rank_0_decides"
@@ -218,7 +219,7 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/train/run.py",
-        f"{OPTIONS} {LOOP}::test_augmentation_by_default",
+        f"{OPTIONS} {JOBS}::test_augmentation_by_default",
         Change("official_scale dropped", "        official_scale=config.official_scale,\n", ""),
         Change("detach_weights dropped", "        detach_weights=config.detach,\n", ""),
         Change("uniform dropped", "        uniform=config.uniform,\n", ""),
@@ -248,7 +249,7 @@ CHANGES = (
             "validation images are augmented",
             "for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)",
             "for_evaluation = settings",
-            tests=f"{LOOP}::test_teach_leaves_a_run_that_can_be_evaluated",
+            tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
         Change(
             "student's seed ignored",
@@ -266,7 +267,7 @@ CHANGES = (
             "training accuracy as test accuracy",
             "loader(parts.test, for_test), world)",
             "loader(parts.train, for_test), world)",
-            tests=f"{LOOP}::test_teach_leaves_a_run_that_can_be_evaluated",
+            tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
         Change(
             "deterministic only if asked",
@@ -278,14 +279,14 @@ CHANGES = (
             "swapped labels dropped",
             "if isinstance(config, TeachConfig) and config.swapped:",
             "if False:",
-            tests=f"{LOOP}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
+            tests=f"{JOBS}::test_same_seed_same_bytes_and_the_callers_random_numbers_stay",
         ),
     ),
     *changes(
         "camkd_fast/train/run_folder.py",
-        LOOP,
+        JOBS,
         Change(
-            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{OPTIONS} {LOOP}"
+            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{OPTIONS} {JOBS}"
         ),
     ),
     *changes(
