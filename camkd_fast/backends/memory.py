@@ -37,7 +37,6 @@ _NESTED = Sort("a nested tensor", "use torch.nested.to_padded_tensor, and labels
 _QUANTISED = Sort("a quantised tensor", "call .dequantize()")
 _UNINITIALISED = Sort("an uninitialised parameter", "run the lazy module once")
 
-
 _DEFAULT_FUNCTION = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
@@ -50,7 +49,7 @@ def _dispatches(kind: Any) -> bool:
 
 
 @functools.cache
-def _sort_of_class(kind: type) -> Sort | None:
+def _sort_of_class(kind: type) -> Sort:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 

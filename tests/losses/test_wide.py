@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,8 +46,6 @@ def test_ten_thousand_calls(tmp_path):
     print(json.dumps(dict(sorted(total.items())), indent=1))
     assert total.total() >= 10_000, impossible
     # Every sort and circumstance was among them.
-    from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES
-
     for name in (*VALUES, *FLOATING, *CALLS, "torch.func", "vmap", "make_fx"):
         assert total[f"right: {name}"] >= 20, name
     for name in REFUSED:
