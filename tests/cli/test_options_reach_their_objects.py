@@ -129,15 +129,15 @@ class Calls(list[tuple[tuple[Any, ...], dict[str, Any]]]):
 
 
 @pytest.mark.parametrize("command", ["teach", "distill"])
-@pytest.mark.parametrize("option", ["", "--resume", "--overwrite"])
-def test_jobs_resume_or_overwrite(command: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", ["", "--resume", "--overwrite", "--extend"])
+def test_jobs_resume_overwrite_or_extend(command: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls()
     monkeypatch.setattr(commands.jobs, command, calls)
     monkeypatch.setattr(commands, "_finish", lambda result: None)
     assert cli.main([command, "--seed", "5", *option.split()]) == 0
     (((settings,), keywords),) = calls
     assert settings.seed == 5
-    assert keywords == {"resume": option == "--resume", "overwrite": option == "--overwrite"}
+    assert keywords == {name: option == f"--{name}" for name in ("resume", "overwrite", "extend")}
 
 
 def test_evaluate_takes_split_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,10 +193,11 @@ def test_compare_takes_strategies_seeds_and_settings(monkeypatch: pytest.MonkeyP
     assert [(cell.seed, cell.strategy, cell.temperature, cell.beta) for (cell,), _ in calls] == [
         *((4, "aver", 2.5, None), (4, "ca-mkd", 2.5, 7.0), (9, "aver", 2.5, None), (9, "ca-mkd", 2.5, 7.0))
     ]
-    assert all(keywords == {"resume": True, "overwrite": False} for _, keywords in calls)
-    calls.clear()
-    assert cli.main([*line.split(), "--overwrite"]) == 0
-    assert all(keywords == {"resume": False, "overwrite": True} for _, keywords in calls)
+    for option in ("", "--overwrite", "--extend"):
+        calls.clear()
+        assert cli.main([*line.split(), *option.split()]) == 0
+        how = {"resume": option != "--overwrite", "overwrite": option == "--overwrite", "extend": option == "--extend"}
+        assert [keywords for _, keywords in calls] == 4 * [how]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
