@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Set before torch loads OpenMP. Threads that spin between regions make the suite ten times slower on a busy machine.
@@ -30,6 +31,12 @@ torch.set_num_threads(2)
 
 hypothesis.settings.register_profile("camkd", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("camkd")
+
+
+# A suite started by nohup or in the background inherits ignored signals, and so would the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

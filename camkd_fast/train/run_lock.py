@@ -32,6 +32,7 @@ LOCK = ".lock"
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without a sign of life after which a holder that cannot be asked counts as ended
 PATIENCE = 10.0  # seconds in which the worker processes of an ended holder must end too
+TRIES = 100  # of making a folder that others remove
 ONE = World(0, 1, torch.device("cpu"))
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -142,7 +143,12 @@ class FolderLock:
             locked = system.try_lock(descriptor)
             if locked is None:
                 self._held.append((self.path, descriptor))
-                return self._acquire_claim()
+                try:
+                    return self._acquire_claim()
+                except FileNotFoundError:
+                    self._let_go()  # its holder removed the folder meanwhile
+                    self._make_folder()
+                    continue
             if locked and not system.is_at(descriptor, self.path):
                 system.close_lock_file(descriptor)  # its holder removed the file meanwhile
                 continue
@@ -157,16 +163,21 @@ class FolderLock:
             return before or Holder()
 
     def _acquire_claim(self) -> Holder | None:
-        """Likewise by the existence of a file, where the file system has no locks."""
+        """Likewise by the existence of a file, where the file system has no locks.
+
+        Raises:
+            FileNotFoundError: the folder is gone.
+        """
         me = Holder.here()
         for _ in range(5):
             try:
                 descriptor = system.open_lock_file(self._claim, new=True)
             except FileExistsError:
                 before = _holder(self._claim)
-                if not (before and before.has_ended) and not self._is_silent(self._claim):
+                if (before and before.has_ended) or self._is_silent(self._claim):
+                    self._remove_claim(before, me.token)
+                elif self._claim.exists():
                     return before or Holder()
-                self._remove_claim(before, me.token)
             else:
                 self._hold(self._claim, descriptor, me)
                 return None
@@ -190,22 +201,25 @@ class FolderLock:
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
-            with suppress(FileNotFoundError):  # another holder has removed a parent meanwhile
+            for _ in range(TRIES):
+                with suppress(FileNotFoundError):  # another holder has removed a parent meanwhile
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    break
+            else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(error.errno, f"cannot write the run folder {self.folder}: {error.strerror}") from error
         self._created = [*missing, *self._created]
 
     def _is_silent(self, path: Path) -> bool:
-        """Whether the holder has not touched the file for long, by the clock of the file system."""
+        """Whether the file is there and its holder has not touched it for long, by the clock of the file system."""
         probe = path.with_name(f"{path.name}.now.{secrets.token_hex(4)}")
         try:
             probe.touch()
             now = probe.stat().st_mtime
             return now - path.stat().st_mtime > SILENCE
         except FileNotFoundError:
-            return True
+            return False
         finally:
             probe.unlink(missing_ok=True)
 
@@ -218,6 +232,14 @@ class FolderLock:
     def release(self) -> None:
         """Give the lock up, and remove its file and the folders that it created and nobody filled."""
         self._ended.set()
+        self._let_go()
+        for folder in self._created:
+            with suppress(OSError):
+                folder.rmdir()
+        self._created = []
+
+    def _let_go(self) -> None:
+        """Remove the files that name this holder, and end its locks."""
         for path, descriptor in reversed(self._held):
             there = system.is_at(descriptor, path)
             with suppress(OSError):
@@ -229,10 +251,6 @@ class FolderLock:
                 if there:
                     path.unlink()  # Windows removes no open file, neither this process's nor the next holder's
         self._held = []
-        for folder in self._created:
-            with suppress(OSError):
-                folder.rmdir()
-        self._created = []
 
 
 def _holder(path: Path) -> Holder | None:

@@ -183,8 +183,14 @@ def resident_memory() -> int:
 @pytest.mark.parametrize(
     ("kind", "workers", "form"),
     [
-        *(("resident", 0, "arrays"), ("dali", 1, "arrays"), ("torch", 0, "arrays"), ("torch", 1, "arrays")),
-        *(("dali", 1, "files"), ("torch", 0, "files"), ("torch", 1, "files")),
+        ("resident", 0, "arrays"),
+        ("dali", 1, "files"),
+        ("torch", 1, "files"),
+        *(
+            pytest.param("dali", 1, "arrays", marks=pytest.mark.slow),
+            pytest.param("torch", 0, "files", marks=pytest.mark.slow),
+        ),
+        *(pytest.param("torch", workers, "arrays", marks=pytest.mark.slow) for workers in (0, 1)),
     ],
 )
 def test_memory_is_flat_over_epochs(kind: str, workers: int, form: str, tmp_path: Any) -> None:

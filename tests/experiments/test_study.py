@@ -108,6 +108,7 @@ def _stamps(out: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in kept}
 
 
+@pytest.mark.slow
 def test_a_second_rank_goes_on_with_what_is_there_and_a_further_call_does_nothing(done: Path) -> None:
     before = _stamps(done)
     said: list[str] = []

@@ -44,7 +44,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max())
 
 
-@pytest.mark.parametrize(("name", "folded"), [("resnet8", True), ("resnet8", False), ("shufflenetv2", True)])
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [("resnet8", True), ("resnet8", False), pytest.param("shufflenetv2", True, marks=pytest.mark.slow)],
+)
 @torch.no_grad()
 def test_both_files_compute_what_the_model_computes(tmp_path: Path, name: str, folded: bool) -> None:
     run = trained(tmp_path, name)

@@ -92,13 +92,13 @@ def test_a_folder_that_its_last_holder_removes(kind: str, tmp_path: Path) -> Non
 
     def work() -> None:
         try:
-            for _ in range(30):
+            for _ in range(60):
                 with shared(tmp_path / "a" / "b"):
                     pass
         except OSError as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
