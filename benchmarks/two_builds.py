@@ -55,8 +55,8 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{features} feature loss", step
 
 
-def work(package: Path) -> None:
-    """The worker: for each subject prints its name, then answers every line with the seconds of one call."""
+def work(package: Path, only: str) -> None:
+    """The worker: for each subject with `only` in its name prints its name, then answers every line with the seconds of one call."""
     sys.path.insert(0, str(package))
     import torch
 
@@ -65,6 +65,8 @@ def work(package: Path) -> None:
     assert Path(camkd_fast.__file__).is_relative_to(package), camkd_fast.__file__
     torch.set_num_threads(os.cpu_count() or 1)
     for name, call in subjects():
+        if only not in name:
+            continue
         for _ in range(3):
             call()
         start = time.perf_counter()
@@ -89,9 +91,9 @@ def ask(worker: subprocess.Popen[str], command: str) -> str:
     return out.readline()
 
 
-def compare(other: Path, rounds: int) -> dict[str, list[float]]:
+def compare(other: Path, rounds: int, only: str) -> dict[str, list[float]]:
     """For each subject the other's time over ours, by round."""
-    command = [sys.executable, "-m", "benchmarks.two_builds", "--worker"]
+    command = [sys.executable, "-m", "benchmarks.two_builds", "--worker", "--only", only]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     workers = [
@@ -114,13 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("other", type=Path, help="root of the other checkout")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--only", default="", metavar="WORDS", help="the subjects with these words in their names")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.other)
+        work(arguments.other, arguments.only)
         return
     medians = {}
-    for name, ratios in compare(arguments.other, arguments.rounds).items():
+    for name, ratios in compare(arguments.other, arguments.rounds, arguments.only).items():
         medians[name] = statistics.median(ratios)
         low, high = statistics.quantiles(ratios, n=10)[::8]
         print(f"{medians[name]:.3f}  ({low:.2f} to {high:.2f})  {name}")

@@ -47,7 +47,7 @@ def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
 
 def _fills_memory() -> bool:
     """Does torch.empty fill its result with NaN?"""
-    return torch.are_deterministic_algorithms_enabled() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
+    return torch._C._get_deterministic_algorithms() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
 def mean_loss(
@@ -60,15 +60,9 @@ def mean_loss(
     """See `contract.MeanLossBackend`."""
     if not _CONNECTED:
         return None
+    may_need_grad = loss_scale is None and torch.is_grad_enabled()
     return _C.mean_loss(
-        student,
-        teachers,
-        target,
-        formula,
-        loss_scale,
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        _fills_memory(),
+        student, teachers, target, formula, loss_scale, may_need_grad, torch.get_num_threads(), _fills_memory()
     )
 
 

@@ -37,6 +37,10 @@ _NESTED = Sort("a nested tensor", "use torch.nested.to_padded_tensor, and labels
 _QUANTISED = Sort("a quantised tensor", "call .dequantize()")
 _UNINITIALISED = Sort("an uninitialised parameter", "run the lazy module once")
 
+# Bound once, because every call of the losses asks them, and a small batch takes 40 us.
+_transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 _DEFAULT_FUNCTION = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
@@ -114,13 +118,13 @@ def are_dense(tensors: Sequence[Tensor]) -> bool:
 
 def observer() -> str | None:
     """Which mode or transform has to see every operation of this call; None in an ordinary call."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_active():
         return "a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._get_tracing_state() is not None:
+    if _is_tracing():
         return "torch.jit.trace"
-    return DISPATCH_MODE if torch._C._len_torch_dispatch_stack() else None
+    return DISPATCH_MODE if _dispatch_modes() else None
 
 
 def is_ordinary(tensors: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends import memory
 from ..backends.dispatch import choose
@@ -30,7 +31,7 @@ class Way(enum.Enum):
 
 def way_of_call() -> Way:
     """The way of a call with dense tensors."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return Way.EXPRESSION if torch._C._are_functorch_transforms_active() else Way.OPERATOR
     observer = memory.observer()
     if observer is None:
@@ -50,7 +51,7 @@ def enter(way: Way, backend: str, **arguments: Any) -> tuple[Way, list[Any]]:
         TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its sort and the way out.
         NotImplementedError: `backend` names kernels, but no kernel can serve this call.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return way, list(arguments.values())
     if way is Way.KERNEL and memory.are_dense(_tensors(list(arguments.values()))):
         return way, list(arguments.values())

@@ -63,6 +63,8 @@ def evaluate(
     )
     formula = formula._replace(weighting=weighting)
     call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
+    if loss_scale is not None:
+        checks.check_scale("loss_scale", loss_scale)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
     with computing(way, student_logits=student, teacher_logits=teacher_logits, target=target, weighting=weighting):

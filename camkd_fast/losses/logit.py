@@ -60,8 +60,8 @@ class _LogitLoss(torch.autograd.Function):
 
 
 def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient (N, C) as the student's (..., C); the comparison costs less than a view."""
-    return grad if grad.shape == shape else grad.view(shape)
+    """The gradient (N, C) as the student's (..., C)."""
+    return grad if len(shape) == 2 else grad.view(shape)
 
 
 def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
@@ -69,7 +69,7 @@ def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
 
     False on a GPU, where reading would synchronise, and in a trace, which would keep the number.
     """
-    on_host = grad_output.device.type == "cpu" and isinstance(in_backward, float) and grad_output.dim() == 0
+    on_host = grad_output.is_cpu and isinstance(in_backward, float) and grad_output.dim() == 0
     return on_host and is_ordinary([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
 
 
@@ -159,7 +159,8 @@ def camkd_loss_and_grad(
         (output, grad): grad has the student's shape and dtype, contiguous.
     """
     formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
-    checks.check_scale("loss_scale", loss_scale)
+    if type(loss_scale) is not float:  # `evaluate` checks floats, outside its fast path
+        checks.check_scale("loss_scale", loss_scale)
     evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, loss_scale)
     assert evaluation.grad_student is not None  # a loss_scale requests it
     return evaluation.output, _shaped(evaluation.grad_student, student_logits.shape)

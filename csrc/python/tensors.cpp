@@ -16,8 +16,8 @@ constexpr size_t kAlignment = 64;
 
 struct Connection {
     dlpack::ExchangeApi* api = nullptr;
-    PyObject *tensor = nullptr, *parameter = nullptr;  // never released, like the names
-    PyObject *requires_grad = nullptr, *is_neg = nullptr, *storage_offset = nullptr;
+    PyObject *tensor = nullptr, *parameter = nullptr, *requires_grad = nullptr;  // never released, like the methods:
+    PyObject *is_neg = nullptr, *storage_offset = nullptr;
 };
 Connection connection;
 
@@ -52,12 +52,16 @@ bool is_empty(const dlpack::Tensor& tensor) {
     return false;
 }
 
+PyObject* call(PyObject* method, PyObject* object) {
+    return PyObject_Vectorcall(method, &object, 1, nullptr);
+}
+
 // False for freed storage and for wrappers, whose storage is null: then the address is that of the offset. An address
 // beyond 1 TB is no offset, which saves the question on most systems.
 bool has_memory(PyObject* object, const dlpack::Tensor& tensor) {
     const auto address = reinterpret_cast<uintptr_t>(tensor.data);
     if (address >> 40) return true;
-    PyObject* offset = PyObject_CallMethodNoArgs(object, connection.storage_offset);
+    PyObject* offset = call(connection.storage_offset, object);
     const int64_t elements = offset ? PyLong_AsLongLong(offset) : -1;
     Py_XDECREF(offset);
     if (PyErr_Occurred()) PyErr_Clear();
@@ -79,9 +83,13 @@ bool connect(py::object api, py::type tensor, py::type parameter) {
     auto* found = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     while (found && found->version.major > 1) found = found->older;
     if (!found || found->version.major != 1 || !found->look || !found->give) return false;
-    const auto name = PyUnicode_InternFromString;
-    connection = {found,          tensor.release().ptr(), parameter.release().ptr(), name("requires_grad"),
-                  name("is_neg"), name("storage_offset")};
+    py::object is_neg = tensor.attr("is_neg"), storage_offset = tensor.attr("storage_offset");
+    connection = {found,
+                  tensor.release().ptr(),
+                  parameter.release().ptr(),
+                  PyUnicode_InternFromString("requires_grad"),
+                  is_neg.release().ptr(),
+                  storage_offset.release().ptr()};
     api.release();
     return true;
 }
@@ -94,7 +102,7 @@ bool look(PyObject* object, dlpack::Tensor& out) {
         return false;
     }
     // DLPack ignores lazy negation.
-    return (is_empty(out) || has_memory(object, out)) && is_false(PyObject_CallMethodNoArgs(object, connection.is_neg));
+    return (is_empty(out) || has_memory(object, out)) && is_false(call(connection.is_neg, object));
 }
 
 bool requires_grad(PyObject* object) {
