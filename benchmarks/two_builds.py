@@ -56,7 +56,11 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def work(package: Path, only: str) -> None:
-    """The worker: for each subject with `only` in its name prints its name, then answers every line with the seconds of one call."""
+    """The worker: for each subject prints its name, then answers every line with the seconds of one call.
+
+    Args:
+        only: part of the names of the subjects to run.
+    """
     sys.path.insert(0, str(package))
     import torch
 
