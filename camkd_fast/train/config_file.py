@@ -107,6 +107,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):  # the error below names the field
             return float(value)  # YAML reads 5e-4 as a string
+    if origin is Literal and isinstance(value, bool):
+        value = "on" if value else "off"  # YAML reads these words as true and false
     if origin is Literal and value in get_args(hint):
         return value
     if isinstance(hint, type) and type(value) is hint:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from .. import models
+from .. import models, system
 from ..data import catalogue, choose
 from ..data.augment import Augmentation
 from ..data.batch import Loader, LoaderConfig
 from ..data.files import ImageSet
 from ..data.images import corrupt_labels, stratified_parts, swap_labels
+from ..data.order import step_sizes
 from ..data.splits import Splits
 from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
 from ..models.protocol import feature_model
@@ -123,15 +124,17 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
     with ExitStack() as stack:
         parts = load_splits(config.data)
         train, settings = training_set(config, parts.train, world)
+        steps = config.optim.epochs * len(step_sizes(len(train), settings.batch_size, world.size, shuffle=True))
+        precision = config.precision.for_run(world.device.type, steps)
         bad = _unreadable(parts._replace(train=train), config.data.skip_bad, world)
         settings = replace(settings, known_bad=bad.train)
-        teachers = load_teachers(config, train, settings, world) if isinstance(config, DistillConfig) else None
+        teachers = None
+        if isinstance(config, DistillConfig):
+            teachers = load_teachers(replace(config, precision=precision), train, settings, world)
         torch.manual_seed(config.seed)
         student = models.create(model, train.num_classes, train.channels)
         strategy = make_strategy(config, teachers, feature_model(student).num_features)
-        step = TrainStep(
-            student, strategy, teachers, config.optim, config.precision, world, settings.batch_size, config.seed
-        )
+        step = TrainStep(student, strategy, teachers, config.optim, precision, world, settings.batch_size, config.seed)
 
         def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
@@ -290,11 +293,17 @@ def _loader_config(config: JobConfig, world: World, batch_size: int, augmentatio
         views=config.data.views,
         rank=world.rank,
         world=world.size,
-        workers=config.data.workers,
+        workers=_workers(world) if config.data.workers is None else config.data.workers,
         device=world.device,
         channels_last=config.precision.channels_last,
         skip_bad=config.data.skip_bad,
     )
+
+
+def _workers(world: World) -> int:
+    """Threads or processes that decode for this process: its share of the machine's processors, 1 to 8."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # processes of the run on this machine
+    return min(max(system.processors() // beside, 1), 8)
 
 
 def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:
@@ -330,18 +339,22 @@ def _metadata(model: str, data: str, images: ImageSet) -> dict[str, Any]:
 
 @contextmanager
 def _repeatable(precision: PrecisionConfig, device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms if the config says so; restores these settings and the caller's random state."""
+    """Deterministic algorithms if the config says so, else cuDNN's fastest; restores the caller's settings and random
+    state.
+    """
     wanted = precision.deterministic == "on" or (precision.deterministic == "auto" and device.type == "cpu")
     already = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
+    filled, measured = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if wanted and not already:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             memory.fill_uninitialized_memory = False  # costs a pass over every new tensor
             torch.use_deterministic_algorithms(True)
+        # cuDNN measures its algorithms once per shape; which one is fastest may change from run to run.
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not (wanted or already)
         try:
             yield
         finally:
-            memory.fill_uninitialized_memory = filled
+            memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = filled, measured
             torch.use_deterministic_algorithms(already)

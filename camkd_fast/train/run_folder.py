@@ -20,7 +20,10 @@ from .schedule import last_change, learning_rate
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # Settings that may differ on resume: locations, logging, and how many files may be unreadable.
-FREE = ("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad", "precision.device", "log.")
+FREE = (
+    *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
+    *("precision.device", "precision.cuda_graphs", "log."),
+)
 
 
 class RunExistsError(RuntimeError):

@@ -1,14 +1,15 @@
 """One training step. It is the same for every strategy and never synchronises with the device.
 
 Forward of teachers and student, loss and its gradient in one pass (`camkd_loss_and_grad`), one backward, SGD.
-Student and loss are one graph under torch.compile.
+Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph (`step_graph`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate
 from .single_values import running_statistics
+from .step_graph import WARM_UP, CudaRecorder, Recorder, StepGraph
 from .strategies import Strategy
 from .sums import Sums
 from .teachers.live import Teachers
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,11 +53,10 @@ class TrainableStudent(nn.Module):
         self._compiled_size = -1
         self._compiled: Callable[..., Objective] = self._objective
 
-    def compile_for(self, batch_size: int, graphs: bool) -> None:
+    def compile_for(self, batch_size: int) -> None:
         """Compile batches of this size. Others, such as an epoch's last batch, run eagerly: each would recompile."""
         self._compiled_size = batch_size
-        mode = "reduce-overhead" if graphs else None
-        self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False, mode=mode)
+        self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False)
 
     def forward(
         self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
@@ -116,6 +118,10 @@ class TrainStep:
         full_batch: images per full batch of this process, the compiled size.
         seed: of random numbers drawn in the forward pass (dropout). Each step reseeds from (seed, rank, step), so a
             resumed run draws the same numbers as an uninterrupted one.
+        recorder: of the device work; None: CUDA graphs where `precision` asks for them.
+
+    Raises:
+        ValueError: CUDA graphs or synchronised batch norms are asked for, but the device is a CPU.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class TrainStep:
         world: World,
         full_batch: int,
         seed: int,
+        recorder: Recorder | None = None,
     ) -> None:
         self.trainable = TrainableStudent(student, strategy, DTYPES[precision.dtype]).to(world.device)
         if precision.channels_last:
@@ -143,7 +150,7 @@ class TrainStep:
                 stacklevel=2,
             )
         if compiled:
-            self.trainable.compile_for(full_batch, precision.cuda_graphs)
+            self.trainable.compile_for(full_batch)
         self.student, self.strategy, self.teachers = self.trainable.student, self.trainable.strategy, teachers
         self._forward = replicate(self.trainable, world)
         self.optimizer = torch.optim.SGD(
@@ -160,10 +167,12 @@ class TrainStep:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
         self.sums = Sums()
-        self.first_steps = 3 if compiled else 1  # slow ones: compilation of both passes, recording of graphs
-        self._graphs = precision.cuda_graphs
-        self._world, self._seed = world, seed
+        self._world, self._seed, self._full_batch = world, seed, full_batch
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
+        recorder = recorder or _recorder(precision, world)
+        self._graph = None if recorder is None else StepGraph(recorder, world.device, self._recorded)
+        # Slow ones: compilation of both passes, recording of the graph.
+        self.first_steps = WARM_UP + 1 if self._graph else 3 if compiled else 1
 
     def __call__(self, batch: Batch, num_items: int, rate: float, number: int) -> None:
         """Train on one batch.
@@ -173,26 +182,52 @@ class TrainStep:
             rate: learning rate.
             number: of the step in the run, from 0.
         """
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         seed_generators(self._world.device, self._seed, self._world.rank, number)
-        teacher_outputs = self.teachers(batch) if self.teachers is not None else []
+        images = len(batch.target)
+        for_teachers = self.teachers.inputs(batch) if self.teachers is not None else []
+        if self._graph is not None and images == num_items == self._full_batch:
+            numbers = torch.tensor([rate, number + 1], dtype=torch.float64)
+            self._graph([batch.images, batch.target, numbers, *for_teachers])
+        else:
+            self._work(batch.images, batch.target, for_teachers, num_items, rate, number + 1)
+        self.sums.count(images)
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> None:
+        """`_work` on a full batch with all inputs in tensors."""
+        images, target, numbers, *for_teachers = inputs
+        rate, number = numbers.to(self._world.device, non_blocking=True).unbind()
+        self._work(images, target, for_teachers, self._full_batch, rate.float(), number)
+
+    def _work(
+        self,
+        images: Tensor,
+        target: Tensor,
+        for_teachers: Sequence[Tensor],
+        num_items: int,
+        rate: float | Tensor,
+        number: float | Tensor,
+    ) -> None:
+        """What a step does on the device. `number` counts from 1."""
+        teacher_outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
         scale = self.scaler.scale(self._scale)
-        with running_statistics(self.trainable) if len(batch.target) == 1 else nullcontext():
-            objective = self._forward(batch.images, batch.target, teacher_outputs, num_items, scale)
+        with running_statistics(self.trainable) if len(target) == 1 else nullcontext():
+            objective = self._forward(images, target, teacher_outputs, num_items, scale)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(objective, batch.target.numel(), number + 1)  # completed steps
+        self.sums.add(objective, len(target), number)
 
     def state_dict(self) -> dict[str, Any]:
         """State of strategy, optimiser and scaler; the student is saved separately."""
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = 1.0  # replaced in every call
         return {
             "strategy": self.strategy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
         }
 
@@ -200,6 +235,20 @@ class TrainStep:
         self.strategy.load_state_dict(state["strategy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self._graph is not None:
+            self._graph.forget()  # the optimiser has new buffers
+
+
+def _recorder(precision: PrecisionConfig, world: World) -> Recorder | None:
+    """The recorder of CUDA graphs; None where steps run eagerly."""
+    if precision.cuda_graphs == "on" and world.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a GPU, but the device is {world.device.type}")
+    if precision.cuda_graphs == "off" or world.device.type != "cuda":
+        return None
+    if world.size > 1:
+        log.warning("training steps run without a CUDA graph: %d processes exchange gradients", world.size)
+        return None
+    return CudaRecorder(world.device)
 
 
 def seed_generators(device: torch.device, *key: int) -> None:

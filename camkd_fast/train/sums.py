@@ -76,17 +76,28 @@ class Sums:
     """
 
     def __init__(self) -> None:
+        self._total: Tensor | None = None  # float64: numbers, weights, feature weights
+        self._num_weights = 0
+        self._bad_step = self._bad_losses = torch.empty(0)  # allocated with `_total`, on its device
         self.reset()
 
     def reset(self) -> None:
         self.base: Totals | None = None
         self._images = 0
-        self._total: Tensor | None = None  # float64: numbers, weights, feature weights
-        self._num_weights = 0
-        self._bad_step = self._bad_losses = torch.empty(0)  # allocated with `_total`, on its device
+        if self._total is not None:  # in place: a CUDA graph adds to this memory
+            self._total.zero_()
+            self._bad_step.fill_(-1.0)
 
-    def add(self, batch: BatchNumbers, images: int, step: int) -> None:
-        """Add the numbers of step `step`, counted from 1, without synchronising."""
+    def count(self, images: int) -> None:
+        """Count the images of a step on the host; `add` does the rest on the device."""
+        self._images += images
+
+    def add(self, batch: BatchNumbers, images: int, step: float | Tensor) -> None:
+        """Add the numbers of a step of `images` images, without synchronising; can be recorded in a CUDA graph.
+
+        Args:
+            step: its number, counted from 1.
+        """
         weights = [w for w in (batch.weights, batch.feature_weights) if w is not None]
         numbers = torch.cat([batch.numbers, *weights]).double()
         if self._total is None:
@@ -95,10 +106,9 @@ class Sums:
             self._bad_step = numbers.new_full((1,), -1.0)
             self._bad_losses = numbers.new_zeros(len(LOSSES))
         first = (self._bad_step < 0) & ~numbers[0].isfinite()
-        self._bad_step = torch.where(first, float(step), self._bad_step)
-        self._bad_losses = torch.where(first, numbers[: len(LOSSES)] / images, self._bad_losses)
+        self._bad_step.masked_fill_(first, step)
+        self._bad_losses.copy_(torch.where(first, numbers[: len(LOSSES)] / images, self._bad_losses))
         self._total += numbers
-        self._images += images
 
     def read(self, world: World, flag: bool = False) -> Reading:
         """Sums over all processes: one collective, one copy to the host.
@@ -106,7 +116,7 @@ class Sums:
         Raises:
             NonFiniteLossError: a loss since the last reset was NaN or infinite; the message has step and parts.
         """
-        if self._total is None:
+        if self._total is None or self._images == 0:
             raise RuntimeError("no step was taken since the sums were reset")
         host = self._total.new_tensor([float(self._images), float(flag)])
         mine = torch.cat([self._bad_step, self._bad_losses, host, self._total])

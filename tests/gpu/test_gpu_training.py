@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step_graph import WARM_UP
 from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.gpu import CUDA, NO_GPU
 from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
@@ -41,16 +43,26 @@ def test_resident_batches_equal_the_cpus(
                 assert close.float().mean() > 0.999
 
 
-def steps_of(device: torch.device, precision: PrecisionConfig, count: int = 3) -> torch.Tensor:
-    """All parameters after a few steps of CA-MKD with features."""
-    teachers = [SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)]
-    live = LiveTeachers(teachers, CLASSES)
+def step_on(device: torch.device, precision: PrecisionConfig, name: str = "ca-mkd", dropout: float = 0.0) -> TrainStep:
+    live = LiveTeachers([SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)], CLASSES)
+    given = live if strategies.find(name).needs_teachers else None
     torch.manual_seed(0)
-    strategy = strategies.create("ca-mkd", live, SmallNet().num_features)
-    step = TrainStep(SmallNet(), strategy, live, OPTIM, precision, World(0, 1, device), 32, seed=0)
+    strategy = strategies.create(name, given, SmallNet().num_features)
+    student = SmallNet(dropout=dropout)
+    return TrainStep(student, strategy, given, OPTIM, precision, World(0, 1, device), 32, seed=0)
+
+
+def on_device(host: Batch, device: torch.device) -> Batch:
+    return host._replace(images=host.images.to(device), target=host.target.to(device))
+
+
+def steps_of(
+    device: torch.device, precision: PrecisionConfig, count: int = 3, name: str = "ca-mkd", dropout: float = 0.0
+) -> torch.Tensor:
+    """All parameters after a few steps."""
+    step = step_on(device, precision, name, dropout)
     for i in range(count):
-        images, target, *rest = batch(32, seed=i)
-        step(Batch(images.to(device), target.to(device), *rest), 32, 0.01, i)
+        step(on_device(batch(32, seed=i), device), 32, 0.01, i)
     return parameters(step).cpu()
 
 
@@ -67,13 +79,44 @@ def test_training_steps_equal_the_cpus(device: torch.device, dtype: str) -> None
 
 @pytest.mark.usefixtures("nondeterministic")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
-@pytest.mark.parametrize("graphs", [False, True], ids=["compiled", "compiled, CUDA graphs"])
-def test_compiled_training_steps_equal_eager_ones(graphs: bool) -> None:
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_compiled_and_replayed_steps_equal_eager_ones(compiled: str, graphs: str) -> None:
     torch._dynamo.reset()
-    eager = steps_of(CUDA, PrecisionConfig(compile="off"), 5)
-    compiled = steps_of(CUDA, PrecisionConfig(compile="on", cuda_graphs=graphs), 5)
-    moved = (eager - steps_of(CUDA, PrecisionConfig(compile="off"), 0)).norm()
-    assert float((compiled - eager).norm() / moved) < 0.01
+    plain = PrecisionConfig(compile="off", cuda_graphs="off")
+    eager = steps_of(CUDA, plain, 8)
+    other = steps_of(CUDA, PrecisionConfig(compile=compiled, cuda_graphs=graphs), 8)  # type: ignore[arg-type]
+    moved = (eager - steps_of(CUDA, plain, 0)).norm()
+    assert float((other - eager).norm() / moved) < 0.01
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", strategies.names())
+def test_every_strategy_is_recorded(name: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    precision = PrecisionConfig(compile="off", cuda_graphs="on", dtype=dtype)  # type: ignore[arg-type]
+    eager = replace(precision, cuda_graphs="off")
+    replayed, expected = (steps_of(CUDA, p, 10, name, dropout=0.5) for p in (precision, eager))
+    assert not caplog.messages  # a refusal is logged
+    moved = (expected - steps_of(CUDA, eager, 0, name)).norm()
+    assert float((replayed - expected).norm() / moved) < {"float32": 0.01}.get(dtype, 0.05)
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+def test_a_step_is_one_launch_after_the_copies_of_its_inputs() -> None:
+    step = step_on(CUDA, PrecisionConfig(compile="off"))
+    batches = [on_device(batch(32, seed=i), CUDA) for i in range(WARM_UP + 3)]
+    for i in range(WARM_UP + 2):
+        step(batches[i], 32, 0.01, i)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(batches[-1], 32, 0.01, WARM_UP + 2)
+    names = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    assert names.count("cudaGraphLaunch") == 1
+    # The copies of images, labels and numbers, and what the graph's random generator is told.
+    assert sum(name.startswith(("cudaMemcpy", "cudaLaunchKernel", "cuLaunchKernel")) for name in names) <= 6
 
 
 def test_dali_decodes_on_the_device(device: torch.device, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ CHANGES = (
         Change("view seed dropped", "        view_seed=config.data.view_seed,\n", ""),
         Change("views dropped", "        views=config.data.views,\n", ""),
         Change("skip_bad dropped", "        skip_bad=config.data.skip_bad,\n", ""),
-        Change("workers dropped", "        workers=config.data.workers,\n", ""),
+        Change("workers dropped", "if config.data.workers is None else config.data.workers", ""),
         Change(
             "loader option dropped",
             "choose.loader(images, settings, config.data.loader)))\n\n        for_evaluation",

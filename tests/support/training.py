@@ -17,6 +17,7 @@ from camkd_fast.train.checkpoint import Checkpoints
 from camkd_fast.train.config import LogConfig, OptimConfig, PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step_graph import Recorder
 from camkd_fast.train.teachers.live import LiveTeachers
 from camkd_fast.train.trainer import Trainer
 
@@ -83,6 +84,7 @@ def train_step(
     world: World = ONE,
     full_batch: int = 32,
     seed: int = 0,
+    recorder: Recorder | None = None,
 ) -> TrainStep:
     """A step for a small student, seeded throughout."""
     student = SmallNet() if student is None else student
@@ -90,7 +92,7 @@ def train_step(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = strategies.create(strategy, frozen, student.num_features)
-    return TrainStep(student, parts, frozen, OPTIM, precision, world, full_batch, seed)
+    return TrainStep(student, parts, frozen, OPTIM, precision, world, full_batch, seed, recorder)
 
 
 def trainer(

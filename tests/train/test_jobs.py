@@ -98,7 +98,7 @@ def test_a_teacher_cache_changes_nothing_but_who_is_asked(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a teacher was asked")
 
-    monkeypatch.setattr(LiveTeachers, "__call__", refuse)
+    monkeypatch.setattr(LiveTeachers, "outputs", refuse)
     assert model("replayed", teacher_cache=tmp_path / "cache") == live
     with pytest.raises(AssertionError, match="a teacher was asked"):
         model("asks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,18 @@ def test_every_setting_of_a_loader_comes_from_the_config(name: str, kind: type) 
     assert found == value
 
 
+@pytest.mark.parametrize(
+    ("processors", "beside", "expected"),
+    [(1, 1, 1), (2, 1, 2), (6, 1, 6), (64, 1, 8), (64, 8, 8), (24, 8, 3), (4, 8, 1)],
+)
+def test_loaders_share_the_processors(
+    processors: int, beside: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.system, "processors", lambda: processors)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    assert run.training_set(TeachConfig(), images(40), ONE)[1].workers == expected
+
+
 def test_the_images_are_chosen_by_the_split_seed() -> None:
     def chosen(seed: int, count: int | None = 20) -> torch.Tensor:
         config = TeachConfig(data=DataConfig(images=count, split_seed=seed))
@@ -247,6 +259,22 @@ def test_a_run_on_a_cpu_is_deterministic_unless_it_is_told_not_to_be(setting: st
         with run._repeatable(PrecisionConfig(deterministic=setting), torch.device("cpu")):
             assert torch.are_deterministic_algorithms_enabled() == expected
         assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("auto", True), ("on", False), ("off", True)])
+def test_cudnn_picks_the_fastest_unless_a_run_is_deterministic(
+    setting: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    try:
+        torch.use_deterministic_algorithms(False)
+        with run._repeatable(PrecisionConfig(deterministic=setting), torch.device("cuda")):
+            assert torch.backends.cudnn.benchmark == expected
+        assert not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(before)
 

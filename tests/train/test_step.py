@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from camkd_fast import camkd_loss
 from camkd_fast.models.protocol import predict
-from camkd_fast.train.config import OptimConfig, PrecisionConfig
+from camkd_fast.train.config import COMPILED_STEPS, OptimConfig, PrecisionConfig
 from camkd_fast.train.schedule import learning_rate, peak_rate
 from camkd_fast.train.step import DTYPES, TrainStep
 from camkd_fast.train.strategies import names
@@ -179,6 +179,15 @@ def test_compilation_is_for_gpus_unless_asked_for() -> None:
     teachers = PrecisionConfig(compile="teachers")
     assert teachers.compiles_teachers("cpu") and not teachers.compiles("cuda")
     assert [PrecisionConfig().compiles_teachers(device) for device in ("cpu", "cuda")] == [False, True]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_long_runs_on_a_gpu_are_compiled(device: str) -> None:
+    for setting in ("on", "off", "teachers"):
+        assert PrecisionConfig(compile=setting).for_run(device, 1).compile == setting
+    found = [PrecisionConfig(dtype="float16").for_run(device, steps) for steps in (COMPILED_STEPS - 1, COMPILED_STEPS)]
+    assert [precision.compile for precision in found] == ["off", "on" if device == "cuda" else "off"]
+    assert all(precision.dtype == "float16" for precision in found)
 
 
 # --- no waiting ------------------------------------------------------------------------------------------------------

@@ -127,13 +127,14 @@ class TeacherCache:
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
     def outputs(self, view: int, index: Tensor) -> list[Prediction]:
-        """Outputs of the teachers for samples of a view.
+        """Outputs of the teachers for samples of a view: `predictions` of `rows`."""
+        return self.predictions(self.rows(view, index))
+
+    def rows(self, view: int, index: Tensor) -> list[Tensor]:
+        """The part of `outputs` that the host does: row numbers of a resident cache, otherwise the stored rows.
 
         Args:
             index: (n,) int64 on the CPU, positions in the data set.
-
-        Returns:
-            K predictions: features (n, D_k, 1, 1), logits (n, C), views of common tensors.
 
         Raises:
             CacheError: the view or a sample is not in the cache.
@@ -145,14 +146,25 @@ class TeacherCache:
         if not self._covered[rows].all():
             sample = int(index[~self._covered[rows]][0])
             raise CacheError(f"teacher cache {self.folder} has no outputs for sample {sample} in view {view}")
+        return [rows] if self.resident else list(self._gather(rows).values())
+
+    def predictions(self, rows: Sequence[Tensor]) -> list[Prediction]:
+        """The part of `outputs` that the device does.
+
+        Args:
+            rows: from `rows`, on the host or the device.
+
+        Returns:
+            K predictions: features (n, D_k, 1, 1), logits (n, C), views of common tensors.
+        """
+        here = [tensor.to(self._device, non_blocking=True) for tensor in rows]
+        names = list(self._shards[0])
         if self.resident:
-            rows = rows.to(self._device, non_blocking=True)
-            kept = {name: tensor.index_select(0, rows) for name, tensor in self._shards[0].items()}
-        else:
-            kept = {name: tensor.to(self._device) for name, tensor in self._gather(rows).items()}
+            here = [self._shards[0][name].index_select(0, here[0]) for name in names]
+        kept = dict(zip(names, here, strict=True))
         logits = decode(kept, self.classes).unbind(1)
         if 0 in self.channels:
-            maps = [logits[0].new_empty((len(rows), 0, 1, 1))] * len(logits)
+            maps = [logits[0].new_empty((len(logits[0]), 0, 1, 1))] * len(logits)
         else:
             maps = [f[:, :, None, None] for f in torch.split(kept["features"], self.channels, 1)]
         return [Prediction(features, z) for features, z in zip(maps, logits, strict=True)]
@@ -168,7 +180,7 @@ class TeacherCache:
         return out
 
 
-class CachedTeachers:
+class CachedTeachers(Teachers):
     """`Teachers` that replay a cache.
 
     Args:
@@ -182,10 +194,22 @@ class CachedTeachers:
         K = len(cache.key.teachers)
         if len(heads) != K:
             raise ValueError(f"{len(heads)} heads were given, but the cache holds {K} teachers")
-        self.cache = cache
-        self.heads = list(heads)
-        self.num_features = list(cache.channels)
-        self.hashes = list(cache.key.teachers)
+        self.cache, self._heads = cache, list(heads)
 
-    def __call__(self, batch: Batch) -> list[Prediction]:
-        return self.cache.outputs(batch.view, batch.index)
+    @property
+    def num_features(self) -> list[int]:
+        return list(self.cache.channels)
+
+    @property
+    def heads(self) -> list[Head]:
+        return self._heads
+
+    @property
+    def hashes(self) -> list[str]:
+        return list(self.cache.key.teachers)
+
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        return self.cache.rows(batch.view, batch.index)
+
+    def outputs(self, images: Tensor, inputs: Sequence[Tensor]) -> list[Prediction]:
+        return self.cache.predictions(inputs)

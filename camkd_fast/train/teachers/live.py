@@ -33,11 +33,20 @@ class Teachers(Protocol):
     def hashes(self) -> list[str]:
         """Hash of each teacher's layers and weights."""
 
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        """What `outputs` reads besides the images, on the host or the device."""
+
+    def outputs(self, images: Tensor, inputs: Sequence[Tensor]) -> list[Prediction]:
+        """Features (n, D_k, H_k, W_k) and logits (n, C) of each teacher, without autograd.
+
+        Can be recorded in a CUDA graph if the inputs are on the device.
+        """
+
     def __call__(self, batch: Batch) -> list[Prediction]:
-        """Features (n, D_k, H_k, W_k) and logits (n, C) of each teacher, without autograd."""
+        return self.outputs(batch.images, self.inputs(batch))
 
 
-class LiveTeachers:
+class LiveTeachers(Teachers):
     """K trained models in evaluation mode, with frozen parameters.
 
     Args:
@@ -65,13 +74,15 @@ class LiveTeachers:
         self._models = [feature_model(model) for model in self._modules]
         self._dtypes = [_dtype(model) for model in self._modules]
         self.num_classes, self.autocast = num_classes, autocast
-        self._compiled_size = -1
-        self._compiled = self._predict
+        self._eager: list[Callable[[Tensor], Prediction]] = [
+            partial(self._predict, *pair) for pair in zip(self._models, self._dtypes, strict=True)
+        ]
+        self._compiled_size, self._compiled = -1, self._eager
 
     def compile_for(self, batch_size: int) -> None:
-        """Compile batches of this size, all teachers in one graph. Other sizes run eagerly: each would recompile."""
+        """Compile batches of this size, one graph per teacher. Other sizes run eagerly: each would recompile."""
         self._compiled_size = batch_size
-        self._compiled = torch.compile(self._predict, fullgraph=True, dynamic=False)
+        self._compiled = [torch.compile(predict, fullgraph=True, dynamic=False) for predict in self._eager]
 
     @property
     def num_features(self) -> list[int]:
@@ -86,14 +97,37 @@ class LiveTeachers:
         """sha256 of each teacher, see `state_hash`."""
         return [state_hash(module) for module in self._modules]
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> list[Prediction]:
-        run = self._compiled if len(batch.images) == self._compiled_size else self._predict
-        return run(batch.images)
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        return []
 
-    def _predict(self, images: Tensor) -> list[Prediction]:
+    @torch.no_grad()
+    def outputs(self, images: Tensor, inputs: Sequence[Tensor] = ()) -> list[Prediction]:
+        run = self._compiled if len(images) == self._compiled_size else self._eager
+        return side_by_side([partial(predict, images) for predict in run], images.device)
+
+    def _predict(self, model: FeatureModel, dtype: torch.dtype, images: Tensor) -> Prediction:
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return [predict(m, images.to(dtype)) for m, dtype in zip(self._models, self._dtypes, strict=True)]
+            return predict(model, images.to(dtype))
+
+
+def side_by_side(tasks: Sequence[Callable[[], Prediction]], device: torch.device) -> list[Prediction]:
+    """Results of the tasks: parallel branches of a CUDA graph that is being recorded, one after the other elsewhere.
+
+    At small batches the kernels of one teacher fill a fraction of the GPU.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return [task() for task in tasks]
+    here = torch.cuda.current_stream(device)
+    start = here.record_event()  # before the first task, or the others would wait for it
+    streams = [torch.cuda.Stream(device) for _ in tasks[1:]]  # type: ignore[no-untyped-call]
+    results = [tasks[0]()]
+    for stream, task in zip(streams, tasks[1:], strict=True):
+        stream.wait_event(start)
+        with torch.cuda.stream(stream):
+            results.append(task())
+    for stream in streams:
+        here.wait_stream(stream)
+    return results
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,0 +1,88 @@
+"""A CUDA graph's rules on the CPU: work is recorded once as operations on fixed memory, and replayed operation by
+operation, with the Python numbers of the recording. A value that the host reads while recording is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+HOST_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::item")
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+class _Recording(TorchDispatchMode):
+    """Runs and keeps all operations, and the contents of memory from outside before they changed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> all of it, a copy
+        self.mine: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.name().split(".")[0] in HOST_READS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
+        given = tensors_in(args, kwargs)
+        for tensor in given:
+            if storage_of(tensor) not in self.mine:
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self.before.setdefault(storage_of(tensor), (whole, whole.clone()))
+        out = func(*args, **kwargs)
+        inputs = {storage_of(tensor) for tensor in given}
+        new = [tensor for tensor in tensors_in(out) if storage_of(tensor) not in inputs]
+        self.mine.update(map(storage_of, new))
+        # Detached: views that autograd changes later, such as an output's requires_grad, must not reach the replay.
+        kept = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        self.operations.append((func, *kept, [tensor.detach() for tensor in new]))
+        return out
+
+
+class RecordedGraphs:
+    """A `Recorder` for the CPU.
+
+    Attributes:
+        recordings: number of recordings.
+        replays: number of replays of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.recordings = self.replays = 0
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
+        recording = _Recording()
+        try:
+            with torch.random.fork_rng(devices=[]), recording:
+                work()
+        finally:
+            for whole, content in recording.before.values():
+                whole.copy_(content)
+
+        def replay() -> None:
+            self.replays += 1
+            with torch.no_grad():
+                for func, args, kwargs, outputs in recording.operations:
+                    inputs = set(map(storage_of, tensors_in(args, kwargs)))
+                    found = tensors_in(func(*args, **kwargs))
+                    new = [tensor for tensor in found if storage_of(tensor) not in inputs]
+                    for mine, value in zip(outputs, new, strict=True):
+                        mine.copy_(value)
+
+        return replay

@@ -1,0 +1,282 @@
+"""The training step as one graph: replays do what eager steps do, and what cannot be recorded runs eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from camkd_fast.train import strategies
+from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.config_file import build
+from camkd_fast.train.journal import NullJournal
+from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step_graph import WARM_UP, StepGraph
+from camkd_fast.train.strategies import names
+from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.teachers.live import side_by_side
+from tests.support.recorded_graph import RecordedGraphs
+from tests.support.training import EAGER, ONE, SmallNet, batch, parameters, train_step, trainer
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def graph_step(strategy: str = "ca-mkd", recorder: Any = None, **settings: Any) -> tuple[TrainStep, RecordedGraphs]:
+    recorder = recorder or RecordedGraphs()
+    return train_step(strategy, recorder=recorder, **settings), recorder
+
+
+def take(step: TrainStep, count: int, first: int = 0, size: Callable[[int], int] = lambda i: 32) -> None:
+    for i in range(first, first + count):
+        step(batch(size(i), seed=i), size(i), 0.01 * (1 + i), i)
+
+
+def assert_same(one: TrainStep, two: TrainStep) -> None:
+    """Up to rounding: the kernels' numbers are reduced by other operations inside a recording."""
+    torch.testing.assert_close(parameters(one), parameters(two), rtol=2e-5, atol=1e-6)
+    mine, other = one.sums.read(ONE).totals, two.sums.read(ONE).totals
+    assert (mine.images, mine.correct) == (other.images, other.correct)
+    for name in ("losses", "weights", "feature_weights"):
+        assert getattr(mine, name) == pytest.approx(getattr(other, name), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", names())
+def test_replays_train_as_eager_steps_do(name: str) -> None:
+    """Every step has its own images, labels, rate and number."""
+    step, recorder = graph_step(name)
+    eager = train_step(name)
+    for i in (step, eager):
+        take(i, WARM_UP + 5)
+    assert (recorder.recordings, recorder.replays) == (1, 5)
+    assert_same(step, eager)
+
+
+def test_each_replay_draws_its_own_random_numbers() -> None:
+    step, _ = graph_step(student=SmallNet(dropout=0.5))
+    eager = train_step(student=SmallNet(dropout=0.5))
+    for i in (step, eager):
+        take(i, WARM_UP + 4)
+    assert_same(step, eager)
+
+
+def test_batch_statistics_move_with_every_replay() -> None:
+    step, _ = graph_step(student=SmallNet(batch_norm=True))
+    eager = train_step(student=SmallNet(batch_norm=True))
+    for i in (step, eager):
+        take(i, WARM_UP + 4)
+    assert_same(step, eager)
+    ours, theirs = step.student.norm, eager.student.norm
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=0)
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == WARM_UP + 4
+
+
+def test_smaller_batches_run_eagerly_between_replays() -> None:
+    step, recorder = graph_step()
+    eager = train_step()
+    for i in (step, eager):
+        take(i, 12, size=lambda i: 20 if i % 4 == 3 else 32)
+    assert (recorder.recordings, recorder.replays) == (1, 9 - WARM_UP)
+    assert_same(step, eager)
+
+
+def test_a_full_batch_of_a_larger_step_runs_eagerly() -> None:
+    """Its divisor is not that of the recording."""
+    step, recorder = graph_step()
+    eager = train_step()
+    for i in (step, eager):
+        take(i, WARM_UP + 2)
+        i(batch(32, seed=50), 64, 0.1, 9)
+    assert recorder.replays == 2
+    assert_same(step, eager)
+
+
+def test_a_loss_that_is_not_finite_is_found_at_its_step() -> None:
+    step, _ = graph_step()
+    take(step, WARM_UP + 2)
+    bad = batch(32)
+    step(bad._replace(images=bad.images * float("nan")), 32, 0.01, WARM_UP + 2)
+    step(batch(32), 32, 0.01, WARM_UP + 3)
+    with pytest.raises(NonFiniteLossError, match=f"not finite at step {WARM_UP + 3}"):
+        step.sums.read(ONE)
+
+
+def test_sums_start_anew_after_a_reset() -> None:
+    step, _ = graph_step()
+    eager = train_step()
+    for i in (step, eager):
+        take(i, WARM_UP + 2)
+        i.sums.read(ONE)
+        i.sums.reset()
+        with pytest.raises(RuntimeError, match="no step was taken"):
+            i.sums.read(ONE)
+        take(i, 2, first=10)
+    assert_same(step, eager)
+    assert step.sums.read(ONE).totals.images == 64
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision(dtype: str) -> None:
+    precision = PrecisionConfig(compile="off", dtype=dtype)  # type: ignore[arg-type]
+    step, recorder = graph_step(precision=precision)
+    eager = train_step(precision=precision)
+    for i in (step, eager):
+        if dtype == "float16":
+            i.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # the first steps overflow
+        take(i, 40)
+    assert recorder.replays == 40 - WARM_UP
+    assert step.scaler.get_scale() == eager.scaler.get_scale()
+    change = (parameters(eager) - parameters(train_step(precision=precision))).norm()
+    assert float((parameters(step) - parameters(eager)).norm() / change) < 0.02
+
+
+def test_a_state_continues_in_another_step() -> None:
+    whole, _ = graph_step()
+    take(whole, WARM_UP + 6)
+    first, _ = graph_step()
+    take(first, WARM_UP + 2)
+    second, _ = graph_step()
+    second.student.load_state_dict(first.student.state_dict())
+    second.load_state_dict(first.state_dict())
+    take(second, 4, first=WARM_UP + 2)
+    torch.testing.assert_close(parameters(second), parameters(whole), rtol=2e-5, atol=1e-6)
+    assert isinstance(first.state_dict()["optimizer"]["param_groups"][0]["lr"], float)
+
+
+def test_a_loaded_state_reaches_the_recorded_graph() -> None:
+    step, recorder = graph_step()
+    take(step, WARM_UP + 1)
+    student, state = copy.deepcopy((step.student.state_dict(), step.state_dict()))
+    take(step, WARM_UP + 3, first=4)
+    after = parameters(step)
+    step.student.load_state_dict(student)
+    step.load_state_dict(state)
+    take(step, WARM_UP + 3, first=4)
+    assert recorder.recordings == 2
+    torch.testing.assert_close(parameters(step), after, rtol=2e-5, atol=1e-6)
+
+
+class Reading(strategies.AVER):
+    """A strategy that reads a number on the host."""
+
+    def weighting(self, student_logits: Tensor, teacher_outputs: list[Any], target: Tensor) -> str:
+        assert float(student_logits.sum()) == float(student_logits.sum())
+        return "uniform"
+
+
+@pytest.fixture
+def reading() -> Iterator[str]:
+    kind = type("Registered", (Reading,), {"name": "reading"})
+    strategies.register(kind)
+    yield "reading"
+    strategies.unregister("reading")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_cannot_be_recorded_runs_eagerly_and_says_why(
+    dtype: str, reading: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    precision = PrecisionConfig(compile="off", dtype=dtype)  # type: ignore[arg-type]
+    step, recorder = graph_step(reading, precision=precision)
+    eager = train_step(reading, precision=precision)
+    with caplog.at_level(logging.WARNING):
+        take(step, WARM_UP + 4)
+    take(eager, WARM_UP + 4)
+    assert (recorder.recordings, recorder.replays) == (1, 0)
+    (said,) = caplog.messages
+    assert said.startswith("training steps run without a CUDA graph: ") and "not permitted" in said
+    assert torch.equal(parameters(step), parameters(eager))
+
+
+def test_only_inputs_are_copied() -> None:
+    """What the work reads lies where it was recorded, whatever the caller passes."""
+    seen: list[tuple[int, ...]] = []
+    total = torch.zeros(())
+    graphs = RecordedGraphs()
+
+    def work(inputs: Any) -> None:
+        seen.append(tuple(tensor.data_ptr() for tensor in inputs))
+        total.add_(inputs[0].sum() * inputs[1])
+
+    graph = StepGraph(graphs, CPU, work)
+    expected = 0.0
+    for i in range(WARM_UP + 3):
+        images, factor = torch.full((2, 2), float(i)), torch.tensor(2.0 + i)
+        expected += 4.0 * i * (2.0 + i)
+        graph([images, factor])
+    assert total.item() == expected
+    assert len(seen) == WARM_UP + 1 and graphs.replays == 3  # the recording itself adds nothing
+
+
+def test_a_run_with_graphs_is_the_run_without(tmp_path: Path) -> None:
+    step, recorder = graph_step()
+    runs = trainer(tmp_path / "a", step), trainer(tmp_path / "b")
+    for run in runs:
+        run.run(NullJournal())
+    assert recorder.replays > 3
+    torch.testing.assert_close(parameters(runs[0].step), parameters(runs[1].step), rtol=1e-3, atol=1e-5)
+
+
+class Streams:
+    """Stands for torch.cuda: which tasks each stream's work comes after, directly or by events."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.here = self.now = FakeStream(self)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.now)
+        patch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self))
+        patch.setattr(torch.cuda, "stream", self.switched)
+
+    @contextlib.contextmanager
+    def switched(self, stream: FakeStream) -> Iterator[None]:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+
+class FakeStream:
+    def __init__(self, streams: Streams) -> None:
+        self.streams, self.after = streams, set[str]()
+
+    def record_event(self) -> set[str]:
+        return set(self.after)
+
+    def wait_event(self, event: set[str]) -> None:
+        self.after |= event
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.after |= other.after
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_teachers_are_parallel_branches_of_a_recording(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    streams.here.after.add("images")
+    before: list[set[str]] = []
+
+    def task(k: int) -> Any:
+        before.append(set(streams.now.after))
+        streams.now.after.add(f"teacher {k}")
+        return k
+
+    assert side_by_side([partial(task, k) for k in range(K)], torch.device("cuda")) == list(range(K))
+    assert before == [{"images"}] * K  # each waits for the images and for no other teacher
+    assert streams.now is streams.here and streams.here.after == {"images", *(f"teacher {k}" for k in range(K))}
+
+
+def test_settings() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs needs a GPU, but the device is cpu"):
+        train_step(precision=PrecisionConfig(cuda_graphs="on"))
+    assert train_step(precision=EAGER)._graph is None
+    for old, new in ((True, "on"), (False, "off"), ("auto", "auto")):  # earlier versions wrote true and false
+        assert build(PrecisionConfig, {"cuda_graphs": old}).cuda_graphs == new
+    with pytest.raises(ValueError, match="cuda_graphs must be 'auto', 'on', 'off', got 3"):
+        build(PrecisionConfig, {"cuda_graphs": 3})
