@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +17,12 @@ CPU = torch.device("cpu")
 class Batch(NamedTuple):
     """n samples of one view, shared by the student and the teachers."""
 
-    images: Tensor  # (n, channels, H, W) float32 on the device, normalised
+    images: Tensor  # (n, channels, H, W) float32 on the device, normalised; or (n, ...), of which `finish` makes these
     target: Tensor  # (n,) int64 on the device
     # Positions of the samples in the data set: (n,) int64 on the CPU. Shadows tuple.index, which is not needed.
     index: Tensor  # type: ignore[assignment]
     view: int  # number of the augmentation view
+    finish: Callable[[Tensor], Tensor] | None = None  # the same function in every batch of a loader
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LoaderConfig:
     channels_last: bool = False  # memory format of the images
     skip_bad: int = 0  # unreadable files to skip, per process; the next one raises BadImageError
     known_bad: tuple[int, ...] = ()  # positions of files found unreadable before, which are skipped and counted
+    deferred: bool = False  # leave augmentation to `Batch.finish`, where the loader has one: the step may record it
 
     def __post_init__(self) -> None:
         limits = {"batch_size": 1, "world": 1, "rank": 0, "workers": 0, "skip_bad": 0}

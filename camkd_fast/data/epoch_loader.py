@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -32,6 +32,7 @@ class EpochLoader(ABC):
         self._epoch = self._position = 0
         self._bad = set(config.known_bad)  # samples whose file cannot be read
         self._running: Generator[Batch, None, None] | None = None
+        self._finish: Callable[[Tensor], Tensor] | None = None  # see `Batch`
         mean, std = (torch.tensor(v, device=config.device).view(-1, 1, 1) for v in (data.mean, data.std))
         factor = 1 / std
         if config.channels_last:
@@ -64,15 +65,25 @@ class EpochLoader(ABC):
         c = self.config
         view = c.view(self._epoch)
         batches = epoch_batches(len(self.data), c.batch_size, c.world, c.rank, c.seed, self._epoch, self._shuffle)
-        images = self._images(batches[self._position :], view)
+        batches = batches[self._position :]
+        images = self._images(batches, view)
         try:
-            for pixels, index in images:
+            for (pixels, index), planned, labels in zip(images, batches, self._labels_of(batches), strict=True):
                 self._position += 1  # before the yield: a state saved while the batch is in use continues after it
+                if index is not planned:  # without the unreadable files
+                    (labels,) = self._labels_of([index])
                 if len(index):
-                    yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)
+                    yield Batch(pixels, labels, index, view, self._finish)
         finally:
             images.close()
         self._position = 0
+
+    def _labels_of(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Labels on the device for batches of indices, by one copy and one launch."""
+        if not batches:
+            return []
+        index = torch.cat(list(batches)).to(self.config.device, non_blocking=True)
+        return torch.split(self._labels[index], [len(batch) for batch in batches])
 
     def _stop(self) -> None:
         """Close an iteration that ended early."""

@@ -21,13 +21,17 @@ class ResidentLoader(EpochLoader):
     def __init__(self, data: LabelledImages, config: LoaderConfig) -> None:
         super().__init__(data, config)
         self._crops = array_crops(data.pixels.to(config.device), config.augmentation, config.channels_last)
+        self._finish = self._pixels if config.deferred else None
 
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         if not batches:
             return
         crops = self._crops.records(self.config.augmentation_seed, view, torch.cat(list(batches)))
         for batch, crop in zip(batches, torch.split(crops, [len(batch) for batch in batches]), strict=True):
-            yield self._normalised(self._crops(crop)), batch
+            yield self._pixels(crop) if self._finish is None else crop, batch
+
+    def _pixels(self, crops: Tensor) -> Tensor:
+        return self._normalised(self._crops(crops))
 
 
 class ShiftedCrops:

@@ -144,7 +144,7 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         for_test = replace(for_evaluation, known_bad=bad.test)
         trainer = Trainer(
             step,
-            loader(train, settings),
+            loader(train, replace(settings, deferred=step.replays)),
             loader(parts.validation, for_validation) if len(parts.validation) else None,
             len(train),
             config.optim,

@@ -19,7 +19,7 @@ from .schedule import last_change, learning_rate
 
 CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-# Settings that may differ on resume: locations, logging, and how many files may be unreadable.
+# Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
 FREE = (
     *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
     *("precision.device", "precision.cuda_graphs", "log."),

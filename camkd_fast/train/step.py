@@ -170,6 +170,8 @@ class TrainStep:
         self._world, self._seed, self._full_batch = world, seed, full_batch
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
         recorder = recorder or _recorder(precision, world)
+        self._mentioned = False  # that some batches run without the graph
+        self._finish: Callable[[Tensor], Tensor] | None = None
         self._graph = None if recorder is None else StepGraph(recorder, world.device, self._recorded)
         # Slow ones: compilation of both passes, recording of the graph.
         self.first_steps = WARM_UP + 1 if self._graph else 3 if compiled else 1
@@ -185,10 +187,16 @@ class TrainStep:
         seed_generators(self._world.device, self._seed, self._world.rank, number)
         images = len(batch.target)
         for_teachers = self.teachers.inputs(batch) if self.teachers is not None else []
+        if self._graph is not None and batch.finish is not self._finish:
+            self._graph.forget()
+        self._finish = batch.finish
         if self._graph is not None and images == num_items == self._full_batch:
             numbers = torch.tensor([rate, number + 1], dtype=torch.float64)
             self._graph([batch.images, batch.target, numbers, *for_teachers])
         else:
+            if self._graph is not None and not self._mentioned:
+                log.info("batches of %d and not %d images run without the CUDA graph", images, self._full_batch)
+                self._mentioned = True
             self._work(batch.images, batch.target, for_teachers, num_items, rate, number + 1)
         self.sums.count(images)
 
@@ -207,7 +215,14 @@ class TrainStep:
         rate: float | Tensor,
         number: float | Tensor,
     ) -> None:
-        """What a step does on the device. `number` counts from 1."""
+        """What a step does on the device.
+
+        Args:
+            images: as in the batch, finished here.
+            number: of the step, from 1.
+        """
+        if self._finish is not None:
+            images = self._finish(images)
         teacher_outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
         scale = self.scaler.scale(self._scale)
         with running_statistics(self.trainable) if len(target) == 1 else nullcontext():
@@ -219,6 +234,11 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.sums.add(objective, len(target), number)
+
+    @property
+    def replays(self) -> bool:
+        """Whether full batches are replayed as a graph, so that loaders should leave them as much work as they can."""
+        return self._graph is not None
 
     def state_dict(self) -> dict[str, Any]:
         """State of strategy, optimiser and scaler; the student is saved separately."""

@@ -152,6 +152,25 @@ def test_an_empty_set_is_refused(kind: str) -> None:
         pytest.fail(f"{type(loader).__name__} was opened on no images")
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("augmentation", [None, CROP, RESIZED], ids=["none", "crop", "resized-crop"])
+def test_deferred_batches_are_finished_by_one_function(augmentation: Augmentation | None, channels_last: bool) -> None:
+    data = arrays()
+    settings = {"augmentation": augmentation, "channels_last": channels_last}
+    with opened(data, "resident", **settings) as loader, opened(data, "resident", deferred=True, **settings) as other:
+        functions = set()
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            other.set_epoch(epoch)
+            for ours, theirs in zip(other, loader, strict=True):
+                assert ours.finish is not None and theirs.finish is None
+                functions.add(id(ours.finish))
+                finished = ours.finish(ours.images)
+                assert torch.equal(finished, theirs.images) and finished.stride() == theirs.images.stride()
+                assert torch.equal(ours.target, theirs.target) and len(ours.images) == len(ours.target)
+        assert len(functions) == 1
+
+
 def test_worker_processes_give_the_same_batches_and_end(tmp_path: Any) -> None:
     before = set(multiprocessing.active_children())
     for data in (arrays(70), image_files(tmp_path, 12)):

@@ -72,8 +72,20 @@ CHANGES = (
         f"{LOADERS} {POSITION}",
         Change(
             "position after the yield",
-            "self._position += 1  # before the yield: a state saved while the batch is in use continues after it\n                if len(index):\n                    yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)",
-            "if len(index):\n                    yield Batch(pixels, self._labels[index.to(c.device, non_blocking=True)], index, view)\n                self._position += 1",
+            "                if len(index):\n                    yield Batch(pixels, labels, index, view, self._finish)",
+            "                self._position -= 1\n                if len(index):\n"
+            "                    yield Batch(pixels, labels, index, view, self._finish)\n                self._position += 1",
+        ),
+        Change(
+            "labels in the order of the set",
+            "yield Batch(pixels, labels, index",
+            "yield Batch(pixels, labels.sort().values, index",
+        ),
+        Change(
+            "labels of unreadable files",
+            "(labels,) = self._labels_of([index])",
+            "labels = labels[: len(index)]",
+            tests="tests/data/test_unreadable_files.py",
         ),
         Change("position of the epoch before", "self._epoch, self._position = epoch, 0", "self._epoch = epoch"),
         Change("view of the epoch", "view = c.view(self._epoch)", "view = self._epoch"),

@@ -4,6 +4,7 @@ from . import Change, changes
 
 CACHE = "tests/train/test_teacher_cache.py"
 WRITERS = "tests/train/test_cache_writers.py"
+GRAPH = "tests/train/test_step_graph.py"
 LIVE = "tests/train/test_live_teachers.py"
 OPTIONS = "tests/train/test_options.py"
 
@@ -73,7 +74,9 @@ CHANGES = (
             tests=f"{LIVE} {CACHE}",
         ),
         Change("hash without the values", "digest.update(data.numpy())", "pass"),
-        Change("images keep their dtype", "predict(m, images.to(dtype))", "predict(m, images)"),
+        Change("images keep their dtype", "predict(model, images.to(dtype))", "predict(model, images)"),
+        Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=GRAPH),
+        Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=GRAPH),
         Change(
             "heads follow autocast",
             "with torch.autocast(features.device.type, enabled=False):",

@@ -2,6 +2,7 @@
 
 from . import Change, changes
 
+GRAPH = "tests/train/test_step_graph.py"
 STEP = "tests/train/test_step.py"
 LOOP = "tests/train/test_loop.py"
 JOBS = "tests/train/test_jobs.py"
@@ -19,6 +20,42 @@ RATES = (
 )
 
 CHANGES = (
+    *changes(
+        "camkd_fast/train/step_graph.py",
+        GRAPH,
+        Change("inputs of the recording for ever", "mine.copy_(given, non_blocking=True)", "pass"),
+        Change(
+            "the caller's tensors are recorded", "[torch.empty_like(tensor, device=self._device) for", "[tensor for"
+        ),
+        Change("no step after a refusal", "(self._replay or self._eagerly)()", "(self._replay or len)([])"),
+        Change(
+            "recorded again after every step",
+            "if self._replay is None:\n                self._record()",
+            "self._record()",
+        ),
+        Change("a graph outlives what it reads", "self._replay, self._steps = None, 0", "pass"),
+        Change("recorded before it is warm", "elif self._steps < WARM_UP:", "elif self._steps < 0:"),
+        Change("refused in silence", 'log.warning("training', 'log.debug("training'),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        GRAPH,
+        Change(
+            "batches of any size are replayed",
+            "images == num_items == self._full_batch",
+            "images == self._full_batch",
+        ),
+        Change("the rate of the recording", "rate.float(), number)", "float(rate), number)"),
+        Change("the step's number of the recording", "rate.float(), number)", "rate.float(), float(number))"),
+        Change("images are counted once", "self.sums.count(images)", "self.sums.count(0 if self._graph else images)"),
+        Change("images of another loader", "self._graph.forget()\n        self._finish", "pass\n        self._finish"),
+        Change("a loaded state misses the graph", "self._graph.forget()  # the optimiser has new buffers", "pass"),
+        Change(
+            "a run of several processes is recorded",
+            "if world.size > 1:\n        log",
+            "if world.size > 99:\n        log",
+        ),
+    ),
     *changes(
         "camkd_fast/train/step.py",
         STEP,
@@ -55,7 +92,7 @@ CHANGES = (
         Change("no autocast", "enabled=self._dtype != torch.float32", "enabled=False", tests=f"{OPTIONS} {STEP}"),
         Change(
             "momentum is not saved",
-            '"optimizer": self.optimizer.state_dict(),\n',
+            '"optimizer": optimizer,\n',
             '"optimizer": {},\n',
             tests=CHECKPOINT,
         ),
@@ -286,7 +323,10 @@ CHANGES = (
         "camkd_fast/train/run_folder.py",
         JOBS,
         Change(
-            "teachers may differ on resume", 'FREE = ("out",', 'FREE = ("out", "teachers",', tests=f"{OPTIONS} {JOBS}"
+            "teachers may differ on resume",
+            '*("out", "teacher_cache"',
+            '*("out", "teachers", "teacher_cache"',
+            tests=f"{OPTIONS} {JOBS}",
         ),
     ),
     *changes(

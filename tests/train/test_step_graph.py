@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from camkd_fast.data.augment import Augmentation
+from camkd_fast.data.batch import LoaderConfig
+from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.config_file import build
+from camkd_fast.train.distributed import World
 from camkd_fast.train.journal import NullJournal
-from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step import TrainStep, _recorder
 from camkd_fast.train.step_graph import WARM_UP, StepGraph
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
 from camkd_fast.train.teachers.live import side_by_side
 from tests.support.recorded_graph import RecordedGraphs
-from tests.support.training import EAGER, ONE, SmallNet, batch, parameters, train_step, trainer
+from tests.support.training import EAGER, ONE, SmallNet, batch, images, parameters, train_step, trainer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,9 +45,13 @@ def take(step: TrainStep, count: int, first: int = 0, size: Callable[[int], int]
         step(batch(size(i), seed=i), size(i), 0.01 * (1 + i), i)
 
 
+def relative(one: Tensor, two: Tensor) -> float:
+    return float((one - two).norm() / two.norm())
+
+
 def assert_same(one: TrainStep, two: TrainStep) -> None:
     """Up to rounding: the kernels' numbers are reduced by other operations inside a recording."""
-    torch.testing.assert_close(parameters(one), parameters(two), rtol=2e-5, atol=1e-6)
+    assert relative(parameters(one), parameters(two)) < 1e-6
     mine, other = one.sums.read(ONE).totals, two.sums.read(ONE).totals
     assert (mine.images, mine.correct) == (other.images, other.correct)
     for name in ("losses", "weights", "feature_weights"):
@@ -75,15 +84,17 @@ def test_batch_statistics_move_with_every_replay() -> None:
         take(i, WARM_UP + 4)
     assert_same(step, eager)
     ours, theirs = step.student.norm, eager.student.norm
-    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-5, atol=0)
+    assert relative(ours.running_var, theirs.running_var) < 1e-6
     assert ours.num_batches_tracked == theirs.num_batches_tracked == WARM_UP + 4
 
 
-def test_smaller_batches_run_eagerly_between_replays() -> None:
+def test_smaller_batches_run_eagerly_between_replays(caplog: pytest.LogCaptureFixture) -> None:
     step, recorder = graph_step()
     eager = train_step()
-    for i in (step, eager):
-        take(i, 12, size=lambda i: 20 if i % 4 == 3 else 32)
+    with caplog.at_level(logging.INFO):
+        for i in (step, eager):
+            take(i, 12, size=lambda i: 20 if i % 4 == 3 else 32)
+    assert caplog.messages == ["batches of 20 and not 32 images run without the CUDA graph"]
     assert (recorder.recordings, recorder.replays) == (1, 9 - WARM_UP)
     assert_same(step, eager)
 
@@ -134,8 +145,8 @@ def test_low_precision(dtype: str) -> None:
         take(i, 40)
     assert recorder.replays == 40 - WARM_UP
     assert step.scaler.get_scale() == eager.scaler.get_scale()
-    change = (parameters(eager) - parameters(train_step(precision=precision))).norm()
-    assert float((parameters(step) - parameters(eager)).norm() / change) < 0.02
+    start = parameters(train_step(precision=precision))
+    assert relative(parameters(step) - start, parameters(eager) - start) < 0.02
 
 
 def test_a_state_continues_in_another_step() -> None:
@@ -147,7 +158,7 @@ def test_a_state_continues_in_another_step() -> None:
     second.student.load_state_dict(first.student.state_dict())
     second.load_state_dict(first.state_dict())
     take(second, 4, first=WARM_UP + 2)
-    torch.testing.assert_close(parameters(second), parameters(whole), rtol=2e-5, atol=1e-6)
+    assert relative(parameters(second), parameters(whole)) < 1e-6
     assert isinstance(first.state_dict()["optimizer"]["param_groups"][0]["lr"], float)
 
 
@@ -161,7 +172,7 @@ def test_a_loaded_state_reaches_the_recorded_graph() -> None:
     step.load_state_dict(state)
     take(step, WARM_UP + 3, first=4)
     assert recorder.recordings == 2
-    torch.testing.assert_close(parameters(step), after, rtol=2e-5, atol=1e-6)
+    assert relative(parameters(step), after) < 1e-6
 
 
 class Reading(strategies.AVER):
@@ -216,13 +227,38 @@ def test_only_inputs_are_copied() -> None:
     assert len(seen) == WARM_UP + 1 and graphs.replays == 3  # the recording itself adds nothing
 
 
-def test_a_run_with_graphs_is_the_run_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_run_with_graphs_is_the_run_without(deferred: bool, tmp_path: Path) -> None:
     step, recorder = graph_step()
     runs = trainer(tmp_path / "a", step), trainer(tmp_path / "b")
+    runs[0].train = ResidentLoader(images(150), replace(runs[0].train.config, deferred=deferred))
     for run in runs:
         run.run(NullJournal())
-    assert recorder.replays > 3
-    torch.testing.assert_close(parameters(runs[0].step), parameters(runs[1].step), rtol=1e-3, atol=1e-5)
+    assert recorder.replays > 3 and recorder.recordings == 1
+    assert relative(parameters(runs[0].step), parameters(runs[1].step)) < 1e-4
+
+
+def test_another_loader_is_recorded_anew() -> None:
+    """Batches of two loaders with pixels of their own, finished inside the step."""
+    step, recorder = graph_step()
+    eager = train_step()
+    config = LoaderConfig(32, augmentation=Augmentation(padding=1), deferred=True)
+    for i in (step, eager):
+        number = 0
+        for seed in (1, 2):
+            for data in ResidentLoader(images(32 * (WARM_UP + 3), seed=seed), config):
+                i(data, 32, 0.01, number)
+                number += 1
+    assert (recorder.recordings, recorder.replays) == (2, 6)
+    assert_same(step, eager)
+
+
+def test_several_processes_run_eagerly_and_say_why(caplog: pytest.LogCaptureFixture) -> None:
+    two = World(0, 2, torch.device("cuda"))
+    with caplog.at_level(logging.WARNING):
+        assert _recorder(PrecisionConfig(), two) is None
+    assert caplog.messages == ["training steps run without a CUDA graph: 2 processes exchange gradients"]
+    assert _recorder(PrecisionConfig(cuda_graphs="off"), two) is None and len(caplog.messages) == 1
 
 
 class Streams:
