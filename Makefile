@@ -29,7 +29,8 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
-# An hour: which of the wrong changes in tests/mutants do the tests notice? `python -m tests.mutants --only AREA` for a part.
+# Hours: which of the wrong changes in tests/mutants do the tests notice? `python -m tests.mutants --only AREA` for a part,
+# `--resume` to keep the results of unchanged files.
 mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants
 

@@ -7,6 +7,7 @@ change. Logs and results: build/mutants/.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
+from typing import Any
 
 from . import AREAS, Change, load
 from .scratch import HUNG, ROOT, BuildError, Tree, seconds_of
@@ -32,6 +34,31 @@ class Outcome:
     result: str
     by: str = ""  # the test that failed, or what is wrong with the entry
     seconds: float = 0.0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The line of results.jsonl."""
+        found = {"title": self.change.title, "result": self.result, "by": self.by, "seconds": self.seconds}
+        return {**found, "key": key_of(self.change)}
+
+
+def key_of(change: Change) -> str:
+    """Hash of what a result depends on in the first place: the change, its file and the files of its tests."""
+    files = [change.file, *(test.partition("::")[0] for test in change.tests.split())]
+    digest = hashlib.sha256(repr(change).encode())
+    for path in (ROOT / name for name in files):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(listed: Iterable[Change], folder: Path) -> list[Outcome]:
+    """The results in `folder` whose change, file and tests are as they were."""
+    path = folder / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    by_key = {record.get("key"): record for record in records}
+    found = [(change, by_key[key]) for change in listed if (key := key_of(change)) in by_key]
+    return [Outcome(change, record["result"], record["by"], record["seconds"]) for change, record in found]
 
 
 def chosen(every: Iterable[Change], only: Sequence[str]) -> list[Change]:
@@ -77,8 +104,7 @@ def run(listed: Sequence[Change], jobs: int, limit: float, folder: Path) -> list
             found[position] = done = outcome(tree, change, limit)
             with printing, (folder / "results.jsonl").open("a") as file:
                 print(f"{done.result:9} {done.seconds:6.1f} s  {change.title}  {done.by}", flush=True)
-                record = {"title": change.title, "result": done.result, "by": done.by, "seconds": done.seconds}
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(done.record) + "\n")
 
     trees = [Tree(folder / f"worker-{i}") for i in range(min(jobs, max(len(listed), 1)))]
     try:
@@ -111,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="areas, or words of titles")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
+    parser.add_argument("--resume", action="store_true", help="keep results whose change, file and tests are unchanged")
     parser.add_argument("--jobs", type=int, default=1, help="changes at the same time, each in a copy of its own")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run counts as a hang")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for copies, logs and results")
@@ -122,10 +149,13 @@ def main() -> int:
         return 0
     arguments.folder.mkdir(parents=True, exist_ok=True)
     effective = [change for change in listed if not change.equivalent]
-    outcomes = run(effective, arguments.jobs, arguments.limit, arguments.folder)
-    if outcomes is None:
+    before = kept(effective, arguments.folder) if arguments.resume else []
+    known = {outcome.change for outcome in before}
+    found = run([c for c in effective if c not in known], arguments.jobs, arguments.limit, arguments.folder)
+    if found is None:
         print("the tests fail without any change")
         return 2
+    outcomes = [*before, *found]
     print(summary(outcomes, len(listed) - len(effective)))
     return int(sum(o.result == "caught" for o in outcomes) < SHARE * len(outcomes))
 

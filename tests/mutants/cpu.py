@@ -183,6 +183,7 @@ CHANGES = (
             "cross-entropies of ignored rows",
             "store_row(args.ce, k, ce[k]);",
             "store_lanes(args.ce + k * args.N + begin, ce[k], count);",
+            equivalent="the lane of an ignored row holds sum 1, maximum 0 and label 0: its cross-entropy is 0 unmasked",
         ),
         Change("gradient of the first teacher's log-sum-exp", "args.lse[k * args.N + n]", "args.lse[n]"),
     ),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.mutants import AREAS, Change, load
-from tests.mutants.__main__ import Outcome, chosen, named_tests, summary
+from tests.mutants import __main__ as command
+from tests.mutants.__main__ import Outcome, chosen, kept, named_tests, summary
 
 ROOT = Path(__file__).parents[2]
 CHANGES = list(load())
@@ -62,7 +65,25 @@ def test_the_summary_names_what_survived() -> None:
     assert "cpu: two" not in text and "1 caught, 1 survived, 0 broken (50.0 % caught); 3 equivalent" in text
 
 
-@pytest.mark.slow
+def test_results_are_kept_while_change_file_and_tests_are_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    files = {name: tmp_path / name for name in ("a.h", "tests/t.py", "tests/u.py", "b.h")}
+    for file in files.values():
+        file.write_text("one")
+    one = Change("one", "a", "b", "tests/t.py::test tests/u.py", file="a.h", area="cpu")
+    done = Outcome(one, "caught", "FAILED", 2.0)
+    (tmp_path / "results.jsonl").write_text(json.dumps(done.record) + "\n")
+    assert kept([one], tmp_path) == [done] and kept([one], tmp_path / "tests") == []
+    assert kept([replace(one, new="c")], tmp_path) == []
+    for name, file in files.items():
+        file.write_text("two")
+        assert (kept([one], tmp_path) == [done]) == (name == "b.h")
+        file.write_text("one")
+
+
 @pytest.mark.slow
 def test_the_command_tells_caught_from_survived(tmp_path: Path) -> None:
     from tests.mutants.scratch import Tree
