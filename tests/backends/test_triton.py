@@ -17,6 +17,7 @@ from camkd_fast import camkd_loss
 from tests.support.cases import Case, make_case
 from tests.support.evaluate import run, run_value_and_grad
 from tests.support.op_contract import (
+    assert_a_factor_of_1_writes_nothing,
     assert_confidence,
     assert_confidence_edges,
     assert_feature_module,
@@ -346,3 +347,7 @@ def test_feature_loss_module() -> None:
 @pytest.mark.parametrize("C", [10, 101])
 def test_scale_rows(dtype: torch.dtype, C: int) -> None:
     assert_scales_rows(kernels, C, dtype, truncated)
+
+
+def test_a_factor_of_1_writes_nothing() -> None:
+    assert_a_factor_of_1_writes_nothing(kernels)

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.cases import poisoned_slice
 from tests.support.op_contract import (
+    assert_a_factor_of_1_writes_nothing,
     assert_confidence,
     assert_confidence_edges,
     assert_feature_module,
@@ -62,3 +63,7 @@ def test_feature_loss_module() -> None:
 @pytest.mark.parametrize("C", [1, 10, 101])
 def test_scale_rows(dtype: torch.dtype, C: int) -> None:
     assert_scales_rows(cuda_backend, C, dtype)
+
+
+def test_a_factor_of_1_writes_nothing() -> None:
+    assert_a_factor_of_1_writes_nothing(cuda_backend)

@@ -104,6 +104,19 @@ CHANGES = (
             "group.barrier();  // all have read before the next item overwrites",
             "",
         ),
+        Change(
+            "a factor of 1 writes",
+            "&& args.factor[0] == 1.0f) return",
+            "&& args.factor[0] == -1.0f) return",
+            tests=OTHERS,
+        ),
+        Change(
+            "nothing is written elsewhere",
+            "args.factor_stride == 0 && args.out == args.grad &&",
+            "args.factor_stride == 0 &&",
+            tests=OTHERS,
+        ),
+        Change("the first row's factor is 1", "args.factor_stride == 0 && args.out", "args.out", tests=OTHERS),
     ),
     *changes(
         "csrc/cuda/rows.cuh",

@@ -109,3 +109,17 @@ def assert_scales_rows(backend: Any, C: int, dtype: torch.dtype, rounding: Round
         assert torch.equal(out, expected)
         backend.scale_rows(gradient, factor, gradient)
         assert torch.equal(gradient, out)
+
+
+def assert_a_factor_of_1_writes_nothing(backend: Any) -> None:
+    """In place. A product would turn the signalling NaNs, which have another bit pattern, into quiet ones."""
+    signalling = torch.full((3, 70), 0x7F800001, dtype=torch.int32)
+    gradient = signalling.clone().view(torch.float32)
+    assert backend.scale_rows(gradient, torch.ones(1), gradient) is gradient
+    assert torch.equal(gradient.view(torch.int32), signalling)
+    for factor, out in ((torch.full((1,), 2.0), gradient), (torch.ones(1), torch.zeros_like(gradient))):
+        backend.scale_rows(signalling.view(torch.float32), factor, out)
+        assert out.isnan().all() and not torch.equal(out.view(torch.int32), signalling)
+    per_row = torch.tensor([1.0, 2.0, 3.0])
+    ones = torch.ones(3, 70)
+    assert torch.equal(backend.scale_rows(ones, per_row, ones), per_row.unsqueeze(1).expand(3, 70))
