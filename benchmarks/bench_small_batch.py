@@ -7,23 +7,21 @@ torch.profiler, device time and number of kernel launches. Without a GPU only th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import contestants, shapes, timer
+from benchmarks import contestants, profiler, shapes, timer
 from benchmarks.conftest import Suite
 from benchmarks.timer import Subject
 
 pytestmark = pytest.mark.benchmark(timer=timer.CLOCK)
-PROFILED = 20  # calls
 
 
 def recorded(subject: Subject, device: torch.device) -> Subject:
-    """The call captured as a CUDA graph, after the warm-up on a side stream that capture requires."""
+    """The call captured as a CUDA graph, on the stream of the warm-up: autograd adds gradients on the first it saw."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -31,25 +29,9 @@ def recorded(subject: Subject, device: torch.device) -> Subject:
             subject()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         subject()
     return graph.replay
-
-
-def kernels_of(events: Iterable[Any], calls: int) -> tuple[float, float]:
-    """Device microseconds and launches per call from torch.profiler's events, memory copies and fills included."""
-    launched = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in launched) / calls, len(launched) / calls
-
-
-def profiled(subject: Subject, device: torch.device) -> tuple[float, float]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(PROFILED):
-            timer.wall_seconds(subject, device)
-    return kernels_of(profile.events(), PROFILED)
 
 
 def test_small_batch(benchmark: Any, suite: Suite) -> None:
@@ -76,7 +58,7 @@ def test_small_batch(benchmark: Any, suite: Suite) -> None:
         row = {"name": name, "floor_bytes": shape.floor_bytes(), "call_us": 1e6 * statistics.median(times[name])}
         row |= {"graph_us": None, "device_us": None, "launches": None}
         if suite.device.type == "cuda":
-            row["device_us"], row["launches"] = profiled(subject, suite.device)
+            row["device_us"], _, row["launches"], _ = profiler.profiled(subject, suite.device)
             row["graph_us"] = replayed(suite, name, subject)
         suite.record(None, row)
     benchmark.extra_info.update(suite.rows[0])

@@ -127,11 +127,18 @@ def feature_loss(result: Result) -> tuple[Table, str]:
 def train_step(result: Result) -> tuple[Table, str]:
     """Speed of the training step by configuration."""
     header = ["step", "ms", "images/s", "speed-up", "the loss's share", "first two steps, s"]
+    on_gpu = "gpu_busy" in result["rows"][0]
+    if on_gpu:
+        header += ["one step, ms", "launches", "GPU busy"]
     rows = []
     for row in result["rows"]:
         share, first = row["loss_share"], row["first_two_steps_seconds"]
-        cells = [row["name"], f"{row['p50_ms']:.0f}", f"{row['images_per_second']:.0f}", f"{row['speed_up']:.1f}x"]
-        rows.append([*cells, "" if share is None else f"{share:.2%}", "" if first is None else f"{first:.0f}"])
+        milliseconds = f"{row['p50_ms']:.{2 if on_gpu else 0}f}"
+        cells = [row["name"], milliseconds, f"{row['images_per_second']:.0f}", f"{row['speed_up']:.1f}x"]
+        cells += ["" if share is None else f"{share:.2%}", "" if first is None else f"{first:.0f}"]
+        if on_gpu:
+            cells += [f"{row['latency_ms']:.2f}", f"{row['launches']:.0f}", f"{row['gpu_busy']:.0%}"]
+        rows.append(cells)
     return Table(header, rows), ""
 
 

@@ -22,7 +22,7 @@ def scale_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    if IN_PLACE:
+    if IN_PLACE:  # noqa: SIM102 - decided at compilation
         # `loss.backward()` multiplies by 1, which only the device knows.
         if tl.load(factor) == 1.0:
             return

@@ -16,7 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_small_batch, contestants, environment, results, shapes, suite_tables, timer
+from benchmarks import (
+    bench_small_batch,
+    contestants,
+    environment,
+    profiler,
+    results,
+    shapes,
+    suite_tables,
+    timer,
+)
 from benchmarks.contestants import ENDS, by_autograd, disagreement
 from benchmarks.shapes import Shape
 from camkd_fast.backends import dispatch
@@ -95,20 +104,41 @@ def test_a_call_becomes_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: "replayed"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    captured: list[object] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: captured.append(stream) or nullcontext())
     called: list[int] = []
     assert bench_small_batch.recorded(lambda: called.append(1), torch.device("cuda"))() == "replayed"
     assert len(called) == timer.WARM_UP + 1
+    assert captured == [stream]  # that of the warm-up, where autograd adds gradients
 
 
 def test_kernels_are_counted() -> None:
-    def event(kind: Any, microseconds: float) -> Any:
-        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda: microseconds))
+    def event(kind: Any, start: float, end: float, name: str = "kernel") -> Any:
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(device_type=kind, time_range=span, name=name)
 
     kinds = torch.autograd.DeviceType
-    events = [event(kinds.CUDA, 4.0), event(kinds.CPU, 100.0), event(kinds.CUDA, 6.0)]
-    assert bench_small_batch.kernels_of(events, 2) == (5.0, 1.0)
-    assert bench_small_batch.profiled(lambda: torch.ones(3).sum(), CPU) == (0.0, 0.0)
+    on_host = [event(kinds.CPU, 0, 90, name) for name in ("aten::add", "cudaLaunchKernel", "cudaGraphLaunch")]
+    events = [event(kinds.CUDA, 10, 14), *on_host, event(kinds.CUDA, 12, 18), event(kinds.CUDA, 30, 34)]
+    assert profiler.read(events, 2) == (7.0, 6.0, 1.5, 1.0)
+    assert profiler.profiled(lambda: torch.ones(3).sum(), CPU) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_the_table_of_a_gpus_training_steps() -> None:
+    row = {
+        "name": "float32, graph",
+        "p50_ms": 4.234,
+        "images_per_second": 15000.4,
+        "speed_up": 7.93,
+        "loss_share": 0.002,
+        "first_two_steps_seconds": 3.1,
+    }
+    plain, _ = suite_tables.train_step({"rows": [row]})
+    assert [len(cells) for cells in (plain.header, *plain.rows)] == [6, 6] and plain.rows[0][1] == "4"
+    seen = {"latency_ms": 5.0, "launches": 9.2, "kernels": 850.0, "gpu_busy": 0.83}
+    table, _ = suite_tables.train_step({"rows": [row | seen]})
+    assert table.header[-3:] == ["one step, ms", "launches", "GPU busy"]
+    assert table.rows[0][1:4] == ["4.23", "15000", "7.9x"] and table.rows[0][-3:] == ["5.00", "9", "83%"]
 
 
 def test_clocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
