@@ -2,7 +2,7 @@
 
 Three ResNet-32x4 teach a VGG-8 with CA-MKD (logits and features) on 100 classes of 3x32x32 images, batch 64. Images and
 parameters are random, because only time is measured. Every ratio is a median over interleaved rounds. On a GPU a round
-is a block of steps without a wait in between, as in training; the time of a single step, waited for, is given beside it.
+is a block of steps without a wait in between, as in training; beside it stands a single step that is waited for.
 """
 
 from __future__ import annotations
