@@ -117,6 +117,14 @@ class Backend(Protocol):
         ...
 
 
+class MinNormSolver(Protocol):
+    """A backend for devices where launches cost also solves for AEKD's weights in one."""
+
+    def min_norm(self, gram: Tensor, cap: float, steps: int, floor: float) -> Tensor:
+        """The weights (K,) float64 of `losses.min_norm`, for 2 to 16 vectors and a cap above 1 / K."""
+        ...
+
+
 class LabelCounter(Protocol):
     """A backend for CPU tensors also counts labels."""
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .contract import COMPILED_DTYPES, Backend, LabelCounter, MeanLossBackend
+from .contract import COMPILED_DTYPES, Backend, LabelCounter, MeanLossBackend, MinNormSolver
 
 if TYPE_CHECKING:  # holds every backend to the contract
     from .. import kernels
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # holds every backend to the contract
     _backends: tuple[Backend, ...] = (cpu, cuda, kernels, reference)
     _label_counters: tuple[LabelCounter, ...] = (cpu, reference)
     _mean_loss: MeanLossBackend = cpu
+    _min_norm: MinNormSolver = kernels
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -205,3 +206,9 @@ def mean_loss_backend(requested: str) -> MeanLossBackend | None:
 def label_counter() -> LabelCounter:
     """The backend that counts the labels of CPU targets, whichever backend computes the loss."""
     return cast(LabelCounter, _module("cpu" if availability("cpu").usable else "reference"))
+
+
+def min_norm_solver(gram: Tensor) -> MinNormSolver | None:
+    """The backend that solves for AEKD's weights in one launch; None if PyTorch operations do."""
+    usable = gram.is_cuda and availability("triton").usable and memory.is_ordinary([gram])
+    return cast(MinNormSolver, _module("triton")) if usable else None

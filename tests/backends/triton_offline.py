@@ -89,6 +89,7 @@ def _call(shape: Shape) -> None:
         "scale_rows": lambda: kernels.scale_rows(student, per_row[0], student),
         "batch_scale": lambda: batch_mean.batch_scale(target, -100, torch.ones(1) if shape.scale_on_device else 1.0),
         "batch_mean": lambda: batch_mean.batch_mean(torch.ones(3, N), torch.ones(1)),
+        "min_norm": lambda: kernels.min_norm(torch.eye(shape.K), 0.6, 20, 1e-12),
         "scale_all": lambda: kernels.scale_rows(student, per_row[0, :1], student),
     }  # fmt: skip
     calls[shape.op]()

@@ -84,7 +84,7 @@ def test_every_registered_op_is_checked():
         "confidence_weights_backward",
         "feature_error",
         "feature_error_backward",
-        "min_norm_weights",  # checked in test_min_norm.py; registered when camkd_fast.train is imported
+        "min_norm_weights",  # checked in test_min_norm.py; registered when losses.min_norm is imported
     }
     assert registered >= checked - {"min_norm_weights"} and registered <= checked
 

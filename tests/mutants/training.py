@@ -339,7 +339,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "camkd_fast/train/min_norm.py",
+        "camkd_fast/losses/min_norm.py",
         "tests/train/test_min_norm.py",
         Change(
             "the cap is ignored",

@@ -147,6 +147,20 @@ CHANGES = (
         Change("no row at all divides by 0", "tl.maximum(tl.sum(kept, axis=0), 1)", "tl.sum(kept, axis=0)"),
     ),
     *changes(
+        "kernels/min_norm.py",
+        "tests/train/test_min_norm.py::test_the_kernel_agrees_with_the_operations",
+        Change("the cap of the first column", "high = CAP - low", "high = one - low"),
+        Change(
+            "rows below the pivot only", "tl.where(here, 0.0, column / pivot)", "tl.where(i <= p, 0.0, column / pivot)"
+        ),
+        Change("NaN is passed over", "low / tl.sum(low, axis=0) + nothing", "low / tl.sum(low, axis=0)"),
+        Change(
+            "padding has a say",
+            "step, unit = tl.where(inside, pull, 0.0), tl.where(inside, one, zero)",
+            "step, unit = pull, one",
+        ),
+    ),
+    *changes(
         "kernels/scale.py",
         f"{TRITON}::test_scale_rows {TRITON}::test_a_factor_of_1_writes_nothing",
         Change("a factor of 1 writes", "if tl.load(factor) == 1.0:", "if tl.load(factor) != tl.load(factor):"),

@@ -37,7 +37,7 @@ ORDER = {
     "backends": ["contract", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__"],
     "losses": [
         "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry", "logit_op",
-        "confidence_op", "feature_op", "evaluate", "logit", "feature",
+        "confidence_op", "feature_op", "evaluate", "logit", "feature", "min_norm",
     ],
 }  # fmt: skip
 

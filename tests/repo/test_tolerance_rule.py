@@ -216,7 +216,7 @@ ABSOLUTE = {
     "test_augment.py": (1, "deciles of a uniform distribution; relative to its width"),
     "test_demo.py": (2, "teacher weights, which sum to 1, from logs rounded to 4 digits"),
     "test_loaders.py": (1, "normalised pixels of order 1, which do not depend on any size"),
-    "test_min_norm.py": (1, "weights that sum to 1, some of them exactly 0"),
+    "test_min_norm.py": (2, "weights that sum to 1, some of them exactly 0"),
     "test_strategies.py": (5, "weights that sum to at most K - 1, some of them 0, and mean losses of order 1"),
     "test_study.py": (2, "teacher weights, which sum to 1, from logs rounded to 4 digits"),
     "test_truncation.py": (2, "float64 probabilities, which may underflow to 0; with rtol"),

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
-from camkd_fast.train.min_norm import min_norm_weights
+from camkd_fast.backends import dispatch
+from camkd_fast.losses import min_norm
+from camkd_fast.losses.min_norm import min_norm_weights
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.slow)], autouse=True)
+def _solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operations, and Triton's kernel in the interpreter."""
+    if request.param == "triton":
+        if not dispatch.interpreting():
+            pytest.skip("needs Triton's interpreter")
+        kernels = pytest.importorskip("camkd_fast.kernels")
+        monkeypatch.setattr(min_norm, "min_norm_solver", lambda gram: None if is_fake(gram) else kernels)
+
 
 TOLERANCE = 1e-9  # relative to the largest g_k . g_k, from the docstring
 
@@ -119,14 +133,16 @@ def test_no_gram_matrix_defeats_it(K: int, D: int, seed: int, spread: float, cap
 
 @pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.ones(3, 3), 1e30 * torch.ones(3, 3), torch.eye(3)])
 def test_exchangeable_vectors_weigh_the_same(gram: Tensor) -> None:
-    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.full((3,), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.ones(3).double() / 3, rtol=1e-7, atol=0)
 
 
 def test_known_answers() -> None:
     # Orthogonal vectors: w_k is proportional to 1 / |g_k|^2, until the cap binds.
     gram = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
-    torch.testing.assert_close(min_norm_weights(gram), torch.tensor([0.8, 0.2], dtype=torch.float64))
-    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4], dtype=torch.float64))
+    torch.testing.assert_close(min_norm_weights(gram), torch.tensor([0.8, 0.2], dtype=torch.float64), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4], dtype=torch.float64), rtol=1e-7, atol=0
+    )
     assert min_norm_weights(torch.tensor([[7.0]]), 0.6).tolist() == [1.0]
 
 
@@ -151,3 +167,32 @@ def test_it_compiles_into_one_graph_and_records_no_gradient() -> None:
     torch.testing.assert_close(weights, min_norm_weights(gram, 0.6), rtol=0, atol=0)
     assert not min_norm_weights(gram, 0.6).requires_grad
     torch.library.opcheck(torch.ops.camkd_fast.min_norm_weights.default, (gram.detach(), 0.6))
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 16])
+def test_the_kernel_agrees_with_the_operations(K: int) -> None:
+    if not dispatch.interpreting():
+        pytest.skip("needs Triton's interpreter")
+    kernels = pytest.importorskip("camkd_fast.kernels")
+    for seed, cap in enumerate((1.0, 0.6, 1.5 / K)):
+        g = vectors(K, K + 2, seed)
+        if seed == 1:
+            g[0] = g[-1]
+        gram = (g @ g.T).float()
+        found = kernels.min_norm(gram, cap, min_norm.STEPS, min_norm.FLOOR)
+        torch.testing.assert_close(found, min_norm_weights(gram, cap), rtol=1e-6, atol=1e-8)
+    gram[0, 1] = float("nan")
+    assert kernels.min_norm(gram, 0.6, min_norm.STEPS, min_norm.FLOOR).isnan().all()
+    gram[0, 1] = gram[1, 0] = float("inf")
+    assert kernels.min_norm(gram, 0.6, min_norm.STEPS, min_norm.FLOOR).isnan().all()
+
+
+def test_gpus_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an ordinary call; elsewhere PyTorch's operations."""
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(dispatch, "availability", lambda name: SimpleNamespace(usable=name == "triton"))
+    monkeypatch.setattr(dispatch, "_module", lambda name: name)
+    for ordinary in (True, False):
+        monkeypatch.setattr(dispatch.memory, "is_ordinary", lambda tensors: ordinary)  # noqa: B023
+        assert dispatch.min_norm_solver(on_gpu) == ("triton" if ordinary else None)
+    assert dispatch.min_norm_solver(torch.eye(3)) is None

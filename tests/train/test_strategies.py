@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camkd_fast import camkd_loss_and_grad
+from camkd_fast.losses.min_norm import min_norm_weights
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
-from camkd_fast.train.min_norm import min_norm_weights
 from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...losses.formula import Formula
+from ...losses.min_norm import min_norm_weights
 from ...models.protocol import Prediction
-from ..min_norm import min_norm_weights
 from .base import Setup, Strategy
 from .registry import register
 
