@@ -19,7 +19,7 @@ def min_norm_weights(gram: Tensor, cap: float = 1.0) -> Tensor:
     Interior-point method with a fixed number of steps on (K, K) tensors: no host synchronisation, no data-dependent
     shape, and singular matrices are handled. Vectors whose rows of the Gram matrix are equal bit for bit get equal
     weights; if rounding makes the rows differ, identical vectors may get unequal weights with the same combination.
-    On a GPU one Triton kernel. Under torch.compile one opaque node: tracing the unrolled steps would take half a minute.
+    On a GPU one Triton kernel; under torch.compile one opaque node, since tracing the steps would take half a minute.
 
     Args:
         gram: (K, K), g_j . g_k; any floating dtype, solved in float64. Any NaN makes all weights NaN.
