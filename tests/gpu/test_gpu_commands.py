@@ -1,0 +1,144 @@
+"""The command line on a GPU: every strategy, a killed run, the teacher cache, evaluation, and DDP over NCCL.
+
+Without a GPU the commands are rehearsed on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from camkd_fast import cli
+from camkd_fast.train import step as step_module
+from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.strategies import names
+from tests.gpu.test_gpu_training import on_device, step_on
+from tests.support.gpu import CUDA, NO_GPU
+from tests.support.training import batch, parameters
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = f"--data digits --images 300 --epochs 2 --no-progress --no-tensorboard --device {DEVICE}"
+
+pytestmark = [pytest.mark.usefixtures("nondeterministic", "_one_thread_on_a_cpu")]
+if DEVICE == "cpu":
+    pytestmark.append(pytest.mark.slow)  # the rehearsal
+
+
+@pytest.fixture(scope="module")
+def _one_thread_on_a_cpu() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The arguments that name two teachers."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("teachers")
+    for seed in (0, 1):
+        line = f"teach {SMALL} --model resnet8 --seed {seed} --out {folder / str(seed)}"
+        assert cli.main(line.split()) == 0
+    return f"--teachers {folder / '0'} {folder / '1'}"
+
+
+def last(out: Path) -> dict[str, Any]:
+    """The last record of a run, which has the test result."""
+    record: dict[str, Any] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["kind"] == "test"
+    return record
+
+
+@pytest.mark.parametrize("graphs", ["on", "off"] if DEVICE == "cuda" else ["auto"])
+@pytest.mark.parametrize("name", names())
+def test_distill_by_every_strategy(
+    name: str, graphs: str, teachers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "student"
+    of_teachers = "" if name == "ce" else teachers
+    line = f"distill {SMALL} --student resnet8 --strategy {name} --cuda-graphs {graphs} {of_teachers} --out {out}"
+    assert cli.main(line.split()) == 0
+    record = last(out)
+    assert record["step"] == 2 * 5 and math.isfinite(record["test_loss"])
+    capsys.readouterr()
+    assert cli.main(f"evaluate {out} --device cpu".split()) == 0
+    # The CPU evaluates the model of the GPU: a few images may be near a boundary.
+    shown = float(capsys.readouterr().out.partition("accuracy ")[2].partition(" %")[0])
+    assert abs(shown - 100 * record["test_accuracy"]) < 1.0
+
+
+@pytest.mark.parametrize("options", ["--dtype bfloat16 --channels-last", "--dtype float16"])
+def test_low_precision(options: str, teachers: str, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    assert cli.main(f"distill {SMALL} --student resnet8 {teachers} {options} --out {out}".split()) == 0
+    assert math.isfinite(last(out)["test_loss"])
+
+
+def test_a_teacher_cache_is_written_and_replayed(teachers: str, tmp_path: Path) -> None:
+    line = (
+        f"distill {SMALL} --student resnet8 {teachers} --views 1 --teacher-cache {tmp_path / 'cache'} --strategy aekd"
+    )
+    for name in ("one", "two"):
+        assert cli.main(f"{line} --out {tmp_path / name}".split()) == 0
+    one, two = (last(tmp_path / name) for name in ("one", "two"))
+    assert abs(one["test_accuracy"] - two["test_accuracy"]) < 0.05
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_killed_run_resumes(teachers: str, tmp_path: Path) -> None:
+    """Deterministic, so that the resumed run ends with the bytes of the uninterrupted one."""
+    options = f"distill {SMALL} --student resnet8 {teachers} --checkpoint-every 2 --log-every 1 --deterministic on"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+    def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "camkd_fast", *options.split(), "--out", str(out), *more]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    process = start(whole)
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+    process = start(killed)
+    while not list(killed.glob("checkpoints/*")) and process.poll() is None:
+        pass
+    process.kill()
+    assert process.wait(timeout=60) in (-signal.SIGKILL, 0)
+    process = start(killed, "--resume")
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize("name", ["ca-mkd", "aekd"])
+def test_ddp_over_nccl_in_a_world_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    precision = PrecisionConfig(compile="off", cuda_graphs="off")
+
+    def steps() -> torch.Tensor:
+        step = step_on(CUDA, precision, name)
+        for i in range(4):
+            step(on_device(batch(32, seed=i), CUDA), 32, 0.01, i)
+        return parameters(step)
+
+    expected = steps()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29571")
+    dist.init_process_group("nccl", rank=0, world_size=1, device_id=CUDA)
+    try:
+        monkeypatch.setattr(step_module, "replicate", lambda module, world: DistributedDataParallel(module))
+        assert float((steps() - expected).norm() / expected.norm()) < 1e-5
+    finally:
+        dist.destroy_process_group()
