@@ -58,7 +58,8 @@ def test_small_batch(benchmark: Any, suite: Suite) -> None:
         row = {"name": name, "floor_bytes": shape.floor_bytes(), "call_us": 1e6 * statistics.median(times[name])}
         row |= {"graph_us": None, "device_us": None, "launches": None}
         if suite.device.type == "cuda":
-            row["device_us"], _, row["launches"], _ = profiler.profiled(subject, suite.device)
+            found = profiler.profiled(subject, suite.device)
+            row["device_us"], row["launches"] = found.device_us, found.kernels
             row["graph_us"] = replayed(suite, name, subject)
         suite.record(None, row)
     benchmark.extra_info.update(suite.rows[0])

@@ -149,13 +149,13 @@ CHANGES = (
     *changes(
         "kernels/min_norm.py",
         "tests/train/test_min_norm.py::test_the_kernel_agrees_with_the_operations",
-        Change("the cap of the first column", "high = CAP - low", "high = one - low"),
+        Change("the cap is ignored", "high = CAP - low", "high = one - low"),
         Change(
             "rows below the pivot only", "tl.where(here, 0.0, column / pivot)", "tl.where(i <= p, 0.0, column / pivot)"
         ),
-        Change("NaN is passed over", "low / tl.sum(low, axis=0) + nothing", "low / tl.sum(low, axis=0)"),
+        Change("weights of NaN are numbers", "low / tl.sum(low, axis=0) + nothing", "low / tl.sum(low, axis=0)"),
         Change(
-            "padding has a say",
+            "padding takes part in the sum of the weights",
             "step, unit = tl.where(inside, pull, 0.0), tl.where(inside, one, zero)",
             "step, unit = pull, one",
         ),
