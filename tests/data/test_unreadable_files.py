@@ -72,6 +72,7 @@ def test_some_unreadable_files_are_skipped_counted_and_logged(
     with opened(data, kind, 8, augmentation=CROP, skip_bad=3) as loader, caplog.at_level(logging.WARNING):
         for _ in range(2):
             batches = list(loader)
+            assert all(torch.equal(batch.target, data.labels[batch.index]) for batch in batches)
             index, images = by_sample(batches)
             assert torch.equal(index, good)
             assert sum(len(batch.target) for batch in batches) == len(images) == 33

@@ -218,12 +218,14 @@ def test_only_inputs_are_copied() -> None:
         total.add_(inputs[0].sum() * inputs[1])
 
     graph = StepGraph(graphs, CPU, work)
-    expected = 0.0
+    expected, given = 0.0, []
     for i in range(WARM_UP + 3):
         images, factor = torch.full((2, 2), float(i)), torch.tensor(2.0 + i)
         expected += 4.0 * i * (2.0 + i)
+        given.append((images, factor))
         graph([images, factor])
     assert total.item() == expected
+    assert [(images[0, 0], factor) for images, factor in given] == [(i, 2.0 + i) for i in range(WARM_UP + 3)]
     assert len(seen) == WARM_UP + 1 and graphs.replays == 3  # the recording itself adds nothing
 
 
