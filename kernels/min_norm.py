@@ -54,6 +54,7 @@ def min_norm_kernel(
             A -= factor[:, None] * row[None, :]
         pivots = tl.sum(tl.where(diagonal, A, 0.0), axis=1)
         step, unit = step / pivots, unit / pivots
+        # A NaN anywhere in G is in this sum, and so in every weight.
         d_low = step - unit * (tl.sum(step, axis=0) / tl.sum(unit, axis=0))
         d_dual_low = mu / low - dual_low - ratio_low * d_low
         d_dual_high = mu / high - dual_high + ratio_high * d_low
@@ -63,9 +64,7 @@ def min_norm_kernel(
         low, high = low + length * d_low, high - length * d_low
         dual_low, dual_high = dual_low + length * d_dual_low, dual_high + length * d_dual_high
     low = tl.where(inside, low, 0.0)
-    # A sum with NaN or infinities is not 0 times 0, where a maximum passes over NaN.
-    nothing = tl.sum(tl.sum(G, axis=1), axis=0) * 0.0
-    tl.store(weights + i, low / tl.sum(low, axis=0) + nothing, mask=inside)
+    tl.store(weights + i, low / tl.sum(low, axis=0), mask=inside)
 
 
 def min_norm(gram: Tensor, cap: float, steps: int, floor: float) -> Tensor:

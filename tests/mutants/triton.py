@@ -153,7 +153,6 @@ CHANGES = (
         Change(
             "rows below the pivot only", "tl.where(here, 0.0, column / pivot)", "tl.where(i <= p, 0.0, column / pivot)"
         ),
-        Change("weights of NaN are numbers", "low / tl.sum(low, axis=0) + nothing", "low / tl.sum(low, axis=0)"),
         Change(
             "padding takes part in the sum of the weights",
             "step, unit = tl.where(inside, pull, 0.0), tl.where(inside, one, zero)",
