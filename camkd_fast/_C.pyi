@@ -24,24 +24,26 @@ class OutputMemory:
 
 def instruction_set() -> str: ...
 def connect_tensors(api: object, tensor: type, parameter: type, /) -> bool:
-    """Connects to torch's C functions for tensors; False if this torch has none, and then `mean_loss` returns None."""
+    """Connects to torch's C functions for tensors; False if this torch has none, and then `logit_loss` returns None."""
 
 def are_dense(*tensors: Tensor) -> bool:
     """Whether each is a tensor whose memory holds its values as they are (csrc/python/tensors.h, look); False without
     a connection."""
 
-def mean_loss(
+def logit_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
     formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
     loss_scale: float | Tensor | None,
     grad_enabled: bool,
     threads: int,
     poison: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float] | None:
-    """Loss, row_stats, grad_student, sums and 1 / valid rows; None for unsupported or invalid arguments."""
+    """Loss, row_stats, grad_student, sums and 1 / divisor; None for unsupported or invalid arguments."""
 
 def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
 def row_loss(
@@ -97,6 +99,27 @@ def cuda_build() -> tuple[bool, str]: ...
 
 # The functions below exist if cuda_build()[0] is true; `stream` is a cudaStream_t of the current device.
 
+def cuda_logit_loss(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
+    loss_scale: float | Tensor | None,
+    grad_enabled: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Loss, row_stats, grad_student and `others` of `cuda_row_loss`, which is None for reduction "none"; None for
+    unsupported or invalid arguments."""
+
+def cuda_scale(grad: Tensor, factor: Tensor, out: Tensor, /) -> bool:
+    """`cuda_scale_rows` by tensors; False, with nothing done, for any that it does not take."""
+
+def cuda_batch_floats(N: int, /) -> int:
+    """Elements of `others` in `cuda_row_loss` for N rows on the current device."""
+
 def cuda_row_loss(
     shape: Shape,
     streams: list[Matrix],
@@ -107,7 +130,7 @@ def cuda_row_loss(
     grad_student: int,
     grad_scale: float,
     grad_scale_device: int,
-    mean: tuple[int, int],
+    mean: tuple[int, int],  # loss (), and `others`: hard, soft, 1 / valid rows, then the kernel's own numbers
     debug: bool,
     stream: int,
     /,

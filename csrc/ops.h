@@ -8,11 +8,15 @@
 
 namespace camkd {
 
-// Where the means over the rows that are not ignored are written; null for none. If set, the gradient is also divided
-// by the number of these rows (at least 1). CUDA only: a CPU caller knows the number and passes it in `grad_scale`.
-struct MeanOutput {
-    float* loss;
-    float* others;  // (3): hard, soft, 1 / number of rows
+// What the kernel makes of the rows of a minibatch. CUDA only: a CPU caller adds up itself.
+struct BatchOutput {
+    float* losses;  // (N): a copy of the first row of row_stats, or null
+    float* loss;    // the sum of the losses times a factor, or null for neither this nor what follows
+    float* others;  // (cuda::batch_floats(N)): the same of hard and soft, the factor; then the kernel's own numbers
+    // The factor is 1 / number of rows that are not ignored (at least 1), and the gradient is multiplied by it too;
+    // else it is `factor`, which the caller has put into `grad_scale`.
+    bool counts;
+    float factor;
 };
 
 struct RowLossArgs {
@@ -27,7 +31,7 @@ struct RowLossArgs {
     void* grad_student;              // (N, C) contiguous in the student's dtype, or null
     float grad_scale;                // multiplies the gradient, and so does ...
     const float* grad_scale_device;  // ... one element in device memory; null for 1, and on a CPU
-    MeanOutput mean;
+    BatchOutput batch;
 };
 
 // out = grad * factor, row by row.

@@ -133,25 +133,32 @@ class LabelCounter(Protocol):
         ...
 
 
-MeanLoss = tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float]
+class WholeLoss(NamedTuple):
+    """The loss of a batch."""
+
+    loss: Tensor  # (), or the target's shape for reduction "none"
+    row_stats: Tensor  # (3 + 3K, N)
+    grad_student: Tensor | None  # (N, C): d(loss_scale * loss) / d student
+    sums: tuple[float, float, float] | None  # as in RowLossResult
+    means: tuple[Tensor, Tensor] | None  # likewise, for every reduction but "none"
+    inverse_divisor: float | None  # what the sums are multiplied by, if the host knows it
 
 
-class MeanLossBackend(Protocol):
-    """A backend that computes the whole mean loss, unchecked arguments included, in one call."""
+class WholeLossBackend(Protocol):
+    """A backend that computes the whole logit loss, unchecked arguments included, in one call."""
 
-    def mean_loss(
+    def logit_loss(
         self,
         student: Tensor,
         teachers: Tensor | Sequence[Tensor],
         target: Tensor,
         formula: Formula,
+        reduction: str,
+        num_items: float | Tensor | None,
         loss_scale: float | Tensor | None,
-    ) -> MeanLoss | None:
-        """Fast path for ordinary CPU tensors. Returns None for unsupported or invalid input; the general path then
-        reports the error.
-
-        Returns:
-            The loss; row_stats; d(loss_scale * loss) / d student as (N, C), or None if there is no loss_scale and
-            the student requires no gradient; the sums of loss, hard and soft; 1 / number of valid rows.
+    ) -> WholeLoss | None:
+        """Fast path for ordinary tensors on the backend's device. Returns None for unsupported or invalid input; the
+        general path then reports the error. There is a gradient if there is a loss_scale, or if the student requires
+        one.
         """
         ...

@@ -11,7 +11,7 @@ from torch.utils import deterministic
 from .. import _C
 from ..losses.formula import Formula
 from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
-from .contract import MeanLoss, RowLossResult, row_stats_count
+from .contract import RowLossResult, WholeLoss, row_stats_count
 
 # Named in every allocation, because a default device may be set.
 _DEVICE = torch.device("cpu")
@@ -50,20 +50,27 @@ def _fills_memory() -> bool:
     return torch._C._get_deterministic_algorithms() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
-def mean_loss(
+def logit_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
     formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
     loss_scale: float | Tensor | None,
-) -> MeanLoss | None:
-    """See `contract.MeanLossBackend`."""
+) -> WholeLoss | None:
+    """See `contract.WholeLossBackend`."""
     if not _CONNECTED:
         return None
-    may_need_grad = loss_scale is None and torch.is_grad_enabled()
-    return _C.mean_loss(
-        student, teachers, target, formula, loss_scale, may_need_grad, torch.get_num_threads(), _fills_memory()
+    found = _C.logit_loss(
+        *(student, teachers, target, formula, reduction, num_items, loss_scale, torch.is_grad_enabled()),
+        torch.get_num_threads(),
+        _fills_memory(),
     )
+    if found is None:
+        return None
+    loss, row_stats, grad_student, sums, inverse = found
+    return WholeLoss(loss, row_stats, grad_student, sums, None, inverse)
 
 
 def row_loss(

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _C
 from ..losses.formula import Formula
 from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
-from .contract import RowLossResult, row_stats_count
+from .contract import RowLossResult, WholeLoss, row_stats_count
 
 # Device-side assertions on labels; they stop the context.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
@@ -44,12 +44,37 @@ def built_for(capability: tuple[int, int]) -> bool:
     return False
 
 
+# torch >= 2.10 lets C++ read and make tensors itself.
+_CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
+
+
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
 def _stream_of(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def logit_loss(
+    student: Tensor,
+    teachers: Tensor | Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
+    loss_scale: float | Tensor | None,
+) -> WholeLoss | None:
+    """See `contract.WholeLossBackend`."""
+    if not _CONNECTED:
+        return None
+    found = _C.cuda_logit_loss(
+        student, teachers, target, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
+    )
+    if found is None:
+        return None
+    loss, row_stats, grad_student, others = found
+    return WholeLoss(loss, row_stats, grad_student, None, None if others is None else (loss, others), None)
 
 
 def row_loss(
@@ -65,11 +90,12 @@ def row_loss(
     N, C, _ = shape = shape_of(student)
     device = student.device
     row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
-    # The loss has memory of its own, since a caller may write to it.
-    means = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (3,))] if mean else []
     grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if needs_grad else None
     on_device = grad_scale if isinstance(grad_scale, Tensor) else None
     with _device_of(student):
+        # The loss has memory of its own, since a caller may write to it.
+        sizes = [(), (_C.cuda_batch_floats(N),)] if mean else []
+        means = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
         _C.cuda_row_loss(
             shape,
             [matrix(logits) for logits in (student, *teachers)],
@@ -84,10 +110,12 @@ def row_loss(
             DEBUG,
             _stream_of(student),
         )
-    return RowLossResult(row_stats, grad_student, None, (means[0], means[1]) if mean else None)
+    return RowLossResult(row_stats, grad_student, None, (means[0], means[1][:3]) if mean else None)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    if _CONNECTED and _C.cuda_scale(grad, factor, out):
+        return out
     N, C = grad.shape
     factor = factor.contiguous()  # the kernels take per-row numbers without strides
     with _device_of(grad):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .contract import COMPILED_DTYPES, Backend, LabelCounter, MeanLossBackend, MinNormSolver
+from .contract import COMPILED_DTYPES, Backend, LabelCounter, MinNormSolver, WholeLossBackend
 
 if TYPE_CHECKING:  # holds every backend to the contract
     from .. import kernels
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # holds every backend to the contract
 
     _backends: tuple[Backend, ...] = (cpu, cuda, kernels, reference)
     _label_counters: tuple[LabelCounter, ...] = (cpu, reference)
-    _mean_loss: MeanLossBackend = cpu
+    _whole_loss: tuple[WholeLossBackend, ...] = (cpu, cuda)
     _min_norm: MinNormSolver = kernels
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -39,11 +39,14 @@ _MODULES = {
     "triton": "camkd_fast.kernels",
     "cuda": "camkd_fast.backends.cuda",
 }
+_CPU = torch.device("cpu")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). Every entry needs
-# a result under benchmarks/results/ from that architecture that shows them faster at those widths.
-CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1000, 128256),)
+# a result from that architecture that shows them faster at those widths. From 1000 classes on it is under
+# benchmarks/results/; below, the host decides (H200, commit df155c7, 64 x 100: 57 us of the host against 193, 10 us of
+# the device against 8).
+CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1, 128256),)
 
 
 class Availability(NamedTuple):
@@ -90,19 +93,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _device_refusal(name: str, device: torch.device) -> str | None:
+    """Why compiled backend `name` cannot run tensors on this device, whatever they are; None if it can."""
+    state = availability(name)
+    if not state.usable:
+        return state.reason
+    wanted = ("cuda", "cpu") if name == "triton" and interpreting() else _DEVICES[name]
+    if device.type not in wanted:
+        return f"it takes {' or '.join(wanted)} tensors, got {device.type}"
+    if name == "cuda" and not _module(name).built_for(capability := _capability(device)):
+        return f"it was built for {_module(name).build()[1]}, got compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
 def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
     """Why backend `name` cannot run these tensors; None if it can."""
     if name == "reference":
         return None
-    state = availability(name)
-    if not state.usable:
-        return state.reason
-    device = tensors[0].device.type
-    wanted = ("cuda", "cpu") if name == "triton" and interpreting() else _DEVICES[name]
-    if device not in wanted:
-        return f"it takes {' or '.join(wanted)} tensors, got {device}"
-    if name == "cuda" and not _module(name).built_for(capability := _capability(tensors[0].device)):
-        return f"it was built for {_module(name).build()[1]}, got compute capability {capability[0]}.{capability[1]}"
+    refusal = _device_refusal(name, tensors[0].device)
+    if refusal is not None:
+        return refusal
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"
@@ -119,12 +129,12 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"camkd_fast falls back to PyTorch operations, several times slower: {reason}", stacklevel=4)
 
 
-def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
+def _candidates(device: torch.device, C: int) -> tuple[tuple[str, ...], str]:
     """Backends for `auto` to try, best first, and why the first one is."""
-    device = tensor.device.type
-    if device != "cuda":
-        return ("cpu", "reference") if device == "cpu" else ("reference",), f"fastest for {device} tensors"
-    capability, C = _capability(tensor.device), tensor.shape[-1]
+    if device.type != "cuda":
+        names = ("cpu", "reference") if device.type == "cpu" else ("reference",)
+        return names, f"fastest for {device.type} tensors"
+    capability = _capability(device)
     measured = any(capability == c and fewest <= C <= most for c, fewest, most in CUDA_PREFERRED)
     where = f"compute capability {capability[0]}.{capability[1]}, {C} classes"
     if measured:
@@ -146,7 +156,7 @@ def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] =
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
-    names, why = _candidates(tensors[0])
+    names, why = _candidates(*_place(tensors[0]))
     reasons, missing = [], []
     for name in names:
         refusal = _refusal(name, tensors, others)
@@ -182,24 +192,37 @@ def backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tens
         tensors: of the dtypes that the backend reads.
         others: labels, weights, factors: every other tensor whose address the backend takes.
     """
-    if requested == "auto" and tensors[0].device.type == "cpu" and _all_compiled(tensors, others):
-        return cast(Backend, _module("cpu"))
-    return cast(Backend, _module(choose(requested, tensors, others)[0]))
+    name = _compiled(requested, *_place(tensors[0]))
+    if name is None or not _all_ordinary(tensors, others):
+        name = choose(requested, tensors, others)[0]
+    return cast(Backend, _module(name))
 
 
-def _all_compiled(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """The common case of `choose` for CPU tensors, without building its reasons."""
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Device and number of classes, on which the choice depends; the number only on a GPU."""
+    return (_CPU, 0) if tensor.is_cpu else (tensor.device, tensor.shape[-1] if tensor.dim() else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(requested: str, device: torch.device, C: int) -> str | None:
+    """The compiled backend of ordinary tensors, without building reasons; None if `choose` has to look at them."""
+    name = _candidates(device, C)[0][0] if requested == "auto" else requested
+    return name if name in _DEVICES and _device_refusal(name, device) is None else None
+
+
+def _all_ordinary(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.dtype not in COMPILED_DTYPES:
             return False
-    return availability("cpu").usable and memory.is_ordinary([*tensors, *others])
+    return memory.is_ordinary([*tensors, *others])
 
 
-@functools.cache
-def mean_loss_backend(requested: str) -> MeanLossBackend | None:
-    """The backend with a fast path for the mean loss, if `requested` allows it."""
-    usable = requested in ("auto", "cpu") and availability("cpu").usable
-    return cast(MeanLossBackend, _module("cpu")) if usable else None
+def whole_loss_backend(requested: str, student: object) -> WholeLossBackend | None:
+    """The backend that may compute the logit loss of these logits, unchecked as they are, in one call."""
+    if not isinstance(student, Tensor):
+        return None
+    name = _compiled(requested, *_place(student))
+    return cast(WholeLossBackend, _module(name)) if name in ("cpu", "cuda") else None
 
 
 @functools.cache

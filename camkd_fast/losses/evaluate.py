@@ -1,6 +1,6 @@
 """The value of the logit loss and, with it, the student's gradient.
 
-_mean_on_cpu       the mean over dense CPU tensors: one C++ call that also checks and reduces
+_in_one_call       ordinary tensors: one C++ call that also checks and reduces
 _mean_on_device    the mean if only the device knows the number of valid rows: the kernel counts and reduces
 _rows              everything else: rows by the way that suits the tensors (`entry`), reduced here
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.dispatch import mean_loss_backend
+from ..backends.dispatch import whole_loss_backend
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
@@ -23,6 +23,9 @@ from .layout import contiguous_labels
 from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
 from .output import CAMKDOutput, reduce_rows
 from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_scales
+
+# The kernel has applied all factors; nothing else reads the plan without given weights.
+_NOTHING_LEFT = ScalePlan(1.0, 1.0, None)
 
 
 class Evaluation(NamedTuple):
@@ -47,8 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Checks the arguments and computes the loss. With a `loss_scale`, the gradient is the finished one."""
     way = way_of_call()
-    if reduction == "mean" and num_items is None and way is Way.KERNEL:
-        evaluation = _mean_on_cpu(student, teacher_logits, target, formula, backend, loss_scale)
+    if way is Way.KERNEL:
+        evaluation = _in_one_call(student, teacher_logits, target, formula, reduction, num_items, backend, loss_scale)
         if evaluation is not None:
             return evaluation
     way, (student, teacher_logits, target, weighting, num_items, loss_scale) = enter(
@@ -121,24 +124,26 @@ def _checked_call(
     return RowLossCall(student, teachers, labels, formula, needs_grad, backend)
 
 
-def _mean_on_cpu(
+def _in_one_call(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
     formula: Formula,
+    reduction: str,
+    num_items: float | Tensor | None,
     backend: str,
     loss_scale: float | Tensor | None,
 ) -> Evaluation | None:
     """Fast path: one C++ call. Returns None for unsupported or invalid input; the general path reports the error."""
-    module = mean_loss_backend(backend)
+    module = whole_loss_backend(backend, student)
     if module is None:
         return None
-    found = module.mean_loss(student, teachers, target, formula, loss_scale)
+    found = module.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale)
     if found is None:
         return None
-    loss, row_stats, grad_student, sums, inverse = found
-    output = CAMKDOutput(loss, row_stats, sums, None, inverse, target.shape)
-    return Evaluation(output, grad_student, None, ScalePlan(inverse, 1.0, inverse))
+    inverse = None if reduction == "none" else found.inverse_divisor
+    output = CAMKDOutput(found.loss, found.row_stats, found.sums, found.means, inverse, target.shape)
+    return Evaluation(output, found.grad_student, None, _NOTHING_LEFT)
 
 
 def _mean_on_device(

@@ -5,6 +5,15 @@
 
 namespace camkd::cuda {
 
+// Makes a device the current one, and returns the one before.
+int exchange_device(int index);
+
+// Numbers that a launch for N rows may write to BatchOutput::others, on the current device.
+int64_t batch_floats(int64_t N);
+
+// Kernels count the columns of a row in 32 bits, with room for the last vector; rows and elements in 64.
+constexpr int64_t kMostColumns = INT32_MAX - 64 * 1024;
+
 // Where and how to launch. `debug` asserts on the device that labels are valid.
 struct LaunchOptions {
     void* stream;  // a cudaStream_t of the current device

@@ -1,6 +1,8 @@
-// The mean over a minibatch: the number of rows that are not ignored, and the sums over row_stats. For a small
-// minibatch the row kernel does both (RowKernel::write_batch_means); for larger ones, two kernels of a few blocks run
-// around it.
+// The loss of a minibatch: the number of rows that are not ignored, and the sums over the rows.
+//
+// If one cluster computes the whole minibatch, its blocks meet at cluster barriers (RowKernel). Otherwise the blocks
+// meet at a pair of counters in device memory: each adds the number of its labels before its first row and its arrival
+// after its last one. The last block to arrive adds up the sums of all blocks, in their order, and resets the counters.
 #pragma once
 
 #include "api.h"
@@ -8,18 +10,100 @@
 
 namespace camkd::cuda {
 
+// Where the blocks of a launch meet; 0 between two launches.
+struct BatchCounters {
+    unsigned long long counted;   // blocks that have counted their labels, times 2^40, plus the labels that are kept
+    unsigned long long finished;  // blocks that have written their sums
+};
+constexpr int kCountBits = 40;
+
+// Counters for a launch of the current device: no other launch uses them until it has ended. Null if there are none
+// left; the minibatch then takes separate launches.
+BatchCounters* counters_for(const LaunchOptions&);
+
 CAMKD_DEVICE float inverse_of(float count) {
     return 1.0f / fmaxf(count, 1.0f);
 }
 
-// Writes the mean of row i of row_stats: loss, hard or soft.
-CAMKD_DEVICE void write_mean(const MeanOutput& mean, int i, float value) {
-    *(i == 0 ? mean.loss : mean.others + i - 1) = value;
+// By one warp: how many of `count` labels from `first` on are not ignored.
+CAMKD_DEVICE float count_labels(const RowLossArgs& args, int64_t first, int64_t count) {
+    int kept = 0;
+#pragma unroll 1
+    for (int64_t i = thread_id() % kWarp; i < count; i += kWarp)
+        kept += args.target[first + i] != args.formula.ignore_index;
+    return warp_sum(float(kept));
 }
 
-// Runs before the rows: writes 1 / (number of rows, at least 1) to args.mean.others[2].
+// By one warp of every block: the number of labels that are not ignored, each block counting its share. A block that
+// has to wait too long, because others have not started yet, counts all of them itself; so nothing can hang.
+CAMKD_DEVICE float count_with_others(const RowLossArgs& args, BatchCounters* counters) {
+    constexpr int polls = 1000;  // half a microsecond each
+    const unsigned long long mask = (1ull << kCountBits) - 1;
+    const int64_t share = (args.N + block_count() - 1) / block_count(), first = block_id() * share;
+    const float mine =
+        count_labels(args, first, first < args.N ? (args.N - first < share ? args.N - first : share) : 0);
+    float all = -1;
+    if (thread_id() % kWarp == 0) {
+        add_device(&counters->counted, (1ull << kCountBits) + (unsigned long long)(mine));
+        for (int i = 0; i < polls && all < 0; ++i) {
+            const unsigned long long seen = read_device(&counters->counted);
+            if (int64_t(seen >> kCountBits) == block_count()) all = float(seen & mask);
+        }
+    }
+    all = shuffle(all, 0);
+    return all < 0 ? count_labels(args, 0, args.N) : all;
+}
+
+// Writes a number of the minibatch: loss, hard or soft.
+CAMKD_DEVICE void write_number(const BatchOutput& batch, int i, float value) {
+    *(i == 0 ? batch.loss : batch.others + i - 1) = value;
+}
+
+// What a block has in shared memory for the minibatch.
+struct alignas(Pack) BatchScalars {
+    float factor;      // of the numbers of the minibatch
+    float grad_scale;  // of the gradient, this factor included
+    bool last;         // this block has finished last
+};
+
+// By a whole block, in its last step. `part(p, i)` is the sum of loss, hard or soft over rows of this block, for p <
+// parts. The block's sums become visible to the last block, which writes the numbers of the minibatch.
+template <class Part>
+CAMKD_DEVICE void add_up_blocks(const RowLossArgs& args, BatchCounters* counters, BatchScalars* scalars, int parts,
+                                Part part) {
+    constexpr int numbers = row_stats::per_teacher;
+    const int lane = thread_id() % kWarp, warp = thread_id() / kWarp, warps = block_threads() / kWarp;
+    float* const sums = args.batch.others + numbers;  // (blocks, numbers)
+    block_barrier();
+    if (warp == 0) {
+        if (lane < numbers) {
+            float sum = 0;
+#pragma unroll 1
+            for (int p = 0; p < parts; ++p) sum += part(p, lane);
+            sums[block_id() * numbers + lane] = sum;
+        }
+        warp_barrier();
+        if (lane == 0) scalars->last = arrive_device(&counters->finished) + 1 == (unsigned long long)(block_count());
+    }
+    block_barrier();
+    if (!scalars->last) return;
+    const float factor = scalars->factor;
+    for (int i = warp; i < numbers; i += warps) {
+        float total = 0;
+#pragma unroll 1
+        for (int b = lane; b < int(block_count()); b += kWarp) total += read_device(&sums[b * numbers + i]);
+        total = warp_sum(total);
+        if (lane == 0) write_number(args.batch, i, total * factor);
+    }
+    if (thread_id() == 0) {
+        args.batch.others[2] = factor;
+        *counters = {0, 0};
+    }
+}
+
+// By separate launches, where there are no counters or no rows: before the rows, writes the factor to
+// args.batch.others[2]; after them, the numbers of the minibatch.
 void count_rows(const RowLossArgs& args, const LaunchOptions&);
-// Runs after the rows: writes the means of loss, hard and soft.
-void average_rows(const RowLossArgs& args, const LaunchOptions&);
+void add_up_rows(const RowLossArgs& args, const LaunchOptions&);
 
 }  // namespace camkd::cuda

@@ -1,20 +1,18 @@
 // The CUDA functions of the Python module. Launching takes microseconds, so the GIL is kept.
 #include "bindings.h"
 
-#include <limits>
-
 #include "../python/arguments.h"
 #include "api.h"
+#include "tensor_calls.h"
 
 namespace camkd::cuda {
 namespace {
 
 using namespace camkd::arguments;
 
-// Kernels count the columns of a row in 32 bits, with room for the last vector; rows and elements in 64.
 void check_columns(int64_t C) {
-    constexpr int64_t most = std::numeric_limits<int>::max() - 64 * 1024;
-    if (C > most) throw std::invalid_argument("at most " + std::to_string(most) + " columns, got " + std::to_string(C));
+    if (C > kMostColumns)
+        throw std::invalid_argument("at most " + std::to_string(kMostColumns) + " columns, got " + std::to_string(C));
 }
 
 LaunchOptions options_of(uintptr_t stream, bool debug = false) {
@@ -28,7 +26,8 @@ void py_row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams, ui
     RowLossArgs args = row_loss_args(shape, streams, target, formula, weights, row_stats, grad_student, grad_scale);
     check_columns(args.C);
     args.grad_scale_device = pointer<const float>(grad_scale_device);
-    args.mean = {pointer<float>(std::get<0>(mean)), pointer<float>(std::get<1>(mean))};
+    const auto [loss, others] = mean;
+    args.batch = {nullptr, pointer<float>(loss), pointer<float>(others), loss != 0, 1};
     row_loss(args, options_of(stream, debug));
 }
 
@@ -67,6 +66,8 @@ void py_feature_backward(int64_t N, const std::vector<int64_t>& M, const std::ve
 }  // namespace
 
 void add_bindings(pybind11::module_& m) {
+    add_tensor_calls(m);
+    m.def("cuda_batch_floats", &batch_floats);
     m.def("cuda_row_loss", &py_row_loss);
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);

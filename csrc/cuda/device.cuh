@@ -16,6 +16,7 @@
 #include <cstring>
 
 #define CAMKD_DEVICE __device__ __forceinline__
+#define CAMKD_GLOBAL __device__  // a variable in device memory, zero when the module is loaded
 #define CAMKD_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 // A parameter that stays in constant memory; without this, dynamic indexing would copy it to local memory.
 #define CAMKD_PARAMETER const __grid_constant__
@@ -187,6 +188,23 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(p.word[0]), "r"(p.word[1]),
                  "r"(p.word[2]), "r"(p.word[3])
                  : "memory");
+}
+
+// Numbers in device memory by which the blocks of a launch meet. `arrive_device` counts this thread's block, makes what
+// the block wrote before (and a barrier ordered before this thread) visible to whoever arrives later, and returns how
+// many arrived before.
+CAMKD_DEVICE void add_device(unsigned long long* at, unsigned long long x) {
+    atomicAdd(at, x);
+}
+CAMKD_DEVICE unsigned long long arrive_device(unsigned long long* at) {
+    __threadfence();
+    const unsigned long long before = atomicAdd(at, 1ull);
+    __threadfence();
+    return before;
+}
+template <class Number>
+CAMKD_DEVICE Number read_device(const Number* at) {
+    return *static_cast<const volatile Number*>(at);
 }
 
 // --- arithmetic ---

@@ -27,6 +27,11 @@ void launch_kernel(void (*kernel)(Launch), const LaunchConfig& config, const Lau
     launch_address(reinterpret_cast<const void*>(kernel), config, const_cast<Launch*>(&launch), options);
 }
 
+template <class Variable>
+void* device_address(const Variable& variable) {
+    return address_of_variable(&variable);
+}
+
 }  // namespace camkd::cuda
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace camkd::cuda {
 namespace {
@@ -55,6 +56,12 @@ cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaL
 }
 
 }  // namespace
+
+int exchange_device(int index) {
+    const int before = current_device();
+    if (before != index) check(cudaSetDevice(index), "cudaSetDevice");
+    return before;
+}
 
 const Limits& device_limits() {
     static std::mutex mutex;
@@ -105,6 +112,35 @@ void launch_address(const void* kernel, const LaunchConfig& config, void* launch
     const cudaLaunchConfig_t native = native_config(config, options.stream, &attribute);
     void* arguments[] = {launch};
     check(cudaLaunchKernelExC(&native, kernel, arguments), "launch");
+}
+
+void* address_of_variable(const void* variable) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, void*> cache;
+    std::lock_guard<std::mutex> lock(mutex);
+    void*& address = cache[{current_device(), variable}];
+    if (!address) check(cudaGetSymbolAddress(&address, variable), "address of a variable");
+    return address;
+}
+
+int counter_slot(const LaunchOptions& options, int slots) {
+    static std::mutex mutex;
+    static std::map<int, int> taken;  // of each device
+    static std::map<std::pair<int, void*>, int> of_stream;
+    const auto stream = static_cast<cudaStream_t>(options.stream);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+        cudaGetLastError();  // the legacy stream while another one records; the launch will say so
+        return -1;
+    }
+    if (stream == cudaStreamPerThread) return -1;  // one handle for a stream of every thread
+    const int device = current_device();
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto next = [&] { return taken[device] < slots ? taken[device]++ : -1; };
+    if (status != cudaStreamCaptureStatusNone) return next();
+    const auto at = of_stream.find({device, options.stream});
+    if (at != of_stream.end()) return at->second;
+    return of_stream[{device, options.stream}] = next();
 }
 
 }  // namespace camkd::cuda

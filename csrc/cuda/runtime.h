@@ -21,4 +21,11 @@ int64_t resident_blocks_of(const void* kernel, const LaunchConfig& config);
 
 void launch_address(const void* kernel, const LaunchConfig& config, void* launch, const LaunchOptions& options);
 
+// The address of a variable in the current device's memory.
+void* address_of_variable(const void* variable);
+
+// A number below `slots` that no other launch on the current device uses before this one has ended; -1 if there is
+// none.
+int counter_slot(const LaunchOptions& options, int slots);
+
 }  // namespace camkd::cuda

@@ -5,7 +5,7 @@
 #include "../cpu/row_call.h"
 #include "arguments.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
-#include "mean_loss.h"
+#include "logit_loss.h"
 
 namespace py = pybind11;
 using namespace camkd;
@@ -79,7 +79,7 @@ py::tuple exported(const T (&values)[count]) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of camkd_fast; called only by camkd_fast.backends.";
-    python::add_mean_loss(m);
+    python::add_logit_loss(m);
     m.def("row_loss", &row_loss);
     m.def("scale_rows", &scale_rows);
     m.def("confidence_forward", &confidence_forward);

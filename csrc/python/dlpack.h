@@ -11,11 +11,13 @@ struct Version {
     uint32_t major, minor;
 };
 
-enum class DeviceType : int32_t { cpu = 1 };
+enum class DeviceType : int32_t { cpu = 1, cuda = 2 };
 
 struct Device {
     DeviceType type;
     int32_t index;
+
+    bool operator==(const Device& o) const { return type == o.type && index == o.index; }
 };
 
 enum class TypeCode : uint8_t { signed_integer = 0, floating = 2, bfloat = 4 };

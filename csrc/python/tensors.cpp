@@ -82,7 +82,8 @@ bool connect(py::object api, py::type tensor, py::type parameter) {
     if (!PyCapsule_IsValid(api.ptr(), "dlpack_exchange_api")) return false;
     auto* found = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
     while (found && found->version.major > 1) found = found->older;
-    if (!found || found->version.major != 1 || !found->look || !found->give) return false;
+    if (!found || found->version.major != 1 || !found->look || !found->give || !found->allocate || !found->stream)
+        return false;
     py::object is_neg = tensor.attr("is_neg"), storage_offset = tensor.attr("storage_offset");
     connection = {found,
                   tensor.release().ptr(),
@@ -109,6 +110,18 @@ bool requires_grad(PyObject* object) {
     return !is_false(PyObject_GetAttr(object, connection.requires_grad));
 }
 
+bool dtype_of(const dlpack::Tensor& tensor, DType& out) {
+    if (tensor.dtype == dlpack::kFloat32)
+        out = DType::f32;
+    else if (tensor.dtype == dlpack::kBFloat16)
+        out = DType::bf16;
+    else if (tensor.dtype == dlpack::kFloat16)
+        out = DType::f16;
+    else
+        return false;
+    return true;
+}
+
 py::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bool poison, void*& data) {
     int64_t elements = 1;
     for (int i = 0; i < dimensions; ++i) elements *= shape[i];
@@ -128,6 +141,26 @@ py::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bo
     void* object = nullptr;
     if (connection.api->give(&made->managed, &object) != 0) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+py::object make_on(const dlpack::Device& device, const int64_t* shape, int dimensions, dlpack::DataType dtype,
+                   void*& data) {
+    dlpack::Tensor like{nullptr, device, dimensions, dtype, const_cast<int64_t*>(shape), nullptr, 0};
+    dlpack::ManagedTensor* made = nullptr;
+    const auto raise = [](void*, const char* kind, const char* message) {
+        PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
+    };
+    if (connection.api->allocate(&like, &made, nullptr, raise) != 0) throw py::error_already_set();
+    data = address(made->tensor);
+    void* object = nullptr;
+    if (connection.api->give(made, &object) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+void* current_stream(const dlpack::Device& device) {
+    void* stream = nullptr;
+    if (connection.api->stream(device.type, device.index, &stream) != 0) throw py::error_already_set();
+    return stream;
 }
 
 }  // namespace camkd::tensors

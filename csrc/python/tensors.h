@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "../contract.h"
 #include "dlpack.h"
 
 namespace camkd::tensors {
@@ -21,10 +22,24 @@ inline bool in_main_memory(const dlpack::Tensor& tensor) {
     return tensor.device.type == dlpack::DeviceType::cpu;
 }
 
+inline void* address(const dlpack::Tensor& tensor) {
+    return static_cast<char*>(tensor.data) + tensor.byte_offset;
+}
+
 bool requires_grad(PyObject* object);
 
-// A contiguous tensor, uninitialised or filled with NaN (`poison`), whose address is stored in `data`. Large ones use
-// recycled pages (cpu/output_memory.h). Throws std::bad_alloc or pybind11::error_already_set.
+// The kernels' code of a tensor's dtype; false for one that they do not take.
+bool dtype_of(const dlpack::Tensor& tensor, DType& out);
+
+// A contiguous CPU tensor, uninitialised or filled with NaN (`poison`), whose address is stored in `data`. Large ones
+// use recycled pages (cpu/output_memory.h). Throws std::bad_alloc or pybind11::error_already_set.
 pybind11::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bool poison, void*& data);
+
+// A contiguous tensor by torch's allocator, whose address is stored in `data`. Throws pybind11::error_already_set.
+pybind11::object make_on(const dlpack::Device& device, const int64_t* shape, int dimensions, dlpack::DataType dtype,
+                         void*& data);
+
+// torch's current stream on a device. Throws pybind11::error_already_set.
+void* current_stream(const dlpack::Device& device);
 
 }  // namespace camkd::tensors

@@ -42,7 +42,7 @@ def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
     case = make_case(4, 10)
     module = dispatch.backend_for(name, [case.student])
     results = []
-    for function in [getattr(module, name) for name in ("row_loss", "mean_loss") if hasattr(module, name)]:
+    for function in [getattr(module, name) for name in ("row_loss", "logit_loss") if hasattr(module, name)]:
 
         def spy(*args, function=function, **kwargs):
             results.append(function(*args, **kwargs))
@@ -50,7 +50,7 @@ def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
 
         monkeypatch.setattr(module, function.__name__, spy)
     camkd_loss(case.student, case.teachers, case.target, backend=name)
-    # mean_loss may leave a call to row_loss, as it does with a PyTorch that has no exchange of tensors with C++
+    # logit_loss may leave a call to row_loss, as it does with a PyTorch that has no exchange of tensors with C++
     assert sum(result is not None for result in results) == 1
 
 
@@ -75,7 +75,10 @@ def gpu_logits(monkeypatch):
     built = SimpleNamespace(build=lambda: (True, "90"), built_for=lambda capability: capability >= (8, 0))
     monkeypatch.setattr(dispatch, "_module", lambda name: built)
     monkeypatch.setattr(dispatch.memory, "are_dense", lambda tensors: True)
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size([8, 1000]))
+    shape = torch.Size([8, 1000])
+    return SimpleNamespace(
+        device=torch.device("cuda", 0), is_cpu=False, dtype=torch.bfloat16, shape=shape, dim=lambda: len(shape)
+    )
 
 
 def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logits, monkeypatch):
@@ -100,9 +103,22 @@ def test_a_measurement_counts_from_its_fewest_to_its_most_classes(gpu_logits, mo
 
 
 @pytest.mark.skipif(not dispatch.availability("cpu").usable, reason="no compiled module")
-def test_only_the_cpu_backend_has_a_fast_mean():
-    found = {name: dispatch.mean_loss_backend(name) is not None for name in ("auto", *dispatch.BACKENDS)}
+def test_cpu_logits_take_one_call_only_where_the_cpu_backend_is_allowed():
+    logits = torch.zeros(2, 3)
+    found = {name: dispatch.whole_loss_backend(name, logits) is not None for name in ("auto", *dispatch.BACKENDS)}
     assert found == {"auto": True, "cpu": True, "cuda": False, "triton": False, "reference": False}
+    for other in (None, [1.0], torch.zeros((), device="meta"), torch.zeros(2, 3, device="meta")):
+        assert dispatch.whole_loss_backend("auto", other) is None
+
+
+def test_gpu_logits_take_one_call_where_cuda_is_preferred_or_requested(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "_compiled", dispatch._compiled.__wrapped__)
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (((9, 0), 512, 2048),))
+    gpu, C = gpu_logits.device, gpu_logits.shape[-1]
+    assert [dispatch._compiled("auto", gpu, classes) for classes in (511, C, 2049)] == ["triton", "cuda", "triton"]
+    assert dispatch._compiled("cuda", gpu, 5) == "cuda" and dispatch._compiled("cpu", gpu, 5) is None
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    assert dispatch._compiled("cuda", gpu, 5) is None  # not built for it: `choose` says so
 
 
 def test_auto_on_a_gpu_without_triton_takes_cuda(gpu_logits, monkeypatch):

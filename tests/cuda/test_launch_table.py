@@ -44,7 +44,8 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
     emulated.set_limits(*device)
     for C in (1, 10, 100, 1000, 1128, 2040, 2041, 21841, 32000, 65537, 128256, 151936, 262144, 2**30):
         for K in (1, 2, 3, 5, 16):
-            for N in (1, 7, 289, 4096, 10**6):
+            for N in (1, 7, 24, 40, 289, 4096, 10**6):
                 _, rows, slots, chunks, cluster, threads, blocks, shared = emulated.row_geometry(N, C, K, vector)
                 assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
+                assert cluster & (cluster - 1) == 0, "no cluster size of a device"
                 assert slots * chunks * threads * cluster * vector >= C and rows >= 1

@@ -175,6 +175,18 @@ def test_two_row_strides(emulated: ModuleType, regime: str) -> None:
     check(case.with_(student=wide[:, 1:4, 8:], teachers=(*case.teachers[:2], case.teachers[2][:1].expand(2, 3, WIDE))))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_gradient_aligned_unlike_the_logits(emulated: ModuleType, regime: str, dtype: torch.dtype) -> None:
+    """Rows of the logits begin at 16-byte boundaries, those of the dense gradient do not."""
+    enter(emulated, regime, 3)
+    case = make_case(5, WIDE + 1, 3, dtype, padded=False, ignored=0.2)
+    wide = [torch.full((5, WIDE + 16), NAN, dtype=dtype) for _ in range(4)]
+    for buffer, logits in zip(wide, (case.student, *case.teachers), strict=True):
+        buffer[:, : WIDE + 1] = logits
+    student, *teachers = (buffer[:, : WIDE + 1] for buffer in wide)
+    check(case.with_(student=student, teachers=tuple(teachers)))
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_reductions(reduction: str) -> None:
     case = make_case(4, 40, 2, ignored=0.3, reduction=reduction)

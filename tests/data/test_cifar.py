@@ -125,6 +125,9 @@ def test_cifar100_has_the_fine_classes_and_a_stratified_validation_part(tmp_path
     assert splits.validation.labels.bincount().tolist() == [1] * 100
     assert splits.test.labels.tolist() == [99, 3]
     assert splits.train.mean == splits.validation.mean == splits.test.mean
+    other = catalogue.load("cifar100", validation=1 / 3, split_seed=1)
+    assert other.validation.fingerprint() != splits.validation.fingerprint()
+    assert other.test.fingerprint() == splits.test.fingerprint()
 
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])

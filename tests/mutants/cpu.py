@@ -5,7 +5,7 @@ from . import Change, changes
 FORMULAS = "tests/losses/test_formulas.py"
 INFINITIES = "tests/losses/test_infinities.py"
 FEATURES = "tests/losses/test_feature_loss.py"
-MEAN = "tests/losses/test_mean_loss.py"
+MEAN = "tests/losses/test_one_call.py"
 ROWS = (
     f"{FORMULAS}::test_ignored_rows_are_exactly_zero_where_threads_share_a_row"
     f" {FORMULAS}::test_ignored_rows_are_exactly_zero_even_if_nan {FORMULAS}::test_mixed_dtypes"
@@ -218,19 +218,25 @@ CHANGES = (
         Change("label C is counted", "labels[n] >= C) return", "labels[n] > C) return"),
     ),
     *changes(
-        "csrc/python/mean_loss.cpp",
+        "csrc/python/logit_loss.cpp",
         f"{MEAN} tests/losses/test_layout.py",
         Change("divided by all rows", "found.valid > 0 ? found.valid : 1", "args.N"),
         Change(
             "loss scale multiplies the gradient twice",
-            "args.grad_scale = float(inverse * scale);",
-            "args.grad_scale = float(inverse * scale * scale);",
+            "float(inverse * (call.scale_at ? double(*call.scale_at) : call.scale));",
+            "float(inverse * call.scale * (call.scale_at ? double(*call.scale_at) : call.scale));",
             tests=f"{MEAN} {FORMULAS}::test_loss_scale_multiplies_only_the_gradient",
         ),
-        Change("float16 is scaled in the kernel", "&& args.streams[0].dtype != DType::f16;", ";"),
+        Change("a scale on the device is 1", "(call.scale_at ? double(*call.scale_at) : call.scale)", "call.scale"),
+        Change("all rows are added up", "rows ? call.labels.dimensions : 0", "0"),
+    ),
+    *changes(
+        "csrc/python/logit_call.cpp",
+        f"{MEAN} tests/losses/test_layout.py",
+        Change("float16 is divided in the kernel", "reduced == Reduction::mean && !finished", "false"),
         Change(
             "a teacher that requires grad passes",
-            "||\n                tensors::requires_grad(held[k].ptr()))",
+            "||\n            tensors::requires_grad(teacher))",
             ")",
             tests=f"{MEAN} tests/losses/test_bad_input.py",
         ),
@@ -240,5 +246,9 @@ CHANGES = (
             "tensors::requires_grad(from[student])",
         ),
         Change("labels of any strides", "if (labels.strides[i] != stride && labels.shape[i] != 1) return false;", ""),
+        Change("num_items multiplies", "inverse = 1 / divisor;", "inverse = divisor;"),
+        Change("num_items of a sum", "return items == Py_None && (reduced", "return (reduced"),
+        Change("any reduction is none", '(reduced == Reduction::sum || is("none"))', "true"),
+        Change("a scale on another device", "&& out.device == logits.device", ""),
     ),
 )

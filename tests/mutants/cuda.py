@@ -4,6 +4,7 @@ from . import Change, changes
 
 ROWS = "tests/cuda/test_row_loss_on_host.py"
 SOME = f"{ROWS}::test_matches_truth {ROWS}::test_wide_rows"
+CALL = "tests/cuda/test_one_call_on_host.py"
 OTHERS = "tests/cuda/test_other_ops_on_host.py"
 RACES = "tests/cuda/test_races.py::test_no_races tests/cuda/test_races.py::test_no_races_with_delays"
 TABLE = "tests/cuda/test_launch_table.py"
@@ -28,10 +29,16 @@ CHANGES = (
         "csrc/cuda/row_loss/kernel.cuh",
         SOME,
         Change(
-            "means over all rows",
-            "kept += args.target[n] != args.formula.ignore_index;",
-            "++kept;",
+            "the divisor is not counted by one cluster",
+            "factor = inverse_of(count_labels(args, 0, args.N));",
+            "factor = 1.0f / args.N;",
             tests=f"{ROWS}::test_means_of_narrow_rows",
+        ),
+        Change(
+            "the divisor of a number of items is counted",
+            "args.grad_scale * (args.batch.counts ? factor : 1.0f) *",
+            "args.grad_scale * factor *",
+            tests=f"{CALL}::test_every_reduction {CALL}::test_divisors_and_scales",
         ),
         Change(
             "no barrier before the weights are read",
@@ -68,8 +75,54 @@ CHANGES = (
         Change(
             "ignored rows keep what was there", "store_vector<T>(out, args.streams[0].dtype, columns, v, zeros);", ";"
         ),
-        Change("aligned stores into an unaligned gradient", "if (!group_.launch.wide_out) columns.whole = 0;", ""),
+        Change(
+            "aligned stores into an unaligned gradient",
+            "if (!group_.launch.wide_out) columns.whole = 0;",
+            "",
+            tests=f"{ROWS}::test_gradient_aligned_unlike_the_logits",
+        ),
         Change("copies are not waited for", "copies_wait();", ""),
+    ),
+    *changes(
+        "csrc/cuda/batch_mean.cuh",
+        f"{CALL}::test_every_reduction {CALL}::test_the_numbers_of_a_batch_do_not_depend_on_how_its_blocks_meet",
+        Change("counters keep their numbers", "*counters = {0, 0};", ""),
+        Change(
+            "the arrival is not counted",
+            "(1ull << kCountBits) + (unsigned long long)(mine)",
+            "(unsigned long long)(mine)",
+        ),
+        Change("labels of the first block only", "first = block_id() * share;", "first = 0;"),
+        Change("the last share is a whole one", "args.N - first < share ? args.N - first : share", "share"),
+        Change(
+            "own labels for all",
+            "return all < 0 ? count_labels(args, 0, args.N) : all;",
+            "return all < 0 ? mine : all;",
+        ),
+        Change("the first block adds up", "+ 1 == (unsigned long long)(block_count());", "== 0;"),
+        Change("sums of one warp", "for (int p = 0; p < parts; ++p)", "for (int p = 0; p < 1; ++p)"),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/results.cuh",
+        f"{CALL}::test_every_reduction {CALL}::test_results_have_memory_of_their_own",
+        Change(
+            "sums of the last row",
+            "group_.batch_sums()[group_.lane()] += number;",
+            "group_.batch_sums()[group_.lane()] = number;",
+        ),
+        Change("losses of hard", "args.batch.losses[info.row] = loss;", "args.batch.losses[info.row] = hard;"),
+    ),
+    *changes(
+        "csrc/cuda/tensor_calls.cpp",
+        CALL,
+        Change(
+            "a scale of rows is that of the first",
+            "args.factor_stride = factor.shape[0] == 1 ? 0 : 1;",
+            "args.factor_stride = 0;",
+        ),
+        Change("num_items is left out of the gradient", "float(call.inverse * call.scale)", "float(call.scale)"),
+        Change("a scale on the device is 1", "args.grad_scale_device = call.scale_at;", ""),
+        Change("columns in memory are not asked for", "|| !is_contiguous(*tensor))", ")"),
     ),
     *changes(
         "csrc/cuda/row_loss/passes.cuh",

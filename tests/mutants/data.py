@@ -232,6 +232,7 @@ CHANGES = (
             "default split seed",
             "Splits(*hold_out(train, validation, split_seed), test)\n    side",
             "Splits(*hold_out(train, validation, 0), test)\n    side",
+            tests="tests/data/test_cifar.py",
         ),
     ),
 )

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../api.h"
+#include "../batch_mean.cuh"
 #include "../launch_table.h"
 #include "fixed_k_passes.cuh"
 
@@ -14,9 +15,10 @@ struct RowLaunch {
     bool debug;  // assert that labels are valid
     RowGeometry geometry;
     Temperature temperature;
-    bool single_cluster;  // the grid is one cluster, which also counts the rows and writes the means
-    bool wide_in;         // all inputs have the same alignment, so rows are read in 16-byte vectors
-    bool wide_out;        // the gradient has that alignment too
+    bool single_cluster;      // the grid is one cluster, which also counts the labels and adds up the rows
+    BatchCounters* counters;  // for the same in a larger grid; null: by other launches, or not at all
+    bool wide_in;             // all inputs have the same alignment, so rows are read in 16-byte vectors
+    bool wide_out;            // the gradient has that alignment too
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
     int groups;  // of the grid
     int shift;   // a group has 1 << shift threads
@@ -40,7 +42,8 @@ struct RowState {
     RowResult<float> result;
     GradCoefficients<float> coefficients;
     Reference references[kMaxStreams];
-    bool fast_path;  // true if the fixed-K gradient pass can handle this row
+    bool fast_path;                            // true if the fixed-K gradient pass can handle this row
+    float batch_sums[row_stats::per_teacher];  // in a group's first one: loss, hard and soft over its rows so far
 };
 
 // Shared memory: row buffers, logits at the label, messages between the blocks of a cluster, rows in flight (current
@@ -60,7 +63,7 @@ struct RowShared {
         const bool fixed_k = problem.fixed_k > 0;
         problem.row_bytes = int(2 * sizeof(RowInfo) + sizeof(RowState));
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
-        problem.block_bytes = pack_bytes + label_bytes(K);
+        problem.block_bytes = int(sizeof(BatchScalars)) + label_bytes(K);
         problem.cluster_bytes = 2 * label_bytes(K) + streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
     }
@@ -77,7 +80,7 @@ struct RowShared {
             offset = at;
             at += bytes;
         };
-        take(launch.batch, pack_bytes);
+        take(launch.batch, sizeof(BatchScalars));
         take(launch.labels, label_bytes(K));
         if (!g.warp_per_row && g.cluster > 1) {
             take(launch.inbox, g.cluster * problem.rank_bytes);
@@ -128,6 +131,11 @@ struct RowGroup {
     CAMKD_DEVICE RowState* rows() const {
         return reinterpret_cast<RowState*>(shared_memory() + launch.rows) +
                (WarpPerRow ? warp() * rows_per_group() : 0);
+    }
+    CAMKD_DEVICE float* batch_sums() const { return rows()->batch_sums; }
+    // Those of any group of the block.
+    CAMKD_DEVICE const float* batch_sums(int group) const {
+        return reinterpret_cast<RowState*>(shared_memory() + launch.rows)[group * rows_per_group()].batch_sums;
     }
     // The K + 1 states of a warp: 0 holds the sums over all chunks so far, 1 those of the current chunk.
     CAMKD_DEVICE State* states(int warp, int which) const {
@@ -191,9 +199,10 @@ struct RowGroup {
         return member() == info.label_member ? info.label_slot - c * launch.geometry.slots : -1;
     }
 
-    // Two numbers of the minibatch, equal in all blocks: 1 / counted rows, and the factor of the gradient.
-    CAMKD_DEVICE float* batch_scalars() const { return reinterpret_cast<float*>(shared_memory() + launch.batch); }
-    CAMKD_DEVICE float grad_scale() const { return batch_scalars()[1]; }
+    CAMKD_DEVICE BatchScalars* batch_scalars() const {
+        return reinterpret_cast<BatchScalars*>(shared_memory() + launch.batch);
+    }
+    CAMKD_DEVICE float grad_scale() const { return batch_scalars()->grad_scale; }
 
     const RowLaunch& launch;
     const int rank;  // of the block in its cluster

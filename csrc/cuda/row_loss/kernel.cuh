@@ -24,21 +24,7 @@ class RowKernel {
         : group_{launch, WarpPerRow ? 0 : cluster_rank()}, statistics_(group_), results_(group_), gradient_(group_) {}
 
     CAMKD_DEVICE void run() {
-        // Prepare the first rows and load them
-        if (group_.is_lookahead_warp()) {
-            const int group =
-                WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : int(block_id()) / group_.cluster();
-            const int64_t first = int64_t(group) * group_.rows_per_group();
-            next_label_ = label_of(first + group_.lane());
-            prepare_rows(first, 0);
-        }
-        if (group_.warp() == 0) count_batch();
-        if (group_.cluster() > 1) {
-            if (thread_id() < 2) mailbox_open(group_.box(thread_id()));
-            cluster_barrier(true);
-        }
-        block_barrier();
-        fetch_first_chunks(0);
+        start();
         for (int iteration = 0; group_.infos(iteration & 1)[0].row < group_.launch.args.N; ++iteration) {
             const int parity = iteration & 1;
             const RowInfo* const infos = group_.infos(parity);
@@ -75,10 +61,36 @@ class RowKernel {
                 for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], r, c, parity);
             }
         }
-        if (group_.launch.single_cluster) write_batch_means();
+        if (group_.launch.single_cluster)
+            add_up_cluster();
+        else if (group_.launch.counters)
+            add_up_blocks(group_.launch.args, group_.launch.counters, group_.batch_scalars(),
+                          WarpPerRow ? group_.warps() : 1, [&](int p, int i) { return group_.batch_sums(p)[i]; });
     }
 
   private:
+    // Loads the first rows, and finds what the gradient is multiplied by.
+    CAMKD_DEVICE void start() {
+        if (group_.is_lookahead_warp()) {
+            const int group =
+                WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : int(block_id()) / group_.cluster();
+            const int64_t first = int64_t(group) * group_.rows_per_group();
+            next_label_ = label_of(first + group_.lane());
+            prepare_rows(first, 0);
+        }
+        if (group_.cluster() > 1) {
+            if (thread_id() < 2) mailbox_open(group_.box(thread_id()));
+            cluster_barrier(true);
+        }
+        block_barrier();
+        fetch_first_chunks(0);
+        // While they arrive
+        if (group_.is_lookahead_warp() && group_.lane() < row_stats::per_teacher)
+            group_.batch_sums()[group_.lane()] = 0;
+        if (group_.warp() == 0) write_batch_scalars();
+        block_barrier();
+    }
+
     CAMKD_DEVICE void fetch_first_chunks(int parity) const {
         for (int r = 0; r < group_.rows_per_group(); ++r) {
             const RowInfo& info = group_.infos(parity)[r];
@@ -123,35 +135,38 @@ class RowKernel {
         warp_barrier();
     }
 
-    // Finds the scalars of the minibatch for this block, by one warp. The rows are counted here, or by an earlier
-    // launch.
-    CAMKD_DEVICE void count_batch() const {
+    // The factors of the minibatch's numbers and of the gradient, by one warp. The labels are counted here, with the
+    // other blocks, or by an earlier launch.
+    CAMKD_DEVICE void write_batch_scalars() const {
         const RowLossArgs& args = group_.launch.args;
-        float inverse = !group_.launch.single_cluster && args.mean.others ? args.mean.others[2] : 1.0f;
-        if (group_.launch.single_cluster) {
-            int kept = 0;
-            for (int64_t n = group_.lane(); n < args.N; n += kWarp) kept += args.target[n] != args.formula.ignore_index;
-            inverse = inverse_of(warp_sum(float(kept)));
+        float factor = args.batch.factor;
+        if (args.batch.counts) {
+            if (group_.launch.single_cluster)
+                factor = inverse_of(count_labels(args, 0, args.N));
+            else if (group_.launch.counters)
+                factor = inverse_of(count_with_others(args, group_.launch.counters));
+            else
+                factor = args.batch.others[2];
         }
         if (group_.lane() == 0) {
-            group_.batch_scalars()[0] = inverse;
-            group_.batch_scalars()[1] =
-                args.grad_scale * inverse * (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
+            group_.batch_scalars()->factor = factor;
+            group_.batch_scalars()->grad_scale = args.grad_scale * (args.batch.counts ? factor : 1.0f) *
+                                                 (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
         }
     }
 
-    // Writes the means of loss, hard and soft, one per warp, after the whole cluster has written row_stats.
-    CAMKD_DEVICE void write_batch_means() {
+    // Writes the numbers of the minibatch, one per warp, after the whole cluster has written row_stats.
+    CAMKD_DEVICE void add_up_cluster() const {
+        const RowLossArgs& args = group_.launch.args;
         cluster_barrier(true);
         if (cluster_rank() != 0) return;
         for (int i = thread_id() / kWarp; i < row_stats::per_teacher; i += block_threads() / kWarp) {
             float sum = 0;
-            for (int64_t n = group_.lane(); n < group_.launch.args.N; n += kWarp)
-                sum += group_.launch.args.row_stats[i * group_.launch.args.N + n];
+            for (int64_t n = group_.lane(); n < args.N; n += kWarp) sum += args.row_stats[i * args.N + n];
             sum = warp_sum(sum);
-            if (group_.lane() == 0) write_mean(group_.launch.args.mean, i, sum * group_.batch_scalars()[0]);
+            if (group_.lane() == 0) write_number(args.batch, i, sum * group_.batch_scalars()->factor);
         }
-        if (thread_id() == 0) group_.launch.args.mean.others[2] = group_.batch_scalars()[0];
+        if (thread_id() == 0) args.batch.others[2] = group_.batch_scalars()->factor;
     }
 
     const Group group_;

@@ -39,7 +39,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
     problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
     problem.vector = kVector<T>;
-    problem.needs_mean = args.mean.loss != nullptr;
+    problem.needs_mean = args.batch.loss != nullptr;
     const bool common_case = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
     problem.fixed_k = common_case && args.K <= kMaxFixedK ? args.K : 0;
     RowShared::measure(problem);
@@ -57,10 +57,11 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     }
     RowShared::lay_out(launch, problem);
     launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
-    const bool separate_kernels = problem.needs_mean && !launch.single_cluster;
+    launch.counters = problem.needs_mean && !launch.single_cluster ? counters_for(options) : nullptr;
+    const bool separate_kernels = problem.needs_mean && !launch.single_cluster && !launch.counters;
     if (separate_kernels) count_rows(args, options);
     launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);
-    if (separate_kernels) average_rows(args, options);
+    if (separate_kernels) add_up_rows(args, options);
 }
 
 extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);

@@ -68,7 +68,8 @@ class RowResults {
         warp_barrier();
     }
 
-    // Computes the losses, which nothing waits for, and writes all rows of row_stats.
+    // Computes the losses, which nothing waits for, and writes all rows of row_stats. Adds loss, hard and
+    // soft to those of the group's other rows.
     CAMKD_DEVICE void write_row_stats(const RowInfo& info, int r) const {
         const RowLossArgs& args = group_.launch.args;
         const Formula& formula = args.formula;
@@ -92,10 +93,12 @@ class RowResults {
         float* const stats = args.row_stats + info.row;
         // Lanes 0, 1 and 2 write one row each.
         static_assert(row_stats::loss == 0 && row_stats::hard == 1 && row_stats::soft == 2);
-        if (group_.lane() <= row_stats::soft)
-            stats[group_.lane() * args.N] = group_.lane() == row_stats::loss   ? loss
-                                            : group_.lane() == row_stats::hard ? hard
-                                                                               : soft;
+        const float number = group_.lane() == row_stats::loss ? loss : group_.lane() == row_stats::hard ? hard : soft;
+        if (group_.lane() <= row_stats::soft) {
+            stats[group_.lane() * args.N] = number;
+            group_.batch_sums()[group_.lane()] += number;
+        }
+        if (args.batch.losses && group_.lane() == row_stats::loss) args.batch.losses[info.row] = loss;
         if (group_.lane() < K) {
             stats[row_stats::divergence(k) * args.N] = divergence;
             stats[row_stats::teacher_ce(K, k) * args.N] = ce;

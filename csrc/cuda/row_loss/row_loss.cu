@@ -12,9 +12,9 @@ Temperature temperature_of(float T) {
 
 void row_loss(const RowLossArgs& args, const LaunchOptions& options) {
     if (args.N == 0) {
-        if (!args.mean.loss) return;
+        if (!args.batch.loss) return;
         count_rows(args, options);
-        average_rows(args, options);
+        add_up_rows(args, options);
         return;
     }
     RowLaunch launch{};

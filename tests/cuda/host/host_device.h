@@ -21,6 +21,7 @@
 // Helpers are inlined and barriers are not, so that each barrier has one call site in each caller of a helper.
 #define CAMKD_DEVICE inline __attribute__((always_inline))
 #define CAMKD_SITE inline __attribute__((noinline))
+#define CAMKD_GLOBAL inline
 #define CAMKD_KERNEL(threads, blocks_per_sm) void
 #define CAMKD_PARAMETER const
 
@@ -160,6 +161,18 @@ inline Pack load_pack_coherent(const void* global) {
 inline void store_pack(void* global, Pack p) {
     check_aligned(global);
     std::memcpy(global, &p, sizeof(p));
+}
+
+inline void add_device(unsigned long long* at, unsigned long long x) {
+    std::atomic_ref(*at).fetch_add(x, std::memory_order_relaxed);
+}
+inline unsigned long long arrive_device(unsigned long long* at) {
+    host::delays.wait();
+    return std::atomic_ref(*at).fetch_add(1, std::memory_order_acq_rel);
+}
+template <class Number>
+Number read_device(const Number* at) {
+    return std::atomic_ref(const_cast<Number&>(*at)).load(std::memory_order_relaxed);
 }
 
 // --- arithmetic ---

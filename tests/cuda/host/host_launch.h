@@ -7,6 +7,7 @@ namespace host {
 
 inline Limits limits{2, 96 * 1024, 200 * 1024, 1 << 20, 16, 64};
 inline RowGeometry last_rows{};  // of the last launch of row_loss
+inline bool separate = false;    // there are no counters, so that launches of their own add up a minibatch
 
 }  // namespace host
 
@@ -31,6 +32,15 @@ void launch_kernel(void (*kernel)(const Launch), const LaunchConfig& config, con
         throw std::runtime_error("camkd_fast: launch: impossible configuration");
     if constexpr (requires { launch.geometry.chunks; }) host::last_rows = launch.geometry;
     host::run(config.blocks, config.cluster, config.threads, config.shared, [&] { kernel(launch); });
+}
+
+template <class Variable>
+void* device_address(Variable& variable) {
+    return &variable;
+}
+
+inline int counter_slot(const LaunchOptions&, int) {
+    return host::separate ? -1 : 0;
 }
 
 }  // namespace camkd::cuda

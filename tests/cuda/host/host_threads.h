@@ -217,20 +217,29 @@ float butterfly(float x, F f) {
     return values[self->thread % kWarp];
 }
 
-// Runs a kernel, one cluster after the other, with all threads of a cluster at once.
+inline bool together = false;  // run all clusters at once, and not one after the other
+
+// Runs a kernel, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    std::vector<std::thread> running;
+    const auto finish = [&] {
+        for (auto& one : running) one.join();
+        running.clear();
+        clusters.clear();
+    };
     for (int64_t first = 0; first < blocks; first += cluster_size) {
-        Cluster cluster(cluster_size, threads, shared);
-        std::vector<std::thread> running;
+        clusters.push_back(std::make_unique<Cluster>(cluster_size, threads, shared));
         for (int rank = 0; rank < cluster_size; ++rank)
             for (int thread = 0; thread < threads; ++thread)
-                running.emplace_back([&, rank, thread, first] {
-                    Thread current{&cluster, rank, thread, threads, first + rank, blocks, 0, {}};
+                running.emplace_back([&, cluster = clusters.back().get(), rank, thread, first] {
+                    Thread current{cluster, rank, thread, threads, first + rank, blocks, 0, {}};
                     self = &current;
                     kernel();
                 });
-        for (auto& one : running) one.join();
+        if (!together) finish();
     }
+    finish();
 }
 
 }  // namespace host

@@ -2,9 +2,20 @@
 #include "../../../csrc/cuda/bindings.h"
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/row_loss/kernel.cuh"
+#include "../../../csrc/python/tensors.h"
+
+int camkd::cuda::exchange_device(int) {
+    return 0;
+}
 
 PYBIND11_MODULE(emulated_cuda, m) {
     camkd::cuda::add_bindings(m);
+    m.def("connect_tensors", &camkd::tensors::connect);
+    // Whether the blocks of a grid run at once; whether launches of their own add up a minibatch.
+    m.def("set_grid", [](bool together, bool separate) {
+        camkd::cuda::host::together = together;
+        camkd::cuda::host::separate = separate;
+    });
     m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads) {
         camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads};
     });

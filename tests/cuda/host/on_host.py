@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
 
 from camkd_fast.backends import dispatch
 from camkd_fast.losses import checks
@@ -20,13 +21,30 @@ def emulated_device(emulated: ModuleType) -> Iterator[None]:
     """backend="cuda" for CPU tensors."""
     from camkd_fast.backends import cuda as cuda_backend  # fails where the compiled module was not built
 
-    refusal = dispatch._refusal
+    refusal = dispatch._device_refusal
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_refusal", lambda name, *rest: None if name == "cuda" else refusal(name, *rest))
+        patch.setattr(
+            dispatch, "_device_refusal", lambda name, device: None if name == "cuda" else refusal(name, device)
+        )
+        patch.setattr(dispatch, "_compiled", dispatch._compiled.__wrapped__)
         patch.setattr(cuda_backend, "_C", emulated)
+        patch.setattr(cuda_backend, "_CONNECTED", False)
         patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
         patch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
         limit(emulated)
+        yield
+
+
+@contextlib.contextmanager
+def in_one_call(emulated: ModuleType) -> Iterator[None]:
+    """The logit loss takes one crossing into C++, and no longer the general path."""
+    from camkd_fast.backends import cuda as cuda_backend
+
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if not emulated.connect_tensors(api, torch.Tensor, torch.nn.Parameter):
+        pytest.skip(f"torch {torch.__version__} has no exchange of tensors with C++")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_backend, "_CONNECTED", True)
         yield
 
 

@@ -1,5 +1,6 @@
 // Runs every kernel once in every regime, for ThreadSanitizer. Exits with 1 if a result is not finite. With
 // CAMKD_DELAYS every kernel runs once more with delays (host_threads.h), which must not change a bit.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
@@ -93,15 +94,26 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     }
     std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
     target[0] = -100;
-    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), means(4, NAN);
+    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), loss(1, NAN), means(3, NAN),
+        others(size_t(batch_floats(N, limits)), NAN);
     args.target = target.data();
     args.formula = {4, 1, 1, weighting, -100};
     args.row_stats = out.data();
     args.grad_student = grad.data();
     args.grad_scale = 1;
-    args.mean = {means.data(), means.data() + 1};
-    const bool same = same_with_delays(what, {&out, &grad, &means}, [&] { row_loss(args, {}); });
-    return same && all_finite(what, out) && all_finite(what, grad) && all_finite(what, means);
+    args.batch = {nullptr, loss.data(), others.data(), true, 1};
+    bool fine = true;
+    for (bool together : {false, true}) {
+        host::together = together;
+        fine = same_with_delays(what, {&out, &grad, &loss, &means},
+                                [&] {
+                                    row_loss(args, {});
+                                    std::copy_n(others.begin(), means.size(), means.begin());
+                                }) &&
+               fine;
+    }
+    host::together = false;
+    return fine && all_finite(what, out) && all_finite(what, grad) && all_finite(what, loss) && all_finite(what, means);
 }
 
 bool run_others(int64_t N, int C, int K) {

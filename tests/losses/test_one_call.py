@@ -1,4 +1,4 @@
-"""The mean in one C++ call: which inputs it accepts and declines, and that no result changes by a bit."""
+"""The loss in one C++ call: which inputs it accepts and declines, and that no result changes by a bit."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
+from camkd_fast.backends.contract import WholeLoss
 from camkd_fast.losses.formula import Formula
 
 if torch.__version__ < (2, 10):
     pytest.skip("torch < 2.10 does not let C++ read its tensors", allow_module_level=True)
 
 
-def mean_loss(
-    student: Any, teachers: Any, target: Any, loss_scale: Any = 1.0, **changes: Any
-) -> cpu_backend.MeanLoss | None:
-    return cpu_backend.mean_loss(student, teachers, target, Formula(**changes), loss_scale)
+def one_call(
+    student: Any,
+    teachers: Any,
+    target: Any,
+    loss_scale: Any = 1.0,
+    reduction: Any = "mean",
+    num_items: Any = None,
+    **changes: Any,
+) -> WholeLoss | None:
+    return cpu_backend.logit_loss(student, teachers, target, Formula(**changes), reduction, num_items, loss_scale)
 
 
 def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -72,8 +79,8 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
         soft_weight=0.4,
     )
     options = {name: case.options()[name] for name in Formula._fields}
-    found = mean_loss(case.student, case.teachers, case.target, **options)
-    assert found is not None and all(part is not None for part in found)
+    found = one_call(case.student, case.teachers, case.target, **options)
+    assert found is not None and all(part is not None for part in found if part is not found.means)
     results = []
     for yes in (False, True):
         general(yes)
@@ -82,6 +89,43 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
         assert ours.dtype == expected.dtype and ours.shape == expected.shape
         assert ours.is_contiguous()
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "reduction, num_items, scale",
+    [
+        ("sum", None, 0.5),
+        ("none", None, 8.0),
+        ("mean", 5, 8.0),
+        ("mean", 7.5, torch.tensor([4.0])),
+        ("mean", None, torch.tensor(4.0)),
+    ],
+)
+def test_every_reduction_is_bitwise_the_general_path(reduction, num_items, scale, dtype, lead, general):
+    case = make_case(math.prod(lead), 33, 2, dtype, lead=lead, ignored=0.3, reduction=reduction)
+    assert one_call(case.student, case.teachers, case.target, scale, reduction, num_items) is not None
+    results = []
+    for yes in (False, True):
+        general(yes)
+        options = {**case.options(), "num_items": num_items, "backend": "cpu"}
+        out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target, loss_scale=scale, **options)
+        learning = case.student.detach().requires_grad_()
+        loss = camkd_loss(learning, case.teachers, case.target, **options).loss
+        loss.backward(torch.linspace(-1, 1, loss.numel()).view(loss.shape) if reduction == "none" else None)
+        results.append([*fields(out), grad, loss.detach(), learning.grad])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        assert torch.equal(ours, expected)
+
+
+def test_losses_of_rows_have_memory_of_their_own():
+    student, teachers, target = batch()
+    out = camkd_loss(student, teachers, target, reduction="none")
+    hard, weights = out.hard, out.weights
+    out.loss.zero_()
+    assert torch.equal(out.hard, hard) and torch.equal(out.weights, weights)
 
 
 class Wrapped(Tensor):
@@ -95,7 +139,7 @@ def strided(z: Tensor) -> Tensor:
 S, Z, Y = batch()
 DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "no tensor": (S.tolist(), Z, Y, {}),
-    "float16 student": (S.half(), Z, Y, {}),
+    "float16 student whose gradient is to be divided": (S.half(), Z, Y, {"loss_scale": None}),
     "float64 student": (S.double(), Z, Y, {}),
     "float64 teacher": (S, [Z[0].double()], Y, {}),
     "integer student": (Y.new_ones(5, 7), Z, Y, {}),
@@ -136,7 +180,18 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "given weights": (S, Z, Y, {"weighting": torch.ones(3)}),
     "ignore_index a string": (S, Z, Y, {"ignore_index": "none"}),
     "ignore_index beyond int64": (S, Z, Y, {"ignore_index": 2**64}),
-    "loss scale a tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0)}),
+    "loss scale a float64 tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0, dtype=torch.float64)}),
+    "loss scale of two elements": (S, Z, Y, {"loss_scale": torch.ones(2)}),
+    "loss scale on meta": (S, Z, Y, {"loss_scale": torch.ones(1, device="meta")}),
+    "loss scale a string": (S, Z, Y, {"loss_scale": "2"}),
+    "unknown reduction": (S, Z, Y, {"reduction": "average"}),
+    "no reduction": (S, Z, Y, {"reduction": None}),
+    "no items": (S, Z, Y, {"num_items": 0}),
+    "items below 0": (S, Z, Y, {"num_items": -2}),
+    "items a tensor": (S, Z, Y, {"num_items": torch.tensor(5)}),
+    "items nan": (S, Z, Y, {"num_items": math.nan}),
+    "items of a sum": (S, Z, Y, {"reduction": "sum", "num_items": 5}),
+    "items of single rows": (S, Z, Y, {"reduction": "none", "num_items": 5}),
     "loss scale nan": (S, Z, Y, {"loss_scale": math.nan}),
 }
 
@@ -144,18 +199,18 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", DECLINED)
 def test_unsupported_or_invalid_input_is_declined(name):
     student, teachers, target, options = DECLINED[name]
-    assert mean_loss(student, teachers, target, **options) is None
+    assert one_call(student, teachers, target, **options) is None
 
 
 def test_tensors_without_memory_of_their_own_are_declined():
     student, teachers, target = batch()
     with FakeTensorMode() as mode:
-        assert mean_loss(mode.from_tensor(student), teachers, target) is None
+        assert one_call(mode.from_tensor(student), teachers, target) is None
 
     seen = []
 
     def loss(s: Tensor) -> Tensor:
-        seen.append(mean_loss(s, teachers, target))
+        seen.append(one_call(s, teachers, target))
         return s.sum()
 
     torch.func.grad(loss)(student)
@@ -168,18 +223,18 @@ def test_rows_of_any_stride_are_accepted():
     wide = torch.full((16, 20), math.nan)
     wide[::2, 3:12] = student
     for laid_out in (wide[::2, 3:12], nn.Parameter(student), student[:1].expand(8, 9)):
-        found = mean_loss(laid_out, (teachers[0][:1].expand(8, 9), *teachers[1:]), target)
+        found = one_call(laid_out, (teachers[0][:1].expand(8, 9), *teachers[1:]), target)
         assert found is not None and found[2] is not None and found[2].is_contiguous()
 
 
 def test_the_gradient_is_computed_only_if_needed():
     student, teachers, target = batch()
-    assert mean_loss(student, teachers, target, loss_scale=None)[2] is None
-    assert mean_loss(student, teachers, target)[2].shape == student.shape
+    assert one_call(student, teachers, target, loss_scale=None)[2] is None
+    assert one_call(student, teachers, target)[2].shape == student.shape
     student.requires_grad_()
-    assert mean_loss(student, teachers, target, loss_scale=None)[2].shape == student.shape
+    assert one_call(student, teachers, target, loss_scale=None)[2].shape == student.shape
     with torch.no_grad():
-        assert mean_loss(student, teachers, target, loss_scale=None)[2] is None
+        assert one_call(student, teachers, target, loss_scale=None)[2] is None
 
 
 def test_every_row_ignored():
@@ -219,9 +274,9 @@ def test_reference_counts_are_restored():
     objects = [student, *teachers, target, teachers]
     before = [sys.getrefcount(x) for x in objects]
     for _ in range(50):
-        mean_loss(student, teachers, target)
-        mean_loss(student, teachers, target.int())
-        mean_loss(student, teachers, target, temperature=torch.ones(()))
+        one_call(student, teachers, target)
+        one_call(student, teachers, target.int())
+        one_call(student, teachers, target, temperature=torch.ones(()))
     assert [sys.getrefcount(x) for x in objects] == before
 
 
@@ -271,9 +326,9 @@ def test_from_many_threads():
 def test_a_torch_without_c_functions(general):
     """As before torch 2.10: the general path is taken."""
     assert not cpu_backend._C.connect_tensors(None, Tensor, nn.Parameter)
-    assert mean_loss(*batch()) is not None  # the refused connection did not replace the earlier one
+    assert one_call(*batch()) is not None  # the refused connection did not replace the earlier one
     general(True)
-    assert mean_loss(*batch()) is None
+    assert one_call(*batch()) is None
     student, teachers, target = batch()
     loss = camkd_loss(student.requires_grad_(), teachers, target).loss
     loss.backward()
