@@ -67,6 +67,9 @@ CAMKD_DEVICE float shuffle_xor(float x, int bits) {
 CAMKD_DEVICE float shuffle(float x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
+CAMKD_DEVICE int shuffle(int x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
 // True if x is true in any lane.
 CAMKD_DEVICE bool warp_any(bool x) {
     return __any_sync(0xffffffffu, x);
@@ -187,6 +190,12 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(p.word[0]), "r"(p.word[1]),
                  "r"(p.word[2]), "r"(p.word[3])
                  : "memory");
+}
+
+// Stops the compiler from computing a pointer anew wherever it is used.
+template <class Pointer>
+CAMKD_DEVICE void keep_in_register(Pointer& pointer) {
+    asm volatile("" : "+l"(pointer));
 }
 
 // --- arithmetic ---

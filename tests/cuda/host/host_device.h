@@ -77,6 +77,14 @@ inline float shuffle(float x, int lane) {
     return host::exchange(x)[lane];
 }
 
+inline int shuffle(int x, int lane) {
+    float bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const float* const values = host::exchange(bits);
+    std::memcpy(&x, values + lane, sizeof(x));
+    return x;
+}
+
 inline bool warp_any(bool x) {
     return host::butterfly(float(x), [](float a, float b) { return std::fmax(a, b); }) > 0;
 }
@@ -161,6 +169,9 @@ inline void store_pack(void* global, Pack p) {
     check_aligned(global);
     std::memcpy(global, &p, sizeof(p));
 }
+
+template <class Pointer>
+void keep_in_register(Pointer&) {}
 
 // --- arithmetic ---
 
