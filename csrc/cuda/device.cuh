@@ -68,6 +68,9 @@ CAMKD_DEVICE float shuffle_xor(float x, int bits) {
 CAMKD_DEVICE float shuffle(float x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
+CAMKD_DEVICE int shuffle(int x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
 // True if x is true in any lane.
 CAMKD_DEVICE bool warp_any(bool x) {
     return __any_sync(0xffffffffu, x);
@@ -205,6 +208,12 @@ CAMKD_DEVICE unsigned long long arrive_device(unsigned long long* at) {
 template <class Number>
 CAMKD_DEVICE Number read_device(const Number* at) {
     return *static_cast<const volatile Number*>(at);
+}
+
+// Stops the compiler from computing a pointer anew wherever it is used.
+template <class Pointer>
+CAMKD_DEVICE void keep_in_register(Pointer& pointer) {
+    asm volatile("" : "+l"(pointer));
 }
 
 // --- arithmetic ---

@@ -29,6 +29,20 @@ constexpr int blocks_per_multiprocessor(int fixed_k) {
     return fixed_k >= 1 && fixed_k <= 3 ? 3 : 2;
 }
 constexpr int kWarpThreads = 32;
+constexpr int kMaxSlots = 32;  // vectors of a row in a thread's buffer, which marks some of them in the bits of a word
+
+// Calls f with the number of teachers that a kernel is compiled for, or 0, as a compile-time constant.
+template <int K>
+struct TeacherCount {
+    static constexpr int value = K;
+};
+template <class F, int K = kMaxFixedK>
+auto with_fixed_k(int fixed_k, F f) {
+    if constexpr (K > 0) {
+        if (fixed_k != K) return with_fixed_k<F, K - 1>(fixed_k, f);
+    }
+    return f(TeacherCount<K>());
+}
 
 // Most blocks of a cluster on a device of this major compute capability. 8 are portable; Hopper (9.x) and data-centre
 // Blackwell (10.x) also take 16, consumer Blackwell (12.x) does not.
@@ -69,9 +83,9 @@ struct RowProblem {
     int vector;   // elements per vector
     int fixed_k;  // K if the kernel is compiled for it, 0 for the general kernel
     bool needs_mean;
-    // Bytes of shared memory besides the row buffers: per row in flight, warp and block; per block of a cluster, and
-    // there again per rank.
-    int row_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
+    // Bytes of shared memory besides the row buffers: per row in flight (two infos, one state), warp and block; per
+    // block of a cluster, and there again per rank.
+    int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -84,8 +98,8 @@ inline int64_t row_shared(const RowProblem& p, int threads, int slots, int rows,
     const int warps = threads / kWarpThreads;
     const int64_t buffer = int64_t(p.K + 1) * rows * slots * threads * 16;
     const int64_t exchange = cluster > 1 ? p.cluster_bytes + int64_t(cluster) * p.rank_bytes : 0;
-    return buffer + int64_t(warp_per_row ? warps * rows : 1) * p.row_bytes + int64_t(warps) * p.warp_bytes +
-           p.block_bytes + exchange;
+    return buffer + int64_t(warp_per_row ? warps * rows : 1) * (2 * p.info_bytes + p.state_bytes) +
+           int64_t(warps) * p.warp_bytes + p.block_bytes + exchange;
 }
 
 inline int64_t shared_of_resident(const Limits& limits, int blocks) {
@@ -149,7 +163,7 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     if (warp_geometry(p, limits, best)) return best;
     double least = INFINITY;
     const auto consider = [&](RowGeometry g, int64_t shared, int64_t slots) {
-        if (shared > limits.shared_per_block) return;
+        if (shared > limits.shared_per_block || g.slots > kMaxSlots) return;
         const double cost = row_cost(p, g.threads / kWarpThreads * g.cluster, slots, g.chunks,
                                      resident_warps(p, limits, g.threads, shared));
         if (cost >= 0.95 * least) return;  // earlier candidates are simpler: large blocks, small clusters, one read
@@ -176,7 +190,8 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     const int64_t fixed = row_shared(p, g.threads, 0, 1, false, 1);
     const int64_t per_slot = row_shared(p, g.threads, 1, 1, false, 1) - fixed;
     for (int blocks = blocks_per_multiprocessor(p.fixed_k); blocks > 0; --blocks) {
-        const int64_t room = std::max<int64_t>(1, (shared_of_resident(limits, blocks) - fixed) / per_slot);
+        const int64_t fitting = (shared_of_resident(limits, blocks) - fixed) / per_slot;
+        const int64_t room = std::clamp<int64_t>(fitting, 1, kMaxSlots);
         g.chunks = int(ceil_div(slots, room));
         if (g.chunks == 1) continue;
         g.slots = int(ceil_div(slots, g.chunks));

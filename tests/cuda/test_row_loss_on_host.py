@@ -27,7 +27,7 @@ from tests.support.truth import naive, truth
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
 from camkd_fast.backends import cuda as cuda_backend
-from tests.cuda.host.on_host import THREADS, cuda_on_the_host, emulated, limit
+from tests.cuda.host.on_host import cuda_on_the_host, emulated, enter, limit
 
 __all__ = ["cuda_on_the_host", "emulated"]
 
@@ -44,12 +44,6 @@ def regime(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str
     _, chunks, cluster = emulated.last_rows()
     if request.param != "table":
         assert (chunks > 1, cluster > 1) == (request.param == "chunks", request.param == "cluster")
-
-
-def enter(emulated: ModuleType, regime: str, K: int) -> None:
-    """Reduce the device to one vector per thread and stream in a block, with clusters of up to 8 or none."""
-    if regime != "table":
-        limit(emulated, shared=(K + 1) * THREADS * 16 + 4096, cluster=8 if regime == "cluster" else 1)
 
 
 def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:

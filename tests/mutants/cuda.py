@@ -5,6 +5,8 @@ from . import Change, changes
 ROWS = "tests/cuda/test_row_loss_on_host.py"
 SOME = f"{ROWS}::test_matches_truth {ROWS}::test_wide_rows"
 CALL = "tests/cuda/test_one_call_on_host.py"
+ACCURACY = "tests/cuda/test_row_loss_accuracy.py"
+BUDGET = "tests/cuda/test_instruction_budget.py"
 OTHERS = "tests/cuda/test_other_ops_on_host.py"
 RACES = "tests/cuda/test_races.py::test_no_races tests/cuda/test_races.py::test_no_races_with_delays"
 TABLE = "tests/cuda/test_launch_table.py"
@@ -15,15 +17,51 @@ CHANGES = (
         RACES,
         Change("one inbox instead of two", "exchange % 2 * cluster() + rank", "rank"),
         Change(
-            "one inbox for the labels instead of two",
-            "shared_memory() + launch.inbox_labels) + exchange % 2 * label_packs()",
-            "shared_memory() + launch.inbox_labels)",
+            "the label's column is looked for in one lane only",
+            "return distance % kWarp == 0 ? distance / kWarp : -1;",
+            "return distance == 0 ? 0 : -1;",
+            tests=SOME,
         ),
     ),
     *changes(
-        "csrc/cuda/row_loss/statistics.cuh",
+        "csrc/cuda/row_loss/label_statistics.cuh",
         SOME,
-        Change("labels of one rank only", "info.label_member / block_threads() == group_.rank", "group_.rank == 0"),
+        Change("sums of the first block only", "rank < group_.cluster(); ++rank", "rank < 1; ++rank"),
+        Change("sums of the first warp only", "warp < group_.warps(); ++warp", "warp < 1; ++warp"),
+        Change(
+            "no sums at T = 1",
+            "if (P == 1) {",
+            "if (false) {",
+            tests=f"{ROWS}::test_every_weighting_and_temperature",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/fixed_k_passes.cuh",
+        SOME,
+        Change(
+            "the cross term of slots with -inf is dropped",
+            "if (marked) add_masked_cross<T, K>(buffer, chunk, marked, scale, at, sums);",
+            "",
+            tests=f"{ROWS}::test_masked_columns {SOME}",
+        ),
+        Change(
+            "probability 0 times infinity",
+            "if (e > 0) cross = fmaf(e, z - s, cross);",
+            "cross = fmaf(e, z - s, cross);",
+            tests=f"{ROWS}::test_masked_columns {SOME}",
+        ),
+        Change(
+            "an instruction more per column of the sums",
+            "const float e = exp2_fast(z[j]), distance = z[j] - s[j];",
+            "const float e = exp2_fast(z[j]) * at[0], distance = z[j] - s[j];",
+            tests=BUDGET,
+        ),
+        Change(
+            "an instruction more per column of the gradient",
+            "out[j] = fmaf(row.student1 * q, q, row.studentT * e);",
+            "out[j] = fmaf(row.student1 * q * row.at[K], q, row.studentT * e);",
+            tests=BUDGET,
+        ),
     ),
     *changes(
         "csrc/cuda/row_loss/kernel.cuh",
@@ -42,8 +80,26 @@ CHANGES = (
         ),
         Change(
             "no barrier before the weights are read",
-            "if (WarpPerRow) results_.write_row_stats(infos[r], r);\n                }\n            }\n            group_.barrier();",
-            "if (WarpPerRow) results_.write_row_stats(infos[r], r);\n                }\n            }",
+            "if (group_.is_merging_warp()) merge(infos[r], r);\n            group_.barrier();",
+            "if (group_.is_merging_warp()) merge(infos[r], r);",
+            tests=RACES,
+        ),
+        Change(
+            "rows out of range keep their sums",
+            "if (infos[r].kept && group_.rows()[r].out_of_range) use_maxima(infos[r], r);",
+            ";",
+            tests=f"{ACCURACY}::test_labels_far_from_the_maximum",
+        ),
+        Change(
+            "the last chunk is taken for the first",
+            "if (group_.chunks() > 1) group_.fetch_chunk(info, group_.chunk_of(info, r, 0));",
+            "",
+            tests=f"{ACCURACY}::test_labels_far_from_the_maximum",
+        ),
+        Change(
+            "no barrier before the sums relative to the maxima are merged",
+            "statistics_.sum_up(info, r);\n        group_.barrier();",
+            "statistics_.sum_up(info, r);",
             tests=RACES,
         ),
         Change(
@@ -64,9 +120,21 @@ CHANGES = (
         ),
         Change(
             "fast path with a teacher of infinite sums",
-            "fast = fast && (coefficient != 0 || sumT < INFINITY);",
-            "",
-            tests=f"{ROWS}::test_given_weight_of_zero_silences_a_teacher",
+            "const bool fine = sumT < most && sum1 < most &&",
+            "const bool fine =",
+            tests=f"{ROWS}::test_given_weight_of_zero_silences_a_teacher {ACCURACY}",
+        ),
+        Change(
+            "sums at T = 1 with the rounding of their references",
+            "const float exact_sum1 = sum1 * factor1;",
+            "const float exact_sum1 = sum1;",
+            tests=f"{ROWS}::test_large_offsets_do_not_cancel",
+        ),
+        Change(
+            "the gradient at the label with the rounding of the references",
+            "const float soft_at_label = coefficient / factor,",
+            "const float soft_at_label = coefficient,",
+            tests=f"{ROWS}::test_large_offsets_do_not_cancel",
         ),
     ),
     *changes(
@@ -74,6 +142,11 @@ CHANGES = (
         f"{SOME} {ROWS}::test_ignored_rows_are_zero_whatever_they_contain",
         Change(
             "ignored rows keep what was there", "store_vector<T>(out, args.streams[0].dtype, columns, v, zeros);", ";"
+        ),
+        Change(
+            "vectors outside the next row are copied",
+            "whole.end < other.end ? whole.end : other.end",
+            "whole.end",
         ),
         Change(
             "aligned stores into an unaligned gradient",

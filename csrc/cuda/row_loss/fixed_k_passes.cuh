@@ -1,5 +1,8 @@
-// The fast path: the passes of passes.cuh with the number of teachers and the power as compile-time constants. All of a
-// thread's data is in registers, and within a row there are branches only for rare cases.
+// The fast path: one thread's passes with the number of teachers and the power as compile-time constants, and with the
+// logit at the label as the reference of every stream. The label's own term of each sum is then 1, so no maximum is
+// needed first, the sums of parts of a row merge by addition, and those at T = 1 are e^CE. All of a thread's data is in
+// registers, and within a row there are branches only for rare cases. RowResults::compute_weights decides which rows
+// need the general passes instead.
 #pragma once
 
 #include "passes.cuh"
@@ -21,12 +24,13 @@ CAMKD_DEVICE void with_power(int power, F f) {
         f(Power<1>());
 }
 
-// sum + e^P; the last multiplication is fused with the addition.
-template <int P>
-CAMKD_DEVICE float add_raised(float sum, float e) {
-    if (P == 1) return sum + e;
-    if (P == 4) e *= e;
-    return fmaf(e, e, sum);
+// The sums of a row: kSumT and kSum1 of the student, then all three of each teacher. They are like those of
+// StreamState, with the scaled logit at the label (Reference::at) in place of the maximum; `cross` stays scaled too.
+enum Sum { kSumT, kSum1, kCross, kSums };
+template <int K>
+constexpr int kLabelSums = kSums * (K + 1) - 1;
+CAMKD_HD int label_sum(int stream, int which) {
+    return stream == 0 ? which : kSums * stream - 1 + which;
 }
 
 // Smallest power of two >= N.
@@ -35,81 +39,87 @@ constexpr int power_of_two = 2 * power_of_two<(N + 1) / 2>;
 template <>
 constexpr int power_of_two<1> = 1;
 
-// Folds N numbers of every lane across the warp; the result for number i is in lane i * fold_stride<N>. Each exchange
-// halves the numbers that are left, while N separate folds would exchange all of them five times.
+// Adds each of N numbers across the warp; the sum of number i is in lane i * fold_stride<N>. Each exchange halves the
+// numbers that are left, while N separate reductions would exchange all of them five times.
 template <int N>
 constexpr int fold_stride = kWarp / power_of_two<N>;
 
-// Lanes with `bit` keep the upper half of 2n numbers and the others the lower half, until one is left.
-template <int n, int bit, int P, class Op>
-CAMKD_DEVICE void fold_halves(float (&y)[P], int lane, Op op) {
+// Lanes with `bit` keep the numbers from n on and the others those before n, until one is left.
+template <int N, int n, int bit, int M>
+CAMKD_DEVICE void fold_halves(float (&y)[M], int lane) {
     if constexpr (n >= 1) {
         const bool upper = lane & bit;
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const float a = y[i],
-                        b = y[i + n];  // by value: a select between elements would put the array in local memory
-            y[i] = op(upper ? b : a, shuffle_xor(upper ? a : b, bit));
+        for (int i = 0; i < n && i < N; ++i) {
+            if (i + n < N) {
+                // By value: a select between elements would put the array in local memory
+                const float a = y[i], b = y[i + n < M ? i + n : 0];
+                y[i] = (upper ? b : a) + shuffle_xor(upper ? a : b, bit);
+            } else {
+                y[i] += shuffle_xor(y[i], bit);
+            }
         }
-        fold_halves<n / 2, bit / 2>(y, lane, op);
+        fold_halves<(N < n ? N : n), n / 2, bit / 2>(y, lane);
     } else if constexpr (bit >= 1) {
-        y[0] = op(y[0], shuffle_xor(y[0], bit));
-        fold_halves<0, bit / 2>(y, lane, op);
+        y[0] += shuffle_xor(y[0], bit);
+        fold_halves<1, 0, bit / 2>(y, lane);
     }
 }
 
-template <int N, class Op>
-CAMKD_DEVICE float warp_fold(const float (&x)[N], int lane, float neutral, Op op) {
-    constexpr int P = power_of_two<N>;
-    float y[P];
-#pragma unroll
-    for (int i = 0; i < P; ++i) y[i] = i < N ? x[i < N ? i : 0] : neutral;
-    fold_halves<P / 2, kWarp / 2>(y, lane, op);
-    return y[0];
-}
-
-// The maxima of K + 1 streams over the warp, in every lane.
-template <class T, int K>
-CAMKD_DEVICE void fixed_k_maxima(const RowBuffer& buffer, const Chunk& chunk, int lane, float (&max)[K + 1]) {
-    Pack top[K + 1];
-#pragma unroll
-    for (int k = 0; k <= K; ++k) top[k] = lowest_pack<T>();
-#pragma unroll 1
-    for (int i = 0; i < chunk.held; ++i) {
-#pragma unroll
-        for (int k = 0; k <= K; ++k) top[k] = max_pack<T>(top[k], *buffer.slot(k, chunk.begin + i));
-    }
-#pragma unroll
-    for (int k = 0; k <= K; ++k) max[k] = highest<T>(top[k]);
-    const float folded = warp_fold(max, lane, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-    for (int k = 0; k <= K; ++k) max[k] = shuffle(folded, k * fold_stride<K + 1>);
-}
-
-// The sums of one stream; a thread has kSums for the student and then for each teacher.
-enum Sum { kSumT, kSum1, kCross, kSums };
-
-// x[k] for a k that is not a compile-time constant, without an array in local memory.
 template <int N>
-CAMKD_DEVICE float element_at(const float (&x)[N], int k) {
-    float y = x[0];
-#pragma unroll
-    for (int i = 1; i < N; ++i) {
-        const float z = x[i];
-        if (i == k) y = z;
-    }
-    return y;
+CAMKD_DEVICE float warp_fold(float (&x)[N], int lane) {
+    fold_halves<N, power_of_two<N> / 2, kWarp / 2>(x, lane);
+    return x[0];
 }
 
-// Sums over the thread's vectors, relative to the references `at`.
-template <class T, int K, int P>
-CAMKD_DEVICE void fixed_k_sums(const RowBuffer& buffer, const Chunk& chunk, float scale, const float (&at)[K + 1],
-                               float (&sums)[kSums * (K + 1)]) {
-    constexpr int V = kVector<T>;
+// The references of a row, from its logits at the label.
+template <int K>
+CAMKD_DEVICE void label_references(const float* logits, float scale, float (&at)[K + 1]) {
+#pragma unroll
+    for (int k = 0; k <= K; ++k) at[k] = logits[k] * scale;
+}
+
+// sum + e^P; the last multiplication is fused with the addition. For P = 1 the sum is that of e, and is copied later.
+template <int P>
+CAMKD_DEVICE float add_raised(float sum, float e) {
+    if (P == 1) return sum;
+    if (P == 4) e *= e;
+    return fmaf(e, e, sum);
+}
+
+// Adds the terms of `cross` in the marked slots. Probability 0 contributes 0, even where the difference is infinite.
+template <class T, int K>
+CAMKD_DEVICE void add_masked_cross(const RowBuffer& buffer, const Chunk& chunk, uint32_t marked, float scale,
+                                   const float (&at)[K + 1], float (&sums)[kLabelSums<K>]) {
 #pragma unroll 1
     for (int i = 0; i < chunk.held; ++i) {
+        if ((marked >> i & 1) == 0) continue;
+#pragma unroll 1
+        for (int j = 0; j < kVector<T>; ++j) {
+            const float s = fmaf(element_of<T>(*buffer.slot(0, chunk.begin + i), j), scale, -at[0]);
+#pragma unroll
+            for (int k = 1; k <= K; ++k) {
+                const float z = fmaf(element_of<T>(*buffer.slot(k, chunk.begin + i), j), scale, -at[k]);
+                const float e = exp2_fast(z);
+                float& cross = sums[label_sum(k, kCross)];
+                if (e > 0) cross = fmaf(e, z - s, cross);
+            }
+        }
+    }
+}
+
+// Adds the terms of this thread's vectors of a chunk.
+template <class T, int K, int P>
+CAMKD_DEVICE void add_vectors(const RowBuffer& buffer, const Chunk& chunk, float scale, const float (&at)[K + 1],
+                              float (&sums)[kLabelSums<K>]) {
+    constexpr int V = kVector<T>;
+    static_assert(kMaxSlots <= 32, "a bit per slot");
+    uint32_t marked = 0;  // slots with -inf in student and teacher, outside the row too: (-inf) - (-inf) is NaN
+    const Pack* slot = buffer.slot(0, chunk.begin);
+#pragma unroll 1
+    for (int i = 0; i < chunk.held; ++i, slot += buffer.slot_stride()) {
         float s[V], cross[K], check = 0;
-        Elements<T>::unpack(*buffer.slot(0, chunk.begin + i), s);
+        Elements<T>::unpack(slot[0], s);
         Reference::scale_from(at[0], scale, s);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -118,120 +128,77 @@ CAMKD_DEVICE void fixed_k_sums(const RowBuffer& buffer, const Chunk& chunk, floa
             sums[kSum1] = add_raised<P>(sums[kSum1], e);
         }
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-            float* const of = sums + kSums * (k + 1);
+        for (int k = 1; k <= K; ++k) {
             float z[V];
-            Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
-            Reference::scale_from(at[k + 1], scale, z);
-            cross[k] = 0;
+            Elements<T>::unpack(slot[k * kWarp], z);
+            Reference::scale_from(at[k], scale, z);
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                const float e = exp2_fast(z[j]);
-                of[kSumT] += e;
-                of[kSum1] = add_raised<P>(of[kSum1], e);
-                cross[k] = fmaf(e, z[j] - s[j], cross[k]);
+                const float e = exp2_fast(z[j]), distance = z[j] - s[j];
+                float &sumT = sums[label_sum(k, kSumT)], &sum1 = sums[label_sum(k, kSum1)];
+                sumT += e;
+                sum1 = add_raised<P>(sum1, e);
+                cross[k - 1] = j == 0 ? e * distance : fmaf(e, distance, cross[k - 1]);
             }
-            check += cross[k];
+            check = k == 1 ? cross[0] : check + cross[k - 1];
         }
-        if (check != check) {
-            // Probability 0 contributes 0, even where the difference is infinite
-#pragma unroll 1
-            for (int k = 0; k < K; ++k) {
-                float z[V], e[V];
-                Elements<T>::unpack(*buffer.slot(k + 1, chunk.begin + i), z);
-                Reference::scale_from(element_at(at, k + 1), scale, z);
-                exps(z, e);
-                const float careful = cross_term(e, z, s);
+        if (check == check) {
 #pragma unroll
-                for (int g = 0; g < K; ++g)
-                    if (g == k) cross[g] = careful;
-            }
+            for (int k = 1; k <= K; ++k) sums[label_sum(k, kCross)] += cross[k - 1];
+        } else {
+            marked |= 1u << i;
         }
-#pragma unroll
-        for (int k = 0; k < K; ++k) sums[kSums * (k + 1) + kCross] += cross[k];
     }
+    if (marked) add_masked_cross<T, K>(buffer, chunk, marked, scale, at, sums);
 }
 
 // The references and coefficients of a row in registers.
 template <int K>
 struct FixedKRow {
-    float at[K + 1];
-    float studentT, student1, teacher[K];
+    float at[K + 1], studentT, student1, teacher[K];
 
-    CAMKD_DEVICE FixedKRow(const Reference* references, const GradCoefficients<float>& coefficients) {
+    template <class Coefficients>
+    CAMKD_DEVICE FixedKRow(const float* logits, float scale, const Coefficients& coefficients) {
+        label_references<K>(logits, scale, at);
         studentT = coefficients.studentT;
         student1 = coefficients.student1;
-#pragma unroll
-        for (int k = 0; k <= K; ++k) at[k] = references[k].at;
 #pragma unroll
         for (int k = 0; k < K; ++k) teacher[k] = coefficients.teacher[k];
     }
 };
 
-// The vector of the gradient for slot `slot`. `label` as in general_grad_vector.
-template <class T, int K>
-CAMKD_DEVICE void fixed_k_grad_vector(const RowBuffer& buffer, int slot, const Temperature& temperature,
-                                      const FixedKRow<K>& row, int label, float at_label, float (&out)[kVector<T>]) {
-    constexpr int V = kVector<T>;
-    float x[V], e[V];
-    Elements<T>::unpack(*buffer.slot(0, slot), x);
-    Reference::scale_from(row.at[0], temperature.scale, x);
-    exps(x, e);
+// Reads the vectors of a slot.
+template <int K>
+CAMKD_DEVICE void read_slot(const Pack* slot, Pack (&packs)[K + 1]) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = row.studentT * e[j];
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-        Elements<T>::unpack(*buffer.slot(k + 1, slot), x);
-        Reference::scale_from(row.at[k + 1], temperature.scale, x);
-#pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = fmaf(-row.teacher[k], exp2_fast(x[j]), out[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) e[j] = temperature.raise(e[j]);
-    if (unsigned(label) < unsigned(V)) {
-        // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its scale.
-#pragma unroll
-        for (int j = 0; j < V; ++j) out[j] += row.student1 * e[j] - (j == label ? at_label : 0.0f);
-    } else {
-#pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = fmaf(row.student1, e[j], out[j]);
-    }
+    for (int k = 0; k <= K; ++k) packs[k] = slot[k * kWarp];
 }
 
-// Merges the states of up to 32 parts of a row, one per lane: calls load(lane, k) for each stream and put(k, field,
-// value) for each of its numbers, where `field` counts the members of StreamState without plogp.
-template <int K, class Load, class Put>
-CAMKD_DEVICE void fixed_k_merge(int lane, int parts, float scale, Load load, Put put) {
-    State states[K + 1];
-    float max[K + 1], sums[kSums * (K + 1)];
-    if (lane < parts) {
+// A vector of the gradient, but for the label's column.
+template <class T, int K, int P>
+CAMKD_DEVICE void fixed_k_grad_vector(const Pack (&packs)[K + 1], float scale, const FixedKRow<K>& row,
+                                      float (&out)[kVector<T>]) {
+    constexpr int V = kVector<T>;
+    float x[V];
+    Elements<T>::unpack(packs[0], x);
+    Reference::scale_from(row.at[0], scale, x);
 #pragma unroll
-        for (int k = 0; k <= K; ++k) states[k] = load(lane, k);
+    for (int j = 0; j < V; ++j) {
+        const float e = exp2_fast(x[j]);
+        // studentT e + student1 e^P
+        if (P == 1) out[j] = (row.studentT + row.student1) * e;
+        if (P == 2) out[j] = fmaf(row.student1, e, row.studentT) * e;
+        if (P == 4) {
+            const float q = e * e;
+            out[j] = fmaf(row.student1 * q, q, row.studentT * e);
+        }
     }
 #pragma unroll
-    for (int k = 0; k <= K; ++k) max[k] = states[k].max;
-    const float folded = warp_fold(max, lane, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
-    float student_drop = 0;
+    for (int k = 1; k <= K; ++k) {
+        Elements<T>::unpack(packs[k], x);
+        Reference::scale_from(row.at[k], scale, x);
 #pragma unroll
-    for (int k = 0; k <= K; ++k) {
-        // move_student and move_teacher of row_math.h, with the hardware's exponential and without plogp
-        const State& state = states[k];
-        const bool seen = state.max != -INFINITY;
-        const float top = shuffle(folded, k * fold_stride<K + 1>), drop = seen ? state.max - top : 0.0f;
-        if (k == 0) student_drop = drop;
-        const float factorT = seen ? exp2_fast(drop * scale) : 0.0f;
-        const float cross = fmaf(drop - student_drop, state.sumT, state.cross);
-        sums[kSums * k + kSumT] = state.sumT * factorT;
-        sums[kSums * k + kSum1] = state.sum1 * (seen ? exp2_fast(drop * kLog2E) : 0.0f);
-        // A column whose probability underflows to 0 counts 0, even if the student is -inf there and its term infinite
-        sums[kSums * k + kCross] = factorT > 0 ? cross * factorT : 0.0f;
-    }
-    const float sum = warp_fold(sums, lane, 0.0f, [](float a, float b) { return a + b; });
-    constexpr int wide = fold_stride<K + 1>, narrow = fold_stride<kSums*(K + 1)>;
-    if (lane % wide == 0 && lane / wide <= K) put(lane / wide, 0, folded);
-    if (lane % narrow == 0 && lane / narrow < kSums * (K + 1)) {
-        const int i = lane / narrow;
-        put(i / kSums, 1 + i % kSums, sum);
+        for (int j = 0; j < V; ++j) out[j] = fmaf(-row.teacher[k - 1], exp2_fast(x[j]), out[j]);
     }
 }
 

@@ -9,18 +9,20 @@ namespace camkd::cuda {
 template <class T, bool WarpPerRow, int FixedK>
 class RowGradient {
     using Group = RowGroup<T, WarpPerRow, FixedK>;
+    using Info = typename Group::Info;
+    using RowState = typename Group::RowState;
     static constexpr int V = kVector<T>;
-    static constexpr int ArrayK = Group::ArrayK;
+    static constexpr int kUnrolled = 4;  // slots
 
   public:
     CAMKD_DEVICE RowGradient(const Group& group) : group_(group) {}
 
     // Writes chunk c of the group's row r, in an iteration of this parity. Chunk c - 1 takes its place in the buffers,
     // or after chunk 0 the first chunk of the next iteration's row r.
-    CAMKD_DEVICE void write(const RowInfo& info, int r, int c, int parity) const {
+    CAMKD_DEVICE void write(const Info& info, int r, int c, int parity) const {
         const RowLossArgs& args = group_.launch.args;
         if (info.row >= args.N) return;
-        const RowInfo& after = c > 0 ? info : group_.infos(parity ^ 1)[r];
+        const Info& after = c > 0 ? info : group_.infos(parity ^ 1)[r];
         Chunk next = group_.chunk_of(after, r, c > 0 ? c - 1 : 0);
         if (!after.kept) next.held = 0;
         char* const out =
@@ -28,10 +30,11 @@ class RowGradient {
         if (args.grad_student != nullptr && info.kept) {
             copies_wait();
             const RowState& state = group_.rows()[r];
-            if (FixedK > 0 && state.fast_path)
-                fixed_k_grad(info, state, group_.chunk_of(info, r, c), c, out, after, next);
-            else
-                general_grad(info, state, group_.chunk_of(info, r, c), c, out, after, next);
+            const Chunk chunk = group_.chunk_of(info, r, c);
+            if constexpr (FixedK > 0) {
+                if (!state.out_of_range) return fixed_k_grad(info, state, chunk, out, after, next);
+            }
+            general_grad(info, state, chunk, out, after, next);
             return;
         }
         // The gradient of an ignored row is 0.
@@ -53,11 +56,11 @@ class RowGradient {
         return columns;
     }
 
-    CAMKD_DEVICE void general_grad(const RowInfo& info, const RowState& state, const Chunk& chunk, int c, char* out,
-                                   const RowInfo& after, const Chunk& next) const {
+    CAMKD_DEVICE void general_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
+                                   const Info& after, const Chunk& next) const {
         const Columns columns = columns_out(chunk);
         const float at_label = label_coefficient(group_.launch.args.formula, group_.grad_scale());
-        const int labelled = group_.label_slot(info, c);
+        const int labelled = group_.label_slot(info, chunk);
 #pragma unroll 1
         for (int i = 0; i < chunk.count; ++i) {
             if (i < chunk.held) {
@@ -65,37 +68,95 @@ class RowGradient {
                 general_grad_vector<T>(group_.buffer(), chunk, i, group_.launch.args.K, group_.temperature(),
                                        state.references, state.sums, state.coefficients,
                                        i == labelled ? info.label_element : -1, at_label, x);
-                store_vector<T>(out, group_.launch.args.streams[0].dtype, columns, chunk.vector(i), x);
+                store_vector<T>(out, dtype(), columns, chunk.vector(i), x);
             }
             group_.fetch_slot(after, next, i);
         }
     }
 
-    CAMKD_DEVICE void fixed_k_grad(const RowInfo& info, const RowState& state, const Chunk& chunk, int c, char* out,
-                                   const RowInfo& after, const Chunk& next) const {
-        constexpr int K = ArrayK;
+    CAMKD_DEVICE void fixed_k_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
+                                   const Info& after, const Chunk& next) const {
+        const FixedKRow<FixedK> row(info.logits, group_.temperature().scale, state.coefficients);
+        with_power(group_.temperature().power,
+                   [&](auto power) { fixed_k_slots<decltype(power)::value>(row, chunk, out, after, next); });
+        // The label's column; its slot was written by this thread too.
+        const int labelled = group_.label_slot(info, chunk);
+        if (unsigned(labelled) < unsigned(chunk.held))
+            store_element(out, int64_t(info.label_vector) * V - chunk.columns.phase + info.label_element, dtype(),
+                          state.label_gradient);
+    }
+
+    // Slots of whole vectors, in this row and in the next one, have loops of their own without a test per vector.
+    template <int P>
+    CAMKD_DEVICE void fixed_k_slots(const FixedKRow<FixedK>& row, const Chunk& chunk, char* out, const Info& after,
+                                    const Chunk& next) const {
         const Columns columns = columns_out(chunk);
-        const float at_label = label_coefficient(group_.launch.args.formula, group_.grad_scale());
-        const int labelled = group_.label_slot(info, c);
-        const FixedKRow<K> row(state.references, state.coefficients);
-        const char* addresses[K + 1];
-#pragma unroll
-        for (int k = 0; k <= K; ++k) addresses[k] = after.address[k];
+        SlotRange whole = whole_slots(columns, chunk);
+        if (after.kept) {
+            const SlotRange other = whole_slots(next.columns, next);
+            whole = {whole.begin > other.begin ? whole.begin : other.begin,
+                     whole.end < other.end ? whole.end : other.end};
+        }
+        if (whole.begin >= whole.end) whole = {0, 0};
+        // Two loops instead of a condition inside, which would spill
+        if (after.kept)
+            fixed_k_whole_slots<P, true>(row, chunk, whole, out, after, next);
+        else
+            fixed_k_whole_slots<P, false>(row, chunk, whole, out, after, next);
+        // At most one slot comes before the others.
+        const int end = chunk.held > next.held ? chunk.held : next.held;
 #pragma unroll 1
-        for (int i = 0; i < chunk.count; ++i) {
+        for (int i = whole.begin > 0 ? 0 : whole.end; i < end; i = i + 1 == whole.begin ? whole.end : i + 1) {
             if (i < chunk.held) {
+                Pack packs[FixedK + 1];
                 float x[V];
-                fixed_k_grad_vector<T, K>(group_.buffer(), chunk.begin + i, group_.temperature(), row,
-                                          i == labelled ? info.label_element : -1, at_label, x);
-                store_vector<T>(out, group_.launch.args.streams[0].dtype, columns, chunk.vector(i), x);
+                read_slot<FixedK>(group_.buffer().slot(0, chunk.begin + i), packs);
+                fixed_k_grad_vector<T, FixedK, P>(packs, group_.temperature().scale, row, x);
+                store_vector<T>(out, dtype(), columns, chunk.vector(i), x);
             }
-            if (i >= next.held) continue;
-            if (whole_vector(next.columns, next.vector(i)))
-                fetch_whole<T>(group_.buffer(), next, i, addresses, K);
-            else
-                fetch_elements<T>(group_.buffer(), next, i, group_.launch.args.streams, after.address, K);
+            group_.fetch_slot(after, next, i);
         }
     }
+
+    // With `more`, copies the next row's vectors into the slots.
+    template <int P, bool more>
+    CAMKD_DEVICE void fixed_k_whole_slots(const FixedKRow<FixedK>& row, const Chunk& chunk, SlotRange slots, char* out,
+                                          const Info& after, const Chunk& next) const {
+        constexpr int K = FixedK, vector_stride = kWarp * int(sizeof(Pack)), slot_stride = (K + 1) * kWarp;
+        const float scale = group_.temperature().scale;
+        Pack* slot = group_.buffer().slot(0, chunk.begin + slots.begin);
+        const char* from[K + 1];
+#pragma unroll
+        for (int k = 0; k <= K; ++k) {
+            from[k] = more ? vector_address<T>(after.address[k], next.columns, next.vector(slots.begin)) : nullptr;
+            keep_in_register(from[k]);
+        }
+        char* to = const_cast<char*>(vector_address<T>(out, chunk.columns, chunk.vector(slots.begin)));
+        keep_in_register(to);
+#pragma unroll 1
+        for (int i = slots.begin; i < slots.end; i += kUnrolled) {
+#pragma unroll
+            for (int u = 0; u < kUnrolled; ++u) {
+                if (u > 0 && i + u >= slots.end) break;
+                Pack packs[K + 1];
+                float x[V];
+                read_slot<K>(slot + u * slot_stride, packs);
+                if (more) {
+#pragma unroll
+                    for (int k = 0; k <= K; ++k)
+                        copy_async(slot + u * slot_stride + k * kWarp, from[k] + u * vector_stride);
+                }
+                fixed_k_grad_vector<T, K, P>(packs, scale, row, x);
+                store_pack(to + u * vector_stride, Elements<T>::pack(x));
+            }
+            slot += kUnrolled * slot_stride;
+            to += kUnrolled * vector_stride;
+#pragma unroll
+            for (int k = 0; k <= K; ++k) from[k] += kUnrolled * vector_stride;
+        }
+    }
+
+    CAMKD_DEVICE DType dtype() const { return group_.launch.args.streams[0].dtype; }
 
     const Group group_;
 };

@@ -23,48 +23,63 @@ struct RowLaunch {
     int groups;  // of the grid
     int shift;   // a group has 1 << shift threads
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
-    int batch, labels, inbox, inbox_labels, outgoing, boxes, infos, rows, states;
+    int batch, inbox, outgoing, boxes, infos, rows, states;
 };
 
-// A row in flight: all that its group must know before it reads a logit.
+// Array sizes of the structs below, and of code that must compile for FixedK = 0 too.
+template <int FixedK>
+constexpr int kTeachers = FixedK > 0 ? FixedK : kMaxTeachers;
+
+// A row in flight: all that its group must know before it reads its vectors.
+template <int FixedK>
 struct RowInfo {
-    const char* address[kMaxStreams];
+    const char* address[kTeachers<FixedK> + 1];
     int64_t row;
-    // Position of the label's column: group member, slot counted over all chunks, element of the vector. -1 for a label
-    // outside [0, C).
-    int label_member, label_slot, label_element;
-    bool kept, label_valid;  // not ignored; in [0, C)
+    float logits[kTeachers<FixedK> + 1];  // at the label; NaN for a label outside [0, C)
+    int label_vector, label_element;      // position of the label's column; -1 for a label outside [0, C)
+    bool kept, label_valid;               // not ignored; in [0, C)
+};
+
+// grad_c as in GradCoefficients of row_math.h.
+template <int FixedK>
+struct RowCoefficients {
+    float studentT, student1;
+    float teacher[kTeachers<FixedK>];
 };
 
 // A row between its statistics and its gradient.
+template <int FixedK>
 struct RowState {
-    RowSums<float> sums[kMaxStreams];
-    RowResult<float> result;
-    GradCoefficients<float> coefficients;
-    Reference references[kMaxStreams];
-    bool fast_path;                            // true if the fixed-K gradient pass can handle this row
+    State sums[kTeachers<FixedK> + 1];  // on the fast path relative to the label, not the maximum
+    float weights[kTeachers<FixedK>];
+    RowCoefficients<FixedK> coefficients;
+    Reference references[kTeachers<FixedK> + 1];
+    float label_sums[kLabelSums<FixedK>];      // fast path: merged, as in add_vectors
+    float label_gradient;                      // fast path: the gradient at the label's column
+    bool out_of_range;                         // the sums relative to the label are of no use
     float batch_sums[row_stats::per_teacher];  // in a group's first one: loss, hard and soft over its rows so far
 };
 
-// Shared memory: row buffers, logits at the label, messages between the blocks of a cluster, rows in flight (current
-// and next), states of the warps.
+// Shared memory: row buffers, messages between the blocks of a cluster, rows in flight (current and next), states of
+// the warps.
 struct RowShared {
     static constexpr int pack_bytes = int(sizeof(Pack));
     static int streams_bytes(int K, bool fixed_k) { return (K + 1) * packs(fixed_k) * pack_bytes; }
-    static int label_bytes(int K) { return label_packs(K) * pack_bytes; }
 
     // Packs per stream in a message to other blocks: max, sumT, sum1, cross; fixed-K kernels need no plogp.
     CAMKD_HD_MEMBER int packs(bool fixed_k) { return fixed_k ? 1 : 2; }
-    CAMKD_HD_MEMBER int label_packs(int K) { return (K + 4) / 4; }
 
     // The sizes that the launch table needs.
     static void measure(RowProblem& problem) {
         const int K = problem.K;
         const bool fixed_k = problem.fixed_k > 0;
-        problem.row_bytes = int(2 * sizeof(RowInfo) + sizeof(RowState));
+        with_fixed_k(problem.fixed_k, [&](auto k) {
+            problem.info_bytes = int(sizeof(RowInfo<k.value>));
+            problem.state_bytes = int(sizeof(RowState<k.value>));
+        });
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
-        problem.block_bytes = int(sizeof(BatchScalars)) + label_bytes(K);
-        problem.cluster_bytes = 2 * label_bytes(K) + streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
+        problem.block_bytes = int(sizeof(BatchScalars));
+        problem.cluster_bytes = streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
     }
 
@@ -81,15 +96,13 @@ struct RowShared {
             at += bytes;
         };
         take(launch.batch, sizeof(BatchScalars));
-        take(launch.labels, label_bytes(K));
         if (!g.warp_per_row && g.cluster > 1) {
             take(launch.inbox, g.cluster * problem.rank_bytes);
-            take(launch.inbox_labels, 2 * label_bytes(K));
             take(launch.outgoing, streams_bytes(K, problem.fixed_k > 0));
             take(launch.boxes, 2 * int(sizeof(Mailbox)));
         }
-        take(launch.infos, 2 * groups * g.rows * int(sizeof(RowInfo)));
-        take(launch.rows, groups * g.rows * int(sizeof(RowState)));
+        take(launch.infos, 2 * groups * g.rows * problem.info_bytes);
+        take(launch.rows, groups * g.rows * problem.state_bytes);
         launch.states = at;
     }
 };
@@ -99,7 +112,8 @@ struct RowShared {
 template <class T, bool WarpPerRow, int FixedK>
 struct RowGroup {
     static constexpr int V = kVector<T>;
-    static constexpr int ArrayK = FixedK > 0 ? FixedK : 1;  // array sizes of code that must compile for FixedK = 0 too
+    using Info = RowInfo<FixedK>;
+    using RowState = cuda::RowState<FixedK>;
 
     CAMKD_DEVICE int lane() const { return thread_id() % kWarp; }
     CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
@@ -109,6 +123,7 @@ struct RowGroup {
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : 1 << launch.shift; }
     CAMKD_DEVICE int shift() const { return WarpPerRow ? 5 : launch.shift; }
     CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : rank * block_threads() + thread_id(); }
+    CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : rank * warps() + warp(); }
     // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }
     CAMKD_DEVICE bool is_merging_warp() const { return WarpPerRow || warp() == 0; }
@@ -120,12 +135,12 @@ struct RowGroup {
     }
 
     CAMKD_DEVICE RowBuffer buffer() const {
-        const RowGeometry& g = launch.geometry;
-        return {reinterpret_cast<Pack*>(shared_memory()) + thread_id(), rows_per_group() * g.slots, block_threads()};
+        const int streams = teachers() + 1, of_warp = rows_per_group() * launch.geometry.slots * streams * kWarp;
+        return {reinterpret_cast<Pack*>(shared_memory()) + warp() * of_warp + lane(), streams};
     }
     // `parity` of the iteration: one set is in use while the other one is prepared.
-    CAMKD_DEVICE RowInfo* infos(int parity) const {
-        return reinterpret_cast<RowInfo*>(shared_memory() + launch.infos) +
+    CAMKD_DEVICE Info* infos(int parity) const {
+        return reinterpret_cast<Info*>(shared_memory() + launch.infos) +
                ((WarpPerRow ? 2 * warp() : 0) + parity) * rows_per_group();
     }
     CAMKD_DEVICE RowState* rows() const {
@@ -141,13 +156,11 @@ struct RowGroup {
     CAMKD_DEVICE State* states(int warp, int which) const {
         return reinterpret_cast<State*>(shared_memory() + launch.states) + (2 * warp + which) * (teachers() + 1);
     }
-    // Stream k's logit at the label of row r, in the block that has it.
-    CAMKD_DEVICE float* label_at(int r, int k) const {
-        return WarpPerRow ? &rows()[r].sums[k].label : reinterpret_cast<float*>(shared_memory() + launch.labels) + k;
-    }
+    // The fast path's sums of a warp take the place of its states.
+    CAMKD_DEVICE float* label_sums(int warp) const { return reinterpret_cast<float*>(states(warp, 0)); }
 
     // Messages between the blocks of a cluster: those that this block sends about stream k, those from the block of a
-    // rank. Exchanges alternate between two inboxes (RowStatistics::merge_blocks).
+    // rank. Exchanges alternate between two inboxes (ClusterExchange).
     CAMKD_DEVICE Pack* outgoing(int k) const {
         return reinterpret_cast<Pack*>(shared_memory() + launch.outgoing) + k * packs();
     }
@@ -155,14 +168,10 @@ struct RowGroup {
         const int i = (exchange % 2 * cluster() + rank) * (teachers() + 1) + k;
         return reinterpret_cast<Pack*>(shared_memory() + launch.inbox) + i * packs();
     }
-    CAMKD_DEVICE Pack* inbox_labels(int exchange) const {
-        return reinterpret_cast<Pack*>(shared_memory() + launch.inbox_labels) + exchange % 2 * label_packs();
-    }
     CAMKD_DEVICE Mailbox* box(int exchange) const {
         return reinterpret_cast<Mailbox*>(shared_memory() + launch.boxes) + exchange % 2;
     }
     CAMKD_DEVICE int packs() const { return RowShared::packs(FixedK > 0); }
-    CAMKD_DEVICE int label_packs() const { return RowShared::label_packs(teachers()); }
 
     // Rows that the group has in flight at once.
     CAMKD_DEVICE int rows_per_group() const { return WarpPerRow ? launch.geometry.rows : 1; }
@@ -173,15 +182,15 @@ struct RowGroup {
     CAMKD_DEVICE int chunks() const { return WarpPerRow ? 1 : launch.geometry.chunks; }
 
     // This thread's vectors of chunk c of row r.
-    CAMKD_DEVICE Chunk chunk_of(const RowInfo& info, int r, int c) const {
-        const RowGeometry& g = launch.geometry;
+    CAMKD_DEVICE Chunk chunk_of(const Info& info, int r, int c) const {
+        const int slots = launch.geometry.slots;
         const Columns columns = columns_of<T>(launch.C, launch.wide_in, info.address[0]);
-        const int first = (c * g.slots << shift()) + member(), left = columns.vectors - first;
-        const int held = left > 0 ? (left + members() - 1) >> shift() : 0;
-        return {columns, first, members(), r * g.slots, g.slots, held < g.slots ? held : g.slots};
+        const int first = (c * slots << shift()) + warp_of_group() * slots * kWarp + lane();
+        const int left = columns.vectors - first, held = left > 0 ? (left + kWarp - 1) / kWarp : 0;
+        return {columns, first, r * slots, slots, held < slots ? held : slots};
     }
 
-    CAMKD_DEVICE void fetch_slot(const RowInfo& info, const Chunk& chunk, int i) const {
+    CAMKD_DEVICE void fetch_slot(const Info& info, const Chunk& chunk, int i) const {
         if (i >= chunk.held) return;
         if (whole_vector(chunk.columns, chunk.vector(i)))
             fetch_whole<T>(buffer(), chunk, i, info.address, teachers());
@@ -189,14 +198,15 @@ struct RowGroup {
             fetch_elements<T>(buffer(), chunk, i, launch.args.streams, info.address, teachers());
     }
 
-    CAMKD_DEVICE void fetch_chunk(const RowInfo& info, const Chunk& chunk) const {
+    CAMKD_DEVICE void fetch_chunk(const Info& info, const Chunk& chunk) const {
 #pragma unroll 1
         for (int i = 0; i < chunk.held; ++i) fetch_slot(info, chunk, i);
     }
 
-    // The slot of chunk c in which this thread has the label's column; outside 0 .. held - 1 if it has not.
-    CAMKD_DEVICE int label_slot(const RowInfo& info, int c) const {
-        return member() == info.label_member ? info.label_slot - c * launch.geometry.slots : -1;
+    // The slot of a chunk in which this thread has the label's column; outside 0 .. held - 1 if it has not.
+    CAMKD_DEVICE int label_slot(const Info& info, const Chunk& chunk) const {
+        const int distance = info.label_vector - chunk.first;
+        return distance % kWarp == 0 ? distance / kWarp : -1;
     }
 
     CAMKD_DEVICE BatchScalars* batch_scalars() const {

@@ -3,12 +3,17 @@
 // While it writes a gradient it already fetches the next row into the slots that become free. Rows too wide for shared
 // memory pass through it in chunks: in order for the statistics, in reverse order for the gradient.
 //
-// Start reading at RowKernel::run. Its steps are in statistics.cuh, results.cuh and gradient.cuh, one thread's work on
-// its vectors in passes.cuh and fixed_k_passes.cuh, and the division of work in ../launch_table.h.
+// With a fixed number of teachers the statistics are relative to the logits at the label, which need no maximum. Where
+// that leaves the safe range, the group sums the row up once more, relative to its maxima, as the general kernels do.
+//
+// Start reading at RowKernel::run. Its steps are in label_statistics.cuh or statistics.cuh, results.cuh and
+// gradient.cuh, one thread's work on its vectors in fixed_k_passes.cuh or passes.cuh, and the division of work in
+// ../launch_table.h.
 #pragma once
 
 #include "../batch_mean.cuh"
 #include "gradient.cuh"
+#include "label_statistics.cuh"
 #include "results.cuh"
 #include "statistics.cuh"
 
@@ -17,40 +22,47 @@ namespace camkd::cuda {
 template <class T, bool WarpPerRow, int FixedK>
 class RowKernel {
     using Group = RowGroup<T, WarpPerRow, FixedK>;
+    using Info = typename Group::Info;
     static constexpr int V = kVector<T>;
+    static constexpr int kRows = WarpPerRow ? kRowsPerWarp : 1;  // most rows that a group has in flight
 
   public:
     CAMKD_DEVICE RowKernel(const RowLaunch& launch)
-        : group_{launch, WarpPerRow ? 0 : cluster_rank()}, statistics_(group_), results_(group_), gradient_(group_) {}
+        : group_{launch, WarpPerRow ? 0 : cluster_rank()},
+          label_statistics_(group_),
+          statistics_(group_),
+          exchange_(group_),
+          results_(group_),
+          gradient_(group_) {}
 
     CAMKD_DEVICE void run() {
         start();
         for (int iteration = 0; group_.infos(iteration & 1)[0].row < group_.launch.args.N; ++iteration) {
             const int parity = iteration & 1;
-            const RowInfo* const infos = group_.infos(parity);
+            const Info* const infos = group_.infos(parity);
+            const int64_t next = infos[0].row + int64_t(group_.launch.groups) * group_.rows_per_group();
+            if (group_.is_lookahead_warp()) load_logits(next);
             // Sum up, one part per warp
 #pragma unroll 1
             for (int r = 0; r < group_.rows_per_group(); ++r)
-                if (infos[r].kept) statistics_.sum_up(infos[r], r);
+                if (infos[r].kept) sum_up(infos[r], r);
             group_.barrier();
             // Prepare the next rows, in a warp that has nothing to merge
-            if (group_.is_lookahead_warp())
-                prepare_rows(infos[0].row + int64_t(group_.launch.groups) * group_.rows_per_group(), parity ^ 1);
-            // Reduce across the block and the cluster
-            if (!WarpPerRow && group_.is_merging_warp() && infos[0].kept) {
-                statistics_.merge_warps();
-                if (group_.cluster() > 1) statistics_.merge_blocks(infos[0]);
-                warp_barrier();
-            }
-            // Compute the weights
-            if (group_.is_merging_warp()) {
+            if (group_.is_lookahead_warp()) prepare_rows(next, parity ^ 1);
+            // Reduce across the block and the cluster, and compute the weights
 #pragma unroll 1
-                for (int r = 0; r < group_.rows_per_group(); ++r) {
-                    results_.compute_weights(infos[r], r);
-                    if (WarpPerRow) results_.write_row_stats(infos[r], r);
-                }
-            }
+            for (int r = 0; r < group_.rows_per_group(); ++r)
+                if (group_.is_merging_warp()) merge(infos[r], r);
             group_.barrier();
+            if constexpr (FixedK > 0) {
+#pragma unroll 1
+                for (int r = 0; r < group_.rows_per_group(); ++r)
+                    if (infos[r].kept && group_.rows()[r].out_of_range) use_maxima(infos[r], r);
+            }
+            if (WarpPerRow) {
+#pragma unroll 1
+                for (int r = 0; r < group_.rows_per_group(); ++r) results_.write_row_stats(infos[r], r);
+            }
             // Write row_stats, by the look-ahead warp: the merging warp is on the critical path. The blocks of a
             // cluster alternate.
             if (!WarpPerRow && group_.is_lookahead_warp() && (iteration & (group_.cluster() - 1)) == group_.rank)
@@ -76,6 +88,7 @@ class RowKernel {
                 WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : int(block_id()) / group_.cluster();
             const int64_t first = int64_t(group) * group_.rows_per_group();
             next_label_ = label_of(first + group_.lane());
+            load_logits(first);
             prepare_rows(first, 0);
         }
         if (group_.cluster() > 1) {
@@ -91,9 +104,39 @@ class RowKernel {
         block_barrier();
     }
 
+    CAMKD_DEVICE void sum_up(const Info& info, int r) const {
+        if constexpr (FixedK > 0)
+            label_statistics_.sum_up(info, r);
+        else
+            statistics_.sum_up(info, r);
+    }
+
+    // By the merging warp.
+    CAMKD_DEVICE void merge(const Info& info, int r) {
+        if constexpr (FixedK > 0) {
+            if (!WarpPerRow && info.kept) label_statistics_.merge(exchange_);
+            results_.compute_label_weights(info, r);
+        } else {
+            if (!WarpPerRow && info.kept) statistics_.merge(exchange_);
+            results_.compute_weights(info, r);
+        }
+    }
+
+    // Replaces the results of the fast path.
+    CAMKD_DEVICE void use_maxima(const Info& info, int r) {
+        if (group_.chunks() > 1) group_.fetch_chunk(info, group_.chunk_of(info, r, 0));
+        statistics_.sum_up(info, r);
+        group_.barrier();
+        if (group_.is_merging_warp()) {
+            if (!WarpPerRow) statistics_.merge(exchange_);
+            results_.compute_weights(info, r);
+        }
+        group_.barrier();
+    }
+
     CAMKD_DEVICE void fetch_first_chunks(int parity) const {
         for (int r = 0; r < group_.rows_per_group(); ++r) {
-            const RowInfo& info = group_.infos(parity)[r];
+            const Info& info = group_.infos(parity)[r];
             if (info.kept) group_.fetch_chunk(info, group_.chunk_of(info, r, 0));
         }
     }
@@ -103,33 +146,52 @@ class RowKernel {
         return row < args.N ? args.target[row] : args.formula.ignore_index;
     }
 
+    // Loads logits for prepare_rows, a pass over the row ahead, because their latency is long: with a lane per stream,
+    // those at the labels of the rows from `first` on.
+    CAMKD_DEVICE void load_logits(int64_t first) {
+        const RowLossArgs& args = group_.launch.args;
+        label_ = next_label_ == args.formula.ignore_index            ? kIgnored
+                 : next_label_ >= 0 && next_label_ < group_.launch.C ? int(next_label_)
+                                                                     : kInvalid;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (r >= group_.rows_per_group()) continue;
+            const int column = shuffle(label_, r);
+            logits_[r] = NAN;
+            if (group_.lane() > group_.teachers() || column < 0) continue;
+            const Matrix& stream = args.streams[group_.lane()];
+            logits_[r] = load_element(row_address(stream, args.S, first + r), column,
+                                      sizeof(T) == 2 ? Elements<T>::dtype : stream.dtype);
+        }
+    }
+
     // Fills in the group's next infos from row `first` on, with a lane per row and then per stream. Ignored rows and
-    // rows beyond the last are never read. Also loads the labels of the rows after these, whose latency is long.
+    // rows beyond the last are never read. Also loads the labels of the rows after these.
     CAMKD_DEVICE void prepare_rows(int64_t first, int parity) {
         const RowLossArgs& args = group_.launch.args;
         const int rows = group_.rows_per_group();
-        RowInfo* const infos = group_.infos(parity);
+        Info* const infos = group_.infos(parity);
         if (group_.lane() < rows) {
-            RowInfo& info = infos[group_.lane()];
-            const int64_t y = next_label_;
+            Info& info = infos[group_.lane()];
             info.row = first + group_.lane();
-            info.kept = y != args.formula.ignore_index;
-            info.label_valid = y >= 0 && y < group_.launch.C;
-            info.label_member = info.label_slot = info.label_element = -1;
-            if (info.kept && info.label_valid) {
+            info.kept = label_ != kIgnored;
+            info.label_valid = label_ >= 0;
+            info.label_vector = info.label_element = -1;
+            if (info.label_valid) {
                 const Columns columns = columns_of<T>(group_.launch.C, group_.launch.wide_in,
                                                       row_address(args.streams[0], args.S, info.row));
-                const int column = int(y) + columns.phase, v = column / V;
-                info.label_member = v & (group_.members() - 1);
-                info.label_slot = v >> group_.shift();
+                const int column = label_ + columns.phase;
+                info.label_vector = column / V;
                 info.label_element = column % V;
             }
             next_label_ = label_of(first + int64_t(group_.launch.groups) * rows + group_.lane());
         }
-        if (group_.lane() <= args.K) {
-            for (int r = 0; r < rows; ++r) {
-                if (first + r < args.N)
-                    infos[r].address[group_.lane()] = row_address(args.streams[group_.lane()], args.S, first + r);
+        if (group_.lane() <= group_.teachers()) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                if (r >= rows || first + r >= args.N) continue;
+                infos[r].address[group_.lane()] = row_address(args.streams[group_.lane()], args.S, first + r);
+                infos[r].logits[group_.lane()] = logits_[r];
             }
         }
         warp_barrier();
@@ -169,11 +231,19 @@ class RowKernel {
         if (thread_id() == 0) args.batch.others[2] = group_.batch_scalars()->factor;
     }
 
+    static constexpr int kIgnored = -2, kInvalid = -1;
+
     const Group group_;
-    RowStatistics<T, WarpPerRow, FixedK> statistics_;
+    const LabelStatistics<T, WarpPerRow, FixedK> label_statistics_;
+    const RowStatistics<T, WarpPerRow, FixedK> statistics_;
+    ClusterExchange<Group> exchange_;
     const RowResults<T, WarpPerRow, FixedK> results_;
     const RowGradient<T, WarpPerRow, FixedK> gradient_;
-    int64_t next_label_ = 0;  // label of this lane's row among the rows to be prepared next
+    // Of the rows to be prepared next: label of this lane's row, once loaded and once checked; logits of this lane's
+    // stream.
+    int64_t next_label_ = 0;
+    int label_ = kIgnored;
+    float logits_[kRows];
 };
 
 template <class T, bool WarpPerRow, int FixedK>

@@ -1,5 +1,5 @@
 // The passes of one thread over its vectors of a row, in the row buffers: fetch, maxima, sums, gradient. These are the
-// general passes, for any number of teachers, temperature and weighting; fixed_k_passes.cuh has the fast path.
+// general passes, for any number of teachers, temperature, weighting and logits; fixed_k_passes.cuh has the fast path.
 //
 // A thread's part of the row buffers is shared memory that no other thread reads: the thread copies its vectors there
 // asynchronously, and may refill a slot without a barrier as soon as it has used it.
@@ -16,22 +16,37 @@ constexpr int kTeacherGroup = 3;
 
 using State = StreamState<float>;
 
-// slot(k, i) is vector slot i of stream k. The same slot of all threads is contiguous, which avoids bank conflicts.
+// slot(k, i) is vector slot i of stream k. The buffer of a warp is [slot][stream][lane]: lanes side by side avoid bank
+// conflicts, and strides that depend on K only are part of the instructions.
 struct RowBuffer {
     Pack* first;
-    int slots, stride;  // slots per stream, threads of the block
+    int streams;
 
-    CAMKD_DEVICE Pack* slot(int k, int i) const { return first + int64_t(k * slots + i) * stride; }
+    CAMKD_DEVICE Pack* slot(int k, int i) const { return first + (i * streams + k) * kWarp; }
+    CAMKD_DEVICE int slot_stride() const { return streams * kWarp; }
 };
 
-// One thread's part of a row, or of a chunk of its columns: vector(i) lies in slot begin + i, for i < held <= count.
+// One thread's part of a row, or of a chunk of its columns: vector(i) lies in slot begin + i, for i < held <= count. A
+// warp has consecutive vectors.
 struct Chunk {
     Columns columns;
-    int first, stride;  // vector(i) = first + i * stride
+    int first;
     int begin, count, held;
 
-    CAMKD_DEVICE int vector(int i) const { return first + i * stride; }
+    CAMKD_DEVICE int vector(int i) const { return first + i * kWarp; }
 };
+
+// The slots from begin up to end.
+struct SlotRange {
+    int begin, end;
+};
+
+// The slots of a chunk whose vectors can be accessed in one instruction each.
+CAMKD_DEVICE SlotRange whole_slots(const Columns& columns, const Chunk& chunk) {
+    const int left = columns.first_whole + columns.whole - chunk.first;
+    const int end = left > 0 ? (left + kWarp - 1) / kWarp : 0;
+    return {chunk.first < columns.first_whole ? 1 : 0, end < chunk.held ? end : chunk.held};
+}
 
 // Starts the copy of vector(i) of every stream; whole_vector must hold for it.
 template <class T>
@@ -212,10 +227,10 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
 
 // Vector(i) of the gradient. `label` is the element of the label's column, outside 0 .. V - 1 if it lies elsewhere. The
 // coefficients include the factors of their streams' references.
-template <class T>
+template <class T, class Coefficients>
 CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chunk, int i, int K,
-                                      Temperature temperature, const Reference* references, const RowSums<float>* sums,
-                                      const GradCoefficients<float>& coefficients, int label, float label_coefficient,
+                                      Temperature temperature, const Reference* references, const State* sums,
+                                      const Coefficients& coefficients, int label, float label_coefficient,
                                       float (&out)[kVector<T>]) {
     constexpr int V = kVector<T>;
     float x[V], e[V];

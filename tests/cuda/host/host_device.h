@@ -78,6 +78,14 @@ inline float shuffle(float x, int lane) {
     return host::exchange(x)[lane];
 }
 
+inline int shuffle(int x, int lane) {
+    float bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const float* const values = host::exchange(bits);
+    std::memcpy(&x, values + lane, sizeof(x));
+    return x;
+}
+
 inline bool warp_any(bool x) {
     return host::butterfly(float(x), [](float a, float b) { return std::fmax(a, b); }) > 0;
 }
@@ -174,6 +182,8 @@ template <class Number>
 Number read_device(const Number* at) {
     return std::atomic_ref(const_cast<Number&>(*at)).load(std::memory_order_relaxed);
 }
+template <class Pointer>
+void keep_in_register(Pointer&) {}
 
 // --- arithmetic ---
 

@@ -75,4 +75,4 @@ def limit(emulated: ModuleType, shared: int = 160 * 1024, cluster: int = 8, mult
 def enter(emulated: ModuleType, regime: str, K: int) -> None:
     """A device where a block has shared memory for one vector per thread and stream, in clusters of up to 8 or of 1."""
     if regime != "table":
-        limit(emulated, shared=(K + 1) * THREADS * 16 + 4096, cluster=8 if regime == "cluster" else 1)
+        limit(emulated, shared=(K + 1) * THREADS * 16 + 3584, cluster=8 if regime == "cluster" else 1)

@@ -72,11 +72,12 @@ bool same_with_delays(const char* what, std::initializer_list<std::vector<float>
 }
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
+// With `far`, labels are far below the maximum, so that the fixed-K kernels sum up every other row twice.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
-              Weighting weighting = Weighting::confidence) {
+              Weighting weighting = Weighting::confidence, bool far = false) {
     host::limits = limits;
     const int fixed_k = weighting == Weighting::entropy ? 0 : K;
-    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0};
+    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0, 0};
     RowShared::measure(problem);
     const RowGeometry g = row_geometry(problem, limits);
     if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks) {
@@ -90,6 +91,7 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     args.K = K;
     for (int k = 0; k <= K; ++k) {
         streams.push_back(numbers(size_t(N * C), float(k + 3)));
+        for (int64_t n = 1; far && n < N; n += 2) streams.back()[size_t(n * C + C / 2)] = -300;
         args.streams[k] = {streams[k].data(), N * C, C, DType::f32};
     }
     std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
@@ -159,10 +161,17 @@ bool run_others(int64_t N, int C, int K) {
 int main() {
     const int threads = 64;
     // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads)
+    const Weighting confidence = Weighting::confidence;
     const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads}, 1, false) &
                       run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false) &
                       run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false) &
                       run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true) &
+                      run_rows("warps, far labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads}, 1, false,
+                               confidence, true) &
+                      run_rows("cluster, far labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4,
+                               false, confidence, true) &
+                      run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads}, 1, true,
+                               confidence, true) &
                       run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads}, 1, false,
                                Weighting::entropy) &
                       run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads}, 4, false,

@@ -1,0 +1,67 @@
+// The statistics of a row on the fast path, relative to its logits at the label (fixed_k_passes.cuh): the same three
+// levels as in statistics.cuh, all of them additions.
+#pragma once
+
+#include "exchange.cuh"
+
+namespace camkd::cuda {
+
+template <class T, bool WarpPerRow, int FixedK>
+class LabelStatistics {
+    using Group = RowGroup<T, WarpPerRow, FixedK>;
+    using Info = typename Group::Info;
+    static constexpr int K = FixedK, count = kLabelSums<K>, stride = fold_stride<count>;
+
+  public:
+    CAMKD_DEVICE LabelStatistics(const Group& group) : group_(group) {}
+
+    // Sums row r over this warp's part, for merge(), or into the row's label_sums where a warp has the whole row.
+    CAMKD_DEVICE void sum_up(const Info& info, int r) const {
+        const float scale = group_.temperature().scale;
+        float at[K + 1], sums[count];
+        label_references<K>(info.logits, scale, at);
+#pragma unroll
+        for (int i = 0; i < count; ++i) sums[i] = 0;
+        with_power(group_.temperature().power, [&](auto power) {
+            constexpr int P = decltype(power)::value;
+            for (int c = 0; c < group_.chunks(); ++c) {
+                copies_wait();
+                add_vectors<T, K, P>(group_.buffer(), group_.chunk_of(info, r, c), scale, at, sums);
+                if (c + 1 < group_.chunks()) group_.fetch_chunk(info, group_.chunk_of(info, r, c + 1));
+            }
+            if (P == 1) {
+#pragma unroll
+                for (int k = 0; k <= K; ++k) sums[label_sum(k, kSum1)] = sums[label_sum(k, kSumT)];
+            }
+        });
+        const float sum = warp_fold(sums, group_.lane());
+        float* const to = WarpPerRow ? group_.rows()[r].label_sums : group_.label_sums(group_.warp());
+        if (group_.lane() % stride == 0 && group_.lane() / stride < count) to[group_.lane() / stride] = sum;
+    }
+
+    // Adds the sums of this block's warps, and then those of the cluster's blocks. Every block adds in order of the
+    // ranks, so all get the same bits.
+    CAMKD_DEVICE void merge(ClusterExchange<Group>& exchange) const {
+        constexpr int packs = (count + 3) / 4;
+        static_assert(packs <= K + 1, "one pack per stream");
+        float* const row = group_.rows()[0].label_sums;
+        float* const of_block = group_.cluster() > 1 ? reinterpret_cast<float*>(group_.outgoing(0)) : row;
+        const bool adds = group_.lane() < count;
+        float sum = 0;
+        for (int warp = 0; adds && warp < group_.warps(); ++warp) sum += group_.label_sums(warp)[group_.lane()];
+        if (adds) of_block[group_.lane()] = sum;
+        if (group_.cluster() > 1) {
+            const int which = exchange.run(packs);
+            sum = 0;
+            for (int rank = 0; adds && rank < group_.cluster(); ++rank)
+                sum += reinterpret_cast<const float*>(group_.inbox(which, rank, 0))[group_.lane()];
+            if (adds) row[group_.lane()] = sum;
+        }
+        warp_barrier();
+    }
+
+  private:
+    const Group group_;
+};
+
+}  // namespace camkd::cuda

@@ -1,0 +1,85 @@
+"""Accuracy of the CUDA row kernel on the host: converged students, and rows that need the general passes.
+
+The fast path takes the logit at the label as the reference of all exponentials. Rows where that leaves the safe range,
+because the label is far below the maximum, are summed up once more relative to their maxima. test_row_loss_on_host.py
+describes how the kernels run on the host.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests.support.converged import FAR, NEAR, all_converged, assert_rounded_once, assert_rows, labels_at
+from tests.support.evaluate import run_value_and_grad
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+from tests.cuda.host.on_host import cuda_on_the_host, emulated, enter
+
+__all__ = ["cuda_on_the_host", "emulated"]
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster).
+GEOMETRIES = {
+    "warp": ("table", 200, (True, 1, 1)),
+    "block": ("table", 2100, (False, 1, 1)),
+    "cluster": ("cluster", 1001, (False, 1, 2)),
+    "chunks": ("chunks", 1001, (False, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("K", [1, 3, 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 20.0])
+def test_converged_students(temperature: float, K: int, dtype: torch.dtype) -> None:
+    for what, case in all_converged(6, 400, K, dtype, temperature):
+        assert_rounded_once(run_value_and_grad(case, "cuda").grad, case, what)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_converged_students_in_every_geometry(emulated: ModuleType, geometry: str) -> None:
+    regime, C, expected = GEOMETRIES[geometry]
+    enter(emulated, regime, 3)
+    for what, case in all_converged(2, C, 3, BF16, 4.0):
+        assert_rounded_once(run_value_and_grad(case, "cuda").grad, case, what)
+    assert emulated.last_rows() == expected
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_labels_far_from_the_maximum(
+    emulated: ModuleType, geometry: str, temperature: float, dtype: torch.dtype
+) -> None:
+    """Rows that need the general passes and rows that do not in one minibatch, for one group after the other."""
+    regime, C, _ = GEOMETRIES[geometry]
+    enter(emulated, regime, 3)
+    assert_rows(labels_at([FAR[0], *NEAR, FAR[1], NEAR[1], *FAR], C, 3, dtype, temperature), "cuda")
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    distances=st.lists(st.floats(-400, 400, width=16), min_size=1, max_size=9),
+    geometry=st.sampled_from(list(GEOMETRIES)),
+    K=st.integers(2, 5),
+    dtype=st.sampled_from([F32, BF16, F16]),
+    temperature=st.sampled_from([1.0, 2.0, 4.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_labels(
+    emulated: ModuleType,
+    distances: list[float],
+    geometry: str,
+    K: int,
+    dtype: torch.dtype,
+    temperature: float,
+    seed: int,
+) -> None:
+    regime, C, _ = GEOMETRIES[geometry]
+    enter(emulated, regime, K)
+    assert_rows(labels_at(distances, C, K, dtype, temperature, seed), "cuda")
