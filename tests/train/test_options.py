@@ -245,9 +245,9 @@ def test_the_optimiser_has_the_configured_numbers() -> None:
 def test_the_rate_follows_the_config() -> None:
     optim = OptimConfig(epochs=10, milestones=(0.3, 0.5), drop=0.25, learning_rate=0.2)
     assert [learning_rate(optim, 1.0, step, 1) for step in (2, 3, 4, 5, 9)] == [1.0, 0.25, 0.25, 0.0625, 0.0625]
-    for model in models.names():
+    for model in (*models.names(), "MobileNetV2", "ShuffleV1", "ShuffleV2"):
         assert peak_rate(optim, model) == 0.2
-        slow = model.startswith(("mobilenet", "shufflenet"))
+        slow = model.lower().startswith(("mobilenet", "shuffle"))
         assert peak_rate(replace(optim, learning_rate=None), model) == (0.01 if slow else 0.05)
 
 
