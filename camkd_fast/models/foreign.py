@@ -7,7 +7,7 @@ the modules within a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 import torch
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from . import create, mobilenet, resnet, shufflenet, vgg, wide_resnet, zoo_name
 from . import names as zoo_names
+from .weights import fill, size
 
 Names = dict[str, str]  # official -> ours
-
-_LISTED = 10  # names of each kind in an error
-_COUNTER = ".num_batches_tracked"  # unused in evaluation mode; torch before 0.4.1 did not write it
 
 
 def _pairs(*ours: str) -> Names:
@@ -120,8 +118,10 @@ def parameter_names(name: str) -> Names:
         nearest = ", ".join(get_close_matches(name, zoo_names(), n=5) or zoo_names())
         raise ValueError(f"the zoo has no model {name!r}; nearest: {nearest}")
     theirs = {ours: official for official, ours in _modules(known).items()}
+    with torch.device("meta"):
+        state = create(known, 1, 1).state_dict()
     names: Names = {}
-    for ours in _shapes(known):
+    for ours in state:
         module, _, tensor = ours.rpartition(".")
         names[f"{theirs[module]}.{tensor}"] = ours
     return names
@@ -138,41 +138,12 @@ def load(name: str, tensors: Mapping[str, Tensor], source: object) -> nn.Module:
         source: of the tensors, for errors.
 
     Raises:
-        ValueError: the zoo has no such model; tensors are missing or left over, of which the message lists up to ten
-            each; or a shape does not fit, in which case it has both.
+        ValueError: the zoo has no such model; or, as in `weights.fill`, the tensors do not fit it.
     """
     names = parameter_names(name)
     if set(tensors) <= set(names.values()):
         names = {ours: ours for ours in names.values()}
-    missing = [key for key in names if key not in tensors and not key.endswith(_COUNTER)]
-    extra = [key for key in tensors if key not in names]
-    faults = [f"it lacks {_listed(missing)}"] * bool(missing) + [f"{name} has no {_listed(extra)}"] * bool(extra)
-    if faults:
-        raise ValueError(f"{source} does not fit {name}: {'; '.join(faults)}")
-    state = {ours: tensors[key] for key, ours in names.items() if key in tensors}
-    stem = next(iter(names.values()))
-    classes, channels = _size(state["fc.weight"], 0), _size(state[stem], 1)
-    shapes = _shapes(name, classes, channels)
-    for key, ours in names.items():
-        if key in tensors and tensors[key].shape != shapes[ours]:
-            theirs, needed = tuple(tensors[key].shape), tuple(shapes[ours])
-            raise ValueError(f"{source} does not fit {name}: {key} has shape {theirs}, but {name} needs {needed}")
-    model = create(name, classes, channels)
-    model.load_state_dict({**model.state_dict(), **state})
-    return model.eval()
-
-
-def _size(tensor: Tensor, axis: int) -> int:
-    """1 for a tensor of too few axes, whose shape will be refused."""
-    return tensor.shape[axis] if tensor.dim() > axis else 1
-
-
-def _shapes(name: str, num_classes: int = 1, in_channels: int = 1) -> dict[str, torch.Size]:
-    """Shape of each parameter and buffer of a zoo model."""
-    with torch.device("meta"):
-        return {key: tensor.shape for key, tensor in create(name, num_classes, in_channels).state_dict().items()}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    theirs = {ours: key for key, ours in names.items()}
+    stem = next(iter(names))
+    model = create(name, size(tensors, theirs["fc.weight"], 0), size(tensors, stem, 1))
+    return fill(model, tensors, name, source, names)
