@@ -15,11 +15,11 @@ from camkd_fast import models
 from camkd_fast.data import LabelledImages, choose
 from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.splits import Splits
+from camkd_fast.models.model_file import MODEL, model_bytes
 from camkd_fast.train import run, run_folder, strategies
-from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.distributed import World
-from camkd_fast.train.run_folder import MODEL, RunExistsError
+from camkd_fast.train.run_folder import RunExistsError
 from camkd_fast.train.schedule import learning_rate, peak_rate
 from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.runs import load_teachers
