@@ -118,6 +118,11 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def first_sentence(error: Exception) -> str:
+    """What an error of torch or another library says, without the advice that follows."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split()).partition(". ")[0] or type(error).__name__
+
+
 # --- stand-ins for what a checkpoint may name ------------------------------------------------------------------------
 
 
@@ -170,7 +175,7 @@ def _fault(path: Path, error: Exception) -> str:
     """What is wrong with a file that torch.load refused. Its opcodes are listed, not executed."""
     # torch wraps the errors of its unpickler in advice to run the code of the file.
     first = error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error
-    reason = str(first).partition(". ")[0].partition("\n")[0] or type(first).__name__
+    reason = first_sentence(first)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

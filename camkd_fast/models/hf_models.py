@@ -5,21 +5,14 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
+from . import checkpoint_files
+from .protocol import Source
+
 PREFIX = "hf:"
-
-
-class Pretrained(NamedTuple):
-    """A trained transformers model and the preparation of its images; None: unknown."""
-
-    model: LogitsOfOutput  # in evaluation mode
-    mean: tuple[float, ...] | None  # per channel, in units of [0, 1]
-    std: tuple[float, ...] | None
-    size: tuple[int, int] | None  # (H, W)
-    classes: tuple[str, ...] | None  # in the order of the logits
 
 
 class LogitsOfOutput(nn.Module):
@@ -35,35 +28,39 @@ class LogitsOfOutput(nn.Module):
         return logits
 
 
-def pretrained(name: str) -> Pretrained:
+def pretrained(name: str) -> Source:
     """An image classifier from the hub, its cache or a folder. Code of a repository is never run.
 
-    Mean, std and size are the image processor's, if there is one. Names of classes are the config's, unless they are
-    placeholders.
+    Weights in half precision become float32. Mean, std and size are the image processor's, if there is one. Names of
+    classes are the config's, unless they are placeholders.
 
     Args:
         name: ORG/NAME of the hub, or a folder with config.json and weights.
 
     Raises:
         ValueError: transformers is not installed; the model can be neither found nor downloaded, is no image classifier
-            of transformers, or its image processor cannot be used.
+            of transformers, or has weights that would run code; or its image processor cannot be used.
     """
     transformers = _transformers(name)
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if Path(name).is_dir():
-            raise ValueError(f"{PREFIX}{name} cannot be read: {_line(error)}") from error
+            raise ValueError(f"{PREFIX}{name} cannot be read: {checkpoint_files.first_sentence(error)}") from error
         raise ValueError(
             f"{PREFIX}{name} is no folder, and the hub's model is not in the cache and cannot be downloaded: download "
             f"config.json, preprocessor_config.json and model.safetensors of huggingface.co/{name} on another machine, "
             f"copy them to a folder here, and give {PREFIX}FOLDER"
         ) from error
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{PREFIX}{name} is no image classifier of transformers: {_line(error)}") from error
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"{PREFIX}{name} is no image classifier of transformers: {reason}") from error
+    except Exception as error:  # of several libraries
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
     classes = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     known = None if any(label == f"LABEL_{i}" for i, label in enumerate(classes)) else classes
-    return Pretrained(LogitsOfOutput(model.eval()), *_preparation(transformers, name), known)
+    return Source(LogitsOfOutput(model.float().eval()), *_preparation(transformers, name), known)
 
 
 def _preparation(
@@ -75,7 +72,8 @@ def _preparation(
     except OSError:
         return None, None, None
     except (ValueError, ImportError) as error:
-        raise ValueError(f"the image processor of {PREFIX}{name} cannot be used: {_line(error)}") from error
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"the image processor of {PREFIX}{name} cannot be used: {reason}") from error
     size = _size(processor)
     if not processor.do_normalize:
         return (0.0,), (1.0,), size
@@ -95,10 +93,6 @@ def _size(processor: Any) -> tuple[int, int] | None:
         return None
     height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
     return (int(height), int(width)) if height and width else None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _transformers(name: str) -> ModuleType:

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,39 +29,13 @@ import torch
 from torch import nn
 
 from . import checkpoint_files, foreign, hf_models, model_file, names, timm_models, torchvision_models, zoo_name
-from .protocol import FeatureModel
+from .protocol import FeatureModel, Source
 from .split import LogitsOnly, Split, split
 
 PYTHON = "py:"
 _OPTIONS = re.compile(r"\?(\w+=[^?&#@]*(?:&\w+=[^?&#@]*)*)$")
 _LAYER = re.compile(r"#([A-Za-z_][\w.]*)$")
 _SIZE = (224, 224)  # of the image that checks a split model, if the source does not know its size
-
-
-@dataclass(frozen=True)
-class Source:
-    """A trained model, and what is known about the images that it expects; None: unknown.
-
-    Attributes:
-        model: follows the protocol of `models.protocol`, in evaluation mode, on the CPU. If its feature map is unknown,
-            its `num_features` is 0 (`split.LogitsOnly`).
-        mean: of each channel, or one number for all, of images in [0, 1].
-        std: likewise.
-        size: (H, W) in pixels.
-        classes: names in the order of the logits: those of the run's data, WordNet ids (timm), or descriptions
-            (torchvision, transformers).
-    """
-
-    model: nn.Module
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    size: tuple[int, int] | None = None
-    classes: tuple[str, ...] | None = None
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of logits; None if the model does not say it."""
-        return getattr(self.model, "num_classes", None)
 
 
 def load(spec: str, num_classes: int | None = None) -> Source:
@@ -184,16 +158,12 @@ def _run(path: Path) -> Source:
 
 def _timm(rest: str) -> Source:
     name, at, file = rest.partition("@")
-    return Source(*timm_models.pretrained(name, Path(file) if at else None))
+    return timm_models.pretrained(name, Path(file) if at else None)
 
 
 def _torchvision(rest: str) -> Source:
     name, _, weights = rest.partition("@")
-    return Source(*torchvision_models.pretrained(name, weights))
-
-
-def _hf(rest: str) -> Source:
-    return Source(*hf_models.pretrained(rest))
+    return torchvision_models.pretrained(name, weights)
 
 
 def _python(rest: str) -> Source:
@@ -229,7 +199,7 @@ def _numbers(values: Any) -> tuple[float, ...]:
 _KINDS: dict[str, Callable[[str], Source]] = {
     timm_models.PREFIX: _timm,
     torchvision_models.PREFIX: _torchvision,
-    hf_models.PREFIX: _hf,
+    hf_models.PREFIX: hf_models.pretrained,
     PYTHON: _python,
     "": _run_or_zoo,
 }

@@ -7,13 +7,13 @@ import math
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint_files
-from .protocol import feature_model
+from .protocol import Source, feature_model
 from .weights import fill, size
 
 PREFIX = "timm:"
@@ -143,29 +143,19 @@ class PatchTokens(nn.Module):
         return same
 
 
-class Pretrained(NamedTuple):
-    """A trained timm model and the preparation of its images."""
-
-    model: Any  # in evaluation mode
-    mean: tuple[float, ...]  # per channel, in units of [0, 1]
-    std: tuple[float, ...]
-    size: tuple[int, int]  # (H, W)
-    classes: tuple[str, ...] | None  # in the order of the logits
-
-
-def pretrained(name: str, file: Path | None = None) -> Pretrained:
+def pretrained(name: str, file: Path | None = None) -> Source:
     """A timm model with its pretrained weights, from timm's hub or its cache, or with those of a file.
 
-    Classes of the pretrained weights have ImageNet's WordNet ids as names, if they are ImageNet's; those of a file have
-    none.
+    It may lack a feature map (`with_map`). Classes of the pretrained weights have ImageNet's WordNet ids as names, if
+    they are ImageNet's; those of a file have none.
 
     Args:
         file: state dict under timm's names, see `checkpoint_files.read`. It decides the number of classes.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: timm is not installed or has no such model; there are no pretrained weights, or they can be neither
-            found nor downloaded; or the file is refused or does not fit.
+        ValueError: timm is not installed or has no such model; there are no pretrained weights, they can be neither
+            found nor downloaded, or they are damaged or would run code; or the file is refused or does not fit.
     """
     timm = _required(name)
     if file is None:
@@ -183,7 +173,7 @@ def pretrained(name: str, file: Path | None = None) -> Pretrained:
         fill(model, tensors, PREFIX + name, file)
     mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
     height, width = config["input_size"][1:]
-    return Pretrained(model.eval(), mean, std, (height, width), tuple(classes) if classes else None)
+    return Source(model.eval(), mean, std, (height, width), tuple(classes) if classes else None)
 
 
 def _downloaded(timm: ModuleType, name: str) -> Any:
@@ -206,6 +196,9 @@ def _downloaded(timm: ModuleType, name: str) -> Any:
             f"the weights of {PREFIX}{name} are not in the cache and cannot be downloaded: download {what} on another "
             f"machine, copy it to any folder here, and give {PREFIX}{name}@FILE"
         ) from error
+    except Exception as error:  # of several libraries
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
 
 
 def _imagenet(timm: ModuleType, model: Any) -> list[str] | None:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint_files
+from .protocol import Source
 from .weights import fill, size
 
 PREFIX = "torchvision:"
 
 
-class Pretrained(NamedTuple):
-    """A trained torchvision model and the preparation of its images; None: unknown."""
-
-    model: nn.Module  # (N, 3, H, W) -> logits, in evaluation mode, with `num_classes`
-    mean: tuple[float, ...] | None  # per channel, in units of [0, 1]
-    std: tuple[float, ...] | None
-    size: tuple[int, int] | None  # (H, W)
-    classes: tuple[str, ...] | None  # in the order of the logits
-
-
-def pretrained(name: str, weights: str) -> Pretrained:
+def pretrained(name: str, weights: str) -> Source:
     """A torchvision classifier with published weights, downloaded or from torch's cache, or with those of a file.
 
-    Published weights come with mean, std, size and torchvision's names of the classes; a file has none of them.
+    It does not follow the protocol. Published weights come with mean, std, size and torchvision's names of the classes;
+    a file has none of them.
 
     Args:
         name: as in `torchvision.models.list_models()`.
@@ -42,7 +33,7 @@ def pretrained(name: str, weights: str) -> Pretrained:
     Raises:
         OSError: the file cannot be read.
         ValueError: torchvision is not installed, or has no such classifier or weights; published weights can be neither
-            found nor downloaded; or the file is refused or does not fit.
+            found nor downloaded, or are damaged or would run code; or the file is refused or does not fit.
     """
     models = _required(name)
     published = models.get_model_weights(name).__members__
@@ -57,10 +48,10 @@ def pretrained(name: str, weights: str) -> Pretrained:
     classes = _classes(models, name, tensors)
     model = models.get_model(name, weights=None, num_classes=classes)
     model.num_classes = classes
-    return Pretrained(fill(model, tensors, PREFIX + name, file), None, None, None, None)
+    return Source(fill(model, tensors, PREFIX + name, file), None, None, None, None)
 
 
-def _published(models: ModuleType, name: str, weights: Any) -> Pretrained:
+def _published(models: ModuleType, name: str, weights: Any) -> Source:
     spec = f"{PREFIX}{name}@{weights.name}"
     try:
         # Downloads the file and refuses code in it. Then torchvision reads the same file without restriction: only its
@@ -72,14 +63,15 @@ def _published(models: ModuleType, name: str, weights: Any) -> Pretrained:
             f"the weights of {spec} are not in the cache and cannot be downloaded: download {weights.url} on another "
             f"machine, copy it to {place}, and give {spec} again"
         ) from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"the weights of {spec} are refused, because reading them would run code") from error
+    except Exception as error:  # damage can raise almost anything
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"the weights of {spec} are refused or damaged: {reason}") from error
     model = models.get_model(name, weights=weights)
     transforms, names = weights.transforms(), tuple(weights.meta["categories"])
     height, width = (transforms.crop_size * 2)[:2]  # one number for squares
     mean, std = tuple(map(float, transforms.mean)), tuple(map(float, transforms.std))
     model.num_classes = len(names)
-    return Pretrained(model.eval(), mean, std, (height, width), names)
+    return Source(model.eval(), mean, std, (height, width), names)
 
 
 def _classes(models: ModuleType, name: str, tensors: Mapping[str, Tensor]) -> int:

@@ -5,6 +5,7 @@ Their caches are filled with random weights under the published names.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,17 +164,40 @@ def test_torchvision_without_a_network(torchvision: Any) -> None:
     assert not list(Path(torch.hub.get_dir()).rglob("*.pth"))
 
 
+class Trap:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_timms_cache_is_not_run(hub_cache: Path, tmp_path: Path) -> None:
+    cached_by_timm(hub_cache, "test_resnet.r160_in1k")
+    (file,) = hub_cache.rglob("model.safetensors")
+    torch.save({"x": Trap(tmp_path / "trap")}, file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match="are refused or damaged: weights_only=True"):
+        sources.load("timm:test_resnet.r160_in1k")
+    assert not (tmp_path / "trap").exists()
+
+
+def test_code_in_a_folder_of_transformers_is_not_run(transformers: Any, tmp_path: Path) -> None:
+    saved_resnet(transformers, tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    torch.save({"x": Trap(tmp_path / "trap")}, tmp_path / "a" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="are refused or damaged: Weights only load failed"):
+        sources.load(f"hf:{tmp_path}/a")
+    assert not (tmp_path / "trap").exists()
+
+
 def test_code_in_torchs_cache_is_not_run(torchvision: Any, tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            import os
-
-            return os.mkdir, (str(tmp_path / "trap"),)
-
     cached_by_torchvision(torchvision, "squeezenet1_1")
     (file,) = Path(torch.hub.get_dir()).rglob("*.pth")
-    torch.save({"x": Trap()}, file)
-    with pytest.raises(ValueError, match="are refused, because reading them would run code"):
+    torch.save({"x": Trap(tmp_path / "trap")}, file)
+    with pytest.raises(ValueError, match="are refused or damaged: Weights only load failed"):
         sources.load("torchvision:squeezenet1_1@IMAGENET1K_V1")
     assert not (tmp_path / "trap").exists()
 

@@ -6,6 +6,7 @@ timm, torchvision and transformers are stand-ins here; `test_installed_sources.p
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import CheckpointError, model_bytes
 from camkd_fast.models.protocol import feature_model, predict
 from camkd_fast.models.split import LogitsOnly, Split
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.models import with_random_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,6 +233,14 @@ def test_what_a_function_returns(own: str) -> None:
     assert logits.shape == (2, 4)
 
 
+def test_a_model_without_a_map_teaches_by_its_logits(own: str) -> None:
+    source = sources.load(own + "bare")
+    teachers = LiveTeachers([models.freeze(source.model)], num_classes=4)
+    images = torch.randn(2, 1, 8, 8)
+    (prediction,) = teachers.outputs(images)
+    assert teachers.num_features == [0] and torch.equal(prediction.logits, source.model(images))
+
+
 def test_attributes_and_options_of_a_function(own: str) -> None:
     source = sources.load(own + "knowing", 4)
     assert (source.mean, source.std, source.size, source.classes) == ((0.5,), (0.25,), (12, 12), ("a", "b", "c", "d"))
@@ -302,7 +312,7 @@ def pinned(model: nn.Module) -> nn.Module:
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
     module: Any = ModuleType("timm")
-    module.offline = False
+    module.fault = None
     weights = SimpleNamespace(has_weights=True, hf_hub_id="timm/net.in1k", url="")
 
     def config(name: str) -> Any:
@@ -315,8 +325,8 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Any:
     def create(name: str, pretrained: bool) -> nn.Module:
         if not pretrained:
             return Classifier()
-        if module.offline:
-            raise FileNotFoundError("not in the cache\nof timm")
+        if module.fault is not None:
+            raise module.fault
         return pinned(Classifier())
 
     data: Any = ModuleType("timm.data")
@@ -357,7 +367,12 @@ def test_timm_refusals(timm: Any, tmp_path: Path) -> None:
     torch.save(Bare().state_dict() | {"x": torch.ones(1)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a.pth does not fit timm:net: timm:net has no x$"):
         sources.load(f"timm:net@{tmp_path}/a.pth")
-    timm.offline = True
+    timm.fault = RuntimeError("weights_only=True blocked it. If it is trusted,\nretry")
+    with pytest.raises(
+        ValueError, match=r"^the weights of timm:net.in1k are refused or damaged: weights_only=True bl\S+ it$"
+    ):
+        sources.load("timm:net.in1k")
+    timm.fault = FileNotFoundError("not in the cache\nof timm")
     for name, what in (("net.in1k", "model.safetensors of huggingface.co/timm/net.in1k"), ("net.url", "x.org/a")):
         with pytest.raises(ValueError) as info:
             sources.load(f"timm:{name}")
@@ -377,8 +392,6 @@ class Weights(SimpleNamespace):
         if self.offline:
             raise URLError("Name or service not known")
         if self.malicious:
-            import pickle
-
             raise pickle.UnpicklingError("Unsupported global")
         return pinned(Bare()).state_dict()
 
@@ -435,7 +448,7 @@ def test_torchvision_refusals(weights: Weights) -> None:
     with pytest.raises(ValueError, match=r"^torchvision has no classifier 'nett'; nearest: net$"):
         sources.load("torchvision:nett@V3")
     weights.malicious = True
-    with pytest.raises(ValueError, match=r"^the weights of torchvision:net@IMAGENET1K_V2 are refused, because "):
+    with pytest.raises(ValueError, match=r"^the weights of torchvision:net@IMAGENET1K_V2 are refused or damaged: "):
         sources.load("torchvision:net@IMAGENET1K_V2")
     weights.offline = True
     with pytest.raises(ValueError) as info:
@@ -483,6 +496,8 @@ def test_transformers(hub: Any) -> None:
     assert source.size == (16, 24) and source.classes == ("a", "b", "c") and source.num_classes == 3
     assert isinstance(source.model, LogitsOnly) and not source.model.training
     assert source.model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    hub.model.half()
+    assert {p.dtype for p in sources.load("hf:org/net").model.parameters()} == {torch.float32}
     hub.model.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     assert sources.load("hf:org/net").classes is None
     hub.processor = FileNotFoundError("no preprocessor_config.json")
@@ -522,6 +537,11 @@ def test_preparation_by_image_processors(
 def test_transformers_refusals(hub: Any, tmp_path: Path) -> None:
     hub.processor = ImportError("needs\nPillow")
     with pytest.raises(ValueError, match=r"^the image processor of hf:org/net cannot be used: needs Pillow$"):
+        sources.load("hf:org/net")
+    hub.model = pickle.UnpicklingError("Weights only load failed")
+    with pytest.raises(
+        ValueError, match=r"^the weights of hf:org/net are refused or damaged: Weights only load failed$"
+    ):
         sources.load("hf:org/net")
     hub.model = ValueError("Unrecognized\nmodel")
     with pytest.raises(ValueError, match=r"^hf:org/net is no image classifier of transformers: Unrecognized model$"):
