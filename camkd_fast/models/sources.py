@@ -16,6 +16,7 @@ what a source does not know of its images.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -98,8 +99,6 @@ def _options(spec: str, text: str) -> dict[str, Any]:
     given = dict(item.split("=", 1) for item in text.split("&"))
     if unknown := given.keys() - {"mean", "std", "size"}:
         raise ValueError(f"teacher {spec}: the options are mean, std and size, got {sorted(unknown)[0]!r}")
-    if ("mean" in given) != ("std" in given):
-        raise ValueError(f"teacher {spec}: mean and std belong together, got {text!r}")
     options: dict[str, Any] = {}
     try:
         for key in given.keys() & {"mean", "std"}:
@@ -121,11 +120,15 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _check(spec: str, options: dict[str, Any]) -> None:
     mean, std, size = (options.get(key) for key in ("mean", "std", "size"))
+    if (mean is None) != (std is None):
+        raise ValueError(f"teacher {spec}: mean and std belong together, got mean {mean} and std {std}")
     if mean is not None and std is not None:
         if len(mean) != len(std):
             raise ValueError(f"teacher {spec}: mean has {len(mean)} channels, but std {len(std)}")
-        if not min(std) > 0:
-            raise ValueError(f"teacher {spec}: std must be positive, got {min(std)}")
+        if not all(0 < value < math.inf for value in std):
+            raise ValueError(f"teacher {spec}: std must be positive, got {std}")
+        if not all(map(math.isfinite, mean)):
+            raise ValueError(f"teacher {spec}: mean must be finite, got {mean}")
     if size is not None and min(size) < 1:
         raise ValueError(f"teacher {spec}: size must be at least 1, got {min(size)}")
 

@@ -109,11 +109,12 @@ def test_the_options_say_what_a_file_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("?mean=0.5", "mean and std belong together, got 'mean=0.5'"),
-        ("?std=0.5", "mean and std belong together, got 'std=0.5'"),
+        ("?mean=0.5", "mean and std belong together, got mean (0.5,) and std None"),
+        ("?std=0.5", "mean and std belong together, got mean None and std (0.5,)"),
         ("?mean=0.5,0.5&std=1", "mean has 2 channels, but std 1"),
-        ("?mean=0.5&std=0", "std must be positive, got 0.0"),
-        ("?mean=0.5&std=nan", "std must be positive, got nan"),
+        ("?mean=0.5&std=0", "std must be positive, got (0.0,)"),
+        ("?mean=0.5,0.5&std=1,nan", "std must be positive, got (1.0, nan)"),
+        ("?mean=inf&std=1", "mean must be finite, got (inf,)"),
         ("?mean=a&std=1", "expected numbers separated by commas, got 'mean=a&std=1'"),
         ("?size=0", "size must be at least 1, got 0"),
         ("?size=1,2,3", "expected numbers separated by commas, got 'size=1,2,3'"),
@@ -500,6 +501,8 @@ def test_transformers(hub: Any) -> None:
     assert {p.dtype for p in sources.load("hf:org/net").model.parameters()} == {torch.float32}
     hub.model.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     assert sources.load("hf:org/net").classes is None
+    hub.model.config.id2label[0] = "a"
+    assert sources.load("hf:org/net").classes is None  # two of three are placeholders
     hub.processor = FileNotFoundError("no preprocessor_config.json")
     source = sources.load("hf:org/net")
     assert (source.mean, source.std, source.size) == (None, None, None)
