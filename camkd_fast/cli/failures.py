@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from ..experiments.study.conductor import WorkerDiedError
+from ..models.model_file import CheckpointError
 from ..system import Stopped
-from ..train.checkpoint import CheckpointError, Checkpoints
+from ..train.checkpoint import Checkpoints
 from ..train.export import ExportError
 from ..train.run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished
 from ..train.run_lock import FolderLockedError

@@ -22,11 +22,27 @@ _ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "shufflenetv1": ShuffleNetV1,
     "shufflenetv2": ShuffleNetV2,
 }
+# Spellings of RepDistiller and CA-MKD, where they differ.
+_OFFICIAL = {
+    **{name.replace("-", "_"): name for name in wide_resnet.ARCHITECTURES},
+    "MobileNetV2": "mobilenetv2",
+    "ShuffleV1": "shufflenetv1",
+    "ShuffleV2": "shufflenetv2",
+}
 
 
 def names() -> tuple[str, ...]:
     """Names of the zoo's models, without timm's."""
     return tuple(_ZOO)
+
+
+def zoo_name(name: str) -> str | None:
+    """The zoo's name of a model that is spelled as here or as in RepDistiller and CA-MKD; None if it has no such model.
+
+    The official spellings are `wrn_16_2` and the like, `MobileNetV2`, `ShuffleV1` and `ShuffleV2`.
+    """
+    name = _OFFICIAL.get(name, name)
+    return name if name in _ZOO else None
 
 
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -36,7 +52,8 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     `forward_head` (N, num_features, h, w) -> (N, num_classes), and `forward`. Zoo models take images from 8x8 pixels.
 
     Args:
-        name: one of `names()`, "timm:NAME", or a name that only timm knows, when timm is installed.
+        name: one of `names()`, or its official spelling (`zoo_name`), "timm:NAME", or a name that only timm knows, when
+            timm is installed.
 
     Raises:
         ValueError: a count is below 1, no model has that name (the message lists the nearest), timm is required but
@@ -45,12 +62,12 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
         if count < 1:
             raise ValueError(f"{what} must be at least 1, got {count}")
-    if name in _ZOO:
-        return _ZOO[name](num_classes, in_channels)
+    if known := zoo_name(name):
+        return _ZOO[known](num_classes, in_channels)
     if name.startswith(timm_models.PREFIX) or timm_models.knows(name):
         return timm_models.create(name.removeprefix(timm_models.PREFIX), num_classes, in_channels)
     nearest = get_close_matches(name, [*_ZOO, *timm_models.names()], n=5) or names()
     raise ValueError(f"no model is called {name!r}; nearest: {', '.join(nearest)}")
 
 
-__all__ = ["create", "freeze", "names"]
+__all__ = ["create", "freeze", "names", "zoo_name"]

@@ -1,7 +1,8 @@
-"""The interface of teachers and students: timm's protocol, so that a timm model can be either."""
+"""The interface of teachers and students, which is timm's, so that a timm model can be either; and trained models."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -22,6 +23,32 @@ class Prediction(NamedTuple):
 
     features: Tensor  # last feature map (N, D, H, W)
     logits: Tensor  # (N, C)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model, and what is known about the images that it expects; None: unknown.
+
+    Attributes:
+        model: in evaluation mode, on the CPU. That of `sources.load` is a `FeatureModel`, whose `num_features` is 0 if
+            its feature map is unknown (`split.LogitsOnly`).
+        mean: of each channel, or one number for all, of images in [0, 1].
+        std: likewise.
+        size: (H, W) in pixels.
+        classes: names in the order of the logits: those of the run's data, WordNet ids (timm), or descriptions
+            (torchvision, transformers).
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of logits; None if the model does not say it."""
+        return getattr(self.model, "num_classes", None)
 
 
 def feature_model(module: nn.Module) -> FeatureModel:

@@ -29,8 +29,11 @@ ARCHITECTURES = {
     "resnet14": Architecture(2, _NARROW),
     "resnet20": Architecture(3, _NARROW),
     "resnet32": Architecture(5, _NARROW),
+    "resnet44": Architecture(7, _NARROW),
     "resnet56": Architecture(9, _NARROW),
+    "resnet110": Architecture(18, _NARROW),
     "resnet8x4": Architecture(1, _WIDE),
+    "resnet20x4": Architecture(3, _WIDE),
     "resnet32x4": Architecture(5, _WIDE),
 }
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import math
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .protocol import feature_model
+from . import checkpoint_files
+from .protocol import Source, feature_model
+from .weights import fill, size
 
 PREFIX = "timm:"
 
@@ -36,12 +39,7 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         ValueError: timm is not installed or has no such model, the features are not a map, or the head reads values
             outside the map, such as a class token.
     """
-    timm = _timm()
-    if timm is None:
-        raise ValueError(f"model {PREFIX + name!r} needs timm, which is not installed (pip install timm)")
-    if not timm.is_model(name):
-        nearest = get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"timm has no model {name!r}; nearest: {', '.join(nearest) or 'none'}")
+    timm = _required(name)
     settings = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
     model = timm.create_model(name, **settings)
     prefix = int(getattr(model, "num_prefix_tokens", 0))
@@ -53,6 +51,18 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
             raise ValueError(
                 f"timm's {name} cannot average its patches: its head reads {prefix} class tokens"
             ) from error
+    return with_map(model, name, in_channels)
+
+
+def with_map(model: Any, name: str, in_channels: int = 3) -> nn.Module:
+    """The model, wrapped unless its features are (N, D, H, W), in training mode.
+
+    The layout of the features is found by running one image of the model's default size.
+
+    Raises:
+        ValueError: the features are not a map, or the head reads values outside the map, such as a class token.
+    """
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
     feature_model(model)
     shape = _features_shape(model, in_channels)
     if len(shape) == 4 and shape[1] == model.num_features:
@@ -131,6 +141,88 @@ class PatchTokens(nn.Module):
         )
         self.train()
         return same
+
+
+def pretrained(name: str, file: Path | None = None) -> Source:
+    """A timm model with its pretrained weights, from timm's hub or its cache, or with those of a file.
+
+    It may lack a feature map (`with_map`). Classes of the pretrained weights have ImageNet's WordNet ids as names, if
+    they are ImageNet's; those of a file have none.
+
+    Args:
+        file: state dict under timm's names, see `checkpoint_files.read`. It decides the number of classes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: timm is not installed or has no such model; there are no pretrained weights, they can be neither
+            found nor downloaded, or they are damaged or would run code; or the file is refused or does not fit.
+    """
+    timm = _required(name)
+    if file is None:
+        model = _downloaded(timm, name)
+        config = model.pretrained_cfg
+        classes = config.get("label_names") or _imagenet(timm, model)
+    else:
+        tensors = checkpoint_files.read(file)
+        model = timm.create_model(name, pretrained=False)
+        config, classes = model.pretrained_cfg, None
+        head = config.get("classifier")
+        head = head[0] if isinstance(head, (tuple, list)) else head  # two, if one is for distillation
+        if f"{head}.weight" in tensors:
+            model.reset_classifier(size(tensors, f"{head}.weight", 0))
+        fill(model, tensors, PREFIX + name, file)
+    mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
+    height, width = config["input_size"][1:]
+    return Source(model.eval(), mean, std, (height, width), tuple(classes) if classes else None)
+
+
+def _downloaded(timm: ModuleType, name: str) -> Any:
+    """The model with its pretrained weights, in timm's cache from then on."""
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag
+        config = None
+    if config is None or not config.has_weights:
+        published = timm.list_pretrained()
+        tags = [other for other in published if other.startswith(f"{name.partition('.')[0]}.")]
+        nearest = get_close_matches(name, tags or published, n=5) or tags[:5] or ["none"]
+        raise ValueError(f"timm has no pretrained weights {name!r}; nearest: {', '.join(nearest)}")
+    try:
+        return timm.create_model(name, pretrained=True)
+    except OSError as error:
+        hub = config.hf_hub_id
+        what = f"model.safetensors of huggingface.co/{hub}" if hub else config.url
+        raise ValueError(
+            f"the weights of {PREFIX}{name} are not in the cache and cannot be downloaded: download {what} on another "
+            f"machine, copy it to any folder here, and give {PREFIX}{name}@FILE"
+        ) from error
+    except Exception as error:  # of several libraries
+        reason = checkpoint_files.first_sentence(error)
+        raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
+
+
+def _imagenet(timm: ModuleType, model: Any) -> list[str] | None:
+    """WordNet ids of the classes, if their number is an ImageNet's."""
+    data = importlib.import_module("timm.data")
+    subset = data.infer_imagenet_subset(model)
+    return data.ImageNetInfo(subset).label_names() if subset else None
+
+
+def _required(name: str) -> ModuleType:
+    """timm, which has a model of that name.
+
+    Raises:
+        ValueError: it is not installed, or has none.
+    """
+    timm = _timm()
+    if timm is None:
+        raise ValueError(
+            f"model {PREFIX + name!r} needs timm, which is not installed (pip install 'camkd-fast[teachers]')"
+        )
+    if not timm.is_model(name):
+        nearest = get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"timm has no model {name!r}; nearest: {', '.join(nearest) or 'none'}")
+    return timm
 
 
 def _timm() -> ModuleType | None:

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from .blocks import PooledClassifier, init_convolutions, init_small_classifier
 
+_WIDTHS = (64, 128, 256, 512, 512)
+
+
+def _blocks(*convolutions: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((width,) * count for width, count in zip(_WIDTHS, convolutions, strict=True))
+
+
 # Channels of each convolution of each block; the name counts them and the linear layers of the original's head.
 ARCHITECTURES = {
-    "vgg8": ((64,), (128,), (256,), (512,), (512,)),
-    "vgg13": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    "vgg8": _blocks(1, 1, 1, 1, 1),
+    "vgg11": _blocks(1, 1, 2, 2, 2),
+    "vgg13": _blocks(2, 2, 2, 2, 2),
+    "vgg16": _blocks(2, 2, 3, 3, 3),
+    "vgg19": _blocks(2, 2, 4, 4, 4),
 }
 
 

@@ -21,7 +21,12 @@ class Architecture(NamedTuple):
     widen: int  # stages of 16, 32 and 64 channels times this
 
 
-ARCHITECTURES = {"wrn-16-2": Architecture(16, 2), "wrn-40-2": Architecture(40, 2)}
+ARCHITECTURES = {
+    "wrn-16-1": Architecture(16, 1),
+    "wrn-16-2": Architecture(16, 2),
+    "wrn-40-1": Architecture(40, 1),
+    "wrn-40-2": Architecture(40, 2),
+}
 
 
 class PreActivationBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Models as safetensors files, and checkpoints of a run.
+"""Checkpoints of a run.
 
 A checkpoint is a folder `step-00001234` with `model.safetensors`, `state.pt` (a dict that torch.load reads with
 weights_only=True) and `manifest.json`, the sha256 of both. It is written under a temporary name and renamed, hence
@@ -19,62 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.model_file import MODEL, CheckpointError, parse_model
 from ..system import replace, sync_folder
 from .atomic import write_synced
 
-FORMAT = 1
 KEEP = 2  # checkpoints kept per run
-MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
-_METADATA = (
-    "camkd_fast"  # one key only: safetensors writes several in random order, and equal models must give equal bytes
-)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or model file is damaged, or was not written by camkd-fast."""
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def model_bytes(model: nn.Module, metadata: Mapping[str, Any]) -> bytes:
-    """The model's parameters and buffers as a safetensors file; equal models give equal bytes."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return save(tensors, {_METADATA: json.dumps({"format": FORMAT, **metadata}, sort_keys=True)})
-
-
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a model file.
-
-    Raises:
-        OSError: the file cannot be read.
-        CheckpointError: it is damaged, or was not written by camkd-fast.
-    """
-    return _parse_model(path, path.read_bytes())
-
-
-def _parse_model(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata: dict[str, Any] = json.loads(header["__metadata__"][_METADATA])
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(f"{path} is no model of camkd-fast: it lacks the metadata {error}") from error
-    if metadata["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {metadata['format']}, but this version reads format {FORMAT}")
-    return tensors, metadata
-
-
-# --- checkpoints of a run --------------------------------------------------------------------------------------------
+STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 class Checkpoint(NamedTuple):
@@ -96,7 +48,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name in (MODEL, STATE):
             if hashlib.sha256(content[name]).hexdigest() != manifest[name]:
                 raise CheckpointError(f"{path / name} is damaged: its {len(content[name])} bytes do not match its hash")
-        model, _ = _parse_model(path / MODEL, content[MODEL])
+        model, _ = parse_model(path / MODEL, content[MODEL])
         state = torch.load(io.BytesIO(content[STATE]), map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -22,15 +22,16 @@ from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.order import step_sizes
 from ..data.splits import Splits
 from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
+from ..models.model_file import MODEL, model_bytes
 from ..models.protocol import feature_model
 from . import config_file, run_folder, run_lock, strategies
 from .atomic import write_atomically
-from .checkpoint import Checkpoints, model_bytes
+from .checkpoint import Checkpoints
 from .class_names import renumbered
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
 from .journal import METRICS, Journal, NullJournal, read_metrics
-from .run_folder import CHECKPOINTS, CONFIG, MODEL, RunExistsError, is_finished, load_model
+from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_model
 from .schedule import peak_rate
 from .step import TrainStep
 from .teachers.live import Teachers

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from .. import models
+from ..models import model_file
+from ..models.model_file import MODEL, read_model
 from . import config_file
-from .checkpoint import CheckpointError, read_model
 from .config import JobConfig
 from .journal import METRICS
 from .schedule import last_change, learning_rate
 
-CONFIG, MODEL, REPORT = "config.yaml", "model.safetensors", "report.html"
+CONFIG, REPORT = "config.yaml", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
 FREE = (
@@ -153,7 +153,7 @@ def model_metadata(run: Path) -> dict[str, Any]:
 
     Mean and std are pixel levels. The class names are None if unknown, and missing in files of earlier versions.
     """
-    return _read(run)[1]
+    return read_model(_model_file(run))[1]
 
 
 def load_model(run: Path) -> nn.Module:
@@ -164,19 +164,12 @@ def load_model(run: Path) -> nn.Module:
         CheckpointError: the file is damaged, or its tensors do not fit its model.
         ValueError: unknown model name.
     """
-    tensors, metadata = _read(run)
-    model = models.create(metadata["model"], metadata["num_classes"], metadata["in_channels"])
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the model of {run} does not fit {metadata['model']}: {reason}") from error
-    return model.eval()
+    return model_file.load_model(_model_file(run)).model
 
 
-def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _model_file(run: Path) -> Path:
     path = run / MODEL if run.is_dir() else run
     if not path.exists():
         state = "an unfinished run" if (run / CONFIG).exists() else "no run"
         raise FileNotFoundError(f"{path} does not exist: {run} holds {state}")
-    return read_model(path)
+    return path

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .config import OptimConfig
 
 # Models with a lower rate in the paper: depthwise convolutions diverge at 0.05.
-_SLOW = ("mobilenet", "shufflenet")
+_SLOW = ("mobilenet", "shuffle")
 
 
 def peak_rate(optim: OptimConfig, model: str) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..data.batch import Loader
 from ..data.order import step_sizes
-from .checkpoint import Checkpoint, Checkpoints, model_bytes
+from ..models.model_file import model_bytes
+from .checkpoint import Checkpoint, Checkpoints
 from .config import LogConfig, OptimConfig
 from .distributed import World
 from .journal import Journal, NullJournal

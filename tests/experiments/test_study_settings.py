@@ -19,9 +19,8 @@ from camkd_fast import models
 from camkd_fast.experiments.study import cells, check, measure, work
 from camkd_fast.experiments.study.cells import Cell
 from camkd_fast.experiments.study.spec import Pool, Student, StudyConfig, TeacherSpec, Variant
-from camkd_fast.train.checkpoint import model_bytes
+from camkd_fast.models.model_file import MODEL, model_bytes
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig
-from camkd_fast.train.run_folder import MODEL
 from tests.support.study_parts import invented, study
 
 OUT = Path("out")

@@ -60,15 +60,15 @@ def wide_resnet(x: Tensor, w: Weights, blocks: int) -> Tensor:
             stride = 2 if stage > 0 and block == 0 else 1
             active = w.norm(x).relu()
             y = w.conv(w.norm(w.conv(active, 3, stride)).relu(), 3)
-            x = y + (w.conv(active, 1, stride) if block == 0 else x)
+            x = y + (x if y.shape == x.shape else w.conv(active, 1, stride))
     return w.norm(x).relu()
 
 
-def vgg(x: Tensor, w: Weights, convolutions: int) -> Tensor:
-    for block in range(5):
+def vgg(x: Tensor, w: Weights, *convolutions: int) -> Tensor:
+    for block, count in enumerate(convolutions):
         if 0 < block < 4 or (block == 4 and min(x.shape[2:]) >= 8):
             x = F.max_pool2d(x, 2)
-        for _ in range(convolutions):
+        for _ in range(count):
             x = w.conv_norm(x, 3).relu()
     return x
 
@@ -123,8 +123,11 @@ def shufflenet_v2(x: Tensor, w: Weights) -> Tensor:
 
 FAMILIES: dict[str, Callable[[Tensor, Weights], Tensor]] = {
     "resnet14": lambda x, w: resnet(x, w, 2),
+    "wrn-16-1": lambda x, w: wide_resnet(x, w, 2),
     "wrn-16-2": lambda x, w: wide_resnet(x, w, 2),
-    "vgg13": lambda x, w: vgg(x, w, 2),
+    "vgg11": lambda x, w: vgg(x, w, 1, 1, 2, 2, 2),
+    "vgg13": lambda x, w: vgg(x, w, 2, 2, 2, 2, 2),
+    "vgg19": lambda x, w: vgg(x, w, 2, 2, 4, 4, 4),
     "mobilenetv2": mobilenet_v2,
     "shufflenetv1": shufflenet_v1,
     "shufflenetv2": shufflenet_v2,

@@ -5,6 +5,10 @@ from . import Change, changes
 PAPER = "tests/models/test_architectures.py"
 ZOO = "tests/models/test_zoo.py"
 FROZEN = "tests/models/test_frozen.py"
+FOREIGN = "tests/models/test_foreign.py"
+FILES = "tests/models/test_checkpoint_files.py"
+SPLIT = "tests/models/test_split.py"
+SOURCES = "tests/models/test_sources.py"
 
 CHANGES = (
     *changes(
@@ -127,6 +131,125 @@ CHANGES = (
             "subclasses of Conv2d are folded",
             "type(called_once(conv)) is nn.Conv2d",
             "isinstance(called_once(conv), nn.Conv2d)",
+        ),
+    ),
+    *changes(
+        "camkd_fast/models/foreign.py",
+        FOREIGN,
+        Change(
+            "branches of V2 exchanged",
+            '_pairs("short.0", "short.1", "branch.0", "branch.1", "branch.2")',
+            '_pairs("branch.0", "branch.1", "short.0", "short.1", "branch.2")',
+        ),
+        Change("units of a stage in reverse", "for index in range(units):", "for index in reversed(range(units)):"),
+        Change("pooling layers of VGG not counted", "position += block > 0", "position += 0"),
+        Change(
+            "our own names are not read",
+            "if set(tensors) <= set(names.values()):",
+            "if False:",
+        ),
+    ),
+    *changes(
+        "camkd_fast/models/weights.py",
+        FOREIGN,
+        Change("any counter may be missing", "and not key.endswith(_COUNTER)", "and not key.endswith('running_var')"),
+        Change("missing tensors are accepted", "key not in tensors and", "False and"),
+        Change("extra tensors are accepted", "if key not in names]", "if False]"),
+        Change("eleven names are listed", "_LISTED = 10", "_LISTED = 11"),
+        Change("stays in training mode", "return model.eval()", "return model"),
+    ),
+    *changes(
+        "camkd_fast/models/checkpoint_files.py",
+        FILES,
+        Change("any pickle is opened", "weights_only=True)\n    except", "weights_only=False)\n    except"),
+        Change(
+            "stand-ins stay allowed",
+            "with torch.serialization.safe_globals(_STAND_INS):",
+            "if torch.serialization.add_safe_globals(_STAND_INS) is None:",
+        ),
+        Change("scalars of any type", "if dtype.str[1:] not in _SCALARS or", "if"),
+        Change(
+            "byte order of scalars",
+            "self.str = state[1] + self.str[1:]",
+            "pass",
+            tests=f"{FILES}::test_big_endian_scalars",
+        ),
+        Change("one prefix only", "for _ in _PREFIXES:  # in either order", "for _ in range(1):"),
+        Change(
+            "prefix of some names",
+            "if all(name.startswith(prefix) for name in tensors):",
+            "if any(name.startswith(prefix) for name in tensors):",
+        ),
+        Change("parameters keep their gradients", "name: tensor.detach() for", "name: tensor for"),
+        Change("TorchScript is opened", 'if "constants.pkl" in members:', "if False:"),
+    ),
+    *changes(
+        "camkd_fast/models/split.py",
+        SPLIT,
+        Change(
+            "other paths from the images are kept",
+            'if any(other.op == "placeholder" for other in needed):',
+            "if False:",
+        ),
+        Change("modules called twice", "if len(calls) != 1:", "if len(calls) < 1:"),
+        Change("everything is traced", 'return not self.layer.startswith(f"{module_qualified_name}.")', "return False"),
+        Change("maps of any shape", "or maps.dim() != 4:", "or maps.dim() < 2:"),
+        Change(
+            "number of features",
+            "return Split(features, head, maps.shape[1],",
+            "return Split(features, head, maps.shape[2],",
+        ),
+    ),
+    *changes(
+        "camkd_fast/models/sources.py",
+        SOURCES,
+        Change("levels of runs are not divided", "tuple(level / 255 for level", "tuple(level for level"),
+        Change("random numbers are drawn", "with torch.random.fork_rng(devices=[]):", "if True:"),
+        Change(
+            "existing paths are taken to pieces",
+            'while not Path(rest.partition("@")[2] or rest).exists():',
+            "while True:",
+        ),
+        Change("mean of one length, std of another", "if len(mean) != len(std):", "if False:"),
+        Change("another number of classes", "known is not None and known != num_classes:", "False:"),
+        Change("the current folder stays on the path", "        sys.path.remove(here)", "        pass"),
+        Change(
+            "buffers are preparation", "if isinstance(value, (int, float, str, tuple, list))}", "if value is not None}"
+        ),
+    ),
+    *changes(
+        "camkd_fast/models/torchvision_models.py",
+        SOURCES,
+        Change(
+            "the file may run code", 'map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)'
+        ),
+        Change("classes of a file by its first tensor", "depending[-1], 0)", "next(iter(tensors)), 0)"),
+    ),
+    *changes(
+        "camkd_fast/models/hf_models.py",
+        SOURCES,
+        Change(
+            "code of the hub",
+            "AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)",
+            "AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)",
+        ),
+        Change("placeholders are names", "known = None if any(", "known = None if all("),
+        Change(
+            "crop without do_center_crop",
+            'getattr(processor, "do_center_crop", False) and processor.crop_size',
+            'getattr(processor, "crop_size", None)',
+        ),
+        Change("offset of levels", "(value + offset) / factor", "value / factor"),
+        Change("EfficientNet divides once", "repeats = 2 if", "repeats = 1 if"),
+    ),
+    *changes(
+        "camkd_fast/models/timm_models.py",
+        SOURCES,
+        Change("the head keeps its classes", 'if f"{head}.weight" in tensors:', "if False:"),
+        Change(
+            "names for a file",
+            "config, classes = model.pretrained_cfg, None",
+            "config, classes = model.pretrained_cfg, _imagenet(timm, model)",
         ),
     ),
 )

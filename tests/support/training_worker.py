@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from camkd_fast.data.batch import Batch
-from camkd_fast.train.checkpoint import model_bytes
+from camkd_fast.models.model_file import model_bytes
 from camkd_fast.train.config import LogConfig, PrecisionConfig
 from camkd_fast.train.distributed import World, processes
 from camkd_fast.train.journal import Journal, NullJournal

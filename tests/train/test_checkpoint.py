@@ -20,19 +20,10 @@ from typing import Any
 import pytest
 import torch
 
+from camkd_fast.models.model_file import MODEL, CheckpointError, model_bytes, read_model
 from camkd_fast.train import atomic
 from camkd_fast.train.atomic import write_atomically
-from camkd_fast.train.checkpoint import (
-    KEEP,
-    MANIFEST,
-    MODEL,
-    STATE,
-    CheckpointError,
-    Checkpoints,
-    model_bytes,
-    read_checkpoint,
-    read_model,
-)
+from camkd_fast.train.checkpoint import KEEP, MANIFEST, STATE, Checkpoints, read_checkpoint
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, Journal, NullJournal, read_metrics
 from camkd_fast.train.run import distill, teach

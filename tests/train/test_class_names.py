@@ -18,9 +18,9 @@ from camkd_fast.data import LabelledImages, LoaderConfig, catalogue
 from camkd_fast.data.augment import Augmentation
 from camkd_fast.data.batch import Batch
 from camkd_fast.experiments import run_report
+from camkd_fast.models.model_file import model_bytes, read_model
 from camkd_fast.models.protocol import predict
 from camkd_fast.train import run, strategies
-from camkd_fast.train.checkpoint import model_bytes, read_model
 from camkd_fast.train.class_names import Renumbered, class_order
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.teachers.cache import CacheError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast import models
+from camkd_fast.models.model_file import model_bytes
 from camkd_fast.train import export as exporting
-from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.export import METADATA, ONNX, PROGRAM, TOLERANCE, ExportError, export
 from camkd_fast.train.run_folder import load_model
 

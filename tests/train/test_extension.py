@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from camkd_fast.models.model_file import MODEL
 from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
 from camkd_fast.train.config_file import load
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run import teach
-from camkd_fast.train.run_folder import CONFIG, MODEL, RunExistsError, is_finished
+from camkd_fast.train.run_folder import CONFIG, RunExistsError, is_finished
 from camkd_fast.train.schedule import RateChange, last_change
 
 pytest.importorskip("sklearn")

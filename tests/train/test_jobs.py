@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from camkd_fast.models.model_file import CheckpointError
 from camkd_fast.train import config_file
-from camkd_fast.train.checkpoint import CheckpointError
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation

@@ -15,11 +15,11 @@ from camkd_fast import models
 from camkd_fast.data import LabelledImages, choose
 from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.splits import Splits
+from camkd_fast.models.model_file import MODEL, model_bytes
 from camkd_fast.train import run, run_folder, strategies
-from camkd_fast.train.checkpoint import model_bytes
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.distributed import World
-from camkd_fast.train.run_folder import MODEL, RunExistsError
+from camkd_fast.train.run_folder import RunExistsError
 from camkd_fast.train.schedule import learning_rate, peak_rate
 from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.runs import load_teachers
@@ -245,9 +245,9 @@ def test_the_optimiser_has_the_configured_numbers() -> None:
 def test_the_rate_follows_the_config() -> None:
     optim = OptimConfig(epochs=10, milestones=(0.3, 0.5), drop=0.25, learning_rate=0.2)
     assert [learning_rate(optim, 1.0, step, 1) for step in (2, 3, 4, 5, 9)] == [1.0, 0.25, 0.25, 0.0625, 0.0625]
-    for model in models.names():
+    for model in (*models.names(), "MobileNetV2", "ShuffleV1", "ShuffleV2"):
         assert peak_rate(optim, model) == 0.2
-        slow = model.startswith(("mobilenet", "shufflenet"))
+        slow = model.lower().startswith(("mobilenet", "shuffle"))
         assert peak_rate(replace(optim, learning_rate=None), model) == (0.01 if slow else 0.05)
 
 

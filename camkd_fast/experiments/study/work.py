@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...models.model_file import MODEL, model_bytes, read_model
 from ...train import run, run_lock
 from ...train.atomic import write_atomically
-from ...train.checkpoint import model_bytes, read_model
 from ...train.journal import METRICS, read_metrics
-from ...train.run_folder import CHECKPOINTS, MODEL, load_model
+from ...train.run_folder import CHECKPOINTS, load_model
 from . import cells, measure
 from .cells import Cell
 from .spec import StudyConfig, TeacherSpec
