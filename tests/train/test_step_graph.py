@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from camkd_fast.data.augment import Augmentation
-from camkd_fast.data.batch import LoaderConfig
+from camkd_fast.data.batch import Batch, LoaderConfig
 from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.config_file import build
 from camkd_fast.train.distributed import World
 from camkd_fast.train.journal import NullJournal
-from camkd_fast.train.step import TrainStep, _recorder
-from camkd_fast.train.step_graph import WARM_UP, StepGraph
+from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step_graph import WARM_UP, StepGraph, recorder_for
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.teacher_ahead import with_following
 from camkd_fast.train.teachers.live import side_by_side
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.training import EAGER, ONE, SmallNet, batch, images, parameters, train_step, trainer
@@ -41,8 +42,12 @@ def graph_step(strategy: str = "ca-mkd", recorder: Any = None, **settings: Any) 
 
 
 def take(step: TrainStep, count: int, first: int = 0, size: Callable[[int], int] = lambda i: 32) -> None:
-    for i in range(first, first + count):
-        step(batch(size(i), seed=i), size(i), 0.01 * (1 + i), i)
+    for i, (given, following) in enumerate(with_following(batches(count, first, size), step.looks_ahead), first):
+        step(given, size(i), 0.01 * (1 + i), i, following)
+
+
+def batches(count: int, first: int = 0, size: Callable[[int], int] = lambda i: 32) -> list[Batch]:
+    return [batch(size(i), seed=i) for i in range(first, first + count)]
 
 
 def relative(one: Tensor, two: Tensor) -> float:
@@ -258,9 +263,9 @@ def test_another_loader_is_recorded_anew() -> None:
 def test_several_processes_run_eagerly_and_say_why(caplog: pytest.LogCaptureFixture) -> None:
     two = World(0, 2, torch.device("cuda"))
     with caplog.at_level(logging.WARNING):
-        assert _recorder(PrecisionConfig(), two) is None
+        assert recorder_for(PrecisionConfig(), two) is None
     assert caplog.messages == ["training steps run without a CUDA graph: 2 processes exchange gradients"]
-    assert _recorder(PrecisionConfig(cuda_graphs="off"), two) is None and len(caplog.messages) == 1
+    assert recorder_for(PrecisionConfig(cuda_graphs="off"), two) is None and len(caplog.messages) == 1
 
 
 class Streams:
