@@ -28,9 +28,12 @@ from camkd_fast.train.step_graph import WARM_UP, StepGraph, recorder_for
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
 from camkd_fast.train.teacher_ahead import with_following
+from camkd_fast.train.teachers.cache import CachedTeachers
 from camkd_fast.train.teachers.live import side_by_side
-from tests.support.recorded_graph import RecordedGraphs
-from tests.support.training import EAGER, ONE, SmallNet, batch, images, parameters, train_step, trainer
+from tests.support.cache_parts import FakeLoader, Tiny, make_teachers
+from tests.support.cache_parts import build as build_cache
+from tests.support.recorded_graph import Operations, RecordedGraphs
+from tests.support.training import EAGER, ONE, OPTIM, SmallNet, batch, images, parameters, train_step, trainer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,6 +235,62 @@ def test_only_inputs_are_copied() -> None:
     assert total.item() == expected
     assert [(images[0, 0], factor) for images, factor in given] == [(i, 2.0 + i) for i in range(WARM_UP + 3)]
     assert len(seen) == WARM_UP + 1 and graphs.replays == 3  # the recording itself adds nothing
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_teacher_cache_in_memory_and_on_disk(limit: int, tmp_path: Path) -> None:
+    """Row numbers of a resident cache, or the rows of one that is memory-mapped, travel with the labels."""
+    cache = build_cache(tmp_path, make_teachers(), memory_limit=limit)
+    assert cache.resident == (limit > 0)
+
+    def trained(recorder: RecordedGraphs | None) -> TrainStep:
+        given = CachedTeachers(cache, make_teachers().heads)
+        torch.manual_seed(0)
+        strategy = strategies.create("ca-mkd", given, 5)
+        step = TrainStep(Tiny(5), strategy, given, OPTIM, EAGER, ONE, 8, 0, recorder)
+        number = 0
+        for epoch in range(3):
+            loader = FakeLoader()
+            loader.set_epoch(epoch)
+            for one, following in with_following(loader, step.looks_ahead):
+                step(one, len(one.target), 0.01, number, following)
+                number += 1
+        return step
+
+    recorder = RecordedGraphs()
+    step, eager = trained(recorder), trained(None)
+    assert not step.looks_ahead
+    assert (recorder.recordings, recorder.replays) == (1, 3 * 6 - WARM_UP)  # the seventh batch has 2 images
+    assert_same(step, eager)
+
+
+class NotReplayed(RecordedGraphs):
+    """Only what surrounds the replay runs."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        super().record(work)
+        return lambda: None
+
+
+@pytest.mark.parametrize("name", ["ce", "ca-mkd"])
+def test_around_a_replay_there_are_only_copies_of_its_inputs(name: str) -> None:
+    """Images, labels and numbers to the record, and the record to the device."""
+    step, _ = graph_step(name, NotReplayed())
+    take(step, WARM_UP + 1)
+    one, other, last = batches(3)
+    step(one, 32, 0.1, 9, other)
+    with Operations() as operations:
+        step(other, 32, 0.1, 10, last)
+    assert operations.counts == {"aten::copy_": 3 + 1, "aten::lift_fresh": 1}
+
+
+def test_teachers_that_run_ahead_add_one_operation() -> None:
+    counts = []
+    for ahead in ("off", "on"):
+        step, recorder = graph_step(precision=replace(EAGER, teacher_ahead=ahead))
+        take(step, WARM_UP + 1)
+        counts.append(recorder.operations)
+    assert counts[1] - counts[0] == 1  # the copy of the next batch to where the student reads it
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -59,7 +59,7 @@ def test_strides(layout: str) -> None:
 
 
 class Copies(TorchDispatchMode):
-    """Keeps the targets of copies."""
+    """Keeps the targets of copies, in order."""
 
     def __init__(self) -> None:
         super().__init__()
