@@ -47,8 +47,8 @@ class LoaderConfig:
     channels_last: bool = False  # memory format of the images
     skip_bad: int = 0  # unreadable files to skip, per process; the next one raises BadImageError
     known_bad: tuple[int, ...] = ()  # positions of files found unreadable before, which are skipped and counted
-    # Leave the labels on the host, whose inputs the step copies at once, and the augmentation to `Batch.finish`, where
-    # the loader has one: the step may record it.
+    # Leave the labels on the host, whose inputs the step copies at once, and the last operations on pixels to
+    # `Batch.finish`, where the loader has one: the step may record them.
     deferred: bool = False
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 Inputs on the host, such as labels, crops and cache rows, travel in one record: they are packed into pinned memory,
 which one asynchronous copy brings to the device. A copy per input costs more of the host's time than the packing, and
-copies from pageable memory are staged by the driver.
+copies from pageable memory are staged by the driver. Images that a loader has pinned are copied from where they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepInputs:
     """
 
     def __init__(self, like: Sequence[Tensor], device: torch.device) -> None:
-        self._packed = [tensor.device.type == "cpu" for tensor in like]
+        self._packed = [tensor.device.type == "cpu" and not tensor.is_pinned() for tensor in like]
         host = [tensor for tensor, packed in zip(like, self._packed, strict=True) if packed]
         self._record, parts = _record(host, device)
         views = iter(parts)
@@ -55,7 +55,7 @@ class _Slot:
 
     def __init__(self, like: Sequence[Tensor], pinned: bool) -> None:
         self._record, self._parts = _record(like, torch.device("cpu"), pinned)
-        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event(blocking=True) if pinned else None  # type: ignore[no-untyped-call]
 
     def pack(self, given: Sequence[Tensor]) -> None:
         if self._copied is not None:

@@ -57,8 +57,8 @@ class TeacherAhead:
     def advance(self, batch: Batch, following: Batch | None, prepare: Callable[[Batch], StudentBatch]) -> Batch:
         """See to it that `batch` is ready, and return the batch to prepare beside the student's step on it.
 
-        That is `following` if it has the size of `batch`. Otherwise `batch` itself, for nothing: a graph has no
-        branches that are left out.
+        That is `following` if it has the size of `batch` and comes from the same loader. Otherwise it is `batch` once
+        more, whose outputs are not used: a recorded branch cannot be skipped.
 
         Args:
             prepare: called if `batch` was not prepared beside the step before.
@@ -77,9 +77,9 @@ class TeacherAhead:
                 self._ready = prepared.clone()
             else:
                 _copy(prepared, self._ready)
-        alike = following is not None and len(following.target) == len(batch.target)
-        self._batch = following if alike and following is not None and following.finish is batch.finish else None
-        return batch if self._batch is None else self._batch
+        fits = following is not None and len(following.target) == len(batch.target)
+        self._batch = following if fits and following is not None and following.finish is batch.finish else None
+        return self._batch or batch
 
     def run(self, learn: Callable[[StudentBatch], None], prepare: Callable[[], StudentBatch]) -> None:
         """The student's step on the ready batch and, beside it, the next one's preparation. Can be recorded."""

@@ -74,7 +74,7 @@ def test_a_replayed_step(where: str, dropout: float, ahead: str) -> None:
         call()
     found = profiler.profiled(call, CUDA)
     copies = 1 + {"host": 0, "device": 2, "images on the device": 1}[where]
-    assert copies + 1 <= found.launches <= copies + 1 + (2 if dropout else 0) < found.kernels, found
+    assert copies + 1 <= found.launches <= copies + 3 < found.kernels, found
 
 
 def placed(given: Batch, where: str) -> Batch:

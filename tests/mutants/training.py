@@ -51,6 +51,14 @@ CHANGES = (
             'log.warning("training steps run without a CUDA graph: %s", self',
             'log.debug("training steps run without a CUDA graph: %s", self',
         ),
+        Change("a failed capture keeps its stream", "torch.cuda.set_stream(before)  # a failed", "pass  # a failed"),
+        Change(
+            "a failed capture keeps the generator",
+            "self._capture(lambda: torch.empty(1, device=self._device).zero_())",
+            "pass",
+        ),
+        Change("a failed graph is freed", "self._failed.append(graph)", "pass"),
+        Change("the last error of a refusal", "while error.__context__ is not None:", "while False:"),
         Change(
             "a run of several processes is recorded",
             "if world.size > 1:\n        log",
@@ -89,8 +97,8 @@ CHANGES = (
         Change("whatever is ready is the batch", "if self._batch is not batch:", "if self._batch is None:"),
         Change(
             "a smaller batch runs ahead",
-            "following is not None and len(following.target) == len(batch.target)",
-            "following is not None",
+            "fits = following is not None and len(following.target) == len(batch.target)",
+            "fits = following is not None",
         ),
         Change("a batch of another loader runs ahead", "following.finish is batch.finish", "True"),
         Change("outputs of the first batch for ever", "_copy(following, ready)", "pass"),

@@ -24,7 +24,7 @@ from camkd_fast.train.config_file import build
 from camkd_fast.train.distributed import World
 from camkd_fast.train.journal import NullJournal
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.step_graph import WARM_UP, StepGraph, recorder_for
+from camkd_fast.train.step_graph import WARM_UP, CudaRecorder, StepGraph, recorder_for
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
 from camkd_fast.train.teacher_ahead import with_following
@@ -213,6 +213,50 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(
     (said,) = caplog.messages
     assert said.startswith("training steps run without a CUDA graph: ") and "not permitted" in said
     assert torch.equal(parameters(step), parameters(eager))
+
+
+class FakeCaptures:
+    """Stands for torch.cuda's captures. One that fails fails at its end too, and leaves its stream the current one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current, self.captures = "default", list[str]()
+        patch.setattr(torch.cuda, "Stream", lambda device: "capture")
+        patch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda graph: None}))
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "set_stream", self.switch)
+        patch.setattr(torch.cuda, "graph", self.graph)
+
+    def switch(self, stream: str) -> None:
+        self.current = stream
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        before, self.current = self.current, stream
+        try:
+            yield
+        except RuntimeError:
+            self.captures.append("failed")
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        self.captures.append("ended")
+        self.current = before
+
+
+def test_a_capture_that_fails_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is restored, and a capture that succeeds gives the default generator back."""
+    cuda = FakeCaptures(monkeypatch)
+    recorder = CudaRecorder(CPU)
+
+    def reads_a_number() -> None:
+        assert cuda.current == "capture"
+        raise RuntimeError("operation not permitted when stream is capturing\nDevice-side assertions: none")
+
+    graph = StepGraph(recorder, CPU, lambda inputs: None)
+    graph._record(reads_a_number)
+    assert graph.refusal == "operation not permitted when stream is capturing"
+    assert cuda.captures == ["failed", "ended"] and cuda.current == "default" and len(recorder._failed) == 1
+    recorder.record(lambda: None)()
+    assert cuda.captures == ["failed", "ended", "ended"] and len(recorder._failed) == 1
 
 
 def test_only_inputs_are_copied() -> None:
