@@ -22,6 +22,7 @@ from camkd_fast.train.step_inputs import SLOTS, StepInputs
 from camkd_fast.train.sums import NonFiniteLossError
 from camkd_fast.train.teacher_ahead import with_following
 from camkd_fast.train.teachers.live import LiveTeachers
+from tests.gpu.test_gpu_runtime import no_synchronisation
 from tests.support.gpu import CUDA, NO_GPU
 from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
 from tests.support.training import CLASSES, OPTIM, SmallNet, batch, images, parameters
@@ -50,6 +51,8 @@ def test_resident_batches_equal_the_cpus(
 
 def step_on(device: torch.device, precision: PrecisionConfig, name: str = "ca-mkd", dropout: float = 0.0) -> TrainStep:
     live = LiveTeachers([SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)], CLASSES)
+    if precision.compiles_teachers(device.type):
+        live.compile_for(32)
     given = live if strategies.find(name).needs_teachers else None
     torch.manual_seed(0)
     strategy = strategies.create(name, given, SmallNet().num_features)
@@ -182,6 +185,21 @@ def test_a_refused_recording_leaves_no_trace(caplog: pytest.LogCaptureFixture) -
         assert not caplog.messages
     finally:
         strategies.unregister("reading")
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+@pytest.mark.parametrize("name", ["ce", "ca-mkd", "aekd"])
+def test_steps_never_synchronise(name: str, graphs: str, device: torch.device) -> None:
+    """Neither eager nor replayed ones, with labels on the host or on the device."""
+    for on_host in (False, True):
+        step = step_on(device, PrecisionConfig(compile="off", cuda_graphs=graphs), name)  # type: ignore[arg-type]
+        batches = [batch(32, seed=i) for i in range(WARM_UP + 6)]
+        batches = [one if on_host else on_device(one, device) for one in batches]
+        take(step, batches[: WARM_UP + 2])
+        with no_synchronisation(device):
+            take(step, batches[WARM_UP + 2 :])
+        assert step.sums.read(World(0, 1, device)).totals.images == 32 * len(batches)
 
 
 @pytest.mark.usefixtures("nondeterministic")
