@@ -27,7 +27,7 @@ from camkd_fast.train.step import TrainStep
 from camkd_fast.train.step_graph import WARM_UP, CudaRecorder, StepGraph, recorder_for
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
-from camkd_fast.train.teacher_ahead import with_following
+from camkd_fast.train.teacher_ahead import StudentBatch, TeacherAhead, with_following
 from camkd_fast.train.teachers.cache import CachedTeachers
 from camkd_fast.train.teachers.live import side_by_side
 from tests.support.cache_parts import FakeLoader, Tiny, make_teachers
@@ -416,6 +416,29 @@ def test_teachers_are_parallel_branches_of_a_recording(K: int, monkeypatch: pyte
     assert side_by_side([partial(task, k) for k in range(K)], torch.device("cuda")) == list(range(K))
     assert before == [{"images"}] * K  # each waits for the images and for no other teacher
     assert streams.now is streams.here and streams.here.after == {"images", *(f"teacher {k}" for k in range(K))}
+
+
+def test_teachers_that_run_ahead_do_not_wait_for_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    streams.here.after.add("inputs")
+    before: dict[str, set[str]] = {}
+
+    def work(name: str) -> None:
+        before[name] = set(streams.now.after)
+        streams.now.after.add(name)
+
+    def some_batch() -> StudentBatch:
+        return StudentBatch(torch.zeros(2, 3), torch.zeros(2), [])
+
+    def prepare() -> StudentBatch:
+        side_by_side([partial(work, f"teacher {k}") for k in range(2)], torch.device("cuda"))
+        return some_batch()
+
+    ahead = TeacherAhead(torch.device("cuda"))
+    ahead._ready = some_batch()
+    ahead.run(lambda batch: work("student"), prepare)
+    assert before == dict.fromkeys(("student", "teacher 0", "teacher 1"), {"inputs"})
+    assert streams.now is streams.here and streams.here.after == {"inputs", *before}
 
 
 def test_settings() -> None:
