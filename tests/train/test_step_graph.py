@@ -437,7 +437,7 @@ def test_teachers_that_run_ahead_do_not_wait_for_the_student(monkeypatch: pytest
     ahead = TeacherAhead(torch.device("cuda"))
     ahead._ready = some_batch()
     ahead.run(lambda batch: work("student"), prepare)
-    assert before == dict.fromkeys(("student", "teacher 0", "teacher 1"), {"inputs"})
+    assert before == {name: {"inputs"} for name in ("student", "teacher 0", "teacher 1")}
     assert streams.now is streams.here and streams.here.after == {"inputs", *before}
 
 

@@ -163,11 +163,13 @@ def test_a_loss_that_is_not_finite_is_that_of_its_step() -> None:
 
 
 def test_loaders_that_finish_in_the_step() -> None:
-    """Of two loaders, whose batches are augmented inside the graph; the second one's first batch is announced."""
+    """Of two loaders, whose batches are augmented inside the graph. The second one's first batch is announced, but its
+    crops lie outside of the first one's pixels.
+    """
     ahead, other = both()
     config = LoaderConfig(32, augmentation=Augmentation(padding=1), deferred=True)
     for step in (ahead, other):
-        loaders = [ResidentLoader(images(32 * (WARM_UP + 3), seed=seed), config) for seed in (1, 2)]
+        loaders = [ResidentLoader(images(32 * (WARM_UP + 2) * i, seed=i), config) for i in (1, 2)]
         given = [one for loader in loaders for one in loader]
         for i, (one, following) in enumerate(with_following(given, step.looks_ahead)):
             step(one, 32, 0.01, i, following)
