@@ -17,12 +17,14 @@ CPU = torch.device("cpu")
 class Batch(NamedTuple):
     """n samples of one view, shared by the student and the teachers."""
 
-    images: Tensor  # (n, channels, H, W) float32 on the device, normalised; or (n, ...), of which `finish` makes these
-    target: Tensor  # (n,) int64 on the device
+    # (n, channels, H, W) float32 on the device, normalised; or (n, ...), on the host, of which `finish` makes these.
+    images: Tensor
+    target: Tensor  # (n,) int64 on the device; on the host if the loader is `deferred`
     # Positions of the samples in the data set: (n,) int64 on the CPU. Shadows tuple.index, which is not needed.
     index: Tensor  # type: ignore[assignment]
     view: int  # number of the augmentation view
-    finish: Callable[[Tensor], Tensor] | None = None  # the same function in every batch of a loader
+    # From `images` on the device; the same function in every batch of a loader.
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class LoaderConfig:
     channels_last: bool = False  # memory format of the images
     skip_bad: int = 0  # unreadable files to skip, per process; the next one raises BadImageError
     known_bad: tuple[int, ...] = ()  # positions of files found unreadable before, which are skipped and counted
-    deferred: bool = False  # leave augmentation to `Batch.finish`, where the loader has one: the step may record it
+    # Leave the labels on the host, whose inputs the step copies at once, and the last operations on pixels to
+    # `Batch.finish`, where the loader has one: the step may record them.
+    deferred: bool = False
 
     def __post_init__(self) -> None:
         limits = {"batch_size": 1, "world": 1, "rank": 0, "workers": 0, "skip_bad": 0}
@@ -84,8 +88,11 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches from the current position to the end of the epoch, which resets the position to 0."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch yielded; loadable with `weights_only=True`."""
+    def state_dict(self, unused: int = 0) -> dict[str, Any]:
+        """The position after the last batch yielded, without the last `unused` ones of this epoch.
+
+        Loadable with `weights_only=True`.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, which another kind of loader or another number of ranks may have saved.

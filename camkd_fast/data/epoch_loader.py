@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import BadImageError, Batch, LoaderConfig
+from .batch import CPU, BadImageError, Batch, LoaderConfig
 from .files import ImageFiles, ImageSet
 from .order import epoch_batches, rank_sizes
 
@@ -28,7 +28,7 @@ class EpochLoader(ABC):
         self._shuffle = config.augmentation is not None
         self._sizes = rank_sizes(len(data), config.batch_size, config.world, config.rank, self._shuffle)
         self.num_samples = sum(self._sizes)
-        self._labels = data.labels.to(config.device)
+        self._labels = data.labels.to(CPU if config.deferred else config.device)
         self._epoch = self._position = 0
         self._bad = set(config.known_bad)  # samples whose file cannot be read
         self._running: Generator[Batch, None, None] | None = None
@@ -79,10 +79,10 @@ class EpochLoader(ABC):
         self._position = 0
 
     def _labels_of(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Labels on the device for batches of indices, by one copy and one launch."""
+        """Labels for batches of indices, by one copy and one launch if they are on the device."""
         if not batches:
             return []
-        index = torch.cat(list(batches)).to(self.config.device, non_blocking=True)
+        index = torch.cat(list(batches)).to(self._labels.device, non_blocking=True)
         return torch.split(self._labels[index], [len(batch) for batch in batches])
 
     def _stop(self) -> None:
@@ -159,10 +159,10 @@ class EpochLoader(ABC):
             "views": c.views,
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, unused: int = 0) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
-            "batch": self._position,
+            "batch": self._position - unused,
             "batches": len(self),
             "bad": sorted(self._bad),
             "classes": None if self.data.class_names is None else list(self.data.class_names),

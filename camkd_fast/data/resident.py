@@ -27,6 +27,8 @@ class ResidentLoader(EpochLoader):
         if not batches:
             return
         crops = self._crops.records(self.config.augmentation_seed, view, torch.cat(list(batches)))
+        if self._finish is None:
+            crops = crops.to(self.config.device, non_blocking=True)
         for batch, crop in zip(batches, torch.split(crops, [len(batch) for batch in batches]), strict=True):
             yield self._pixels(crop) if self._finish is None else crop, batch
 
@@ -65,13 +67,13 @@ class ShiftedCrops:
             self.columns, self.channels = column, torch.zeros_like(column)
 
     def records(self, seed: int, view: int, index: Tensor) -> Tensor:
-        """(n, 2) on the device for samples `index` (n,): index of the crop's first pixel; 1, or -1 if mirrored."""
+        """(n, 2) on the host for samples `index` (n,): index of the crop's first pixel; 1, or -1 if mirrored."""
         record = records(self.augmentation, seed, view, index.numpy(), np.array([[self.H, self.W]]))
         top, left = (record.shifts + self.padding).T
         left = left + record.mirrored * (self.W - 1)
         start = index.numpy() * self.image + top * self.line + left
         both = np.stack([start, 1 - 2 * record.mirrored.astype(np.int64)], 1)
-        return torch.from_numpy(both).to(self.rows.dtype).to(self.rows.device, non_blocking=True)
+        return torch.from_numpy(both).to(self.rows.dtype)
 
     def __call__(self, crops: Tensor) -> Tensor:
         """The uint8 levels (n, channels, H, W) that these records describe."""
@@ -96,10 +98,10 @@ class ResizedCrops:
         self.axes = [torch.arange(n, dtype=torch.float32, device=pixels.device) + 0.5 for n in pixels.shape[2:]]
 
     def records(self, seed: int, view: int, index: Tensor) -> Tensor:
-        """(n, 6) int64 on the device for samples `index` (n,): index, window (top, left, height, width), mirrored."""
+        """(n, 6) int64 on the host for samples `index` (n,): index, window (top, left, height, width), mirrored."""
         record = records(self.augmentation, seed, view, index.numpy(), np.array([self.pixels.shape[2:]]))
         columns = [index.numpy()[:, None], record.windows, record.mirrored[:, None]]
-        return torch.from_numpy(np.concatenate(columns, 1)).to(self.pixels.device, non_blocking=True)
+        return torch.from_numpy(np.concatenate(columns, 1))
 
     def __call__(self, crops: Tensor) -> Tensor:
         """The uint8 levels (n, channels, H, W) that these records describe."""

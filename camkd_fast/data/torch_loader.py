@@ -33,6 +33,7 @@ class TorchLoader(EpochLoader):
         super().__init__(data, config)
         self._prepared: Dataset[Prepared]
         self._prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
+        self._finish = self._normalised if config.deferred else None
         self._plan: list[Key] = []  # the sampler of the DataLoader, replaced in place
         self._loader: DataLoader[Prepared] | None = DataLoader(
             self._prepared,
@@ -54,7 +55,9 @@ class TorchLoader(EpochLoader):
             while not len(index) and len(other := self._readable(batch)):  # all were damaged while they were decoded
                 levels, index, problems = self._prepared[view, other]
                 self._reject_all(problems)
-            yield self._normalised(levels.to(self.config.device, non_blocking=True)), index
+            if self._finish is None:
+                levels = self._normalised(levels.to(self.config.device, non_blocking=True))
+            yield levels, index
 
     def _reject_all(self, problems: dict[int, str]) -> None:
         for sample, problem in problems.items():

@@ -119,6 +119,8 @@ class PrecisionConfig:
     """torch.compile student, loss and teachers, or only the teachers; auto: on for a GPU and at least 10,000 steps."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay each training step as one CUDA graph, with and without compilation; auto: on for a GPU."""
+    teacher_ahead: Literal["auto", "on", "off"] = "auto"
+    """Run the teachers on the next batch beside the student's step on this one; auto: on in a CUDA graph."""
     sync_batchnorm: bool = False
     """Batch-norm statistics over all GPUs instead of per process."""
     deterministic: Literal["auto", "on", "off"] = "auto"
@@ -129,6 +131,7 @@ class PrecisionConfig:
         _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         _one_of("compile", self.compile, ("auto", "on", "teachers", "off"))
         _one_of("cuda_graphs", self.cuda_graphs, ("auto", "on", "off"))
+        _one_of("teacher_ahead", self.teacher_ahead, ("auto", "on", "off"))
         _one_of("deterministic", self.deterministic, ("auto", "on", "off"))
 
     def for_run(self, device: str, steps: int) -> PrecisionConfig:

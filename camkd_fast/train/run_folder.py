@@ -22,7 +22,7 @@ CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
 FREE = (
     *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
-    *("precision.device", "precision.cuda_graphs", "log."),
+    *("precision.device", "precision.cuda_graphs", "precision.teacher_ahead", "log."),
 )
 
 

@@ -6,7 +6,6 @@ Student and loss are one graph under torch.compile. On a GPU the whole step is o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,10 +22,12 @@ from ..losses.logit import camkd_loss_and_grad
 from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
 from .distributed import World, replicate
+from .generators import seed_generators
 from .single_values import running_statistics
-from .step_graph import WARM_UP, CudaRecorder, Recorder, StepGraph
+from .step_graph import WARM_UP, Recorder, StepGraph, recorder_for
 from .strategies import Strategy
 from .sums import Sums
+from .teacher_ahead import DrawsRandomNumbersError, StudentBatch, ahead_for
 from .teachers.live import Teachers
 
 log = logging.getLogger(__name__)
@@ -169,61 +170,80 @@ class TrainStep:
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
-        recorder = recorder or _recorder(precision, world)
+        recorder = recorder or recorder_for(precision, world)
         self._mentioned = False  # that some batches run without the graph
         self._finish: Callable[[Tensor], Tensor] | None = None
         self._graph = None if recorder is None else StepGraph(recorder, world.device, self._recorded)
+        self._ahead = ahead_for(precision, world.device, recorder is not None, teachers)
         # Slow ones: compilation of both passes, recording of the graph.
         self.first_steps = WARM_UP + 1 if self._graph else 3 if compiled else 1
 
-    def __call__(self, batch: Batch, num_items: int, rate: float, number: int) -> None:
+    def __call__(self, batch: Batch, num_items: int, rate: float, number: int, following: Batch | None = None) -> None:
         """Train on one batch.
 
         Args:
             num_items: images of this step over all processes.
             rate: learning rate.
             number: of the step in the run, from 0.
+            following: batch of the next call, if it is there, for teachers that run ahead.
         """
         seed_generators(self._world.device, self._seed, self._world.rank, number)
         images = len(batch.target)
-        for_teachers = self.teachers.inputs(batch) if self.teachers is not None else []
         if self._graph is not None and batch.finish is not self._finish:
-            self._graph.forget()
+            self._forget()
         self._finish = batch.finish
         if self._graph is not None and images == num_items == self._full_batch:
             numbers = torch.tensor([rate, number + 1], dtype=torch.float64)
-            self._graph([batch.images, batch.target, numbers, *for_teachers])
+            self._graph([*self._inputs(self._next_to_prepare(batch, following)), numbers])
         else:
             if self._graph is not None and not self._mentioned:
                 log.info("batches of %d and not %d images run without the CUDA graph", images, self._full_batch)
                 self._mentioned = True
-            self._work(batch.images, batch.target, for_teachers, num_items, rate, number + 1)
+            self._learn(self._prepare(self._inputs(batch)), num_items, rate, number + 1)
         self.sums.count(images)
 
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        """What `_prepare` reads, on the host or the device."""
+        return [batch.images, batch.target, *(self.teachers.inputs(batch) if self.teachers is not None else [])]
+
+    def _next_to_prepare(self, batch: Batch, following: Batch | None) -> Batch:
+        """The batch whose inputs the graph gets in the step on `batch`."""
+        if self._ahead is not None:
+            try:
+                return self._ahead.advance(batch, following, lambda given: self._prepare(self._inputs(given)))
+            except DrawsRandomNumbersError:
+                log.warning("teachers do not run ahead of the student: they draw random numbers")
+                self._ahead = None
+        return batch
+
     def _recorded(self, inputs: Sequence[Tensor]) -> None:
-        """`_work` on a full batch with all inputs in tensors."""
-        images, target, numbers, *for_teachers = inputs
-        rate, number = numbers.to(self._world.device, non_blocking=True).unbind()
-        self._work(images, target, for_teachers, self._full_batch, rate.float(), number)
+        """The step on a full batch with all inputs in tensors."""
+        *of_batch, numbers = inputs
+        rate, number = numbers.unbind()
 
-    def _work(
-        self,
-        images: Tensor,
-        target: Tensor,
-        for_teachers: Sequence[Tensor],
-        num_items: int,
-        rate: float | Tensor,
-        number: float | Tensor,
-    ) -> None:
-        """What a step does on the device.
+        def learn(batch: StudentBatch) -> None:
+            self._learn(batch, self._full_batch, rate.float(), number)
 
-        Args:
-            images: as in the batch, finished here.
-            number: of the step, from 1.
-        """
+        if self._ahead is None:
+            learn(self._prepare(of_batch))
+        else:
+            self._ahead.run(learn, lambda: self._prepare(of_batch))
+
+    def _prepare(self, inputs: Sequence[Tensor]) -> StudentBatch:
+        """The part of a step that does not depend on the student."""
+        images, target, *for_teachers = (tensor.to(self._world.device, non_blocking=True) for tensor in inputs)
         if self._finish is not None:
             images = self._finish(images)
-        teacher_outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
+        outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
+        return StudentBatch(images, target, outputs)
+
+    def _learn(self, batch: StudentBatch, num_items: int, rate: float | Tensor, number: float | Tensor) -> None:
+        """The student's part.
+
+        Args:
+            number: of the step, from 1.
+        """
+        images, target, teacher_outputs = batch
         scale = self.scaler.scale(self._scale)
         with running_statistics(self.trainable) if len(target) == 1 else nullcontext():
             objective = self._forward(images, target, teacher_outputs, num_items, scale)
@@ -234,6 +254,18 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.sums.add(objective, len(target), number)
+
+    def _forget(self) -> None:
+        """Record anew: memory that the graph reads or writes has been replaced."""
+        if self._graph is not None:
+            self._graph.forget()
+        if self._ahead is not None:
+            self._ahead.forget()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether calls need `following`."""
+        return self._ahead is not None
 
     @property
     def replays(self) -> bool:
@@ -255,25 +287,4 @@ class TrainStep:
         self.strategy.load_state_dict(state["strategy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self._graph is not None:
-            self._graph.forget()  # the optimiser has new buffers
-
-
-def _recorder(precision: PrecisionConfig, world: World) -> Recorder | None:
-    """The recorder of CUDA graphs; None where steps run eagerly."""
-    if precision.cuda_graphs == "on" and world.device.type != "cuda":
-        raise ValueError(f"cuda_graphs needs a GPU, but the device is {world.device.type}")
-    if precision.cuda_graphs == "off" or world.device.type != "cuda":
-        return None
-    if world.size > 1:
-        log.warning("training steps run without a CUDA graph: %d processes exchange gradients", world.size)
-        return None
-    return CudaRecorder(world.device)
-
-
-def seed_generators(device: torch.device, *key: int) -> None:
-    """Seed the default generators with a hash of `key`; 100 us faster than torch.manual_seed."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+        self._forget()  # the optimiser has new buffers

@@ -3,7 +3,7 @@
 A training step of small models is some hundred kernels of a few microseconds, and launching them one by one takes
 several times as long as running them. A replay launches them all at once, on the same addresses and with the same
 numbers as when they were recorded. So everything that differs between two steps lives in `StepInputs`, tensors that
-are filled before the replay, and random numbers come from generators that the graph reads anew.
+are filled before the replay, and random numbers come from the default generator, which the graph reads anew.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .config import PrecisionConfig
+from .distributed import World
+from .step_inputs import StepInputs
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +46,33 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._failed: list[torch.cuda.CUDAGraph] = []  # torch's allocator keeps references to them
 
     def side_stream(self) -> AbstractContextManager[object]:
         return _Beside(self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        try:
+            return self._capture(work).replay
+        except RuntimeError:
+            # A failed capture leaves the default generator in capture mode, where eager steps cannot draw from it.
+            # A capture that succeeds ends that mode.
+            self._capture(lambda: torch.empty(1, device=self._device).zero_())
+            raise
+
+    def _capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader's, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        before = torch.cuda.current_stream(self._device)
+        try:
+            # Other threads, such as a loader's, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError:
+            self._failed.append(graph)
+            raise
+        finally:
+            torch.cuda.set_stream(before)  # a failed capture leaves its own stream
+        return graph
 
 
 class _Beside:
@@ -73,8 +95,8 @@ class StepGraph:
 
     Args:
         recorder: for `device`.
-        work: of one step on its inputs, tensors on the device or the host; must not depend on anything else that
-            changes between steps.
+        work: of one step on its inputs, tensors on the device; must not depend on anything else that changes between
+            steps.
 
     Attributes:
         refusal: why the work could not be recorded, or None. All steps run eagerly then.
@@ -82,38 +104,54 @@ class StepGraph:
 
     def __init__(self, recorder: Recorder, device: torch.device, work: Callable[[Sequence[Tensor]], None]) -> None:
         self._recorder, self._device, self._work = recorder, device, work
-        self._inputs: list[Tensor] = []
+        self._inputs: StepInputs | None = None
         self._replay: Callable[[], None] | None = None
         self._steps = 0
         self.refusal: str | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> None:
-        """Run the work on `inputs`, whose number, shapes and dtypes are those of the first call."""
-        if self.refusal is not None:
-            self._work(inputs)
-        elif self._steps < WARM_UP:
-            with self._recorder.side_stream():
-                self._work(inputs)
-            self._steps += 1
+        """Run the work on `inputs`, which have the number, shapes, dtypes and devices of the first call."""
+        if self._inputs is None:
+            self._inputs = StepInputs(inputs, self._device)
+        self._inputs.fill(inputs)
+        work = partial(self._work, self._inputs.tensors)
+        if self._replay is None and self._steps >= WARM_UP and self.refusal is None:
+            self._record(work)
+        if self._replay is not None:
+            self._replay()
+        elif self.refusal is not None:
+            work()
         else:
-            if self._replay is None:
-                self._inputs = [torch.empty_like(tensor, device=self._device) for tensor in inputs]
-            for mine, given in zip(self._inputs, inputs, strict=True):
-                mine.copy_(given, non_blocking=True)
-            if self._replay is None:
-                self._record()
-            (self._replay or self._eagerly)()
+            self._steps += 1
+            with self._recorder.side_stream():
+                work()
 
     def forget(self) -> None:
         """Record anew: memory that the work reads or writes has been replaced."""
-        self._replay, self._steps = None, 0
+        self._inputs, self._replay, self._steps = None, None, 0
 
-    def _record(self) -> None:
+    def _record(self, work: Callable[[], None]) -> None:
         try:
-            self._replay = self._recorder.record(lambda: self._work(self._inputs))
+            self._replay = self._recorder.record(work)
         except RuntimeError as error:
-            self.refusal = (str(error).strip() or repr(error)).splitlines()[0]
+            self.refusal = _first_line(error)
             log.warning("training steps run without a CUDA graph: %s", self.refusal)
 
-    def _eagerly(self) -> None:
-        self._work(self._inputs)
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: ending a capture that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def recorder_for(precision: PrecisionConfig, world: World) -> Recorder | None:
+    """The recorder of CUDA graphs; None where steps run eagerly."""
+    if precision.cuda_graphs == "on" and world.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a GPU, but the device is {world.device.type}")
+    if precision.cuda_graphs == "off" or world.device.type != "cuda":
+        return None
+    if world.size > 1:
+        log.warning("training steps run without a CUDA graph: %d processes exchange gradients", world.size)
+        return None
+    return CudaRecorder(world.device)

@@ -20,6 +20,7 @@ from .journal import Journal, NullJournal
 from .schedule import learning_rate
 from .step import TrainStep
 from .sums import NonFiniteLossError, Totals
+from .teacher_ahead import with_following
 
 
 class Evaluation(NamedTuple):
@@ -170,6 +171,7 @@ class Trainer:
         self._sizes = step_sizes(images, optim.batch_size // world.size, world.size, shuffle=True)
         self.steps_per_epoch = len(train)
         self.steps = optim.epochs * self.steps_per_epoch
+        self._ahead = step.looks_ahead
         self._logged: Totals | None = None  # of this epoch, at the last log record
         self._clock = Clock(world.device, step.first_steps)
         self._saved_at = time.monotonic()
@@ -213,8 +215,8 @@ class Trainer:
             self.train.set_epoch(epoch)
         self.step.trainable.train()
         self._clock.go()
-        for batch in self.train:
-            self.step(batch, self._sizes[self.position - first], self._rate(self.position), self.position)
+        for batch, following in with_following(self.train, self._ahead):
+            self.step(batch, self._sizes[self.position - first], self._rate(self.position), self.position, following)
             self.position += 1
             self._clock.count(batch.target.numel())
             if self.position < last:
@@ -273,7 +275,7 @@ class Trainer:
             return
         state = {
             "training": self.step.state_dict(),
-            "loader": self.train.state_dict(),
+            "loader": self.train.state_dict(unused=int(self._ahead and totals is not None)),
             "totals": None if totals is None else list(totals),
             "logged": None if self._logged is None else list(self._logged),
         }

@@ -152,12 +152,15 @@ def test_an_empty_set_is_refused(kind: str) -> None:
         pytest.fail(f"{type(loader).__name__} was opened on no images")
 
 
+@pytest.mark.parametrize("kind", ["resident", "torch"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("augmentation", [None, CROP, RESIZED], ids=["none", "crop", "resized-crop"])
-def test_deferred_batches_are_finished_by_one_function(augmentation: Augmentation | None, channels_last: bool) -> None:
+def test_deferred_batches_are_finished_by_one_function(
+    augmentation: Augmentation | None, channels_last: bool, kind: str
+) -> None:
     data = arrays()
     settings = {"augmentation": augmentation, "channels_last": channels_last}
-    with opened(data, "resident", **settings) as loader, opened(data, "resident", deferred=True, **settings) as other:
+    with opened(data, kind, **settings) as loader, opened(data, kind, deferred=True, **settings) as other:
         functions = set()
         for epoch in range(2):
             loader.set_epoch(epoch)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import profiler
 from camkd_fast.data import LoaderConfig, choose
 from camkd_fast.data.augment import Augmentation
 from camkd_fast.data.batch import Batch
@@ -19,10 +18,14 @@ from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.step_graph import WARM_UP
+from camkd_fast.train.step_inputs import SLOTS, StepInputs
+from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.teacher_ahead import with_following
 from camkd_fast.train.teachers.live import LiveTeachers
+from tests.gpu.test_gpu_runtime import no_synchronisation
 from tests.support.gpu import CUDA, NO_GPU
 from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_files, opened
-from tests.support.training import CLASSES, OPTIM, SmallNet, batch, parameters
+from tests.support.training import CLASSES, OPTIM, SmallNet, batch, images, parameters
 
 CPU = torch.device("cpu")
 
@@ -48,6 +51,8 @@ def test_resident_batches_equal_the_cpus(
 
 def step_on(device: torch.device, precision: PrecisionConfig, name: str = "ca-mkd", dropout: float = 0.0) -> TrainStep:
     live = LiveTeachers([SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)], CLASSES)
+    if precision.compiles_teachers(device.type):
+        live.compile_for(32)
     given = live if strategies.find(name).needs_teachers else None
     torch.manual_seed(0)
     strategy = strategies.create(name, given, SmallNet().num_features)
@@ -64,9 +69,14 @@ def steps_of(
 ) -> torch.Tensor:
     """All parameters after a few steps."""
     step = step_on(device, precision, name, dropout)
-    for i in range(count):
-        step(on_device(batch(32, seed=i), device), 32, 0.01, i)
+    take(step, [on_device(batch(32, seed=i), device) for i in range(count)])
     return parameters(step).cpu()
+
+
+def take(step: TrainStep, batches: Iterable[Batch]) -> None:
+    """Steps on full batches, with teachers that run ahead where the step has them."""
+    for i, (one, following) in enumerate(with_following(batches, step.looks_ahead)):
+        step(one, 32, 0.01, i, following)
 
 
 @pytest.mark.usefixtures("nondeterministic")
@@ -108,15 +118,112 @@ def test_every_strategy_is_recorded(name: str, dtype: str, caplog: pytest.LogCap
 
 @pytest.mark.usefixtures("nondeterministic")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
-def test_a_step_is_one_launch_after_the_copies_of_its_inputs() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["ca-mkd", "aekd", "fitnet-mkd"])
+def test_teachers_that_run_ahead_change_no_bit(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    ahead = PrecisionConfig(compile="off", cuda_graphs="on", dtype=dtype, teacher_ahead="on")  # type: ignore[arg-type]
+    steps = (steps_of(CUDA, p, 12, name, dropout=0.5) for p in (ahead, replace(ahead, teacher_ahead="off")))
+    assert torch.equal(*steps)
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize("ahead", ["on", "off"])
+@pytest.mark.parametrize("kind", ["resident", "torch", "dali"])
+def test_replays_on_a_loaders_batches(kind: str, ahead: str, tmp_path: Path) -> None:
+    """Batches of every loader, finished in the graph or before it, over two epochs that end with a smaller one."""
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    data = image_files(tmp_path, 32 * 4 + 7) if kind == "dali" else images(32 * 4 + 7)
+
+    def trained(precision: PrecisionConfig) -> torch.Tensor:
+        step = step_on(CUDA, precision)
+        settings = {"augmentation": RESIZED if kind == "dali" else CROP, "device": CUDA, "deferred": step.replays}
+        number = 0
+        with opened(data, kind, 32, **settings) as loader:
+            for epoch in range(3):
+                loader.set_epoch(epoch)
+                for one, following in with_following(loader, step.looks_ahead):
+                    step(one, len(one.target), 0.01, number, following)
+                    number += 1
+        assert number == 3 * 5
+        return parameters(step)
+
+    eager = PrecisionConfig(compile="off", cuda_graphs="off")
+    expected = trained(eager)
+    actual = trained(replace(eager, cuda_graphs="on", teacher_ahead=ahead))  # type: ignore[arg-type]
+    moved = (expected - parameters(step_on(CUDA, eager))).norm()
+    assert float((actual - expected).norm() / moved) < 0.01
+
+
+class Reading(strategies.AVER):
+    """A strategy that reads a number on the host, which cannot be recorded."""
+
+    name, label, color = "reading", "Reading", "#000000"
+
+    def weighting(self, student_logits: torch.Tensor, teacher_outputs: object, target: torch.Tensor) -> str:
+        assert float(student_logits.sum()) == float(student_logits.sum())
+        return "uniform"
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+def test_a_refused_recording_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither on the current stream nor on the generator, which dropout needs; and another step can be recorded."""
+    strategies.register(Reading)
+    try:
+        recorded, eager = PrecisionConfig(compile="off"), PrecisionConfig(compile="off", cuda_graphs="off")
+        stream = torch.cuda.current_stream()
+        actual, expected = (steps_of(CUDA, p, 10, "reading", dropout=0.5) for p in (recorded, eager))
+        assert len(caplog.messages) == 1 and "without a CUDA graph: " in caplog.messages[0], caplog.messages
+        assert torch.cuda.current_stream() == stream
+        moved = (expected - steps_of(CUDA, eager, 0, "reading")).norm()
+        assert float((actual - expected).norm() / moved) < 0.01
+        caplog.clear()
+        steps_of(CUDA, recorded, WARM_UP + 2, "ca-mkd", dropout=0.5)
+        assert not caplog.messages
+    finally:
+        strategies.unregister("reading")
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+@pytest.mark.parametrize("name", ["ce", "ca-mkd", "aekd"])
+def test_steps_never_synchronise(name: str, graphs: str, device: torch.device) -> None:
+    """Neither eager nor replayed ones, with labels on the host or on the device."""
+    for on_host in (False, True):
+        step = step_on(device, PrecisionConfig(compile="off", cuda_graphs=graphs), name)  # type: ignore[arg-type]
+        batches = [batch(32, seed=i) for i in range(WARM_UP + 6)]
+        batches = [one if on_host else on_device(one, device) for one in batches]
+        take(step, batches[: WARM_UP + 2])
+        with no_synchronisation(device):
+            take(step, batches[WARM_UP + 2 :])
+        assert step.sums.read(World(0, 1, device)).totals.images == 32 * len(batches)
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+def test_a_replayed_step_that_diverges_is_found() -> None:
     step = step_on(CUDA, PrecisionConfig(compile="off"))
-    data = on_device(batch(32), CUDA)
-    numbers = itertools.count()
-    for _ in range(WARM_UP + 2):
-        step(data, 32, 0.01, next(numbers))
-    found = profiler.profiled(lambda: step(data, 32, 0.01, next(numbers)), CUDA)
-    # The copies of images, labels and numbers, the graph, and the seed and offset of its random generator.
-    assert found.launches <= 6 < found.kernels
+    batches = [on_device(batch(32, seed=i), CUDA) for i in range(WARM_UP + 4)]
+    batches[WARM_UP + 1] = batches[0]._replace(images=batches[0].images * float("nan"))
+    take(step, batches)
+    with pytest.raises(NonFiniteLossError, match=f"not finite at step {WARM_UP + 2}:"):
+        step.sums.read(World(0, 1, CUDA))
+
+
+def test_a_pinned_record_is_not_written_before_it_was_copied(device: torch.device) -> None:
+    """The host is far ahead of a device that is busy for some 10 ms at first."""
+    given = [[torch.full((64, 3), i), torch.full((64,), 2.0 * i)] for i in range(3 * SLOTS)]
+    inputs = StepInputs(given[0], device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    if device.type == "cuda":
+        torch.cuda._sleep(20_000_000)  # cycles
+    for batch_inputs in given:
+        inputs.fill(batch_inputs)
+        total += torch.stack([tensor.double().mean() for tensor in inputs.tensors])
+    assert total.tolist() == [sum(range(3 * SLOTS)), 2.0 * sum(range(3 * SLOTS))]
 
 
 @pytest.mark.usefixtures("nondeterministic")

@@ -3,6 +3,7 @@
 from . import Change, changes
 
 GRAPH = "tests/train/test_step_graph.py"
+INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
 LOOP = "tests/train/test_loop.py"
 JOBS = "tests/train/test_jobs.py"
@@ -23,19 +24,46 @@ CHANGES = (
     *changes(
         "camkd_fast/train/step_graph.py",
         GRAPH,
-        Change("inputs of the recording for ever", "mine.copy_(given, non_blocking=True)", "pass"),
         Change(
-            "the caller's tensors are recorded", "[torch.empty_like(tensor, device=self._device) for", "[tensor for"
+            "inputs of the recording for ever",
+            "        self._inputs.fill(inputs)\n",
+            "        if self._replay is None:\n            self._inputs.fill(inputs)\n",
         ),
-        Change("no step after a refusal", "(self._replay or self._eagerly)()", "(self._replay or len)([])"),
+        Change(
+            "the caller's tensors are recorded",
+            "partial(self._work, self._inputs.tensors)",
+            "partial(self._work, inputs)",
+        ),
+        Change(
+            "no step after a refusal",
+            "elif self.refusal is not None:\n            work()",
+            "elif self.refusal is not None:\n            pass",
+        ),
         Change(
             "recorded again after every step",
-            "if self._replay is None:\n                self._record()",
-            "self._record()",
+            "if self._replay is None and self._steps >= WARM_UP",
+            "if self._steps >= WARM_UP",
         ),
-        Change("a graph outlives what it reads", "self._replay, self._steps = None, 0", "pass"),
-        Change("recorded before it is warm", "elif self._steps < WARM_UP:", "elif self._steps < 0:"),
-        Change("refused in silence", 'log.warning("training', 'log.debug("training'),
+        Change("a graph outlives what it reads", "self._inputs, self._replay, self._steps = None, None, 0", "pass"),
+        Change("recorded before it is warm", "self._steps >= WARM_UP", "self._steps >= 0"),
+        Change(
+            "refused in silence",
+            'log.warning("training steps run without a CUDA graph: %s", self',
+            'log.debug("training steps run without a CUDA graph: %s", self',
+        ),
+        Change("a failed capture keeps its stream", "torch.cuda.set_stream(before)  # a failed", "pass  # a failed"),
+        Change(
+            "a failed capture keeps the generator",
+            "self._capture(lambda: torch.empty(1, device=self._device).zero_())",
+            "pass",
+        ),
+        Change("a failed graph is freed", "self._failed.append(graph)", "pass"),
+        Change("the last error of a refusal", "while error.__context__ is not None:", "while False:"),
+        Change(
+            "a run of several processes is recorded",
+            "if world.size > 1:\n        log",
+            "if world.size > 99:\n        log",
+        ),
     ),
     *changes(
         "camkd_fast/train/step.py",
@@ -48,12 +76,45 @@ CHANGES = (
         Change("the rate of the recording", "rate.float(), number)", "float(rate), number)"),
         Change("the step's number of the recording", "rate.float(), number)", "rate.float(), float(number))"),
         Change("images are counted once", "self.sums.count(images)", "self.sums.count(0 if self._graph else images)"),
-        Change("images of another loader", "self._graph.forget()\n        self._finish", "pass\n        self._finish"),
-        Change("a loaded state misses the graph", "self._graph.forget()  # the optimiser has new buffers", "pass"),
+        Change("images of another loader", "self._forget()\n        self._finish", "pass\n        self._finish"),
+        Change("a loaded state misses the graph", "self._forget()  # the optimiser has new buffers", "pass"),
+    ),
+    *changes(
+        "camkd_fast/train/step_inputs.py",
+        INPUTS,
+        Change("the record never leaves the host", "record.copy_(self._record, non_blocking=True)", "pass"),
+        Change("inputs on the device are not copied", "mine.copy_(tensor, non_blocking=True)", "pass"),
+        Change("parts of a record lie close together", "-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT", "tensor.nbytes"),
         Change(
-            "a run of several processes is recorded",
-            "if world.size > 1:\n        log",
-            "if world.size > 99:\n        log",
+            "strides are lost",
+            "part.as_strided(form.shape, form.stride(), part.storage_offset())",
+            "part.view(form.shape)",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/teacher_ahead.py",
+        AHEAD,
+        Change("whatever is ready is the batch", "if self._batch is not batch:", "if self._batch is None:"),
+        Change(
+            "a smaller batch runs ahead",
+            "fits = following is not None and len(following.target) == len(batch.target)",
+            "fits = following is not None",
+        ),
+        Change("a batch of another loader runs ahead", "following.finish is batch.finish", "True"),
+        Change("outputs of the first batch for ever", "_copy(following, ready)", "pass"),
+        Change("the recorded memory is replaced", "if self._ready is None:\n", "if True:\n"),
+        Change("teachers draw the step's numbers", "if not torch.equal(generator.get_state(), state):", "if False:"),
+        Change("the teachers' draws are kept", "generator.set_state(state)", "pass"),
+        Change("asked for in vain and in silence", 'precision.teacher_ahead == "on":', "False:"),
+        Change("a cache runs ahead", "elif not teachers.computes:", "elif False:"),
+        Change("batches are read early for nothing", "if not ahead:", "if False:"),
+        Change("the last batch is left out", "if ahead and before is not None:", "if False:"),
+    ),
+    *changes(
+        "camkd_fast/train/trainer.py",
+        AHEAD,
+        Change(
+            "a batch that was read ahead counts as used", "unused=int(self._ahead and totals is not None)", "unused=0"
         ),
     ),
     *changes(
@@ -129,8 +190,8 @@ CHANGES = (
         LOOP,
         Change(
             "rate of the step before",
-            "self._rate(self.position), self.position)",
-            "self._rate(max(self.position - 1, 0)), self.position)",
+            "self._rate(self.position), self.position,",
+            "self._rate(max(self.position - 1, 0)), self.position,",
             tests=f"{LOOP}::test_each_step_has_the_rate_of_its_own_number",
         ),
         Change("evaluation in training mode", "model.eval()\n    sums", "sums"),

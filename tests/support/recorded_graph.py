@@ -3,6 +3,7 @@ operation, with the Python numbers of the recording. A value that the host reads
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -51,16 +52,29 @@ class _Recording(TorchDispatchMode):
         return out
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations in the block by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class RecordedGraphs:
     """A `Recorder` for the CPU.
 
     Attributes:
         recordings: number of recordings.
         replays: number of replays of all of them.
+        operations: number of operations of the last recording.
     """
 
     def __init__(self) -> None:
-        self.recordings = self.replays = 0
+        self.recordings = self.replays = self.operations = 0
 
     def side_stream(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -74,6 +88,7 @@ class RecordedGraphs:
         finally:
             for whole, content in recording.before.values():
                 whole.copy_(content)
+        self.operations = len(recording.operations)
 
         def replay() -> None:
             self.replays += 1

@@ -111,10 +111,10 @@ def kill_at(victim: int, step: int) -> None:
     """Send SIGKILL to process `victim` in the middle of its step `step`, counted from 0."""
     take = TrainStep.__call__
 
-    def last(self: TrainStep, batch: Batch, items: int, rate: float, number: int) -> None:
+    def last(self: TrainStep, batch: Batch, items: int, rate: float, number: int, following: Batch | None) -> None:
         if self._world.rank == victim and number == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        take(self, batch, items, rate, number)
+        take(self, batch, items, rate, number, following)
 
     TrainStep.__call__ = last
 

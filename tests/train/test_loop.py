@@ -79,10 +79,10 @@ def test_every_image_is_trained_on_once_per_epoch(tmp_path: Path, monkeypatch: p
     seen: list[Tensor] = []
     take = TrainStep.__call__
 
-    def watch(step: TrainStep, batch: Any, items: int, rate: float, number: int) -> None:
+    def watch(step: TrainStep, batch: Any, items: int, rate: float, number: int, following: Any) -> None:
         seen.append(batch.index)
         assert items == len(batch.index) and number == len(seen) - 1
-        take(step, batch, items, rate, number)
+        take(step, batch, items, rate, number, following)
 
     monkeypatch.setattr(TrainStep, "__call__", watch)
     run.run(NullJournal())
@@ -96,9 +96,9 @@ def test_each_step_has_the_rate_of_its_own_number(tmp_path: Path, monkeypatch: p
     rates: list[float] = []
     take = TrainStep.__call__
 
-    def watch(step: TrainStep, batch: Any, items: int, rate: float, number: int) -> None:
+    def watch(step: TrainStep, batch: Any, items: int, rate: float, number: int, following: Any) -> None:
         rates.append(rate)
-        take(step, batch, items, rate, number)
+        take(step, batch, items, rate, number, following)
 
     monkeypatch.setattr(TrainStep, "__call__", watch)
     optim = OptimConfig(epochs=2, batch_size=32, warmup=0.6, milestones=(0.5, 0.8), drop=0.1)

@@ -16,20 +16,24 @@ import torch
 from torch import Tensor
 
 from camkd_fast.data.augment import Augmentation
-from camkd_fast.data.batch import LoaderConfig
+from camkd_fast.data.batch import Batch, LoaderConfig
 from camkd_fast.data.resident import ResidentLoader
 from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.config_file import build
 from camkd_fast.train.distributed import World
 from camkd_fast.train.journal import NullJournal
-from camkd_fast.train.step import TrainStep, _recorder
-from camkd_fast.train.step_graph import WARM_UP, StepGraph
+from camkd_fast.train.step import TrainStep
+from camkd_fast.train.step_graph import WARM_UP, CudaRecorder, StepGraph, recorder_for
 from camkd_fast.train.strategies import names
 from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.teacher_ahead import StudentBatch, TeacherAhead, with_following
+from camkd_fast.train.teachers.cache import CachedTeachers
 from camkd_fast.train.teachers.live import side_by_side
-from tests.support.recorded_graph import RecordedGraphs
-from tests.support.training import EAGER, ONE, SmallNet, batch, images, parameters, train_step, trainer
+from tests.support.cache_parts import FakeLoader, Tiny, make_teachers
+from tests.support.cache_parts import build as build_cache
+from tests.support.recorded_graph import Operations, RecordedGraphs
+from tests.support.training import EAGER, ONE, OPTIM, SmallNet, batch, images, parameters, train_step, trainer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,8 +45,12 @@ def graph_step(strategy: str = "ca-mkd", recorder: Any = None, **settings: Any) 
 
 
 def take(step: TrainStep, count: int, first: int = 0, size: Callable[[int], int] = lambda i: 32) -> None:
-    for i in range(first, first + count):
-        step(batch(size(i), seed=i), size(i), 0.01 * (1 + i), i)
+    for i, (given, following) in enumerate(with_following(batches(count, first, size), step.looks_ahead), first):
+        step(given, size(i), 0.01 * (1 + i), i, following)
+
+
+def batches(count: int, first: int = 0, size: Callable[[int], int] = lambda i: 32) -> list[Batch]:
+    return [batch(size(i), seed=i) for i in range(first, first + count)]
 
 
 def relative(one: Tensor, two: Tensor) -> float:
@@ -207,6 +215,50 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(
     assert torch.equal(parameters(step), parameters(eager))
 
 
+class FakeCaptures:
+    """Stands for torch.cuda's captures. One that fails fails at its end too, and leaves its stream the current one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current, self.captures = "default", list[str]()
+        patch.setattr(torch.cuda, "Stream", lambda device: "capture")
+        patch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda graph: None}))
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "set_stream", self.switch)
+        patch.setattr(torch.cuda, "graph", self.graph)
+
+    def switch(self, stream: str) -> None:
+        self.current = stream
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        before, self.current = self.current, stream
+        try:
+            yield
+        except RuntimeError:
+            self.captures.append("failed")
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+        self.captures.append("ended")
+        self.current = before
+
+
+def test_a_capture_that_fails_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is restored, and a capture that succeeds gives the default generator back."""
+    cuda = FakeCaptures(monkeypatch)
+    recorder = CudaRecorder(CPU)
+
+    def reads_a_number() -> None:
+        assert cuda.current == "capture"
+        raise RuntimeError("operation not permitted when stream is capturing\nDevice-side assertions: none")
+
+    graph = StepGraph(recorder, CPU, lambda inputs: None)
+    graph._record(reads_a_number)
+    assert graph.refusal == "operation not permitted when stream is capturing"
+    assert cuda.captures == ["failed", "ended"] and cuda.current == "default" and len(recorder._failed) == 1
+    recorder.record(lambda: None)()
+    assert cuda.captures == ["failed", "ended", "ended"] and len(recorder._failed) == 1
+
+
 def test_only_inputs_are_copied() -> None:
     """What the work reads lies where it was recorded, whatever the caller passes."""
     seen: list[tuple[int, ...]] = []
@@ -227,6 +279,62 @@ def test_only_inputs_are_copied() -> None:
     assert total.item() == expected
     assert [(images[0, 0], factor) for images, factor in given] == [(i, 2.0 + i) for i in range(WARM_UP + 3)]
     assert len(seen) == WARM_UP + 1 and graphs.replays == 3  # the recording itself adds nothing
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_teacher_cache_in_memory_and_on_disk(limit: int, tmp_path: Path) -> None:
+    """Row numbers of a resident cache, or the rows of one that is memory-mapped, travel with the labels."""
+    cache = build_cache(tmp_path, make_teachers(), memory_limit=limit)
+    assert cache.resident == (limit > 0)
+
+    def trained(recorder: RecordedGraphs | None) -> TrainStep:
+        given = CachedTeachers(cache, make_teachers().heads)
+        torch.manual_seed(0)
+        strategy = strategies.create("ca-mkd", given, 5)
+        step = TrainStep(Tiny(5), strategy, given, OPTIM, EAGER, ONE, 8, 0, recorder)
+        number = 0
+        for epoch in range(3):
+            loader = FakeLoader()
+            loader.set_epoch(epoch)
+            for one, following in with_following(loader, step.looks_ahead):
+                step(one, len(one.target), 0.01, number, following)
+                number += 1
+        return step
+
+    recorder = RecordedGraphs()
+    step, eager = trained(recorder), trained(None)
+    assert not step.looks_ahead
+    assert (recorder.recordings, recorder.replays) == (1, 3 * 6 - WARM_UP)  # the seventh batch has 2 images
+    assert_same(step, eager)
+
+
+class NotReplayed(RecordedGraphs):
+    """Only what surrounds the replay runs."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        super().record(work)
+        return lambda: None
+
+
+@pytest.mark.parametrize("name", ["ce", "ca-mkd"])
+def test_around_a_replay_there_are_only_copies_of_its_inputs(name: str) -> None:
+    """Images, labels and numbers to the record, and the record to the device."""
+    step, _ = graph_step(name, NotReplayed())
+    take(step, WARM_UP + 1)
+    one, other, last = batches(3)
+    step(one, 32, 0.1, 9, other)
+    with Operations() as operations:
+        step(other, 32, 0.1, 10, last)
+    assert operations.counts == {"aten::copy_": 3 + 1, "aten::lift_fresh": 1}
+
+
+def test_teachers_that_run_ahead_add_one_operation() -> None:
+    counts = []
+    for ahead in ("off", "on"):
+        step, recorder = graph_step(precision=replace(EAGER, teacher_ahead=ahead))
+        take(step, WARM_UP + 1)
+        counts.append(recorder.operations)
+    assert counts[1] - counts[0] == 1  # the copy of the next batch to where the student reads it
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -258,9 +366,9 @@ def test_another_loader_is_recorded_anew() -> None:
 def test_several_processes_run_eagerly_and_say_why(caplog: pytest.LogCaptureFixture) -> None:
     two = World(0, 2, torch.device("cuda"))
     with caplog.at_level(logging.WARNING):
-        assert _recorder(PrecisionConfig(), two) is None
+        assert recorder_for(PrecisionConfig(), two) is None
     assert caplog.messages == ["training steps run without a CUDA graph: 2 processes exchange gradients"]
-    assert _recorder(PrecisionConfig(cuda_graphs="off"), two) is None and len(caplog.messages) == 1
+    assert recorder_for(PrecisionConfig(cuda_graphs="off"), two) is None and len(caplog.messages) == 1
 
 
 class Streams:
@@ -308,6 +416,29 @@ def test_teachers_are_parallel_branches_of_a_recording(K: int, monkeypatch: pyte
     assert side_by_side([partial(task, k) for k in range(K)], torch.device("cuda")) == list(range(K))
     assert before == [{"images"}] * K  # each waits for the images and for no other teacher
     assert streams.now is streams.here and streams.here.after == {"images", *(f"teacher {k}" for k in range(K))}
+
+
+def test_teachers_that_run_ahead_do_not_wait_for_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    streams.here.after.add("inputs")
+    before: dict[str, set[str]] = {}
+
+    def work(name: str) -> None:
+        before[name] = set(streams.now.after)
+        streams.now.after.add(name)
+
+    def some_batch() -> StudentBatch:
+        return StudentBatch(torch.zeros(2, 3), torch.zeros(2), [])
+
+    def prepare() -> StudentBatch:
+        side_by_side([partial(work, f"teacher {k}") for k in range(2)], torch.device("cuda"))
+        return some_batch()
+
+    ahead = TeacherAhead(torch.device("cuda"))
+    ahead._ready = some_batch()
+    ahead.run(lambda batch: work("student"), prepare)
+    assert before == {name: {"inputs"} for name in ("student", "teacher 0", "teacher 1")}
+    assert streams.now is streams.here and streams.here.after == {"inputs", *before}
 
 
 def test_settings() -> None:

@@ -208,6 +208,10 @@ class CachedTeachers(Teachers):
     def hashes(self) -> list[str]:
         return list(self.cache.key.teachers)
 
+    @property
+    def computes(self) -> bool:
+        return False
+
     def inputs(self, batch: Batch) -> list[Tensor]:
         return self.cache.rows(batch.view, batch.index)
 

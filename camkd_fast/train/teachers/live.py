@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...data.batch import Batch
 
 Head = Callable[[Tensor], Tensor]  # (N, D_k, H, W) -> logits (N, C)
+Result = TypeVar("Result")
 
 
 class Teachers(Protocol):
@@ -32,6 +33,11 @@ class Teachers(Protocol):
     @property
     def hashes(self) -> list[str]:
         """Hash of each teacher's layers and weights."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether `outputs` runs the teachers: worth running ahead of the student."""
+        return True
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         """What `outputs` reads besides the images, on the host or the device."""
@@ -110,7 +116,7 @@ class LiveTeachers(Teachers):
             return predict(model, images.to(dtype))
 
 
-def side_by_side(tasks: Sequence[Callable[[], Prediction]], device: torch.device) -> list[Prediction]:
+def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
     """Results of the tasks: parallel branches of a CUDA graph that is being recorded, one after the other elsewhere.
 
     At small batches the kernels of one teacher fill a fraction of the GPU.

@@ -1,0 +1,82 @@
+"""How often the host launches work on a GPU: in a call of the loss, and around a replayed step.
+
+At small batches these calls cost more than the kernels, so more of them than today need a reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import profiler
+from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast.data.batch import Batch
+from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.step_graph import WARM_UP
+from tests.gpu.test_gpu_training import on_device, step_on
+from tests.support.cases import make_case, on
+from tests.support.gpu import CUDA, NO_GPU, REAL, Place
+from tests.support.training import batch
+
+# Deterministic algorithms, which the suite uses, fill new memory by launches of their own.
+pytestmark = [
+    pytest.mark.usefixtures("nondeterministic"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU),
+]
+
+
+@pytest.mark.parametrize("place", REAL[:2])
+@pytest.mark.parametrize("num_items", [None, 64])
+@pytest.mark.parametrize(("N", "C"), [(64, 100), (1024, 1000), (64, 32000)])
+def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None) -> None:
+    """Value and gradient: the valid rows, the rows, the means; or the rows, a sum and its scaling."""
+    case = on(make_case(N, C, 3, torch.bfloat16, padded=False), place.device)
+
+    def call() -> None:
+        camkd_loss_and_grad(case.student, case.teachers, case.target, num_items=num_items, backend=place.backend)
+
+    call()
+    found = profiler.profiled(call, place.device)
+    assert 1 <= found.launches <= 3 and found.kernels <= 3, found
+
+
+@pytest.mark.parametrize("place", REAL[:2])
+def test_loss_and_backward(place: Place) -> None:
+    """The call, the gradient 1 of the loss, and one launch that finds that it is 1."""
+    case = on(make_case(64, 100, 3, torch.bfloat16, padded=False), place.device)
+    student = case.student.detach().requires_grad_()
+
+    def call() -> None:
+        student.grad = None
+        camkd_loss(student, case.teachers, case.target, backend=place.backend).loss.backward()
+
+    call()
+    found = profiler.profiled(call, place.device)
+    assert 1 <= found.launches <= 5 and found.kernels <= 5, found
+
+
+@pytest.mark.parametrize("ahead", ["on", "off"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("where", ["host", "device", "images on the device"])
+def test_a_replayed_step(where: str, dropout: float, ahead: str) -> None:
+    """The record, each input that was on the device, the graph, and the seed and offset of its random numbers."""
+    step = step_on(CUDA, PrecisionConfig(compile="off", teacher_ahead=ahead), dropout=dropout)  # type: ignore[arg-type]
+    pair = [placed(batch(32, seed=i), where) for i in range(2)]
+    numbers = itertools.count()
+
+    def call() -> None:
+        i = next(numbers)
+        step(pair[i % 2], 32, 0.01, i, pair[(i + 1) % 2] if step.looks_ahead else None)
+
+    for _ in range(WARM_UP + 2):
+        call()
+    found = profiler.profiled(call, CUDA)
+    copies = 1 + {"host": 0, "device": 2, "images on the device": 1}[where]
+    assert copies + 1 <= found.launches <= copies + 3 < found.kernels, found
+
+
+def placed(given: Batch, where: str) -> Batch:
+    moved = on_device(given, CUDA)
+    return {"host": given, "device": moved, "images on the device": given._replace(images=moved.images)}[where]
