@@ -79,12 +79,21 @@ def check_same_logits(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_target(target: Tensor, logits: Tensor, logits_name: str) -> None:
+    _check_labels(target, logits.shape[:-1], logits, logits_name)
+
+
+def check_sample_target(target: Tensor, maps: Tensor, maps_name: str) -> None:
+    """One label per sample of maps (N, ...)."""
+    _check_labels(target, maps.shape[:1], maps, maps_name)
+
+
+def _check_labels(target: Tensor, expected: torch.Size, other: Tensor, other_name: str) -> None:
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {_dtype(target)}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"target has shape {_shape(target)}, but {logits_name} expects {_shape(logits)[:-1]}")
-    check_device("target", target, logits_name, logits)
+    if target.shape != expected:
+        raise ValueError(f"target has shape {_shape(target)}, but {other_name} expects {tuple(expected)}")
+    check_device("target", target, other_name, other)
 
 
 def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:

@@ -15,7 +15,8 @@ void row_loss(const RowLossArgs&, const LaunchOptions&);
 void scale_rows(const ScaleRowsArgs&, const LaunchOptions&);
 void confidence_forward(const ConfidenceArgs&, const LaunchOptions&);
 void confidence_backward(const ConfidenceArgs&, const LaunchOptions&);
-void feature_forward(const FeatureArgs&, const LaunchOptions&);
-void feature_backward(const FeatureArgs&, const LaunchOptions&);
+// `arrivals`: a zero in device memory, left zero, which no other launch uses at the same time. With it the last block
+// adds up; without (null) a second launch does.
+void features(const FeatureArgs&, uint32_t* arrivals, const LaunchOptions&);
 
 }  // namespace camkd::cuda

@@ -12,6 +12,24 @@ CAMKD_DEVICE float inverse_of(float count) {
     return 1.0f / fmaxf(count, 1.0f);
 }
 
+// The sum over the block, valid in thread 0 only. Warps are added in order, so the bits do not depend on the schedule.
+// `of_warps`: shared memory for one number per warp.
+CAMKD_DEVICE float block_sum(float x, float* of_warps) {
+    x = warp_sum(x);
+    if (thread_id() % kWarp == 0) of_warps[thread_id() / kWarp] = x;
+    block_barrier();
+    float sum = 0;
+    for (int warp = 0; thread_id() == 0 && warp < block_threads() / kWarp; ++warp) sum += of_warps[warp];
+    return sum;
+}
+
+// The number of labels that are not ignored, by one block, valid in thread 0 only.
+CAMKD_DEVICE float valid_rows(int64_t N, const int64_t* target, int64_t ignore_index, float* of_warps) {
+    int kept = 0;
+    for (int64_t n = thread_id(); n < N; n += block_threads()) kept += target[n] != ignore_index;
+    return block_sum(float(kept), of_warps);
+}
+
 // Writes the mean of row i of row_stats: loss, hard or soft.
 CAMKD_DEVICE void write_mean(const MeanOutput& mean, int i, float value) {
     *(i == 0 ? mean.loss : mean.others + i - 1) = value;

@@ -189,6 +189,16 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
                  : "memory");
 }
 
+// Counts one of `blocks` arrivals; true for the last, which sets the counter back to 0. Called by one thread after a
+// barrier: what the blocks wrote before their arrival is visible to the block of the last one after another barrier.
+CAMKD_DEVICE bool last_arrival(uint32_t* arrivals, uint32_t blocks) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+    if (before + 1 != blocks) return false;
+    *arrivals = 0;
+    return true;
+}
+
 // --- arithmetic ---
 
 // 2^x with an error of 2 ulp; 0 where the result is subnormal.

@@ -97,13 +97,38 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/elementwise.cuh",
+        "csrc/cuda/features.cuh",
         f"{OTHERS} {RACES}",
         Change(
             "feature error without its second barrier",
             "group.barrier();  // all have read before the next item overwrites",
             "",
         ),
+        Change(
+            "a tile without its second barrier", "warp_barrier();  // all have read before the next tile overwrites", ""
+        ),
+        Change("the gradient's alignment", "(!part.out || before_boundary<R>(part.out) == r)", "true", tests=OTHERS),
+        Change(
+            "a coefficient of 0 multiplies NaN",
+            "return coefficient == 0 ? 0.0f : coefficient * difference;",
+            "return coefficient * difference;",
+            tests=OTHERS,
+        ),
+        Change("parts that do not begin at a step", "unit = dense ? kFeatureStep : 1", "unit = 1", equivalent="slower"),
+        Change(
+            "the last part only",
+            "for (int i = 1; i < launch.parts; ++i) error +=",
+            "for (int i = 1; i < launch.parts; ++i) error =",
+            tests=OTHERS,
+        ),
+        Change(
+            "errors of parts stay with the parts", "if (launch.parts > 1) args.error[item] = error;", "", tests=OTHERS
+        ),
+        Change("every block adds up", "if (*is_last) add_up", "add_up", tests=OTHERS),
+    ),
+    *changes(
+        "csrc/cuda/scale_rows.cuh",
+        f"{OTHERS} {RACES}",
         Change(
             "a factor of 1 writes",
             "&& args.factor[0] == 1.0f) return",
@@ -129,12 +154,12 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/batch_mean.cu",
+        "csrc/cuda/batch_mean.cuh",
         f"{ROWS}::test_means_of_narrow_rows",
         Change(
             "sum of the first warp",
-            "warp < block_threads() / kWarp; ++warp) sum += parts[warp];",
-            "warp < 1; ++warp) sum += parts[warp];",
+            "warp < block_threads() / kWarp; ++warp) sum += of_warps[warp];",
+            "warp < 1; ++warp) sum += of_warps[warp];",
         ),
     ),
     *changes(

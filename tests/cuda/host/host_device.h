@@ -162,6 +162,13 @@ inline void store_pack(void* global, Pack p) {
     std::memcpy(global, &p, sizeof(p));
 }
 
+CAMKD_SITE bool last_arrival(uint32_t* arrivals, uint32_t blocks) {
+    std::atomic_ref<uint32_t> counter(*arrivals);
+    if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 != blocks) return false;
+    counter.store(0, std::memory_order_relaxed);
+    return true;
+}
+
 // --- arithmetic ---
 
 inline float bits_to_float(uint32_t bits) {
