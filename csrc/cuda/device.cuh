@@ -189,14 +189,18 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
                  : "memory");
 }
 
-// Counts one of `blocks` arrivals; true for the last, which sets the counter back to 0. Called by one thread after a
-// barrier: what the blocks wrote before their arrival is visible to the block of the last one after another barrier.
-CAMKD_DEVICE bool last_arrival(uint32_t* arrivals, uint32_t blocks) {
-    uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-    if (before + 1 != blocks) return false;
-    *arrivals = 0;
-    return true;
+// Counts the block's arrival at the end of its work; true for the last of the grid, which sets the counter back to 0
+// and sees what all blocks have written. Called by all threads.
+CAMKD_DEVICE bool last_block(uint32_t* arrivals) {
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+        uint32_t before;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+        last = before + 1 == gridDim.x;
+        if (last) *arrivals = 0;
+    }
+    return __syncthreads_or(last) != 0;
 }
 
 // --- arithmetic ---

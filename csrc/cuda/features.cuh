@@ -232,7 +232,6 @@ CAMKD_DEVICE void add_up(const FeatureLaunch& launch, float* of_warps) {
         if (weight != 0) total += weight * error;
     }
     if (!args.loss) return;
-    block_barrier();  // the block may have read `of_warps`
     total = block_sum(total, of_warps);
     if (thread_id() == 0) *args.loss = total * scale_of(args);
 }
@@ -263,12 +262,7 @@ feature_kernel(CAMKD_PARAMETER FeatureLaunch launch) {
         }
         if (group.member == 0) launch.partial[i] = counted(sum / M, weight);
     }
-    if (!launch.arrivals) return;
-    block_barrier();
-    bool* const is_last = reinterpret_cast<bool*>(of_warps);
-    if (thread_id() == 0) *is_last = last_arrival(launch.arrivals, uint32_t(block_count()));
-    block_barrier();
-    if (*is_last) add_up(launch, of_warps);
+    if (launch.arrivals && last_block(launch.arrivals)) add_up(launch, of_warps);
 }
 
 CAMKD_KERNEL(kBlockThreads, 1)

@@ -124,7 +124,9 @@ CHANGES = (
         Change(
             "errors of parts stay with the parts", "if (launch.parts > 1) args.error[item] = error;", "", tests=OTHERS
         ),
-        Change("every block adds up", "if (*is_last) add_up", "add_up", tests=OTHERS),
+        Change(
+            "every block adds up", "launch.arrivals && last_block(launch.arrivals)", "launch.arrivals", tests=OTHERS
+        ),
     ),
     *changes(
         "csrc/cuda/scale_rows.cuh",

@@ -162,11 +162,16 @@ inline void store_pack(void* global, Pack p) {
     std::memcpy(global, &p, sizeof(p));
 }
 
-CAMKD_SITE bool last_arrival(uint32_t* arrivals, uint32_t blocks) {
-    std::atomic_ref<uint32_t> counter(*arrivals);
-    if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 != blocks) return false;
-    counter.store(0, std::memory_order_relaxed);
-    return true;
+// Blocks run one after the other, so that only the order within a block is tested.
+inline bool last_block(uint32_t* arrivals) {
+    host::Block& block = host::self->own_block();
+    block.barrier.arrive_and_wait();
+    if (thread_id() == 0) {
+        block.is_last = int64_t(++*arrivals) == block_count();
+        if (block.is_last) *arrivals = 0;
+    }
+    block.barrier.arrive_and_wait();
+    return block.is_last;
 }
 
 // --- arithmetic ---

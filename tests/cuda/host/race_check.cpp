@@ -130,7 +130,10 @@ bool run_others(int64_t N, int C, int K) {
     confidence.weights = weights.data();
     confidence.ce = ce.data();
     confidence.lse = lse.data();
-    bool fine = same_with_delays("confidence", {&weights, &ce, &lse}, [&] { confidence_forward(confidence, {}); });
+    std::vector<float> inverse(1, NAN);
+    confidence.inverse_valid = inverse.data();
+    bool fine =
+        same_with_delays("confidence", {&weights, &ce, &lse, &inverse}, [&] { confidence_forward(confidence, {}); });
     confidence.grad_ce = weights.data();
     fine = same_with_delays("confidence, gradient", {&grads}, [&] { confidence_backward(confidence, {}); }) && fine &&
            all_finite("confidence", grads);
