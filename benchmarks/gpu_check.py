@@ -228,7 +228,7 @@ SECTIONS: dict[str, tuple[int, Callable[[Check], None]]] = {
     "sanitizer": (80, sanitizer),
     "loss": (190, suites("logit_loss", seconds="1")),
     "small batch": (40, suites("small_batch", seconds="1")),
-    "features": (30, suites("feature_loss", seconds="1")),
+    "features": (90, suites("feature_loss", seconds="0.5")),
     "loaders": (30, suites("loaders", seconds="2")),
     "training": (90, suites("train_step", seconds="5")),
     "plots": (LAST, plots),

@@ -137,7 +137,7 @@ bool run_others(int64_t N, int C, int K) {
     confidence.grad_ce = weights.data();
     fine = same_with_delays("confidence, gradient", {&grads}, [&] { confidence_backward(confidence, {}); }) && fine &&
            all_finite("confidence", grads);
-    error.resize(size_t(K * N + kFeatureParts), 0.0f);
+    error.resize(size_t(K * N + kFeatureParts), NAN);
     std::vector<float> loss(1, NAN);
     features.error = error.data();
     features.loss = loss.data();
