@@ -119,11 +119,13 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"camkd_fast falls back to PyTorch operations, several times slower: {reason}", stacklevel=4)
 
 
-def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
+def _candidates(tensor: Tensor, maps: bool) -> tuple[tuple[str, ...], str]:
     """Backends for `auto` to try, best first, and why the first one is."""
     device = tensor.device.type
     if device != "cuda":
         return ("cpu", "reference") if device == "cpu" else ("reference",), f"fastest for {device} tensors"
+    if maps:
+        return ("cuda", "triton", "reference"), "it reads maps of any memory format at full width"
     capability, C = _capability(tensor.device), tensor.shape[-1]
     measured = any(capability == c and fewest <= C <= most for c, fewest, most in CUDA_PREFERRED)
     where = f"compute capability {capability[0]}.{capability[1]}, {C} classes"
@@ -132,7 +134,9 @@ def _candidates(tensor: Tensor) -> tuple[tuple[str, ...], str]:
     return ("triton", "cuda", "reference"), f"no measurement shows cuda faster: {where}"
 
 
-def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> tuple[str, str]:
+def choose(
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
+) -> tuple[str, str]:
     """The backend for these tensors and the reason. See `backend_for`.
 
     Raises:
@@ -146,7 +150,7 @@ def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] =
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
-    names, why = _candidates(tensors[0])
+    names, why = _candidates(tensors[0], maps)
     reasons, missing = [], []
     for name in names:
         refusal = _refusal(name, tensors, others)
@@ -175,16 +179,19 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Backend:
+def backend_for(
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
+) -> Backend:
     """The module that runs these tensors; raises as `choose` does.
 
     Args:
         tensors: of the dtypes that the backend reads.
         others: labels, weights, factors: every other tensor whose address the backend takes.
+        maps: the tensors are feature maps, not logits.
     """
     if requested == "auto" and tensors[0].device.type == "cpu" and _all_compiled(tensors, others):
         return cast(Backend, _module("cpu"))
-    return cast(Backend, _module(choose(requested, tensors, others)[0]))
+    return cast(Backend, _module(choose(requested, tensors, others, maps)[0]))
 
 
 def _all_compiled(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -26,13 +26,14 @@ from .entry import Way
 
 def _feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
     """error (K, N): the mean squared difference of each sample and teacher."""
-    return backend_for(backend, [*student, *teachers]).feature_forward(student, teachers)
+    return backend_for(backend, [*student, *teachers], maps=True).feature_forward(student, teachers)
 
 
 def _feature_backward(
     student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str
 ) -> list[Tensor]:
-    return backend_for(backend, [*student, *teachers], [grad_error]).feature_backward(student, teachers, grad_error)
+    module = backend_for(backend, [*student, *teachers], [grad_error], maps=True)
+    return module.feature_backward(student, teachers, grad_error)
 
 
 class _FeatureError(torch.autograd.Function):
@@ -101,7 +102,7 @@ class FeatureCall(NamedTuple):
     backend: str
 
     def _backend(self) -> Any:
-        return backend_for(self.backend, [*self.student, *self.teachers], [self.weights])
+        return backend_for(self.backend, [*self.student, *self.teachers], [self.weights], maps=True)
 
 
 class _FeatureSum(torch.autograd.Function):
@@ -134,7 +135,7 @@ class _FeatureSum(torch.autograd.Function):
                 return None, None, grad_weights, *((g.to(factor.dtype) * grad_output).to(g.dtype) for g in grads)
             # Unless it is retained, the graph is freed after this call and the stored gradient with it: scale in place.
             out = torch.empty_like(buffer) if retained else buffer
-            backend_for(ctx.backend, [buffer]).scale_rows(buffer.view(1, -1), factor, out.view(1, -1))
+            backend_for(ctx.backend, [buffer], maps=True).scale_rows(buffer.view(1, -1), factor, out.view(1, -1))
             buffer = out
         return None, None, grad_weights, *(buffer.as_strided(*layout) for layout in ctx.layouts)
 
@@ -215,7 +216,7 @@ def _(
 
 def _loss_and_grad(call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor) -> FeatureLoss:
     factors = [factor for factor in (scale, grad_scale) if isinstance(factor, Tensor)]
-    backend = backend_for(call.backend, [*call.student, *call.teachers], [call.weights, *factors])
+    backend = backend_for(call.backend, [*call.student, *call.teachers], [call.weights, *factors], maps=True)
     result = backend.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
     return FeatureLoss(result.loss, result.error, result.grads)
 
