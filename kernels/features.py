@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
@@ -185,8 +184,7 @@ def feature_loss(
     """See `contract.Backend`."""
     error = _new_errors(student)
     loss = torch.empty((), dtype=torch.float32, device=error.device)
-    allocate = partial(torch.empty, device=error.device)
-    grads, buffer = new_gradients(student, together, allocate) if needs_grad else ([], None)
+    grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
     _launch(student, teachers, weights, error, grads, scale, grad_scale)
     with on_device_of(error):
         feature_sum_kernel[(1,)](
@@ -206,6 +204,6 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     """See `contract.Backend`; grad_error may have any strides."""
-    grads, _ = new_gradients(student, False, partial(torch.empty, device=grad_error.device))
+    grads, _ = new_gradients(student, together=False)
     _launch(student, teachers, grad_error, _new_errors(student), grads)
     return grads

@@ -166,11 +166,9 @@ def feature_loss(
     grad_scale: float | Tensor = 1.0,
     together: bool = False,
 ) -> FeatureLossResult:
-    device = weights.device
     error = _new_errors(student)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    allocate = functools.partial(torch.empty, device=device)
-    grads, buffer = new_gradients(student, together, allocate) if needs_grad else ([], None)
+    loss = torch.empty((), dtype=torch.float32, device=weights.device)
+    grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
     _features(student, teachers, given_weights(weights), error, loss, grads, scale, grad_scale)
     return FeatureLossResult(loss, _without_scratch(error, student), grads, buffer)
 
@@ -182,7 +180,7 @@ def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Te
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    grads, _ = new_gradients(student, False, functools.partial(torch.empty, device=grad_error.device))
+    grads, _ = new_gradients(student, together=False)
     _features(student, teachers, given_weights(grad_error), None, None, grads)
     return grads
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,13 +65,17 @@ def gradient_strides(student: Tensor) -> tuple[int, ...]:
 
 
 def new_gradients(
-    student: Sequence[Tensor], together: bool, allocate: Callable[..., Tensor]
+    student: Sequence[Tensor], together: bool, allocate: Callable[..., Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Uninitialised gradients of K maps; with `together` also the one buffer (size,) that holds them all.
 
     Args:
-        allocate: a flat tensor of so many elements, with the keyword `dtype`.
+        allocate: a flat tensor of so many elements, with the keyword `dtype`; None for torch's own memory.
     """
+    device = student[0].device
+    if not together and allocate is None:
+        return [torch.empty_strided(r.shape, gradient_strides(r), dtype=r.dtype, device=device) for r in student], None
+    allocate = allocate or partial(torch.empty, device=device)
     if not together:
         grads = [allocate(r.numel(), dtype=r.dtype).as_strided(r.shape, gradient_strides(r)) for r in student]
         return grads, None

@@ -40,7 +40,6 @@ against this file in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -290,7 +289,7 @@ def feature_loss(
     grads = feature_backward(student, teachers, weights * scale * grad_scale)
     if not together:
         return FeatureLossResult(loss, error, grads, None)
-    views, buffer = new_gradients(student, True, partial(torch.empty, device=error.device))
+    views, buffer = new_gradients(student, together=True)
     for view, grad in zip(views, grads, strict=True):
         view.copy_(grad)
     return FeatureLossResult(loss, error, views, buffer)

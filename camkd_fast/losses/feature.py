@@ -92,12 +92,14 @@ def _weighted(
         raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {(len(student), N)}")
     checks.check_device("weights", weights, "student_features[0]", student[0])
     with computing(way, student_features=student, teacher_features=teachers, weights=weights):
-        call = FeatureCall(student, teachers, weights.to(accumulation_dtype(student[0].dtype)), backend)
+        dtype = accumulation_dtype(student[0].dtype)
+        call = FeatureCall(student, teachers, weights.to(dtype), backend)
         if reduction == "none":
             return feature_loss_rows(call, way)
         if scale is None:
             scale = 1.0 / max(N, 1) if reduction == "mean" else 1.0
-        return feature_loss_sum(call, scale, way)
+        # A number that depends on a traced batch size stays one.
+        return feature_loss_sum(call, as_scale(scale, dtype) if isinstance(scale, Tensor) else scale, way)
 
 
 def _checked_maps(
@@ -277,9 +279,9 @@ class CAMKDFeatureLoss(nn.Module):
         """
         self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
         regressed = self.regress(student_feature, teacher_features)
-        logits = None
-        if options.get("weighting", "confidence") == "confidence":
-            logits = self._logits(regressed, teacher_heads)
+        weighting = options.get("weighting", "confidence")
+        needs_logits = isinstance(weighting, str) and weighting == "confidence"
+        logits = self._logits(regressed, teacher_heads) if needs_logits else None
         options |= {"ignore_index": self.ignore_index, "backend": self.backend}
         output, grads = camkd_feature_loss_and_grad(regressed, teacher_features, logits, target, **options)
         return output, regressed, grads
