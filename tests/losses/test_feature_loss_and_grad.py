@@ -19,7 +19,7 @@ from camkd_fast import (
 from tests.support.backends import BACKENDS
 from tests.support.feature_cases import Maps, check, expected, make
 from tests.support.op_contract import MAP_LAYOUTS
-from tests.support.tolerance import assert_near
+from tests.support.tolerance import assert_accurate, assert_near, rms
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -239,6 +239,19 @@ def test_gradients_accumulate_in_leaves(backend: str) -> None:
     weighted_feature_loss(leaves, maps.teachers, weights, backend=backend).backward()
     for leaf, grad in zip(leaves, once, strict=True):
         assert torch.equal(leaf.grad, 2 * grad)
+
+
+def test_float16_under_a_grad_scaler(backend: str) -> None:
+    """Gradients that float16 could not hold without the scale: they would be subnormal."""
+    maps = make(torch.float16, shapes=[(8, 64, 32, 32), (8, 16, 32, 32)], ignored=())
+    weights, _ = confidence_weights(maps.logits, maps.target, backend=backend)
+    leaves = [r.clone().requires_grad_() for r in maps.student]
+    loss = weighted_feature_loss(leaves, maps.teachers, weights, backend=backend)
+    (65536.0 * loss).backward()
+    R, N = (expected(maps, dtype, loss_scale=65536.0)[2:] for dtype in (torch.float64, torch.float32))
+    for leaf, true, eager in zip(leaves, R, N, strict=True):
+        assert rms(true) / 65536.0 < torch.finfo(torch.float16).tiny / 4
+        assert_accurate(leaf.grad, true, eager)
 
 
 def test_a_batch_of_incoming_gradients(backend: str) -> None:
