@@ -91,17 +91,42 @@ class Features(NamedTuple):
     C: int
     K: int
     dtype: torch.dtype
+    channels_last: bool = False
 
-    def floor_bytes(self) -> int:
+    def floor_bytes(self, learned_weights: bool = True) -> int:
+        """Both maps and the logits read once, the gradients of the student's maps and of the logits written.
+
+        Args:
+            learned_weights: without them the logits have no gradient.
+        """
         M = self.channels * self.side**2
-        return self.K * self.N * (3 * M + 2 * self.C) * self.dtype.itemsize
+        return self.K * self.N * (3 * M + (1 + learned_weights) * self.C) * self.dtype.itemsize
+
+    def maps(self, generator: torch.Generator) -> list[Tensor]:
+        """K maps in the memory format."""
+        size = (self.N, self.channels, self.side, self.side)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        options = {"generator": generator, "device": generator.device, "dtype": self.dtype}
+        return [torch.randn(size, **options).contiguous(memory_format=layout) for _ in range(self.K)]
 
     def __str__(self) -> str:
-        return f"{self.N}x{self.channels}x{self.side}x{self.side}-{str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.N}x{self.channels}x{self.side}x{self.side}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{name}-channels_last" if self.channels_last else name
 
 
-# Last feature maps for CIFAR and ImageNet at common batch sizes.
-FEATURES = {
-    "cpu": [Features(64, 256, 8, 100, 3, F32), Features(32, 512, 7, 1000, 3, F32)],
-    "cuda": [Features(64, 256, 8, 100, 3, F32), Features(1024, 2048, 7, 1000, 3, BF16)],
+# Last feature maps for CIFAR and ImageNet; on a CPU of smaller batches.
+_FEATURES = {
+    "cpu": [(64, 256, 8, 100), (32, 512, 7, 1000), (16, 512, 14, 1000), (32, 2048, 7, 1000)],
+    "cuda": [(64, 256, 8, 100), (64, 2048, 7, 1000), (256, 512, 14, 1000), (1024, 2048, 7, 1000)],
 }
+
+
+def features(device: str, which: str) -> list[Features]:
+    """Both memory formats in both dtypes; "quick" leaves out channels_last in the dtype that is rarer on the device."""
+    found = []
+    for N, channels, side, C in _FEATURES[device]:
+        for dtype in (F32, BF16):
+            usual = dtype == {"cpu": F32, "cuda": BF16}[device]
+            for channels_last in (False, True) if usual or which == "full" else (False,):
+                found.append(Features(N, channels, side, C, 3, dtype, channels_last))
+    return found

@@ -112,16 +112,26 @@ def small_batch(result: Result) -> tuple[Table, str]:
 
 
 def feature_loss(result: Result) -> tuple[Table, str]:
+    """Forward + backward with learned weights, and value + gradient with constant ones where it was measured."""
     names = list(result["rows"][0]["over"])
-    header = ["features", "K", "dtype", "ms", *(f"over {name}" for name in names), "of copy"]
+    columns = ["ms", *(f"over {name}" for name in names), "of copy"]
+    in_one_pass = "grad" in result["rows"][0]
+    header = ["features", "K", "dtype", *columns]
+    if in_one_pass:
+        header += [*(f"value + gradient {column}" for column in columns), "host us"]
     rows = []
     for row in result["rows"]:
-        ratios = [f"{row['over'][name]:.1f}x" for name in names]
-        milliseconds = f"{row['times'][row['ours']]['p50_ms']:.2f}"
-        rows.append(
-            [row["features"], str(row["K"]), row["dtype"], milliseconds, *ratios, f"{row['share_of_copy']:.0%}"]
-        )
+        ours = row["times"][row["ours"]]
+        cells = [row["features"], str(row["K"]), row["dtype"], *_feature_cells(row, ours, names)]
+        if in_one_pass:
+            cells += [*_feature_cells(row["grad"], ours["grad"], names), f"{ours['grad']['host_us']:.0f}"]
+        rows.append(cells)
     return Table(header, rows), f"Copy bandwidth {result['copy_gb_per_s']:.0f} GB/s in the same run."
+
+
+def _feature_cells(end: dict[str, Any], ours: dict[str, Any], names: list[str]) -> list[str]:
+    ratios = [f"{end['over'][name]:.1f}x" for name in names]
+    return [f"{ours['p50_ms']:.2f}", *ratios, f"{end['share_of_copy']:.0%}"]
 
 
 def train_step(result: Result) -> tuple[Table, str]:

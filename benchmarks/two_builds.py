@@ -28,7 +28,7 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
 
     import camkd_fast
-    from benchmarks.shapes import COMPARED, FEATURES
+    from benchmarks.shapes import COMPARED, features
 
     for shape in COMPARED["cpu"]:
         batch = shape.batch(torch.device("cpu"))
@@ -39,12 +39,11 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
 
         yield f"{shape} swap-in", backward
         yield f"{shape} value + gradient", lambda batch=batch: camkd_fast.camkd_loss_and_grad(*batch)
-    for features in FEATURES["cpu"]:
-        size = (features.N, features.channels, features.side, features.side)
-        student = [torch.randn(size).requires_grad_() for _ in range(features.K)]
-        teachers = [torch.randn(size) for _ in range(features.K)]
-        logits = [torch.randn(features.N, features.C).requires_grad_() for _ in range(features.K)]
-        target = torch.randint(features.C, (features.N,))
+    for size in features("cpu", "full"):
+        generator = torch.Generator().manual_seed(0)
+        student, teachers = [r.requires_grad_() for r in size.maps(generator)], size.maps(generator)
+        logits = [torch.randn(size.N, size.C).requires_grad_() for _ in range(size.K)]
+        target = torch.randint(size.C, (size.N,))
 
         def step(student=student, teachers=teachers, logits=logits, target=target) -> None:  # type: ignore[no-untyped-def]
             for leaf in (*student, *logits):
@@ -52,7 +51,7 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
             weights, _ = camkd_fast.confidence_weights(logits, target)
             camkd_fast.weighted_feature_loss(student, teachers, weights).backward()
 
-        yield f"{features} feature loss", step
+        yield f"{size} feature loss", step
 
 
 def work(package: Path, only: str) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 Shape = tuple[int, int, int]  # N, C, rows per outer stride
 Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
+Map = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
+MapPair = tuple[tuple[int, int], Map, Map]  # (P, Q), student, teacher
 Formula = tuple[float, float, float, str | Tensor, int]  # camkd_fast.losses.formula.Formula
 
 MAX_TEACHERS: int
@@ -15,6 +17,7 @@ FORMULA_FIELDS: tuple[str, ...]  # in order
 DTYPES: tuple[str, ...]  # by dtype code
 WEIGHTINGS: tuple[str, ...]  # by weighting code
 RECYCLED_BYTES: int  # smaller outputs are allocated by torch
+FEATURE_PARTS: int  # numbers of scratch after the errors of cuda_features
 
 class OutputMemory:
     """`bytes` of uninitialised memory, a writable buffer; its pages are recycled (csrc/cpu/output_memory.h)."""
@@ -82,16 +85,15 @@ def confidence_backward(
     threads: int,
     /,
 ) -> None: ...
-def feature_forward(
-    N: int, M: list[int], student: list[Matrix], teacher: list[Matrix], error: int, threads: int, /
-) -> None: ...
-def feature_backward(
+def features(
     N: int,
-    M: list[int],
-    student: list[Matrix],
-    teacher: list[Matrix],
-    grad_error: int,
+    pairs: list[MapPair],
+    weights: Weights,
+    error: int,
+    loss: int,
     grads: list[int],
+    scale: float,
+    grad_scale: float,
     threads: int,
     /,
 ) -> None: ...
@@ -146,6 +148,7 @@ def cuda_confidence_forward(
     weights: int,
     ce: int,
     lse: int,
+    inverse_valid: int,
     debug: bool,
     stream: int,
     /,
@@ -160,16 +163,15 @@ def cuda_confidence_backward(
     stream: int,
     /,
 ) -> None: ...
-def cuda_feature_forward(
-    N: int, M: list[int], student: list[Matrix], teacher: list[Matrix], error: int, stream: int, /
-) -> None: ...
-def cuda_feature_backward(
+def cuda_features(
     N: int,
-    M: list[int],
-    student: list[Matrix],
-    teacher: list[Matrix],
-    grad_error: int,
+    pairs: list[MapPair],
+    weights: Weights,
+    error: int,
+    loss: int,
     grads: list[int],
+    scale: tuple[float, int],
+    grad_scale: tuple[float, int],
     stream: int,
     /,
 ) -> None: ...

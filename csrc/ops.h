@@ -53,19 +53,41 @@ struct ConfidenceArgs {
     float* weights;             // (K, N), forward only
     float* ce;                  // (K, N), forward only
     float* lse;                 // (K, N): written by forward, read by backward
+    float* inverse_valid;       // 1 / number of rows that are not ignored (at least 1), or null; CUDA forward only
     const float* grad_ce;       // (K, N), backward only
     void* grads[kMaxTeachers];  // (N, C) contiguous each, backward only
 };
 
-// K pairs of (N, M_k) matrices.
+// The value (p, q) of sample n is at n * stride_n + p * stride_p + q * stride_q, in elements.
+struct FeatureMap {
+    const void* data;
+    int64_t stride_n, stride_p, stride_q;
+    DType dtype;
+};
+
+// K pairs of feature maps, whose samples have P x Q values. (p, q) is the memory order of the gradient.
 struct FeatureArgs {
     int64_t N;
     int K;
-    int64_t M[kMaxTeachers];
-    Matrix student[kMaxTeachers], teacher[kMaxTeachers];
-    float* error;               // (K, N), forward only
-    const float* grad_error;    // (K, N), backward only
-    void* grads[kMaxTeachers];  // (N, M_k) contiguous in the student's dtype, backward only
+    int64_t P[kMaxTeachers], Q[kMaxTeachers];
+    FeatureMap student[kMaxTeachers], teacher[kMaxTeachers];
+    const float* weights;  // (K, N); null for the error only
+    int64_t weight_stride_k, weight_stride_n;
+    float* error;               // (K, N), contiguous, or null; on CUDA kFeatureParts numbers of scratch follow
+    float* loss;                // scale * sum of weights * error, or null; needs `error`
+    void* grads[kMaxTeachers];  // (N, P, Q) contiguous in the student's dtype, or all null
+    float scale, grad_scale;    // `scale` multiplies loss and gradient, `grad_scale` the gradient, and so do ...
+    const float* scale_device;  // ... elements in device memory; null for 1, and on a CPU
+    const float* grad_scale_device;
 };
+
+CAMKD_HD int64_t values_of(const FeatureArgs& args, int k) {
+    return args.P[k] * args.Q[k];
+}
+
+// True if a sample of both maps of pair k is a dense row in the order of the gradient.
+CAMKD_HD bool is_dense(const FeatureArgs& args, int k) {
+    return args.P[k] == 1 && args.student[k].stride_q == 1 && args.teacher[k].stride_q == 1;
+}
 
 }  // namespace camkd

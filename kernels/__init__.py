@@ -6,7 +6,7 @@ reproducible bit for bit.
 """
 
 from .confidence import confidence_backward, confidence_forward
-from .features import feature_backward, feature_forward
+from .features import feature_backward, feature_forward, feature_loss
 from .min_norm import min_norm
 from .row_loss import row_loss
 from .scale import scale_rows
@@ -16,6 +16,7 @@ __all__ = [
     "confidence_forward",
     "feature_backward",
     "feature_forward",
+    "feature_loss",
     "min_norm",
     "row_loss",
     "scale_rows",

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batch_mean import batch_scale
 from .launch import access_width, confidence_launch, elementwise_launch
 from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
 from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
@@ -100,8 +101,12 @@ def confidence_bwd_kernel(
         tl.store(pointers, out.to(grads[k].dtype.element_ty), mask=tile)
 
 
-def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def confidence_forward(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `contract.Backend`. Labels outside [0, C) give NaN."""
+    if inverse_valid is not None:
+        inverse_valid.copy_(batch_scale(target, ignore_index, 1.0)[1:])
     N, S, C = row_shape(logits[0])
     K = len(logits)
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Mean squared feature error of each sample and teacher, and its gradient; one launch per teacher, whose M differ."""
+"""The feature loss: error of each sample and teacher and the gradient, in one pass over both maps and one launch."""
 
 from __future__ import annotations
 
@@ -9,97 +9,201 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import elementwise_launch, feature_launch
-from .layout import alignment, on_device_of, stride_units
+from ..backends.contract import FeatureLossResult
+from ..backends.feature_maps import MapPair, map_pair, new_gradients
+from .launch import SUM_BLOCK, feature_launch
+from .layout import common_alignment, on_device_of, unspecialised
+from .softmax import stride
 
 
-@triton.jit(do_not_specialize=["stride_sn", "stride_tn", "M_units"])
-def feature_fwd_kernel(
-    student, teacher,  # (N, M) each
-    error,  # (N,) fp32
-    stride_sn, stride_tn,
-    M_units,
-    ALIGN: tl.constexpr,
+@triton.jit
+def sample_error(
+    student, teacher, grad, coefficient,  # of one sample of one pair
+    P, Q, stride_sp, stride_sq, stride_tp, stride_tq,
+    WRITE_GRAD: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One sample per program; threads sum their own columns and reduce once, at the end."""
-    n = tl.program_id(0).to(tl.int64)
-    M = M_units * ALIGN
-    s_row = student + n * stride_sn * ALIGN
-    t_row = teacher + n * stride_tn * ALIGN
+    """Sum of the squared differences; threads sum their own columns and reduce once, at the end."""
+    M = P * Q
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, M, BLOCK_M):
-        cols = start + tl.arange(0, BLOCK_M)
-        s = tl.load(s_row + cols, mask=cols < M, other=0.0).to(tl.float32)
-        t = tl.load(t_row + cols, mask=cols < M, other=0.0).to(tl.float32)
-        squares += (s - t) * (s - t)
-    tl.store(error + n, tl.sum(squares, axis=0) / tl.cast(M, tl.float32))
+        m = start + tl.arange(0, BLOCK_M)
+        if DENSE:
+            s_at, t_at = m, m
+        else:
+            p, q = (m // Q).to(tl.int64), (m % Q).to(tl.int64)
+            s_at, t_at = p * stride_sp + q * stride_sq, p * stride_tp + q * stride_tq
+        s = tl.load(student + s_at, mask=m < M, other=0.0).to(tl.float32)
+        difference = s - tl.load(teacher + t_at, mask=m < M, other=0.0).to(tl.float32)
+        squares += difference * difference
+        if WRITE_GRAD:
+            out = tl.where(coefficient == 0, 0.0, coefficient * difference)
+            tl.store(grad + m, out.to(grad.dtype.element_ty), mask=m < M)
+    return tl.sum(squares, axis=0)
 
 
-@triton.jit(do_not_specialize=["stride_sn", "stride_tn", "stride_gn", "N", "M_units"])
-def feature_bwd_kernel(
-    student, teacher,  # (N, M) each
-    grad_error,  # (N,) fp32
-    grad,  # (N, M) contiguous
-    stride_sn, stride_tn, stride_gn,
-    N, M_units,
+@triton.jit(do_not_specialize=["scale", "grad_scale", "stride_wk", "stride_wn", "N"])
+def feature_kernel(
+    student, teacher,  # K pointers each
+    grads,  # K pointers to (N, P, Q) contiguous; those of the student without WRITE_GRAD
+    weights,  # (K, N) fp32; not read without HAS_WEIGHTS
+    error,  # (K, N) fp32
+    scale, grad_scale,  # fp32 numbers, or pointers to one each when ..._ON_DEVICE
+    P, Q,  # K each, `unspecialised`; Q in units of ALIGN
+    stride_sn, stride_tn,  # K each, `unspecialised`, in units of ALIGN
+    stride_sp, stride_sq, stride_tp, stride_tq,  # K each, `unspecialised`
+    stride_wk, stride_wn,
+    N,
+    K: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
+    GRAD_SCALE_ON_DEVICE: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    DENSE: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    M = M_units * ALIGN
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(M, BLOCK_M)
-    n = (pid // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = (pid % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = (n < N)[:, None] & (cols < M)[None, :]
-    g = tl.load(grad_error + n * stride_gn, mask=n < N, other=0.0) * (2.0 / tl.cast(M, tl.float32))
-    s_row = student + n * stride_sn * ALIGN
-    t_row = teacher + n * stride_tn * ALIGN
-    s = tl.load(s_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(t_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    pointers = grad + n[:, None] * M + cols[None, :]
-    tl.store(pointers, (g[:, None] * (s - t)).to(grad.dtype.element_ty), mask=mask)
+    """One sample of one pair per program."""
+    n = (tl.program_id(0) % N).to(tl.int64)
+    pair = tl.program_id(0) // N
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights + pair.to(tl.int64) * stride_wk + n * stride_wn)
+    if SCALE_ON_DEVICE:
+        scale = tl.load(scale)
+    if GRAD_SCALE_ON_DEVICE:
+        grad_scale = tl.load(grad_scale)
+    for k in tl.static_range(K):
+        if pair == k:
+            columns = stride(Q[k]) * ALIGN
+            M = stride(P[k]) * columns
+            squares = sample_error(
+                student[k] + n * stride(stride_sn[k]) * ALIGN, teacher[k] + n * stride(stride_tn[k]) * ALIGN,
+                grads[k] + n * M, weight * (scale * grad_scale) * (2.0 / tl.cast(M, tl.float32)),
+                stride(P[k]), columns,
+                stride(stride_sp[k]), stride(stride_sq[k]), stride(stride_tp[k]), stride(stride_tq[k]),
+                WRITE_GRAD, DENSE, BLOCK_M,
+            )  # fmt: skip
+            mean = squares / tl.cast(M, tl.float32)
+            finite = tl.abs(mean) < float("inf")
+            tl.store(error + tl.program_id(0), tl.where((weight == 0) & (finite == 0), 0.0, mean))
+
+
+@triton.jit(do_not_specialize=["scale", "stride_wk", "stride_wn", "N", "items"])
+def feature_sum_kernel(
+    error, weights,  # (K, N) fp32
+    loss,  # () fp32
+    scale,  # fp32 number, or pointer to one when SCALE_ON_DEVICE
+    stride_wk, stride_wn,
+    N, items,
+    SCALE_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program; threads sum their own items, then reduce once, in an order fixed by K N."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, items, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = (i // N).to(tl.int64) * stride_wk + (i % N).to(tl.int64) * stride_wn
+        weight = tl.load(weights + at, mask=i < items, other=0.0)
+        mean = tl.load(error + i, mask=i < items, other=0.0)
+        total += tl.where(weight == 0, 0.0, weight * mean)
+    if SCALE_ON_DEVICE:
+        scale = tl.load(scale)
+    tl.store(loss, tl.sum(total, axis=0) * scale)
+
+
+def _launch(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor | None,
+    error: Tensor,
+    grads: Sequence[Tensor],
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    K, N = error.shape
+    if N == 0:
+        return
+    pairs = [map_pair(r, f) for r, f in zip(student, teachers, strict=True)]
+    dense = all(pair.P == pair.student_strides[2] == pair.teacher_strides[2] == 1 for pair in pairs)
+    ALIGN = _alignment(pairs, grads) if dense else 1
+    columns = [
+        [pair.P for pair in pairs],
+        [pair.Q // ALIGN for pair in pairs],
+        *([strides[0] // ALIGN for strides in side] for side in _sides(pairs)),
+        *([strides[i] for strides in side] for side in _sides(pairs) for i in (1, 2)),
+    ]
+    BLOCK_M, num_warps = feature_launch(max(x.element_size() for x in (*student, *teachers)))
+    with on_device_of(error):
+        feature_kernel[(K * N,)](
+            *(tuple(pair.student for pair in pairs), tuple(pair.teacher for pair in pairs)),
+            tuple(grads) if grads else tuple(student),
+            *(error if weights is None else weights, error, scale, grad_scale),
+            *map(unspecialised, columns),
+            *((0, 0) if weights is None else weights.stride()),
+            N,
+            K=K,
+            HAS_WEIGHTS=weights is not None,
+            SCALE_ON_DEVICE=isinstance(scale, Tensor),
+            GRAD_SCALE_ON_DEVICE=isinstance(grad_scale, Tensor),
+            WRITE_GRAD=len(grads) > 0,
+            DENSE=dense,
+            ALIGN=ALIGN,
+            BLOCK_M=BLOCK_M,
+            num_warps=num_warps,
+        )
+
+
+def _sides(pairs: Sequence[MapPair]) -> list[list[tuple[int, int, int]]]:
+    """Strides of the K students and of the K teachers."""
+    return [[pair.student_strides for pair in pairs], [pair.teacher_strides for pair in pairs]]
+
+
+def _alignment(pairs: Sequence[MapPair], grads: Sequence[Tensor]) -> int:
+    maps = [x for pair in pairs for x in (pair.student, pair.teacher)]
+    several = maps[0].shape[0] > 1  # the stride of one sample is arbitrary
+    strides = [strides[0] for side in _sides(pairs) for strides in side if several]
+    return common_alignment([*maps, *grads], [*(pair.Q for pair in pairs), *strides])
+
+
+def _new_errors(student: Sequence[Tensor]) -> Tensor:
+    return torch.empty((len(student), student[0].shape[0]), dtype=torch.float32, device=student[0].device)
+
+
+def feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    needs_grad: bool,
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    together: bool = False,
+) -> FeatureLossResult:
+    """See `contract.Backend`."""
+    error = _new_errors(student)
+    loss = torch.empty((), dtype=torch.float32, device=error.device)
+    grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
+    _launch(student, teachers, weights, error, grads, scale, grad_scale)
+    with on_device_of(error):
+        feature_sum_kernel[(1,)](
+            *(error, weights, loss, scale, *weights.stride(), max(error.shape[1], 1), error.numel()),
+            SCALE_ON_DEVICE=isinstance(scale, Tensor),
+            BLOCK=SUM_BLOCK,
+        )
+    return FeatureLossResult(loss, error, grads, buffer)
 
 
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """See `contract.Backend`."""
-    N = student[0].shape[0]
-    error = torch.empty((len(student), N), dtype=torch.float32, device=student[0].device)
-    if N == 0:
-        return error
-    with on_device_of(error):
-        for r, f, error_k in zip(student, teachers, error.unbind(), strict=True):
-            ALIGN = alignment([r, f])
-            (stride_sn, stride_tn), _ = stride_units([r, f], ALIGN)
-            _, BLOCK_M, num_warps = feature_launch(max(r.element_size(), f.element_size()))
-            feature_fwd_kernel[(N,)](
-                *(r, f, error_k, stride_sn, stride_tn, r.shape[1] // ALIGN),
-                ALIGN=ALIGN,
-                BLOCK_M=BLOCK_M,
-                num_warps=num_warps,
-            )
+    error = _new_errors(student)
+    _launch(student, teachers, None, error, ())
     return error
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
     """See `contract.Backend`; grad_error may have any strides."""
-    grads = []
-    with on_device_of(grad_error):
-        for r, f, g in zip(student, teachers, grad_error.unbind(), strict=True):
-            N, M = r.shape
-            grad = torch.empty((N, M), dtype=r.dtype, device=r.device)
-            grads.append(grad)
-            if grad.numel() == 0:
-                continue
-            ALIGN = alignment([r, f])
-            (stride_sn, stride_tn), _ = stride_units([r, f], ALIGN)
-            BLOCK_N, BLOCK_M, num_warps = elementwise_launch(M, max(r.element_size(), f.element_size()))
-            feature_bwd_kernel[(-(-N // BLOCK_N) * -(-M // BLOCK_M),)](
-                *(r, f, g, grad, stride_sn, stride_tn, g.stride(0), N, M // ALIGN),
-                ALIGN=ALIGN,
-                BLOCK_N=BLOCK_N,
-                BLOCK_M=BLOCK_M,
-                num_warps=num_warps,
-            )
+    grads, _ = new_gradients(student, together=False)
+    _launch(student, teachers, grad_error, _new_errors(student), grads)
     return grads

@@ -132,6 +132,13 @@ def batch_launch(N: int) -> BatchLaunch | None:
     return BatchLaunch(128, 1) if N <= 128 else BatchLaunch(1024, 4)
 
 
-def feature_launch(itemsize: int) -> Launch:
-    """Feature error: one program per sample loops over its M values; two 128-bit accesses per thread and iteration."""
-    return Launch(1, 2 * 256 * ACCESS_BYTES // itemsize, 8)
+def feature_launch(itemsize: int) -> tuple[int, int]:
+    """BLOCK_M and num_warps of the feature loss: one program per sample loops over its M values.
+
+    Two 128-bit accesses per thread, tensor and iteration.
+    """
+    return 2 * 256 * ACCESS_BYTES // itemsize, 8
+
+
+# Items per iteration of the one program that adds up the feature loss: 8 per thread of the default 4 warps.
+SUM_BLOCK = 1024

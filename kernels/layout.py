@@ -44,13 +44,20 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     or C = 1000 would be read one element at a time. Rows of odd width start at any address and are read element by
     element; a padded row stride does not help, since the mask ends at an odd column.
     """
-    bits = _MAX_ALIGN
+    numbers: list[int] = []
     for tensor in tensors:
-        if tensor.data_ptr() % 16 != 0:
-            return 1
-        outer, inner = _row_strides(tensor)
-        bits |= outer | inner | tensor.shape[-1]
-    return min(bits & -bits, _MAX_ALIGN)
+        numbers += (*_row_strides(tensor), tensor.shape[-1])
+    return common_alignment(tensors, numbers)
+
+
+def common_alignment(tensors: Sequence[Tensor], numbers: Sequence[int]) -> int:
+    """Largest power of 2, at most 8, that divides all `numbers`; 1 if a tensor is not 16-byte aligned."""
+    if any(tensor.data_ptr() % 16 != 0 for tensor in tensors):
+        return 1
+    bits = _MAX_ALIGN
+    for number in numbers:
+        bits |= number
+    return bits & -bits
 
 
 def stride_units(tensors: Sequence[Tensor], ALIGN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

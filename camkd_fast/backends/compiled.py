@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _C  # after torch, whose OpenMP runtime it shares
 from ..losses.formula import WEIGHTINGS, Formula
 from .contract import COMPILED_DTYPES, MAX_TEACHERS, TEMPERATURE_POWERS
+from .feature_maps import map_pair
 
 # Constants that C++ and Python both spell. A difference would be a wrong result, so it is refused on import.
 for _name, _ours, _theirs in (
@@ -27,6 +28,9 @@ for _name, _ours, _theirs in (
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(COMPILED_DTYPES)}
 
 Matrix = tuple[int, int, int, int]
+CompiledMap = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
+CompiledPair = tuple[tuple[int, int], CompiledMap, CompiledMap]  # (P, Q), student, teacher
+NO_WEIGHTS = (0, 0, 0)
 
 
 def matrix(logits: Tensor) -> Matrix:
@@ -43,18 +47,24 @@ def shape_of(logits: Tensor) -> tuple[int, int, int]:
 
 def weights_of(formula: Formula) -> tuple[int, int, int]:
     """Address and strides of given weights (K, N); zeros for a named weighting."""
-    weights = formula.weighting
-    if isinstance(weights, Tensor):
-        return weights.data_ptr(), weights.stride(0), weights.stride(1)
-    return 0, 0, 0
+    return given_weights(formula.weighting) if isinstance(formula.weighting, Tensor) else NO_WEIGHTS
 
 
-def pairs_of(
-    student: Sequence[Tensor], teachers: Sequence[Tensor]
-) -> tuple[int, list[int], list[Matrix], list[Matrix]]:
-    """N, the K widths, and both sides of K pairs of (N, M_k) matrices."""
-    widths = [r.shape[1] for r in student]
-    return student[0].shape[0], widths, [matrix(r) for r in student], [matrix(f) for f in teachers]
+def map_pairs(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[CompiledPair], list[Tensor]]:
+    """K pairs of maps (N, ...), and the copies among them, which must live until the call."""
+    pairs: list[CompiledPair] = []
+    copies: list[Tensor] = []
+    for given in zip(student, teachers, strict=True):
+        r, f, P, Q, student_strides, teacher_strides = map_pair(*given)
+        copies += [used for used, own in zip((r, f), given, strict=True) if used is not own]
+        mine = r.data_ptr(), *student_strides, DTYPE_CODES[r.dtype]
+        pairs.append(((P, Q), mine, (f.data_ptr(), *teacher_strides, DTYPE_CODES[f.dtype])))
+    return pairs, copies
+
+
+def given_weights(weights: Tensor) -> tuple[int, int, int]:
+    """Address and strides of weights (K, N)."""
+    return weights.data_ptr(), weights.stride(0), weights.stride(1)
 
 
 def address_of(tensor: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""What every backend provides: six functions with these signatures, and one type for what the row loss returns.
+"""What every backend provides: seven functions with these signatures, and types for what the losses return.
 
 Formulas, edge conventions and layouts are specified in `reference`; `dispatch` holds the list of backends.
 """
@@ -54,12 +54,22 @@ class RowLossResult(NamedTuple):
         return self.row_stats[PER_TEACHER + i * K : PER_TEACHER + (i + 1) * K]
 
 
+class FeatureLossResult(NamedTuple):
+    """The feature loss of N samples and K teachers, and its gradient if it was requested."""
+
+    loss: Tensor  # (), in the accumulation dtype: scale * sum_n sum_k w_k error_k
+    error: Tensor  # (K, N); 0 where the weight is 0 and the error is not finite
+    grads: list[Tensor]  # d loss / d r_k * grad_scale in the student's shapes and dtype; empty if not requested
+    buffer: Tensor | None  # (size,): the memory of all `grads`, if they are together
+
+
 class Backend(Protocol):
     """A backend is a module with these functions.
 
     Logits are (N, C), or (B, S, C) with N = B * S if no single stride describes the rows; the column stride is 1 and
-    row strides are arbitrary. Targets are (N,) int64, contiguous. Accumulation is float64 for float64 tensors, else
-    float32. No input is written.
+    row strides are arbitrary. Targets are (N,) int64, contiguous. Feature maps are K pairs (N, ...) of any layout, the
+    student's of one dtype; their gradients have the strides of `feature_maps.gradient_strides`. Accumulation is float64
+    for float64 tensors, else float32. No input is written.
     """
 
     def row_loss(
@@ -92,9 +102,13 @@ class Backend(Protocol):
         ...
 
     def confidence_forward(
-        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int
+        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Confidence weights w, cross-entropies CE and log-sum-exps at T = 1, each (K, N)."""
+        """Confidence weights w, cross-entropies CE and log-sum-exps at T = 1, each (K, N).
+
+        Args:
+            inverse_valid: (1,) in the accumulation dtype; receives 1 / number of valid rows (at least 1).
+        """
         ...
 
     def confidence_backward(
@@ -106,14 +120,36 @@ class Backend(Protocol):
         """
         ...
 
+    def feature_loss(
+        self,
+        student: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        weights: Tensor,
+        *,
+        needs_grad: bool,
+        scale: float | Tensor = 1.0,
+        grad_scale: float | Tensor = 1.0,
+        together: bool = False,
+    ) -> FeatureLossResult:
+        """The weighted loss of all samples, and with `needs_grad` its gradient, in one pass over the maps.
+
+        Args:
+            weights: (K, N) in the accumulation dtype. A weight of 0 contributes 0 to loss and gradient, even if the
+                maps are not finite.
+            scale: multiplies loss and gradient: a number, or a one-element tensor on the maps' device.
+            grad_scale: multiplies the gradient only; likewise.
+            together: the gradients share one buffer, which one launch can scale.
+        """
+        ...
+
     def feature_forward(self, student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        """error (K, N): mean over the M_k columns of (F_k - r_k)^2, from K pairs of (N, M_k) matrices."""
+        """error (K, N): mean over the values of a sample of (F_k - r_k)^2."""
         ...
 
     def feature_backward(
         self, student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor
     ) -> list[Tensor]:
-        """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k: K tensors (N, M_k) in the student's dtypes."""
+        """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k for samples of M_k values; 0 where grad_error is 0."""
         ...
 
 

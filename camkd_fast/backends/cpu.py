@@ -10,8 +10,18 @@ from torch.utils import deterministic
 
 from .. import _C
 from ..losses.formula import Formula
-from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
-from .contract import RowLossResult, WholeLoss, row_stats_count
+from .compiled import (
+    DTYPE_CODES,
+    NO_WEIGHTS,
+    address_of,
+    given_weights,
+    map_pairs,
+    matrix,
+    shape_of,
+    weights_of,
+)
+from .contract import FeatureLossResult, RowLossResult, WholeLoss, row_stats_count
+from .feature_maps import new_gradients
 
 # Named in every allocation, because a default device may be set.
 _DEVICE = torch.device("cpu")
@@ -122,7 +132,11 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def confidence_forward(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if inverse_valid is not None:
+        inverse_valid.fill_(1.0 / max(count_labels(target, logits[0].shape[-1], ignore_index)[0], 1))
     shape = shape_of(logits[0])
     weights, ce, lse = (torch.empty((len(logits), shape[0]), dtype=torch.float32, device=_DEVICE) for _ in range(3))
     _C.confidence_forward(
@@ -154,19 +168,50 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     return grads
 
 
-def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+def _new_buffer(size: int, dtype: torch.dtype) -> Tensor:
+    return new_output(1, size, dtype).view(-1)
+
+
+def feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    needs_grad: bool,
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    together: bool = False,
+) -> FeatureLossResult:
+    pairs, _copies = map_pairs(student, teachers)
     error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32, device=_DEVICE)
-    _C.feature_forward(*pairs_of(student, teachers), error.data_ptr(), torch.get_num_threads())
+    loss = torch.empty((), dtype=torch.float32, device=_DEVICE)
+    grads, buffer = new_gradients(student, together, _new_buffer) if needs_grad else ([], None)
+    _C.features(
+        student[0].shape[0],
+        pairs,
+        given_weights(weights),
+        error.data_ptr(),
+        loss.data_ptr(),
+        [grad.data_ptr() for grad in grads],
+        float(scale),
+        float(grad_scale),
+        torch.get_num_threads(),
+    )
+    return FeatureLossResult(loss, error, grads, buffer)
+
+
+def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    N = student[0].shape[0]
+    pairs, _copies = map_pairs(student, teachers)
+    error = torch.empty((len(student), N), dtype=torch.float32, device=_DEVICE)
+    _C.features(N, pairs, NO_WEIGHTS, error.data_ptr(), 0, [], 1.0, 1.0, torch.get_num_threads())
     return error
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    grads = [new_output(r.shape[0], r.shape[1], r.dtype) for r in student]
-    grad_error = grad_error.contiguous()
-    _C.feature_backward(
-        *pairs_of(student, teachers),
-        grad_error.data_ptr(),
-        [grad.data_ptr() for grad in grads],
-        torch.get_num_threads(),
-    )
+    pairs, _copies = map_pairs(student, teachers)
+    grads, _ = new_gradients(student, False, _new_buffer)
+    addresses = [grad.data_ptr() for grad in grads]
+    N, weights = student[0].shape[0], given_weights(grad_error)
+    _C.features(N, pairs, weights, 0, 0, addresses, 1.0, 1.0, torch.get_num_threads())
     return grads

@@ -16,11 +16,23 @@ from torch import Tensor
 
 from .. import _C
 from ..losses.formula import Formula
-from .compiled import DTYPE_CODES, address_of, matrix, pairs_of, shape_of, weights_of
-from .contract import RowLossResult, WholeLoss, row_stats_count
+from .compiled import (
+    DTYPE_CODES,
+    NO_WEIGHTS,
+    address_of,
+    given_weights,
+    map_pairs,
+    matrix,
+    shape_of,
+    weights_of,
+)
+from .contract import FeatureLossResult, RowLossResult, WholeLoss, row_stats_count
+from .feature_maps import new_gradients
 
 # Device-side assertions on labels; they stop the context.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
+
+_FEATURE_PARTS = _C.FEATURE_PARTS
 
 
 def build() -> tuple[bool, str]:
@@ -132,7 +144,9 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def confidence_forward(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = shape_of(logits[0])
     weights, ce, lse = (
         torch.empty((len(logits), shape[0]), dtype=torch.float32, device=target.device) for _ in range(3)
@@ -146,6 +160,7 @@ def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: i
             weights.data_ptr(),
             ce.data_ptr(),
             lse.data_ptr(),
+            address_of(inverse_valid),
             DEBUG,
             _stream_of(target),
         )
@@ -169,21 +184,71 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     return grads
 
 
+def feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    needs_grad: bool,
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    together: bool = False,
+) -> FeatureLossResult:
+    error = _new_errors(student)
+    loss = torch.empty((), dtype=torch.float32, device=weights.device)
+    grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
+    _features(student, teachers, given_weights(weights), error, loss, grads, scale, grad_scale)
+    return FeatureLossResult(loss, _without_scratch(error, student), grads, buffer)
+
+
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    error = torch.empty((len(student), student[0].shape[0]), dtype=torch.float32, device=student[0].device)
-    with _device_of(error):
-        _C.cuda_feature_forward(*pairs_of(student, teachers), error.data_ptr(), _stream_of(error))
-    return error
+    error = _new_errors(student)
+    _features(student, teachers, NO_WEIGHTS, error, None, [])
+    return _without_scratch(error, student)
 
 
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    grads = [torch.empty(r.shape, dtype=r.dtype, device=r.device) for r in student]
-    grad_error = grad_error.contiguous()
-    with _device_of(grad_error):
-        _C.cuda_feature_backward(
-            *pairs_of(student, teachers),
-            grad_error.data_ptr(),
-            [grad.data_ptr() for grad in grads],
-            _stream_of(grad_error),
-        )
+    grads, _ = new_gradients(student, together=False)
+    _features(student, teachers, given_weights(grad_error), None, None, grads)
     return grads
+
+
+def _new_errors(student: Sequence[Tensor]) -> Tensor:
+    """K N errors, and scratch."""
+    size = len(student) * student[0].shape[0] + _FEATURE_PARTS
+    return torch.empty(size, dtype=torch.float32, device=student[0].device)
+
+
+def _without_scratch(error: Tensor, student: Sequence[Tensor]) -> Tensor:
+    N = student[0].shape[0]
+    return error.as_strided((len(student), N), (N, 1))
+
+
+def _features(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: tuple[int, int, int],
+    error: Tensor | None,
+    loss: Tensor | None,
+    grads: Sequence[Tensor],
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    pairs, _copies = map_pairs(student, teachers)
+    with _device_of(student[0]):
+        _C.cuda_features(
+            student[0].shape[0],
+            pairs,
+            weights,
+            address_of(error),
+            address_of(loss),
+            [grad.data_ptr() for grad in grads],
+            _factor(scale),
+            _factor(grad_scale),
+            _stream_of(student[0]),
+        )
+
+
+def _factor(scale: float | Tensor) -> tuple[float, int]:
+    """A number and the address of a factor on the device, or 0."""
+    return (1.0, scale.data_ptr()) if isinstance(scale, Tensor) else (float(scale), 0)

@@ -129,11 +129,13 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"camkd_fast falls back to PyTorch operations, several times slower: {reason}", stacklevel=4)
 
 
-def _candidates(device: torch.device, C: int) -> tuple[tuple[str, ...], str]:
+def _candidates(device: torch.device, C: int, maps: bool) -> tuple[tuple[str, ...], str]:
     """Backends for `auto` to try, best first, and why the first one is."""
     if device.type != "cuda":
         names = ("cpu", "reference") if device.type == "cpu" else ("reference",)
         return names, f"fastest for {device.type} tensors"
+    if maps:
+        return ("cuda", "triton", "reference"), "it reads maps of any memory format at full width"
     capability = _capability(device)
     measured = any(capability == c and fewest <= C <= most for c, fewest, most in CUDA_PREFERRED)
     where = f"compute capability {capability[0]}.{capability[1]}, {C} classes"
@@ -142,7 +144,9 @@ def _candidates(device: torch.device, C: int) -> tuple[tuple[str, ...], str]:
     return ("triton", "cuda", "reference"), f"no measurement shows cuda faster: {where}"
 
 
-def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> tuple[str, str]:
+def choose(
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
+) -> tuple[str, str]:
     """The backend for these tensors and the reason. See `backend_for`.
 
     Raises:
@@ -156,7 +160,7 @@ def choose(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] =
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
-    names, why = _candidates(*_place(tensors[0]))
+    names, why = _candidates(*_place(tensors[0]), maps)
     reasons, missing = [], []
     for name in names:
         refusal = _refusal(name, tensors, others)
@@ -185,16 +189,19 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Backend:
+def backend_for(
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
+) -> Backend:
     """The module that runs these tensors; raises as `choose` does.
 
     Args:
         tensors: of the dtypes that the backend reads.
         others: labels, weights, factors: every other tensor whose address the backend takes.
+        maps: the tensors are feature maps, not logits.
     """
-    name = _compiled(requested, *_place(tensors[0]))
+    name = _compiled(requested, *_place(tensors[0]), maps)
     if name is None or not _all_ordinary(tensors, others):
-        name = choose(requested, tensors, others)[0]
+        name = choose(requested, tensors, others, maps)[0]
     return cast(Backend, _module(name))
 
 
@@ -204,9 +211,9 @@ def _place(tensor: Tensor) -> tuple[torch.device, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(requested: str, device: torch.device, C: int) -> str | None:
+def _compiled(requested: str, device: torch.device, C: int, maps: bool = False) -> str | None:
     """The compiled backend of ordinary tensors, without building reasons; None if `choose` has to look at them."""
-    name = _candidates(device, C)[0][0] if requested == "auto" else requested
+    name = _candidates(device, C, maps)[0][0] if requested == "auto" else requested
     return name if name in _DEVICES and _device_refusal(name, device) is None else None
 
 

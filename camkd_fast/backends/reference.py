@@ -17,13 +17,15 @@ Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enou
     d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   (grad_student)
     d loss / dw_k = soft_weight * T^2 * KL_k
 
-Feature loss (eq. 6): error_k = mean over the M values of one sample of (F_k - r_k)^2, loss = sum_k w_k error_k;
-d loss / dr_k = w_k * 2 (r_k - F_k) / M.
+Feature loss (eq. 6): error_k = mean over the M values of one sample of (F_k - r_k)^2, loss = sum_k w_k error_k.
+The weights are known before the maps are read, so error and gradient need one pass over r_k and F_k:
+
+    d loss / dr_k = w_k * 2 (r_k - F_k) / M                 d loss / dw_k = error_k
 
 Conventions at the edges, which every backend shares:
 
     -inf logits           p_kc = 0 contributes 0 whatever q_c is; p_kc > 0 with q_c = 0 makes KL_k = +inf
-    weight 0              a term of weight 0 contributes 0, even when it is infinite
+    weight 0              a term of weight 0 contributes 0, even when it is infinite; to the feature loss, also when NaN
     infinite CE_k         those teachers share the softmax mass equally (one of them: weight 0; all: uniform)
     K = 1                 w = 1 for "confidence" and "entropy"
     all H_k = 0           each ratio H_k / sum_j H_j is 1/K
@@ -44,7 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.formula import Formula
-from .contract import PER_TEACHER, RowLossResult
+from .contract import PER_TEACHER, FeatureLossResult, RowLossResult
+from .feature_maps import gradient_strides, in_memory_order, new_gradients, sample_size
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -188,9 +191,13 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out.copy_(grad.to(factor.dtype) * factor.unsqueeze(-1))
 
 
-def confidence_forward(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def confidence_forward(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence weights w (K, N), teacher cross-entropies CE (K, N) and log-sum-exps at T = 1 (K, N)."""
     ignored = target == ignore_index
+    if inverse_valid is not None:
+        inverse_valid.copy_((~ignored).sum().clamp(min=1).to(inverse_valid.dtype).reciprocal())
     label = target.masked_fill(ignored, 0)
     lse, ce = [], []
     for z in logits:
@@ -238,19 +245,51 @@ def ce_gradient(weights: Tensor, grad_weights: Tensor, grad_ce: Tensor) -> Tenso
 
 
 def feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """error (K, N): mean over M_k of (F_k - r_k)^2, from K pairs of (N, M_k) matrices."""
+    """error (K, N): mean over the values of a sample of (F_k - r_k)^2. Differentiable."""
     errors = []
     for r, f in zip(student, teachers, strict=True):
         dtype = accumulation_dtype(r.dtype)
-        errors.append((r.to(dtype) - f.to(dtype)).square().mean(-1))
+        errors.append((r.to(dtype) - f.to(dtype)).square().flatten(1).mean(-1))
     return torch.stack(errors)
 
 
+def feature_rows(weights: Tensor, error: Tensor) -> Tensor:
+    """sum_k w_k error_k of each sample, from (K, N) weights and errors. Differentiable."""
+    return _weighted_sum(weights, error)
+
+
 def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor) -> list[Tensor]:
-    """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k, each (N, M_k) in its student feature's dtype."""
-    gradients = []
+    """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k in the dtype of r_k; 0 where grad_error is 0."""
+    grads = []
     for r, f, g in zip(student, teachers, grad_error, strict=True):
         dtype = accumulation_dtype(r.dtype)
-        gradient = (g * (2.0 / max(r.shape[-1], 1))).unsqueeze(-1) * (r.to(dtype) - f.to(dtype))
-        gradients.append(gradient.to(r.dtype))
-    return gradients
+        factor = (g * (2.0 / max(sample_size(r), 1))).view(-1, *[1] * (r.dim() - 1))
+        gradient = (factor * (r.to(dtype) - f.to(dtype))).masked_fill(factor == 0, 0.0)
+        grads.append(in_memory_order(gradient.to(r.dtype), gradient_strides(r)))
+    return grads
+
+
+@torch.no_grad()
+def feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    needs_grad: bool,
+    scale: float | Tensor = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    together: bool = False,
+) -> FeatureLossResult:
+    """See `contract.Backend`."""
+    error = feature_forward(student, teachers)
+    error = error.masked_fill((weights == 0) & ~error.isfinite(), 0.0)
+    loss = (feature_rows(weights, error).sum() * scale).reshape(())
+    if not needs_grad:
+        return FeatureLossResult(loss, error, [], None)
+    grads = feature_backward(student, teachers, weights * scale * grad_scale)
+    if not together:
+        return FeatureLossResult(loss, error, grads, None)
+    views, buffer = new_gradients(student, together=True)
+    for view, grad in zip(views, grads, strict=True):
+        view.copy_(grad)
+    return FeatureLossResult(loss, error, views, buffer)

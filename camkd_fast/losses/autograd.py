@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.memory import is_ordinary
+
 
 def needs_grad(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -42,6 +44,15 @@ _engine_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_
 def keeps_graph() -> bool:
     """Inside a backward: whether the graph is retained (`retain_graph=True`), so saved tensors must not be changed."""
     return True if _engine_keeps_graph is None else bool(_engine_keeps_graph())
+
+
+def is_one(grad_output: Tensor, in_backward: float | Tensor = 1.0) -> bool:
+    """Whether backward multiplies by 1, as in `loss.backward()`.
+
+    False on a GPU, where reading would synchronise, and in a trace, which would keep the number.
+    """
+    on_host = grad_output.is_cpu and isinstance(in_backward, float) and grad_output.dim() == 0
+    return on_host and is_ordinary([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
 
 
 def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -79,12 +79,21 @@ def check_same_logits(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def check_target(target: Tensor, logits: Tensor, logits_name: str) -> None:
+    _check_labels(target, logits.shape[:-1], logits, logits_name)
+
+
+def check_sample_target(target: Tensor, maps: Tensor, maps_name: str) -> None:
+    """One label per sample of maps (N, ...)."""
+    _check_labels(target, maps.shape[:1], maps, maps_name)
+
+
+def _check_labels(target: Tensor, expected: torch.Size, other: Tensor, other_name: str) -> None:
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {_dtype(target)}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"target has shape {_shape(target)}, but {logits_name} expects {_shape(logits)[:-1]}")
-    check_device("target", target, logits_name, logits)
+    if target.shape != expected:
+        raise ValueError(f"target has shape {_shape(target)}, but {other_name} expects {tuple(expected)}")
+    check_device("target", target, other_name, other)
 
 
 def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
@@ -132,7 +141,21 @@ def check_features(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> Non
     """K pairs (N, ...) of one shape, the student's of one dtype, teachers frozen."""
     if len(student) != len(teachers):
         raise ValueError(f"student_features holds {len(student)} tensors, but teacher_features holds {len(teachers)}")
+    first, gradless = student[0], not torch.is_grad_enabled()
     for k, (r, f) in enumerate(zip(student, teachers, strict=True)):
+        if (  # the common case, in one expression; otherwise the checks below find the error
+            isinstance(r, Tensor)
+            and isinstance(f, Tensor)
+            and r.shape == f.shape
+            and r.dim() >= 2
+            and r.shape[0] == first.shape[0]
+            and r.dtype == first.dtype
+            and r.dtype.is_floating_point
+            and f.dtype.is_floating_point
+            and r.device == f.device == first.device
+            and (gradless or not f.requires_grad)
+        ):
+            continue
         mine, other = f"student_features[{k}]", f"teacher_features[{k}]"
         check_floating(mine, r)
         check_floating(other, f)

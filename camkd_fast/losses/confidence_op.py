@@ -20,17 +20,36 @@ from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
 from .entry import Way
 from .layout import contiguous_labels, row_view
+from .scale_plan import inverse_divisor
 
 
 def _confidence_forward(
     logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weights, ce and log-sum-exp, each (K, N)."""
+    return _confidence_and_divisor(logits, target, ignore_index, backend, counted=False)[0]
+
+
+def _confidence_and_divisor(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, counted: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], float | Tensor]:
+    """`_confidence_forward`, and if `counted` 1 / number of valid rows (at least 1).
+
+    Labels in main memory are counted by their check, others by the kernel: a number, or (1,) on the device.
+    """
     labels = contiguous_labels(target)
-    if not target.is_cuda:
-        checks.count_labels(labels, logits[0].shape[-1], ignore_index)
     rows = [row_view(z) for z in logits]
-    return backend_for(backend, logits, [labels]).confidence_forward(rows, labels, ignore_index)
+    inverse: float | Tensor = 1.0
+    if not target.is_cuda:
+        valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index)
+        if valid is not None:
+            inverse, counted = 1.0 / max(valid, 1), False
+    if not counted:
+        result = backend_for(backend, logits, [labels]).confidence_forward(rows, labels, ignore_index)
+        return result, inverse
+    inverse = torch.empty(1, dtype=accumulation_dtype(logits[0].dtype), device=target.device)
+    module = backend_for(backend, logits, [labels])
+    return module.confidence_forward(rows, labels, ignore_index, inverse), inverse
 
 
 def _confidence_backward(
@@ -113,6 +132,21 @@ def confidence_rows(
         return _confidence_forward(logits, target, ignore_index, backend)[:2]
     result: tuple[Tensor, Tensor] = _Confidence.apply(target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
     return result
+
+
+def confidence_and_divisor(
+    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, way: Way, counted: bool
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Weights and cross-entropies (K, N) without a graph, and if `counted` 1 / number of valid rows, else 1.
+
+    The divisor is a number or (1,).
+    """
+    logits = [z.detach() for z in logits]
+    if way is Way.KERNEL:
+        (weights, ce, _), inverse = _confidence_and_divisor(logits, target, ignore_index, backend, counted)
+        return weights, ce, inverse if counted else 1.0
+    weights, ce = confidence_rows(logits, target, ignore_index, backend, way)
+    return weights, ce, inverse_divisor(None, None, target.reshape(-1), ignore_index, ce.dtype) if counted else 1.0
 
 
 def _confidence_expression(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

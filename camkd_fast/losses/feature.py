@@ -1,22 +1,23 @@
-"""The feature loss: confidence_weights, weighted_feature_loss and CAMKDFeatureLoss (arXiv 2201.00007, eq. 5 and 6)."""
+"""The feature loss: weights, autograd and value-and-gradient forms, and module (arXiv 2201.00007, eq. 5 and 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.contract import MAX_TEACHERS
+from ..backends.reference import accumulation_dtype, feature_rows
 from . import checks
-from .autograd import savable
 from .confidence_op import confidence_rows
 from .entry import computing, enter, way_of_call
-from .feature_op import feature_error
-from .formula import check_choice, check_ignore_index
-from .scale_plan import divisor_of
+from .feature_op import FeatureCall, feature_loss_and_grad, feature_loss_rows, feature_loss_sum
+from .feature_weights import Divisor, checked_logits, constant_weights, weights_of_logits
+from .formula import check_choice, check_ignore_index, check_number
+from .scale_plan import as_scale
 
 
 def confidence_weights(
@@ -35,12 +36,7 @@ def confidence_weights(
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
     way, (logits, target) = enter(way_of_call(), backend, logits=logits, target=target)
-    tensors = checks.as_teacher_list("logits", logits)
-    checks.check_classes("logits[0]", tensors[0])
-    for k, tensor in enumerate(tensors):
-        checks.check_floating(f"logits[{k}]", tensor)
-        checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
-    checks.check_target(target, tensors[0], "logits[0]")
+    tensors = checked_logits(logits, target)
     check_ignore_index(ignore_index)
     with computing(way, logits=tensors, target=target):
         weights, ce = confidence_rows(tensors, target, int(ignore_index), backend, way)
@@ -69,6 +65,19 @@ def weighted_feature_loss(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    return _weighted(student_features, teacher_features, weights, reduction, None, backend)
+
+
+def _weighted(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`weighted_feature_loss`; a `scale`, a number or (1,), takes the place of 1 / N in "mean"."""
     way, (student_features, teacher_features, weights) = enter(
         way_of_call(),
         backend,
@@ -76,29 +85,100 @@ def weighted_feature_loss(
         teacher_features=teacher_features,
         weights=weights,
     )
+    student, teachers = _checked_maps(student_features, teacher_features)
+    checks.check_floating("weights", weights)
+    N = student[0].shape[0]
+    if weights.shape != (len(student), N):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {(len(student), N)}")
+    checks.check_device("weights", weights, "student_features[0]", student[0])
+    with computing(way, student_features=student, teacher_features=teachers, weights=weights):
+        dtype = accumulation_dtype(student[0].dtype)
+        call = FeatureCall(student, teachers, weights.to(dtype), backend)
+        if reduction == "none":
+            return feature_loss_rows(call, way)
+        if scale is None:
+            scale = 1.0 / max(N, 1) if reduction == "mean" else 1.0
+        # A number that depends on a traced batch size stays one.
+        return feature_loss_sum(call, as_scale(scale, dtype) if isinstance(scale, Tensor) else scale, way)
+
+
+def _checked_maps(
+    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     student = checks.as_teacher_list("student_features", student_features)
     teachers = checks.as_teacher_list("teacher_features", teacher_features)
     checks.check_features(student, teachers)
-    checks.check_floating("weights", weights)
-    check_choice("reduction", reduction, checks.REDUCTIONS)
-    expected = (len(student), student[0].shape[0])
-    if weights.shape != expected:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}, but the features expect {expected}")
-    checks.check_device("weights", weights, "student_features[0]", student[0])
-    with computing(way, student_features=student, teacher_features=teachers, weights=weights):
-        error = feature_error(student, teachers, backend, way)
-        loss = (savable(weights.to(error.dtype)) * error).sum(0)
-        if reduction == "none":
-            return loss
-        return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
+    return student, teachers
 
 
 class FeatureLossOutput(NamedTuple):
-    """The result of CAMKDFeatureLoss."""
+    """The result of CAMKDFeatureLoss and camkd_feature_loss_and_grad."""
 
-    loss: Tensor  # mean over the samples that are not ignored, or sum / num_items; a scalar, differentiable
+    loss: Tensor  # mean over the samples that are not ignored, or sum / num_items; differentiable in the module
     weights: Tensor  # (K, N): w_k^inter; detached unless detach_weights=False
-    teacher_ce: Tensor  # (K, N): CE(head_k(r_k(F_s)), y), detached like `weights`
+    teacher_ce: Tensor | None  # (K, N): CE(head_k(r_k(F_s)), y), detached like `weights`; None without logits
+
+
+def camkd_feature_loss_and_grad(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    logits: Tensor | Sequence[Tensor] | None,
+    target: Tensor,
+    *,
+    beta: float = 1.0,
+    weighting: str | Tensor = "confidence",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> tuple[FeatureLossOutput, list[Tensor]]:
+    """The feature loss of CA-MKD and d(loss_scale * loss) / d student_features in one pass over the maps  (eq. 5, 6).
+
+    loss = beta * sum_k w_k * mean_{d,h,w} (F_k - r_k)^2 per sample, the weights being constants. Records no graph; pass
+    the result to `torch.autograd.backward(student_features, grads)`.
+
+    Args:
+        student_features: K tensors r_k (N, D_k, H_k, W_k), or any (N, ...), of one floating dtype and any layout.
+        teacher_features: K tensors F_k, each of its r_k's shape; dtypes and layouts may differ.
+        logits: K tensors (N, C), teacher k's head applied to r_k, for weighting="confidence"; otherwise not looked at.
+        target: (N,) int64 labels in [0, C), or `ignore_index`, whose samples have weight 0.
+        beta: coefficient of the loss (paper: 50).
+        weighting: "confidence" (the paper), "uniform" (1/K), or weights (K,) or (K, N).
+        reduction: "mean" over the samples that are not ignored, "sum", or "none" (the gradient of each one's own loss).
+        num_items: divisor of "mean" instead of the number of samples (gradient accumulation, data parallel).
+        loss_scale: multiplies the gradient only (a GradScaler's scale: a number or a one-element tensor).
+
+    Returns:
+        (output, grads): the loss, (N,) for reduction="none", and K gradients in the student's shapes and memory order.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `camkd_loss_and_grad`.
+    """
+    way, (student_features, teacher_features, logits, target, weighting, num_items, loss_scale) = enter(
+        way_of_call(),
+        backend,
+        student_features=student_features,
+        teacher_features=teacher_features,
+        logits=logits,
+        target=target,
+        weighting=weighting,
+        num_items=num_items,
+        loss_scale=loss_scale,
+    )
+    student, teachers = _checked_maps(student_features, teacher_features)
+    student, dtype = [r.detach() for r in student], accumulation_dtype(student[0].dtype)
+    checks.check_sample_target(target, student[0], "student_features[0]")
+    check_number("beta", beta, positive=False)
+    checks.check_scale("loss_scale", loss_scale)
+    divisor = Divisor(reduction, num_items, ignore_index).checked()
+    with computing(way, student_features=student, teacher_features=teachers, logits=logits, target=target):
+        weights, ce, inverse = constant_weights(weighting, logits, target, len(student), divisor, backend, way)
+        scale = as_scale(inverse, dtype) * float(beta)
+        call = FeatureCall(student, teachers, weights.to(dtype), backend)
+        loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, target.device), way)
+        loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss
+        return FeatureLossOutput(loss, weights, ce), list(grads)
 
 
 class CAMKDFeatureLoss(nn.Module):
@@ -132,6 +212,17 @@ class CAMKDFeatureLoss(nn.Module):
             for channels in teacher_channels
         )
 
+    def _check_teachers(self, **given: Sequence[object]) -> None:
+        K = len(self.regressors)
+        for name, values in given.items():
+            if len(values) != K:
+                raise ValueError(f"{name} holds {len(values)}, but the module was built for {K} teachers")
+
+    def _logits(self, regressed: Sequence[Tensor], heads: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """head_k(r_k), with a graph only if the weights are to have one."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_weights):
+            return [head(r) for head, r in zip(heads, regressed, strict=True)]
+
     def regress(self, student_feature: Tensor, teacher_features: Sequence[Tensor]) -> list[Tensor]:
         """r_k(F_s) for every teacher, each resized from the original map (N, D, H, W) to (N, D_k, H_k, W_k)."""
         regressed = []
@@ -158,24 +249,42 @@ class CAMKDFeatureLoss(nn.Module):
         Raises:
             ValueError: the number of teachers differs from construction; and as `weighted_feature_loss`.
         """
-        K = len(self.regressors)
-        for name, given in (("teacher_features", teacher_features), ("teacher_heads", teacher_heads)):
-            if len(given) != K:
-                raise ValueError(f"{name} holds {len(given)}, but the module was built for {K} teachers")
+        self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
+        checks.check_num_items(num_items, "mean")
+        divisor = Divisor("mean", num_items, self.ignore_index)
         regressed = self.regress(student_feature, teacher_features)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_weights):
-            logits = [head(feature) for head, feature in zip(teacher_heads, regressed, strict=True)]
+        logits = self._logits(regressed, teacher_heads)
+        if self.detach_weights:
+            weights, ce, inverse = weights_of_logits(logits, target, divisor, self.backend)
+        else:
             weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend)
-        total = weighted_feature_loss(regressed, teacher_features, weights, reduction="sum", backend=self.backend)
-        loss = total / self._divisor(target, num_items)
+            inverse = divisor.inverse(target, weights.dtype)
+        loss = _weighted(regressed, teacher_features, weights, "mean", inverse, self.backend)
         return FeatureLossOutput(loss, weights, ce)
 
-    def _divisor(self, target: Tensor, num_items: float | Tensor | None) -> float | Tensor:
-        checks.check_num_items(num_items, "mean")
-        kept = target != self.ignore_index
-        if isinstance(num_items, Tensor):
-            return divisor_of(num_items.to(target.device), kept.any())
-        return kept.sum().clamp(min=1) if num_items is None else float(num_items)
+    def loss_and_grad(
+        self,
+        student_feature: Tensor,
+        teacher_features: Sequence[Tensor],
+        teacher_heads: Sequence[Callable[[Tensor], Tensor]],
+        target: Tensor,
+        **options: Any,
+    ) -> tuple[FeatureLossOutput, list[Tensor], list[Tensor]]:
+        """The loss without a graph, the maps r_k in their graph, and d(loss_scale * loss) / d r_k.
+
+        For `torch.autograd.backward(maps, grads)`. The weights are constants, whatever `detach_weights`.
+
+        Args:
+            options: keywords of `camkd_feature_loss_and_grad` but those of the module; the rest as in `forward`.
+        """
+        self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
+        regressed = self.regress(student_feature, teacher_features)
+        weighting = options.get("weighting", "confidence")
+        needs_logits = isinstance(weighting, str) and weighting == "confidence"
+        logits = self._logits(regressed, teacher_heads) if needs_logits else None
+        options |= {"ignore_index": self.ignore_index, "backend": self.backend}
+        output, grads = camkd_feature_loss_and_grad(regressed, teacher_features, logits, target, **options)
+        return output, regressed, grads
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:

@@ -1,54 +1,39 @@
-"""The feature error by each of the three ways of `entry`, as in `confidence_op`."""
+"""The feature loss by each of the three ways of `entry`, as in `confidence_op`.
+
+The weights are known before the maps are read, so the kernel writes the gradient together with the loss and backward
+only scales it. Not for float16, whose range 1 / (M N) of a gradient without a loss scale would leave, nor for a loss
+per sample: their backward reads the maps again, with the incoming gradient.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import reference
 from ..backends.dispatch import backend_for
-from ..backends.reference import accumulation_dtype
-from .autograd import first_order, needs_grad, savable, save, saved
+from ..backends.feature_maps import gradient_strides
+from ..backends.memory import is_ordinary
+from ..backends.reference import accumulation_dtype, feature_rows
+from .autograd import first_order, is_one, keeps_graph, needs_grad, savable, save, saved
 from .entry import Way
-from .layout import row_view
 
-
-def _sample_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both features as (N, M) rows in one memory order; a view unless their memory formats differ."""
-    channels_last = (
-        student.dim() == 4 and not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last)
-    )
-    order = (0, 2, 3, 1) if channels_last else tuple(range(student.dim()))
-    s, t = (x.permute(order).flatten(1) for x in (student, teacher))
-    return row_view(s), row_view(t)
-
-
-def _like_feature(rows: Tensor, feature: Tensor) -> Tensor:
-    """(N, M) rows back in the feature's shape and memory format (see `_sample_rows`)."""
-    if feature.dim() == 4 and not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last):
-        N, D, H, W = feature.shape
-        return rows.view(N, H, W, D).permute(0, 3, 1, 2)
-    return rows.view(feature.shape)
+# --- errors of each sample and teacher -------------------------------------------------------------------------------
 
 
 def _feature_forward(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
     """error (K, N): the mean squared difference of each sample and teacher."""
-    pairs = [_sample_rows(r, f) for r, f in zip(student, teachers, strict=True)]
-    return backend_for(backend, [*student, *teachers]).feature_forward([p[0] for p in pairs], [p[1] for p in pairs])
+    return backend_for(backend, [*student, *teachers], maps=True).feature_forward(student, teachers)
 
 
 def _feature_backward(
     student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str
 ) -> list[Tensor]:
-    pairs = [_sample_rows(r, f) for r, f in zip(student, teachers, strict=True)]
-    grads = backend_for(backend, [*student, *teachers], [grad_error]).feature_backward(
-        [p[0] for p in pairs], [p[1] for p in pairs], grad_error
-    )
-    return [_like_feature(grad, r) for grad, r in zip(grads, student, strict=True)]
+    module = backend_for(backend, [*student, *teachers], [grad_error], maps=True)
+    return module.feature_backward(student, teachers, grad_error)
 
 
 class _FeatureError(torch.autograd.Function):
@@ -73,13 +58,21 @@ _feature_backward_op = torch.library.custom_op("camkd_fast::feature_error_backwa
 
 @_feature_op.register_fake
 def _(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str) -> Tensor:
+    return _new_errors(student)
+
+
+def _new_errors(student: Sequence[Tensor]) -> Tensor:
     dtype = accumulation_dtype(student[0].dtype)
     return student[0].new_empty((len(student), student[0].shape[0]), dtype=dtype)
 
 
+def _new_gradients(student: Sequence[Tensor]) -> list[Tensor]:
+    return [r.new_empty_strided(r.shape, gradient_strides(r)) for r in student]
+
+
 @_feature_backward_op.register_fake
 def _(student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor, backend: str) -> list[Tensor]:
-    return [_like_feature(r.new_empty((r.shape[0], math.prod(r.shape[1:]))), r) for r in student]
+    return _new_gradients(student)
 
 
 def _feature_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,15 +90,153 @@ def _feature_op_backward(ctx: Any, grad_error: Tensor) -> tuple[Any, ...]:
 
 _feature_op.register_autograd(_feature_op_backward, setup_context=_feature_setup)
 
+# --- the loss --------------------------------------------------------------------------------------------------------
 
-def feature_error(student: Sequence[Tensor], teachers: Sequence[Tensor], backend: str, way: Way) -> Tensor:
-    """error (K, N) of checked features, in the accumulation dtype; differentiable once with respect to the student."""
+
+class FeatureCall(NamedTuple):
+    """Checked arguments."""
+
+    student: Sequence[Tensor]  # K maps (N, ...) of one dtype
+    teachers: Sequence[Tensor]  # K maps, each of its student's shape
+    weights: Tensor  # (K, N) in the accumulation dtype
+    backend: str
+
+    def _backend(self) -> Any:
+        return backend_for(self.backend, [*self.student, *self.teachers], [self.weights], maps=True)
+
+
+class _FeatureSum(torch.autograd.Function):
+    """The sum over samples and teachers with the gradient that the kernel has written; see the module."""
+
+    @staticmethod
+    def forward(ctx: Any, call: FeatureCall, scale: float | Tensor, weights: Tensor, *student: Tensor) -> Tensor:
+        needs_student = any(ctx.needs_input_grad[3:])
+        result = call._backend().feature_loss(
+            student, call.teachers, weights, needs_grad=needs_student, scale=scale, together=True
+        )
+        ctx.save_for_backward(result.buffer, result.error if ctx.needs_input_grad[2] else None)
+        ctx.layouts = [(grad.shape, grad.stride(), grad.storage_offset()) for grad in result.grads]
+        ctx.scale, ctx.backend, ctx.K = scale, call.backend, len(student)
+        loss: Tensor = result.loss
+        return loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        buffer, error = ctx.saved_tensors
+        grad_weights = None if error is None else error * (grad_output * ctx.scale)
+        if buffer is None:
+            return None, None, grad_weights, *[None] * ctx.K
+        retained = keeps_graph()
+        if retained or not is_one(grad_output):
+            factor = grad_output.reshape(1)
+            if not is_ordinary([factor]):  # a batch of gradients, or inside a trace
+                grads = [buffer.as_strided(*layout) for layout in ctx.layouts]
+                return None, None, grad_weights, *((g.to(factor.dtype) * grad_output).to(g.dtype) for g in grads)
+            # Unless it is retained, the graph is freed after this call and the stored gradient with it: scale in place.
+            out = torch.empty_like(buffer) if retained else buffer
+            backend_for(ctx.backend, [buffer], maps=True).scale_rows(buffer.view(1, -1), factor, out.view(1, -1))
+            buffer = out
+        return None, None, grad_weights, *(buffer.as_strided(*layout) for layout in ctx.layouts)
+
+
+def feature_error(call: FeatureCall, way: Way) -> Tensor:
+    """error (K, N) in the accumulation dtype; differentiable once with respect to the student."""
+    student, teachers = call.student, call.teachers
     if way is Way.OPERATOR:
-        error: Tensor = _feature_op(list(student), list(teachers), backend)
+        error: Tensor = _feature_op(list(student), list(teachers), call.backend)
         return error
     if way is Way.EXPRESSION:
-        return reference.feature_forward([r.flatten(1) for r in student], [savable(f).flatten(1) for f in teachers])
+        return reference.feature_forward(student, [savable(f) for f in teachers])
     if not needs_grad(student):
-        return _feature_forward(student, teachers, backend)
-    result: Tensor = _FeatureError.apply(backend, teachers, *student)  # type: ignore[no-untyped-call]
+        return _feature_forward(student, teachers, call.backend)
+    result: Tensor = _FeatureError.apply(call.backend, teachers, *student)  # type: ignore[no-untyped-call]
     return result
+
+
+def feature_loss_rows(call: FeatureCall, way: Way) -> Tensor:
+    """(N,): sum_k w_k error_k; differentiable once."""
+    return feature_rows(savable(call.weights), feature_error(call, way))
+
+
+def feature_loss_sum(call: FeatureCall, scale: float | Tensor, way: Way) -> Tensor:
+    """scale * sum_n sum_k w_k error_k, a scalar; differentiable once with respect to student and weights.
+
+    Args:
+        scale: a number, or (1,) in the accumulation dtype.
+    """
+    differentiable = needs_grad([*call.student, call.weights])
+    if way is Way.KERNEL and not differentiable:
+        loss: Tensor = call._backend().feature_loss(*call[:3], needs_grad=False, scale=scale).loss
+        return loss
+    if way is Way.KERNEL and call.student[0].dtype != torch.float16:
+        result: Tensor = _FeatureSum.apply(call, scale, call.weights, *call.student)  # type: ignore[no-untyped-call]
+        return result
+    total = feature_loss_rows(call, way).sum()
+    return total * scale.squeeze(0) if isinstance(scale, Tensor) else total * scale
+
+
+class FeatureLoss(NamedTuple):
+    """The loss with its gradient, and no graph."""
+
+    loss: Tensor  # ()
+    error: Tensor  # (K, N)
+    grads: Sequence[Tensor]  # K tensors like the student's maps
+
+
+@torch.library.custom_op("camkd_fast::feature_loss", mutates_args=())
+def _feature_loss_op(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    scale: Tensor | None,
+    grad_scale: Tensor | None,
+    numbers: Sequence[float],
+    backend: str,
+) -> list[Tensor]:
+    """The loss, the errors and K gradients. `numbers` stand for `scale` and `grad_scale` where these are None."""
+    scales = [n if tensor is None else tensor for n, tensor in zip(numbers, (scale, grad_scale), strict=True)]
+    result = _loss_and_grad(FeatureCall(student, teachers, weights, backend), *scales)
+    return [result.loss, result.error, *result.grads]
+
+
+@_feature_loss_op.register_fake
+def _(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    scale: Tensor | None,
+    grad_scale: Tensor | None,
+    numbers: Sequence[float],
+    backend: str,
+) -> list[Tensor]:
+    error = _new_errors(student)
+    return [error.new_empty(()), error, *_new_gradients(student)]
+
+
+def _loss_and_grad(call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor) -> FeatureLoss:
+    factors = [factor for factor in (scale, grad_scale) if isinstance(factor, Tensor)]
+    backend = backend_for(call.backend, [*call.student, *call.teachers], [call.weights, *factors], maps=True)
+    result = backend.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
+    return FeatureLoss(result.loss, result.error, result.grads)
+
+
+def feature_loss_and_grad(
+    call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor, way: Way
+) -> FeatureLoss:
+    """The loss of `feature_loss_sum` and d(grad_scale * loss) / d student in one pass; records no graph.
+
+    Args:
+        scale, grad_scale: numbers, or (1,) in the accumulation dtype.
+    """
+    if way is Way.KERNEL:
+        return _loss_and_grad(call, scale, grad_scale)
+    if way is Way.EXPRESSION:
+        result = reference.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
+        return FeatureLoss(result.loss, result.error, result.grads)
+    tensors = [factor if isinstance(factor, Tensor) else None for factor in (scale, grad_scale)]
+    numbers = [1.0 if isinstance(factor, Tensor) else float(factor) for factor in (scale, grad_scale)]
+    loss, error, *grads = _feature_loss_op(
+        list(call.student), list(call.teachers), call.weights, *tensors, numbers, call.backend
+    )
+    return FeatureLoss(loss, error, grads)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.dispatch import BACKENDS, backend_for
 from ..backends.memory import is_ordinary
 from . import checks
-from .autograd import first_order, keeps_graph
+from .autograd import first_order, is_one, keeps_graph
 from .evaluate import Evaluation, evaluate
 from .formula import Formula, check_choice
 from .output import CAMKDOutput
@@ -46,7 +46,7 @@ class _LogitLoss(torch.autograd.Function):
         if not needs_student:
             return None, grad_weights, None, None, None
         retained = keeps_graph()
-        if retained or not _is_one(grad_output, ctx.in_backward):
+        if retained or not is_one(grad_output, ctx.in_backward):
             # Unless it is retained, the graph is freed after this call and the saved gradient with it: scale in place.
             out = torch.empty_like(grad) if retained else grad
             factor = grad_output.reshape(-1)
@@ -62,15 +62,6 @@ class _LogitLoss(torch.autograd.Function):
 def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
     """The gradient (N, C) as the student's (..., C)."""
     return grad if len(shape) == 2 else grad.view(shape)
-
-
-def _is_one(grad_output: Tensor, in_backward: float | Tensor) -> bool:
-    """Whether backward multiplies by 1, as in `loss.backward()`.
-
-    False on a GPU, where reading would synchronise, and in a trace, which would keep the number.
-    """
-    on_host = grad_output.is_cpu and isinstance(in_backward, float) and grad_output.dim() == 0
-    return on_host and is_ordinary([grad_output]) and bool(grad_output.item() * in_backward == 1.0)
 
 
 def _differentiable_loss(

@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Objective(NamedTuple):
     """Loss of one batch, as arguments of `torch.autograd.backward(roots, gradients)`."""
 
-    roots: list[Tensor]  # logits (n, C) and, if the strategy has one, the feature loss
+    roots: list[Tensor]  # logits (n, C) and those of the strategy's feature loss
     gradients: list[Tensor]  # d(scale * loss) / d root
     numbers: Tensor  # float32, sums over the batch: loss, cross-entropy, distillation, feature loss, correct
     weights: Tensor | None  # (K,) logit weights of the teachers, summed over the batch
@@ -79,7 +79,9 @@ class TrainableStudent(nn.Module):
         strategy = self.strategy
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             student = predict(feature_model(self.student), images)
-            term = strategy.feature_term(student, teacher_outputs, target, num_items) if teacher_outputs else None
+            term = None
+            if teacher_outputs:
+                term = strategy.feature_term(student, teacher_outputs, target, num_items, scale)
         logits = student.logits.detach()
         weights = feature_weights = None
         feature = torch.zeros((), device=images.device)
@@ -103,8 +105,8 @@ class TrainableStudent(nn.Module):
             soft = torch.zeros_like(hard)
             roots, gradients = [root], [scale.reshape(())]
         if term is not None:
-            roots.append(term.loss)
-            gradients.append(scale.reshape(()).to(term.loss.dtype))
+            roots += term.roots or [term.loss]
+            gradients += term.gradients or [scale.reshape(()).to(term.loss.dtype)]
             feature = term.loss.detach()
             feature_weights = None if term.weights is None else term.weights.sum(1)
         losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items

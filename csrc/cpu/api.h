@@ -12,8 +12,7 @@ struct Kernels {
     void (*scale_rows)(const ScaleRowsArgs&, int threads);
     void (*confidence_forward)(const ConfidenceArgs&, int threads);
     void (*confidence_backward)(const ConfidenceArgs&, int threads);
-    void (*feature_forward)(const FeatureArgs&, int threads);
-    void (*feature_backward)(const FeatureArgs&, int threads);
+    void (*features)(const FeatureArgs&, int threads);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -3,13 +3,14 @@
 
 // The kernels use Vec, so its header comes first.
 #include "confidence.h"
-#include "elementwise.h"
+#include "features.h"
 #include "row_loss.h"
+#include "scale_rows.h"
 
 namespace camkd::cpu {
 
 const Kernels kernels_avx512 = {
-    Vec::name, row_loss, scale_rows, confidence_forward, confidence_backward, feature_forward, feature_backward,
+    Vec::name, row_loss, scale_rows, confidence_forward, confidence_backward, features,
 };
 
 }  // namespace camkd::cpu

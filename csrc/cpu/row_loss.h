@@ -13,9 +13,8 @@
 namespace camkd::cpu {
 namespace {
 
-constexpr int64_t kRowScratch = 4 * 1024 * 1024;      // bytes; all threads share a wider row
-constexpr int64_t kGroupScratch = 128 * 1024;         // bytes of the rows of a group, which stay in L2
-constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // a larger gradient does not stay in the cache anyway
+constexpr int64_t kRowScratch = 4 * 1024 * 1024;  // bytes; all threads share a wider row
+constexpr int64_t kGroupScratch = 128 * 1024;     // bytes of the rows of a group, which stay in L2
 
 // Scratch floats that are kept from call to call, so that a step does not fault in fresh pages.
 class Scratch {

@@ -190,7 +190,8 @@ inline const T* row_start(const Matrix& matrix, int64_t S, int64_t row) {
     return static_cast<const T*>(matrix.data) + outer * matrix.stride_outer + (row - outer * S) * matrix.stride_inner;
 }
 
-constexpr int64_t kWorkPerThread = 32 * 1024;  // fewer elements do not repay waking a thread
+constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;  // a larger gradient does not stay in the cache anyway
+constexpr int64_t kWorkPerThread = 32 * 1024;         // fewer elements do not repay waking a thread
 
 inline int useful_threads(int64_t elements, int threads) {
     return int(std::clamp<int64_t>(elements / kWorkPerThread, 1, std::max(threads, 1)));

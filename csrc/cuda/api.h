@@ -24,7 +24,6 @@ void row_loss(const RowLossArgs&, const LaunchOptions&);
 void scale_rows(const ScaleRowsArgs&, const LaunchOptions&);
 void confidence_forward(const ConfidenceArgs&, const LaunchOptions&);
 void confidence_backward(const ConfidenceArgs&, const LaunchOptions&);
-void feature_forward(const FeatureArgs&, const LaunchOptions&);
-void feature_backward(const FeatureArgs&, const LaunchOptions&);
+void features(const FeatureArgs&, const LaunchOptions&);
 
 }  // namespace camkd::cuda

@@ -19,22 +19,13 @@ struct BatchLaunch {
     BatchOutput batch;
 };
 
-// The sum over the block, valid in thread 0 only. Warps are added in order, so the bits do not depend on the schedule.
-CAMKD_DEVICE float block_sum(float x) {
-    float* const parts = reinterpret_cast<float*>(shared_memory());
-    x = warp_sum(x);
-    if (thread_id() % kWarp == 0) parts[thread_id() / kWarp] = x;
-    block_barrier();
-    float sum = 0;
-    for (int warp = 0; thread_id() == 0 && warp < block_threads() / kWarp; ++warp) sum += parts[warp];
-    return sum;
+CAMKD_DEVICE float* of_warps() {
+    return reinterpret_cast<float*>(shared_memory());
 }
 
 CAMKD_KERNEL(kBatchThreads, 1)
 batch_count_kernel(CAMKD_PARAMETER BatchLaunch launch) {
-    int kept = 0;
-    for (int64_t n = thread_id(); n < launch.N; n += block_threads()) kept += launch.target[n] != launch.ignore_index;
-    const float count = block_sum(float(kept));
+    const float count = valid_rows(launch.N, launch.target, launch.ignore_index, of_warps());
     if (thread_id() == 0) launch.batch.others[2] = launch.batch.counts ? inverse_of(count) : launch.batch.factor;
 }
 
@@ -45,7 +36,7 @@ batch_sum_kernel(CAMKD_PARAMETER BatchLaunch launch) {
     const float* const stats = launch.row_stats + i * launch.N;
     float sum = 0;
     for (int64_t n = thread_id(); n < launch.N; n += block_threads()) sum += stats[n];
-    sum = block_sum(sum);
+    sum = block_sum(sum, of_warps());
     if (thread_id() == 0) write_number(launch.batch, i, sum * launch.batch.others[2]);
 }
 

@@ -12,8 +12,8 @@ namespace camkd::cuda {
 
 // Where the blocks of a launch meet; 0 between two launches.
 struct BatchCounters {
-    unsigned long long counted;   // blocks that have counted their labels, times 2^40, plus the labels that are kept
-    unsigned long long finished;  // blocks that have written their sums
+    unsigned long long counted;  // blocks that have counted their labels, times 2^40, plus the labels that are kept
+    uint32_t finished;           // blocks that have written their sums
 };
 constexpr int kCountBits = 40;
 
@@ -23,6 +23,24 @@ BatchCounters* counters_for(const LaunchOptions&);
 
 CAMKD_DEVICE float inverse_of(float count) {
     return 1.0f / fmaxf(count, 1.0f);
+}
+
+// The sum over the block, valid in thread 0 only. Warps are added in order, so the bits do not depend on the schedule.
+// `of_warps`: shared memory for one number per warp.
+CAMKD_DEVICE float block_sum(float x, float* of_warps) {
+    x = warp_sum(x);
+    if (thread_id() % kWarp == 0) of_warps[thread_id() / kWarp] = x;
+    block_barrier();
+    float sum = 0;
+    for (int warp = 0; thread_id() == 0 && warp < block_threads() / kWarp; ++warp) sum += of_warps[warp];
+    return sum;
+}
+
+// The number of labels that are not ignored, by one block, valid in thread 0 only.
+CAMKD_DEVICE float valid_rows(int64_t N, const int64_t* target, int64_t ignore_index, float* of_warps) {
+    int kept = 0;
+    for (int64_t n = thread_id(); n < N; n += block_threads()) kept += target[n] != ignore_index;
+    return block_sum(float(kept), of_warps);
 }
 
 // By one warp: how many of `count` labels from `first` on are not ignored.
@@ -63,7 +81,6 @@ CAMKD_DEVICE void write_number(const BatchOutput& batch, int i, float value) {
 struct alignas(Pack) BatchScalars {
     float factor;      // of the numbers of the minibatch
     float grad_scale;  // of the gradient, this factor included
-    bool last;         // this block has finished last
 };
 
 // By a whole block, in its last step. `part(p, i)` is the sum of loss, hard or soft over rows of this block, for p <
@@ -82,11 +99,8 @@ CAMKD_DEVICE void add_up_blocks(const RowLossArgs& args, BatchCounters* counters
             for (int p = 0; p < parts; ++p) sum += part(p, lane);
             sums[block_id() * numbers + lane] = sum;
         }
-        warp_barrier();
-        if (lane == 0) scalars->last = arrive_device(&counters->finished) + 1 == (unsigned long long)(block_count());
     }
-    block_barrier();
-    if (!scalars->last) return;
+    if (!last_block(&counters->finished)) return;
     const float factor = scalars->factor;
     for (int i = warp; i < numbers; i += warps) {
         float total = 0;
@@ -97,7 +111,7 @@ CAMKD_DEVICE void add_up_blocks(const RowLossArgs& args, BatchCounters* counters
     }
     if (thread_id() == 0) {
         args.batch.others[2] = factor;
-        *counters = {0, 0};
+        counters->counted = 0;
     }
 }
 

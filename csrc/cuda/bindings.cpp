@@ -10,6 +10,8 @@ namespace {
 
 using namespace camkd::arguments;
 
+using Scale = std::tuple<float, uintptr_t>;  // a number, and the address of another factor or 0
+
 void check_columns(int64_t C) {
     if (C > kMostColumns)
         throw std::invalid_argument("at most " + std::to_string(kMostColumns) + " columns, got " + std::to_string(C));
@@ -37,11 +39,12 @@ void py_scale_rows(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtyp
 }
 
 void py_confidence_forward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
-                           int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse, bool debug,
-                           uintptr_t stream) {
+                           int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse,
+                           uintptr_t inverse_valid, bool debug, uintptr_t stream) {
     check_columns(std::get<1>(shape));
-    confidence_forward(confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse),
-                       options_of(stream, debug));
+    ConfidenceArgs args = confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse);
+    args.inverse_valid = pointer<float>(inverse_valid);
+    confidence_forward(args, options_of(stream, debug));
 }
 
 void py_confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target, uintptr_t lse,
@@ -50,17 +53,13 @@ void py_confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& 
     confidence_backward(confidence_backward_args(shape, logits, target, lse, grad_ce, grads), options_of(stream));
 }
 
-void py_feature_forward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                        const std::vector<MatrixTuple>& teacher, uintptr_t error, uintptr_t stream) {
-    for (int64_t width : M) check_columns(width);
-    feature_forward(feature_forward_args(N, M, student, teacher, error), options_of(stream));
-}
-
-void py_feature_backward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                         const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
-                         const std::vector<uintptr_t>& grads, uintptr_t stream) {
-    for (int64_t width : M) check_columns(width);
-    feature_backward(feature_backward_args(N, M, student, teacher, grad_error, grads), options_of(stream));
+void py_features(int64_t N, const std::vector<MapPair>& pairs, const Weights& weights, uintptr_t error, uintptr_t loss,
+                 const std::vector<uintptr_t>& grads, const Scale& scale, const Scale& grad_scale, uintptr_t stream) {
+    FeatureArgs args = feature_args(N, pairs, weights, error, loss, grads, std::get<0>(scale), std::get<0>(grad_scale));
+    for (int k = 0; k < args.K; ++k) check_columns(values_of(args, k));
+    args.scale_device = pointer<const float>(std::get<1>(scale));
+    args.grad_scale_device = pointer<const float>(std::get<1>(grad_scale));
+    features(args, options_of(stream));
 }
 
 }  // namespace
@@ -72,8 +71,7 @@ void add_bindings(pybind11::module_& m) {
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);
     m.def("cuda_confidence_backward", &py_confidence_backward);
-    m.def("cuda_feature_forward", &py_feature_forward);
-    m.def("cuda_feature_backward", &py_feature_backward);
+    m.def("cuda_features", &py_features);
 }
 
 }  // namespace camkd::cuda

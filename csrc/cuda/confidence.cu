@@ -37,7 +37,7 @@ RowGrid grid_of(Plan& plan, int64_t rows) {
 }  // namespace
 
 void confidence_forward(const ConfidenceArgs& args, const LaunchOptions& options) {
-    if (args.N == 0) return;
+    if (args.N == 0 && !args.inverse_valid) return;
     Plan plan = plan_of(args, options, false);
     with_element(plan.dtype, plan.mixed, [&](auto element) {
         using T = decltype(element);

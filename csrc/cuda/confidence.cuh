@@ -3,6 +3,7 @@
 #pragma once
 
 #include "api.h"
+#include "batch_mean.cuh"
 #include "exponentials.cuh"
 #include "launch_table.h"
 #include "rows.cuh"
@@ -60,6 +61,12 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
     const int warps = group.members / kWarp, warp = group.member / kWarp, lane = thread_id() % kWarp;
     ConfidenceRow& shared =
         reinterpret_cast<ConfidenceRow*>(shared_memory())[launch.warp_per_row ? thread_id() / kWarp : 0];
+    if (args.inverse_valid && block_id() == 0) {
+        float* const of_warps = reinterpret_cast<float*>(shared_memory());
+        const float count = valid_rows(args.N, args.target, args.ignore_index, of_warps);
+        if (thread_id() == 0) *args.inverse_valid = inverse_of(count);
+        block_barrier();  // `of_warps` has been read before rows overwrite it
+    }
     for (int64_t n = group.index; n < args.N; n += group.count) {
         const int64_t y = args.target[n];
         const bool kept = y != args.ignore_index, label_valid = y >= 0 && y < launch.C;

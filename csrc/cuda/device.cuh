@@ -193,17 +193,23 @@ CAMKD_DEVICE void store_pack(void* global, Pack p) {
                  : "memory");
 }
 
-// Numbers in device memory by which the blocks of a launch meet. `arrive_device` counts this thread's block, makes what
-// the block wrote before (and a barrier ordered before this thread) visible to whoever arrives later, and returns how
-// many arrived before.
+// Counts the block's arrival at the end of its work; true for the last of the grid, which sets the counter back to 0
+// and sees what all blocks have written. Called by all threads.
+CAMKD_DEVICE bool last_block(uint32_t* arrivals) {
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+        uint32_t before;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+        last = before + 1 == gridDim.x;
+        if (last) *arrivals = 0;
+    }
+    return __syncthreads_or(last) != 0;
+}
+
+// A number in device memory by which the blocks of a launch meet; and how such numbers are read, past the caches.
 CAMKD_DEVICE void add_device(unsigned long long* at, unsigned long long x) {
     atomicAdd(at, x);
-}
-CAMKD_DEVICE unsigned long long arrive_device(unsigned long long* at) {
-    __threadfence();
-    const unsigned long long before = atomicAdd(at, 1ull);
-    __threadfence();
-    return before;
 }
 template <class Number>
 CAMKD_DEVICE Number read_device(const Number* at) {

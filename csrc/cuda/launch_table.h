@@ -247,4 +247,34 @@ inline RowGrid row_grid(int64_t rows, int64_t columns, int vector, const Limits&
     return g;
 }
 
+// The feature maps: a warp or a block per sample, or several blocks where samples are few and large.
+struct FeatureGrid {
+    int threads;
+    int64_t blocks;
+    bool warp_per_row;
+    int parts;  // of each sample
+};
+
+// Elements of a step of the feature kernel: one access of 16 bytes in 16-bit types, two in float.
+constexpr int kFeatureStep = 8;
+// Blocks per multiprocessor below which samples are divided: three are resident, and one more evens out the last wave.
+constexpr int kFeatureBlocks = 4;
+constexpr int kFeaturePartSteps = 2;  // fewest steps per thread of a part
+
+// `items`: samples of all K teachers. `widest`: their most values. `scratch`: room for partial errors.
+inline FeatureGrid feature_grid(int64_t items, int64_t widest, int64_t scratch, const Limits& limits) {
+    FeatureGrid g{};
+    g.threads = limits.block_threads;
+    g.parts = 1;
+    g.warp_per_row = widest <= int64_t(kWarpRowVectors) * kWarpThreads * kFeatureStep;
+    if (!g.warp_per_row) {
+        const int64_t wanted = int64_t(limits.multiprocessors) * kFeatureBlocks / items;
+        const int64_t possible = widest / (int64_t(g.threads) * kFeatureStep * kFeaturePartSteps);
+        g.parts = int(std::max<int64_t>(1, std::min({wanted, possible, scratch / items})));
+    }
+    const int64_t groups = g.warp_per_row ? ceil_div(items, g.threads / kWarpThreads) : items * g.parts;
+    g.blocks = std::min<int64_t>(groups, int64_t(limits.multiprocessors) * kBlocksPerMultiprocessor);
+    return g;
+}
+
 }  // namespace camkd::cuda

@@ -20,6 +20,8 @@ namespace camkd::arguments {
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;  // address, outer and inner row stride, dtype code
 using Shape = std::tuple<int64_t, int64_t, int64_t>;               // N, C, S of Matrix
 using Weights = std::tuple<uintptr_t, int64_t, int64_t>;           // address and strides of (K, N) weights, or zeros
+using MapTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;  // address, strides of n, p and q, dtype code
+using MapPair = std::tuple<std::tuple<int64_t, int64_t>, MapTuple, MapTuple>;  // (P, Q), student, teacher
 
 template <class T>
 inline T* pointer(uintptr_t address) {
@@ -28,6 +30,11 @@ inline T* pointer(uintptr_t address) {
 
 inline Matrix matrix(const MatrixTuple& m) {
     return {pointer<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), static_cast<DType>(std::get<3>(m))};
+}
+
+inline FeatureMap feature_map(const MapTuple& m) {
+    return {pointer<const void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m),
+            static_cast<DType>(std::get<4>(m))};
 }
 
 inline int fill(const std::vector<MatrixTuple>& from, Matrix* to, size_t most) {
@@ -136,31 +143,28 @@ inline ConfidenceArgs confidence_backward_args(const Shape& shape, const std::ve
     return args;
 }
 
-inline FeatureArgs feature_args(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                                const std::vector<MatrixTuple>& teacher) {
+// `weights` may be 0, and so may `error`, `loss` and the gradients, which are not written then.
+inline FeatureArgs feature_args(int64_t N, const std::vector<MapPair>& pairs, const Weights& weights, uintptr_t error,
+                                uintptr_t loss, const std::vector<uintptr_t>& grads, float scale, float grad_scale) {
     FeatureArgs args{};
+    if (pairs.size() > kMaxTeachers)
+        throw std::invalid_argument("at most " + std::to_string(kMaxTeachers) + " pairs, got " +
+                                    std::to_string(pairs.size()));
     args.N = N;
-    args.K = fill(student, args.student, kMaxTeachers);
-    fill(teacher, args.teacher, kMaxTeachers);
-    for (int k = 0; k < args.K; ++k) args.M[k] = M.at(k);
-    return args;
-}
-
-inline FeatureArgs feature_forward_args(int64_t N, const std::vector<int64_t>& M,
-                                        const std::vector<MatrixTuple>& student,
-                                        const std::vector<MatrixTuple>& teacher, uintptr_t error) {
-    FeatureArgs args = feature_args(N, M, student, teacher);
+    args.K = int(pairs.size());
+    for (int k = 0; k < args.K; ++k) {
+        std::tie(args.P[k], args.Q[k]) = std::get<0>(pairs[k]);
+        args.student[k] = feature_map(std::get<1>(pairs[k]));
+        args.teacher[k] = feature_map(std::get<2>(pairs[k]));
+        args.grads[k] = grads.empty() ? nullptr : pointer<void>(grads.at(k));
+    }
+    args.weights = pointer<const float>(std::get<0>(weights));
+    args.weight_stride_k = std::get<1>(weights);
+    args.weight_stride_n = std::get<2>(weights);
     args.error = pointer<float>(error);
-    return args;
-}
-
-inline FeatureArgs feature_backward_args(int64_t N, const std::vector<int64_t>& M,
-                                         const std::vector<MatrixTuple>& student,
-                                         const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
-                                         const std::vector<uintptr_t>& grads) {
-    FeatureArgs args = feature_args(N, M, student, teacher);
-    args.grad_error = pointer<const float>(grad_error);
-    for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));
+    args.loss = pointer<float>(loss);
+    args.scale = scale;
+    args.grad_scale = grad_scale;
     return args;
 }
 

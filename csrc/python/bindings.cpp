@@ -47,19 +47,11 @@ void confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& log
     kernels().confidence_backward(args, threads);
 }
 
-void feature_forward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                     const std::vector<MatrixTuple>& teacher, uintptr_t error, int threads) {
-    const FeatureArgs args = feature_forward_args(N, M, student, teacher, error);
+void features(int64_t N, const std::vector<MapPair>& pairs, const Weights& weights, uintptr_t error, uintptr_t loss,
+              const std::vector<uintptr_t>& grads, float scale, float grad_scale, int threads) {
+    const FeatureArgs args = feature_args(N, pairs, weights, error, loss, grads, scale, grad_scale);
     py::gil_scoped_release release;
-    kernels().feature_forward(args, threads);
-}
-
-void feature_backward(int64_t N, const std::vector<int64_t>& M, const std::vector<MatrixTuple>& student,
-                      const std::vector<MatrixTuple>& teacher, uintptr_t grad_error,
-                      const std::vector<uintptr_t>& grads, int threads) {
-    const FeatureArgs args = feature_backward_args(N, M, student, teacher, grad_error, grads);
-    py::gil_scoped_release release;
-    kernels().feature_backward(args, threads);
+    kernels().features(args, threads);
 }
 
 // (number of labels that are not ignore_index, whether one of them is outside [0, C), that label)
@@ -84,8 +76,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("scale_rows", &scale_rows);
     m.def("confidence_forward", &confidence_forward);
     m.def("confidence_backward", &confidence_backward);
-    m.def("feature_forward", &feature_forward);
-    m.def("feature_backward", &feature_backward);
+    m.def("features", &features);
     m.def("count_labels", &label_counts);
     m.def("instruction_set", [] { return kernels().name; });
     m.attr("MAX_TEACHERS") = kMaxTeachers;
@@ -94,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("DTYPES") = exported(kDTypeNames);
     m.attr("WEIGHTINGS") = exported(kWeightingNames);
     m.attr("RECYCLED_BYTES") = kRecycledBytes;
+    m.attr("FEATURE_PARTS") = kFeatureParts;
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
         .def(py::init<size_t>())
         .def_buffer([](OutputMemory& memory) {

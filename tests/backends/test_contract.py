@@ -35,8 +35,8 @@ def test_signatures(name, function):
     assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in wanted]
 
 
-def test_six_functions():
-    assert len(FUNCTIONS) == 6
+def test_seven_functions():
+    assert len(FUNCTIONS) == 7
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -10,8 +10,12 @@ import torch
 from tests.support.backends import WITHOUT_MODULE
 from tests.support.cases import poisoned_slice
 from tests.support.op_contract import (
+    LAYOUT_PAIRS,
     assert_confidence,
     assert_confidence_edges,
+    assert_counts_valid_rows,
+    assert_feature_layouts,
+    assert_feature_loss,
     assert_features,
     assert_scales_rows,
 )
@@ -46,6 +50,25 @@ def test_features(mixed: bool) -> None:
     if mixed:
         student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
     assert_features(cpu, student, teachers)
+
+
+@pytest.mark.parametrize(("first", "second"), LAYOUT_PAIRS)
+def test_feature_layouts(first: str, second: str) -> None:
+    assert_feature_layouts(cpu, first, second)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_gradient_beyond_the_cache(dtype: torch.dtype) -> None:
+    """Large enough for stores that bypass it, at addresses of any alignment."""
+    student = [torch.randn(3, size).to(dtype) for size in (700_000, 1003)]
+    teachers = [torch.randn_like(r) for r in student]
+    student[0][1] = float("nan")
+    assert_feature_loss(cpu, student, teachers)
+    assert_feature_loss(cpu, [r[:, 1:] for r in student], [f[:, 1:] for f in teachers])
+
+
+def test_confidence_counts_valid_rows() -> None:
+    assert_counts_valid_rows(cpu, 10)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])

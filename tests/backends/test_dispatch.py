@@ -92,6 +92,14 @@ def test_auto_on_a_gpu_takes_triton_until_a_measurement_says_otherwise(gpu_logit
         assert dispatch.choose("auto", [gpu_logits])[0] == "triton"
 
 
+def test_auto_on_a_gpu_takes_cuda_for_feature_maps(gpu_logits, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PREFERRED", ())
+    assert dispatch.choose("auto", [gpu_logits], maps=True)[0] == "cuda"
+    monkeypatch.setattr(dispatch, "availability", lambda name: dispatch.Availability(name != "cuda", "absent"))
+    name, reason = dispatch.choose("auto", [gpu_logits], maps=True)
+    assert name == "triton" and "cuda: absent" in reason
+
+
 def test_a_measurement_counts_from_its_fewest_to_its_most_classes(gpu_logits, monkeypatch):
     monkeypatch.setattr(dispatch, "CUDA_PREFERRED", (((9, 0), 512, 2048),))
 

@@ -20,6 +20,8 @@ from tests.support.op_contract import (
     assert_a_factor_of_1_writes_nothing,
     assert_confidence,
     assert_confidence_edges,
+    assert_counts_valid_rows,
+    assert_feature_layouts,
     assert_feature_module,
     assert_features,
     assert_scales_rows,
@@ -337,6 +339,18 @@ def test_features() -> None:
     student = [torch.randn(3, 100), torch.randn(3, 4100).to(BF16), torch.randn(3, 40)[:, :33]]
     teachers = [torch.randn(3, 100).to(F16), torch.randn(3, 4100), torch.randn(3, 33)]
     assert_features(kernels, student, teachers, truncated)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("contiguous",) * 2, ("channels_last",) * 2, ("channels_last", "contiguous"), ("columns", "expanded")],
+)
+def test_feature_layouts(first: str, second: str) -> None:
+    assert_feature_layouts(kernels, first, second, truncated)
+
+
+def test_confidence_counts_valid_rows() -> None:
+    assert_counts_valid_rows(kernels, 10)
 
 
 def test_feature_loss_module() -> None:

@@ -30,7 +30,9 @@ REPRESENTATIVE = [
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
     Shape("feature_forward", 4096, 1, "float32"),
-    Shape("feature_backward", 4096, 1, "float32"),
+    Shape("feature_backward", 4096, 3, "float32"),
+    Shape("feature_loss", 1000, 3, "bfloat16", scale_on_device=True),
+    Shape("feature_loss", 1001, 2, "float32", teacher_dtype="bfloat16"),
     Shape("scale_rows", 1000, 1, "bfloat16"),
     Shape("scale_all", 100, 1, "float16"),
     Shape("batch_scale", 100, 1, N=64),
@@ -64,7 +66,8 @@ def _exhaustive() -> list[Shape]:
             shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5))
             for op in ("confidence_forward", "confidence_backward"):
                 shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
-            shapes += [Shape(op, C, 1, dtype) for op in ("feature_forward", "feature_backward", "scale_rows")]
+            shapes += [Shape(op, C, K, dtype) for op in ("feature_forward", "feature_loss") for K in (1, 3, 16)]
+            shapes += [Shape(op, C, 1, dtype) for op in ("feature_backward", "scale_rows")]
     return shapes
 
 
@@ -80,6 +83,8 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
     aligned = 1 if shape.layout == "shifted" else min(shape.C & -shape.C, 8)
     expected = min(128, aligned * bits)
     tensors = shape.K + 1 if shape.op == "row_loss" else shape.K if shape.op.startswith("confidence") else 1
+    if shape.op.startswith("feature"):
+        tensors = 2 * shape.K
     if shape.op == "scale_all" or (shape.op == "scale_rows" and shape.N == 1):
         expected = 128
     if not shape.teacher_dtype:
@@ -110,8 +115,10 @@ def test_batch_size_and_width_do_not_recompile() -> None:
     batches = [Shape("row_loss", 1000, 1, N=N, temperature=1.0) for N in (1, 2, 7, 16, 64)]
     widths = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (32000, 128256, 65528)]
     odd = [Shape("row_loss", C, 1, temperature=1.0, N=2) for C in (21841, 65537)]
-    kernels = compile_all([*batches, *widths, *odd], [90])
-    keys = [kernel.key for _, _, kernel in kernels]
+    maps = [Shape("feature_loss", M, 2, N=N) for M, N in ((1000, 1), (1000, 2), (4096, 16), (100352, 64))]
+    kernels = compile_all([*batches, *widths, *odd, *maps], [90])
+    *keys, a, b, c, d = (kernel.key for _, _, kernel in kernels)
+    assert a == b == c == d
     assert len(set(keys[:5])) == 1
     assert len(set(keys[5:8])) == 1
     assert len(set(keys[8:])) == 1

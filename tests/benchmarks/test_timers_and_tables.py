@@ -249,8 +249,11 @@ def test_loss_suites(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_other_suites(tmp_path: Path) -> None:
     printed = run_suites(tmp_path, "feature_loss", "loaders", "train_step")
-    features = check_rows(tmp_path, "feature_loss", ["floor_bytes", "times", "over", "share_of_copy"])
-    assert [set(row["over"]) for row in features["rows"]] == [{"eager", "compile"}] * 2
+    features = check_rows(tmp_path, "feature_loss", ["floor_bytes", "times", "over", "share_of_copy", "grad"])
+    assert [set(row["over"]) for row in features["rows"]] == [{"eager", "compile"}] * 16
+    assert all(row["grad"]["floor_bytes"] < row["floor_bytes"] for row in features["rows"])
+    assert all(set(row["times"]["camkd"]["grad"]) >= {"p50_ms", "host_us", "peak_bytes"} for row in features["rows"])
+    assert "value + gradient over compile" in printed
     assert len(check_rows(tmp_path, "loaders", ["images_per_second", "speed_up"])["rows"]) == 5
     steps = check_rows(tmp_path, "train_step", ["p50_ms", "images_per_second", "speed_up", "loss_share"])
     assert statistics.fmean(row["speed_up"] for row in steps["rows"]) > 1

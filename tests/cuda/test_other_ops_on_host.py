@@ -5,14 +5,20 @@ test_row_loss_on_host.py describes how.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
 from tests.support.cases import poisoned_slice
 from tests.support.op_contract import (
+    LAYOUT_PAIRS,
     assert_a_factor_of_1_writes_nothing,
     assert_confidence,
     assert_confidence_edges,
+    assert_counts_valid_rows,
+    assert_feature_layouts,
+    assert_feature_loss,
     assert_feature_module,
     assert_features,
     assert_scales_rows,
@@ -21,7 +27,7 @@ from tests.support.op_contract import (
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
 from camkd_fast.backends import cuda as cuda_backend
-from tests.cuda.host.on_host import cuda_on_the_host, emulated
+from tests.cuda.host.on_host import cuda_on_the_host, emulated, limit
 
 __all__ = ["cuda_on_the_host", "emulated"]
 
@@ -53,6 +59,36 @@ def test_features(mixed: bool) -> None:
     if mixed:
         student[1], teachers[0] = student[1].to(BF16), teachers[0].to(F16)
     assert_features(cuda_backend, student, teachers)
+
+
+@pytest.mark.parametrize(("first", "second"), LAYOUT_PAIRS)
+def test_feature_layouts(first: str, second: str) -> None:
+    assert_feature_layouts(cuda_backend, first, second)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["last block", "second launch"])
+@pytest.mark.parametrize("multiprocessors", [2, 64], ids=["whole samples", "parts"])
+def test_feature_loss(emulated: ModuleType, multiprocessors: int, separate: bool) -> None:
+    """Large samples, by one block or several each; added up by a second launch or by the last block."""
+    limit(emulated, multiprocessors=multiprocessors)
+    emulated.set_grid(False, separate)
+    student = [torch.randn(3, size) for size in (5000, 2101, 40)]
+    teachers = [torch.randn_like(r).to(BF16) for r in student]
+    student[0][1] = NAN
+    assert_feature_loss(cuda_backend, student, teachers)
+    student, teachers = [torch.randn(2, 3, 70, 40)], [torch.randn(2, 3, 40, 70).transpose(2, 3)]
+    assert_feature_loss(cuda_backend, student, teachers)
+    emulated.set_grid(False, False)
+
+
+def test_no_samples() -> None:
+    result = cuda_backend.feature_loss([torch.ones(0, 5)], [torch.ones(0, 5)], torch.ones(1, 0), needs_grad=True)
+    assert result.loss == 0 and result.error.shape == (1, 0) and result.grads[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("C", [10, 3000])
+def test_confidence_counts_valid_rows(C: int) -> None:
+    assert_counts_valid_rows(cuda_backend, C)
 
 
 def test_feature_loss_module() -> None:

@@ -9,6 +9,7 @@ import torch
 from camkd_fast import (
     CAMKDFeatureLoss,
     CAMKDLoss,
+    camkd_feature_loss_and_grad,
     camkd_loss,
     camkd_loss_and_grad,
     confidence_weights,
@@ -224,6 +225,41 @@ def test_weighted_feature_loss(changes, error, fragments, backend):
         "backend": backend,
     }
     refuse(weighted_feature_loss, error, fragments, **(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "fragments"),
+    [
+        ({"student_features": [1.0, 2.0]}, TypeError, ["student_features[0]", "float"]),
+        ({"teacher_features": teachers(*FEATURES[::-1])}, ValueError, ["(4, 6, 3, 3)", "(4, 8, 2, 2)"]),
+        ({"teacher_features": [torch.randn(s, requires_grad=True) for s in FEATURES]}, ValueError, ["[0]", "grad"]),
+        ({"logits": None}, ValueError, ["logits is None", "2 tensors"]),
+        ({"logits": teachers((4, 10))}, ValueError, ["logits holds 1", "student_features holds 2"]),
+        ({"logits": teachers((4, 10), (4, 11))}, ValueError, ["logits[1]", "11", "10"]),
+        ({"target": torch.tensor([1, 2])}, ValueError, ["(2,)", "(4,)"]),
+        ({"target": torch.tensor([1, 2, 3, 10])}, ValueError, ["label 10", "10 classes"]),
+        ({"target": torch.tensor([1.0, 2, 3, 4])}, TypeError, ["int64", "float32"]),
+        ({"weighting": "entropy"}, ValueError, ["'uniform'", "'entropy'"]),
+        ({"weighting": torch.ones(3)}, ValueError, ["(3,)", "(2,) or (2, 4)"]),
+        ({"weighting": torch.ones(2, dtype=torch.int64)}, TypeError, ["weighting", "int64"]),
+        ({"beta": float("nan")}, ValueError, ["beta", "nan"]),
+        ({"loss_scale": torch.ones(2)}, ValueError, ["loss_scale", "(2,)"]),
+        ({"num_items": 0}, ValueError, ["num_items", "0"]),
+        ({"num_items": 3, "reduction": "sum"}, ValueError, ["num_items", "'sum'"]),
+        ({"reduction": "max"}, ValueError, ["'mean'", "'max'"]),
+        ({"ignore_index": 1.5}, TypeError, ["ignore_index", "float"]),
+        ({"backend": "gpu"}, ValueError, ["'reference'", "'gpu'"]),
+    ],
+)
+def test_feature_loss_and_grad(changes, error, fragments, backend):
+    given = {
+        "student_features": teachers(*FEATURES),
+        "teacher_features": teachers(*FEATURES),
+        "logits": teachers((4, 10), (4, 10)),
+        "target": torch.tensor([1, 2, 3, 4]),
+        "backend": backend,
+    }
+    refuse(camkd_feature_loss_and_grad, error, fragments, **(given | changes))
 
 
 def test_feature_module():

@@ -74,6 +74,18 @@ def test_opcheck_feature_error(format, backend):
     torch.library.opcheck(OPS.feature_error_backward.default, (student, teachers, torch.randn(2, 3), backend))
 
 
+@pytest.mark.parametrize(
+    "scales", [(None, None), (torch.tensor([0.5]), torch.tensor([8.0]))], ids=["numbers", "tensors"]
+)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_opcheck_feature_loss(format, scales, backend):
+    shapes = [(3, 4, 2, 5), (3, 6, 3, 3)]
+    student = [torch.randn(s).contiguous(memory_format=format) for s in shapes]
+    teachers = [torch.randn(s).bfloat16() for s in shapes]
+    arguments = (student, teachers, torch.rand(2, 3), *scales, [0.5, 8.0], backend)
+    torch.library.opcheck(OPS.feature_loss.default, arguments)
+
+
 def test_every_registered_op_is_checked():
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("camkd_fast::")
@@ -84,6 +96,7 @@ def test_every_registered_op_is_checked():
         "confidence_weights_backward",
         "feature_error",
         "feature_error_backward",
+        "feature_loss",
         "min_norm_weights",  # checked in test_min_norm.py; registered when losses.min_norm is imported
     }
     assert registered >= checked - {"min_norm_weights"} and registered <= checked

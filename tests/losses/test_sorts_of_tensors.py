@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from camkd_fast import (
     CAMKDFeatureLoss,
     CAMKDLoss,
+    camkd_feature_loss_and_grad,
     camkd_loss,
     camkd_loss_and_grad,
     confidence_weights,
@@ -68,8 +69,14 @@ def feature(student, first, second, other, weights, **_):
     return weighted_feature_loss([student, other], [first, second], weights, reduction="none")
 
 
-FUNCTIONS = {function.__name__: function for function in (mean, rows, per_items, value_and_grad, confidence, feature)}
-DIFFERENTIABLE = [name for name in FUNCTIONS if name != "value_and_grad"]
+def feature_and_grad(student, first, second, other, target, weights, **_):
+    given = [student, other], [first, second], None, target
+    return camkd_feature_loss_and_grad(*given, weighting=weights, loss_scale=2.0)[1][0]
+
+
+ALL = (mean, rows, per_items, value_and_grad, confidence, feature, feature_and_grad)
+FUNCTIONS = {function.__name__: function for function in ALL}
+DIFFERENTIABLE = [name for name in FUNCTIONS if not name.endswith("and_grad")]
 USED = {
     "mean": ("student", "first", "target"),
     "rows": ("student", "second", "target", "weights"),
@@ -77,6 +84,7 @@ USED = {
     "value_and_grad": ("student", "first", "target"),
     "confidence": ("student", "first", "target"),
     "feature": ("student", "first", "weights"),
+    "feature_and_grad": ("student", "first", "target", "weights"),
 }
 EVERY_ARGUMENT = [(name, argument) for name, arguments in USED.items() for argument in arguments]
 

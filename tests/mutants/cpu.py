@@ -188,9 +188,26 @@ CHANGES = (
         Change("gradient of the first teacher's log-sum-exp", "args.lse[k * args.N + n]", "args.lse[n]"),
     ),
     *changes(
-        "csrc/cpu/elementwise.h",
-        FEATURES,
+        "csrc/cpu/features.h",
+        "tests/backends/test_cpu_functions.py",
         Change("feature gradient without the factor 2", "* 2.0f / float(M)", "/ float(M)"),
+        Change("a weight of 0 multiplies NaN", "return grad && weight != 0 ?", "return grad ?"),
+        Change("the error of a sample that does not count", "weight == 0 && !std::isfinite(error) ?", "false ?"),
+        Change(
+            "the strides of P alone",
+            "from[i * map.stride_p + j * map.stride_q];\n    } else {",
+            "from[j + i * width];\n    } else {",
+        ),
+        Change(
+            "stores past the cache at any address",
+            "streaming && reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0",
+            "streaming",
+        ),
+        Change("the loss without its scale", "float(total * double(args.scale))", "float(total)"),
+    ),
+    *changes(
+        "csrc/cpu/scale_rows.h",
+        FEATURES,
         Change(
             "one factor for all rows",
             "args.factor[n * args.factor_stride]",

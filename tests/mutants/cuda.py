@@ -159,7 +159,7 @@ CHANGES = (
     *changes(
         "csrc/cuda/batch_mean.cuh",
         f"{CALL}::test_every_reduction {CALL}::test_the_numbers_of_a_batch_do_not_depend_on_how_its_blocks_meet",
-        Change("counters keep their numbers", "*counters = {0, 0};", ""),
+        Change("counters keep their numbers", "counters->counted = 0;", ""),
         Change(
             "the arrival is not counted",
             "(1ull << kCountBits) + (unsigned long long)(mine)",
@@ -172,7 +172,9 @@ CHANGES = (
             "return all < 0 ? count_labels(args, 0, args.N) : all;",
             "return all < 0 ? mine : all;",
         ),
-        Change("the first block adds up", "+ 1 == (unsigned long long)(block_count());", "== 0;"),
+        Change(
+            "every block adds up", "if (!last_block(&counters->finished)) return;", "last_block(&counters->finished);"
+        ),
         Change("sums of one warp", "for (int p = 0; p < parts; ++p)", "for (int p = 0; p < 1; ++p)"),
     ),
     *changes(
@@ -223,13 +225,40 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/elementwise.cuh",
+        "csrc/cuda/features.cuh",
         f"{OTHERS} {RACES}",
         Change(
             "feature error without its second barrier",
             "group.barrier();  // all have read before the next item overwrites",
             "",
         ),
+        Change(
+            "a tile without its second barrier", "warp_barrier();  // all have read before the next tile overwrites", ""
+        ),
+        Change("the gradient's alignment", "(!part.out || before_boundary<R>(part.out) == r)", "true", tests=OTHERS),
+        Change(
+            "a coefficient of 0 multiplies NaN",
+            "return coefficient == 0 ? 0.0f : coefficient * difference;",
+            "return coefficient * difference;",
+            tests=OTHERS,
+        ),
+        Change("parts that do not begin at a step", "unit = dense ? kFeatureStep : 1", "unit = 1", equivalent="slower"),
+        Change(
+            "the last part only",
+            "for (int i = 1; i < launch.parts; ++i) error +=",
+            "for (int i = 1; i < launch.parts; ++i) error =",
+            tests=OTHERS,
+        ),
+        Change(
+            "errors of parts stay with the parts", "if (launch.parts > 1) args.error[item] = error;", "", tests=OTHERS
+        ),
+        Change(
+            "every block adds up", "launch.arrivals && last_block(launch.arrivals)", "launch.arrivals", tests=OTHERS
+        ),
+    ),
+    *changes(
+        "csrc/cuda/scale_rows.cuh",
+        f"{OTHERS} {RACES}",
         Change(
             "a factor of 1 writes",
             "&& args.factor[0] == 1.0f) return",
@@ -255,12 +284,12 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/batch_mean.cu",
+        "csrc/cuda/batch_mean.cuh",
         f"{ROWS}::test_means_of_narrow_rows",
         Change(
             "sum of the first warp",
-            "warp < block_threads() / kWarp; ++warp) sum += parts[warp];",
-            "warp < 1; ++warp) sum += parts[warp];",
+            "warp < block_threads() / kWarp; ++warp) sum += of_warps[warp];",
+            "warp < 1; ++warp) sum += of_warps[warp];",
         ),
     ),
     *changes(

@@ -4,6 +4,7 @@ from . import Change, changes
 
 FORMULAS = "tests/losses/test_formulas.py"
 FEATURES = "tests/losses/test_feature_loss.py"
+ONE_PASS = "tests/losses/test_feature_loss_and_grad.py"
 COMPILE = "tests/losses/test_compile.py"
 
 CHANGES = (
@@ -122,8 +123,8 @@ CHANGES = (
         ),
         Change(
             "the scale twice",
-            "return ScalePlan(_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)",
-            "return ScalePlan(_scale(inverse_divisor * factor, accumulation_dtype), factor, inverse_divisor)",
+            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)",
+            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), factor, inverse_divisor)",
             tests="tests/losses/test_scale_plan.py",
         ),
     ),
@@ -213,8 +214,8 @@ CHANGES = (
         f"{FEATURES} tests/losses/test_feature_module.py",
         Change(
             "mean over teachers and samples",
-            "return loss.sum() / max(loss.numel(), 1)",
-            "return loss.sum() / max(weights.numel(), 1)",
+            "scale = 1.0 / max(N, 1) if",
+            "scale = 1.0 / max(weights.numel(), 1) if",
         ),
         Change(
             "the feature module forgets ignore_index",
@@ -229,8 +230,8 @@ CHANGES = (
         ),
         Change(
             "num_items ignored in the feature loss",
-            "return kept.sum().clamp(min=1) if num_items is None else float(num_items)",
-            "return kept.sum().clamp(min=1)",
+            'divisor = Divisor("mean", num_items, self.ignore_index)',
+            'divisor = Divisor("mean", None, self.ignore_index)',
             tests="tests/losses/test_feature_module.py tests/train/test_feature_strategies.py",
         ),
         Change(
@@ -256,10 +257,25 @@ CHANGES = (
         "camkd_fast/losses/feature_op.py",
         FEATURES,
         Change(
-            "memory order of the teacher's own",
-            "s, t = (x.permute(order).flatten(1) for x in (student, teacher))",
-            "s, t = student.permute(order).flatten(1), teacher.flatten(1)",
+            "a retained feature graph is scaled in place",
+            "out = torch.empty_like(buffer) if retained else buffer",
+            "out = buffer",
+            tests=ONE_PASS,
         ),
+        Change(
+            "float16 gradients are stored without a loss scale",
+            "call.student[0].dtype != torch.float16:",
+            "True:",
+            tests=ONE_PASS,
+        ),
+        Change("the weights' gradient without the scale", "error * (grad_output * ctx.scale)", "error * grad_output"),
+    ),
+    *changes(
+        "camkd_fast/losses/feature_weights.py",
+        ONE_PASS,
+        Change("ignored samples weigh something", ".masked_fill(ignored, 0.0)", ""),
+        Change("equal weights of ignored samples", "(kept / K)", "((kept | ~kept) / K)"),
+        Change("the number of samples under num_items", "self.num_items is None", "True"),
     ),
     *changes(
         "camkd_fast/losses/checks.py",

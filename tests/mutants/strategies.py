@@ -62,7 +62,13 @@ CHANGES = (
             "with torch.autocast(student.features.device.type, enabled=False):",
             "if True:",
         ),
-        Change("hints without beta", "return self.beta * total /", "return total /"),
+        Change("hints without beta", "return FeatureTerm(self.beta * total /", "return FeatureTerm(total /"),
+        Change(
+            "gradients without beta",
+            'options = {"beta": self.beta,',
+            'options = {"beta": 1.0,',
+            tests="tests/train/test_step.py::test_gradient_is_that_of_the_differentiable_loss",
+        ),
     ),
     *changes(
         "camkd_fast/train/strategies/confidence.py",

@@ -175,8 +175,8 @@ CHANGES = (
         ),
         Change(
             "gradient of the feature loss not scaled",
-            "gradients.append(scale.reshape(()).to(term.loss.dtype))",
-            "gradients.append(torch.ones_like(term.loss))",
+            "target, num_items, scale)\n        logits",
+            "target, num_items, torch.ones_like(scale))\n        logits",
             tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
         Change(

@@ -133,12 +133,15 @@ CHANGES = (
     ),
     *changes(
         "kernels/features.py",
-        f"{TRITON}::test_features {TRITON}::test_feature_loss_module",
+        f"{TRITON}::test_features {TRITON}::test_feature_layouts {TRITON}::test_feature_loss_module",
+        Change("one stride for both", "teacher[k] + n * stride(stride_tn[k])", "teacher[k] + n * stride(stride_sn[k])"),
+        Change("the student's order for both", "p * stride_tp + q * stride_tq", "p * stride_sp + q * stride_sq"),
         Change(
-            "one stride for both",
-            "t_row = teacher + n * stride_tn * ALIGN\n    squares",
-            "t_row = teacher + n * stride_sn * ALIGN\n    squares",
+            "a coefficient of 0 multiplies NaN",
+            "tl.where(coefficient == 0, 0.0, coefficient * difference)",
+            "coefficient * difference",
         ),
+        Change("all samples count", "total += tl.where(weight == 0, 0.0, weight * mean)", "total += mean"),
     ),
     *changes(
         "kernels/batch_mean.py",
@@ -171,8 +174,8 @@ CHANGES = (
         f"{TRITON}::test_alignments {TRITON}::test_two_row_strides {TRITON}::test_matches_truth",
         Change(
             "row strides do not count for the alignment",
-            "bits |= outer | inner | tensor.shape[-1]",
-            "bits |= tensor.shape[-1]",
+            "numbers += (*_row_strides(tensor), tensor.shape[-1])",
+            "numbers += (tensor.shape[-1],)",
             tests=f"{TRITON}::test_row_strides_that_are_less_aligned_than_the_width",
         ),
     ),

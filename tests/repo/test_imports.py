@@ -17,10 +17,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 # What each part of the package may import besides itself: parts, or single modules of a part. The formula is a leaf of
-# `losses` that everybody may import, and the contract a leaf of `backends`.
-FORMULA, CONTRACT = "losses.formula", "backends.contract"
+# `losses` that everybody may import; contract and feature maps are leaves of `backends`.
+FORMULA, CONTRACT, MAPS = "losses.formula", "backends.contract", "backends.feature_maps"
 PARTS = {
-    "kernels": {FORMULA, CONTRACT},
+    "kernels": {FORMULA, CONTRACT, MAPS},
     "backends": {FORMULA, "_C", "kernels"},
     "losses": {"backends"},
     "models": set(),
@@ -34,10 +34,12 @@ PARTS = {
 }
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
-    "backends": ["contract", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__"],
+    "backends": [
+        "contract", "feature_maps", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__",
+    ],
     "losses": [
         "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry", "logit_op",
-        "confidence_op", "feature_op", "evaluate", "logit", "feature", "min_norm",
+        "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
     ],
 }  # fmt: skip
 

@@ -116,6 +116,7 @@ def test_public_names():
         "CAMKDFeatureLoss",
         "CAMKDLoss",
         "__version__",
+        "camkd_feature_loss_and_grad",
         "camkd_loss",
         "camkd_loss_and_grad",
         "confidence_weights",

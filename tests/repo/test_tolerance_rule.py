@@ -21,6 +21,7 @@ from tests.support.evaluate import run
 from tests.support.op_contract import (
     assert_confidence,
     assert_confidence_edges,
+    assert_feature_loss,
     assert_feature_module,
     assert_features,
     assert_scales_rows,
@@ -89,12 +90,23 @@ def faulty(function: Callable[..., Any], fault: Callable[[Tensor], Tensor]) -> C
     return wrong
 
 
+def faulty_gradients(function: Callable[..., Any], fault: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A feature_loss with a fault in its gradients."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        for grad in result.grads:
+            grad.copy_(fault(grad))
+        return result
+
+    return wrong
+
+
 def backend_with(**functions: Any) -> SimpleNamespace:
     """The reference, some of its functions replaced."""
-    names = ("row_loss", "scale_rows", "confidence_forward", "confidence_backward", "feature_forward")
-    return SimpleNamespace(
-        **{name: getattr(reference, name) for name in (*names, "feature_backward")} | functions,
-    )
+    names = ("row_loss", "scale_rows", "confidence_forward", "confidence_backward")
+    names += ("feature_loss", "feature_forward", "feature_backward")
+    return SimpleNamespace(**{name: getattr(reference, name) for name in names} | functions)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -168,6 +180,22 @@ def test_feature_contract_rejects_wrong_results(dtype, name, fault):
         assert_features(backend_with(**{name: faulty(getattr(reference, name), fault)}), student, teachers)
 
 
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("field", ["loss", "error", "grads"])
+def test_feature_loss_contract_rejects_wrong_results(field, fault):
+    student, teachers = ([torch.randn(3, width).bfloat16() for width in (100, 1300, 33)] for _ in range(2))
+    assert_feature_loss(backend_with(), student, teachers)
+    wrong = faulty_gradients(reference.feature_loss, fault)
+    if field != "grads":
+
+        def wrong(*args, **kwargs):
+            result = reference.feature_loss(*args, **kwargs)
+            return result._replace(**{field: fault(getattr(result, field))})
+
+    with pytest.raises(AssertionError, match="RMS error"):
+        assert_feature_loss(backend_with(feature_loss=wrong), student, teachers)
+
+
 def test_feature_contract_of_a_truncating_backend_rejects_a_wrong_gradient():
     bf16 = torch.bfloat16
     student, teachers = ([torch.randn(3, width).to(bf16) for width in (100, 1300, 33)] for _ in range(2))
@@ -187,11 +215,12 @@ def test_feature_contract_of_a_truncating_backend_rejects_a_wrong_gradient():
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="a build without the compiled module")
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("name", ["feature_backward", "confidence_backward"])
+@pytest.mark.parametrize("name", ["feature_loss", "confidence_backward"])
 def test_feature_module_contract_rejects_a_wrong_gradient(name, fault, monkeypatch):
     assert_feature_module("cpu")
     cpu = dispatch.backend_for("cpu", [torch.zeros(1)])
-    monkeypatch.setattr(cpu, name, faulty(getattr(cpu, name), fault))
+    wrong = faulty_gradients(cpu.feature_loss, fault) if name == "feature_loss" else faulty(getattr(cpu, name), fault)
+    monkeypatch.setattr(cpu, name, wrong)
     with pytest.raises(AssertionError, match="RMS difference"):
         assert_feature_module("cpu")
 

@@ -70,6 +70,7 @@ def check(backend: Any, N: int, C: int, K: int, dtypes: Sequence[Any], before: b
     grad = guarded(torch.randn(K, N), before)
     backend.confidence_backward(teachers, target, guarded(lse, before), grad)
     backend.feature_forward([student] * K, teachers)
+    backend.feature_loss([student] * K, teachers, grad, needs_grad=True)
     backend.feature_backward([student] * K, teachers, grad)
 
 

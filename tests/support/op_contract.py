@@ -13,6 +13,7 @@ from torch import Tensor
 
 from camkd_fast import CAMKDFeatureLoss
 from camkd_fast.backends import reference
+from camkd_fast.backends.feature_maps import gradient_strides
 from tests.support.tolerance import FEW, assert_accurate, assert_near, rms
 
 F32_EPS = torch.finfo(torch.float32).eps
@@ -63,6 +64,18 @@ def assert_confidence_edges(backend: Any) -> None:
     assert weights.tolist() == [[0.0, 1.0, 1.0]]
 
 
+def assert_counts_valid_rows(backend: Any, C: int) -> None:
+    """`inverse_valid` of confidence_forward, which leaves the results as they are."""
+    logits = [torch.randn(5, C) for _ in range(2)]
+    for ignored in (0, 2, 5):
+        target = torch.arange(5).masked_fill(torch.arange(5) < ignored, -100)
+        inverse = torch.full((1,), float("nan"))
+        results = backend.confidence_forward(logits, target, -100, inverse)
+        assert inverse == 1 / torch.tensor(max(5.0 - ignored, 1.0))
+        others = backend.confidence_forward(logits, target, -100)
+        assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
 def assert_features(
     backend: Any, student: list[Tensor], teachers: list[Tensor], rounding: Rounding = to_nearest
 ) -> None:
@@ -78,6 +91,73 @@ def assert_features(
     for r, ours, R, N in zip(student, grads, true, eager, strict=True):
         assert ours.dtype == r.dtype
         assert_accurate(ours, rounding(R, ours.dtype), rounding(N, ours.dtype), "gradient")
+
+
+# Memory formats of maps (N, D, H, W); each keeps the values. "every other" needs a copy: no two strides describe it.
+MAP_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "columns": lambda x: torch.cat([x, x * float("nan")], 3)[..., : x.shape[3]],
+    "samples": lambda x: torch.stack([x, x * float("nan")], 1).flatten(0, 1)[::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "every other": lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, ::2, ::2],
+}
+
+
+def assert_feature_loss(
+    backend: Any, student: list[Tensor], teachers: list[Tensor], rounding: Rounding = to_nearest
+) -> None:
+    """Loss, errors and gradients in one pass. The second sample of the first pair has weight 0, and may be NaN."""
+    exact = [x.double() for x in student], [x.double() for x in teachers]
+    narrow = [x.float() for x in student], [x.float() for x in teachers]
+    K, N = len(student), student[0].shape[0]
+    weights = torch.rand(N, K).t()
+    weights[0, 1] = 0.0
+    for scale, grad_scale, together in (
+        (0.25, 1.0, False),
+        (torch.tensor([0.25]), 8.0, True),
+        (3.0, torch.tensor([8.0]), False),
+    ):
+        options = {"needs_grad": True, "scale": scale, "grad_scale": grad_scale, "together": together}
+        ours = backend.feature_loss(student, teachers, weights, **options)
+        R, eager = (
+            reference.feature_loss(*maps, weights.to(dtype), **options)
+            for maps, dtype in ((exact, torch.float64), (narrow, torch.float32))
+        )
+        assert_accurate(ours.loss, R.loss, eager.loss, "loss", floor=4 * F32_EPS * float(R.loss))
+        assert_accurate(ours.error, R.error, eager.error, "error", floor=F32_EPS * rms(R.error))
+        for r, grad, true, other in zip(student, ours.grads, R.grads, eager.grads, strict=True):
+            assert (grad.dtype, grad.stride()) == (r.dtype, gradient_strides(r))
+            assert_accurate(grad, rounding(true, grad.dtype), rounding(other, grad.dtype), "gradient")
+        assert not ours.grads[0][1].any()
+        assert (ours.buffer is not None) == together
+        if together:
+            assert {grad.untyped_storage().data_ptr() for grad in ours.grads} == {ours.buffer.data_ptr()}
+            assert all(grad.data_ptr() % 16 == ours.buffer.data_ptr() % 16 for grad in ours.grads)
+    value = backend.feature_loss(student, teachers, weights, needs_grad=False, scale=3.0)
+    assert not value.grads
+    assert_near(value.loss, ours.loss)  # other bits where only the gradient is unaligned
+    assert_near(value.error, ours.error)
+
+
+# All formats for both, and each beside a contiguous and a channels_last map.
+LAYOUT_PAIRS = sorted(
+    {(name, name) for name in MAP_LAYOUTS}
+    | {pair for name in MAP_LAYOUTS for pair in ((name, "contiguous"), ("contiguous", name), ("channels_last", name))}
+)
+
+
+def assert_feature_layouts(backend: Any, first: str, second: str, rounding: Rounding = to_nearest) -> None:
+    """Maps of student and teacher in these memory formats, whose dtypes differ."""
+    kinds = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32))
+    for dtype, other in kinds[: 3 if first == second else 1]:
+        student = [torch.randn(3, *size).to(dtype) for size in ((5, 7, 4), (40, 6, 6), (3, 1, 1))]
+        teachers = [torch.randn_like(r).to(other) for r in student]
+        if first != "expanded":
+            student[0][1] = float("nan")
+        student, teachers = [MAP_LAYOUTS[first](r) for r in student], [MAP_LAYOUTS[second](f) for f in teachers]
+        assert_feature_loss(backend, student, teachers, rounding)
 
 
 def assert_feature_module(name: str) -> None:

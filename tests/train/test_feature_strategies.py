@@ -133,7 +133,7 @@ def test_autocast_changes_no_bit_of_a_feature_term(name: str, dtype: torch.dtype
     strategy = strategies.create(name, batch.teachers, FEATURES)
 
     def term() -> list[torch.Tensor]:
-        loss, weights = strategy.feature_term(batch.student, batch.outputs, batch.target)
+        loss, weights, *_ = strategy.feature_term(batch.student, batch.outputs, batch.target)
         gradients = torch.autograd.grad(loss, [batch.student.features, *strategy.maps.parameters()])
         return [loss, *gradients, *([] if weights is None else [weights])]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from ..teachers.live import Teachers
 class FeatureTerm(NamedTuple):
     """Feature loss of one batch."""
 
-    loss: Tensor  # scalar, float32, differentiable, beta included
+    loss: Tensor  # scalar, float32, beta included; differentiable if there are no roots
     weights: Tensor | None  # (K, N) weight of each teacher's map, detached; None if all weigh the same
+    roots: Sequence[Tensor] = ()  # of `torch.autograd.backward` in place of the loss
+    gradients: Sequence[Tensor] = ()  # d(loss_scale * loss) / d root
 
 
 class Setup(NamedTuple):
@@ -72,6 +74,13 @@ class Strategy(nn.Module):
         teacher_outputs: list[Prediction],
         target: Tensor,
         num_items: float | Tensor | None = None,
+        loss_scale: Tensor | None = None,
     ) -> FeatureTerm | None:
-        """Feature loss of this batch; `num_items` divides the sum over samples, as in camkd_loss."""
+        """Feature loss of this batch.
+
+        Args:
+            num_items: divides the sum over samples, as in camkd_loss.
+            loss_scale: (1,) float32 in a training step, where the term may have roots and their gradients; None asks
+                for a differentiable loss.
+        """
         return None

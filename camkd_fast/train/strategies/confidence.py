@@ -49,9 +49,16 @@ class CAMKD(FeatureStrategy):
             self.formula = self.formula._replace(weighting="uniform")
 
     def _term(
-        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None,
+        loss_scale: Tensor | None,
     ) -> FeatureTerm:
         if self.uniform == "features":
-            return FeatureTerm(self._hints(student, teachers, target, num_items), None)
+            return self._hints(student, teachers, target, num_items, loss_scale)
+        if loss_scale is not None and self.maps.detach_weights:
+            return self._with_gradients(student, teachers, target, num_items, loss_scale, "confidence")
         out = self.maps(student, teachers, self.heads, target, num_items)
         return FeatureTerm(self.beta * out.loss, out.weights.detach())

@@ -43,25 +43,53 @@ class FeatureStrategy(Strategy):
         teacher_outputs: list[Prediction],
         target: Tensor,
         num_items: float | Tensor | None = None,
+        loss_scale: Tensor | None = None,
     ) -> FeatureTerm:
         with torch.autocast(student.features.device.type, enabled=False):
-            return self._term(student.features.float(), [t.features for t in teacher_outputs], target, num_items)
+            maps = student.features.float(), [t.features for t in teacher_outputs]
+            return self._term(*maps, target, num_items, loss_scale)
 
     def _term(
-        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None,
+        loss_scale: Tensor | None,
     ) -> FeatureTerm:
         """`feature_term` of the maps: student (N, D, H, W) float32, teachers (N, D_k, H_k, W_k)."""
         raise NotImplementedError
 
+    def _with_gradients(
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None,
+        loss_scale: Tensor,
+        weighting: str,
+    ) -> FeatureTerm:
+        """The term whose roots are the maps r_k: loss and gradients in one pass."""
+        options = {"beta": self.beta, "weighting": weighting, "num_items": num_items, "loss_scale": loss_scale}
+        out, maps, gradients = self.maps.loss_and_grad(student, teachers, self.heads, target, **options)
+        return FeatureTerm(out.loss, out.weights if weighting == "confidence" else None, maps, gradients)
+
     def _hints(
-        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
-    ) -> Tensor:
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None,
+        loss_scale: Tensor | None,
+    ) -> FeatureTerm:
         """beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2: equal weights for all maps."""
+        if loss_scale is not None:
+            return self._with_gradients(student, teachers, target, num_items, loss_scale, "uniform")
         regressed = self.maps.regress(student, teachers)
         kept = target != self.formula.ignore_index
         weights = (kept / len(teachers)).expand(len(teachers), -1)
         total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
-        return self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items)
+        return FeatureTerm(self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items), None)
 
 
 @register
@@ -72,6 +100,11 @@ class FitNetMKD(FeatureStrategy):
     options: ClassVar[Mapping[str, Any]] = {"beta": 100.0}
 
     def _term(
-        self, student: Tensor, teachers: list[Tensor], target: Tensor, num_items: float | Tensor | None
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        target: Tensor,
+        num_items: float | Tensor | None,
+        loss_scale: Tensor | None,
     ) -> FeatureTerm:
-        return FeatureTerm(self._hints(student, teachers, target, num_items), None)
+        return self._hints(student, teachers, target, num_items, loss_scale)

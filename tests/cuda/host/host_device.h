@@ -174,16 +174,24 @@ inline void store_pack(void* global, Pack p) {
 inline void add_device(unsigned long long* at, unsigned long long x) {
     std::atomic_ref(*at).fetch_add(x, std::memory_order_relaxed);
 }
-inline unsigned long long arrive_device(unsigned long long* at) {
-    host::delays.wait();
-    return std::atomic_ref(*at).fetch_add(1, std::memory_order_acq_rel);
-}
 template <class Number>
 Number read_device(const Number* at) {
     return std::atomic_ref(const_cast<Number&>(*at)).load(std::memory_order_relaxed);
 }
 template <class Pointer>
 void keep_in_register(Pointer&) {}
+inline bool last_block(uint32_t* arrivals) {
+    host::Block& block = host::self->own_block();
+    block.barrier.arrive_and_wait();
+    host::delays.wait();
+    if (thread_id() == 0) {
+        const uint32_t before = std::atomic_ref(*arrivals).fetch_add(1, std::memory_order_acq_rel);
+        block.is_last = int64_t(before) + 1 == block_count();
+        if (block.is_last) *arrivals = 0;
+    }
+    block.barrier.arrive_and_wait();
+    return block.is_last;
+}
 
 // --- arithmetic ---
 

@@ -104,6 +104,7 @@ struct Block {
     Barrier barrier;
     std::unique_ptr<Pack[]> shared;
     std::vector<std::unique_ptr<Warp>> warps;
+    bool is_last = false;  // of the grid, see last_block
 };
 
 struct Cluster {

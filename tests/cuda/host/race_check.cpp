@@ -131,9 +131,12 @@ bool run_others(int64_t N, int C, int K) {
     confidence.C = C;
     confidence.K = features.K = K;
     for (int k = 0; k < K; ++k) {
-        confidence.logits[k] = features.student[k] = {k % 2 ? x.data() : y.data(), N * C, C, DType::f32};
-        features.teacher[k] = {x.data(), N * C, C, DType::f32};
-        features.M[k] = C;
+        confidence.logits[k] = {k % 2 ? x.data() : y.data(), N * C, C, DType::f32};
+        // The second teacher's samples are C / 10 columns of 10, which a warp transposes
+        features.P[k] = k % 2 ? 10 : 1;
+        features.Q[k] = C / features.P[k];
+        features.student[k] = {k % 2 ? x.data() : y.data(), C, features.Q[k], 1, DType::f32};
+        features.teacher[k] = {x.data(), C, 1, features.P[k], DType::f32};
         confidence.grads[k] = features.grads[k] = grads.data() + k * N * C;
     }
     confidence.target = target.data();
@@ -141,14 +144,27 @@ bool run_others(int64_t N, int C, int K) {
     confidence.weights = weights.data();
     confidence.ce = ce.data();
     confidence.lse = lse.data();
-    bool fine = same_with_delays("confidence", {&weights, &ce, &lse}, [&] { confidence_forward(confidence, {}); });
+    std::vector<float> inverse(1, NAN);
+    confidence.inverse_valid = inverse.data();
+    bool fine =
+        same_with_delays("confidence", {&weights, &ce, &lse, &inverse}, [&] { confidence_forward(confidence, {}); });
     confidence.grad_ce = weights.data();
     fine = same_with_delays("confidence, gradient", {&grads}, [&] { confidence_backward(confidence, {}); }) && fine &&
            all_finite("confidence", grads);
+    error.resize(size_t(K * N + kFeatureParts), NAN);
+    std::vector<float> loss(1, NAN);
     features.error = error.data();
-    fine = same_with_delays("features", {&error}, [&] { feature_forward(features, {}); }) && fine;
-    features.grad_error = error.data();
-    fine = same_with_delays("features, gradient", {&grads}, [&] { feature_backward(features, {}); }) && fine;
+    features.loss = loss.data();
+    features.weights = weights.data();
+    features.weight_stride_k = N;
+    features.weight_stride_n = 1;
+    features.scale = features.grad_scale = 1;
+    for (bool separate : {false, true}) {
+        host::separate = separate;
+        fine = same_with_delays("features", {&grads, &error, &loss}, [&] { camkd::cuda::features(features, {}); }) &&
+               fine && all_finite("feature loss", loss);
+    }
+    host::separate = false;
     fine =
         same_with_delays("scale_rows", {&scaled},
                          [&] { scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, {}); }) &&
