@@ -38,6 +38,25 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
 
 
+def regime(geometry: tuple[int, ...]) -> str:
+    """A geometry in the words of docs/performance.md."""
+    warp, _, _, chunks, cluster, threads, *_ = geometry
+    if warp:
+        return "a warp"
+    if chunks > 1:
+        return f"{threads} threads, two reads"
+    return f"{cluster} blocks of {threads}" if cluster > 1 else f"{threads} threads"
+
+
+def test_the_table_in_the_documentation(emulated: ModuleType) -> None:
+    emulated.set_limits(*H100)
+    text = (build.ROOT / "docs" / "performance.md").read_text()
+    table = text.partition("<!-- regimes: start -->")[2].partition("<!-- regimes: end -->")[0]
+    widths = [100, 1000, 2000, 4096, 8192, 21841, 32000, 65537, 128256, 151936, 262144]
+    rows = [[f"{C:,}", *(regime(emulated.row_geometry(8192, C, 3, vector)) for vector in (8, 4))] for C in widths]
+    assert table.strip().splitlines()[2:] == [f"| {' | '.join(row)} |" for row in rows]
+
+
 @pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize("vector", [4, 8])
 def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector: int) -> None:

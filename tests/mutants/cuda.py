@@ -17,6 +17,12 @@ CHANGES = (
         RACES,
         Change("one inbox instead of two", "exchange % 2 * cluster() + rank", "rank"),
         Change(
+            "lanes beyond the end of the row have its last vector",
+            "(first + (end - begin - 1) * kWarp >= columns.vectors ? 1 : 0)",
+            "0",
+            tests=SOME,
+        ),
+        Change(
             "the label's column is looked for in one lane only",
             "return distance % kWarp == 0 ? distance / kWarp : -1;",
             "return distance == 0 ? 0 : -1;",

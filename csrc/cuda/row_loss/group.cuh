@@ -185,9 +185,16 @@ struct RowGroup {
     CAMKD_DEVICE Chunk chunk_of(const Info& info, int r, int c) const {
         const int slots = launch.geometry.slots;
         const Columns columns = columns_of<T>(launch.C, launch.wide_in, info.address[0]);
-        const int first = (c * slots << shift()) + warp_of_group() * slots * kWarp + lane();
-        const int left = columns.vectors - first, held = left > 0 ? (left + kWarp - 1) / kWarp : 0;
-        return {columns, first, r * slots, slots, held < slots ? held : slots};
+        // In units of a vector per lane: the chunk's part of the row, and of that the part of this warp. The warps of a
+        // group have equal parts, or one more, so that none waits for the others long.
+        const int log2_warps = shift() - 5, start = c * slots << log2_warps;
+        const int left = (columns.vectors + kWarp - 1) / kWarp - start, most = slots << log2_warps;
+        const int part = left < 0 ? 0 : left < most ? left : most;
+        const int begin = part * warp_of_group() >> log2_warps, end = part * (warp_of_group() + 1) >> log2_warps;
+        const int first = (start + begin) * kWarp + lane();
+        // Lanes beyond the end of the row lack the last vector of its last warp
+        const int held = end - begin - (first + (end - begin - 1) * kWarp >= columns.vectors ? 1 : 0);
+        return {columns, first, r * slots, slots, held > 0 ? held : 0};
     }
 
     CAMKD_DEVICE void fetch_slot(const Info& info, const Chunk& chunk, int i) const {
