@@ -283,7 +283,7 @@ def feature_loss(
     """See `contract.Backend`."""
     error = feature_forward(student, teachers)
     error = error.masked_fill((weights == 0) & ~error.isfinite(), 0.0)
-    loss = (feature_rows(weights, error).sum() * scale).reshape(())
+    loss = feature_rows(weights, error).sum() * (scale.reshape(()) if isinstance(scale, Tensor) else scale)
     if not needs_grad:
         return FeatureLossResult(loss, error, [], None)
     grads = feature_backward(student, teachers, weights * scale * grad_scale)

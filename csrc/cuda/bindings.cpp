@@ -2,8 +2,8 @@
 #include "bindings.h"
 
 #include "../python/arguments.h"
+#include "../python/cuda_calls.h"
 #include "api.h"
-#include "tensor_calls.h"
 
 namespace camkd::cuda {
 namespace {
@@ -65,7 +65,7 @@ void py_features(int64_t N, const std::vector<MapPair>& pairs, const Weights& we
 }  // namespace
 
 void add_bindings(pybind11::module_& m) {
-    add_tensor_calls(m);
+    add_cuda_calls(m);
     m.def("cuda_batch_floats", &batch_floats);
     m.def("cuda_row_loss", &py_row_loss);
     m.def("cuda_scale_rows", &py_scale_rows);

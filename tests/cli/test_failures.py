@@ -55,10 +55,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], Any])
     """Call `do` in the run's step `number`, counted from 0."""
     take = TrainStep.__call__
 
-    def step(self: TrainStep, batch: Any, items: int, rate: float, position: int) -> None:
+    def step(self: TrainStep, batch: Any, items: int, rate: float, position: int, *rest: Any) -> None:
         if position == number:
             do()
-        take(self, batch, items, rate, position)
+        take(self, batch, items, rate, position, *rest)
 
     monkeypatch.setattr(TrainStep, "__call__", step)
 

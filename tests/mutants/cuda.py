@@ -179,7 +179,9 @@ CHANGES = (
             "return all < 0 ? mine : all;",
         ),
         Change(
-            "every block adds up", "if (!last_block(&counters->finished)) return;", "last_block(&counters->finished);"
+            "every block adds up the rows",
+            "if (!last_block(&counters->finished)) return;",
+            "last_block(&counters->finished);",
         ),
         Change("sums of one warp", "for (int p = 0; p < parts; ++p)", "for (int p = 0; p < 1; ++p)"),
     ),
@@ -194,7 +196,7 @@ CHANGES = (
         Change("losses of hard", "args.batch.losses[info.row] = loss;", "args.batch.losses[info.row] = hard;"),
     ),
     *changes(
-        "csrc/cuda/tensor_calls.cpp",
+        "csrc/python/cuda_calls.cpp",
         CALL,
         Change(
             "a scale of rows is that of the first",

@@ -86,8 +86,11 @@ def load_module() -> ModuleType:
         f"-I{sysconfig.get_path('include')}",
         f"-I{pybind11.get_include()}",
     ]
-    host = [CUDA.parent / name for name in ("python/tensors.cpp", "python/logit_call.cpp", "cpu/output_memory.cpp")]
-    sources = [*KERNELS, CUDA / "bindings.cpp", CUDA / "tensor_calls.cpp", *host, HERE / "module.cpp"]
+    host = [
+        CUDA.parent / name
+        for name in ("python/tensors.cpp", "python/logit_call.cpp", "python/cuda_calls.cpp", "cpu/output_memory.cpp")
+    ]
+    sources = [*KERNELS, CUDA / "bindings.cpp", *host, HERE / "module.cpp"]
     path = _compile(sources, flags, ["-shared"], f"emulated_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     spec = importlib.util.spec_from_file_location("emulated_cuda", path)
     assert spec is not None and spec.loader is not None

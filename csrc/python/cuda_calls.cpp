@@ -1,13 +1,13 @@
 // The CUDA functions that take tensors themselves: each is one crossing from Python, with its checks, its outputs and
 // the current stream. Input that they do not take, or that is invalid, is declined with None; the general path, in
 // Python, then handles it or raises.
-#include "tensor_calls.h"
+#include "cuda_calls.h"
 
-#include "../python/arguments.h"
-#include "../python/fast_function.h"
-#include "../python/logit_call.h"
-#include "../python/tensors.h"
-#include "api.h"
+#include "../cuda/api.h"
+#include "arguments.h"
+#include "fast_function.h"
+#include "logit_call.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace camkd::python;
@@ -108,7 +108,7 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-void add_tensor_calls(py::module_& m) {
+void add_cuda_calls(py::module_& m) {
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 
