@@ -29,6 +29,7 @@ def check(out: Path, seconds: float = 60.0) -> Check:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available: run the command itself")
+@pytest.mark.slow
 def test_without_a_gpu_every_section_reports_it_and_the_command_fails(tmp_path: Path) -> None:
     """Every section but the build, which would reinstall the package under the running tests."""
     names = [name for name in SECTIONS if name != "build"]

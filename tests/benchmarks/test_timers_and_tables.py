@@ -228,6 +228,7 @@ def check_rows(folder: Path, suite: str, keys: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_loss_suites(tmp_path: Path) -> None:
     """One size against others, one of the range of C, and the small batch."""
     printed = run_suites(tmp_path, "logit_loss", "small_batch", "-k", "64x100 or 19x262144-K3-float32 or small_batch")

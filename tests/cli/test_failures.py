@@ -196,6 +196,7 @@ def test_a_loaders_process_that_is_killed(monkeypatch: pytest.MonkeyPatch, capsy
     assert "a process that loads images has ended" in error and "use --workers 0" in error
 
 
+@pytest.mark.slow
 def test_diverged_and_damaged_runs_say_how_to_start_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ def check_accesses(name: str, counts: Counter[str]) -> None:
         assert counts["STG.128"], f"narrow stores: {name}"
 
 
+@pytest.mark.slow
 def test_wide_accesses_and_no_atomic_sums() -> None:
     """Logits are read 16 bytes at a time, in row_loss without passing registers, and gradients are written so."""
     for arch in built():

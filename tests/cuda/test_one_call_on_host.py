@@ -68,7 +68,11 @@ def check(case: Case, what: str = "") -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("N", "C", "multiprocessors"), [(3, 40, 2), (90, 40, 3), (130, 12, 3), (5, WIDE, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("N", "C", "multiprocessors"),
+    [(3, 40, 2), pytest.param(90, 40, 3, marks=pytest.mark.slow), (130, 12, 3), (5, WIDE, 2)],
+    ids=str,
+)
 def test_every_reduction(emulated: ModuleType, grid: str, N: int, C: int, multiprocessors: int, reduction: str) -> None:
     """A few rows to a cluster, many to a grid, with fewer and with more rows than blocks."""
     limit(emulated, cluster=1, multiprocessors=multiprocessors)

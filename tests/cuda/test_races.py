@@ -10,6 +10,7 @@ pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
 
 
+@pytest.mark.slow
 def test_no_races() -> None:
     """Every kernel and regime under ThreadSanitizer."""
     done = build.race_check()

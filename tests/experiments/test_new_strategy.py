@@ -76,6 +76,7 @@ def test_compare_reaches_the_finished_page(tmp_path: Path, teachers: str, capsys
     assert LeastLoss.label in page and "Difference to AVER" in page
 
 
+@pytest.mark.slow
 def test_a_study_reaches_its_report(tmp_path: Path) -> None:
     small = study()
     variants = (small.variant("aver"), spec.Variant(LeastLoss.name, LeastLoss.name))

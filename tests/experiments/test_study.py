@@ -237,6 +237,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_check_agrees_with_what_is_so_and_finds_what_is_not(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +255,7 @@ def test_the_check_agrees_with_what_is_so_and_finds_what_is_not(
     assert not list(done.glob(".check-*"))
 
 
+@pytest.mark.slow
 def test_the_check_needs_nothing_but_the_results(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,6 +270,7 @@ def test_the_check_needs_nothing_but_the_results(
     assert all((folder / "record.json").exists() for folder in (out / "teachers").iterdir())
 
 
+@pytest.mark.slow
 def test_what_the_results_hold_is_not_done_again_on_another_machine(
     done: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

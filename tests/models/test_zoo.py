@@ -269,6 +269,7 @@ def test_one_graph_without_breaks(name: str) -> None:
     assert torch.equal(logits, expected.logits)
 
 
+@pytest.mark.slow
 def test_the_compiler_agrees() -> None:
     model = models.create("resnet8", 5).eval()
     images = torch.randn(16, 3, 16, 16)

@@ -167,7 +167,7 @@ def test_it_compiles_into_one_graph_and_records_no_gradient() -> None:
     torch.library.opcheck(torch.ops.camkd_fast.min_norm_weights.default, (gram.detach(), 0.6))
 
 
-@pytest.mark.parametrize("K", [2, 3, 5, 16])
+@pytest.mark.parametrize("K", [2, 3, 5, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_kernel_agrees_with_the_operations(K: int) -> None:
     if not dispatch.interpreting():
         pytest.skip("needs Triton's interpreter")
