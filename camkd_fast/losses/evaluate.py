@@ -141,9 +141,11 @@ def _in_one_call(
     found = module.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale)
     if found is None:
         return None
-    inverse = None if reduction == "none" else found.inverse_divisor
-    output = CAMKDOutput(found.loss, found.row_stats, found.sums, found.means, inverse, target.shape)
-    return Evaluation(output, found.grad_student, None, _NOTHING_LEFT)
+    loss, row_stats, grad_student, sums, means, inverse = found
+    if reduction == "none":
+        inverse = None
+    output = CAMKDOutput(loss, row_stats, sums, means, inverse, target.shape)
+    return Evaluation(output, grad_student, None, _NOTHING_LEFT)
 
 
 def _mean_on_device(

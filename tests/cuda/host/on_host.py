@@ -27,6 +27,7 @@ def emulated_device(emulated: ModuleType) -> Iterator[None]:
             dispatch, "_device_refusal", lambda name, device: None if name == "cuda" else refusal(name, device)
         )
         patch.setattr(dispatch, "_compiled", dispatch._compiled.__wrapped__)
+        patch.setattr(dispatch, "_whole_loss_on_cpu", dispatch._whole_loss_on_cpu.__wrapped__)
         patch.setattr(cuda_backend, "_C", emulated)
         patch.setattr(cuda_backend, "_CONNECTED", False)
         patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
