@@ -26,9 +26,6 @@ from camkd_fast.backends import cpu as cpu_backend
 from camkd_fast.backends.contract import WholeLoss
 from camkd_fast.losses.formula import Formula
 
-if torch.__version__ < (2, 10):
-    pytest.skip("torch < 2.10 does not let C++ read its tensors", allow_module_level=True)
-
 
 def one_call(
     student: Any,

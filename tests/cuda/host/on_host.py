@@ -42,8 +42,7 @@ def in_one_call(emulated: ModuleType) -> Iterator[None]:
     from camkd_fast.backends import cuda as cuda_backend
 
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if not emulated.connect_tensors(api, torch.Tensor, torch.nn.Parameter):
-        pytest.skip(f"torch {torch.__version__} has no exchange of tensors with C++")
+    assert emulated.connect_tensors(api, torch.Tensor, torch.nn.Parameter), f"torch {torch.__version__}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_backend, "_CONNECTED", True)
         yield
