@@ -2,6 +2,7 @@
 #include "logit_loss.h"
 
 #include "../cpu/row_call.h"
+#include "arguments.h"
 #include "fast_function.h"
 #include "logit_call.h"
 #include "tensors.h"
