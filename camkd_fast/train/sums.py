@@ -106,7 +106,8 @@ class Sums:
             self._bad_step = numbers.new_full((1,), -1.0)
             self._bad_losses = numbers.new_zeros(len(LOSSES))
         first = (self._bad_step < 0) & ~numbers[0].isfinite()
-        self._bad_step.masked_fill_(first, step)
+        # masked_fill_ would copy a `step` on the device to the host.
+        self._bad_step.copy_(torch.where(first, step, self._bad_step))
         self._bad_losses.copy_(torch.where(first, numbers[: len(LOSSES)] / images, self._bad_losses))
         self._total += numbers
 

@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-HOST_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::item")
+HOST_READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "item", "equal", "masked_select", "bincount", "_unique2")
+# On a GPU these read a tensor on the host inside: a value that they fill with, a mask, the size of their result.
+HIDDEN_HOST_READS = (
+    *("masked_fill.Tensor", "masked_fill_.Tensor", "index_fill.int_Tensor", "index_fill_.int_Tensor"),
+    *("repeat_interleave.Tensor", "linspace.Tensor_Tensor"),
+)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -22,6 +27,14 @@ def storage_of(tensor: Tensor) -> int:
 
 def tensors_in(*values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+def reads_on_the_host(func: Any, given: list[Tensor]) -> bool:
+    """Whether the operation waits for the device on a GPU."""
+    name = func.name().removeprefix("aten::")
+    indexed = name.split(".")[0] in ("index", "index_put", "index_put_", "_index_put_impl_")
+    masks = indexed and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
+    return masks or name in HIDDEN_HOST_READS or name.split(".")[0] in HOST_READS
 
 
 class _Recording(TorchDispatchMode):
@@ -35,9 +48,9 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.name().split(".")[0] in HOST_READS:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
         given = tensors_in(args, kwargs)
+        if reads_on_the_host(func, given):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
         for tensor in given:
             if storage_of(tensor) not in self.mine:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

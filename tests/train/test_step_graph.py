@@ -215,6 +215,24 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(
     assert torch.equal(parameters(step), parameters(eager))
 
 
+HIDDEN = {
+    "fill value": lambda x: x.masked_fill_(x > 0, x.sum()),
+    "index fill": lambda x: x.index_fill(0, torch.zeros(1, dtype=torch.long), x.sum()),
+    "mask": lambda x: x[x > 0],
+    "mask written": lambda x: x.index_put_((x > 0,), x[:1]),
+    "size": lambda x: x.repeat_interleave(torch.ones(4, dtype=torch.long)),
+    "selected": lambda x: x.masked_select(x > 0),
+    "number": lambda x: torch.add(x, x, alpha=x.sum()),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_the_stand_in_refuses_what_a_gpu_reads_on_the_host(what: str) -> None:
+    """The CPU's versions of these read nothing that a dispatch mode sees."""
+    with pytest.raises(RuntimeError, match="not permitted"):
+        RecordedGraphs().record(lambda: HIDDEN[what](torch.arange(4.0)))
+
+
 class FakeCaptures:
     """Stands for torch.cuda's captures. One that fails fails at its end too, and leaves its stream the current one."""
 
