@@ -52,17 +52,20 @@ CAMKD_DEVICE float count_labels(const RowLossArgs& args, int64_t first, int64_t 
     return warp_sum(float(kept));
 }
 
-// By one warp of every block: the number of labels that are not ignored, each block counting its share. A block that
-// has to wait too long, because others have not started yet, counts all of them itself; so nothing can hang.
-CAMKD_DEVICE float count_with_others(const RowLossArgs& args, BatchCounters* counters) {
+// By one warp of every block: counts the block's share of the labels, `share` of them, for count_of_all.
+CAMKD_DEVICE void count_share(const RowLossArgs& args, int64_t share, BatchCounters* counters) {
+    const int64_t first = block_id() * share, left = args.N - first;
+    const float mine = count_labels(args, first, left < share ? left : share);  // none for a negative number
+    if (thread_id() % kWarp == 0) add_device(&counters->counted, (1ull << kCountBits) + (unsigned long long)(mine));
+}
+
+// By one warp, after count_share: the number of labels that are not ignored. A block that has to wait too long, because
+// others have not started yet, counts all of them itself; so nothing can hang.
+CAMKD_DEVICE float count_of_all(const RowLossArgs& args, const BatchCounters* counters) {
     constexpr int polls = 1000;  // half a microsecond each
     const unsigned long long mask = (1ull << kCountBits) - 1;
-    const int64_t share = (args.N + block_count() - 1) / block_count(), first = block_id() * share;
-    const float mine =
-        count_labels(args, first, first < args.N ? (args.N - first < share ? args.N - first : share) : 0);
     float all = -1;
     if (thread_id() % kWarp == 0) {
-        add_device(&counters->counted, (1ull << kCountBits) + (unsigned long long)(mine));
         for (int i = 0; i < polls && all < 0; ++i) {
             const unsigned long long seen = read_device(&counters->counted);
             if (int64_t(seen >> kCountBits) == block_count()) all = float(seen & mask);

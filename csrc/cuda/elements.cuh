@@ -129,11 +129,21 @@ CAMKD_DEVICE float element_of(const Pack& p, int j) {
     return Elements<T>::dtype == DType::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
 }
 
-// One element as a float. The kernels for float also serve mixed dtypes, which they access element by element.
+// One element, as its bits and as a float. The kernels for float also serve mixed dtypes, which they access element by
+// element.
+CAMKD_DEVICE uint32_t load_bits(const char* row, int64_t c, DType dtype) {
+    if (dtype == DType::f32) return reinterpret_cast<const uint32_t*>(row)[c];
+    return reinterpret_cast<const uint16_t*>(row)[c];
+}
+
+CAMKD_DEVICE float element_from(uint32_t bits, DType dtype) {
+    return dtype == DType::f32    ? bits_to_float(bits)
+           : dtype == DType::bf16 ? bits_to_float(bits << 16)
+                                  : half_to_float(bits);
+}
+
 CAMKD_DEVICE float load_element(const char* row, int64_t c, DType dtype) {
-    if (dtype == DType::f32) return reinterpret_cast<const float*>(row)[c];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[c];
-    return dtype == DType::bf16 ? bits_to_float(bits << 16) : half_to_float(bits);
+    return element_from(load_bits(row, c, dtype), dtype);
 }
 
 CAMKD_DEVICE void store_element(char* row, int64_t c, DType dtype, float x) {

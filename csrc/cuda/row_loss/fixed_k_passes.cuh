@@ -157,9 +157,10 @@ template <int K>
 struct FixedKRow {
     float at[K + 1], studentT, student1, teacher[K];
 
-    template <class Coefficients>
-    CAMKD_DEVICE FixedKRow(const float* logits, float scale, const Coefficients& coefficients) {
-        label_references<K>(logits, scale, at);
+    // By value: whole structs are read 16 bytes at a time.
+    template <class Logits, class Coefficients>
+    CAMKD_DEVICE FixedKRow(Logits logits, float scale, Coefficients coefficients) {
+        label_references<K>(logits.at, scale, at);
         studentT = coefficients.studentT;
         student1 = coefficients.student1;
 #pragma unroll

@@ -17,8 +17,10 @@ struct RowLaunch {
     Temperature temperature;
     bool single_cluster;      // the grid is one cluster, which also counts the labels and adds up the rows
     BatchCounters* counters;  // for the same in a larger grid; null: by other launches, or not at all
+    int64_t share;            // labels that a block counts then
     bool wide_in;             // all inputs have the same alignment, so rows are read in 16-byte vectors
     bool wide_out;            // the gradient has that alignment too
+    bool even;                // wide_in, and every row begins and ends at a 16-byte boundary
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
     int groups;  // of the grid
     int shift;   // a group has 1 << shift threads
@@ -30,33 +32,48 @@ struct RowLaunch {
 template <int FixedK>
 constexpr int kTeachers = FixedK > 0 ? FixedK : kMaxTeachers;
 
+// The logits of all streams at the label, NaN for a label outside [0, C), and for the fast path the factors of these
+// references (Reference::factor).
+template <int FixedK>
+struct alignas(Pack) LabelLogits {
+    float at[kTeachers<FixedK> + 1];
+    float factors[FixedK + 1];
+};
+
 // A row in flight: all that its group must know before it reads its vectors.
 template <int FixedK>
-struct RowInfo {
+struct alignas(Pack) RowInfo {
+    LabelLogits<FixedK> logits;
     const char* address[kTeachers<FixedK> + 1];
     int64_t row;
-    float logits[kTeachers<FixedK> + 1];  // at the label; NaN for a label outside [0, C)
-    int label_vector, label_element;      // position of the label's column; -1 for a label outside [0, C)
-    bool kept, label_valid;               // not ignored; in [0, C)
+    int label_vector, label_element;  // position of the label's column; -1 for a label outside [0, C)
+    bool kept, label_valid;           // not ignored; in [0, C)
+    bool near;                        // fast path: no reference is far (Reference::far)
 };
 
 // grad_c as in GradCoefficients of row_math.h.
 template <int FixedK>
-struct RowCoefficients {
+struct alignas(Pack) RowCoefficients {
     float studentT, student1;
     float teacher[kTeachers<FixedK>];
+};
+
+// Merged sums of a row on the fast path, as in add_vectors.
+template <int FixedK>
+struct alignas(Pack) LabelSums {
+    float of[kLabelSums<FixedK>];
 };
 
 // A row between its statistics and its gradient.
 template <int FixedK>
 struct RowState {
-    State sums[kTeachers<FixedK> + 1];  // on the fast path relative to the label, not the maximum
-    float weights[kTeachers<FixedK>];
+    LabelSums<FixedK> label_sums;
     RowCoefficients<FixedK> coefficients;
+    float weights[kTeachers<FixedK>];
+    float label_gradient;  // fast path: the gradient at the label's column
+    bool out_of_range;     // the sums relative to the label are of no use, and those below are there
+    State sums[kTeachers<FixedK> + 1];
     Reference references[kTeachers<FixedK> + 1];
-    float label_sums[kLabelSums<FixedK>];      // fast path: merged, as in add_vectors
-    float label_gradient;                      // fast path: the gradient at the label's column
-    bool out_of_range;                         // the sums relative to the label are of no use
     float batch_sums[row_stats::per_teacher];  // in a group's first one: loss, hard and soft over its rows so far
 };
 
@@ -183,13 +200,18 @@ struct RowGroup {
 
     // This thread's vectors of chunk c of row r.
     CAMKD_DEVICE Chunk chunk_of(const Info& info, int r, int c) const {
-        const int slots = launch.geometry.slots;
-        const Columns columns = columns_of<T>(launch.C, launch.wide_in, info.address[0]);
+        const int slots = launch.geometry.slots, C = launch.C;
+        const Columns columns =
+            launch.even ? Columns{C, 0, C / V, 0, C / V} : columns_of<T>(C, launch.wide_in, info.address[0]);
         // In units of a vector per lane: the chunk's part of the row, and of that the part of this warp. The warps of a
         // group have equal parts, or one more, so that none waits for the others long.
-        const int log2_warps = shift() - 5, start = c * slots << log2_warps;
-        const int left = (columns.vectors + kWarp - 1) / kWarp - start, most = slots << log2_warps;
-        const int part = left < 0 ? 0 : left < most ? left : most;
+        const int log2_warps = shift() - 5;
+        int start = 0, part = (columns.vectors + kWarp - 1) / kWarp;
+        if (chunks() > 1) {
+            start = c * slots << log2_warps;
+            const int left = part - start, most = slots << log2_warps;
+            part = left < 0 ? 0 : left < most ? left : most;
+        }
         const int begin = part * warp_of_group() >> log2_warps, end = part * (warp_of_group() + 1) >> log2_warps;
         const int first = (start + begin) * kWarp + lane();
         // Lanes beyond the end of the row lack the last vector of its last warp

@@ -37,15 +37,24 @@ class RowKernel {
 
     CAMKD_DEVICE void run() {
         start();
-        for (int iteration = 0; group_.infos(iteration & 1)[0].row < group_.launch.args.N; ++iteration) {
+        for (int iteration = 0;; ++iteration) {
             const int parity = iteration & 1;
             const Info* const infos = group_.infos(parity);
             const int64_t next = infos[0].row + int64_t(group_.launch.groups) * group_.rows_per_group();
-            if (group_.is_lookahead_warp()) load_logits(next);
-            // Sum up, one part per warp
+            const bool is_row = infos[0].row < group_.launch.args.N;
+            if (is_row) {
+                if (group_.is_lookahead_warp()) load_logits(next);
+                // Sum up, one part per warp
 #pragma unroll 1
-            for (int r = 0; r < group_.rows_per_group(); ++r)
-                if (infos[r].kept) sum_up(infos[r], r);
+                for (int r = 0; r < group_.rows_per_group(); ++r)
+                    if (infos[r].kept) sum_up(infos[r], r);
+            }
+            // The other blocks have counted their labels meanwhile
+            if (iteration == 0) {
+                if (group_.warp() == 0) write_batch_scalars();
+                block_barrier();
+            }
+            if (!is_row) break;
             group_.barrier();
             // Prepare the next rows, in a warp that has nothing to merge
             if (group_.is_lookahead_warp()) prepare_rows(next, parity ^ 1);
@@ -81,7 +90,7 @@ class RowKernel {
     }
 
   private:
-    // Loads the first rows, and finds what the gradient is multiplied by.
+    // Fetches the first rows, and counts this block's share of the labels.
     CAMKD_DEVICE void start() {
         if (group_.is_lookahead_warp()) {
             const int group =
@@ -100,8 +109,8 @@ class RowKernel {
         // While they arrive
         if (group_.is_lookahead_warp() && group_.lane() < row_stats::per_teacher)
             group_.batch_sums()[group_.lane()] = 0;
-        if (group_.warp() == 0) write_batch_scalars();
-        block_barrier();
+        if (group_.warp() == 0 && group_.launch.counters && group_.launch.args.batch.counts)
+            count_share(group_.launch.args, group_.launch.share, group_.launch.counters);
     }
 
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
@@ -146,8 +155,12 @@ class RowKernel {
         return row < args.N ? args.target[row] : args.formula.ignore_index;
     }
 
+    CAMKD_DEVICE static DType dtype_of(const Matrix& stream) {
+        return sizeof(T) == 2 ? Elements<T>::dtype : stream.dtype;
+    }
+
     // Loads logits for prepare_rows, a pass over the row ahead, because their latency is long: with a lane per stream,
-    // those at the labels of the rows from `first` on.
+    // those at the labels of the rows from `first` on. As bits: a conversion would wait for them.
     CAMKD_DEVICE void load_logits(int64_t first) {
         const RowLossArgs& args = group_.launch.args;
         label_ = next_label_ == args.formula.ignore_index            ? kIgnored
@@ -157,11 +170,9 @@ class RowKernel {
         for (int r = 0; r < kRows; ++r) {
             if (r >= group_.rows_per_group()) continue;
             const int column = shuffle(label_, r);
-            logits_[r] = NAN;
             if (group_.lane() > group_.teachers() || column < 0) continue;
             const Matrix& stream = args.streams[group_.lane()];
-            logits_[r] = load_element(row_address(stream, args.S, first + r), column,
-                                      sizeof(T) == 2 ? Elements<T>::dtype : stream.dtype);
+            logits_[r] = load_bits(row_address(stream, args.S, first + r), column, dtype_of(stream));
         }
     }
 
@@ -186,19 +197,32 @@ class RowKernel {
             }
             next_label_ = label_of(first + int64_t(group_.launch.groups) * rows + group_.lane());
         }
-        if (group_.lane() <= group_.teachers()) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-                if (r >= rows || first + r >= args.N) continue;
-                infos[r].address[group_.lane()] = row_address(args.streams[group_.lane()], args.S, first + r);
-                infos[r].logits[group_.lane()] = logits_[r];
+        for (int r = 0; r < kRows; ++r) {
+            if (r >= rows || first + r >= args.N) continue;
+            const bool label_valid = shuffle(label_, r) >= 0, is_stream = group_.lane() <= group_.teachers();
+            bool near = true;
+            if (is_stream) {
+                const Matrix& stream = args.streams[group_.lane()];
+                const float logit = label_valid ? element_from(logits_[r], dtype_of(stream)) : NAN;
+                infos[r].address[group_.lane()] = row_address(stream, args.S, first + r);
+                infos[r].logits.at[group_.lane()] = logit;
+                if constexpr (FixedK > 0) {
+                    const Reference reference(logit, group_.temperature().scale);
+                    infos[r].logits.factors[group_.lane()] = reference.factor();
+                    near = !reference.far();
+                }
+            }
+            if constexpr (FixedK > 0) {
+                near = !warp_any(!near);
+                if (group_.lane() == 0) infos[r].near = near;
             }
         }
         warp_barrier();
     }
 
-    // The factors of the minibatch's numbers and of the gradient, by one warp. The labels are counted here, with the
-    // other blocks, or by an earlier launch.
+    // The factors of the minibatch's numbers and of the gradient, by one warp. The labels are counted here, by all
+    // blocks in start(), or by an earlier launch.
     CAMKD_DEVICE void write_batch_scalars() const {
         const RowLossArgs& args = group_.launch.args;
         float factor = args.batch.factor;
@@ -206,7 +230,7 @@ class RowKernel {
             if (group_.launch.single_cluster)
                 factor = inverse_of(count_labels(args, 0, args.N));
             else if (group_.launch.counters)
-                factor = inverse_of(count_with_others(args, group_.launch.counters));
+                factor = inverse_of(count_of_all(args, group_.launch.counters));
             else
                 factor = args.batch.others[2];
         }
@@ -243,7 +267,7 @@ class RowKernel {
     // stream.
     int64_t next_label_ = 0;
     int label_ = kIgnored;
-    float logits_[kRows];
+    uint32_t logits_[kRows];
 };
 
 template <class T, bool WarpPerRow, int FixedK>

@@ -19,7 +19,7 @@ class LabelStatistics {
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
         const float scale = group_.temperature().scale;
         float at[K + 1], sums[count];
-        label_references<K>(info.logits, scale, at);
+        label_references<K>(info.logits.at, scale, at);
 #pragma unroll
         for (int i = 0; i < count; ++i) sums[i] = 0;
         with_power(group_.temperature().power, [&](auto power) {
@@ -35,7 +35,7 @@ class LabelStatistics {
             }
         });
         const float sum = warp_fold(sums, group_.lane());
-        float* const to = WarpPerRow ? group_.rows()[r].label_sums : group_.label_sums(group_.warp());
+        float* const to = WarpPerRow ? group_.rows()[r].label_sums.of : group_.label_sums(group_.warp());
         if (group_.lane() % stride == 0 && group_.lane() / stride < count) to[group_.lane() / stride] = sum;
     }
 
@@ -44,18 +44,24 @@ class LabelStatistics {
     CAMKD_DEVICE void merge(ClusterExchange<Group>& exchange) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
-        float* const row = group_.rows()[0].label_sums;
+        float* const row = group_.rows()[0].label_sums.of;
         float* const of_block = group_.cluster() > 1 ? reinterpret_cast<float*>(group_.outgoing(0)) : row;
+        // The other lanes repeat the last number, which takes no branch.
         const bool adds = group_.lane() < count;
+        const int mine = adds ? group_.lane() : count - 1;
         float sum = 0;
-        for (int warp = 0; adds && warp < group_.warps(); ++warp) sum += group_.label_sums(warp)[group_.lane()];
-        if (adds) of_block[group_.lane()] = sum;
+#pragma unroll
+        for (int warp = 0; warp < kBlockThreads / kWarp; ++warp)
+            if (warp < group_.warps()) sum += group_.label_sums(warp)[mine];
+        if (adds) of_block[mine] = sum;
         if (group_.cluster() > 1) {
             const int which = exchange.run(packs);
+            const float* const inbox = reinterpret_cast<const float*>(group_.inbox(which, 0, 0)) + mine;
+            const int stride = (group_.teachers() + 1) * group_.packs() * int(sizeof(Pack) / sizeof(float));
             sum = 0;
-            for (int rank = 0; adds && rank < group_.cluster(); ++rank)
-                sum += reinterpret_cast<const float*>(group_.inbox(which, rank, 0))[group_.lane()];
-            if (adds) row[group_.lane()] = sum;
+#pragma unroll 4
+            for (int rank = 0; rank < group_.cluster(); ++rank) sum += inbox[rank * stride];
+            if (adds) row[mine] = sum;
         }
         warp_barrier();
     }

@@ -37,6 +37,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     // A row that does not begin at a 16-byte boundary touches one more vector
     const Matrix boundary{nullptr, 0, 0, args.streams[0].dtype};
     const bool shifted = launch.wide_in && !aligned_alike({&args.streams[0], &boundary}, args.N, args.S);
+    launch.even = launch.wide_in && !shifted && args.C % kVector<T> == 0;
     problem.vectors = int(ceil_div(int64_t(args.C) + (shifted ? kVector<T> - 1 : 0), kVector<T>));
     problem.vector = kVector<T>;
     problem.needs_mean = args.batch.loss != nullptr;
@@ -58,6 +59,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     RowShared::lay_out(launch, problem);
     launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
     launch.counters = problem.needs_mean && !launch.single_cluster ? counters_for(options) : nullptr;
+    launch.share = ceil_div(args.N, g.blocks);
     const bool separate_kernels = problem.needs_mean && !launch.single_cluster && !launch.counters;
     if (separate_kernels) count_rows(args, options);
     launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);

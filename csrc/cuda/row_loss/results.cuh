@@ -27,7 +27,7 @@ class RowResults {
         // Weights
         float weight = 1.0f / float(group_.teachers());
         if (args.formula.weighting == Weighting::confidence && group_.teachers() > 1) {
-            const float ce = cross_entropy(sums, info.logits[stream()]);
+            const float ce = cross_entropy(sums, info.logits.at[stream()]);
             float top = -INFINITY;
             for (int k = 0; k < group_.teachers(); ++k) top = ScalarMath::max(shuffle(ce, k), top);
             weight = confidence(ScalarMath::exp(ScalarMath::difference(ce, top)));
@@ -35,7 +35,7 @@ class RowResults {
             const float entropy = std::log(sum1) - sums.plogp / sum1, total = sum_over_teachers(entropy);
             weight = 1.0f - ScalarMath::where_positive(total, entropy / total, 1.0f / float(group_.teachers()));
         } else if (args.formula.weighting == Weighting::given) {
-            weight = given_weight(info);
+            weight = group_.lane() < group_.teachers() ? given_weight(info, group_.lane()) : 0.0f;
         }
         // Coefficients of the gradient, multiplied by the corrections that the exponentials of their references lack
         const float total = sum_over_teachers(weight), scale = group_.grad_scale();
@@ -54,61 +54,113 @@ class RowResults {
         warp_barrier();
     }
 
-    // The same on the fast path, without a logarithm or an exponential. Sets `out_of_range` if the row needs the
-    // general passes; all blocks of a cluster have the same sums and decide alike.
+    // The same on the fast path, without a logarithm or an exponential. Every lane computes all of it: with the numbers
+    // spread over lanes, the row would wait for shuffles. Sets `out_of_range` if the row needs the general passes; all
+    // blocks of a cluster have the same sums and decide alike.
     CAMKD_DEVICE void compute_label_weights(const Info& info, int r) const {
         if (group_.launch.debug) check_label(!info.kept || info.label_valid);
         if (!info.kept) return;
         // The largest exponent is about the logarithm of the largest sum, and its rounding an error of the largest
         // exponentials. It shows in float32 first; 16-bit rows must only be far from overflow.
         constexpr float most = sizeof(T) == 4 ? 1e12f : 1e30f;
+        constexpr int K = FixedK;
         const RowLossArgs& args = group_.launch.args;
+        const Temperature& temperature = group_.temperature();
         RowState& state = group_.rows()[r];
-        const float sumT = state.label_sums[label_sum(stream(), kSumT)];
-        const float sum1 = state.label_sums[label_sum(stream(), kSum1)];
-        const float cross = stream() > 0 ? state.label_sums[label_sum(stream(), kCross)] : 0.0f;
-        const Reference reference(info.logits[stream()], group_.temperature().scale);
+        const LabelSums<K> sums = state.label_sums;
+        const LabelLogits<K> logits = info.logits;
         // The label's own exponential is not 1 but 1 / factor; sum1 relative to it is e^CE
-        const float factor = reference.factor(), factor1 = group_.temperature().raise(factor);
-        const float exact_sum1 = sum1 * factor1;
-        const bool fine = sumT < most && sum1 < most && fabsf(cross) < INFINITY && !reference.far();
+        float factors[K + 1], masses[K + 1], total_sums = 0, total_cross = 0;
+#pragma unroll
+        for (int k = 0; k <= K; ++k) {
+            factors[k] = logits.factors[k];
+            masses[k] = sums.of[label_sum(k, kSum1)] * temperature.raise(factors[k]);
+            total_sums += sums.of[label_sum(k, kSumT)] + sums.of[label_sum(k, kSum1)];
+            if (k > 0) total_cross += fabsf(sums.of[label_sum(k, kCross)]);
+        }
         // Weights
-        float weight = 1.0f / float(group_.teachers());
-        if (args.formula.weighting == Weighting::confidence && group_.teachers() > 1)
-            weight = confidence(exact_sum1);
-        else if (args.formula.weighting == Weighting::given)
-            weight = given_weight(info);
+        float weights[K], total = 0;
+        if (args.formula.weighting == Weighting::confidence && K > 1) {
+            confidences(masses + 1, weights);
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                weights[k] = args.formula.weighting == Weighting::given ? given_weight(info, k) : 1.0f / float(K);
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) total += weights[k];
         // Coefficients of the gradient, and the gradient at the label
-        const float hard = label_coefficient(args.formula, group_.grad_scale());
-        const float total = sum_over_teachers(weight);
-        const float coefficient = (stream() > 0 ? weight : total) * soft_scale() / sumT;
-        const float soft_at_label = coefficient / factor, mixture_at_label = sum_over_teachers(soft_at_label);
-        if (group_.lane() < group_.teachers()) {
-            state.coefficients.teacher[group_.lane()] = coefficient;
-            state.weights[group_.lane()] = weight;
-        } else if (group_.lane() == group_.teachers()) {
-            state.coefficients.studentT = coefficient;
-            state.coefficients.student1 = hard / sum1;
-            state.label_gradient = (soft_at_label - mixture_at_label) + (hard / exact_sum1 - hard);
+        const float hard = label_coefficient(args.formula, group_.grad_scale()), soft = soft_scale();
+        RowCoefficients<K> coefficients;
+        float mixture_at_label = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            coefficients.teacher[k] = weights[k] * soft * reciprocal(sums.of[label_sum(k + 1, kSumT)]);
+            mixture_at_label += coefficients.teacher[k] * reciprocal(factors[k + 1]);
         }
-        if (group_.lane() <= group_.teachers()) {
-            State& sums = state.sums[stream()];
-            sums.max = info.logits[stream()];
-            sums.sumT = sumT;
-            sums.sum1 = exact_sum1;
-            sums.cross = cross * group_.temperature().inverse;
+        coefficients.studentT = total * soft * reciprocal(sums.of[label_sum(0, kSumT)]);
+        coefficients.student1 = hard * reciprocal(sums.of[label_sum(0, kSum1)]);
+        if (group_.lane() == 0) {
+            state.coefficients = coefficients;
+            state.label_gradient = (coefficients.studentT * reciprocal(factors[0]) - mixture_at_label) +
+                                   (hard * reciprocal(masses[0]) - hard);
+#pragma unroll
+            for (int k = 0; k < K; ++k) state.weights[k] = weights[k];
+            state.out_of_range = !(total_sums < most && total_cross < INFINITY && info.near);
         }
-        const bool any_out = warp_any(!fine);
-        if (group_.lane() == 0) state.out_of_range = any_out;
         warp_barrier();
     }
 
-    // Computes the losses, which nothing waits for, and writes all rows of row_stats. Adds loss, hard and
-    // soft to those of the group's other rows.
+    // Computes the losses, which nothing waits for, and writes all rows of row_stats. Adds loss, hard and soft to those
+    // of the group's other rows.
     CAMKD_DEVICE void write_row_stats(const Info& info, int r) const {
+        if (info.row >= group_.launch.args.N) return;
+        if constexpr (FixedK > 0) {
+            if (info.kept && !group_.rows()[r].out_of_range) return write_label_row_stats(info, r);
+        }
+        write_general_row_stats(info, r);
+    }
+
+  private:
+    // On the fast path lane i computes and writes row i of row_stats.
+    CAMKD_DEVICE void write_label_row_stats(const Info& info, int r) const {
+        constexpr int K = FixedK;
+        static_assert(row_stats::per_teacher + 3 * K <= kWarp, "a lane per row");
         const RowLossArgs& args = group_.launch.args;
         const Formula& formula = args.formula;
-        if (info.row >= args.N) return;
+        const RowState& state = group_.rows()[r];
+        const float* const sums = state.label_sums.of;
+        const int lane = group_.lane(), row = lane - row_stats::per_teacher;
+        const bool is_divergence = unsigned(row) < unsigned(K), is_weight = row >= 2 * K;
+        const int k = row < K ? row : row < 2 * K ? row - K : row - 2 * K;  // lanes of the student have none
+        const int stream = row < 0 || row >= 3 * K ? 0 : k + 1;
+        const float sumT = sums[label_sum(stream, kSumT)], sum1 = sums[label_sum(stream, kSum1)];
+        const float weight = stream > 0 ? state.weights[k] : 0.0f;
+        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree. Divided, so
+        // that it is 0 where they are equal.
+        const float mass = is_divergence ? sums[label_sum(0, kSumT)] / sumT
+                                         : sum1 * group_.temperature().raise(info.logits.factors[stream]);
+        float number = std::log(mass);
+        if (is_divergence) number += sums[label_sum(stream, kCross)] * (1.0f / kLog2E) * reciprocal(sumT);
+        const float hard = shuffle(number, row_stats::hard);
+        const float term = product_or_zero<ScalarMath>(weight, number);
+        float soft = 0;
+#pragma unroll
+        for (int i = 0; i < K; ++i) soft += shuffle(term, row_stats::divergence(i));
+        soft *= formula.temperature * formula.temperature;
+        if (is_weight) number = weight;
+        if (lane == row_stats::soft) number = soft;
+        if (lane == row_stats::loss)
+            number = product_or_zero<ScalarMath>(formula.hard_weight, hard) +
+                     product_or_zero<ScalarMath>(formula.soft_weight, soft);
+        if (lane < row_stats::count(K)) args.row_stats[lane * args.N + info.row] = number;
+        if (lane < row_stats::per_teacher) group_.batch_sums()[lane] += number;
+        if (args.batch.losses && lane == row_stats::loss) args.batch.losses[info.row] = number;
+    }
+
+    CAMKD_DEVICE void write_general_row_stats(const Info& info, int r) const {
+        const RowLossArgs& args = group_.launch.args;
+        const Formula& formula = args.formula;
         const RowState& state = group_.rows()[r];
         const int K = group_.teachers(), k = group_.lane() < K ? group_.lane() : 0;
         float divergence = 0, hard = 0, soft = 0, loss = 0, ce = 0, weight = 0;
@@ -116,7 +168,7 @@ class RowResults {
             const State& z = state.sums[k + 1];
             // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
             divergence = z.cross / (z.sumT * formula.temperature) + std::log(state.sums[0].sumT / z.sumT);
-            ce = cross_entropy(state.sums[stream()], info.logits[stream()]);
+            ce = cross_entropy(state.sums[stream()], info.logits.at[stream()]);
             hard = shuffle(ce, K);
             weight = state.weights[k];
             soft = formula.temperature * formula.temperature *
@@ -141,7 +193,6 @@ class RowResults {
         }
     }
 
-  private:
     CAMKD_DEVICE int stream() const { return group_.lane() < group_.teachers() ? group_.lane() + 1 : 0; }
 
     static CAMKD_DEVICE float cross_entropy(const State& sums, float label) {
@@ -168,11 +219,26 @@ class RowResults {
         return others * (1.0f / (total * float(group_.teachers() - 1)));
     }
 
-    CAMKD_DEVICE float given_weight(const Info& info) const {
+    // The same in one lane.
+    template <int K>
+    static CAMKD_DEVICE void confidences(const float* masses, float (&weights)[K]) {
+        float total = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) total += masses[k];
+        const float inverse = reciprocal(total * float(K - 1));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            float others = 0;
+#pragma unroll
+            for (int j = 0; j < K; ++j)
+                if (j != k) others += masses[j];
+            weights[k] = others * inverse;
+        }
+    }
+
+    CAMKD_DEVICE float given_weight(const Info& info, int k) const {
         const RowLossArgs& args = group_.launch.args;
-        return group_.lane() < group_.teachers()
-                   ? args.weights[group_.lane() * args.weight_stride_k + info.row * args.weight_stride_n]
-                   : 0.0f;
+        return args.weights[k * args.weight_stride_k + info.row * args.weight_stride_n];
     }
 
     // The sum of one number per teacher, in their order.

@@ -209,6 +209,9 @@ inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+inline float reciprocal(float x) {
+    return 1.0f / x;
+}
 inline float half_to_float(uint32_t bits) {
     _Float16 half;
     const uint16_t narrow = uint16_t(bits);
