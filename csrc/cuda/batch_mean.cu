@@ -53,7 +53,7 @@ int64_t batch_floats(int64_t N) {
 }
 
 BatchCounters* counters_for(const LaunchOptions& options) {
-    const int slot = counter_slot(options, kCounters);
+    const int slot = launch_slot(options, SlotPool::counters, kCounters);
     return slot < 0 ? nullptr : static_cast<BatchCounters*>(device_address(counters)) + slot;
 }
 

@@ -67,6 +67,7 @@ CAMKD_DEVICE float count_of_all(const RowLossArgs& args, const BatchCounters* co
     float all = -1;
     if (thread_id() % kWarp == 0) {
         for (int i = 0; i < polls && all < 0; ++i) {
+            if (i > 0) pause();
             const unsigned long long seen = read_device(&counters->counted);
             if (int64_t(seen >> kCountBits) == block_count()) all = float(seen & mask);
         }
@@ -106,9 +107,19 @@ CAMKD_DEVICE void add_up_blocks(const RowLossArgs& args, BatchCounters* counters
     if (!last_block(&counters->finished)) return;
     const float factor = scalars->factor;
     for (int i = warp; i < numbers; i += warps) {
+        constexpr int several = 8;  // loads in flight
         float total = 0;
 #pragma unroll 1
-        for (int b = lane; b < int(block_count()); b += kWarp) total += read_device(&sums[b * numbers + i]);
+        for (int first = lane; first < int(block_count()); first += several * kWarp) {
+            float found[several];
+#pragma unroll
+            for (int j = 0; j < several; ++j) {
+                const int b = first + j * kWarp;
+                found[j] = b < int(block_count()) ? read_device(&sums[b * numbers + i]) : 0.0f;
+            }
+#pragma unroll
+            for (int j = 0; j < several; ++j) total += found[j];
+        }
         total = warp_sum(total);
         if (lane == 0) write_number(args.batch, i, total * factor);
     }

@@ -36,11 +36,19 @@ CAMKD_DEVICE int thread_id() {
 CAMKD_DEVICE int block_threads() {
     return int(blockDim.x);
 }
+// Blocks that share a row lie side by side in the grid: `group_id` is that of their group, `group_rank` theirs within
+// it. Grids without groups have one.
 CAMKD_DEVICE int64_t block_id() {
-    return blockIdx.x;
+    return int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
 }
 CAMKD_DEVICE int64_t block_count() {
-    return gridDim.x;
+    return int64_t(gridDim.y) * gridDim.x;
+}
+CAMKD_DEVICE int group_id() {
+    return int(blockIdx.y);
+}
+CAMKD_DEVICE int group_rank() {
+    return int(blockIdx.x);
 }
 CAMKD_DEVICE void block_barrier() {
     __syncthreads();
@@ -167,6 +175,10 @@ CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 CAMKD_DEVICE void copy_async(Pack* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// The same for 8 bytes.
+CAMKD_DEVICE void copy_async(int64_t* shared, const int64_t* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -201,7 +213,7 @@ CAMKD_DEVICE bool last_block(uint32_t* arrivals) {
     if (threadIdx.x == 0) {
         uint32_t before;
         asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-        last = before + 1 == gridDim.x;
+        last = before + 1 == gridDim.x * gridDim.y;
         if (last) *arrivals = 0;
     }
     return __syncthreads_or(last) != 0;
@@ -214,6 +226,19 @@ CAMKD_DEVICE void add_device(unsigned long long* at, unsigned long long x) {
 template <class Number>
 CAMKD_DEVICE Number read_device(const Number* at) {
     return *static_cast<const volatile Number*>(at);
+}
+template <class Number>
+CAMKD_DEVICE void write_device(Number* at, Number x) {
+    *static_cast<volatile Number*>(at) = x;
+}
+CAMKD_DEVICE void max_device(uint32_t* at, uint32_t x) {
+    atomicMax(at, x);
+}
+// Between two looks at a number that another block will write.
+CAMKD_DEVICE void pause() {}
+// Ends the launch with an error.
+CAMKD_DEVICE void give_up() {
+    __trap();
 }
 
 // Stops the compiler from computing a pointer anew wherever it is used.

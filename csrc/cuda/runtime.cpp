@@ -36,12 +36,15 @@ Limits read_limits(int device) {
     limits.l2 = read(cudaDevAttrL2CacheSize);
     limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
     limits.block_threads = kBlockThreads;
+    limits.least_team = limits.cluster > 1 && read(cudaDevAttrCooperativeLaunch) ? kLeastTeam : 0;
     return limits;
 }
 
 cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaLaunchAttribute* attribute) {
+    // At most one attribute: blocks of clusters need not run at once
     cudaLaunchConfig_t native{};
-    native.gridDim = dim3(unsigned(config.blocks));
+    const int64_t row = config.group > 0 ? config.group : config.blocks;
+    native.gridDim = dim3(unsigned(row), unsigned(config.blocks / row));
     native.blockDim = dim3(unsigned(config.threads));
     native.dynamicSmemBytes = size_t(config.shared);
     native.stream = static_cast<cudaStream_t>(stream);
@@ -49,6 +52,11 @@ cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream, cudaL
         attribute->id = cudaLaunchAttributeClusterDimension;
         attribute->val.clusterDim.x = unsigned(config.cluster);
         attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    } else if (config.together) {
+        attribute->id = cudaLaunchAttributeCooperative;
+        attribute->val.cooperative = 1;
+    }
+    if (config.cluster > 1 || config.together) {
         native.attrs = attribute;
         native.numAttrs = 1;
     }
@@ -123,10 +131,10 @@ void* address_of_variable(const void* variable) {
     return address;
 }
 
-int counter_slot(const LaunchOptions& options, int slots) {
+int launch_slot(const LaunchOptions& options, SlotPool pool, int slots) {
     static std::mutex mutex;
-    static std::map<int, int> taken;  // of each device
-    static std::map<std::pair<int, void*>, int> of_stream;
+    static std::map<std::pair<SlotPool, int>, int> taken;  // of each device
+    static std::map<std::tuple<SlotPool, int, void*>, int> of_stream;
     const auto stream = static_cast<cudaStream_t>(options.stream);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
@@ -136,11 +144,12 @@ int counter_slot(const LaunchOptions& options, int slots) {
     if (stream == cudaStreamPerThread) return -1;  // one handle for a stream of every thread
     const int device = current_device();
     std::lock_guard<std::mutex> lock(mutex);
-    const auto next = [&] { return taken[device] < slots ? taken[device]++ : -1; };
+    int& last = taken[{pool, device}];
+    const auto next = [&] { return last < slots ? last++ : -1; };
     if (status != cudaStreamCaptureStatusNone) return next();
-    const auto at = of_stream.find({device, options.stream});
-    if (at != of_stream.end()) return at->second;
-    return of_stream[{device, options.stream}] = next();
+    const auto key = std::make_tuple(pool, device, options.stream);
+    const auto at = of_stream.find(key);
+    return at != of_stream.end() ? at->second : of_stream[key] = next();
 }
 
 }  // namespace camkd::cuda

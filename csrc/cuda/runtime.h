@@ -10,6 +10,8 @@ namespace camkd::cuda {
 struct LaunchConfig {
     int64_t blocks;
     int threads, cluster, shared;
+    int group = 0;          // blocks that share a row, see device.cuh; 0: there are no groups
+    bool together = false;  // all blocks run at once
 };
 
 // Queries the driver once per device.
@@ -25,7 +27,8 @@ void launch_address(const void* kernel, const LaunchConfig& config, void* launch
 void* address_of_variable(const void* variable);
 
 // A number below `slots` that no other launch on the current device uses before this one has ended; -1 if there is
-// none.
-int counter_slot(const LaunchOptions& options, int slots);
+// none. Each pool has its own numbers.
+enum class SlotPool { counters, teams };
+int launch_slot(const LaunchOptions& options, SlotPool pool, int slots);
 
 }  // namespace camkd::cuda

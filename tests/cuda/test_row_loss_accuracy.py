@@ -26,10 +26,11 @@ __all__ = ["cuda_on_the_host", "emulated"]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster).
 GEOMETRIES = {
-    "warp": ("table", 200, (True, 1, 1)),
-    "block": ("table", 2100, (False, 1, 1)),
-    "cluster": ("cluster", 1001, (False, 1, 2)),
-    "chunks": ("chunks", 1001, (False, 2, 1)),
+    "warp": ("table", 200, (True, 1, 1, False)),
+    "block": ("table", 2100, (False, 1, 1, False)),
+    "cluster": ("cluster", 1001, (False, 1, 2, False)),
+    "team": ("team", 1001, (False, 1, 2, True)),
+    "chunks": ("chunks", 1001, (False, 2, 1, False)),
 }
 
 

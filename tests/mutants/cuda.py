@@ -15,7 +15,7 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/group.cuh",
         RACES,
-        Change("one inbox instead of two", "exchange % 2 * cluster() + rank", "rank"),
+        Change("one inbox instead of two", "int(exchange & 1) * cluster() + rank", "rank"),
         Change(
             "lanes beyond the end of the row have its last vector",
             "(first + (end - begin - 1) * kWarp >= columns.vectors ? 1 : 0)",
@@ -110,10 +110,23 @@ CHANGES = (
         ),
         Change(
             "stride of the look-ahead",
-            "label_of(first + int64_t(group_.launch.groups) * rows + group_.lane())",
-            "label_of(first + int64_t(group_.launch.groups) + group_.lane())",
+            "fetch_labels(first + int64_t(group_.launch.groups) * rows);",
+            "fetch_labels(first + int64_t(group_.launch.groups));",
             tests=f"{ROWS}::test_several_rows_per_warp",
         ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/team.cuh",
+        f"{SOME} {ROWS}::test_wide_rows",
+        Change("messages of any exchange", "uint32_t(found[i] >> 32) == exchange", "true"),
+        Change("words of one lane", "first += several * kWarp) {", "first = count) {"),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/exchange.cuh",
+        f"{SOME} {ROWS}::test_wide_rows",
+        Change("exchanges of a team counted from 0 in every launch", "count_ = read_device", "(void)read_device"),
+        Change("one box for two exchanges", "group_id() * 2 + int(exchange & 1)", "group_id() * 2"),
+        Change("own messages only", "group_rank() * stride + i, team_word", "i, team_word"),
     ),
     *changes(
         "csrc/cuda/row_loss/results.cuh",

@@ -1,4 +1,4 @@
-// Messages between the blocks of a cluster that share a row.
+// Messages between the blocks that share a row: a cluster, or a team (team.cuh).
 #pragma once
 
 #include "group.cuh"
@@ -9,26 +9,57 @@ namespace camkd::cuda {
 // the exchange after the next one has received every message of the next one, and each of these was sent after its
 // sender had read this exchange's inbox. Used by one warp.
 template <class Group>
-class ClusterExchange {
+class RowExchange {
   public:
-    CAMKD_DEVICE ClusterExchange(const Group& group) : group_(group) {}
+    CAMKD_DEVICE RowExchange(const Group& group) : group_(group) {}
 
     // Sends the first `packs` packs of the outgoing message, and waits for those of the other blocks. Returns the
     // number of the exchange, for Group::inbox.
-    CAMKD_DEVICE int run(int packs) {
-        const int exchange = count_++;
+    CAMKD_DEVICE uint32_t run(int packs) {
+        const uint32_t exchange = count_++;
         warp_barrier();
+        if (group_.team()) {
+            through_memory(exchange, packs);
+            return exchange;
+        }
         if (group_.lane() == 0) mailbox_expect(group_.box(exchange), group_.cluster() * packs * RowShared::pack_bytes);
         for (int i = group_.lane(); i < group_.cluster() * packs; i += kWarp)
-            mailbox_send(group_.box(exchange), i / packs, group_.inbox(exchange, group_.rank, 0) + i % packs,
+            mailbox_send(group_.box(exchange), i / packs, group_.inbox(exchange, group_rank(), 0) + i % packs,
                          group_.outgoing(0)[i % packs]);
-        mailbox_wait(group_.box(exchange), exchange / 2);
+        mailbox_wait(group_.box(exchange), int(exchange / 2));
         return exchange;
     }
 
+    // Before a team's first exchange.
+    CAMKD_DEVICE void start() {
+        if (group_.team()) count_ = read_device(&group_.launch.team->exchanges);
+    }
+
+    // After the last one, by all threads.
+    CAMKD_DEVICE void finish() const {
+        if (!group_.team()) return;
+        TeamMemory* const memory = group_.launch.team;
+        if (thread_id() == 0) max_device(&memory->most, count_);
+        if (last_block(&memory->finished) && thread_id() == 0)
+            write_device(&memory->exchanges, read_device(&memory->most));
+    }
+
   private:
+    CAMKD_DEVICE void through_memory(uint32_t exchange, int packs) {
+        const int of_pack = int(sizeof(Pack) / sizeof(float)), stride = group_.message_floats();
+        const int blocks = group_.cluster(), box = group_id() * 2 + int(exchange & 1);
+        const uint32_t number = exchange + 1;
+        TeamWord* const words = group_.launch.team->words + int64_t(box) * blocks * stride;
+        const float* const mine = reinterpret_cast<const float*>(group_.outgoing(0));
+        // Whole messages, whatever they have: the words of all blocks then lie side by side
+        for (int i = group_.lane(); i < stride; i += kWarp)
+            write_device(words + group_rank() * stride + i, team_word(i < packs * of_pack ? mine[i] : 0.0f, number));
+        team_receive(words, blocks * stride, number, reinterpret_cast<float*>(group_.inbox(exchange, 0, 0)));
+        warp_barrier();
+    }
+
     const Group group_;
-    int count_ = 0;  // exchanges so far
+    uint32_t count_ = 0;  // exchanges so far; of a team with those of earlier launches
 };
 
 }  // namespace camkd::cuda

@@ -6,6 +6,7 @@
 #include "../batch_mean.cuh"
 #include "../launch_table.h"
 #include "fixed_k_passes.cuh"
+#include "team.cuh"
 
 namespace camkd::cuda {
 
@@ -22,8 +23,9 @@ struct RowLaunch {
     bool wide_out;            // the gradient has that alignment too
     bool even;                // wide_in, and every row begins and ends at a 16-byte boundary
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
-    int groups;  // of the grid
-    int shift;   // a group has 1 << shift threads
+    int groups;   // of the grid
+    int members;  // threads of a group
+    TeamMemory* team;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, inbox, outgoing, boxes, infos, rows, states;
 };
@@ -74,6 +76,7 @@ struct RowState {
     bool out_of_range;     // the sums relative to the label are of no use, and those below are there
     State sums[kTeachers<FixedK> + 1];
     Reference references[kTeachers<FixedK> + 1];
+    int64_t next_label;                        // of the row that takes this one's place after the next one
     float batch_sums[row_stats::per_teacher];  // in a group's first one: loss, hard and soft over its rows so far
 };
 
@@ -98,6 +101,7 @@ struct RowShared {
         problem.block_bytes = int(sizeof(BatchScalars));
         problem.cluster_bytes = streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
+        problem.team_words = streams_bytes(K, fixed_k) / int(sizeof(float));
     }
 
     // Fills in the derived fields and offsets of a launch.
@@ -105,8 +109,7 @@ struct RowShared {
         const RowGeometry& g = launch.geometry;
         const int K = problem.K, warps = g.threads / kWarpThreads, groups = g.warp_per_row ? warps : 1;
         launch.groups = int(g.warp_per_row ? g.blocks * warps : g.blocks / g.cluster);
-        launch.shift = 0;
-        while (1 << launch.shift < (g.warp_per_row ? kWarpThreads : g.threads * g.cluster)) ++launch.shift;
+        launch.members = g.warp_per_row ? kWarpThreads : g.threads * g.cluster;
         int at = (K + 1) * g.rows * g.slots * g.threads * pack_bytes;
         const auto take = [&](int& offset, int bytes) {
             offset = at;
@@ -124,8 +127,9 @@ struct RowShared {
     }
 };
 
-// The threads that share a row: a warp (`WarpPerRow`), a block, or a cluster of blocks. `FixedK` is the number of
-// teachers for the passes of fixed_k_passes.cuh; 0 selects the general passes: any K, temperature and weighting.
+// The threads that share a row: a warp (`WarpPerRow`), a block, a cluster of blocks, or a team of them. `FixedK` is the
+// number of teachers for the passes of fixed_k_passes.cuh; 0 selects the general passes: any K, temperature and
+// weighting.
 template <class T, bool WarpPerRow, int FixedK>
 struct RowGroup {
     static constexpr int V = kVector<T>;
@@ -137,10 +141,11 @@ struct RowGroup {
     CAMKD_DEVICE int warps() const { return block_threads() / kWarp; }
     // Blocks per group. With a warp per row the blocks of a cluster share only the end of the whole minibatch.
     CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpPerRow ? launch.geometry.cluster : 1; }
-    CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : 1 << launch.shift; }
-    CAMKD_DEVICE int shift() const { return WarpPerRow ? 5 : launch.shift; }
-    CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : rank * block_threads() + thread_id(); }
-    CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : rank * warps() + warp(); }
+    // Its blocks are no cluster.
+    CAMKD_DEVICE bool team() const { return has_clusters() && !WarpPerRow && launch.geometry.team; }
+    CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : launch.members; }
+    CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : group_rank() * block_threads() + thread_id(); }
+    CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : group_rank() * warps() + warp(); }
     // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }
     CAMKD_DEVICE bool is_merging_warp() const { return WarpPerRow || warp() == 0; }
@@ -176,19 +181,20 @@ struct RowGroup {
     // The fast path's sums of a warp take the place of its states.
     CAMKD_DEVICE float* label_sums(int warp) const { return reinterpret_cast<float*>(states(warp, 0)); }
 
-    // Messages between the blocks of a cluster: those that this block sends about stream k, those from the block of a
-    // rank. Exchanges alternate between two inboxes (ClusterExchange).
+    // Messages between the blocks of a group: those that this block sends about stream k, those from the block of a
+    // rank. Exchanges alternate between two inboxes (RowExchange).
     CAMKD_DEVICE Pack* outgoing(int k) const {
         return reinterpret_cast<Pack*>(shared_memory() + launch.outgoing) + k * packs();
     }
-    CAMKD_DEVICE Pack* inbox(int exchange, int rank, int k) const {
-        const int i = (exchange % 2 * cluster() + rank) * (teachers() + 1) + k;
+    CAMKD_DEVICE Pack* inbox(uint32_t exchange, int rank, int k) const {
+        const int i = (int(exchange & 1) * cluster() + rank) * (teachers() + 1) + k;
         return reinterpret_cast<Pack*>(shared_memory() + launch.inbox) + i * packs();
     }
-    CAMKD_DEVICE Mailbox* box(int exchange) const {
-        return reinterpret_cast<Mailbox*>(shared_memory() + launch.boxes) + exchange % 2;
+    CAMKD_DEVICE Mailbox* box(uint32_t exchange) const {
+        return reinterpret_cast<Mailbox*>(shared_memory() + launch.boxes) + (exchange & 1);
     }
     CAMKD_DEVICE int packs() const { return RowShared::packs(FixedK > 0); }
+    CAMKD_DEVICE int message_floats() const { return (teachers() + 1) * packs() * int(sizeof(Pack) / sizeof(float)); }
 
     // Rows that the group has in flight at once.
     CAMKD_DEVICE int rows_per_group() const { return WarpPerRow ? launch.geometry.rows : 1; }
@@ -203,17 +209,14 @@ struct RowGroup {
         const int slots = launch.geometry.slots, C = launch.C;
         const Columns columns =
             launch.even ? Columns{C, 0, C / V, 0, C / V} : columns_of<T>(C, launch.wide_in, info.address[0]);
-        // In units of a vector per lane: the chunk's part of the row, and of that the part of this warp. The warps of a
-        // group have equal parts, or one more, so that none waits for the others long.
-        const int log2_warps = shift() - 5;
-        int start = 0, part = (columns.vectors + kWarp - 1) / kWarp;
-        if (chunks() > 1) {
-            start = c * slots << log2_warps;
-            const int left = part - start, most = slots << log2_warps;
-            part = left < 0 ? 0 : left < most ? left : most;
-        }
-        const int begin = part * warp_of_group() >> log2_warps, end = part * (warp_of_group() + 1) >> log2_warps;
-        const int first = (start + begin) * kWarp + lane();
+        // In units of a vector per lane: the row's end, and the part of this warp. The last warps may have less, as
+        // they prepare the next row meanwhile.
+        const int row_end = (columns.vectors + kWarp - 1) / kWarp;
+        int begin = warp_of_group() * slots;
+        if (chunks() > 1) begin += c * slots * (members() / kWarp);
+        if (begin > row_end) begin = row_end;
+        const int end = WarpPerRow || begin + slots > row_end ? row_end : begin + slots;
+        const int first = begin * kWarp + lane();
         // Lanes beyond the end of the row lack the last vector of its last warp
         const int held = end - begin - (first + (end - begin - 1) * kWarp >= columns.vectors ? 1 : 0);
         return {columns, first, r * slots, slots, held > 0 ? held : 0};
@@ -244,7 +247,6 @@ struct RowGroup {
     CAMKD_DEVICE float grad_scale() const { return batch_scalars()->grad_scale; }
 
     const RowLaunch& launch;
-    const int rank;  // of the block in its cluster
 };
 
 }  // namespace camkd::cuda

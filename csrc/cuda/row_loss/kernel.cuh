@@ -28,7 +28,7 @@ class RowKernel {
 
   public:
     CAMKD_DEVICE RowKernel(const RowLaunch& launch)
-        : group_{launch, WarpPerRow ? 0 : cluster_rank()},
+        : group_{launch},
           label_statistics_(group_),
           statistics_(group_),
           exchange_(group_),
@@ -43,7 +43,10 @@ class RowKernel {
             const int64_t next = infos[0].row + int64_t(group_.launch.groups) * group_.rows_per_group();
             const bool is_row = infos[0].row < group_.launch.args.N;
             if (is_row) {
-                if (group_.is_lookahead_warp()) load_logits(next);
+                if (group_.is_lookahead_warp()) {
+                    copies_wait();
+                    load_logits(next);
+                }
                 // Sum up, one part per warp
 #pragma unroll 1
                 for (int r = 0; r < group_.rows_per_group(); ++r)
@@ -74,7 +77,7 @@ class RowKernel {
             }
             // Write row_stats, by the look-ahead warp: the merging warp is on the critical path. The blocks of a
             // cluster alternate.
-            if (!WarpPerRow && group_.is_lookahead_warp() && (iteration & (group_.cluster() - 1)) == group_.rank)
+            if (!WarpPerRow && group_.is_lookahead_warp() && iteration % group_.cluster() == group_rank())
                 results_.write_row_stats(infos[0], 0);
             // Write the gradient and load the next rows
             for (int c = group_.launch.args.grad_student ? group_.chunks() - 1 : 0; c >= 0; --c) {
@@ -82,6 +85,7 @@ class RowKernel {
                 for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], r, c, parity);
             }
         }
+        exchange_.finish();
         if (group_.launch.single_cluster)
             add_up_cluster();
         else if (group_.launch.counters)
@@ -93,14 +97,15 @@ class RowKernel {
     // Fetches the first rows, and counts this block's share of the labels.
     CAMKD_DEVICE void start() {
         if (group_.is_lookahead_warp()) {
-            const int group =
-                WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : int(block_id()) / group_.cluster();
+            const int group = WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : group_id();
             const int64_t first = int64_t(group) * group_.rows_per_group();
-            next_label_ = label_of(first + group_.lane());
+            fetch_labels(first);
+            copies_wait();
             load_logits(first);
             prepare_rows(first, 0);
         }
-        if (group_.cluster() > 1) {
+        if (group_.is_merging_warp()) exchange_.start();
+        if (group_.cluster() > 1 && !group_.team()) {
             if (thread_id() < 2) mailbox_open(group_.box(thread_id()));
             cluster_barrier(true);
         }
@@ -150,9 +155,15 @@ class RowKernel {
         }
     }
 
-    CAMKD_DEVICE int64_t label_of(int64_t row) const {
+    // The labels of the rows from `first` on, for load_logits, with a lane per row.
+    CAMKD_DEVICE void fetch_labels(int64_t first) const {
         const RowLossArgs& args = group_.launch.args;
-        return row < args.N ? args.target[row] : args.formula.ignore_index;
+        if (group_.lane() >= group_.rows_per_group()) return;
+        int64_t* const to = &group_.rows()[group_.lane()].next_label;
+        if (first + group_.lane() < args.N)
+            copy_async(to, args.target + first + group_.lane());
+        else
+            *to = args.formula.ignore_index;
     }
 
     CAMKD_DEVICE static DType dtype_of(const Matrix& stream) {
@@ -163,9 +174,12 @@ class RowKernel {
     // those at the labels of the rows from `first` on. As bits: a conversion would wait for them.
     CAMKD_DEVICE void load_logits(int64_t first) {
         const RowLossArgs& args = group_.launch.args;
-        label_ = next_label_ == args.formula.ignore_index            ? kIgnored
-                 : next_label_ >= 0 && next_label_ < group_.launch.C ? int(next_label_)
-                                                                     : kInvalid;
+        if (group_.lane() < group_.rows_per_group()) {
+            const int64_t label = group_.rows()[group_.lane()].next_label;
+            label_ = label == args.formula.ignore_index      ? kIgnored
+                     : label >= 0 && label < group_.launch.C ? int(label)
+                                                             : kInvalid;
+        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= group_.rows_per_group()) continue;
@@ -195,8 +209,8 @@ class RowKernel {
                 info.label_vector = column / V;
                 info.label_element = column % V;
             }
-            next_label_ = label_of(first + int64_t(group_.launch.groups) * rows + group_.lane());
         }
+        fetch_labels(first + int64_t(group_.launch.groups) * rows);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= rows || first + r >= args.N) continue;
@@ -260,12 +274,10 @@ class RowKernel {
     const Group group_;
     const LabelStatistics<T, WarpPerRow, FixedK> label_statistics_;
     const RowStatistics<T, WarpPerRow, FixedK> statistics_;
-    ClusterExchange<Group> exchange_;
+    RowExchange<Group> exchange_;
     const RowResults<T, WarpPerRow, FixedK> results_;
     const RowGradient<T, WarpPerRow, FixedK> gradient_;
-    // Of the rows to be prepared next: label of this lane's row, once loaded and once checked; logits of this lane's
-    // stream.
-    int64_t next_label_ = 0;
+    // Of the rows to be prepared next: label of this lane's row; logits of this lane's stream.
     int label_ = kIgnored;
     uint32_t logits_[kRows];
 };

@@ -41,7 +41,7 @@ class LabelStatistics {
 
     // Adds the sums of this block's warps, and then those of the cluster's blocks. Every block adds in order of the
     // ranks, so all get the same bits.
-    CAMKD_DEVICE void merge(ClusterExchange<Group>& exchange) const {
+    CAMKD_DEVICE void merge(RowExchange<Group>& exchange) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
         float* const row = group_.rows()[0].label_sums.of;
@@ -55,12 +55,11 @@ class LabelStatistics {
             if (warp < group_.warps()) sum += group_.label_sums(warp)[mine];
         if (adds) of_block[mine] = sum;
         if (group_.cluster() > 1) {
-            const int which = exchange.run(packs);
+            const uint32_t which = exchange.run(packs);
             const float* const inbox = reinterpret_cast<const float*>(group_.inbox(which, 0, 0)) + mine;
-            const int stride = (group_.teachers() + 1) * group_.packs() * int(sizeof(Pack) / sizeof(float));
             sum = 0;
 #pragma unroll 4
-            for (int rank = 0; rank < group_.cluster(); ++rank) sum += inbox[rank * stride];
+            for (int rank = 0; rank < group_.cluster(); ++rank) sum += inbox[rank * group_.message_floats()];
             if (adds) row[mine] = sum;
         }
         warp_barrier();

@@ -27,6 +27,13 @@ auto kernel_for(int fixed_k) {
     }
 }
 
+// The memory for a team's messages, or null if others have taken all.
+TeamMemory* team_memory_for(const LaunchOptions&);
+
+inline LaunchConfig config_of(const RowGeometry& g) {
+    return {g.blocks, g.threads, g.team ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster, g.team};
+}
+
 template <class T>
 void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     const RowLossArgs& args = launch.args;
@@ -47,14 +54,21 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     Limits limits = device_limits();
     RowGeometry& g = launch.geometry;
     void (*kernel)(RowLaunch) = nullptr;
-    for (;; limits.cluster /= 2) {
+    for (;;) {
         g = row_geometry(problem, limits);
+        launch.team = g.team ? team_memory_for(options) : nullptr;
         kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
-        const int64_t resident = resident_blocks(kernel, {g.blocks, g.threads, g.cluster, g.shared});
-        // A device may have no room for its largest clusters: parts of it can be disabled or assigned to others
-        if (resident == 0 && g.cluster > 1) continue;
-        limit_grid(g, resident);
-        break;
+        const int64_t resident = resident_blocks(kernel, config_of(g));
+        // A device may have no room for its largest clusters and teams: parts of it can be disabled or assigned to
+        // others
+        if (g.team && (!launch.team || resident < g.cluster)) {
+            limits.least_team = 0;
+        } else if (g.cluster > 1 && resident == 0) {
+            limits.cluster /= 2;
+        } else {
+            limit_grid(g, g.team ? std::min(resident, team_blocks(problem)) : resident);
+            break;
+        }
     }
     RowShared::lay_out(launch, problem);
     launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
@@ -62,7 +76,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     launch.share = ceil_div(args.N, g.blocks);
     const bool separate_kernels = problem.needs_mean && !launch.single_cluster && !launch.counters;
     if (separate_kernels) count_rows(args, options);
-    launch_kernel(kernel, {g.blocks, g.threads, g.cluster, g.shared}, launch, options);
+    launch_kernel(kernel, config_of(g), launch, options);
     if (separate_kernels) add_up_rows(args, options);
 }
 

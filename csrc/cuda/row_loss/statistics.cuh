@@ -37,7 +37,7 @@ class RowStatistics {
 
     // Merges the states of this block's warps, and then those of the cluster's blocks, into the row's sums. Every block
     // merges in order of the ranks, so all get the same bits.
-    CAMKD_DEVICE void merge(ClusterExchange<Group>& exchange) const {
+    CAMKD_DEVICE void merge(RowExchange<Group>& exchange) const {
         State* const row = group_.rows()[0].sums;
         const auto store = [&](int k, const State& state) { row[k] = state; };
         const auto of_warp = [&](int lane, int k) { return group_.states(lane, 0)[k]; };
@@ -46,7 +46,7 @@ class RowStatistics {
         } else {
             general_merge(group_.lane(), group_.warps(), group_.teachers(), group_.inverseT(), of_warp,
                           [&](int k, const State& state) { write_message(state, group_.outgoing(k)); });
-            const int which = exchange.run((group_.teachers() + 1) * group_.packs());
+            const uint32_t which = exchange.run((group_.teachers() + 1) * group_.packs());
             general_merge(
                 group_.lane(), group_.cluster(), group_.teachers(), group_.inverseT(),
                 [&](int rank, int k) { return read_message(group_.inbox(which, rank, k)); }, store);

@@ -39,6 +39,12 @@ inline int64_t block_id() {
 inline int64_t block_count() {
     return host::self->blocks;
 }
+inline int group_id() {
+    return int(host::self->block / host::group_size);
+}
+inline int group_rank() {
+    return int(host::self->block % host::group_size);
+}
 CAMKD_SITE void block_barrier() {
 #ifndef CAMKD_DROP_BLOCK_BARRIER
     if (host::runs("BLOCK_BARRIER", __builtin_return_address(0))) host::self->own_block().barrier.arrive_and_wait();
@@ -146,13 +152,16 @@ inline void check_aligned(const void* p) {
 inline void copy_async(Pack* shared, const void* global) {
     check_aligned(global);
     std::memset(static_cast<void*>(shared), 0xff, sizeof(Pack));
-    host::self->copies.emplace_back(shared, global);
+    host::self->copies.push_back({shared, global, sizeof(Pack)});
+}
+inline void copy_async(int64_t* shared, const int64_t* global) {
+    std::memset(shared, 0xff, sizeof(*shared));
+    host::self->copies.push_back({shared, global, sizeof(*shared)});
 }
 CAMKD_SITE void copies_wait() {
 #ifndef CAMKD_DROP_COPIES_WAIT
     if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;
-    for (const auto& [shared, global] : host::self->copies)
-        std::memcpy(static_cast<void*>(shared), global, sizeof(Pack));
+    for (const auto& [shared, global, bytes] : host::self->copies) std::memcpy(shared, global, bytes);
     host::self->copies.clear();
 #endif
     host::delays.wait();
@@ -177,6 +186,22 @@ inline void add_device(unsigned long long* at, unsigned long long x) {
 template <class Number>
 Number read_device(const Number* at) {
     return std::atomic_ref(const_cast<Number&>(*at)).load(std::memory_order_relaxed);
+}
+template <class Number>
+void write_device(Number* at, Number x) {
+    host::delays.wait();
+    std::atomic_ref(*at).store(x, std::memory_order_relaxed);
+}
+inline void max_device(uint32_t* at, uint32_t x) {
+    std::atomic_ref<uint32_t> number(*at);
+    for (uint32_t seen = number.load(); seen < x && !number.compare_exchange_weak(seen, x);) {
+    }
+}
+inline void pause() {
+    std::this_thread::yield();
+}
+inline void give_up() {
+    std::abort();
 }
 template <class Pointer>
 void keep_in_register(Pointer&) {}

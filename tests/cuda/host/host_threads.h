@@ -115,12 +115,18 @@ struct Cluster {
     std::vector<std::unique_ptr<Block>> blocks;
 };
 
+struct Copy {
+    void* shared;
+    const void* global;
+    size_t bytes;
+};
+
 struct Thread {
     Cluster* cluster;
     int rank, thread, threads;
     int64_t block, blocks;
     int parity;  // of the next exchange in the warp
-    std::vector<std::pair<Pack*, const void*>> copies;
+    std::vector<Copy> copies;
 
     Block& own_block() const { return *cluster->blocks[rank]; }
     Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }
@@ -219,6 +225,7 @@ float butterfly(float x, F f) {
 }
 
 inline bool together = false;  // run all clusters at once, and not one after the other
+inline int group_size = 1;     // blocks that lie side by side in the grid
 
 // Runs a kernel, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {

@@ -16,23 +16,24 @@ PYBIND11_MODULE(emulated_cuda, m) {
         camkd::cuda::host::together = together;
         camkd::cuda::host::separate = separate;
     });
-    m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads) {
-        camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads};
-    });
-    // The geometry of the last row_loss: (warp per row, chunks, cluster).
+    m.def("set_limits",
+          [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads, int least_team) {
+              camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads, least_team};
+          });
+    // The geometry of the last row_loss: (warp per row, chunks, cluster, team).
     m.def("last_rows", [] {
         const auto& g = camkd::cuda::host::last_rows;
-        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster);
+        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.team);
     });
     // The geometry that row_loss would use.
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows whose width is no multiple of a vector do not all begin at a vector boundary
         const int vectors = (C + (C % vector ? 2 * vector - 2 : 0)) / vector;
-        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0,
+        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0, 0,
                                   0, 0, 0, 0,       0};
         camkd::cuda::RowShared::measure(p);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
-        return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks,
-                                    g.shared);
+        return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks, g.shared,
+                                    g.team);
     });
 }
