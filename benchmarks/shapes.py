@@ -57,7 +57,7 @@ COMPARED = {
     ],
     "cuda": [Shape(N, C, 3, BF16) for N, C in ((8192, 128256), (4096, 32000), (16384, 1000), (64, 100), (1024, 100))],
 }
-CLASSES = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 262144)
+CLASSES = (100, 1000, 1128, 4096, 21841, 32000, 65537, 128256, 151936, 262144)
 # The sizes of COMPARED that the README and its picture show, in the dtype that is usual on the device.
 HEADLINE = {
     "cpu": [

@@ -2,7 +2,7 @@
 
 Inputs are made on the host and copied, so that a report of uninitialised memory concerns the kernels of this package.
 The shapes are small because the tool slows a kernel down a hundred times. One width per regime: narrow, odd, one block,
-several blocks.
+a cluster, a team.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from camkd_fast import camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
 from camkd_fast.backends import dispatch
 
-WIDTHS = (10, 100, 1001, 9000, 33000)
+WIDTHS = (10, 100, 1001, 9000, 33000, 129000)
 DTYPES = (torch.float32, torch.bfloat16)
 
 

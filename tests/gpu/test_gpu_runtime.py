@@ -72,7 +72,7 @@ def test_the_host_never_synchronises(place: Place, options: dict[str, object], C
         everything()
 
 
-@pytest.mark.parametrize("C", [100, 33000])
+@pytest.mark.parametrize("C", [100, 33000, 151936])
 def test_on_a_side_stream(gpu: Place, C: int) -> None:
     case = on(make_case(64, C, 3, BF16, padded=False), gpu.device)
     expected = run(case, gpu.backend)
@@ -91,8 +91,35 @@ def test_on_a_side_stream(gpu: Place, C: int) -> None:
     assert torch.equal(loss, expected.loss) and torch.equal(student.grad, expected.grad)
 
 
+# Wider than a cluster: the blocks of a row meet in device memory, whatever their number (csrc/cuda/row_loss/team.cuh).
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_teams_of_different_sizes_share_their_memory(gpu: Place, reduction: str) -> None:
+    if gpu.backend != "cuda":
+        pytest.skip("CUDA C++ kernels only")
+    widths = [(3, 128256), (40, 151936), (2, 262144), (30, 200_003)]
+    cases = [
+        on(make_case(N, C, 3, BF16, padded=False, ignored=0.2, reduction=reduction), gpu.device) for N, C in widths
+    ]
+    # The reference comes to other bits, and the first call of each width is the expected one of the others.
+    expected = [run_value_and_grad(case, "cuda") for case in cases]
+    for case, found in zip(cases, expected, strict=True):
+        other = run_value_and_grad(case, "reference")
+        assert_near(found.loss, other.loss, rtol=1e-5)
+        assert_near(found.grad, other.grad)
+    streams = [torch.cuda.Stream(gpu.device) for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        results = []
+        for i, case in enumerate(cases):
+            with torch.cuda.stream(streams[i % 2]):
+                results.append(run_value_and_grad(case, "cuda"))
+        torch.cuda.synchronize()
+        for found, result in zip(expected, results, strict=True):
+            assert torch.equal(found.loss, result.loss) and torch.equal(found.grad, result.grad)
+
+
 @pytest.mark.parametrize("entry", ["backward", "value and gradient"])
-@pytest.mark.parametrize("C", [100, 33000])
+@pytest.mark.parametrize("C", [100, 33000, 151936])
 def test_a_cuda_graph_replays_on_new_inputs(gpu: Place, C: int, entry: str) -> None:
     case = on(make_case(64, C, 3, BF16, padded=False), gpu.device)
     other = on(make_case(64, C, 3, BF16, padded=False, seed=1), gpu.device)
