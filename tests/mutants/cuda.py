@@ -203,8 +203,8 @@ CHANGES = (
             "args.factor_stride = factor.shape[0] == 1 ? 0 : 1;",
             "args.factor_stride = 0;",
         ),
-        Change("num_items is left out of the gradient", "float(call.inverse * call.scale)", "float(call.scale)"),
-        Change("a scale on the device is 1", "args.grad_scale_device = call.scale_at;", ""),
+        Change("num_items is left out of the gradient", "float(call.divisor.inverse * call.scale.number)", "float(call.scale.number)"),
+        Change("a scale on the device is 1", "args.grad_scale_device = call.scale.address;", ""),
         Change("columns in memory are not asked for", "|| !is_contiguous(*tensor))", ")"),
     ),
     *changes(
