@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,3 +253,10 @@ def _features(
 def _factor(scale: float | Tensor) -> tuple[float, int]:
     """A number and the address of a factor on the device, or 0."""
     return (1.0, scale.data_ptr()) if isinstance(scale, Tensor) else (float(scale), 0)
+
+
+def _declines(*_: Any, **__: Any) -> None:
+    """The feature loss takes the general path; see `contract.WholeLossBackend`."""
+
+
+confidence_weights = confidence_gradients = whole_feature_loss = feature_gradients = feature_loss_and_grad = _declines
