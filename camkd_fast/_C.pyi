@@ -175,6 +175,57 @@ def cuda_logit_loss(
     """Loss, row_stats, grad_student and `others` of `cuda_row_loss`, which is None for reduction "none"; None for
     unsupported or invalid arguments."""
 
+# As the functions for CPU tensors, on the current stream.
+def cuda_confidence_weights(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    grad_enabled: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def cuda_confidence_gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+    debug: bool,
+    /,
+) -> list[Tensor] | None: ...
+def cuda_whole_feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+    grad_enabled: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Layout] | None, float | Tensor] | None: ...
+def cuda_feature_gradients(
+    buffer: Tensor | None,
+    error: Tensor | None,
+    grad_output: Tensor,
+    scale: float | Tensor,
+    retained: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None] | None: ...
+def cuda_feature_loss_and_grad(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    beta: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    loss_scale: float | Tensor,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None: ...
 def cuda_scale(grad: Tensor, factor: Tensor, out: Tensor, /) -> bool:
     """`cuda_scale_rows` by tensors; False, with nothing done, for any that it does not take."""
 

@@ -90,6 +90,7 @@ def load_module() -> ModuleType:
         CUDA.parent / name
         for name in (
             *("python/tensors.cpp", "python/readers.cpp", "python/logit_call.cpp", "python/cuda_calls.cpp"),
+            *("python/confidence_call.cpp", "python/feature_call.cpp", "python/cuda_features.cpp"),
             "cpu/output_memory.cpp",
         )
     ]
