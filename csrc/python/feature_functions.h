@@ -149,18 +149,18 @@ struct FeatureFunctions {
         return guarded([&]() -> PyObject* {
             Target target;
             dlpack::Tensor factor;
-            double scale;
+            Factor scale;
             if (!tensors::look(from[2], factor) || factor.dimensions != 0 || !(factor.dtype == dlpack::kFloat32))
                 Py_RETURN_NONE;
-            if (!arguments::read_number(from[3], scale) || !target.read(from + own, factor.device)) Py_RETURN_NONE;
+            if (!scale.read(from[3], factor.device) || !target.read(from + own, factor.device)) Py_RETURN_NONE;
             const auto* const by = static_cast<const float*>(tensors::address(factor));
             dlpack::Tensor buffer, error;
             if (from[0] != Py_None && !look_matrix(from[0], factor.device, buffer)) Py_RETURN_NONE;
             if (from[1] != Py_None && !look_matrix(from[1], factor.device, error)) Py_RETURN_NONE;
             const typename Target::Current current(factor.device);
             Object grads = pybind11::none(), grad_weights = pybind11::none();
-            if (from[0] != Py_None) grads = scaled(target, from[0], buffer, by, 1.0f, from[4] != Py_True);
-            if (from[1] != Py_None) grad_weights = scaled(target, from[1], error, by, float(scale), false);
+            if (from[0] != Py_None) grads = scaled(target, from[0], buffer, by, Factor{}, from[4] != Py_True);
+            if (from[1] != Py_None) grad_weights = scaled(target, from[1], error, by, scale, false);
             return Py_BuildValue("(NN)", grads.release().ptr(), grad_weights.release().ptr());
         });
     }
@@ -255,19 +255,24 @@ struct FeatureFunctions {
                tensors::dtype_of(out, code);
     }
 
-    // `from` times a factor on the device and a number: in place, or a new tensor.
+    // `from` times a factor on the device and another one: in place, or a new tensor.
     static Object scaled(Target& target, PyObject* object, const dlpack::Tensor& from, const float* factor,
-                         float number, bool in_place) {
+                         const Factor& other, bool in_place) {
         ScaleRowsArgs args{};
         tensors::dtype_of(from, args.dtype);
         args.N = from.shape[0];
         args.C = from.shape[1];
         args.grad = args.out = tensors::address(from);
         args.factor = factor;
-        args.number = number;
+        args.number = float(other.number);
         Object out = pybind11::reinterpret_borrow<Object>(object);
         if (!in_place) out = make(target, from.shape, 2, from.dtype, args.out);
         target.scale_rows(args);
+        if (other.address) {
+            args.grad = args.out;
+            args.factor = other.address;
+            target.scale_rows(args);
+        }
         return out;
     }
 };

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast import camkd_feature_loss_and_grad, confidence_weights, weighted_feature_loss
+from camkd_fast.losses.feature import _weighted
 from tests.losses.test_one_call import Wrapped, strided
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
@@ -174,6 +175,22 @@ def test_autograd_form(incoming, reduction, dtypes, first, second, general):
     assert torch.equal(ours.pop(-1), ours[4]) and torch.equal(expected.pop(-1), expected[4])
     assert float((ours.pop(4) / expected.pop(4) - 1).abs().max()) <= 3 * torch.finfo(F32).eps
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("scale", [0.25, torch.tensor([0.25])], ids=["number", "element"])
+def test_a_scale_of_the_mean(scale, retained, general):
+    """As CAMKDFeatureLoss passes the divisor, which is on the device of the labels."""
+    student = [r.clone().requires_grad_() for r in R]
+    weights = W.clone().requires_grad_()
+    assert loss_in_one_call(student, F, weights, scale=scale) is not None
+
+    def run() -> list[Tensor]:
+        loss = _weighted(student, F, weights, "mean", scale, "auto")
+        by = torch.tensor(3.0)
+        return [loss.detach(), *torch.autograd.grad(loss, [*student, weights], by, retain_graph=retained)]
+
+    assert_same(*both_ways(general, run))
 
 
 @st.composite
@@ -357,7 +374,8 @@ def test_gradients_that_are_declined():
         {"grad_output": torch.ones(1)},
         {"grad_output": one.double()},
         {"grad_output": one.to("meta")},
-        {"scale": torch.ones(1)},
+        {"scale": torch.ones(2)},
+        {"scale": torch.ones(1).double()},
         {"buffer": found.buffer.double()},
         {"buffer": found.buffer[0]},
         {"error": found.error.t()},

@@ -326,8 +326,8 @@ CHANGES = (
         Change("a retained graph is scaled in place", "from[4] != Py_True", "true"),
         Change(
             "the weights' gradient without the scale",
-            "from[1], error, by, float(scale), false",
-            "from[1], error, by, 1.0f, false",
+            "from[1], error, by, scale, false",
+            "from[1], error, by, Factor{}, false",
         ),
         Change("weights of other samples", "|| confidence.N != args.N", ""),
         Change("a loss per sample", "divisor.reduction == Reduction::none || !loss_scale", "!loss_scale"),
