@@ -9,6 +9,7 @@ Shape = tuple[int, int, int]  # N, C, rows per outer stride
 Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
 Map = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
 MapPair = tuple[tuple[int, int], Map, Map]  # (P, Q), student, teacher
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
 Formula = tuple[float, float, float, str | Tensor, int]  # camkd_fast.losses.formula.Formula
 
 MAX_TEACHERS: int
@@ -48,6 +49,64 @@ def logit_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float] | None:
     """Loss, row_stats, grad_student, sums and 1 / divisor; None for unsupported or invalid arguments."""
 
+def confidence_weights(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    grad_enabled: bool,
+    threads: int,
+    poison: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """See camkd_fast.backends.contract.WholeLossBackend for the results of this function and those below; None for
+    unsupported or invalid arguments."""
+
+def confidence_gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+    threads: int,
+    poison: bool,
+    /,
+) -> list[Tensor] | None: ...
+def whole_feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+    grad_enabled: bool,
+    threads: int,
+    poison: bool,
+    /,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Layout] | None, float | Tensor] | None: ...
+def feature_gradients(
+    buffer: Tensor | None,
+    error: Tensor | None,
+    grad_output: Tensor,
+    scale: float | Tensor,
+    retained: bool,
+    threads: int,
+    poison: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None] | None: ...
+def feature_loss_and_grad(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    beta: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    loss_scale: float | Tensor,
+    threads: int,
+    poison: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None: ...
 def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
 def row_loss(
     shape: Shape,
@@ -116,6 +175,57 @@ def cuda_logit_loss(
     """Loss, row_stats, grad_student and `others` of `cuda_row_loss`, which is None for reduction "none"; None for
     unsupported or invalid arguments."""
 
+# As the functions for CPU tensors, on the current stream.
+def cuda_confidence_weights(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    grad_enabled: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None] | None: ...
+def cuda_confidence_gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+    debug: bool,
+    /,
+) -> list[Tensor] | None: ...
+def cuda_whole_feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+    grad_enabled: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Layout] | None, float | Tensor] | None: ...
+def cuda_feature_gradients(
+    buffer: Tensor | None,
+    error: Tensor | None,
+    grad_output: Tensor,
+    scale: float | Tensor,
+    retained: bool,
+    debug: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None] | None: ...
+def cuda_feature_loss_and_grad(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    beta: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    loss_scale: float | Tensor,
+    debug: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None: ...
 def cuda_scale(grad: Tensor, factor: Tensor, out: Tensor, /) -> bool:
     """`cuda_scale_rows` by tensors; False, with nothing done, for any that it does not take."""
 

@@ -34,7 +34,7 @@ struct RowLossArgs {
     BatchOutput batch;
 };
 
-// out = grad * factor, row by row.
+// out = grad * factor * number, row by row.
 struct ScaleRowsArgs {
     int64_t N, C;
     const void* grad;  // (N, C) contiguous
@@ -42,6 +42,7 @@ struct ScaleRowsArgs {
     DType dtype;
     const float* factor;    // (1) or (N)
     int64_t factor_stride;  // 0 or 1
+    float number = 1;
 };
 
 struct ConfidenceArgs {
@@ -51,12 +52,30 @@ struct ConfidenceArgs {
     const int64_t* target;
     int64_t ignore_index;
     float* weights;             // (K, N), forward only
+    float* weights_copy;        // (K, N) or null: what backward reads, since a caller may write to `weights`
     float* ce;                  // (K, N), forward only
     float* lse;                 // (K, N): written by forward, read by backward
     float* inverse_valid;       // 1 / number of rows that are not ignored (at least 1), or null; CUDA forward only
-    const float* grad_ce;       // (K, N), backward only
+    const float* grad_ce;       // (K, N), backward only: all of d loss / d CE_k, unless `chained`
+    const float* grad_weights;  // (K, N): d loss / d w_k; may be null, and so may `grad_ce`, if `chained`
+    bool chained;  // backward adds to `grad_ce` what comes through the weights, and leaves out ignored rows
     void* grads[kMaxTeachers];  // (N, C) contiguous each, backward only
 };
+
+// d loss / d CE_k of row n (camkd_fast/backends/reference.py, ce_gradient).
+CAMKD_HD float ce_gradient(const ConfidenceArgs& args, int k, int64_t n) {
+    const int64_t N = args.N;
+    if (!args.chained) return args.grad_ce[k * N + n];
+    if (args.target[n] == args.ignore_index) return 0.0f;
+    const float direct = args.grad_ce ? args.grad_ce[k * N + n] : 0.0f;
+    if (!args.grad_weights || args.K == 1) return direct;
+    const float others = float(args.K - 1);
+    float mean = 0;  // sum_j softmax_j(CE) * grad_weights_j
+    for (int j = 0; j < args.K; ++j)
+        mean += (1.0f - others * args.weights_copy[j * N + n]) * args.grad_weights[j * N + n];
+    const float softmax = 1.0f - others * args.weights_copy[k * N + n];
+    return direct - softmax * (args.grad_weights[k * N + n] - mean) / others;
+}
 
 // The value (p, q) of sample n is at n * stride_n + p * stride_p + q * stride_q, in elements.
 struct FeatureMap {

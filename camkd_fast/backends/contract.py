@@ -180,8 +180,22 @@ class WholeLoss(NamedTuple):
     inverse_divisor: float | None  # what the sums are multiplied by, if the host knows it
 
 
+class WholeFeatureLoss(NamedTuple):
+    """The feature loss, and what its gradients need; None where no gradient is required."""
+
+    loss: Tensor  # ()
+    error: Tensor | None  # (K, N), for the gradient of the weights
+    buffer: Tensor | None  # (1, size): the memory of all gradients of the maps
+    layouts: Sequence[tuple[Sequence[int], Sequence[int], int]] | None  # of each gradient: shape, strides, offset
+    scale: float | Tensor  # as in Backend.feature_loss
+
+
 class WholeLossBackend(Protocol):
-    """A backend that computes the whole logit loss, unchecked arguments included, in one call."""
+    """A backend that computes whole losses, unchecked arguments included, in one call.
+
+    These are the fast path for ordinary tensors on the backend's device. They return None for unsupported or invalid
+    input; the general path then reports the error.
+    """
 
     def logit_loss(
         self,
@@ -193,8 +207,62 @@ class WholeLossBackend(Protocol):
         num_items: float | Tensor | None,
         loss_scale: float | Tensor | None,
     ) -> WholeLoss | None:
-        """Fast path for ordinary tensors on the backend's device. Returns None for unsupported or invalid input; the
-        general path then reports the error. There is a gradient if there is a loss_scale, or if the student requires
-        one.
+        """There is a gradient if there is a loss_scale, or if the student requires one."""
+        ...
+
+    def confidence_weights(
+        self, logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Weights and cross-entropies (K, ...), and what `confidence_gradients` takes, if one of the logits requires
+        grad: (2, K, N), the log-sum-exps and the weights again.
         """
+        ...
+
+    def confidence_gradients(
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor,
+        ignore_index: int,
+        kept: Tensor,
+        grad_weights: Tensor | None,
+        grad_ce: Tensor | None,
+    ) -> list[Tensor] | None:
+        """The gradients of the logits, from those of the two results of `confidence_weights`; None for 0."""
+        ...
+
+    def whole_feature_loss(
+        self,
+        student: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        weights: Tensor,
+        reduction: str,
+        scale: float | Tensor | None,
+    ) -> WholeFeatureLoss | None:
+        """The loss for "mean" or "sum"; `scale` takes the place of 1 / N or 1."""
+        ...
+
+    def feature_gradients(
+        self,
+        buffer: Tensor | None,
+        error: Tensor | None,
+        grad_output: Tensor,
+        scale: float | Tensor,
+        retained: bool,
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """`buffer` times grad_output, in place unless `retained`, and error * scale * grad_output."""
+        ...
+
+    def feature_loss_and_grad(
+        self,
+        student: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        target: Tensor,
+        beta: float,
+        reduction: str,
+        num_items: float | Tensor | None,
+        ignore_index: int,
+        loss_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
+        """Loss, weights, cross-entropies (K, N) and gradients, by the confidence weights of the logits."""
         ...

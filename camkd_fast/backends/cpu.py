@@ -20,7 +20,7 @@ from .compiled import (
     shape_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, WholeFeatureLoss, WholeLoss, row_stats_count
 from .feature_maps import new_gradients
 
 # Named in every allocation, because a default device may be set.
@@ -223,3 +223,69 @@ def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad
     N, weights = student[0].shape[0], given_weights(grad_error)
     _C.features(N, pairs, weights, 0, 0, addresses, 1.0, 1.0, torch.get_num_threads())
     return grads
+
+
+def _options() -> tuple[int, bool]:
+    """The last arguments of the functions that make tensors: threads, and whether memory is to be filled."""
+    return torch.get_num_threads(), _fills_memory()
+
+
+def confidence_weights(
+    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """See `contract.WholeLossBackend`, as for the functions below."""
+    if not _CONNECTED:
+        return None
+    return _C.confidence_weights(logits, target, ignore_index, torch.is_grad_enabled(), *_options())
+
+
+def confidence_gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+) -> list[Tensor] | None:
+    if not _CONNECTED:
+        return None
+    return _C.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, *_options())
+
+
+def whole_feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+) -> WholeFeatureLoss | None:
+    if not _CONNECTED:
+        return None
+    found = _C.whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), *_options())
+    return None if found is None else WholeFeatureLoss(*found)
+
+
+def feature_gradients(
+    buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    if not _CONNECTED:
+        return None
+    return _C.feature_gradients(buffer, error, grad_output, scale, retained, *_options())
+
+
+def feature_loss_and_grad(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    beta: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    loss_scale: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
+    if not _CONNECTED:
+        return None
+    return _C.feature_loss_and_grad(
+        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, *_options()
+    )

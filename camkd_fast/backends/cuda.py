@@ -26,7 +26,7 @@ from .compiled import (
     shape_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, WholeFeatureLoss, WholeLoss, row_stats_count
 from .feature_maps import new_gradients
 
 # Device-side assertions on labels; they stop the context.
@@ -252,3 +252,64 @@ def _features(
 def _factor(scale: float | Tensor) -> tuple[float, int]:
     """A number and the address of a factor on the device, or 0."""
     return (1.0, scale.data_ptr()) if isinstance(scale, Tensor) else (float(scale), 0)
+
+
+def confidence_weights(
+    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """See `contract.WholeLossBackend`, as for the functions below."""
+    if not _CONNECTED:
+        return None
+    return _C.cuda_confidence_weights(logits, target, ignore_index, torch.is_grad_enabled(), DEBUG)
+
+
+def confidence_gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+) -> list[Tensor] | None:
+    if not _CONNECTED:
+        return None
+    return _C.cuda_confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, DEBUG)
+
+
+def whole_feature_loss(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+) -> WholeFeatureLoss | None:
+    if not _CONNECTED:
+        return None
+    found = _C.cuda_whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), DEBUG)
+    return None if found is None else WholeFeatureLoss(*found)
+
+
+def feature_gradients(
+    buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    if not _CONNECTED:
+        return None
+    return _C.cuda_feature_gradients(buffer, error, grad_output, scale, retained, DEBUG)
+
+
+def feature_loss_and_grad(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor,
+    beta: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    ignore_index: int,
+    loss_scale: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
+    if not _CONNECTED:
+        return None
+    return _C.cuda_feature_loss_and_grad(
+        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, DEBUG
+    )

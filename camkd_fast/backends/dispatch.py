@@ -224,15 +224,20 @@ def _all_ordinary(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return memory.is_ordinary([*tensors, *others])
 
 
-def whole_loss_backend(requested: str, student: object) -> WholeLossBackend | None:
-    """The backend that may compute the logit loss of these logits, unchecked as they are, in one call."""
-    if not isinstance(student, Tensor):
+def first_of(tensors: object) -> object:
+    """The first of a list or tuple; None for anything else."""
+    return tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
+
+
+def whole_loss_backend(requested: str, tensor: object, maps: bool = False) -> WholeLossBackend | None:
+    """The backend that may compute the loss of these logits or maps, unchecked as they are, in one call."""
+    if not isinstance(tensor, Tensor):
         return None
-    return _whole_loss_on_cpu(requested) if student.is_cpu else _whole_loss_on(requested, *_place(student))
+    return _whole_loss_on_cpu(requested) if tensor.is_cpu else _whole_loss_on(requested, *_place(tensor), maps)
 
 
-def _whole_loss_on(requested: str, device: torch.device, C: int) -> WholeLossBackend | None:
-    name = _compiled(requested, device, C)
+def _whole_loss_on(requested: str, device: torch.device, C: int, maps: bool = False) -> WholeLossBackend | None:
+    name = _compiled(requested, device, 0 if maps else C, maps)
     return cast(WholeLossBackend, _module(name)) if name in ("cpu", "cuda") else None
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.dispatch import backend_for
-from ..backends.memory import are_dense
+from ..backends.dispatch import backend_for, first_of, whole_loss_backend
+from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
-from .entry import Way
+from .entry import Way, way_of_call
 from .layout import contiguous_labels, row_view
 from .scale_plan import inverse_divisor
 
@@ -68,19 +68,56 @@ def _grad_ce(target: Tensor, ignore_index: int, weights: Tensor, grad_weights: T
 
 
 class _Confidence(torch.autograd.Function):
+    """Attaches the gradient to finished weights and cross-entropies.
+
+    `kept` (2, K, N) holds the log-sum-exps, and the weights again, since the caller may change them in place.
+    """
+
     @staticmethod
-    def forward(ctx: Any, target: Tensor, ignore_index: int, backend: str, *logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, ce, lse = _confidence_forward(logits, target, ignore_index, backend)
-        save(ctx, *logits, target, weights.clone(), lse)  # a copy, since the caller may change the weights in place
+    def forward(
+        ctx: Any,
+        finished: tuple[Tensor, Tensor],
+        kept: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        backend: str,
+        *logits: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        save(ctx, *logits, target, kept)
         ctx.ignore_index, ctx.backend = ignore_index, backend
-        return weights, ce
+        ctx.set_materialize_grads(False)
+        return finished
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor) -> tuple[Any, ...]:
-        *logits, target, weights, lse = saved(ctx)
-        total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
-        return None, None, None, *_confidence_backward(logits, target, lse, total, ctx.backend)
+    def backward(ctx: Any, grad_weights: Tensor | None, grad_ce: Tensor | None) -> tuple[Any, ...]:
+        *logits, target, kept = saved(ctx)
+        grads = _gradients(logits, target, ctx.ignore_index, kept, grad_weights, grad_ce, ctx.backend)
+        return None, None, None, None, None, *grads
+
+
+def _gradients(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    kept: Tensor,
+    grad_weights: Tensor | None,
+    grad_ce: Tensor | None,
+    backend: str,
+) -> Sequence[Tensor | None]:
+    if grad_weights is None and grad_ce is None:
+        return [None] * len(logits)
+    module = whole_loss_backend(backend, logits[0])
+    if module is not None and observer() is None:
+        found = module.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce)
+        if found is not None:
+            return found
+    lse, weights = kept.unbind(0)
+    of_weights, of_ce = (
+        torch.zeros_like(lse) if grad is None else grad.reshape(lse.shape) for grad in (grad_weights, grad_ce)
+    )
+    total = _grad_ce(target, ignore_index, weights, of_weights, of_ce)
+    return _confidence_backward(logits, target, lse, total, backend)
 
 
 _confidence_op = torch.library.custom_op("camkd_fast::confidence_weights", _confidence_forward, mutates_args=())
@@ -128,10 +165,42 @@ def confidence_rows(
         return weights, ce
     if way is Way.EXPRESSION:
         return _confidence_expression(logits, target, ignore_index)
-    if not needs_grad(logits):
-        return _confidence_forward(logits, target, ignore_index, backend)[:2]
-    result: tuple[Tensor, Tensor] = _Confidence.apply(target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
+    differentiable = needs_grad(logits)
+    with torch.no_grad():
+        weights, ce, lse = _confidence_forward(logits, target, ignore_index, backend)
+        kept = torch.stack([lse, weights]) if differentiable else None
+    return _attached((weights, ce), kept, logits, target, ignore_index, backend)
+
+
+def _attached(
+    finished: tuple[Tensor, Tensor],
+    kept: Tensor | None,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The results in the graph of the logits; themselves if nothing was kept for a backward."""
+    if kept is None:
+        return finished
+    result: tuple[Tensor, Tensor] = _Confidence.apply(finished, kept, target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
     return result
+
+
+def confidence_in_one_call(
+    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor] | None:
+    """Fast path of `confidence_weights`: one C++ call. Returns None for unsupported or invalid input; the general path
+    reports the error.
+    """
+    if way_of_call() is not Way.KERNEL or isinstance(logits, Tensor):
+        return None
+    module = whole_loss_backend(backend, first_of(logits))
+    found = None if module is None else module.confidence_weights(logits, target, ignore_index)
+    if found is None:
+        return None
+    weights, ce, kept = found
+    return _attached((weights, ce), kept, logits, target, ignore_index, backend)
 
 
 def confidence_and_divisor(

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from ..backends.contract import MAX_TEACHERS
 from ..backends.reference import accumulation_dtype, feature_rows
 from . import checks
-from .confidence_op import confidence_rows
-from .entry import computing, enter, way_of_call
-from .feature_op import FeatureCall, feature_loss_and_grad, feature_loss_rows, feature_loss_sum
-from .feature_weights import Divisor, checked_logits, constant_weights, weights_of_logits
+from .confidence_op import confidence_in_one_call, confidence_rows
+from .entry import Way, computing, enter, way_of_call
+from .feature_op import (
+    FeatureCall,
+    FeatureOptions,
+    feature_loss_and_grad,
+    feature_loss_rows,
+    feature_loss_sum,
+    loss_and_grad_in_one_call,
+    loss_in_one_call,
+)
+from .feature_weights import ConstantWeights, Divisor, checked_logits, constant_weights, weights_of_logits
 from .formula import check_choice, check_ignore_index, check_number
 from .scale_plan import as_scale
 
@@ -35,6 +43,9 @@ def confidence_weights(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
+    found = confidence_in_one_call(logits, target, ignore_index, backend)
+    if found is not None:
+        return found
     way, (logits, target) = enter(way_of_call(), backend, logits=logits, target=target)
     tensors = checked_logits(logits, target)
     check_ignore_index(ignore_index)
@@ -78,6 +89,9 @@ def _weighted(
     backend: str,
 ) -> Tensor:
     """`weighted_feature_loss`; a `scale`, a number or (1,), takes the place of 1 / N in "mean"."""
+    found = loss_in_one_call(student_features, teacher_features, weights, reduction, scale, backend)
+    if found is not None:
+        return found
     way, (student_features, teacher_features, weights) = enter(
         way_of_call(),
         backend,
@@ -155,6 +169,10 @@ def camkd_feature_loss_and_grad(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss_and_grad`.
     """
+    options = FeatureOptions(beta, weighting, reduction, num_items, ignore_index, loss_scale)
+    found = loss_and_grad_in_one_call(student_features, teacher_features, logits, target, options, backend)
+    if found is not None:
+        return FeatureLossOutput(*found[:3]), found[3]
     way, (student_features, teacher_features, logits, target, weighting, num_items, loss_scale) = enter(
         way_of_call(),
         backend,
@@ -167,18 +185,26 @@ def camkd_feature_loss_and_grad(
         loss_scale=loss_scale,
     )
     student, teachers = _checked_maps(student_features, teacher_features)
-    student, dtype = [r.detach() for r in student], accumulation_dtype(student[0].dtype)
     checks.check_sample_target(target, student[0], "student_features[0]")
     check_number("beta", beta, positive=False)
     checks.check_scale("loss_scale", loss_scale)
     divisor = Divisor(reduction, num_items, ignore_index).checked()
     with computing(way, student_features=student, teacher_features=teachers, logits=logits, target=target):
-        weights, ce, inverse = constant_weights(weighting, logits, target, len(student), divisor, backend, way)
-        scale = as_scale(inverse, dtype) * float(beta)
-        call = FeatureCall(student, teachers, weights.to(dtype), backend)
-        loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, target.device), way)
-        loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss
-        return FeatureLossOutput(loss, weights, ce), list(grads)
+        constant = constant_weights(weighting, logits, target, len(student), divisor, backend, way)
+        call = FeatureCall([r.detach() for r in student], teachers, constant.weights, backend)
+        return _loss_and_grad(call, constant, float(beta), loss_scale, reduction, way)
+
+
+def _loss_and_grad(
+    call: FeatureCall, constant: ConstantWeights, beta: float, loss_scale: float | Tensor, reduction: str, way: Way
+) -> tuple[FeatureLossOutput, list[Tensor]]:
+    """The general path of `camkd_feature_loss_and_grad`, of checked arguments."""
+    dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
+    call = call._replace(weights=call.weights.to(dtype))
+    scale = as_scale(constant.inverse, dtype) * beta
+    loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
+    loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss
+    return FeatureLossOutput(loss, constant.weights, constant.teacher_ce), list(grads)
 
 
 class CAMKDFeatureLoss(nn.Module):

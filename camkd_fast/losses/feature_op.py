@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.dispatch import backend_for
+from ..backends.contract import WholeFeatureLoss
+from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.feature_maps import gradient_strides
-from ..backends.memory import is_ordinary
+from ..backends.memory import is_ordinary, observer
 from ..backends.reference import accumulation_dtype, feature_rows
 from .autograd import first_order, is_one, keeps_graph, needs_grad, savable, save, saved
-from .entry import Way
+from .entry import Way, way_of_call
 
 # --- errors of each sample and teacher -------------------------------------------------------------------------------
 
@@ -106,38 +107,43 @@ class FeatureCall(NamedTuple):
 
 
 class _FeatureSum(torch.autograd.Function):
-    """The sum over samples and teachers with the gradient that the kernel has written; see the module."""
+    """Attaches to a finished loss the gradient that the kernel has written; see the module."""
 
     @staticmethod
-    def forward(ctx: Any, call: FeatureCall, scale: float | Tensor, weights: Tensor, *student: Tensor) -> Tensor:
-        needs_student = any(ctx.needs_input_grad[3:])
-        result = call._backend().feature_loss(
-            student, call.teachers, weights, needs_grad=needs_student, scale=scale, together=True
-        )
-        ctx.save_for_backward(result.buffer, result.error if ctx.needs_input_grad[2] else None)
-        ctx.layouts = [(grad.shape, grad.stride(), grad.storage_offset()) for grad in result.grads]
-        ctx.scale, ctx.backend, ctx.K = scale, call.backend, len(student)
-        loss: Tensor = result.loss
+    def forward(ctx: Any, finished: WholeFeatureLoss, backend: str, weights: Tensor, *student: Tensor) -> Tensor:
+        loss, error, buffer, ctx.layouts, ctx.scale = finished
+        ctx.save_for_backward(buffer, error)
+        ctx.backend, ctx.K = backend, len(student)
         return loss
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         buffer, error = ctx.saved_tensors
-        grad_weights = None if error is None else error * (grad_output * ctx.scale)
+        retained = keeps_graph()
+        module, found = whole_loss_backend(ctx.backend, grad_output, maps=True), None
+        if module is not None and observer() is None:
+            found = module.feature_gradients(buffer, error, grad_output, ctx.scale, retained)
+        if found is not None:
+            buffer, grad_weights = found
+        else:
+            grad_weights = None if error is None else error * (grad_output * ctx.scale)
         if buffer is None:
             return None, None, grad_weights, *[None] * ctx.K
-        retained = keeps_graph()
-        if retained or not is_one(grad_output):
-            factor = grad_output.reshape(1)
-            if not is_ordinary([factor]):  # a batch of gradients, or inside a trace
-                grads = [buffer.as_strided(*layout) for layout in ctx.layouts]
-                return None, None, grad_weights, *((g.to(factor.dtype) * grad_output).to(g.dtype) for g in grads)
-            # Unless it is retained, the graph is freed after this call and the stored gradient with it: scale in place.
-            out = torch.empty_like(buffer) if retained else buffer
-            backend_for(ctx.backend, [buffer], maps=True).scale_rows(buffer.view(1, -1), factor, out.view(1, -1))
-            buffer = out
+        if found is None and not is_ordinary([grad_output]):  # a batch of gradients, or inside a trace
+            grads = [buffer.as_strided(*layout) for layout in ctx.layouts]
+            return None, None, grad_weights, *((g.to(grad_output.dtype) * grad_output).to(g.dtype) for g in grads)
+        if found is None:
+            buffer = _scaled(buffer, grad_output, retained, ctx.backend)
         return None, None, grad_weights, *(buffer.as_strided(*layout) for layout in ctx.layouts)
+
+
+def _scaled(buffer: Tensor, factor: Tensor, retained: bool, backend: str) -> Tensor:
+    """`buffer` times a scalar; in place unless the graph is retained, since it is freed with the buffer otherwise."""
+    if not retained and is_one(factor):
+        return buffer
+    out = torch.empty_like(buffer) if retained else buffer
+    return backend_for(backend, [buffer], maps=True).scale_rows(buffer, factor.reshape(1), out)
 
 
 def feature_error(call: FeatureCall, way: Way) -> Tensor:
@@ -170,10 +176,80 @@ def feature_loss_sum(call: FeatureCall, scale: float | Tensor, way: Way) -> Tens
         loss: Tensor = call._backend().feature_loss(*call[:3], needs_grad=False, scale=scale).loss
         return loss
     if way is Way.KERNEL and call.student[0].dtype != torch.float16:
-        result: Tensor = _FeatureSum.apply(call, scale, call.weights, *call.student)  # type: ignore[no-untyped-call]
-        return result
+        with torch.no_grad():
+            finished = _finished(call, scale)
+        return _attached(finished, call.backend, call.weights, call.student)
     total = feature_loss_rows(call, way).sum()
     return total * scale.squeeze(0) if isinstance(scale, Tensor) else total * scale
+
+
+def _finished(call: FeatureCall, scale: float | Tensor) -> WholeFeatureLoss:
+    """The loss, and what the gradients of the inputs that require one need."""
+    needs_student = any(r.requires_grad for r in call.student)
+    result = call._backend().feature_loss(*call[:3], needs_grad=needs_student, scale=scale, together=True)
+    layouts = [(grad.shape, grad.stride(), grad.storage_offset()) for grad in result.grads]
+    buffer = None if result.buffer is None else result.buffer.view(1, -1)
+    return WholeFeatureLoss(result.loss, result.error if call.weights.requires_grad else None, buffer, layouts, scale)
+
+
+def _attached(finished: WholeFeatureLoss, backend: str, weights: Tensor, student: Sequence[Tensor]) -> Tensor:
+    """The loss in the graph of the inputs."""
+    loss: Tensor = _FeatureSum.apply(finished, backend, weights, *student)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def loss_in_one_call(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    reduction: str,
+    scale: float | Tensor | None,
+    backend: str,
+) -> Tensor | None:
+    """Fast path of the autograd form: one C++ call. Returns None for unsupported or invalid input; the general path
+    reports the error.
+    """
+    if way_of_call() is not Way.KERNEL:
+        return None
+    module = whole_loss_backend(backend, first_of(student), maps=True)
+    finished = None if module is None else module.whole_feature_loss(student, teachers, weights, reduction, scale)
+    if finished is None:
+        return None
+    needs_grad = finished.buffer is not None or finished.error is not None
+    return _attached(finished, backend, weights, student) if needs_grad else finished.loss
+
+
+class FeatureOptions(NamedTuple):
+    """Keywords of `camkd_feature_loss_and_grad`, unchecked."""
+
+    beta: float
+    weighting: str | Tensor
+    reduction: str
+    num_items: float | Tensor | None
+    ignore_index: int
+    loss_scale: float | Tensor
+
+
+def loss_and_grad_in_one_call(
+    student: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    logits: Tensor | Sequence[Tensor] | None,
+    target: Tensor,
+    options: FeatureOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
+    """Fast path of `camkd_feature_loss_and_grad` with confidence weights: one C++ call, as above."""
+    beta, weighting, reduction, num_items, ignore_index, loss_scale = options
+    if way_of_call() is not Way.KERNEL or logits is None or isinstance(logits, Tensor):
+        return None
+    if not isinstance(weighting, str) or weighting != "confidence":
+        return None
+    module = whole_loss_backend(backend, first_of(student), maps=True)
+    if module is None or whole_loss_backend(backend, first_of(logits)) is not module:
+        return None
+    return module.feature_loss_and_grad(
+        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale
+    )
 
 
 class FeatureLoss(NamedTuple):

@@ -73,7 +73,10 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
             store_row(args.ce, k, ce[k]);
         }
         confidence_weights<LaneMath>(ce, K, weights, scratch);
-        for (int k = 0; k < K; ++k) store_row(args.weights, k, weights[k]);
+        for (int k = 0; k < K; ++k) {
+            store_row(args.weights, k, weights[k]);
+            if (args.weights_copy) store_row(args.weights_copy, k, weights[k]);
+        }
     }
 }
 
@@ -93,7 +96,7 @@ void confidence_backward(const ConfidenceArgs& args, int max_threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
     for (int k = 0; k < args.K; ++k) {
         for (int64_t n = 0; n < args.N; ++n) {
-            const float scale = args.grad_ce[k * args.N + n];
+            const float scale = ce_gradient(args, k, n);
             with_dtype(args.logits[k].dtype, [&](auto t) {
                 using T = decltype(t);
                 T* out = static_cast<T*>(args.grads[k]) + n * args.C;

@@ -26,7 +26,7 @@ void scale_rows(const ScaleRowsArgs& args, int max_threads) {
         with_dtype(args.dtype, [&](auto t) {
             using T = decltype(t);
             const T* grad = static_cast<const T*>(args.grad) + n * args.C;
-            const Vec factor = Vec::set(args.factor[n * args.factor_stride]);
+            const Vec factor = Vec::set(args.factor[n * args.factor_stride] * args.number);
             map_row(args.C, static_cast<T*>(args.out) + n * args.C,
                     [&](int64_t i, int count) { return factor * load_some(grad + i, count); });
         });

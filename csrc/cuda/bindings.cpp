@@ -3,6 +3,7 @@
 
 #include "../python/arguments.h"
 #include "../python/cuda_calls.h"
+#include "../python/cuda_features.h"
 #include "api.h"
 
 namespace camkd::cuda {
@@ -66,6 +67,7 @@ void py_features(int64_t N, const std::vector<MapPair>& pairs, const Weights& we
 
 void add_bindings(pybind11::module_& m) {
     add_cuda_calls(m);
+    add_cuda_features(m);
     m.def("cuda_batch_floats", &batch_floats);
     m.def("cuda_row_loss", &py_row_loss);
     m.def("cuda_scale_rows", &py_scale_rows);

@@ -102,7 +102,11 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         }
         if (group.member == 0) {
             confidence_weights<ScalarMath>(shared.ce, args.K, shared.weights, shared.scratch);
-            for (int k = 0; k < args.K; ++k) args.weights[k * args.N + n] = kept ? shared.weights[k] : 0.0f;
+            for (int k = 0; k < args.K; ++k) {
+                const float weight = kept ? shared.weights[k] : 0.0f;
+                args.weights[k * args.N + n] = weight;
+                if (args.weights_copy) args.weights_copy[k * args.N + n] = weight;
+            }
         }
     }
 }
@@ -117,7 +121,7 @@ confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         const int k = int(item / args.N);
         const int64_t n = item - k * args.N;
         const Matrix& matrix = args.logits[k];
-        const float g = args.grad_ce[item], lse = args.lse[item];
+        const float g = ce_gradient(args, k, n), lse = args.lse[item];
         const char* row = row_address(matrix, args.S, n);
         char* out = static_cast<char*>(args.grads[k]) + n * launch.C * element_bytes(matrix.dtype);
         const Columns columns = columns_of<T>(launch.C, launch.wide[k], out);

@@ -19,7 +19,7 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
     constexpr int V = kVector<T>;
     const ScaleRowsArgs& args = launch.args;
     // `loss.backward()` multiplies by 1, which only the device knows
-    if (args.factor_stride == 0 && args.out == args.grad && args.factor[0] == 1.0f) return;
+    if (args.factor_stride == 0 && args.out == args.grad && args.factor[0] * args.number == 1.0f) return;
     const int64_t elements = args.N * args.C, vectors = (elements + V - 1) / V;
     const char* from = static_cast<const char*>(args.grad);
     char* to = static_cast<char*>(args.out);
@@ -29,12 +29,12 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
         int64_t row = args.factor_stride == 0 ? 0 : first / args.C;
         int64_t left =
             args.factor_stride == 0 ? V : (row + 1) * args.C - first;  // elements of this row from `first` on
-        float factor = args.factor[row * args.factor_stride], factors[V];
+        float factor = args.factor[row * args.factor_stride] * args.number, factors[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (left == 0) {
                 left = args.C;
-                if (++row < args.N) factor = args.factor[row];
+                if (++row < args.N) factor = args.factor[row] * args.number;
             }
             --left;
             factors[j] = factor;

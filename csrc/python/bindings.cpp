@@ -5,6 +5,7 @@
 #include "../cpu/row_call.h"
 #include "arguments.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
+#include "feature_loss.h"
 #include "logit_loss.h"
 
 namespace py = pybind11;
@@ -72,6 +73,7 @@ py::tuple exported(const T (&values)[count]) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of camkd_fast; called only by camkd_fast.backends.";
     python::add_logit_loss(m);
+    python::add_feature_loss(m);
     m.def("row_loss", &row_loss);
     m.def("scale_rows", &scale_rows);
     m.def("confidence_forward", &confidence_forward);

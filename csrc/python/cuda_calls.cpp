@@ -3,10 +3,10 @@
 // Python, then handles it or raises.
 #include "cuda_calls.h"
 
-#include "../cuda/api.h"
 #include "arguments.h"
 #include "fast_function.h"
 #include "logit_call.h"
+#include "on_device.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -14,23 +14,6 @@ using namespace camkd::python;
 
 namespace camkd::cuda {
 namespace {
-
-#ifdef CAMKD_DEVICE_HEADER
-constexpr auto kDevice = dlpack::DeviceType::cpu;  // the emulated device uses the host's memory
-#else
-constexpr auto kDevice = dlpack::DeviceType::cuda;
-#endif
-
-// Makes the device of a call the current one while this lives.
-class OnDevice {
-  public:
-    explicit OnDevice(const dlpack::Device& device) : before_(exchange_device(device.index)) {}
-    OnDevice(const OnDevice&) = delete;
-    ~OnDevice() { exchange_device(before_); }
-
-  private:
-    int before_;
-};
 
 enum { debug = device_options, argument_count };
 
@@ -49,7 +32,7 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
             data = static_cast<std::remove_reference_t<decltype(data)>>(address);
             return tensor;
         };
-        const bool rows = call.reduced == Reduction::none;
+        const bool rows = call.divisor.reduction == Reduction::none;
         const int64_t stats_shape[] = {row_stats::count(args.K), args.N}, grad_shape[] = {args.N, args.C};
         const int64_t others_shape[] = {batch_floats(args.N)};
         BatchOutput& batch = args.batch;
@@ -58,20 +41,14 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
                                : make(nullptr, 0, dlpack::kFloat32, batch.loss);
         py::object others = rows ? py::none() : make(others_shape, 1, dlpack::kFloat32, batch.others);
         if (call.wants_grad) grad_student = make(grad_shape, 2, call.logits.dtype, args.grad_student);
-        batch.counts = call.counts;
-        batch.factor = float(call.inverse);
-        args.grad_scale = float(call.inverse * call.scale);
-        args.grad_scale_device = call.scale_at;
+        batch.counts = call.divisor.counts;
+        batch.factor = float(call.divisor.inverse);
+        args.grad_scale = float(call.divisor.inverse * call.scale.number);
+        args.grad_scale_device = call.scale.address;
         row_loss(args, {tensors::current_stream(device), from[debug] == Py_True});
         return Py_BuildValue("(NNNN)", loss.release().ptr(), stats.release().ptr(), grad_student.release().ptr(),
                              others.release().ptr());
     });
-}
-
-bool is_contiguous(const dlpack::Tensor& tensor) {
-    for (int64_t i = tensor.dimensions - 1, stride = 1; i >= 0; stride *= tensor.shape[i--])
-        if (tensor.strides[i] != stride && tensor.shape[i] != 1) return false;
-    return true;
 }
 
 // See camkd_fast/_C.pyi.

@@ -26,10 +26,10 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         if (!arguments::read_integer(from[threads], max_threads)) Py_RETURN_NONE;
         const Labels found = count_labels(args.target, args.N, args.C, args.formula.ignore_index);
         if (found.has_invalid) Py_RETURN_NONE;
-        const double inverse = call.counts ? 1.0 / double(found.valid > 0 ? found.valid : 1) : call.inverse;
-        args.grad_scale = float(inverse * (call.scale_at ? double(*call.scale_at) : call.scale));
+        const double inverse = call.divisor.inverse_of(found.valid);
+        args.grad_scale = float(inverse * call.scale.on_host());
 
-        const bool fill = from[poison] == Py_True, rows = call.reduced == Reduction::none;
+        const bool fill = from[poison] == Py_True, rows = call.divisor.reduction == Reduction::none;
         const int64_t stats_shape[] = {row_stats::count(args.K), args.N}, grad_shape[] = {args.N, args.C};
         void *loss_data = nullptr, *stats_data = nullptr;
         py::object stats = tensors::make(stats_shape, 2, dlpack::kFloat32, fill, stats_data);

@@ -1,7 +1,7 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <cstring>
-#include <memory>
 #include <new>
 
 #include "../cpu/output_memory.h"
@@ -11,7 +11,6 @@ namespace py = pybind11;
 namespace camkd::tensors {
 namespace {
 
-constexpr int kMostDimensions = 3;
 constexpr size_t kAlignment = 64;
 
 struct Connection {
@@ -45,6 +44,31 @@ struct alignas(kAlignment) Made {
     }
     void* data() { return pages ? pages->data() : static_cast<void*>(this + 1); }
 };
+
+// The owner of a tensor in shared memory.
+struct Part {
+    dlpack::ManagedTensor managed;
+    int64_t shape[kMostDimensions], strides[kMostDimensions];
+    std::shared_ptr<void> memory;
+};
+
+// Takes ownership.
+py::object given(dlpack::ManagedTensor* managed) {
+    void* object = nullptr;
+    if (connection.api->give(managed, &object) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+dlpack::ManagedTensor* allocated(const dlpack::Device& device, const int64_t* shape, int dimensions,
+                                 dlpack::DataType dtype) {
+    dlpack::Tensor like{nullptr, device, dimensions, dtype, const_cast<int64_t*>(shape), nullptr, 0};
+    dlpack::ManagedTensor* made = nullptr;
+    const auto raise = [](void*, const char* kind, const char* message) {
+        PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
+    };
+    if (connection.api->allocate(&like, &made, nullptr, raise) != 0) throw py::error_already_set();
+    return made;
+}
 
 bool is_empty(const dlpack::Tensor& tensor) {
     for (int i = 0; i < tensor.dimensions; ++i)
@@ -138,23 +162,48 @@ py::object make(const int64_t* shape, int dimensions, dlpack::DataType dtype, bo
                      [](dlpack::ManagedTensor* self) { static_cast<Made*>(self->context)->destroy(); },
                      0,
                      {data, {dlpack::DeviceType::cpu, 0}, dimensions, dtype, made->shape, made->strides, 0}};
-    void* object = nullptr;
-    if (connection.api->give(&made->managed, &object) != 0) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+    return given(&made->managed);
 }
 
 py::object make_on(const dlpack::Device& device, const int64_t* shape, int dimensions, dlpack::DataType dtype,
                    void*& data) {
-    dlpack::Tensor like{nullptr, device, dimensions, dtype, const_cast<int64_t*>(shape), nullptr, 0};
-    dlpack::ManagedTensor* made = nullptr;
-    const auto raise = [](void*, const char* kind, const char* message) {
-        PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
-    };
-    if (connection.api->allocate(&like, &made, nullptr, raise) != 0) throw py::error_already_set();
+    dlpack::ManagedTensor* const made = allocated(device, shape, dimensions, dtype);
     data = address(made->tensor);
-    void* object = nullptr;
-    if (connection.api->give(made, &object) != 0) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+    return given(made);
+}
+
+Memory allocate(size_t bytes, bool poison) {
+    Memory memory{nullptr, nullptr, {dlpack::DeviceType::cpu, 0}};
+    if (bytes >= cpu::kRecycledBytes) {
+        const auto pages = std::make_shared<cpu::OutputMemory>(bytes);
+        memory.data = static_cast<char*>(pages->data());
+        memory.owner = pages;
+    } else {
+        const auto release = [](void* block) { ::operator delete(block, std::align_val_t(kAlignment)); };
+        memory.owner.reset(::operator new(bytes, std::align_val_t(kAlignment)), release);
+        memory.data = static_cast<char*>(memory.owner.get());
+    }
+    if (poison) std::memset(memory.data, 0xff, bytes);
+    return memory;
+}
+
+Memory allocate_on(const dlpack::Device& device, int64_t elements, dlpack::DataType dtype) {
+    const std::shared_ptr<dlpack::ManagedTensor> made(allocated(device, &elements, 1, dtype),
+                                                      [](dlpack::ManagedTensor* self) { self->deleter(self); });
+    return {made, static_cast<char*>(address(made->tensor)), device};
+}
+
+py::object make_in(const Memory& memory, const int64_t* shape, const int64_t* strides, int dimensions,
+                   dlpack::DataType dtype) {
+    Part* const part = new Part{{}, {}, {}, memory.owner};
+    std::copy_n(shape, dimensions, part->shape);
+    std::copy_n(strides, dimensions, part->strides);
+    part->managed = {{1, 0},
+                     part,
+                     [](dlpack::ManagedTensor* self) { delete static_cast<Part*>(self->context); },
+                     0,
+                     {memory.data, memory.device, dimensions, dtype, part->shape, part->strides, 0}};
+    return given(&part->managed);
 }
 
 void* current_stream(const dlpack::Device& device) {

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "../contract.h"
 #include "dlpack.h"
 
@@ -38,6 +40,24 @@ pybind11::object make(const int64_t* shape, int dimensions, dlpack::DataType dty
 // A contiguous tensor by torch's allocator, whose address is stored in `data`. Throws pybind11::error_already_set.
 pybind11::object make_on(const dlpack::Device& device, const int64_t* shape, int dimensions, dlpack::DataType dtype,
                          void*& data);
+
+// Uninitialised memory that tensors share.
+struct Memory {
+    std::shared_ptr<void> owner;
+    char* data;
+    dlpack::Device device;
+};
+
+// As `make` and `make_on`. Throw likewise.
+Memory allocate(size_t bytes, bool poison);
+Memory allocate_on(const dlpack::Device& device, int64_t elements, dlpack::DataType dtype);
+
+// Most dimensions of a tensor made here.
+constexpr int kMostDimensions = 6;
+
+// A tensor at the beginning of shared memory. Throws pybind11::error_already_set.
+pybind11::object make_in(const Memory& memory, const int64_t* shape, const int64_t* strides, int dimensions,
+                         dlpack::DataType dtype);
 
 // torch's current stream on a device. Throws pybind11::error_already_set.
 void* current_stream(const dlpack::Device& device);

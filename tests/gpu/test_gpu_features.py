@@ -154,6 +154,64 @@ def test_few_launches(gpu: Place) -> None:
     assert len(ours) <= 3, ours
 
 
+def test_one_call_is_bitwise_the_general_path(gpu: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, and the stored gradient of the autograd form; on a stream of the caller's."""
+    if gpu.backend != "cuda":
+        pytest.skip("the calls of the CUDA C++ kernels")
+    from camkd_fast.backends import cuda
+
+    if not cuda._CONNECTED:
+        pytest.skip("a torch without C functions for tensors")
+    maps, scale = on(gpu, make(F32, BF16, SIZES["many"])), torch.tensor([8.0], device=gpu.device)
+    maps = maps._replace(student=[MAP_LAYOUTS["channels_last"](r) for r in maps.student])
+    options = {"beta": 1.0, "reduction": "mean", "num_items": None, "ignore_index": -100, "loss_scale": scale}
+    assert cuda.feature_loss_and_grad(*maps, *options.values()) is not None
+    leaves, results = [r.clone().requires_grad_() for r in maps.student], []
+    weights = torch.rand(len(leaves), 300, device=gpu.device).requires_grad_()
+    assert cuda.whole_feature_loss(leaves, maps.teachers, weights, "mean", None) is not None
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(gpu.device)):
+        for connected in (True, False):
+            monkeypatch.setattr(cuda, "_CONNECTED", connected)
+            out, grads = camkd_feature_loss_and_grad(*maps, loss_scale=scale, backend="cuda")
+            loss = weighted_feature_loss(leaves, maps.teachers, weights, backend="cuda")
+            results.append([*out, *grads, loss.detach(), *torch.autograd.grad(loss, leaves)])
+        torch.cuda.current_stream().synchronize()
+    for ours, expected in zip(*results, strict=True):
+        assert ours.stride() == expected.stride() and torch.equal(ours, expected)
+
+
+def test_the_autograd_form_in_a_cuda_graph(gpu: Place) -> None:
+    maps, other = (on(gpu, make(F32, F32, SIZES["many"])) for _ in range(2))
+    for x in (*other.student, *other.logits):
+        x.mul_(1.5)
+    leaves = [x.requires_grad_() for x in (*maps.student, *maps.logits)]
+
+    def gradients() -> tuple[Tensor, ...]:
+        weights, _ = confidence_weights(maps.logits, maps.target, backend=gpu.backend)
+        return torch.autograd.grad(
+            3 * weighted_feature_loss(maps.student, maps.teachers, weights, backend=gpu.backend), leaves
+        )
+
+    side = torch.cuda.Stream(gpu.device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = gradients()
+    with torch.no_grad():
+        for leaf, new in zip(leaves, (*other.student, *other.logits), strict=True):
+            leaf.copy_(new)
+    expected = gradients()
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
 def test_a_cuda_graph_replays_on_new_inputs(gpu: Place) -> None:
     maps, other = (on(gpu, make(BF16, BF16, SIZES[size])) for size in ("many", "many"))
     for tensors in (other.student, other.logits):

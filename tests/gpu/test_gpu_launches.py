@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from benchmarks import profiler
-from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast import (
+    camkd_feature_loss_and_grad,
+    camkd_loss,
+    camkd_loss_and_grad,
+    confidence_weights,
+    weighted_feature_loss,
+)
 from camkd_fast.data.batch import Batch
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.step_graph import WARM_UP
 from tests.gpu.test_gpu_training import on_device, step_on
 from tests.support.cases import make_case, on
+from tests.support.feature_cases import Maps, make
 from tests.support.gpu import CUDA, NO_GPU, REAL, Place
 from tests.support.training import batch
 
@@ -55,6 +62,40 @@ def test_loss_and_backward(place: Place) -> None:
     call()
     found = profiler.profiled(call, place.device)
     assert 1 <= found.launches <= 5 and found.kernels <= 5, found
+
+
+def feature_maps() -> Maps:
+    return make(torch.float32, torch.float32, [(64, 64, 8, 8), (64, 256, 8, 8)]).to(CUDA)
+
+
+@pytest.mark.parametrize("place", REAL[:1])
+def test_the_feature_loss_and_its_gradient(place: Place) -> None:
+    """The weights, the maps, and a sum where the last block of the maps cannot add up."""
+    maps = feature_maps()
+
+    def call() -> None:
+        camkd_feature_loss_and_grad(*maps, backend=place.backend)
+
+    call()
+    found = profiler.profiled(call, place.device)
+    assert 1 <= found.launches <= 3 and found.kernels <= 3, found
+
+
+@pytest.mark.parametrize("place", REAL[:1])
+def test_the_autograd_form_of_the_feature_loss(place: Place) -> None:
+    """The same, the gradient 1 of the loss, its product with both stored gradients, and that of the logits."""
+    maps = feature_maps()
+    leaves = [x.requires_grad_() for x in (*maps.student, *maps.logits)]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        weights, _ = confidence_weights(maps.logits, maps.target, backend=place.backend)
+        weighted_feature_loss(maps.student, maps.teachers, weights, backend=place.backend).backward()
+
+    call()
+    found = profiler.profiled(call, place.device)
+    assert 1 <= found.launches <= 7 and found.kernels <= 7, found
 
 
 @pytest.mark.parametrize("ahead", ["on", "off"])

@@ -6,6 +6,7 @@ FORMULAS = "tests/losses/test_formulas.py"
 INFINITIES = "tests/losses/test_infinities.py"
 FEATURES = "tests/losses/test_feature_loss.py"
 MEAN = "tests/losses/test_one_call.py"
+CALLS = "tests/losses/test_feature_calls.py tests/losses/test_feature_loss_and_grad.py"
 ROWS = (
     f"{FORMULAS}::test_ignored_rows_are_exactly_zero_where_threads_share_a_row"
     f" {FORMULAS}::test_ignored_rows_are_exactly_zero_even_if_nan {FORMULAS}::test_mixed_dtypes"
@@ -237,23 +238,22 @@ CHANGES = (
     *changes(
         "csrc/python/logit_loss.cpp",
         f"{MEAN} tests/losses/test_layout.py",
-        Change("divided by all rows", "found.valid > 0 ? found.valid : 1", "args.N"),
+        Change("divided by all rows", "inverse_of(found.valid)", "inverse_of(args.N)"),
         Change(
             "loss scale multiplies the gradient twice",
-            "float(inverse * (call.scale_at ? double(*call.scale_at) : call.scale));",
-            "float(inverse * call.scale * (call.scale_at ? double(*call.scale_at) : call.scale));",
+            "float(inverse * call.scale.on_host());",
+            "float(inverse * call.scale.on_host() * call.scale.number);",
             tests=f"{MEAN} {FORMULAS}::test_loss_scale_multiplies_only_the_gradient",
         ),
-        Change("a scale on the device is 1", "(call.scale_at ? double(*call.scale_at) : call.scale)", "call.scale"),
         Change("all rows are added up", "rows ? call.labels.dimensions : 0", "0"),
     ),
     *changes(
         "csrc/python/logit_call.cpp",
         f"{MEAN} tests/losses/test_layout.py",
-        Change("float16 is divided in the kernel", "reduced == Reduction::mean && !finished", "false"),
+        Change("float16 is divided in the kernel", "divisor.reduction == Reduction::mean && !finished", "false"),
         Change(
             "a teacher that requires grad passes",
-            "||\n            tensors::requires_grad(teacher))",
+            "||\n            tensors::requires_grad(teachers_[k]))",
             ")",
             tests=f"{MEAN} tests/losses/test_bad_input.py",
         ),
@@ -262,10 +262,86 @@ CHANGES = (
             "(from[grad_enabled] == Py_True && tensors::requires_grad(from[student]))",
             "tensors::requires_grad(from[student])",
         ),
-        Change("labels of any strides", "if (labels.strides[i] != stride && labels.shape[i] != 1) return false;", ""),
+    ),
+    *changes(
+        "csrc/python/readers.h",
+        f"{MEAN} tests/losses/test_layout.py",
+        Change("no row, and divided by 0", "valid > 0 ? valid : 1", "valid"),
+        Change("a scale on the device is 1", "address ? double(*address) : number", "number"),
+    ),
+    *changes(
+        "csrc/python/readers.cpp",
+        f"{MEAN} tests/losses/test_layout.py",
+        Change("labels of any strides", "if (tensor.strides[i] != stride && tensor.shape[i] != 1) return false;", ""),
         Change("num_items multiplies", "inverse = 1 / divisor;", "inverse = divisor;"),
-        Change("num_items of a sum", "return items == Py_None && (reduced", "return (reduced"),
-        Change("any reduction is none", '(reduced == Reduction::sum || is("none"))', "true"),
-        Change("a scale on another device", "&& out.device == logits.device", ""),
+        Change("num_items of a sum", "return num_items == Py_None && (reduction", "return (reduction"),
+        Change("any reduction is none", '(reduction == Reduction::sum || is("none"))', "true"),
+        Change("a scale on another device", "&& out.device == device", ""),
+    ),
+    *changes(
+        "csrc/ops.h",
+        CALLS,
+        Change("gradient of ignored rows", "if (args.target[n] == args.ignore_index) return 0.0f;", ""),
+        Change(
+            "the first teacher's softmax",
+            "args.weights_copy[k * N + n];\n    return",
+            "args.weights_copy[n];\n    return",
+        ),
+        Change(
+            "gradient without its mean",
+            "(args.grad_weights[k * N + n] - mean) / others",
+            "args.grad_weights[k * N + n] / others",
+        ),
+        Change("gradient through the weights only", "return direct - softmax", "return -softmax"),
+    ),
+    *changes(
+        "csrc/python/confidence_call.cpp",
+        CALLS,
+        Change("logits of any shape", "!same_shape(z, logits[0], z.dimensions) ||", ""),
+        Change("the last one requires grad or none", "requires_grad = requires_grad ||", "requires_grad ="),
+    ),
+    *changes(
+        "csrc/python/feature_call.cpp",
+        CALLS,
+        Change("the teacher's strides are not asked for", "&& of_f[count - 1] == size * f.strides[d]", ""),
+        Change("any order is dense", "dense = dense && map.strides[sorted.at[i]] == expected;", ""),
+        Change("gaps between samples", "contiguous || (dense && d > 0)", "contiguous || dense"),
+        Change("teachers may require grad", "if (tensors::requires_grad(teachers_[k])) return false;", ""),
+        Change(
+            "weights without strides of samples",
+            "args.weight_stride_n = weights.strides[1];",
+            "args.weight_stride_n = 1;",
+        ),
+        Change("gradients on top of each other", "for (int i = 0; i < k; ++i)", "for (int i = 1; i < k; ++i)"),
+        Change("maps of any dtype", "|| !(r.dtype == student[0].dtype)", ""),
+    ),
+    *changes(
+        "csrc/python/feature_functions.h",
+        CALLS,
+        Change(
+            "float16 gradients without a loss scale",
+            "args.student[0].dtype == DType::f16 && (of_maps || of_weights)",
+            "false",
+        ),
+        Change("a retained graph is scaled in place", "from[4] != Py_True", "true"),
+        Change(
+            "the weights' gradient without the scale",
+            "from[1], error, by, scale, false",
+            "from[1], error, by, Factor{}, false",
+        ),
+        Change("weights of other samples", "|| confidence.N != args.N", ""),
+        Change("a loss per sample", "divisor.reduction == Reduction::none || !loss_scale", "!loss_scale"),
+        Change(
+            "beta only without num_items",
+            "scale.number = beta * divisor.inverse_of(valid);",
+            "scale.number = divisor.inverse_of(valid);",
+        ),
+        Change("no copy of the weights", "if (wants_grad) args.weights_copy = args.lse + args.K * args.N;", ""),
+        Change("strided gradients of the weights", "|| !is_contiguous(tensor))", ")"),
+    ),
+    *changes(
+        "csrc/python/feature_loss.cpp",
+        CALLS,
+        Change("labels out of range", "return !labels.has_invalid;", "return true;"),
     ),
 )

@@ -5,6 +5,7 @@ from . import Change, changes
 ROWS = "tests/cuda/test_row_loss_on_host.py"
 SOME = f"{ROWS}::test_matches_truth {ROWS}::test_wide_rows"
 CALL = "tests/cuda/test_one_call_on_host.py"
+FEATURE_CALLS = "tests/cuda/test_feature_calls_on_host.py"
 ACCURACY = "tests/cuda/test_row_loss_accuracy.py"
 BUDGET = "tests/cuda/test_instruction_budget.py"
 OTHERS = "tests/cuda/test_other_ops_on_host.py"
@@ -216,9 +217,24 @@ CHANGES = (
             "args.factor_stride = factor.shape[0] == 1 ? 0 : 1;",
             "args.factor_stride = 0;",
         ),
-        Change("num_items is left out of the gradient", "float(call.inverse * call.scale)", "float(call.scale)"),
-        Change("a scale on the device is 1", "args.grad_scale_device = call.scale_at;", ""),
+        Change(
+            "num_items is left out of the gradient",
+            "float(call.divisor.inverse * call.scale.number)",
+            "float(call.scale.number)",
+        ),
+        Change("a scale on the device is 1", "args.grad_scale_device = call.scale.address;", ""),
         Change("columns in memory are not asked for", "|| !is_contiguous(*tensor))", ")"),
+    ),
+    *changes(
+        "csrc/python/feature_functions.h",
+        FEATURE_CALLS,
+        Change("the number of samples on the device is 1", "scale.address = confidence.inverse_valid;", ""),
+        Change("beta only with num_items", "scale.number = beta * divisor.inverse;", "scale.number = divisor.inverse;"),
+    ),
+    *changes(
+        "csrc/python/cuda_features.cpp",
+        FEATURE_CALLS,
+        Change("factors on the device are 1", "address = factor.address;", ""),
     ),
     *changes(
         "csrc/cuda/row_loss/passes.cuh",
@@ -241,6 +257,12 @@ CHANGES = (
             "",
         ),
         Change("gradient without the label", "if (j == at) x[j] -= g;", ""),
+        Change(
+            "no copy of the weights",
+            "if (args.weights_copy) args.weights_copy[k * args.N + n] = weight;",
+            "",
+            tests=FEATURE_CALLS,
+        ),
         Change(
             "phase of the label", "args.target[n] + columns.phase - int64_t(v) * V", "args.target[n] - int64_t(v) * V"
         ),
@@ -282,8 +304,8 @@ CHANGES = (
         f"{OTHERS} {RACES}",
         Change(
             "a factor of 1 writes",
-            "&& args.factor[0] == 1.0f) return",
-            "&& args.factor[0] == -1.0f) return",
+            "&& args.factor[0] * args.number == 1.0f) return",
+            "&& args.factor[0] * args.number == -1.0f) return",
             tests=OTHERS,
         ),
         Change(

@@ -88,7 +88,11 @@ def load_module() -> ModuleType:
     ]
     host = [
         CUDA.parent / name
-        for name in ("python/tensors.cpp", "python/logit_call.cpp", "python/cuda_calls.cpp", "cpu/output_memory.cpp")
+        for name in (
+            *("python/tensors.cpp", "python/readers.cpp", "python/logit_call.cpp", "python/cuda_calls.cpp"),
+            *("python/confidence_call.cpp", "python/feature_call.cpp", "python/cuda_features.cpp"),
+            "cpu/output_memory.cpp",
+        )
     ]
     sources = [*KERNELS, CUDA / "bindings.cpp", *host, HERE / "module.cpp"]
     path = _compile(sources, flags, ["-shared"], f"emulated_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
