@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .backends.contract import WholeLoss
+
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 Shape = tuple[int, int, int]  # N, C, rows per outer stride
 Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
@@ -46,8 +48,8 @@ def logit_loss(
     threads: int,
     poison: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float, float], float] | None:
-    """Loss, row_stats, grad_student, sums and 1 / divisor; None for unsupported or invalid arguments."""
+) -> WholeLoss | None:
+    """None for unsupported or invalid arguments."""
 
 def confidence_weights(
     logits: Tensor | Sequence[Tensor],
@@ -171,9 +173,8 @@ def cuda_logit_loss(
     grad_enabled: bool,
     debug: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """Loss, row_stats, grad_student and `others` of `cuda_row_loss`, which is None for reduction "none"; None for
-    unsupported or invalid arguments."""
+) -> WholeLoss | None:
+    """None for unsupported or invalid arguments."""
 
 # As the functions for CPU tensors, on the current stream.
 def cuda_confidence_weights(

@@ -80,13 +80,9 @@ def logit_loss(
     """See `contract.WholeLossBackend`."""
     if not _CONNECTED:
         return None
-    found = _C.cuda_logit_loss(
+    return _C.cuda_logit_loss(
         student, teachers, target, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
     )
-    if found is None:
-        return None
-    loss, row_stats, grad_student, others = found
-    return WholeLoss(loss, row_stats, grad_student, None, None if others is None else (loss, others), None)
 
 
 def row_loss(

@@ -142,8 +142,6 @@ def _in_one_call(
     if found is None:
         return None
     loss, row_stats, grad_student, sums, means, inverse = found
-    if reduction == "none":
-        inverse = None
     output = CAMKDOutput(loss, row_stats, sums, means, inverse, target.shape)
     return Evaluation(output, grad_student, None, _NOTHING_LEFT)
 

@@ -46,8 +46,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         args.grad_scale = float(call.divisor.inverse * call.scale.number);
         args.grad_scale_device = call.scale.address;
         row_loss(args, {tensors::current_stream(device), from[debug] == Py_True});
-        return Py_BuildValue("(NNNN)", loss.release().ptr(), stats.release().ptr(), grad_student.release().ptr(),
-                             others.release().ptr());
+        const py::object means = rows ? py::object(py::none()) : py::make_tuple(loss, others);
+        return whole_loss(loss, stats, grad_student, py::none(), means, py::none());
     });
 }
 

@@ -48,8 +48,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
             std::copy_n(args.row_stats + row_stats::loss * args.N, args.N, losses);
         else
             *losses = float(sums[0] * inverse);
-        return Py_BuildValue("(NNN(ddd)d)", loss.release().ptr(), stats.release().ptr(), grad_student.release().ptr(),
-                             sums[0], sums[1], sums[2], inverse);
+        return whole_loss(loss, stats, grad_student, py::make_tuple(sums[0], sums[1], sums[2]), py::none(),
+                          rows ? py::object(py::none()) : py::float_(inverse));
     });
 }
 
