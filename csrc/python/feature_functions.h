@@ -208,11 +208,8 @@ struct FeatureFunctions {
             args.weight_stride_k = args.N;
             args.weight_stride_n = 1;
             Factor scale;
-            scale.number = beta * divisor.inverse;
-            if (!divisor.counts) {
-            } else if (Target::kCounts) {
-                scale.number = beta * divisor.inverse_of(valid);
-            } else {
+            scale.number = beta * (Target::kCounts ? divisor.inverse_of(valid) : divisor.inverse);
+            if (divisor.counts && !Target::kCounts) {
                 confidence.inverse_valid = confidence.lse + items;
                 scale.address = confidence.inverse_valid;
             }

@@ -332,9 +332,9 @@ CHANGES = (
         Change("weights of other samples", "|| confidence.N != args.N", ""),
         Change("a loss per sample", "divisor.reduction == Reduction::none || !loss_scale", "!loss_scale"),
         Change(
-            "beta only without num_items",
-            "scale.number = beta * divisor.inverse_of(valid);",
-            "scale.number = divisor.inverse_of(valid);",
+            "a loss without beta",
+            "beta * (Target::kCounts ?",
+            "(Target::kCounts ?",
         ),
         Change("no copy of the weights", "if (wants_grad) args.weights_copy = args.lse + args.K * args.N;", ""),
         Change("strided gradients of the weights", "|| !is_contiguous(tensor))", ")"),

@@ -229,7 +229,11 @@ CHANGES = (
         "csrc/python/feature_functions.h",
         FEATURE_CALLS,
         Change("the number of samples on the device is 1", "scale.address = confidence.inverse_valid;", ""),
-        Change("beta only with num_items", "scale.number = beta * divisor.inverse;", "scale.number = divisor.inverse;"),
+        Change(
+            "num_items is not the divisor",
+            "divisor.inverse_of(valid) : divisor.inverse)",
+            "divisor.inverse_of(valid) : 1)",
+        ),
     ),
     *changes(
         "csrc/python/cuda_features.cpp",
