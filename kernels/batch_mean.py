@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import batch_launch
-from .layout import on_device_of
+from .kept import Launch
+from .launch import BATCH_ROWS, batch_launch
 
 
 @triton.jit(do_not_specialize=["scale", "N", "ignore_index"])
@@ -60,30 +62,35 @@ def batch_mean_kernel(
 def batch_scale(target: Tensor, ignore_index: int, scale: float | Tensor) -> Tensor:
     """(2,) fp32: scale / n and 1 / n, n being how many labels are not `ignore_index`, at least 1."""
     N = target.numel()
-    if (launch := batch_launch(N)) is None:
+    if N > BATCH_ROWS:
         inverse = (target != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal().reshape(1)
         return torch.cat([inverse * scale, inverse])
     out = torch.empty(2, dtype=torch.float32, device=target.device)
-    with on_device_of(target):
-        batch_scale_kernel[(1,)](
-            *(target, scale, out, N, ignore_index),
-            SCALE_ON_DEVICE=isinstance(scale, Tensor),
-            BLOCK_N=launch.BLOCK_N,
-            num_warps=launch.num_warps,
-        )
+    _scale_launch(N, ignore_index, isinstance(scale, Tensor))(target, scale, out)
     return out
 
 
 def batch_mean(row_stats: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of loss, hard and soft times `inverse`: loss (), and (3,) hard, soft, `inverse`."""
     N = row_stats.shape[1]
-    if (launch := batch_launch(N)) is None:
+    if N > BATCH_ROWS:
         means = row_stats[:3].sum(1) * inverse
         return means[0].clone(), torch.cat([means[1:], inverse])
-    loss = torch.empty(
-        (), dtype=torch.float32, device=row_stats.device
-    )  # separate memory, since a caller may write to it
+    # Separate memory, since a caller may write to the loss.
+    loss = torch.empty((), dtype=torch.float32, device=row_stats.device)
     others = torch.empty(3, dtype=torch.float32, device=row_stats.device)
-    with on_device_of(row_stats):
-        batch_mean_kernel[(3,)](row_stats, inverse, loss, others, N, BLOCK_N=launch.BLOCK_N, num_warps=launch.num_warps)
+    _mean_launch(N)(row_stats, inverse, loss, others)
     return loss, others
+
+
+@functools.lru_cache(maxsize=1024)
+def _scale_launch(N: int, ignore_index: int, scale_on_device: bool) -> Launch:
+    BLOCK_N, num_warps = batch_launch(N)
+    constants = {"SCALE_ON_DEVICE": scale_on_device, "BLOCK_N": BLOCK_N}
+    return Launch(batch_scale_kernel, 1, (N, ignore_index), constants, num_warps=num_warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mean_launch(N: int) -> Launch:
+    BLOCK_N, num_warps = batch_launch(N)
+    return Launch(batch_mean_kernel, 3, (N,), {"BLOCK_N": BLOCK_N}, num_warps=num_warps)

@@ -125,10 +125,8 @@ class BatchLaunch(NamedTuple):
     num_warps: int
 
 
-def batch_launch(N: int) -> BatchLaunch | None:
-    """Counts and sums over the rows of a batch by one program each; None for more than BATCH_ROWS rows."""
-    if N > BATCH_ROWS:
-        return None
+def batch_launch(N: int) -> BatchLaunch:
+    """Counts and sums over the rows of a batch, at most BATCH_ROWS, by one program each."""
     return BatchLaunch(128, 1) if N <= 128 else BatchLaunch(1024, 4)
 
 

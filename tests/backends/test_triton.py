@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from tests.support.truth import naive, truth
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")
 launch = importlib.import_module("camkd_fast.kernels.launch")
+batch_mean, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("batch_mean", "row_loss"))
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest.py without a GPU; with one tests/gpu runs
     pytest.skip("these cases are CPU tensors, which need TRITON_INTERPRET=1", allow_module_level=True)
@@ -44,17 +46,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(params=["onchip", "streaming"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both paths for the same small rows; streamed rows have several column blocks of one warp."""
     if request.param == "streaming":
 
         def narrow(K: int, C: int, itemsize: int, ALIGN: int) -> launch.StreamingLaunch:
             return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
 
-        module = importlib.import_module("camkd_fast.kernels.row_loss")
-        monkeypatch.setattr(module, "on_chip", lambda K, C: False)
-        monkeypatch.setattr(module, "streaming_launch", narrow)
-    return str(request.param)
+        monkeypatch.setattr(row_loss, "on_chip", lambda K, C: False)
+        monkeypatch.setattr(row_loss, "streaming_launch", narrow)
+    row_loss.row_launch.cache_clear()
+    yield str(request.param)
+    row_loss.row_launch.cache_clear()
 
 
 def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
@@ -289,7 +292,7 @@ def test_scaled_gradient_and_no_gradient(regime: str, rows: tuple) -> None:
 @pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
 def test_means(rows: tuple, scale: float | torch.Tensor, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `mean` the kernels count the rows that are not ignored."""
-    monkeypatch.setattr(launch, "BATCH_ROWS", limit)
+    monkeypatch.setattr(batch_mean, "BATCH_ROWS", limit)
     assert_means(kernels.row_loss, *rows, scale)
 
 

@@ -5,6 +5,7 @@ At small batches these calls cost more than the kernels, so more of them than to
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -40,6 +41,38 @@ def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None)
     call()
     found = profiler.profiled(call, place.device)
     assert 1 <= found.launches <= 3 and found.kernels <= 3, found
+
+
+def test_triton_launches_the_first_call_of_a_kind_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones launch the kept kernels: bit for bit the same results, on other streams and in a graph too."""
+    jit = importlib.import_module("triton.runtime.jit")
+    by_triton: list[str] = []
+    run = jit.JITFunction.run
+    monkeypatch.setattr(
+        jit.JITFunction, "run", lambda self, *a, **k: by_triton.append(self.__name__) or run(self, *a, **k)
+    )
+    case = on(make_case(64, 100, 3, torch.bfloat16, padded=False), CUDA.device)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target, backend="triton")
+        return out.loss, grad
+
+    first = call()
+    by_triton.clear()
+    results, stream, graph = [call()], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results.append(call())
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        recorded = call()
+    for _ in range(2):
+        for tensor in recorded:
+            tensor.zero_()
+        graph.replay()
+        results.append(tuple(tensor.clone() for tensor in recorded))
+    assert not by_triton
+    assert all(torch.equal(x, y) for result in results for x, y in zip(result, first, strict=True))
 
 
 @pytest.mark.parametrize("place", REAL[:2])
