@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_mean import batch_scale
-from .kept import Launch
-from .launch import access_width, confidence_launch, elementwise_launch
+from .batch_mean import count_by_torch, count_rows
+from .kept import Launcher
+from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
 from .layout import DEBUG, Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
 
@@ -109,11 +109,14 @@ def confidence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `contract.Backend`. Labels outside [0, C) give NaN."""
     if inverse_valid is not None:
-        inverse_valid.copy_(batch_scale(target, ignore_index, 1.0)[1:])
+        if 0 < target.shape[0] <= BATCH_ROWS:
+            count_rows(target, ignore_index, inverse_valid)
+        else:
+            inverse_valid.copy_(count_by_torch(target, ignore_index))
     K, N = len(logits), target.shape[0]
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
     if N > 0:
-        _forward_launch(layouts(logits), ignore_index)(tuple(logits), target, weights, ce, lse)
+        _forward_launcher(layouts(logits), ignore_index)(tuple(logits), target, weights, ce, lse)
     return weights, ce, lse
 
 
@@ -122,13 +125,13 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
     N, C = target.shape[0], logits[0].shape[-1]
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
     if N > 0:
-        launch = _backward_launch(layouts(logits), grad_ce.stride())
+        launch = _backward_launcher(layouts(logits), grad_ce.stride())
         launch(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads))
     return grads
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_launch(logits: tuple[Any, ...], ignore_index: int) -> Launch:
+def _forward_launcher(logits: tuple[Any, ...], ignore_index: int) -> Launcher:
     logits = tuple(Layout(*z) for z in logits)
     N, S, C = row_shape(logits[0].shape)
     ALIGN = alignment(logits)
@@ -145,11 +148,11 @@ def _forward_launch(logits: tuple[Any, ...], ignore_index: int) -> Launch:
     }
     numbers = (*map(unspecialised, stride_units(logits, ALIGN)), N, S, C // ALIGN, ignore_index)
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "debug": DEBUG}
-    return Launch(confidence_fwd_kernel, -(-N // BLOCK_N), numbers, constants, **options)
+    return Launcher(confidence_fwd_kernel, -(-N // BLOCK_N), numbers, constants, **options)
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_launch(logits: tuple[Any, ...], grad_ce_strides: tuple[int, int]) -> Launch:
+def _backward_launcher(logits: tuple[Any, ...], grad_ce_strides: tuple[int, int]) -> Launcher:
     logits = tuple(Layout(*z) for z in logits)
     N, S, C = row_shape(logits[0].shape)
     ALIGN = alignment(logits)
@@ -163,4 +166,4 @@ def _backward_launch(logits: tuple[Any, ...], grad_ce_strides: tuple[int, int]) 
     }
     numbers = (*map(unspecialised, stride_units(logits, ALIGN)), *grad_ce_strides, N, S, C // ALIGN)
     grid = -(-N // BLOCK_N) * -(-C // BLOCK_C)
-    return Launch(confidence_bwd_kernel, grid, numbers, constants, num_warps=num_warps)
+    return Launcher(confidence_bwd_kernel, grid, numbers, constants, num_warps=num_warps)

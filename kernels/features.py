@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.contract import FeatureLossResult
 from ..backends.feature_maps import Strides, map_pair, new_gradients
-from .kept import Launch
+from .kept import Launcher
 from .launch import SUM_BLOCK, feature_launch
 from .layout import common_alignment, unspecialised
 from .softmax import stride
@@ -130,7 +130,7 @@ def _launch(
     # As the kernel reads them: map_pair copies maps that no two strides describe.
     student, teachers = tuple(pair.student for pair in pairs), tuple(pair.teacher for pair in pairs)
     strides = None if weights is None else weights.stride()
-    launch = _feature_launch(
+    launch = _feature_launcher(
         error.shape[1],
         tuple([pair[2:] for pair in pairs]),
         tuple([(x.element_size(), x.data_ptr() % 16 == 0) for x in (*student, *teachers, *grads)]),
@@ -149,14 +149,14 @@ def _factor(scale: float | Tensor) -> float | Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _feature_launch(
+def _feature_launcher(
     N: int,
     pairs: tuple[tuple[int, int, Strides, Strides], ...],
     tensors: tuple[tuple[int, bool], ...],
     weights: tuple[int, int] | None,
     on_device: tuple[bool, bool],
     WRITE_GRAD: bool,
-) -> Launch:
+) -> Launcher:
     """
     Args:
         pairs: the last fields of K MapPairs.
@@ -189,13 +189,13 @@ def _feature_launch(
         "BLOCK_M": BLOCK_M,
     }
     numbers = (*map(unspecialised, columns), *(weights or (0, 0)), N)
-    return Launch(feature_kernel, K * N, numbers, constants, num_warps=num_warps)
+    return Launcher(feature_kernel, K * N, numbers, constants, num_warps=num_warps)
 
 
 @functools.lru_cache(maxsize=1024)
-def _sum_launch(N: int, items: int, weights: tuple[int, int], scale_on_device: bool) -> Launch:
+def _sum_launcher(N: int, items: int, weights: tuple[int, int], scale_on_device: bool) -> Launcher:
     constants = {"SCALE_ON_DEVICE": scale_on_device, "BLOCK": SUM_BLOCK}
-    return Launch(feature_sum_kernel, 1, (*weights, max(N, 1), items), constants)
+    return Launcher(feature_sum_kernel, 1, (*weights, max(N, 1), items), constants)
 
 
 def _new_errors(student: Sequence[Tensor]) -> Tensor:
@@ -217,7 +217,7 @@ def feature_loss(
     loss = torch.empty((), dtype=torch.float32, device=error.device)
     grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
     _launch(student, teachers, weights, error, grads, scale, grad_scale)
-    launch = _sum_launch(error.shape[1], error.numel(), weights.stride(), isinstance(scale, Tensor))
+    launch = _sum_launcher(error.shape[1], error.numel(), weights.stride(), isinstance(scale, Tensor))
     launch(error, weights, loss, _factor(scale))
     return FeatureLossResult(loss, error, grads, buffer)
 

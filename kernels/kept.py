@@ -29,16 +29,16 @@ _SUPPORTED = ("3.6", "3.7", "3.8")
 _DIRECT = triton.__version__.rpartition(".")[0] in _SUPPORTED and torch.version.hip is None
 
 # Bound once: they are on the path of every launch. A build of torch without CUDA lacks some.
-_device_of: Callable[[Tensor], int] = Tensor.get_device  # -1 on a CPU
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+device_of: Callable[[Tensor], int] = Tensor.get_device  # -1 on a CPU
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 # The kept kernels of every kind of launch: by device, and by what the pointers are.
 _kept: dict[Any, dict[Any, Any]] = {}
 
 
-class Launch:
-    """A launch of `kernel` on a grid of one dimension, with everything but the pointers.
+class Launcher:
+    """Launches `kernel` on a grid of one dimension; it has everything but the pointers.
 
     Parameters of the kernel: pointers first, then `numbers`, then `constants`. Making one takes longer than launching
     it, so callers cache them.
@@ -61,18 +61,18 @@ class Launch:
             kinds = tuple(
                 _kind(x, not parameter.do_not_specialize) for x, parameter in zip(numbers, numbered, strict=True)
             )
-            kind = (id(kernel), kinds, values, tuple(map(type, values)), tuple(sorted(options.items())))
+            kind = (kernel, kinds, values, tuple(map(type, values)), tuple(sorted(options.items())))
             self._kept = _kept.setdefault(kind, {})
 
     def __call__(self, *pointers: Pointer) -> None:
         """Launch on the device of the first tensor and its current stream. CPU tensors need the interpreter."""
         first = pointers[0][0] if isinstance(pointers[0], tuple) else pointers[0]
         assert isinstance(first, Tensor)
-        device = _device_of(first)
+        device = device_of(first)
         if self._kept is None or device < 0:
             with on_device_of(first):
                 self._by_triton(pointers)
-        elif device == _current_device():
+        elif device == current_device():
             self._directly(device, pointers)
         else:
             with torch.cuda.device(device):
@@ -98,7 +98,7 @@ class Launch:
                 self._kept[key] = kernel
             return
         kernel.run(
-            *(self._grid, 1, 1, _current_stream(device), kernel.function, kernel.packed_metadata),
+            *(self._grid, 1, 1, current_stream(device), kernel.function, kernel.packed_metadata),
             *(None, None, None),  # no metadata, since there are no hooks
             *arguments,
             *self._rest,
@@ -116,7 +116,7 @@ def _addresses(pointers: tuple[Pointer, ...], device: int, kinds: list[object]) 
             address = pointer.data_ptr()
             arguments.append(address)
             kinds.append(pointer.dtype)
-            kinds.append(address % 16 == 0 if _device_of(pointer) == device else _ELSEWHERE)
+            kinds.append(address % 16 == 0 if device_of(pointer) == device else _ELSEWHERE)
         elif isinstance(pointer, tuple):
             kinds.append(len(pointer))
             arguments.append(tuple(_addresses(pointer, device, kinds)))
@@ -140,5 +140,6 @@ def _kind(number: Any, specialised: bool) -> object:
 
 def _observed(kernel: Any) -> bool:
     """Whether somebody, a profiler for example, wants to see launches: Triton's own calls their hooks."""
-    runtime = triton.knobs.runtime
-    return bool(kernel.pre_run_hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    # Chains of hooks, unless somebody has put something else in their place.
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", True) or getattr(leave, "calls", True))

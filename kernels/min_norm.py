@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept import Launch
+from .kept import Launcher
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def min_norm(gram: Tensor, cap: float, steps: int, floor: float) -> Tensor:
     K = gram.shape[0]
     gram = gram.contiguous()
     weights = torch.empty(K, dtype=torch.float64, device=gram.device)
-    _launch(K, cap, steps, floor)(gram, weights)
+    _launcher(K, cap, steps, floor)(gram, weights)
     return weights
 
 
 @functools.lru_cache(maxsize=64)
-def _launch(K: int, cap: float, steps: int, floor: float) -> Launch:
+def _launcher(K: int, cap: float, steps: int, floor: float) -> Launcher:
     BLOCK = max(triton.next_power_of_2(K), 2)
     constants = {"K": K, "CAP": cap, "STEPS": steps, "FLOOR": floor, "BLOCK": BLOCK}
-    return Launch(min_norm_kernel, 1, (), constants, num_warps=1)
+    return Launcher(min_norm_kernel, 1, (), constants, num_warps=1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept import Launch
+from .kept import Launcher
 from .launch import elementwise_launch
 from .layout import Layout, common_alignment, layouts
 
@@ -47,13 +47,13 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     if grad.numel() == 0:
         return out
     one_factor, in_place = factor.numel() == 1, out.data_ptr() == grad.data_ptr()
-    launch = _launch(layouts([grad]), factor.stride(0), one_factor, one_factor and in_place)
+    launch = _launcher(layouts([grad]), factor.stride(0), one_factor, one_factor and in_place)
     launch(grad, factor, out)
     return out
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(grads: tuple[Any, ...], stride_fn: int, one_factor: bool, IN_PLACE: bool) -> Launch:
+def _launcher(grads: tuple[Any, ...], stride_fn: int, one_factor: bool, IN_PLACE: bool) -> Launcher:
     grad = Layout(*grads[0])
     N, C = grad.shape
     if one_factor:
@@ -63,4 +63,4 @@ def _launch(grads: tuple[Any, ...], stride_fn: int, one_factor: bool, IN_PLACE: 
     BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, grad.dtype.itemsize)
     grid = -(-N // BLOCK_N) * -(-C // BLOCK_C)
     constants = {"IN_PLACE": IN_PLACE, "ALIGN": ALIGN, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
-    return Launch(scale_rows_kernel, grid, (stride_fn, N, C // ALIGN), constants, num_warps=num_warps)
+    return Launcher(scale_rows_kernel, grid, (stride_fn, N, C // ALIGN), constants, num_warps=num_warps)

@@ -22,11 +22,12 @@ ARCHS = [number for number in ARCHITECTURES if number != 120]
 # sets their register budgets. A minute on 2 cores; the whole table takes ten times as long.
 REPRESENTATIVE = [
     Shape("row_loss", 100, 3, "float32"),
-    Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True),
+    Shape("row_loss", 100, 3, "bfloat16", mean=True),
+    Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True, mean=True),
     Shape("row_loss", 256, 6, "bfloat16", "entropy", 2.5),
     Shape("row_loss", 4096, 3, "bfloat16", "confidence", layout="sliced"),
     Shape("row_loss", 32000, 3, "bfloat16"),
-    Shape("row_loss", 32000, 8, "float32", "entropy", 2.5),
+    Shape("row_loss", 32000, 8, "float32", "entropy", 2.5, N=2049, mean=True),
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
     Shape("feature_forward", 4096, 1, "float32"),
@@ -35,8 +36,7 @@ REPRESENTATIVE = [
     Shape("feature_loss", 1001, 2, "float32", teacher_dtype="bfloat16"),
     Shape("scale_rows", 1000, 1, "bfloat16"),
     Shape("scale_all", 100, 1, "float16"),
-    Shape("batch_scale", 100, 1, N=64),
-    Shape("batch_scale", 100, 1, N=4096, scale_on_device=True),
+    Shape("batch_count", 100, 1, N=64),
     Shape("batch_mean", 100, 1, N=4096),
     Shape("min_norm", 1, 3),
     Shape("min_norm", 1, 16),
@@ -130,6 +130,20 @@ def test_debug_mode_asserts_on_labels() -> None:
     shapes = [Shape("row_loss", 100, 1, temperature=1.0), Shape("confidence_forward", 100, 1)]
     for debug in (False, True):
         assert [kernel.asserts for _, _, kernel in compile_all(shapes, [90], debug)] == [debug, debug]
+
+
+def test_a_batch_s_size_chooses_its_launches() -> None:
+    """Small batches take one launch, whatever their programs; the table depends on N through its limits only."""
+    assert launch.batch_launch(64, 64, 1) == launch.BatchLaunch("here", True, 128)
+    for N, programs, num_warps, expected in [
+        (2048, 1024, 1, ("here", True)),
+        (2048, 2048, 4, ("before", True)),
+        (2049, 1, 4, ("before", True)),
+        (16384, 16384, 4, ("before", True)),
+        (16385, 16385, 4, ("before", False)),
+        (65536, 65536, 16, ("before", True)),
+    ]:
+        assert launch.batch_launch(N, programs, num_warps)[:2] == expected
 
 
 def test_limits() -> None:

@@ -1,4 +1,4 @@
-"""Kept kernels: what is kept, for which launches, and what is left to Triton. Compiled kernels have a stand-in here.
+"""Kept kernels and counters: what is kept, for which launches, and what is left to Triton. Kernels are stand-ins here.
 
 The last test compares keys with those of Triton. tests/gpu launches real kernels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest.py without a GP
 
 import triton.language as tl
 
-kept = importlib.import_module("camkd_fast.kernels.kept")
+counters, kept = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("counters", "kept"))
 
 F32, BF16 = torch.float32, torch.bfloat16
 AT = 0  # the device of every tensor here, unless `elsewhere` says otherwise
@@ -63,7 +63,7 @@ class Kernel:
         return launch
 
     def launch(self, N: int = 5, strides: tuple[int, ...] = (3,), K: int = 2, BLOCK: int = 16, warps: int = 4) -> Any:
-        return kept.Launch(self, 7, (N, strides), {"BLOCK": BLOCK, "K": K}, num_warps=warps)
+        return kept.Launcher(self, 7, (N, strides), {"BLOCK": BLOCK, "K": K}, num_warps=warps)
 
 
 class Devices(SimpleNamespace):
@@ -87,9 +87,9 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
         def __exit__(self, *_: object) -> None:
             devices.current = self.before
 
-    monkeypatch.setattr(kept, "_device_of", lambda x: devices.elsewhere.get(x.data_ptr(), AT))
-    monkeypatch.setattr(kept, "_current_device", lambda: devices.current)
-    monkeypatch.setattr(kept, "_current_stream", lambda device: 1000 + device)
+    monkeypatch.setattr(kept, "device_of", lambda x: devices.elsewhere.get(x.data_ptr(), AT))
+    monkeypatch.setattr(kept, "current_device", lambda: devices.current)
+    monkeypatch.setattr(kept, "current_stream", lambda device: 1000 + device)
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(kept, "JITFunction", Kernel)
     monkeypatch.setattr(kept, "CompiledKernel", Compiled)
@@ -266,7 +266,57 @@ def test_threads_share_kernels(kernel: Kernel, a: torch.Tensor) -> None:
 
 def test_constants_are_those_of_the_kernel(kernel: Kernel) -> None:
     with pytest.raises(AssertionError, match=r"K.*BLOCK"):
-        kept.Launch(kernel, 7, (5, (3,)), {"BLOCK": 16, "GROUP": 2})
+        kept.Launcher(kernel, 7, (5, (3,)), {"BLOCK": 16, "GROUP": 2})
+
+
+# --- counters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether the current stream is; the stream has the number of its device."""
+    state = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
+    for name in ("device_of", "current_device", "current_stream"):
+        monkeypatch.setattr(counters, name, getattr(kept, name))
+    before = dict(counters._of_streams)
+    counters._of_streams.clear()
+    yield state
+    counters._of_streams.clear()
+    counters._of_streams.update(before)
+
+
+def test_a_stream_has_one_counter(
+    capturing: list[bool], devices: Devices, a: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = aligned(F32)
+    devices.elsewhere[b.data_ptr()] = 1
+    first, other = counters.counter_for(a), counters.counter_for(b)
+    assert first.dtype == torch.int32 and first.tolist() == [0]
+    assert counters.counter_for(a) is first and counters.counter_for(b) is other and first is not other
+    monkeypatch.setattr(counters, "current_stream", lambda device: 7)
+    assert counters.counter_for(a).data_ptr() not in (first.data_ptr(), other.data_ptr())
+
+
+def test_every_recorded_launch_has_a_counter_of_its_own(capturing: list[bool], a: torch.Tensor) -> None:
+    """In the memory of the graph, which may be reused after the launch."""
+    outside = counters.counter_for(a)
+    capturing[0] = True
+    one, two = counters.counter_for(a), counters.counter_for(a)
+    assert len({outside.data_ptr(), one.data_ptr(), two.data_ptr()}) == 3
+    assert len(counters._of_streams) == 1
+    capturing[0] = False
+    assert counters.counter_for(a) is outside
+
+
+def test_the_guard_is_on_while_the_stream_is_asked(
+    capturing: list[bool], devices: Devices, a: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices.elsewhere[a.data_ptr()] = 1
+    seen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.append(devices.current) or False)
+    counters.counter_for(a)
+    assert seen == [1] and devices.current == 0
 
 
 # --- Triton's own specialisation -------------------------------------------------------------------------------------
@@ -312,7 +362,7 @@ def test_launches_with_one_key_share_a_kernel_of_triton(pair: list[list[Any]]) -
         *_, specialisation, options = bind(*arguments, debug=False)
         tritons.append(jit.compute_cache_key({}, specialisation, options))
         with mock.patch.object(kept, "_DIRECT", True):
-            launch = kept.Launch(kernel, 1, tuple(arguments[4:-1]), {"K": arguments[-1]})
+            launch = kept.Launcher(kernel, 1, tuple(arguments[4:-1]), {"K": arguments[-1]})
         kinds: list[object] = []
         kept._addresses(tuple(arguments[:4]), -1, kinds)
         ours.append((id(launch._kept), kinds))

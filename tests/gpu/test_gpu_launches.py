@@ -14,6 +14,7 @@ import torch
 from benchmarks import profiler
 from camkd_fast import camkd_loss, camkd_loss_and_grad
 from camkd_fast.data.batch import Batch
+from camkd_fast.losses.output import CAMKDOutput
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.step_graph import WARM_UP
 from tests.gpu.test_gpu_training import on_device, step_on
@@ -32,7 +33,7 @@ pytestmark = [
 @pytest.mark.parametrize("num_items", [None, 64])
 @pytest.mark.parametrize(("N", "C"), [(64, 100), (1024, 1000), (64, 32000)])
 def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None) -> None:
-    """Value and gradient: the valid rows, the rows, the means; or the rows, a sum and its scaling."""
+    """Value and gradient: the rows, and what they need for the mean; or the rows, a sum and its scaling."""
     case = on(make_case(N, C, 3, torch.bfloat16, padded=False), place.device)
 
     def call() -> None:
@@ -41,6 +42,27 @@ def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None)
     call()
     found = profiler.profiled(call, place.device)
     assert 1 <= found.launches <= 3 and found.kernels <= 3, found
+
+
+@pytest.mark.parametrize("num_items", [None, 64])
+@pytest.mark.parametrize(("N", "C", "counted"), [(64, 100, 0), (1024, 1000, 0), (64, 32000, 0), (4096, 1000, 1)])
+def test_a_mean_by_triton(N: int, C: int, counted: int, num_items: int | None) -> None:
+    """One launch, or one more that counts the valid rows of a large batch; repeated, as counters are used again."""
+    case = on(make_case(N, C, 3, torch.bfloat16, ignored=0.2, padded=False), CUDA.device)
+
+    def call() -> tuple[CAMKDOutput, torch.Tensor]:
+        return camkd_loss_and_grad(case.student, case.teachers, case.target, num_items=num_items, backend="triton")
+
+    first, first_grad = call()
+    for _ in range(20):
+        out, grad = call()
+        assert torch.equal(grad, first_grad)
+        assert [float(x) for x in (out.loss, out.hard, out.soft)] == [
+            float(x) for x in (first.loss, first.hard, first.soft)
+        ]
+    found = profiler.profiled(call, CUDA)
+    expected = 1 if num_items else 1 + counted
+    assert 1 <= found.kernels <= expected and found.launches <= expected, found
 
 
 def test_triton_launches_the_first_call_of_a_kind_only(monkeypatch: pytest.MonkeyPatch) -> None:

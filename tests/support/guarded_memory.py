@@ -90,7 +90,7 @@ def main(name: str) -> None:
     if triton:  # rows in blocks of columns
         module = importlib.import_module("camkd_fast.kernels.row_loss")
         module.on_chip = lambda K, C: False
-        module.row_launch.cache_clear()
+        module.row_launcher.cache_clear()
         for before in (False, True):
             check(backend, 3, 100, 2, (torch.float32,), before, "entropy")
 
