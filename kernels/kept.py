@@ -26,7 +26,7 @@ Pointer = Tensor | tuple[Tensor, ...] | float | None
 # Releases whose sources were read: `CompiledKernel.run` takes grid, stream, function, metadata, hooks and then every
 # parameter of the kernel, constants included, and an address in the place of a tensor. Others launch by Triton itself.
 _SUPPORTED = ("3.6", "3.7", "3.8")
-_DIRECT = triton.__version__.rpartition(".")[0] in _SUPPORTED and torch.version.hip is None
+_DIRECT = ".".join(triton.__version__.split(".")[:2]) in _SUPPORTED and torch.version.hip is None
 
 # Bound once: they are on the path of every launch. A build of torch without CUDA lacks some.
 device_of: Callable[[Tensor], int] = Tensor.get_device  # -1 on a CPU
@@ -35,6 +35,7 @@ current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStr
 
 # The kept kernels of every kind of launch: by device, and by what the pointers are.
 _kept: dict[Any, dict[Any, Any]] = {}
+_ELSEWHERE = "elsewhere"  # a pointer to another place than the device of the launch
 
 
 class Launcher:
@@ -89,7 +90,7 @@ class Launcher:
         kernel = self._kept.get(key)
         if kernel is None or _observed(self._kernel):
             kernel = self._by_triton(pointers)
-            # Pointers to other places than this device are not checked again, so such a launch is not kept.
+            # Triton asks the driver about pointers to other places; an address would not be checked.
             if (
                 isinstance(kernel, CompiledKernel)
                 and kernel.metadata.target.backend == "cuda"
@@ -103,9 +104,6 @@ class Launcher:
             *arguments,
             *self._rest,
         )
-
-
-_ELSEWHERE = "elsewhere"
 
 
 def _addresses(pointers: tuple[Pointer, ...], device: int, kinds: list[object]) -> list[Any]:

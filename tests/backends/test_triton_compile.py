@@ -46,9 +46,9 @@ REPRESENTATIVE = [
 def _exhaustive() -> list[Shape]:
     """Every entry of the launch table.
 
-    The options that cost most registers, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers and with
-    the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only in its
-    conversions and gets the default options only.
+    The options that cost most registers, a mean, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers
+    and with the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only
+    in its conversions and gets the default options only.
     """
     shapes = []
     widths = [11, 16, 31, 64, 100, 256, 512, 1000, 2048, 4096, 8192, 32000, 65537]
@@ -56,14 +56,14 @@ def _exhaustive() -> list[Shape]:
         for C in widths:
             shapes.append(Shape("row_loss", C, 3, dtype, "confidence", 4.0))
             if dtype != "float16":
-                shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5) for K in (1, 3, 6, 8)]
+                shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True) for K in (1, 3, 6, 8)]
         for C in (100, 512, 32000):
             for weighting in ("uniform", "given"):
                 shapes += [Shape("row_loss", C, 3, dtype, weighting, T, layout="3d") for T in (1.0, 2.0)]
             shapes.append(Shape("row_loss", C, 3, dtype, needs_grad=False))
             shapes.append(Shape("row_loss", C, 3, dtype, teacher_dtype="float32"))
             shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
-            shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5))
+            shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5, mean=True))
             for op in ("confidence_forward", "confidence_backward"):
                 shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
             shapes += [Shape(op, C, K, dtype) for op in ("feature_forward", "feature_loss") for K in (1, 3, 16)]

@@ -309,6 +309,14 @@ def test_every_recorded_launch_has_a_counter_of_its_own(capturing: list[bool], a
     assert counters.counter_for(a) is outside
 
 
+def test_the_stream_of_every_thread_has_no_counter(
+    capturing: list[bool], a: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "current_stream", lambda device: 2)
+    one, two = counters.counter_for(a), counters.counter_for(a)
+    assert one.data_ptr() != two.data_ptr() and not counters._of_streams
+
+
 def test_the_guard_is_on_while_the_stream_is_asked(
     capturing: list[bool], devices: Devices, a: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,8 +183,11 @@ CHANGES = (
     *changes(
         "kernels/counters.py",
         "tests/backends/test_triton_launch.py",
-        Change("streams share a counter", "(device, current_stream(device) if device >= 0 else 0)", "(device, 0)"),
-        Change("devices share a counter", "(device, current_stream(device) if device >= 0 else 0)", "(0, 0)"),
+        Change("streams share a counter", "stream = current_stream(device) if device >= 0 else 0", "stream = 0"),
+        Change(
+            "devices share a counter", "_of_streams.get((device, stream))", "next(iter(_of_streams.values()), None)"
+        ),
+        Change("threads share a counter", "stream == _PER_THREAD or ", ""),
         Change("recorded launches share a counter", "torch.cuda.is_current_stream_capturing()", "False"),
         Change("another device's stream is asked", "device != current_device()", "device < 0"),
     ),
