@@ -119,6 +119,9 @@ def row_launcher(
         constants = {**flags, "BLOCK_C": BLOCK_C, "VEC": VEC, "GROUP": GROUP}
         kernel, grid = row_loss_streaming_fwd_kernel, N
     batch = batch_launch(N, grid, num_warps)
+    if ALIGN == 1 and not on_chip(K, C):
+        # Streamed element by element, the kernel has no registers left for the labels and the sums, and would spill.
+        batch = batch._replace(INVERSE="before", ADDS_UP=False)
     if not mean:
         batch = batch._replace(INVERSE="", ADDS_UP=total and batch.ADDS_UP)
     constants.update(batch._asdict())

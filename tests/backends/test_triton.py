@@ -336,7 +336,7 @@ def test_launches_of_a_mean(N: int, launches: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("reduction", "num_items"), [("sum", None), ("mean", 3.0)])
 def test_sums_in_the_launch_of_the_rows(reduction: str, num_items: float | None, regime: str) -> None:
     """If the divisor is known, or there is none, one launch is all there is."""
-    case = make_case(5, 40, 2, ignored=0.3, reduction=reduction, num_items=num_items)
+    case = make_case(5, 40, 2, ignored=0.3, reduction=reduction, num_items=num_items, padded=False)
     launched = mock.Mock(side_effect=kept.Launcher.__call__, autospec=True)
     with mock.patch.object(kept.Launcher, "__call__", lambda self, *given: launched(self, *given)):
         check(case, reduction)
