@@ -1,8 +1,8 @@
 """The Triton backend, for CUDA tensors (CPU tensors under Triton's interpreter).
 
 Contracts: `camkd_fast.backends.contract`; formulas and edge conventions: `camkd_fast.backends.reference`. Nothing here
-synchronises with the host, writes an input or uses an atomic, so calls can be captured in a CUDA graph and are
-reproducible bit for bit.
+synchronises with the host or writes an input, and the one atomic only finds the program that ends last, so calls can be
+captured in a CUDA graph and are reproducible bit for bit.
 """
 
 from .confidence import confidence_backward, confidence_forward

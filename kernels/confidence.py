@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_mean import batch_scale
-from .launch import access_width, confidence_launch, elementwise_launch
-from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
+from .batch_mean import count_by_torch, count_rows
+from .kept import Launcher
+from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
+from .layout import DEBUG, Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
 
 
@@ -106,51 +109,61 @@ def confidence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `contract.Backend`. Labels outside [0, C) give NaN."""
     if inverse_valid is not None:
-        inverse_valid.copy_(batch_scale(target, ignore_index, 1.0)[1:])
-    N, S, C = row_shape(logits[0])
-    K = len(logits)
+        if 0 < target.shape[0] <= BATCH_ROWS:
+            count_rows(target, ignore_index, inverse_valid)
+        else:
+            inverse_valid.copy_(count_by_torch(target, ignore_index))
+    K, N = len(logits), target.shape[0]
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
-    if N == 0:
-        return weights, ce, lse
-    ALIGN = alignment(logits)
-    strides = map(unspecialised, stride_units(logits, ALIGN))
-    itemsize = max(z.element_size() for z in logits)
-    launch = confidence_launch(K, C, itemsize, ALIGN)
-    with on_device_of(target):
-        confidence_fwd_kernel[(-(-N // launch.BLOCK_N),)](
-            *(tuple(logits), target, weights, ce, lse, *strides),
-            *(N, S, C // ALIGN, ignore_index),
-            K=K,
-            TWO_LEVEL=logits[0].dim() == 3,
-            ALIGN=ALIGN,
-            DEBUG=DEBUG,
-            debug=DEBUG,
-            VEC=access_width(itemsize, ALIGN),
-            **launch._asdict(),
-        )
+    if N > 0:
+        _forward_launcher(layouts(logits), ignore_index)(tuple(logits), target, weights, ce, lse)
     return weights, ce, lse
 
 
 def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
     """See `contract.Backend`."""
-    N, S, C = row_shape(logits[0])
-    K = len(logits)
+    N, C = target.shape[0], logits[0].shape[-1]
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
-    if N == 0:
-        return grads
-    ALIGN = alignment(logits)
-    strides = map(unspecialised, stride_units(logits, ALIGN))
-    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, max(z.element_size() for z in logits))
-    grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
-    with on_device_of(target):
-        confidence_bwd_kernel[grid](
-            *(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads), *strides),
-            *(*grad_ce.stride(), N, S, C // ALIGN),
-            K=K,
-            TWO_LEVEL=logits[0].dim() == 3,
-            ALIGN=ALIGN,
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=BLOCK_C,
-            num_warps=num_warps,
-        )
+    if N > 0:
+        launch = _backward_launcher(layouts(logits), grad_ce.stride())
+        launch(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads))
     return grads
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launcher(logits: tuple[Any, ...], ignore_index: int) -> Launcher:
+    logits = tuple(Layout(*z) for z in logits)
+    N, S, C = row_shape(logits[0].shape)
+    ALIGN = alignment(logits)
+    itemsize = max(z.dtype.itemsize for z in logits)
+    BLOCK_N, BLOCK_C, num_warps, maxnreg = confidence_launch(len(logits), C, itemsize, ALIGN)
+    constants = {
+        "K": len(logits),
+        "TWO_LEVEL": len(logits[0].shape) == 3,
+        "ALIGN": ALIGN,
+        "DEBUG": DEBUG,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_C": BLOCK_C,
+        "VEC": access_width(itemsize, ALIGN),
+    }
+    numbers = (*map(unspecialised, stride_units(logits, ALIGN)), N, S, C // ALIGN, ignore_index)
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "debug": DEBUG}
+    return Launcher(confidence_fwd_kernel, -(-N // BLOCK_N), numbers, constants, **options)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launcher(logits: tuple[Any, ...], grad_ce_strides: tuple[int, int]) -> Launcher:
+    logits = tuple(Layout(*z) for z in logits)
+    N, S, C = row_shape(logits[0].shape)
+    ALIGN = alignment(logits)
+    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, max(z.dtype.itemsize for z in logits))
+    constants = {
+        "K": len(logits),
+        "TWO_LEVEL": len(logits[0].shape) == 3,
+        "ALIGN": ALIGN,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_C": BLOCK_C,
+    }
+    numbers = (*map(unspecialised, stride_units(logits, ALIGN)), *grad_ce_strides, N, S, C // ALIGN)
+    grid = -(-N // BLOCK_N) * -(-C // BLOCK_C)
+    return Launcher(confidence_bwd_kernel, grid, numbers, constants, num_warps=num_warps)

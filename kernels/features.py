@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.contract import FeatureLossResult
-from ..backends.feature_maps import MapPair, map_pair, new_gradients
+from ..backends.feature_maps import Strides, map_pair, new_gradients
+from .kept import Launcher
 from .launch import SUM_BLOCK, feature_launch
-from .layout import common_alignment, on_device_of, unspecialised
+from .layout import common_alignment, unspecialised
 from .softmax import stride
 
 
@@ -131,49 +133,78 @@ def _launch(
     scale: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
 ) -> None:
-    K, N = error.shape
-    if N == 0:
+    if error.shape[1] == 0:
         return
     pairs = [map_pair(r, f) for r, f in zip(student, teachers, strict=True)]
-    dense = all(pair.P == pair.student_strides[2] == pair.teacher_strides[2] == 1 for pair in pairs)
-    ALIGN = _alignment(pairs, grads) if dense else 1
+    # As the kernel reads them: map_pair copies maps that no two strides describe.
+    student, teachers = tuple(pair.student for pair in pairs), tuple(pair.teacher for pair in pairs)
+    strides = None if weights is None else weights.stride()
+    launch = _feature_launcher(
+        error.shape[1],
+        tuple([pair[2:] for pair in pairs]),
+        tuple([(x.element_size(), x.data_ptr() % 16 == 0) for x in (*student, *teachers, *grads)]),
+        strides,
+        (isinstance(scale, Tensor), isinstance(grad_scale, Tensor)),
+        len(grads) > 0,
+    )
+    launch(
+        *(student, teachers, tuple(grads) if grads else student),
+        *(error if weights is None else weights, error, _factor(scale), _factor(grad_scale)),
+    )
+
+
+def _factor(scale: float | Tensor) -> float | Tensor:
+    return scale if isinstance(scale, Tensor) else float(scale)
+
+
+@functools.lru_cache(maxsize=1024)
+def _feature_launcher(
+    N: int,
+    pairs: tuple[tuple[int, int, Strides, Strides], ...],
+    tensors: tuple[tuple[int, bool], ...],
+    weights: tuple[int, int] | None,
+    on_device: tuple[bool, bool],
+    WRITE_GRAD: bool,
+) -> Launcher:
+    """
+    Args:
+        pairs: the last fields of K MapPairs.
+        tensors: bytes per element and alignment to 16 bytes, of maps and gradients.
+        weights: strides of the weights, if there are any.
+        on_device: whether scale and grad_scale are tensors.
+    """
+    K = len(pairs)
+    # Strides of the K students and of the K teachers.
+    sides = [[student for _, _, student, _ in pairs], [teacher for _, _, _, teacher in pairs]]
+    dense = all(P == student[2] == teacher[2] == 1 for P, _, student, teacher in pairs)
+    # The stride of one sample is arbitrary.
+    divided = [*(Q for _, Q, _, _ in pairs), *(strides[0] for side in sides for strides in side if N > 1)]
+    ALIGN = common_alignment(all(aligned for _, aligned in tensors), divided) if dense else 1
     columns = [
-        [pair.P for pair in pairs],
-        [pair.Q // ALIGN for pair in pairs],
-        *([strides[0] // ALIGN for strides in side] for side in _sides(pairs)),
-        *([strides[i] for strides in side] for side in _sides(pairs) for i in (1, 2)),
+        [P for P, _, _, _ in pairs],
+        [Q // ALIGN for _, Q, _, _ in pairs],
+        *([strides[0] // ALIGN for strides in side] for side in sides),
+        *([strides[i] for strides in side] for side in sides for i in (1, 2)),
     ]
-    BLOCK_M, num_warps = feature_launch(max(x.element_size() for x in (*student, *teachers)))
-    with on_device_of(error):
-        feature_kernel[(K * N,)](
-            *(tuple(pair.student for pair in pairs), tuple(pair.teacher for pair in pairs)),
-            tuple(grads) if grads else tuple(student),
-            *(error if weights is None else weights, error, scale, grad_scale),
-            *map(unspecialised, columns),
-            *((0, 0) if weights is None else weights.stride()),
-            N,
-            K=K,
-            HAS_WEIGHTS=weights is not None,
-            SCALE_ON_DEVICE=isinstance(scale, Tensor),
-            GRAD_SCALE_ON_DEVICE=isinstance(grad_scale, Tensor),
-            WRITE_GRAD=len(grads) > 0,
-            DENSE=dense,
-            ALIGN=ALIGN,
-            BLOCK_M=BLOCK_M,
-            num_warps=num_warps,
-        )
+    BLOCK_M, num_warps = feature_launch(max(itemsize for itemsize, _ in tensors))
+    constants = {
+        "K": K,
+        "HAS_WEIGHTS": weights is not None,
+        "SCALE_ON_DEVICE": on_device[0],
+        "GRAD_SCALE_ON_DEVICE": on_device[1],
+        "WRITE_GRAD": WRITE_GRAD,
+        "DENSE": dense,
+        "ALIGN": ALIGN,
+        "BLOCK_M": BLOCK_M,
+    }
+    numbers = (*map(unspecialised, columns), *(weights or (0, 0)), N)
+    return Launcher(feature_kernel, K * N, numbers, constants, num_warps=num_warps)
 
 
-def _sides(pairs: Sequence[MapPair]) -> list[list[tuple[int, int, int]]]:
-    """Strides of the K students and of the K teachers."""
-    return [[pair.student_strides for pair in pairs], [pair.teacher_strides for pair in pairs]]
-
-
-def _alignment(pairs: Sequence[MapPair], grads: Sequence[Tensor]) -> int:
-    maps = [x for pair in pairs for x in (pair.student, pair.teacher)]
-    several = maps[0].shape[0] > 1  # the stride of one sample is arbitrary
-    strides = [strides[0] for side in _sides(pairs) for strides in side if several]
-    return common_alignment([*maps, *grads], [*(pair.Q for pair in pairs), *strides])
+@functools.lru_cache(maxsize=1024)
+def _sum_launcher(N: int, items: int, weights: tuple[int, int], scale_on_device: bool) -> Launcher:
+    constants = {"SCALE_ON_DEVICE": scale_on_device, "BLOCK": SUM_BLOCK}
+    return Launcher(feature_sum_kernel, 1, (*weights, max(N, 1), items), constants)
 
 
 def _new_errors(student: Sequence[Tensor]) -> Tensor:
@@ -195,12 +226,8 @@ def feature_loss(
     loss = torch.empty((), dtype=torch.float32, device=error.device)
     grads, buffer = new_gradients(student, together) if needs_grad else ([], None)
     _launch(student, teachers, weights, error, grads, scale, grad_scale)
-    with on_device_of(error):
-        feature_sum_kernel[(1,)](
-            *(error, weights, loss, scale, *weights.stride(), max(error.shape[1], 1), error.numel()),
-            SCALE_ON_DEVICE=isinstance(scale, Tensor),
-            BLOCK=SUM_BLOCK,
-        )
+    launch = _sum_launcher(error.shape[1], error.numel(), weights.stride(), isinstance(scale, Tensor))
+    launch(error, weights, loss, _factor(scale))
     return FeatureLossResult(loss, error, grads, buffer)
 
 

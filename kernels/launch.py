@@ -114,22 +114,31 @@ def elementwise_launch(C: int, itemsize: int) -> Launch:
     return Launch(tile // BLOCK_C, BLOCK_C, 4)
 
 
-# Most rows that one program reduces (0.5 MB of labels). For more rows PyTorch's parallel reduction is faster.
+# Most rows that a mean is computed over by these kernels. For more PyTorch's parallel reduction is faster.
 BATCH_ROWS = 65536
+# Items per iteration and warps of the one program that counts labels or adds up rows in a launch of its own.
+BATCH_KERNEL = 1024, 4
 
 
 class BatchLaunch(NamedTuple):
-    """BLOCK_N rows per iteration of a program that loops over the whole batch."""
+    """What the launch of the rows does for the means over them. See batch_mean.py."""
 
-    BLOCK_N: int
-    num_warps: int
+    INVERSE: str  # 1 / number of valid rows: "here" every program counts all labels, "before" a launch has; "" no mean
+    ADDS_UP: bool  # the last program adds up the rows; else another launch does, or nobody
+    BLOCK_B: int  # labels or rows per iteration of one program
 
 
-def batch_launch(N: int) -> BatchLaunch | None:
-    """Counts and sums over the rows of a batch by one program each; None for more than BATCH_ROWS rows."""
-    if N > BATCH_ROWS:
-        return None
-    return BatchLaunch(128, 1) if N <= 128 else BatchLaunch(1024, 4)
+def batch_launch(N: int, programs: int, num_warps: int) -> BatchLaunch:
+    """For a mean over N rows.
+
+    Labels are read from L2, by every program: up to 16 MB in all take about as long as the launch of a kernel, and up
+    to 2048 labels a program waits for a few accesses. The last program to end has the GPU to itself, so more than 128
+    rows per thread are left to a launch that does not have as few threads.
+    """
+    counts = N <= 2048 and N * programs <= 2**21
+    threads = 32 * num_warps
+    rows_per_thread = -(-N // threads)
+    return BatchLaunch("here" if counts else "before", ADDS_UP=rows_per_thread <= 128, BLOCK_B=4 * threads)
 
 
 def feature_launch(itemsize: int) -> tuple[int, int]:

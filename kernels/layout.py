@@ -1,11 +1,11 @@
-"""Host side of every launch: strides, alignment, the device guard and the debug switch."""
+"""Host side of every launch: layouts, strides, alignment, the device guard and the debug switch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 _MAX_ALIGN = 8
 
 
+class Layout(NamedTuple):
+    """What a launch depends on, of a tensor: everything but its address."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    aligned: bool  # to 16 bytes
+
+
+def layouts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The fields of each tensor's Layout, hashable. Tuples, because a NamedTuple takes longer than the rest."""
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
+
+
 class Rows(NamedTuple):
     """Row addressing of (N, C) or (B, S, C) tensors: row n starts at (n // S) * outer + (n % S) * inner."""
 
@@ -25,18 +39,19 @@ class Rows(NamedTuple):
     C: int
 
 
-def row_shape(logits: Tensor) -> Rows:
-    S = logits.shape[1] if logits.dim() == 3 else 1
-    return Rows(logits.shape[0] * S, S, logits.shape[-1])
+def row_shape(shape: tuple[int, ...]) -> Rows:
+    """Of logits of that shape."""
+    S = shape[1] if len(shape) == 3 else 1
+    return Rows(shape[0] * S, S, shape[-1])
 
 
-def _row_strides(logits: Tensor) -> tuple[int, int]:
+def _row_strides(logits: Layout) -> tuple[int, int]:
     """(outer, inner) in elements; 0 for a dimension of size 1, whose stride is arbitrary in torch."""
-    strides = [stride if size > 1 else 0 for size, stride in zip(logits.shape[:-1], logits.stride(), strict=False)]
-    return (strides[0], strides[1]) if logits.dim() == 3 else (strides[0], 0)
+    strides = [stride if size > 1 else 0 for size, stride in zip(logits.shape[:-1], logits.strides, strict=False)]
+    return (strides[0], strides[1]) if len(strides) == 2 else (strides[0], 0)
 
 
-def alignment(tensors: Sequence[Tensor]) -> int:
+def alignment(tensors: Sequence[Layout]) -> int:
     """Largest power of 2, at most 8, that divides the width and every row stride; 1 if a tensor is not 16-byte aligned.
 
     Kernels take widths and strides in units of it. The compiler then knows that rows start, and the column mask ends,
@@ -47,12 +62,12 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     numbers: list[int] = []
     for tensor in tensors:
         numbers += (*_row_strides(tensor), tensor.shape[-1])
-    return common_alignment(tensors, numbers)
+    return common_alignment(all(tensor.aligned for tensor in tensors), numbers)
 
 
-def common_alignment(tensors: Sequence[Tensor], numbers: Sequence[int]) -> int:
-    """Largest power of 2, at most 8, that divides all `numbers`; 1 if a tensor is not 16-byte aligned."""
-    if any(tensor.data_ptr() % 16 != 0 for tensor in tensors):
+def common_alignment(aligned: bool, numbers: Sequence[int]) -> int:
+    """Largest power of 2, at most 8, that divides all `numbers`; 1 if not all tensors are 16-byte aligned."""
+    if not aligned:
         return 1
     bits = _MAX_ALIGN
     for number in numbers:
@@ -60,7 +75,7 @@ def common_alignment(tensors: Sequence[Tensor], numbers: Sequence[int]) -> int:
     return bits & -bits
 
 
-def stride_units(tensors: Sequence[Tensor], ALIGN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def stride_units(tensors: Sequence[Layout], ALIGN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Outer and inner row strides of these tensors, in units of ALIGN."""
     strides = [_row_strides(tensor) for tensor in tensors]
     return tuple(outer // ALIGN for outer, _ in strides), tuple(inner // ALIGN for _, inner in strides)
@@ -76,5 +91,5 @@ def unspecialised(strides: Sequence[int]) -> tuple[int, ...]:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the tensor's device and its current stream; CPU tensors (interpreter) have neither."""
+    """Triton launches on the current device; CPU tensors (interpreter) have none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

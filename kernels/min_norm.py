@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import on_device_of
+from .kept import Launcher
 
 
 @triton.jit
@@ -72,14 +74,12 @@ def min_norm(gram: Tensor, cap: float, steps: int, floor: float) -> Tensor:
     K = gram.shape[0]
     gram = gram.contiguous()
     weights = torch.empty(K, dtype=torch.float64, device=gram.device)
-    with on_device_of(gram):
-        min_norm_kernel[(1,)](
-            *(gram, weights),
-            K=K,
-            CAP=cap,
-            STEPS=steps,
-            FLOOR=floor,
-            BLOCK=max(triton.next_power_of_2(K), 2),
-            num_warps=1,
-        )
+    _launcher(K, cap, steps, floor)(gram, weights)
     return weights
+
+
+@functools.lru_cache(maxsize=64)
+def _launcher(K: int, cap: float, steps: int, floor: float) -> Launcher:
+    BLOCK = max(triton.next_power_of_2(K), 2)
+    constants = {"K": K, "CAP": cap, "STEPS": steps, "FLOOR": floor, "BLOCK": BLOCK}
+    return Launcher(min_norm_kernel, 1, (), constants, num_warps=1)

@@ -1,7 +1,8 @@
-"""`row_loss`: every row's numbers and the gradient in one launch; for a mean, two small launches more."""
+"""`row_loss`: every row's numbers and the gradient in one launch, the mean of a small batch included."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import RowLossResult, row_stats_count
-from .batch_mean import batch_mean, batch_scale
-from .launch import on_chip, onchip_launch, streaming_launch
-from .layout import DEBUG, alignment, on_device_of, row_shape, stride_units, unspecialised
+from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
+from .counters import counter_for
+from .kept import Launcher
+from .launch import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
+from .layout import DEBUG, Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .results import kernel_formula, temperature_power, weighting_kind
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
@@ -29,39 +32,71 @@ def row_loss(
     needs_grad: bool,
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
+    total_scale: float | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`. fp32, bf16 and fp16 logits; dtypes and strides may differ between tensors."""
-    N, C = row_shape(student)[0], student.shape[-1]
-    row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=student.device)
-    grad_student = torch.empty((N, C), dtype=student.dtype, device=student.device) if needs_grad else None
+    device, N = student.device, target.shape[0]
     scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
-    if mean:
-        scale, inverse = batch_scale(target, formula.ignore_index, scale).split(1)
-    if N > 0:
-        _launch(student, teachers, target, formula, row_stats, grad_student, scale)
-    return RowLossResult(row_stats, grad_student, None, batch_mean(row_stats, inverse) if mean else None)
+    if mean and not 0 < N <= BATCH_ROWS:
+        inverse = count_by_torch(target, formula.ignore_index)
+        rows = row_loss(student, teachers, target, formula, needs_grad=needs_grad, grad_scale=inverse * scale)
+        return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
+    row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
+    grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if needs_grad else None
+    if N == 0:
+        return RowLossResult(row_stats, grad_student)
+    given = formula.weighting if isinstance(formula.weighting, Tensor) else None
+    if given is not None:
+        formula = formula._replace(weighting="given")
+    launch, batch = row_launcher(
+        *(layouts([student, *teachers]), (0, 0) if given is None else given.stride(), formula),
+        *(isinstance(scale, Tensor), mean, total_scale is not None),
+    )
+    loss = others = counter = None
+    if mean or batch.ADDS_UP:
+        # Separate memory, since a caller may write to the loss.
+        loss = torch.empty((), dtype=torch.float32, device=device)
+        others = torch.empty(3, dtype=torch.float32, device=device)
+        if batch.INVERSE == "before":
+            count_rows(target, formula.ignore_index, others[2:])
+        if batch.ADDS_UP:
+            counter = counter_for(student)
+    factor = 1.0 if total_scale is None else float(total_scale)
+    launch(
+        *(student, tuple(teachers), target, given, row_stats, grad_student),
+        *(scale, factor, loss, others, counter),
+    )
+    if loss is None or others is None:
+        return RowLossResult(row_stats, grad_student)
+    if not batch.ADDS_UP:
+        add_up_rows(row_stats, loss, others)
+    return RowLossResult(row_stats, grad_student, None, (loss, others))
 
 
-def _launch(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    target: Tensor,
+@functools.lru_cache(maxsize=1024)
+def row_launcher(
+    tensors: tuple[Any, ...],
+    given_strides: tuple[int, int],
     formula: Formula,
-    row_stats: Tensor,
-    grad_student: Tensor | None,
-    grad_scale: float | Tensor,
-) -> None:
-    """The kernel that suits the width: whole rows on chip, or rows in column blocks."""
-    N, S, C = row_shape(student)
-    K = len(teachers)
-    tensors = [student, *teachers]
+    scale_on_device: bool,
+    mean: bool,
+    total: bool,
+) -> tuple[Launcher, BatchLaunch]:
+    """The kernel that suits the width: whole rows on chip, or rows in column blocks; and what it does for the means.
+
+    Args:
+        tensors: `layouts` of student and teachers.
+        formula: with a name for its weighting.
+        total: whether sums are wanted without a mean.
+    """
+    tensors = tuple(Layout(*x) for x in tensors)
+    N, S, C = row_shape(tensors[0].shape)
+    K = len(tensors) - 1
     ALIGN = alignment(tensors)
     stride_o, stride_i = stride_units(tensors, ALIGN)
-    given = formula.weighting if isinstance(formula.weighting, Tensor) else None
-    arguments = (
-        *(student, tuple(teachers), target, given, row_stats, grad_student, grad_scale),
+    numbers = (
         *(stride_o[0], stride_i[0], unspecialised(stride_o[1:]), unspecialised(stride_i[1:])),
-        *((0, 0) if given is None else given.stride()),
+        *given_strides,
         *(N, S, C // ALIGN, formula.ignore_index),
         kernel_formula(formula),
     )
@@ -69,17 +104,25 @@ def _launch(
         "K": K,
         "WEIGHTING": weighting_kind(formula, K),
         "T_POWER": temperature_power(formula),
-        "SCALE_ON_DEVICE": isinstance(grad_scale, Tensor),
-        "TWO_LEVEL": student.dim() == 3,
+        "SCALE_ON_DEVICE": scale_on_device,
+        "TWO_LEVEL": len(tensors[0].shape) == 3,
         "ALIGN": ALIGN,
         "DEBUG": DEBUG,
-        "debug": DEBUG,
     }
-    itemsize = max(tensor.element_size() for tensor in tensors)
-    with on_device_of(student):
-        if on_chip(K, C):
-            launch = onchip_launch(K, C, itemsize, ALIGN)
-            row_loss_onchip_fwd_kernel[(-(-N // launch.BLOCK_N),)](*arguments, **flags, **launch._asdict())
-        else:
-            step = streaming_launch(K, C, itemsize, ALIGN)
-            row_loss_streaming_fwd_kernel[(N,)](*arguments, **flags, **step._asdict())
+    itemsize = max(x.dtype.itemsize for x in tensors)
+    if on_chip(K, C):
+        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN)
+        constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
+        kernel, grid = row_loss_onchip_fwd_kernel, -(-N // BLOCK_N)
+    else:
+        BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN)
+        constants = {**flags, "BLOCK_C": BLOCK_C, "VEC": VEC, "GROUP": GROUP}
+        kernel, grid = row_loss_streaming_fwd_kernel, N
+    batch = batch_launch(N, grid, num_warps)
+    if ALIGN == 1 and not on_chip(K, C):
+        # Streamed element by element, the kernel has no registers left for the labels and the sums, and would spill.
+        batch = batch._replace(INVERSE="before", ADDS_UP=False)
+    if not mean:
+        batch = batch._replace(INVERSE="", ADDS_UP=total and batch.ADDS_UP)
+    constants.update(batch._asdict())
+    return Launcher(kernel, grid, numbers, constants, num_warps=num_warps, maxnreg=maxnreg, debug=DEBUG), batch

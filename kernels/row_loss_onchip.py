@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .batch_mean import add_up_as_last, gradient_scale
 from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     exp_at_one,
@@ -30,11 +31,12 @@ def row_loss_onchip_fwd_kernel(
     row_stats,  # (3 + 3K, N) fp32
     grad_student,  # (N, C) contiguous, or None
     grad_scale,  # fp32 number, or pointer to one if SCALE_ON_DEVICE
+    total_scale,  # fp32 number: the factor of the sums over the rows without a mean
+    loss, others, counter,  # () fp32, (3,) fp32, (1,) int32; None without sums
     stride_so, stride_si,
     stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
-    N, S, C_units,
-    ignore_index,
+    N, S, C_units, ignore_index,
     formula,  # KernelFormula
     K: tl.constexpr,
     WEIGHTING: tl.constexpr,
@@ -43,8 +45,8 @@ def row_loss_onchip_fwd_kernel(
     TWO_LEVEL: tl.constexpr,
     ALIGN: tl.constexpr,
     DEBUG: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    INVERSE: tl.constexpr, ADDS_UP: tl.constexpr, BLOCK_B: tl.constexpr,  # BatchLaunch
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,  # RowLaunch
 ):  # fmt: skip
     """BLOCK_N whole rows of all K + 1 tensors per program.
 
@@ -63,7 +65,12 @@ def row_loss_onchip_fwd_kernel(
 
     # Student: load, statistics
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
-    s = tl.load(s_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
+    s = tl.load(s_row[:, None] + cols[None, :], mask=tile, other=float("-inf"))
+    # Here, because the labels arrive while the program waits for the student.
+    scale, factor = gradient_scale(
+        grad_scale, total_scale, others, target, N, ignore_index, SCALE_ON_DEVICE, INVERSE, BLOCK_B
+    )
+    s = s.to(tl.float32)
     s_label = label_logit(s_row, y, kept & inside)
     s_max = finite_max(s)
     s -= s_max[:, None]
@@ -135,12 +142,10 @@ def row_loss_onchip_fwd_kernel(
         soft_part = e * (weight_sum / s_sumT)[:, None] - mixed
         hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_sum1)[:, None]
         hard_part -= tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
-        out = grad_student_terms(hard_part, soft_part, formula)
-        if SCALE_ON_DEVICE:
-            out *= tl.load(grad_scale)
-        else:
-            out *= grad_scale
+        out = grad_student_terms(hard_part, soft_part, formula) * scale
         out = tl.where(inside[:, None], out, float("nan"))
         out = tl.where(kept[:, None], out, 0.0)
         pointers = grad_student + n[:, None] * C + cols[None, :]
         tl.store(pointers, out.to(grad_student.dtype.element_ty), mask=tile)
+    if ADDS_UP:
+        add_up_as_last(row_stats, loss, others, factor, counter, N, BLOCK_B)

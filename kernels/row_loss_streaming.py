@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .batch_mean import add_up_as_last, gradient_scale
 from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     LOWEST,
@@ -79,11 +80,12 @@ def row_loss_streaming_fwd_kernel(
     row_stats,  # (3 + 3K, N) fp32
     grad_student,  # (N, C) contiguous, or None
     grad_scale,  # fp32 number, or pointer to one if SCALE_ON_DEVICE
+    total_scale,  # fp32 number: the factor of the sums over the rows without a mean
+    loss, others, counter,  # () fp32, (3,) fp32, (1,) int32; None without sums
     stride_so, stride_si,
     stride_to, stride_ti,  # K each, `unspecialised`
     stride_wk, stride_wn,
-    N, S, C_units,
-    ignore_index,
+    N, S, C_units, ignore_index,
     formula,  # KernelFormula
     K: tl.constexpr,
     WEIGHTING: tl.constexpr,
@@ -92,9 +94,8 @@ def row_loss_streaming_fwd_kernel(
     TWO_LEVEL: tl.constexpr,
     ALIGN: tl.constexpr,
     DEBUG: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    VEC: tl.constexpr,
-    GROUP: tl.constexpr,
+    INVERSE: tl.constexpr, ADDS_UP: tl.constexpr, BLOCK_B: tl.constexpr,  # BatchLaunch
+    BLOCK_C: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,  # StreamingLaunch
 ):  # fmt: skip
     """One row per program, BLOCK_C columns per iteration.
 
@@ -114,6 +115,10 @@ def row_loss_streaming_fwd_kernel(
     z_rows = ()
     for k in tl.static_range(K):
         z_rows += (teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL),)
+
+    scale, factor = gradient_scale(
+        grad_scale, total_scale, others, target, N, ignore_index, SCALE_ON_DEVICE, INVERSE, BLOCK_B
+    )
 
     # First read: statistics of the student and of a group of teachers
     z_top, z_totalT, divergence, scores = (), (), (), ()
@@ -182,9 +187,6 @@ def row_loss_streaming_fwd_kernel(
 
     # Second read: the gradient
     if grad_student is not None:
-        scale = grad_scale
-        if SCALE_ON_DEVICE:
-            scale = tl.load(grad_scale)
         blocks = tl.cdiv(C, BLOCK_C)
         for i in range(blocks):
             # In reverse: the columns that the first loop read last are the ones in L2.
@@ -208,3 +210,5 @@ def row_loss_streaming_fwd_kernel(
             out = tl.where(inside, out, float("nan"))
             out = tl.where(kept, out, 0.0)
             tl.store(grad_student + n * C + cols, out.to(grad_student.dtype.element_ty), mask=cols < C)
+    if ADDS_UP:
+        add_up_as_last(row_stats, loss, others, factor, counter, N, BLOCK_B)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kept import Launcher
 from .launch import elementwise_launch
-from .layout import alignment, on_device_of
+from .layout import Layout, common_alignment, layouts
 
 
 @triton.jit(do_not_specialize=["stride_fn", "N", "C_units"])
@@ -42,19 +46,21 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """See `contract.Backend`; the factor is read on the device."""
     if grad.numel() == 0:
         return out
-    # One factor: the matrix is one long row, so that the width does not spoil wide accesses.
-    matrix = grad.view(1, -1) if factor.numel() == 1 else grad
-    N, C = matrix.shape
-    ALIGN = alignment([matrix])
-    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, grad.element_size())
-    grid = (-(-N // BLOCK_N) * -(-C // BLOCK_C),)
-    with on_device_of(grad):
-        scale_rows_kernel[grid](
-            *(grad, factor, out, factor.stride(0), N, C // ALIGN),
-            IN_PLACE=factor.numel() == 1 and out.data_ptr() == grad.data_ptr(),
-            ALIGN=ALIGN,
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=BLOCK_C,
-            num_warps=num_warps,
-        )
+    one_factor, in_place = factor.numel() == 1, out.data_ptr() == grad.data_ptr()
+    launch = _launcher(layouts([grad]), factor.stride(0), one_factor, one_factor and in_place)
+    launch(grad, factor, out)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher(grads: tuple[Any, ...], stride_fn: int, one_factor: bool, IN_PLACE: bool) -> Launcher:
+    grad = Layout(*grads[0])
+    N, C = grad.shape
+    if one_factor:
+        # The matrix is one long row, so that the width does not spoil wide accesses.
+        N, C = 1, N * C
+    ALIGN = common_alignment(grad.aligned, [C])
+    BLOCK_N, BLOCK_C, num_warps = elementwise_launch(C, grad.dtype.itemsize)
+    grid = -(-N // BLOCK_N) * -(-C // BLOCK_C)
+    constants = {"IN_PLACE": IN_PLACE, "ALIGN": ALIGN, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
+    return Launcher(scale_rows_kernel, grid, (stride_fn, N, C // ALIGN), constants, num_warps=num_warps)

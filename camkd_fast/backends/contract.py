@@ -32,7 +32,7 @@ class RowLossResult(NamedTuple):
     row_stats: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
     grad_student: Tensor | None  # (N, C) in the student's dtype: d loss / d student * grad_scale
     sums: tuple[float, float, float] | None = None  # of loss, hard and soft, if the backend adds up on the host
-    means: tuple[Tensor, Tensor] | None = None  # on request: loss (), and (3,) hard, soft, 1 / number of valid rows
+    means: tuple[Tensor, Tensor] | None = None  # on request: loss (), and (3,) hard, soft, and the factor of the sums
 
     @property
     def divergence(self) -> Tensor:
@@ -82,6 +82,7 @@ class Backend(Protocol):
         needs_grad: bool,
         grad_scale: float | Tensor = 1.0,
         mean: bool = False,
+        total_scale: float | None = None,
     ) -> RowLossResult:
         """The numbers of every row, and with `needs_grad` the gradient, in one pass.
 
@@ -91,6 +92,8 @@ class Backend(Protocol):
             grad_scale: multiplies the gradient: a number, or a one-element tensor on the student's device.
             mean: also divide the gradient by the number of valid rows (those not ignored, at least 1), and return
                 the means over them. Used if that number is on a device and reading it would synchronise.
+            total_scale: a backend that can add up in its launch returns the sums of loss, hard and soft times this
+                number as `means`; others leave that to the caller. Not with `mean`.
         """
         ...
 

@@ -95,6 +95,7 @@ def row_loss(
     needs_grad: bool,
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
+    total_scale: float | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     row_stats = torch.empty(row_stats_count(len(teachers)), N, dtype=torch.float32, device=_DEVICE)

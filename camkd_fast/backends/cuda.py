@@ -94,6 +94,7 @@ def row_loss(
     needs_grad: bool,
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
+    total_scale: float | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     device = student.device

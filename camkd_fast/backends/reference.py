@@ -168,6 +168,7 @@ def row_loss(
     needs_grad: bool,
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
+    total_scale: float | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`."""
     result = loss_terms(student, teachers, target, formula)

@@ -161,15 +161,15 @@ def _mean_on_device(
 def _rows(
     call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, way: Way, with_grad: bool
 ) -> Evaluation:
+    inverse = None if reduction == "none" else plan.inverse_divisor
     if way is Way.KERNEL:
-        rows = run_rows(call, plan.in_kernel)
+        rows = run_rows(call, plan.in_kernel, total_scale=inverse if isinstance(inverse, float) else None)
     elif way is Way.OPERATOR:
         rows = traced_rows(call, plan.in_kernel)
     else:
         rows = expression_rows(call, plan.in_kernel, with_grad)
-    inverse = None if reduction == "none" else plan.inverse_divisor
-    loss = reduce_rows(rows.row_stats, 0, rows.sums, None, inverse, lead)
-    output = CAMKDOutput(loss, rows.row_stats, rows.sums, None, inverse, lead)
+    loss = reduce_rows(rows.row_stats, 0, rows.sums, rows.means, inverse, lead)
+    output = CAMKDOutput(loss, rows.row_stats, rows.sums, rows.means, inverse, lead)
     return Evaluation(output, rows.grad_student, call.given_weights, plan, in_graph=way is not Way.KERNEL)
 
 

@@ -43,7 +43,9 @@ class RowLossCall(NamedTuple):
         return weighting if isinstance(weighting, Tensor) else None
 
 
-def run_rows(call: RowLossCall, grad_scale: float | Tensor, mean: bool = False) -> RowLossResult:
+def run_rows(
+    call: RowLossCall, grad_scale: float | Tensor, mean: bool = False, total_scale: float | None = None
+) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
     others = [tensor for tensor in (call.labels, call.given_weights, grad_scale) if isinstance(tensor, Tensor)]
     return backend_for(call.backend, call.tensors, others).row_loss(
@@ -54,6 +56,7 @@ def run_rows(call: RowLossCall, grad_scale: float | Tensor, mean: bool = False) 
         needs_grad=call.needs_grad,
         grad_scale=grad_scale,
         mean=mean,
+        total_scale=total_scale,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from tests.support.truth import naive, truth
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")
 launch = importlib.import_module("camkd_fast.kernels.launch")
+kept, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("kept", "row_loss"))
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest.py without a GPU; with one tests/gpu runs
     pytest.skip("these cases are CPU tensors, which need TRITON_INTERPRET=1", allow_module_level=True)
@@ -44,17 +47,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(params=["onchip", "streaming"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both paths for the same small rows; streamed rows have several column blocks of one warp."""
     if request.param == "streaming":
 
         def narrow(K: int, C: int, itemsize: int, ALIGN: int) -> launch.StreamingLaunch:
             return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
 
-        module = importlib.import_module("camkd_fast.kernels.row_loss")
-        monkeypatch.setattr(module, "on_chip", lambda K, C: False)
-        monkeypatch.setattr(module, "streaming_launch", narrow)
-    return str(request.param)
+        monkeypatch.setattr(row_loss, "on_chip", lambda K, C: False)
+        monkeypatch.setattr(row_loss, "streaming_launch", narrow)
+    row_loss.row_launcher.cache_clear()
+    yield str(request.param)
+    row_loss.row_launcher.cache_clear()
 
 
 def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
@@ -285,12 +289,79 @@ def test_scaled_gradient_and_no_gradient(regime: str, rows: tuple) -> None:
     assert torch.equal(bare.row_stats, one.row_stats)
 
 
-@pytest.mark.parametrize("limit", [65536, 2], ids=["kernels", "too many rows for one program"])
+WAYS = {
+    "one launch": launch.BatchLaunch("here", True, 32),
+    "counted before": launch.BatchLaunch("before", True, 32),
+    "three launches": launch.BatchLaunch("before", False, 32),
+    "by torch": None,
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The ways to a mean, for the same few rows."""
+    if WAYS[request.param] is None:
+        monkeypatch.setattr(row_loss, "BATCH_ROWS", 2)
+    else:
+        monkeypatch.setattr(row_loss, "batch_launch", lambda N, programs, num_warps: WAYS[request.param])
+    row_loss.row_launcher.cache_clear()
+    yield str(request.param)
+    row_loss.row_launcher.cache_clear()
+
+
 @pytest.mark.parametrize("scale", [8.0, torch.tensor([8.0])], ids=["number", "tensor"])
-def test_means(rows: tuple, scale: float | torch.Tensor, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_means(rows: tuple, scale: float | torch.Tensor, way: str, regime: str) -> None:
     """With `mean` the kernels count the rows that are not ignored."""
-    monkeypatch.setattr(launch, "BATCH_ROWS", limit)
     assert_means(kernels.row_loss, *rows, scale)
+
+
+@pytest.mark.parametrize(("N", "launches"), [(1, 1), (33, 1), (2049, 2)])
+def test_launches_of_a_mean(N: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated, because the second call finds the counter that the first one left."""
+    launched: list[int] = []
+    original = kept.Launcher.__call__
+    monkeypatch.setattr(kept.Launcher, "__call__", lambda self, *given: launched.append(1) or original(self, *given))
+    student, target = torch.randn(N, 3), torch.randint(3, (N,))
+    target[::3] = -100
+    means = [kernels.row_loss(student, [student.flip(0)], target, **options(mean=True)) for _ in range(2)]
+    assert len(launched) == 2 * launches
+    valid = int((target != -100).sum())
+    for mean in means:
+        expected = mean.row_stats[:3].double().sum(1) / max(valid, 1)
+        assert mean.means[1][2] == torch.tensor(1.0) / max(valid, 1)
+        assert_near(torch.stack([mean.means[0], *mean.means[1][:2]]), expected.float())
+    assert all(torch.equal(one, two) for one, two in zip(means[0].means, means[1].means, strict=True))
+
+
+@pytest.mark.parametrize(("reduction", "num_items"), [("sum", None), ("mean", 3.0)])
+def test_sums_in_the_launch_of_the_rows(reduction: str, num_items: float | None, regime: str) -> None:
+    """If the divisor is known, or there is none, one launch is all there is."""
+    case = make_case(5, 40, 2, ignored=0.3, reduction=reduction, num_items=num_items, padded=False)
+    launched = mock.Mock(side_effect=kept.Launcher.__call__, autospec=True)
+    with mock.patch.object(kept.Launcher, "__call__", lambda self, *given: launched(self, *given)):
+        check(case, reduction)
+    (launch,) = launched.call_args_list
+    assert launch.args[-1].tolist() == [0]  # the counter of the launch, which has added up
+
+
+def test_sums_of_rows(rows: tuple, way: str, regime: str) -> None:
+    """`total_scale` has no effect on the gradient; batches that are not added up in the launch are the caller's."""
+    sums = kernels.row_loss(*rows, **options(total_scale=0.25, grad_scale=2.0))
+    bare = kernels.row_loss(*rows, **options(grad_scale=2.0))
+    assert torch.equal(sums.row_stats, bare.row_stats) and torch.equal(sums.grad_student, bare.grad_student)
+    assert bare.means is None
+    if way in ("one launch", "counted before"):
+        loss, others = sums.means
+        assert_near(torch.stack([loss, *others[:2]]), (bare.row_stats[:3].double().sum(1) / 4).float())
+        assert others[2] == 0.25
+    elif way == "three launches":
+        assert sums.means is None
+
+
+def test_means_without_gradient_are_the_same(rows: tuple, way: str) -> None:
+    one, other = (kernels.row_loss(*rows, **options(mean=True, needs_grad=grad)) for grad in (True, False))
+    assert other.grad_student is None
+    assert torch.equal(one.means[0], other.means[0]) and torch.equal(one.means[1], other.means[1])
 
 
 def test_no_rows() -> None:

@@ -22,11 +22,12 @@ ARCHS = [number for number in ARCHITECTURES if number != 120]
 # sets their register budgets. A minute on 2 cores; the whole table takes ten times as long.
 REPRESENTATIVE = [
     Shape("row_loss", 100, 3, "float32"),
-    Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True),
+    Shape("row_loss", 100, 3, "bfloat16", mean=True),
+    Shape("row_loss", 1000, 5, "float32", layout="3d", scale_on_device=True, mean=True),
     Shape("row_loss", 256, 6, "bfloat16", "entropy", 2.5),
     Shape("row_loss", 4096, 3, "bfloat16", "confidence", layout="sliced"),
     Shape("row_loss", 32000, 3, "bfloat16"),
-    Shape("row_loss", 32000, 8, "float32", "entropy", 2.5),
+    Shape("row_loss", 32000, 8, "float32", "entropy", 2.5, N=2049, mean=True),
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
     Shape("feature_forward", 4096, 1, "float32"),
@@ -35,8 +36,7 @@ REPRESENTATIVE = [
     Shape("feature_loss", 1001, 2, "float32", teacher_dtype="bfloat16"),
     Shape("scale_rows", 1000, 1, "bfloat16"),
     Shape("scale_all", 100, 1, "float16"),
-    Shape("batch_scale", 100, 1, N=64),
-    Shape("batch_scale", 100, 1, N=4096, scale_on_device=True),
+    Shape("batch_count", 100, 1, N=64),
     Shape("batch_mean", 100, 1, N=4096),
     Shape("min_norm", 1, 3),
     Shape("min_norm", 1, 16),
@@ -46,9 +46,9 @@ REPRESENTATIVE = [
 def _exhaustive() -> list[Shape]:
     """Every entry of the launch table.
 
-    The options that cost most registers, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers and with
-    the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only in its
-    conversions and gets the default options only.
+    The options that cost most registers, a mean, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers
+    and with the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only
+    in its conversions and gets the default options only.
     """
     shapes = []
     widths = [11, 16, 31, 64, 100, 256, 512, 1000, 2048, 4096, 8192, 32000, 65537]
@@ -56,14 +56,14 @@ def _exhaustive() -> list[Shape]:
         for C in widths:
             shapes.append(Shape("row_loss", C, 3, dtype, "confidence", 4.0))
             if dtype != "float16":
-                shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5) for K in (1, 3, 6, 8)]
+                shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True) for K in (1, 3, 6, 8)]
         for C in (100, 512, 32000):
             for weighting in ("uniform", "given"):
                 shapes += [Shape("row_loss", C, 3, dtype, weighting, T, layout="3d") for T in (1.0, 2.0)]
             shapes.append(Shape("row_loss", C, 3, dtype, needs_grad=False))
             shapes.append(Shape("row_loss", C, 3, dtype, teacher_dtype="float32"))
             shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
-            shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5))
+            shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5, mean=True))
             for op in ("confidence_forward", "confidence_backward"):
                 shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
             shapes += [Shape(op, C, K, dtype) for op in ("feature_forward", "feature_loss") for K in (1, 3, 16)]
@@ -130,6 +130,20 @@ def test_debug_mode_asserts_on_labels() -> None:
     shapes = [Shape("row_loss", 100, 1, temperature=1.0), Shape("confidence_forward", 100, 1)]
     for debug in (False, True):
         assert [kernel.asserts for _, _, kernel in compile_all(shapes, [90], debug)] == [debug, debug]
+
+
+def test_a_batch_s_size_chooses_its_launches() -> None:
+    """Small batches take one launch, whatever their programs; the table depends on N through its limits only."""
+    assert launch.batch_launch(64, 64, 1) == launch.BatchLaunch("here", True, 128)
+    for N, programs, num_warps, expected in [
+        (2048, 1024, 1, ("here", True)),
+        (2048, 2048, 4, ("before", True)),
+        (2049, 1, 4, ("before", True)),
+        (16384, 16384, 4, ("before", True)),
+        (16385, 16385, 4, ("before", False)),
+        (65536, 65536, 16, ("before", True)),
+    ]:
+        assert launch.batch_launch(N, programs, num_warps)[:2] == expected
 
 
 def test_limits() -> None:

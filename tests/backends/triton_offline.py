@@ -35,6 +35,7 @@ class Shape(NamedTuple):
     layout: str = "contiguous"
     needs_grad: bool = True
     scale_on_device: bool = False
+    mean: bool = False
 
 
 class Kernel(NamedTuple):
@@ -80,7 +81,7 @@ def _call(shape: Shape) -> None:
         "row_loss": lambda: kernels.row_loss(
             student, teachers, target,
             Formula(shape.temperature, weighting=given if shape.weighting == "given" else shape.weighting),
-            needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0,
+            needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0, mean=shape.mean,
         ),
         "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100),
         "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row),
@@ -91,8 +92,8 @@ def _call(shape: Shape) -> None:
             scale=torch.ones(1) if shape.scale_on_device else 1.0,
         ),
         "scale_rows": lambda: kernels.scale_rows(student, per_row[0], student),
-        "batch_scale": lambda: batch_mean.batch_scale(target, -100, torch.ones(1) if shape.scale_on_device else 1.0),
-        "batch_mean": lambda: batch_mean.batch_mean(torch.ones(3, N), torch.ones(1)),
+        "batch_count": lambda: batch_mean.count_rows(target, -100, torch.ones(1)),
+        "batch_mean": lambda: batch_mean.add_up_rows(torch.ones(3, N), torch.ones(()), torch.ones(3)),
         "min_norm": lambda: kernels.min_norm(torch.eye(shape.K), 0.6, 20, 1e-12),
         "scale_all": lambda: kernels.scale_rows(student, per_row[0, :1], student),
     }  # fmt: skip
@@ -149,7 +150,8 @@ def compile_shape(shape: Shape, arch: int) -> Kernel:
 
     jit.JITFunction.run = compile_instead
     _call(shape)
-    return results[0]  # a feature_sum_kernel may follow
+    # Before the rows of a large batch come their labels; a feature_sum_kernel may follow.
+    return next(kernel for kernel in results if shape.op != "row_loss" or kernel.name.startswith("row_loss"))
 
 
 def _job(job: tuple[list[Any], int]) -> list[Any]:

@@ -5,6 +5,7 @@ At small batches these calls cost more than the kernels, so more of them than to
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -19,6 +20,7 @@ from camkd_fast import (
     weighted_feature_loss,
 )
 from camkd_fast.data.batch import Batch
+from camkd_fast.losses.output import CAMKDOutput
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.step_graph import WARM_UP
 from tests.gpu.test_gpu_training import on_device, step_on
@@ -38,7 +40,7 @@ pytestmark = [
 @pytest.mark.parametrize("num_items", [None, 64])
 @pytest.mark.parametrize(("N", "C"), [(64, 100), (1024, 1000), (64, 32000)])
 def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None) -> None:
-    """Value and gradient: the valid rows, the rows, the means; or the rows, a sum and its scaling."""
+    """Value and gradient: the rows, and what they need for the mean; or the rows, a sum and its scaling."""
     case = on(make_case(N, C, 3, torch.bfloat16, padded=False), place.device)
 
     def call() -> None:
@@ -47,6 +49,59 @@ def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None)
     call()
     found = profiler.profiled(call, place.device)
     assert 1 <= found.launches <= 3 and found.kernels <= 3, found
+
+
+@pytest.mark.parametrize("num_items", [None, 64])
+@pytest.mark.parametrize(("N", "C", "counted"), [(64, 100, 0), (1024, 1000, 0), (64, 32000, 0), (4096, 1000, 1)])
+def test_a_mean_by_triton(N: int, C: int, counted: int, num_items: int | None) -> None:
+    """One launch, or one more that counts the valid rows of a large batch; repeated, as counters are used again."""
+    case = on(make_case(N, C, 3, torch.bfloat16, ignored=0.2, padded=False), CUDA.device)
+
+    def call() -> tuple[CAMKDOutput, torch.Tensor]:
+        return camkd_loss_and_grad(case.student, case.teachers, case.target, num_items=num_items, backend="triton")
+
+    first, first_grad = call()
+    for _ in range(20):
+        out, grad = call()
+        assert torch.equal(grad, first_grad)
+        assert [float(x) for x in (out.loss, out.hard, out.soft)] == [
+            float(x) for x in (first.loss, first.hard, first.soft)
+        ]
+    found = profiler.profiled(call, CUDA)
+    expected = 1 if num_items else 1 + counted
+    assert 1 <= found.kernels <= expected and found.launches <= expected, found
+
+
+def test_triton_launches_the_first_call_of_a_kind_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones launch the kept kernels: bit for bit the same results, on other streams and in a graph too."""
+    jit = importlib.import_module("triton.runtime.jit")
+    by_triton: list[str] = []
+    run = jit.JITFunction.run
+    monkeypatch.setattr(
+        jit.JITFunction, "run", lambda self, *a, **k: by_triton.append(self.__name__) or run(self, *a, **k)
+    )
+    case = on(make_case(64, 100, 3, torch.bfloat16, padded=False), CUDA.device)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target, backend="triton")
+        return out.loss, grad
+
+    first = call()
+    by_triton.clear()
+    results, stream, graph = [call()], torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results.append(call())
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        recorded = call()
+    for _ in range(2):
+        for tensor in recorded:
+            tensor.zero_()
+        graph.replay()
+        results.append(tuple(tensor.clone() for tensor in recorded))
+    assert not by_triton
+    assert all(torch.equal(x, y) for result in results for x, y in zip(result, first, strict=True))
 
 
 @pytest.mark.parametrize("place", REAL[:2])

@@ -91,12 +91,6 @@ CHANGES = (
             "k * stride_wk + n, mask",
             tests=f"{TRITON}::test_given_weights_of_any_strides",
         ),
-        Change(
-            "scale on the device ignored",
-            "out *= tl.load(grad_scale)",
-            "pass",
-            tests=f"{TRITON}::test_scaled_gradient_and_no_gradient",
-        ),
     ),
     *changes(
         "kernels/row_loss_streaming.py",
@@ -117,6 +111,26 @@ CHANGES = (
             "limit_units = C_units",
             equivalent="a cost only: statistics and gradient of ignored rows are replaced by 0 where they are stored",
         ),
+    ),
+    *changes(
+        "kernels/kept.py",
+        "tests/backends/test_triton_launch.py",
+        Change("one kernel for all dtypes", "            kinds.append(pointer.dtype)\n", ""),
+        Change("one kernel for all alignments", "address % 16 == 0 if", "True if"),
+        Change("the alignment is that of 8 bytes", "address % 16 == 0 if", "address % 8 == 0 if"),
+        Change("one kernel for None and for numbers", "            kinds.append(type(pointer))\n", ""),
+        Change("one kernel for all devices", "kinds: list[object] = [device]", "kinds: list[object] = []"),
+        Change("integers of 64 bits are passed as 32", "(-(2**31) <= number < 2**31, -", "(True, -"),
+        Change("strides of 1 are like others", "(*width, number == 1, number % 16 == 0)", "(*width, number % 16 == 0)"),
+        Change("pointers to the host are kept", " and _ELSEWHERE not in key", ""),
+        Change("hooks see the first launch only", "kernel is None or _observed(self._kernel)", "kernel is None"),
+        Change("another device's stream", "current_stream(device)", "current_stream(0)"),
+        Change(
+            "constants in the order of the caller",
+            "tuple(constants[name] for name in names)",
+            "tuple(constants.values())",
+        ),
+        Change("no guard for another device", "elif device == current_device():", "elif device >= 0:"),
     ),
     *changes(
         "kernels/confidence.py",
@@ -145,9 +159,39 @@ CHANGES = (
     ),
     *changes(
         "kernels/batch_mean.py",
-        f"{TRITON}::test_means",
+        f"{TRITON}::test_means {TRITON}::test_launches_of_a_mean",
         Change("all rows counted", "(n < N) & (y != ignore_index)", "n < N"),
         Change("no row at all divides by 0", "tl.maximum(tl.sum(kept, axis=0), 1)", "tl.sum(kept, axis=0)"),
+        Change(
+            "scale on the device ignored",
+            "scale = tl.load(grad_scale)",
+            "scale = 1.0",
+            tests=f"{TRITON}::test_scaled_gradient_and_no_gradient",
+        ),
+        Change("the counter keeps its number", "        tl.store(counter, 0)\n", ""),
+        Change(
+            "a program before the last adds up", "ended == tl.num_programs(0) - 1:", "ended == tl.num_programs(0) // 2:"
+        ),
+        Change("a count before the rows is not used", "factor = tl.load(others + 2)\n", "factor = 1.0\n"),
+        Change("the gradient is not divided by an own count", "BLOCK_B)\n        scale *= factor", "BLOCK_B)"),
+        Change("soft is hard", "row_stats + 2 * tl.cast(N, tl.int64)", "row_stats + tl.cast(N, tl.int64)"),
+    ),
+    *changes(
+        "kernels/row_loss.py",
+        f"{TRITON}::test_sums_of_rows {TRITON}::test_sums_in_the_launch_of_the_rows",
+        Change("sums are left to the caller", "ADDS_UP=total and batch.ADDS_UP", "ADDS_UP=False"),
+        Change("sums are not scaled", "float(total_scale)", "1.0"),
+    ),
+    *changes(
+        "kernels/counters.py",
+        "tests/backends/test_triton_launch.py",
+        Change("streams share a counter", "stream = current_stream(device) if device >= 0 else 0", "stream = 0"),
+        Change(
+            "devices share a counter", "_of_streams.get((device, stream))", "next(iter(_of_streams.values()), None)"
+        ),
+        Change("threads share a counter", "stream == _PER_THREAD or ", ""),
+        Change("recorded launches share a counter", "torch.cuda.is_current_stream_capturing()", "False"),
+        Change("another device's stream is asked", "device != current_device()", "device < 0"),
     ),
     *changes(
         "kernels/min_norm.py",
@@ -166,7 +210,7 @@ CHANGES = (
         "kernels/scale.py",
         f"{TRITON}::test_scale_rows {TRITON}::test_a_factor_of_1_writes_nothing",
         Change("a factor of 1 writes", "if tl.load(factor) == 1.0:", "if tl.load(factor) != tl.load(factor):"),
-        Change("nothing is written elsewhere", "and out.data_ptr() == grad.data_ptr(),", ","),
+        Change("nothing is written elsewhere", "one_factor and in_place)", "one_factor)"),
         Change("first factor for all rows", "tl.load(factor + n * stride_fn", "tl.load(factor + n * 0"),
     ),
     *changes(
