@@ -17,7 +17,6 @@ from .launch import SUM_BLOCK, feature_launch
 from .layout import common_alignment, unspecialised
 from .softmax import stride
 
-
 GROUP = tl.constexpr(32)  # blocks
 
 

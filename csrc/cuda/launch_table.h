@@ -241,10 +241,11 @@ inline void limit_grid(RowGeometry& g, int64_t resident) {
 }
 
 // Numbers that a launch for N rows may write to BatchOutput::others: three, and three for each of its blocks, of which
-// there are at most kMaxBlocks for a multiprocessor and a largest cluster for a row.
+// there are at most kMaxBlocks for a multiprocessor and a largest team for a row.
 constexpr int kMaxBlocks = 32;
 inline int64_t batch_floats(int64_t N, const Limits& limits) {
-    return 3 + 3 * std::min<int64_t>(N * largest_cluster(9), int64_t(limits.multiprocessors) * kMaxBlocks);
+    static_assert(kLargestTeam >= largest_cluster(9));
+    return 3 + 3 * std::min<int64_t>(N * kLargestTeam, int64_t(limits.multiprocessors) * kMaxBlocks);
 }
 
 // In launches of their own, the count and the sums of a minibatch take one block each, with as many threads as

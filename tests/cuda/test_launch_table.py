@@ -78,4 +78,6 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
                 _, rows, slots, chunks, cluster, threads, blocks, shared, team = geometry
                 assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
                 assert team or cluster & (cluster - 1) == 0, "no cluster size of a device"
+                # The blocks of a launch, before those that cannot be resident are left out, write three sums each.
+                assert min(blocks, device[0] * 32) * 3 + 3 <= emulated.cuda_batch_floats(N)
                 assert slots * chunks * threads * cluster * vector >= C and rows >= 1

@@ -55,7 +55,7 @@ def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None)
 @pytest.mark.parametrize(("N", "C", "counted"), [(64, 100, 0), (1024, 1000, 0), (64, 32000, 0), (4096, 1000, 1)])
 def test_a_mean_by_triton(N: int, C: int, counted: int, num_items: int | None) -> None:
     """One launch, or one more that counts the valid rows of a large batch; repeated, as counters are used again."""
-    case = on(make_case(N, C, 3, torch.bfloat16, ignored=0.2, padded=False), CUDA.device)
+    case = on(make_case(N, C, 3, torch.bfloat16, ignored=0.2, padded=False), CUDA)
 
     def call() -> tuple[CAMKDOutput, torch.Tensor]:
         return camkd_loss_and_grad(case.student, case.teachers, case.target, num_items=num_items, backend="triton")
@@ -80,7 +80,7 @@ def test_triton_launches_the_first_call_of_a_kind_only(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         jit.JITFunction, "run", lambda self, *a, **k: by_triton.append(self.__name__) or run(self, *a, **k)
     )
-    case = on(make_case(64, 100, 3, torch.bfloat16, padded=False), CUDA.device)
+    case = on(make_case(64, 100, 3, torch.bfloat16, padded=False), CUDA)
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         out, grad = camkd_loss_and_grad(case.student, case.teachers, case.target, backend="triton")

@@ -152,8 +152,8 @@ CHANGES = (
         ),
         Change(
             "the gradient at the label with the rounding of the references",
-            "mixture_at_label += coefficients.teacher[k] * reciprocal(factors[k + 1]);",
-            "mixture_at_label += coefficients.teacher[k];",
+            "at_label - inverse_k * reciprocal(factors[k + 1])",
+            "at_label - inverse_k",
             tests=f"{ROWS}::test_large_offsets_do_not_cancel",
         ),
     ),

@@ -91,19 +91,22 @@ class RowResults {
         for (int k = 0; k < K; ++k) total += weights[k];
         // Coefficients of the gradient, and the gradient at the label
         const float hard = label_coefficient(args.formula, group_.grad_scale()), soft = soft_scale();
+        // Differences of probabilities: that of two products would round where student and teachers agree
         RowCoefficients<K> coefficients;
-        float mixture_at_label = 0;
+        const float inverse = reciprocal(sums.of[label_sum(0, kSumT)]);
+        const float at_label = inverse * reciprocal(factors[0]);  // the student's probability of the label
+        float difference = 0;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            coefficients.teacher[k] = weights[k] * soft * reciprocal(sums.of[label_sum(k + 1, kSumT)]);
-            mixture_at_label += coefficients.teacher[k] * reciprocal(factors[k + 1]);
+            const float inverse_k = reciprocal(sums.of[label_sum(k + 1, kSumT)]);
+            coefficients.teacher[k] = weights[k] * soft * inverse_k;
+            difference = fmaf(weights[k], at_label - inverse_k * reciprocal(factors[k + 1]), difference);
         }
-        coefficients.studentT = total * soft * reciprocal(sums.of[label_sum(0, kSumT)]);
+        coefficients.studentT = total * soft * inverse;
         coefficients.student1 = hard * reciprocal(sums.of[label_sum(0, kSum1)]);
         if (group_.lane() == 0) {
             state.coefficients = coefficients;
-            state.label_gradient = (coefficients.studentT * reciprocal(factors[0]) - mixture_at_label) +
-                                   (hard * reciprocal(masses[0]) - hard);
+            state.label_gradient = fmaf(soft, difference, hard * ((1.0f - masses[0]) * reciprocal(masses[0])));
 #pragma unroll
             for (int k = 0; k < K; ++k) state.weights[k] = weights[k];
             state.out_of_range = !(total_sums < most && total_cross < INFINITY && info.near);
