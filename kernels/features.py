@@ -28,29 +28,30 @@ def sample_error(
     DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the squared differences; threads sum their own columns and reduce once, at the end.
+    """Sum of the squared differences; threads sum their own columns and reduce once per group of blocks.
 
-    Blocks are summed in groups: one float32 sum of thousands of them would round too often.
+    One float32 sum over thousands of blocks would round too often.
     """
     M = P * Q
+    total = 0.0
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    for group in range(0, M, GROUP * BLOCK_M):
-        part = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(group, group + tl.minimum(GROUP * BLOCK_M, M - group), BLOCK_M):
-            m = start + tl.arange(0, BLOCK_M)
-            if DENSE:
-                s_at, t_at = m, m
-            else:
-                p, q = (m // Q).to(tl.int64), (m % Q).to(tl.int64)
-                s_at, t_at = p * stride_sp + q * stride_sq, p * stride_tp + q * stride_tq
-            s = tl.load(student + s_at, mask=m < M, other=0.0).to(tl.float32)
-            difference = s - tl.load(teacher + t_at, mask=m < M, other=0.0).to(tl.float32)
-            part += difference * difference
-            if WRITE_GRAD:
-                out = tl.where(coefficient == 0, 0.0, coefficient * difference)
-                tl.store(grad + m, out.to(grad.dtype.element_ty), mask=m < M)
-        squares += part
-    return tl.sum(squares, axis=0)
+    for start in range(0, M, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        if DENSE:
+            s_at, t_at = m, m
+        else:
+            p, q = (m // Q).to(tl.int64), (m % Q).to(tl.int64)
+            s_at, t_at = p * stride_sp + q * stride_sq, p * stride_tp + q * stride_tq
+        s = tl.load(student + s_at, mask=m < M, other=0.0).to(tl.float32)
+        difference = s - tl.load(teacher + t_at, mask=m < M, other=0.0).to(tl.float32)
+        squares += difference * difference
+        if WRITE_GRAD:
+            out = tl.where(coefficient == 0, 0.0, coefficient * difference)
+            tl.store(grad + m, out.to(grad.dtype.element_ty), mask=m < M)
+        if (start // BLOCK_M) % GROUP == GROUP - 1:
+            total += tl.sum(squares, axis=0)
+            squares = tl.zeros((BLOCK_M,), tl.float32)
+    return total + tl.sum(squares, axis=0)
 
 
 @triton.jit(do_not_specialize=["scale", "grad_scale", "stride_wk", "stride_wn", "N"])

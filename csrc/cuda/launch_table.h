@@ -19,7 +19,7 @@ struct Limits {
     int l2;                                           // bytes
     int cluster;                                      // most blocks of a cluster; 1 before sm_90
     int block_threads;                                // kBlockThreads; fewer in the tests on the host
-    int least_team;                                   // kLeastTeam; 0 for no teams; fewer in the tests on the host
+    int least_cooperative;  // kLeastCooperative; 0 for no cooperative groups; fewer in the tests on the host
 };
 
 // 256 threads of up to 80 registers: three blocks per multiprocessor, so that one loads while others compute. With more
@@ -68,8 +68,8 @@ constexpr int64_t kOneClusterElements = 8 * 1024;
 struct RowGeometry {
     int threads;        // of a block
     int64_t blocks;     // of the grid; with fewer groups than rows, groups loop
-    int cluster;        // blocks of a cluster, or of a team
-    bool team;          // blocks that share a row exchange through memory
+    int cluster;        // blocks of a cluster, or of a cooperative group
+    bool cooperative;   // blocks that share a row exchange through memory
     bool warp_per_row;  // a group is a warp
     int rows;           // rows that a group has in flight at once; 1 unless warp_per_row
     int slots;          // vectors of a row in each thread's buffer
@@ -88,7 +88,7 @@ struct RowProblem {
     // Bytes of shared memory besides the row buffers: per row in flight (two infos, one state), warp and block; per
     // block of a cluster, and there again per rank.
     int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
-    int team_words;  // of a block's message to its team
+    int group_words;  // of a block's message to its cooperative group
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -160,19 +160,18 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry
     return true;
 }
 
-// A team may have any number of blocks and leaves few places idle, while a cluster must fit into one of the GPU's
-// processing clusters: those of 16 blocks use 336 of the 396 places for 256 threads on an H200, smaller ones most of
-// them. But an exchange through memory takes longer than one through shared memory, so only rows for which a cluster is
-// too small take a team, or those that need its 16 blocks.
-constexpr int kLeastTeam = 12, kLargestTeam = 64;
-constexpr int kTeamWords = 1 << 14;  // for the messages of a launch, in two boxes for each block
+// A cooperative group may have any number of blocks and leaves few places idle, while a cluster must fit into one of
+// the GPU's processing clusters: those of 16 blocks use 336 of the 396 places for 256 threads on an H200, smaller ones
+// most of them. Rows take one if a cluster is too small for them, or if they need its 16 blocks.
+constexpr int kLeastCooperative = 12, kLargestCooperative = 64;
+constexpr int kGroupWords = 1 << 14;  // for the messages of a launch, in two boxes for each block
 
-inline int64_t team_blocks(const RowProblem& p) {
-    return kTeamWords / (2 * p.team_words);
+inline int64_t group_blocks(const RowProblem& p) {
+    return kGroupWords / (2 * p.group_words);
 }
 
 inline double used_places(const RowGeometry& g, int64_t places) {
-    if (g.team) return double(places / g.cluster * g.cluster) / double(places);
+    if (g.cooperative) return double(places / g.cluster * g.cluster) / double(places);
     return g.cluster > kPortableCluster ? 0.85 : 1.0;
 }
 
@@ -185,7 +184,7 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
         if (shared > limits.shared_per_block || g.slots > kMaxSlots) return;
         const int resident = resident_warps(p, limits, g.threads, shared), of_block = g.threads / kWarpThreads;
         const int64_t places = int64_t(limits.multiprocessors) * resident / of_block;
-        if (g.team && std::min(places, team_blocks(p)) < g.cluster) return;
+        if (g.cooperative && std::min(places, group_blocks(p)) < g.cluster) return;
         const double cost = row_cost(p, of_block * g.cluster, slots, g.chunks, resident) / used_places(g, places);
         if (cost >= 0.95 * least) return;  // earlier candidates are simpler: large blocks, small clusters, one read
         least = cost;
@@ -203,16 +202,16 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
             consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
         }
     }
-    // One read by a team.
-    g.team = true;
+    // One read by a cooperative group.
+    g.cooperative = true;
     g.threads = limits.block_threads;
-    for (g.slots = 1; limits.least_team > 0 && g.slots <= kMaxSlots; ++g.slots) {
-        g.cluster = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.slots), kLargestTeam + 1));
+    for (g.slots = 1; limits.least_cooperative > 0 && g.slots <= kMaxSlots; ++g.slots) {
+        g.cluster = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.slots), kLargestCooperative + 1));
         g.blocks = p.N * g.cluster;
-        if (g.cluster < limits.least_team || g.cluster > kLargestTeam) continue;
+        if (g.cluster < limits.least_cooperative || g.cluster > kLargestCooperative) continue;
         consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
     }
-    g.team = false;
+    g.cooperative = false;
     // Two reads: the row passes through the buffers in chunks. The last chunk stays there for the gradient and is
     // not read again.
     g.threads = limits.block_threads;
@@ -241,11 +240,11 @@ inline void limit_grid(RowGeometry& g, int64_t resident) {
 }
 
 // Numbers that a launch for N rows may write to BatchOutput::others: three, and three for each of its blocks, of which
-// there are at most kMaxBlocks for a multiprocessor and a largest team for a row.
+// there are at most kMaxBlocks for a multiprocessor and a largest cooperative group for a row.
 constexpr int kMaxBlocks = 32;
 inline int64_t batch_floats(int64_t N, const Limits& limits) {
-    static_assert(kLargestTeam >= largest_cluster(9));
-    return 3 + 3 * std::min<int64_t>(N * kLargestTeam, int64_t(limits.multiprocessors) * kMaxBlocks);
+    static_assert(kLargestCooperative >= largest_cluster(9));
+    return 3 + 3 * std::min<int64_t>(N * kLargestCooperative, int64_t(limits.multiprocessors) * kMaxBlocks);
 }
 
 // In launches of their own, the count and the sums of a minibatch take one block each, with as many threads as

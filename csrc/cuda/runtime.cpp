@@ -36,7 +36,7 @@ Limits read_limits(int device) {
     limits.l2 = read(cudaDevAttrL2CacheSize);
     limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
     limits.block_threads = kBlockThreads;
-    limits.least_team = limits.cluster > 1 && read(cudaDevAttrCooperativeLaunch) ? kLeastTeam : 0;
+    limits.least_cooperative = limits.cluster > 1 && read(cudaDevAttrCooperativeLaunch) ? kLeastCooperative : 0;
     return limits;
 }
 

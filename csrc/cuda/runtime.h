@@ -28,7 +28,7 @@ void* address_of_variable(const void* variable);
 
 // A number below `slots` that no other launch on the current device uses before this one has ended; -1 if there is
 // none. Each pool has its own numbers.
-enum class SlotPool { counters, teams };
+enum class SlotPool { counters, memories };
 int launch_slot(const LaunchOptions& options, SlotPool pool, int slots);
 
 }  // namespace camkd::cuda

@@ -12,7 +12,7 @@ pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
 
 # Multiprocessors; shared memory of a block and of a multiprocessor; L2; blocks of a cluster; threads of a block; least
-# blocks of a team.
+# blocks of a cooperative group.
 H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256, 12)
 A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256, 0)
 
@@ -31,7 +31,7 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
     emulated.set_limits(*H100)
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]
-    for C, blocks, threads, team in [
+    for C, blocks, threads, cooperative in [
         (4096, 1, 128, False),
         (32000, 4, 256, False),
         (65537, 8, 128, False),
@@ -40,7 +40,7 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
         (262144, 32, 256, True),
     ]:
         warp, _, _, chunks, *found = emulated.row_geometry(8192, C, 3, 8)
-        assert (warp, chunks, *found[:2], found[-1]) == (False, 1, blocks, threads, team)
+        assert (warp, chunks, *found[:2], found[-1]) == (False, 1, blocks, threads, cooperative)
     assert emulated.row_geometry(8192, 2_000_000, 3, 8)[3] > 1
     emulated.set_limits(*A100)
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
@@ -48,13 +48,13 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
 
 def regime(geometry: tuple[int, ...]) -> str:
     """A geometry in the words of docs/performance.md."""
-    warp, _, _, chunks, cluster, threads, *_, team = geometry
+    warp, _, _, chunks, cluster, threads, *_, cooperative = geometry
     if warp:
         return "a warp"
     if chunks > 1:
         return f"{threads} threads, two reads"
-    if team:
-        return f"team of {cluster} blocks of {threads}"
+    if cooperative:
+        return f"{cluster} cooperative blocks of {threads}"
     return f"{cluster} blocks of {threads}" if cluster > 1 else f"{threads} threads"
 
 
@@ -75,9 +75,9 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
         for K in (1, 2, 3, 5, 16):
             for N in (1, 7, 24, 40, 289, 4096, 10**6):
                 geometry = emulated.row_geometry(N, C, K, vector)
-                _, rows, slots, chunks, cluster, threads, blocks, shared, team = geometry
+                _, rows, slots, chunks, cluster, threads, blocks, shared, cooperative = geometry
                 assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
-                assert team or cluster & (cluster - 1) == 0, "no cluster size of a device"
+                assert cooperative or cluster & (cluster - 1) == 0, "no cluster size of a device"
                 # The blocks of a launch, before those that cannot be resident are left out, write three sums each.
                 assert min(blocks, device[0] * 32) * 3 + 3 <= emulated.cuda_batch_floats(N)
                 assert slots * chunks * threads * cluster * vector >= C and rows >= 1

@@ -29,7 +29,7 @@ GEOMETRIES = {
     "warp": ("table", 200, (True, 1, 1, False)),
     "block": ("table", 2100, (False, 1, 1, False)),
     "cluster": ("cluster", 1001, (False, 1, 2, False)),
-    "team": ("team", 1001, (False, 1, 2, True)),
+    "cooperative": ("cooperative", 1001, (False, 1, 2, True)),
     "chunks": ("chunks", 1001, (False, 2, 1, False)),
 }
 

@@ -33,7 +33,7 @@ __all__ = ["cuda_on_the_host", "emulated"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
-REGIMES = ["table", "cluster", "team", "chunks"]
+REGIMES = ["table", "cluster", "cooperative", "chunks"]
 WIDE = 1000  # columns of four blocks on the reduced device: one read by a cluster is cheaper than two by a block
 
 
@@ -41,9 +41,9 @@ WIDE = 1000  # columns of four blocks on the reduced device: one read by a clust
 def regime(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
     """Checks after the test that it ran in this regime: the launch table might have chosen another."""
     yield str(request.param)
-    _, chunks, cluster, team = emulated.last_rows()
+    _, chunks, cluster, cooperative = emulated.last_rows()
     if request.param != "table":
-        found = "chunks" if chunks > 1 else "team" if team else "cluster" if cluster > 1 else "block"
+        found = "chunks" if chunks > 1 else "cooperative" if cooperative else "cluster" if cluster > 1 else "block"
         assert found == request.param
 
 
@@ -88,10 +88,10 @@ def test_matches_truth(C: int, K: int, temperature: float, weighting: str, dtype
         ("cluster", 1000, 5, 3.3, "entropy", F32, (False, 1, 4, False)),
         ("cluster", 3999, 2, 2.0, "confidence", F16, (False, 1, 8, False)),
         ("cluster", 1001, 4, 1.0, "uniform", F16, (False, 1, 2, False)),
-        ("team", 1001, 3, 4.0, "confidence", BF16, (False, 1, 2, True)),
-        ("team", 1537, 3, 4.0, "confidence", BF16, (False, 1, 4, True)),
-        ("team", 2500, 1, 1.0, "confidence", F16, (False, 1, 3, True)),
-        ("team", 1000, 5, 3.3, "entropy", F32, (False, 1, 4, True)),
+        ("cooperative", 1001, 3, 4.0, "confidence", BF16, (False, 1, 2, True)),
+        ("cooperative", 1537, 3, 4.0, "confidence", BF16, (False, 1, 4, True)),
+        ("cooperative", 2500, 1, 1.0, "confidence", F16, (False, 1, 3, True)),
+        ("cooperative", 1000, 5, 3.3, "entropy", F32, (False, 1, 4, True)),
         ("chunks", 1001, 3, 4.0, "confidence", BF16, (False, 2, 1, False)),
         ("chunks", 1127, 5, 3.3, "entropy", F32, (False, 5, 1, False)),
         ("chunks", 3999, 1, 1.0, "confidence", F16, (False, 4, 1, False)),

@@ -2,7 +2,7 @@
 
 Inputs are made on the host and copied, so that a report of uninitialised memory concerns the kernels of this package.
 The shapes are small because the tool slows a kernel down a hundred times. One width per regime: narrow, odd, one block,
-a cluster, a team.
+a cluster, a cooperative group.
 """
 
 from __future__ import annotations

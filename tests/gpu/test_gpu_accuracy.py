@@ -1,7 +1,7 @@
 """Accuracy of gradients on the GPU: converged students, and labels far from the maximum.
 
 The cases of tests/cuda/test_row_loss_accuracy.py, at widths where the CUDA C++ kernels give a row to a warp, a block, a
-cluster or a team, or read it twice.
+cluster or a cooperative group, or read it twice.
 """
 
 from __future__ import annotations
@@ -47,6 +47,6 @@ def test_labels_far_from_the_maximum(place: Place, C: int, temperature: float, d
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("C", [262144, 2_000_000], ids=["by a team", "in two reads"])
+@pytest.mark.parametrize("C", [262144, 2_000_000], ids=["by a cooperative group", "in two reads"])
 def test_labels_far_from_the_maximum_of_the_widest_rows(gpu: Place, C: int, dtype: torch.dtype) -> None:
     check_labels(gpu, C, 4.0, dtype)

@@ -91,9 +91,9 @@ def test_on_a_side_stream(gpu: Place, C: int) -> None:
     assert torch.equal(loss, expected.loss) and torch.equal(student.grad, expected.grad)
 
 
-# Wider than a cluster: the blocks of a row meet in device memory, whatever their number (csrc/cuda/row_loss/team.cuh).
+# Wider than a cluster: the blocks of a row meet in device memory, whatever their number (row_loss/group_memory.cuh).
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_teams_of_different_sizes_share_their_memory(gpu: Place, reduction: str) -> None:
+def test_cooperative_groups_of_different_sizes_share_their_memory(gpu: Place, reduction: str) -> None:
     if gpu.backend != "cuda":
         pytest.skip("CUDA C++ kernels only")
     widths = [(3, 128256), (40, 151936), (2, 262144), (30, 200_003)]

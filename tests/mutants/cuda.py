@@ -117,7 +117,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/row_loss/team.cuh",
+        "csrc/cuda/row_loss/group_memory.cuh",
         f"{SOME} {ROWS}::test_wide_rows",
         Change("messages of any exchange", "uint32_t(found[i] >> 32) == exchange", "true"),
         Change("words of one lane", "first += several * kWarp) {", "first = count) {"),
@@ -125,9 +125,13 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/exchange.cuh",
         f"{SOME} {ROWS}::test_wide_rows",
-        Change("exchanges of a team counted from 0 in every launch", "count_ = read_device", "(void)read_device"),
+        Change(
+            "exchanges of a cooperative group counted from 0 in every launch",
+            "count_ = read_device",
+            "(void)read_device",
+        ),
         Change("one box for two exchanges", "group_id() * 2 + int(exchange & 1)", "group_id() * 2"),
-        Change("own messages only", "group_rank() * stride + i, team_word", "i, team_word"),
+        Change("own messages only", "group_rank() * stride + i, group_word", "i, group_word"),
     ),
     *changes(
         "csrc/cuda/row_loss/results.cuh",

@@ -1,4 +1,4 @@
-// Messages between the blocks that share a row: a cluster, or a team (team.cuh).
+// Messages between the blocks that share a row: a cluster, or a cooperative group (group_memory.cuh).
 #pragma once
 
 #include "group.cuh"
@@ -18,7 +18,7 @@ class RowExchange {
     CAMKD_DEVICE uint32_t run(int packs) {
         const uint32_t exchange = count_++;
         warp_barrier();
-        if (group_.team()) {
+        if (group_.cooperative()) {
             through_memory(exchange, packs);
             return exchange;
         }
@@ -30,15 +30,15 @@ class RowExchange {
         return exchange;
     }
 
-    // Before a team's first exchange.
+    // Before a cooperative group's first exchange.
     CAMKD_DEVICE void start() {
-        if (group_.team()) count_ = read_device(&group_.launch.team->exchanges);
+        if (group_.cooperative()) count_ = read_device(&group_.launch.memory->exchanges);
     }
 
     // After the last one, by all threads.
     CAMKD_DEVICE void finish() const {
-        if (!group_.team()) return;
-        TeamMemory* const memory = group_.launch.team;
+        if (!group_.cooperative()) return;
+        GroupMemory* const memory = group_.launch.memory;
         if (thread_id() == 0) max_device(&memory->most, count_);
         if (last_block(&memory->finished) && thread_id() == 0)
             write_device(&memory->exchanges, read_device(&memory->most));
@@ -49,17 +49,17 @@ class RowExchange {
         const int of_pack = int(sizeof(Pack) / sizeof(float)), stride = group_.message_floats();
         const int blocks = group_.cluster(), box = group_id() * 2 + int(exchange & 1);
         const uint32_t number = exchange + 1;
-        TeamWord* const words = group_.launch.team->words + int64_t(box) * blocks * stride;
+        GroupWord* const words = group_.launch.memory->words + int64_t(box) * blocks * stride;
         const float* const mine = reinterpret_cast<const float*>(group_.outgoing(0));
         // Whole messages, whatever they have: the words of all blocks then lie side by side
         for (int i = group_.lane(); i < stride; i += kWarp)
-            write_device(words + group_rank() * stride + i, team_word(i < packs * of_pack ? mine[i] : 0.0f, number));
-        team_receive(words, blocks * stride, number, reinterpret_cast<float*>(group_.inbox(exchange, 0, 0)));
+            write_device(words + group_rank() * stride + i, group_word(i < packs * of_pack ? mine[i] : 0.0f, number));
+        receive_words(words, blocks * stride, number, reinterpret_cast<float*>(group_.inbox(exchange, 0, 0)));
         warp_barrier();
     }
 
     const Group group_;
-    uint32_t count_ = 0;  // exchanges so far; of a team with those of earlier launches
+    uint32_t count_ = 0;  // exchanges so far; of a cooperative group with those of earlier launches
 };
 
 }  // namespace camkd::cuda

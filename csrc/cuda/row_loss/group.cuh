@@ -6,7 +6,7 @@
 #include "../batch_mean.cuh"
 #include "../launch_table.h"
 #include "fixed_k_passes.cuh"
-#include "team.cuh"
+#include "group_memory.cuh"
 
 namespace camkd::cuda {
 
@@ -25,7 +25,7 @@ struct RowLaunch {
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
     int groups;   // of the grid
     int members;  // threads of a group
-    TeamMemory* team;
+    GroupMemory* memory;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, inbox, outgoing, boxes, infos, rows, states;
 };
@@ -101,7 +101,7 @@ struct RowShared {
         problem.block_bytes = int(sizeof(BatchScalars));
         problem.cluster_bytes = streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
-        problem.team_words = streams_bytes(K, fixed_k) / int(sizeof(float));
+        problem.group_words = streams_bytes(K, fixed_k) / int(sizeof(float));
     }
 
     // Fills in the derived fields and offsets of a launch.
@@ -127,9 +127,9 @@ struct RowShared {
     }
 };
 
-// The threads that share a row: a warp (`WarpPerRow`), a block, a cluster of blocks, or a team of them. `FixedK` is the
-// number of teachers for the passes of fixed_k_passes.cuh; 0 selects the general passes: any K, temperature and
-// weighting.
+// The threads that share a row: a warp (`WarpPerRow`), a block, a cluster of blocks, or a cooperative group of them.
+// `FixedK` is the number of teachers for the passes of fixed_k_passes.cuh; 0 selects the general passes: any K,
+// temperature and weighting.
 template <class T, bool WarpPerRow, int FixedK>
 struct RowGroup {
     static constexpr int V = kVector<T>;
@@ -142,7 +142,7 @@ struct RowGroup {
     // Blocks per group. With a warp per row the blocks of a cluster share only the end of the whole minibatch.
     CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpPerRow ? launch.geometry.cluster : 1; }
     // Its blocks are no cluster.
-    CAMKD_DEVICE bool team() const { return has_clusters() && !WarpPerRow && launch.geometry.team; }
+    CAMKD_DEVICE bool cooperative() const { return has_clusters() && !WarpPerRow && launch.geometry.cooperative; }
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : launch.members; }
     CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : group_rank() * block_threads() + thread_id(); }
     CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : group_rank() * warps() + warp(); }

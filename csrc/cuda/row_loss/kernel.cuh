@@ -105,7 +105,7 @@ class RowKernel {
             prepare_rows(first, 0);
         }
         if (group_.is_merging_warp()) exchange_.start();
-        if (group_.cluster() > 1 && !group_.team()) {
+        if (group_.cluster() > 1 && !group_.cooperative()) {
             if (thread_id() < 2) mailbox_open(group_.box(thread_id()));
             cluster_barrier(true);
         }
@@ -166,6 +166,14 @@ class RowKernel {
             *to = args.formula.ignore_index;
     }
 
+    // With a lane per row: the label that has been fetched, kIgnored or kInvalid.
+    CAMKD_DEVICE int label_of_lane() const {
+        if (group_.lane() >= group_.rows_per_group()) return kIgnored;
+        const int64_t label = group_.rows()[group_.lane()].next_label;
+        if (label == group_.launch.args.formula.ignore_index) return kIgnored;
+        return label >= 0 && label < group_.launch.C ? int(label) : kInvalid;
+    }
+
     CAMKD_DEVICE static DType dtype_of(const Matrix& stream) {
         return sizeof(T) == 2 ? Elements<T>::dtype : stream.dtype;
     }
@@ -174,16 +182,11 @@ class RowKernel {
     // those at the labels of the rows from `first` on. As bits: a conversion would wait for them.
     CAMKD_DEVICE void load_logits(int64_t first) {
         const RowLossArgs& args = group_.launch.args;
-        if (group_.lane() < group_.rows_per_group()) {
-            const int64_t label = group_.rows()[group_.lane()].next_label;
-            label_ = label == args.formula.ignore_index      ? kIgnored
-                     : label >= 0 && label < group_.launch.C ? int(label)
-                                                             : kInvalid;
-        }
+        const int label = label_of_lane();
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= group_.rows_per_group()) continue;
-            const int column = shuffle(label_, r);
+            const int column = shuffle(label, r);
             if (group_.lane() > group_.teachers() || column < 0) continue;
             const Matrix& stream = args.streams[group_.lane()];
             logits_[r] = load_bits(row_address(stream, args.S, first + r), column, dtype_of(stream));
@@ -196,16 +199,17 @@ class RowKernel {
         const RowLossArgs& args = group_.launch.args;
         const int rows = group_.rows_per_group();
         Info* const infos = group_.infos(parity);
+        const int label = label_of_lane();
         if (group_.lane() < rows) {
             Info& info = infos[group_.lane()];
             info.row = first + group_.lane();
-            info.kept = label_ != kIgnored;
-            info.label_valid = label_ >= 0;
+            info.kept = label != kIgnored;
+            info.label_valid = label >= 0;
             info.label_vector = info.label_element = -1;
             if (info.label_valid) {
                 const Columns columns = columns_of<T>(group_.launch.C, group_.launch.wide_in,
                                                       row_address(args.streams[0], args.S, info.row));
-                const int column = label_ + columns.phase;
+                const int column = label + columns.phase;
                 info.label_vector = column / V;
                 info.label_element = column % V;
             }
@@ -214,7 +218,7 @@ class RowKernel {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= rows || first + r >= args.N) continue;
-            const bool label_valid = shuffle(label_, r) >= 0, is_stream = group_.lane() <= group_.teachers();
+            const bool label_valid = shuffle(label, r) >= 0, is_stream = group_.lane() <= group_.teachers();
             bool near = true;
             if (is_stream) {
                 const Matrix& stream = args.streams[group_.lane()];
@@ -277,8 +281,7 @@ class RowKernel {
     RowExchange<Group> exchange_;
     const RowResults<T, WarpPerRow, FixedK> results_;
     const RowGradient<T, WarpPerRow, FixedK> gradient_;
-    // Of the rows to be prepared next: label of this lane's row; logits of this lane's stream.
-    int label_ = kIgnored;
+    // Of the rows to be prepared next: logits of this lane's stream.
     uint32_t logits_[kRows];
 };
 

@@ -27,11 +27,12 @@ auto kernel_for(int fixed_k) {
     }
 }
 
-// The memory for a team's messages, or null if others have taken all.
-TeamMemory* team_memory_for(const LaunchOptions&);
+// The memory for a cooperative group's messages, or null if others have taken all.
+GroupMemory* group_memory_for(const LaunchOptions&);
 
 inline LaunchConfig config_of(const RowGeometry& g) {
-    return {g.blocks, g.threads, g.team ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster, g.team};
+    return {g.blocks,     g.threads, g.cooperative ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster,
+            g.cooperative};
 }
 
 template <class T>
@@ -56,17 +57,17 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     void (*kernel)(RowLaunch) = nullptr;
     for (;;) {
         g = row_geometry(problem, limits);
-        launch.team = g.team ? team_memory_for(options) : nullptr;
+        launch.memory = g.cooperative ? group_memory_for(options) : nullptr;
         kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, config_of(g));
-        // A device may have no room for its largest clusters and teams: parts of it can be disabled or assigned to
-        // others
-        if (g.team && (!launch.team || resident < g.cluster)) {
-            limits.least_team = 0;
+        // A device may have no room for its largest clusters and cooperative groups: parts of it can be disabled or
+        // assigned to others
+        if (g.cooperative && (!launch.memory || resident < g.cluster)) {
+            limits.least_cooperative = 0;
         } else if (g.cluster > 1 && resident == 0) {
             limits.cluster /= 2;
         } else {
-            limit_grid(g, g.team ? std::min(resident, team_blocks(problem)) : resident);
+            limit_grid(g, g.cooperative ? std::min(resident, group_blocks(problem)) : resident);
             break;
         }
     }

@@ -5,8 +5,8 @@ namespace camkd::cuda {
 namespace {
 
 // One for each stream, and one for each launch in a CUDA graph. 2 MB.
-constexpr int kTeamMemories = 16;
-CAMKD_GLOBAL TeamMemory team_memories[kTeamMemories];
+constexpr int kGroupMemories = 16;
+CAMKD_GLOBAL GroupMemory group_memories[kGroupMemories];
 
 Temperature temperature_of(float T) {
     return {float(1.4426950408889634 / T), float(T / 1.4426950408889634), temperature_power(T)};
@@ -14,9 +14,9 @@ Temperature temperature_of(float T) {
 
 }  // namespace
 
-TeamMemory* team_memory_for(const LaunchOptions& options) {
-    const int slot = launch_slot(options, SlotPool::teams, kTeamMemories);
-    return slot < 0 ? nullptr : static_cast<TeamMemory*>(device_address(team_memories)) + slot;
+GroupMemory* group_memory_for(const LaunchOptions& options) {
+    const int slot = launch_slot(options, SlotPool::memories, kGroupMemories);
+    return slot < 0 ? nullptr : static_cast<GroupMemory*>(device_address(group_memories)) + slot;
 }
 
 void row_loss(const RowLossArgs& args, const LaunchOptions& options) {

@@ -47,7 +47,7 @@ void* device_address(Variable& variable) {
     return &variable;
 }
 
-enum class SlotPool { counters, teams };
+enum class SlotPool { counters, memories };
 
 inline int launch_slot(const LaunchOptions&, SlotPool pool, int) {
     return host::separate && pool == SlotPool::counters ? -1 : 0;

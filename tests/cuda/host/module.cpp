@@ -16,14 +16,14 @@ PYBIND11_MODULE(emulated_cuda, m) {
         camkd::cuda::host::together = together;
         camkd::cuda::host::separate = separate;
     });
-    m.def("set_limits",
-          [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads, int least_team) {
-              camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads, least_team};
-          });
-    // The geometry of the last row_loss: (warp per row, chunks, cluster, team).
+    m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads,
+                           int least_cooperative) {
+        camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads, least_cooperative};
+    });
+    // The geometry of the last row_loss: (warp per row, chunks, cluster, cooperative group).
     m.def("last_rows", [] {
         const auto& g = camkd::cuda::host::last_rows;
-        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.team);
+        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.cooperative);
     });
     // The geometry that row_loss would use.
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
@@ -34,6 +34,6 @@ PYBIND11_MODULE(emulated_cuda, m) {
         camkd::cuda::RowShared::measure(p);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
         return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks, g.shared,
-                                    g.team);
+                                    g.cooperative);
     });
 }

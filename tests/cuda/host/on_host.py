@@ -69,16 +69,20 @@ def cuda_on_the_host(emulated: ModuleType) -> Iterator[None]:
 
 
 def limit(
-    emulated: ModuleType, shared: int = 160 * 1024, cluster: int = 8, multiprocessors: int = 2, least_team: int = 0
+    emulated: ModuleType,
+    shared: int = 160 * 1024,
+    cluster: int = 8,
+    multiprocessors: int = 2,
+    least_cooperative: int = 0,
 ) -> None:
-    emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS, least_team)
+    emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS, least_cooperative)
 
 
 def enter(emulated: ModuleType, regime: str, K: int) -> None:
     """A device where a block has shared memory for one vector per thread and stream, in clusters of up to 8 or of 1, or
-    with teams."""
+    with cooperative groups."""
     shared = (K + 1) * THREADS * 16 + 3584
-    if regime == "team":
-        limit(emulated, shared, cluster=1, multiprocessors=8, least_team=2)
+    if regime == "cooperative":
+        limit(emulated, shared, cluster=1, multiprocessors=8, least_cooperative=2)
     elif regime != "table":
         limit(emulated, shared, cluster=8 if regime == "cluster" else 1)

@@ -72,8 +72,8 @@ bool same_with_delays(const char* what, std::initializer_list<std::vector<float>
 }
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
-// The limits decide between clusters and teams. With `far`, labels are far below the maximum, so that the fixed-K
-// kernels sum up every other row twice.
+// The limits decide between clusters and cooperative groups. With `far`, labels are far below the maximum, so that the
+// fixed-K kernels sum up every other row twice.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false) {
     host::limits = limits;
@@ -177,7 +177,8 @@ bool run_others(int64_t N, int C, int K) {
 
 int main() {
     const int threads = 64;
-    // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads, least blocks of a team)
+    // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads, least blocks of a
+    // cooperative group)
     const Weighting confidence = Weighting::confidence;
     const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1, false) &
                       run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false) &
@@ -189,17 +190,17 @@ int main() {
                                false, confidence, true) &
                       run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1,
                                true, confidence, true) &
-                      run_rows("team", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3, false) &
-                      run_rows("team, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3,
-                               false, confidence, true) &
+                      run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3, false) &
+                      run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2},
+                               3, false, confidence, true) &
                       run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false,
                                Weighting::entropy) &
                       run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
                                false, Weighting::entropy) &
                       run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1, true,
                                Weighting::entropy) &
-                      run_rows("general, team", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3, false,
-                               Weighting::entropy) &
+                      run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3,
+                               false, Weighting::entropy) &
                       run_others(5, 70, 2) & run_others(9, 1100, 2);
     return fine ? 0 : 1;
 }
