@@ -45,6 +45,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_cell_leaves_its_record(done: Path) -> None:
     found = records.collect(study(), done)
     assert len(found.cells) == 9 and {cell.seed for cell in found.missing} == {1} and len(found.teachers) == 4
@@ -61,6 +62,7 @@ def test_every_cell_leaves_its_record(done: Path) -> None:
     assert "class_feature_weights" not in found.cells[Cell("good", "resnet8", "ca-mkd", 0)]
 
 
+@pytest.mark.slow
 def test_the_pools_weights_are_those_of_its_runs(done: Path) -> None:
     found = records.collect(study(), done)
     # One epoch uses view 0, as the pool's record does; the mean over classes is weighted by their sizes.
@@ -79,6 +81,7 @@ def _training(out: Path) -> tuple[object, object, object]:
     return config, run.load_splits(config.data).train, World(0, 1, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_best_teacher_is_the_best_on_validation_images(done: Path) -> None:
     found = records.collect(study(), done)
     for pool in study().pools:
@@ -87,12 +90,14 @@ def test_the_best_teacher_is_the_best_on_validation_images(done: Path) -> None:
         assert weights.index(1.0) == accuracies.index(max(accuracies))
 
 
+@pytest.mark.slow
 def test_an_over_confident_teacher_is_as_right_as_its_source(done: Path) -> None:
     found = records.collect(study(), done).teachers
     assert found["loud"]["test_accuracy"] == found["good-1"]["test_accuracy"]
     assert found["loud"]["test_loss"] != found["good-1"]["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_derived_teacher_follows_its_source_and_scale(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "teachers", tmp_path / "teachers")
     loud = study().teachers[3]
@@ -122,6 +127,7 @@ def test_a_second_rank_goes_on_with_what_is_there_and_a_further_call_does_nothin
     assert "18/18" in said[-1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on_where_it_was(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longer = replace(study(), training=replace(study().training, epochs=2))
     cell = Cell("none", "resnet8", "ce", 0)
@@ -169,6 +175,7 @@ def test_two_that_want_the_same_piece_do_it_once(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_failures_are_named_and_cost_nobody_else_anything(done: Path, tmp_path: Path) -> None:
     broken = replace(
         study(),
@@ -187,6 +194,7 @@ def test_failures_are_named_and_cost_nobody_else_anything(done: Path, tmp_path: 
     assert len(records.collect(broken, tmp_path).cells) == 1
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused_by_name(done: Path) -> None:
     other = replace(study(), training=replace(study().training, weight_decay=0.1))
     with pytest.raises(RuntimeError, match=r"started with optim.weight_decay 0.0005 instead of 0.1"):

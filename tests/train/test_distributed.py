@@ -143,6 +143,7 @@ def test_resuming_on_another_number_of_processes(two: Path, tmp_path: Path) -> N
     assert epoch["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "step"), [(1, 13), *(pytest.param(r, s, marks=pytest.mark.slow) for r in (0, 1) for s in (0, 9, 21))]
 )
