@@ -17,8 +17,6 @@ from .launch import SUM_BLOCK, feature_launch
 from .layout import common_alignment, unspecialised
 from .softmax import stride
 
-GROUP = tl.constexpr(32)  # blocks
-
 
 @triton.jit
 def sample_error(
@@ -48,7 +46,7 @@ def sample_error(
         if WRITE_GRAD:
             out = tl.where(coefficient == 0, 0.0, coefficient * difference)
             tl.store(grad + m, out.to(grad.dtype.element_ty), mask=m < M)
-        if (start // BLOCK_M) % GROUP == GROUP - 1:
+        if (start // BLOCK_M) % 32 == 31:  # a group of 32
             total += tl.sum(squares, axis=0)
             squares = tl.zeros((BLOCK_M,), tl.float32)
     return total + tl.sum(squares, axis=0)
