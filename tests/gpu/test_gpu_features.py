@@ -151,7 +151,7 @@ def test_few_launches(gpu: Place) -> None:
         torch.cuda.synchronize()
     # Of tensors filled with NaN by the tests' settings, which users do not have.
     ours = [event.key for event in profile.key_averages() if "camkd" in event.key]
-    assert len(ours) <= 3, ours
+    assert 1 <= len(ours) <= 3, ours
 
 
 def test_one_call_is_bitwise_the_general_path(gpu: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +160,7 @@ def test_one_call_is_bitwise_the_general_path(gpu: Place, monkeypatch: pytest.Mo
         pytest.skip("the calls of the CUDA C++ kernels")
     from camkd_fast.backends import cuda
 
-    if not cuda._CONNECTED:
-        pytest.skip("a torch without C functions for tensors")
+    assert cuda._CONNECTED
     maps, scale = on(gpu, make(F32, BF16, SIZES["many"])), torch.tensor([8.0], device=gpu.device)
     maps = maps._replace(student=[MAP_LAYOUTS["channels_last"](r) for r in maps.student])
     options = {"beta": 1.0, "reduction": "mean", "num_items": None, "ignore_index": -100, "loss_scale": scale}
