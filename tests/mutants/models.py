@@ -8,7 +8,7 @@ FROZEN = "tests/models/test_frozen.py"
 FOREIGN = "tests/models/test_foreign.py"
 FILES = "tests/models/test_checkpoint_files.py"
 SPLIT = "tests/models/test_split.py"
-SOURCES = "tests/models/test_sources.py"
+SOURCES = "tests/models/test_sources.py tests/models/test_source_packages.py"
 
 CHANGES = (
     *changes(

@@ -1,8 +1,9 @@
-"""Models in a state that shows errors of evaluation-mode arithmetic."""
+"""Models in a state that shows errors of evaluation-mode arithmetic, and a comparison of two models."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def with_random_norms(model: nn.Module) -> nn.Module:
@@ -14,3 +15,8 @@ def with_random_norms(model: nn.Module) -> nn.Module:
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.3, 2.0)
     return model.train()
+
+
+def same_logits(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
+    with torch.no_grad():
+        return torch.equal(model(images), other(images))
