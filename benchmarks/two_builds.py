@@ -2,7 +2,9 @@
 
 Both must have the compiled module built in place (`python setup.py build_ext --inplace`). Each runs in a process of its
 own; the two run alternating blocks of calls, so both see the same state of the machine, and the median of the ratios
-counts. Covers the sizes of `make bench` on a CPU. With `make fingerprint` it shows that a refactoring changed nothing.
+counts. Where the system places a process's memory is worth up to 8 % for its whole life (the same build against itself,
+256 x 32000), so several pairs of processes are started and the median of their medians counts. Covers the sizes of
+`make bench` on a CPU. With `make fingerprint` it shows that a refactoring changed nothing.
 """
 
 from __future__ import annotations
@@ -94,14 +96,17 @@ def ask(worker: subprocess.Popen[str], command: str) -> str:
     return out.readline()
 
 
-def compare(other: Path, rounds: int, only: str) -> dict[str, list[float]]:
-    """For each subject the other's time over ours, by round."""
+def compare(other: Path, rounds: int, only: str, other_first: bool = False) -> dict[str, list[float]]:
+    """For each subject the other's time over ours, by round, in a new pair of processes."""
     command = [sys.executable, "-m", "benchmarks.two_builds", "--worker", "--only", only]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    workers = [
-        subprocess.Popen([*command, str(package)], env=environment, **options) for package in (ROOT, other.resolve())
-    ]
+    packages = [ROOT, other.resolve()]
+    started = {
+        package: subprocess.Popen([*command, str(package)], env=environment, **options)
+        for package in (packages[::-1] if other_first else packages)
+    }
+    workers = [started[package] for package in packages]
     ratios: dict[str, list[float]] = {}
     while name := {pipes(worker)[1].readline() for worker in workers}.pop():
         found = ratios.setdefault(json.loads(name), [])
@@ -118,18 +123,23 @@ def compare(other: Path, rounds: int, only: str) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("other", type=Path, help="root of the other checkout")
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=25, help="measurements of each pair of processes")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of processes, one after another")
     parser.add_argument("--only", default="", metavar="WORDS", help="the subjects with these words in their names")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.other, arguments.only)
         return
+    pairs = [
+        compare(arguments.other, arguments.rounds, arguments.only, other_first=bool(pair % 2))
+        for pair in range(arguments.pairs)
+    ]
     medians = {}
-    for name, ratios in compare(arguments.other, arguments.rounds, arguments.only).items():
-        medians[name] = statistics.median(ratios)
-        low, high = statistics.quantiles(ratios, n=10)[::8]
-        print(f"{medians[name]:.3f}  ({low:.2f} to {high:.2f})  {name}")
+    for name in pairs[0]:
+        found = [statistics.median(pair[name]) for pair in pairs]
+        medians[name] = statistics.median(found)
+        print(f"{medians[name]:.3f}  ({min(found):.2f} to {max(found):.2f})  {name}")
     mean = math.exp(statistics.mean(map(math.log, medians.values())))
     print(f"{mean:.3f}  geometric mean, the other's time over this one's; least {min(medians.values()):.3f}")
 
