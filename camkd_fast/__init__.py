@@ -1,5 +1,7 @@
 """Fast multi-teacher knowledge distillation for PyTorch: CA-MKD as fused CPU, Triton and CUDA kernels."""
 
+from typing import TYPE_CHECKING, Any
+
 from .losses.feature import (
     CAMKDFeatureLoss,
     camkd_feature_loss_and_grad,
@@ -8,11 +10,15 @@ from .losses.feature import (
 )
 from .losses.logit import CAMKDLoss, camkd_loss, camkd_loss_and_grad
 
+if TYPE_CHECKING:
+    from .train.distiller import Distiller
+
 __version__ = "0.1.0"
 
 __all__ = [
     "CAMKDFeatureLoss",
     "CAMKDLoss",
+    "Distiller",
     "__version__",
     "camkd_feature_loss_and_grad",
     "camkd_loss",
@@ -20,3 +26,12 @@ __all__ = [
     "confidence_weights",
     "weighted_feature_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Distiller` is imported on use: the losses need neither models nor training."""
+    if name == "Distiller":
+        from .train.distiller import Distiller
+
+        return Distiller
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -238,6 +238,12 @@ class CAMKDFeatureLoss(nn.Module):
             for channels in teacher_channels
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters of the maps r_k."""
+        weight: Tensor = self.regressors[0][0].weight  # type: ignore[index]
+        return weight.dtype
+
     def _check_teachers(self, **given: Sequence[object]) -> None:
         K = len(self.regressors)
         for name, values in given.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 @runtime_checkable
@@ -68,3 +68,17 @@ def predict(model: FeatureModel, images: Tensor) -> Prediction:
     """Features and logits in one pass; images (N, channels, height, width)."""
     features = model.forward_features(images)
     return Prediction(features, model.forward_head(features))
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits of a model's output: the output itself, or its `logits` (transformers).
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(output, (Tensor, fx.Proxy)):  # a proxy: `freeze` traces the model
+        return cast(Tensor, output)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"a model must return logits or an object with logits, got {type(output).__name__}")
+    return logits

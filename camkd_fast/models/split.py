@@ -7,6 +7,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, fx, nn
 
+from .protocol import logits_of
+
 
 class LogitsOnly(nn.Module):
     """A model whose feature map is unknown. It serves strategies that read logits only.
@@ -15,7 +17,7 @@ class LogitsOnly(nn.Module):
     the whole model.
 
     Args:
-        model: (N, channels, H, W) -> logits (N, C).
+        model: (N, channels, H, W) -> logits (N, C), or an object whose `logits` they are.
         reason: why there is no map, for the error of a strategy that needs one.
     """
 
@@ -31,8 +33,7 @@ class LogitsOnly(nn.Module):
         return x
 
     def forward_head(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.model(features)
-        return logits
+        return logits_of(self.model(features))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(x)
@@ -74,7 +75,7 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
             is not called exactly once, its output is not a map, or the logits depend on the images in other ways.
     """
     owner = type(model).__name__
-    modules = [name for name, _ in model.named_modules() if name]
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if layer not in modules:
         nearest = get_close_matches(layer, modules, n=5) or [name for name, _ in model.named_children()]
         raise ValueError(f"{owner} has no module {layer!r}; nearest: {', '.join(nearest)}")

@@ -1,6 +1,6 @@
 """One training step. It is the same for every strategy and never synchronises with the device.
 
-Forward of teachers and student, loss and its gradient in one pass (`camkd_loss_and_grad`), one backward, SGD.
+Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, SGD.
 Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph (`step_graph`).
 """
 
@@ -10,17 +10,15 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch
-from ..losses.logit import camkd_loss_and_grad
-from ..models.protocol import Prediction, feature_model, predict
 from .config import OptimConfig, PrecisionConfig
+from .distiller import Distiller, Objective
 from .distributed import World, replicate
 from .generators import seed_generators
 from .single_values import running_statistics
@@ -34,23 +32,12 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Objective(NamedTuple):
-    """Loss of one batch, as arguments of `torch.autograd.backward(roots, gradients)`."""
+class StepObjective(nn.Module):
+    """A distiller whose call is the objective of a training step, for DDP, under autocast, compiled for one size."""
 
-    roots: list[Tensor]  # logits (n, C) and those of the strategy's feature loss
-    gradients: list[Tensor]  # d(scale * loss) / d root
-    numbers: Tensor  # float32, sums over the batch: loss, cross-entropy, distillation, feature loss, correct
-    weights: Tensor | None  # (K,) logit weights of the teachers, summed over the batch
-    feature_weights: Tensor | None  # (K,) feature weights, summed over the batch
-
-
-class TrainableStudent(nn.Module):
-    """Student and strategy in one module, so that DDP and the optimiser see the parameters of both."""
-
-    def __init__(self, student: nn.Module, strategy: Strategy, dtype: torch.dtype) -> None:
+    def __init__(self, distiller: Distiller, dtype: torch.dtype) -> None:
         super().__init__()
-        feature_model(student)
-        self.student, self.strategy, self._dtype = student, strategy, dtype
+        self.distiller, self._dtype = distiller, dtype
         self._compiled_size = -1
         self._compiled: Callable[..., Objective] = self._objective
 
@@ -59,59 +46,14 @@ class TrainableStudent(nn.Module):
         self._compiled_size = batch_size
         self._compiled = torch.compile(self._objective, fullgraph=True, dynamic=False)
 
-    def forward(
-        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
-    ) -> Objective:
-        """
-        Args:
-            images: (n, channels, H, W), the batch that the teachers received.
-            target: (n,) int64.
-            teacher_outputs: K predictions; empty without teachers.
-            num_items: images of this step over all processes, the divisor of the summed loss.
-            scale: (1,) float32, multiplies all gradients.
-        """
+    def forward(self, images: Tensor, *arguments: Any) -> Objective:
+        """Arguments as `Distiller.objective`."""
         run = self._compiled if images.shape[0] == self._compiled_size else self._objective
-        return run(images, target, teacher_outputs, num_items, scale)
+        return run(images, *arguments)
 
-    def _objective(
-        self, images: Tensor, target: Tensor, teacher_outputs: list[Prediction], num_items: int, scale: Tensor
-    ) -> Objective:
-        strategy = self.strategy
+    def _objective(self, images: Tensor, *arguments: Any) -> Objective:
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            student = predict(feature_model(self.student), images)
-            term = None
-            if teacher_outputs:
-                term = strategy.feature_term(student, teacher_outputs, target, num_items, scale)
-        logits = student.logits.detach()
-        weights = feature_weights = None
-        feature = torch.zeros((), device=images.device)
-        if teacher_outputs:
-            teacher_logits = [teacher.logits for teacher in teacher_outputs]
-            formula = strategy.formula._replace(weighting=strategy.weighting(logits, teacher_outputs, target))
-            out, gradient = camkd_loss_and_grad(
-                logits,
-                teacher_logits,
-                target,
-                num_items=num_items,
-                loss_scale=scale,
-                **formula.options(),
-            )
-            loss, hard, soft = out.loss, out.hard, out.soft
-            weights = out.weights.sum(1)
-            roots, gradients = [student.logits], [gradient]
-        else:
-            root = F.cross_entropy(student.logits.float(), target, reduction="sum") / num_items
-            loss = hard = root.detach()
-            soft = torch.zeros_like(hard)
-            roots, gradients = [root], [scale.reshape(())]
-        if term is not None:
-            roots += term.roots or [term.loss]
-            gradients += term.gradients or [scale.reshape(()).to(term.loss.dtype)]
-            feature = term.loss.detach()
-            feature_weights = None if term.weights is None else term.weights.sum(1)
-        losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
-        correct = (logits.argmax(1) == target).sum().float()
-        return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
+            return self.distiller.objective(images, *arguments)
 
 
 class TrainStep:
@@ -139,13 +81,12 @@ class TrainStep:
         seed: int,
         recorder: Recorder | None = None,
     ) -> None:
-        self.trainable = TrainableStudent(student, strategy, DTYPES[precision.dtype]).to(world.device)
-        if precision.channels_last:
-            self.trainable.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distiller = Distiller(student, teachers, strategy, channels_last=precision.channels_last).to(world.device)
         if precision.sync_batchnorm:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
-            self.trainable = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable)  # type: ignore[no-untyped-call]
+            distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # type: ignore[no-untyped-call]
+        self.trainable = StepObjective(distiller, DTYPES[precision.dtype])
         compiled = precision.compiles(world.device.type) and full_batch > 1  # one image: see `running_statistics`
         if full_batch == 1 and any(isinstance(module, _BatchNorm) for module in self.trainable.modules()):
             warnings.warn(
@@ -154,7 +95,7 @@ class TrainStep:
             )
         if compiled:
             self.trainable.compile_for(full_batch)
-        self.student, self.strategy, self.teachers = self.trainable.student, self.trainable.strategy, teachers
+        self.student, self.strategy, self.teachers = distiller.student, distiller.strategy, teachers
         self._forward = replicate(self.trainable, world)
         self.optimizer = torch.optim.SGD(
             [p for p in self.trainable.parameters() if p.requires_grad],

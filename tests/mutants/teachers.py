@@ -74,7 +74,11 @@ CHANGES = (
             tests=f"{LIVE} {CACHE}",
         ),
         Change("hash without the values", "digest.update(data.numpy())", "pass"),
-        Change("images keep their dtype", "predict(model, images.to(dtype))", "predict(model, images)"),
+        Change(
+            "images keep their dtype",
+            "predict(self._models[k], images.to(self._dtypes[k]))",
+            "predict(self._models[k], images)",
+        ),
         Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=GRAPH),
         Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=GRAPH),
         Change(

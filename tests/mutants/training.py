@@ -5,6 +5,7 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
+DISTILLER = "tests/train/test_distiller.py"
 LOOP = "tests/train/test_loop.py"
 JOBS = "tests/train/test_jobs.py"
 RANKS = "tests/train/test_distributed.py"
@@ -137,12 +138,6 @@ CHANGES = (
             "1.0, device=world.device)",
             tests=TWO,
         ),
-        Change(
-            "divided by the images of this process",
-            "num_items=num_items,\n                loss_scale",
-            "num_items=len(target),\n                loss_scale",
-        ),
-        Change("loss scale left out", "loss_scale=scale,", ""),
         Change("the scaler is not updated", "self.scaler.update()", "pass"),
         Change(
             "autocast whatever the dtype",
@@ -164,8 +159,23 @@ CHANGES = (
             tests=f"{OPTIONS} {CHECKPOINT}",
         ),
         Change(
+            "strategy's parameters are not trained",
+            "[p for p in self.trainable.parameters() if p.requires_grad]",
+            "[p for p in self.trainable.student.parameters() if p.requires_grad]",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/distiller.py",
+        STEP,
+        Change(
+            "divided by the images of this process",
+            "num_items=num_items,\n                loss_scale",
+            "num_items=len(target),\n                loss_scale",
+        ),
+        Change("loss scale left out", "loss_scale=scale,", ""),
+        Change(
             "channels_last dropped",
-            "self.trainable.to(memory_format=torch.channels_last)  # type: ignore[call-overload]",
+            "self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]",
             "pass",
         ),
         Change(
@@ -179,11 +189,36 @@ CHANGES = (
             "target, num_items, torch.ones_like(scale))\n        logits",
             tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
+        Change("teachers do not move", "teachers.move(fn)", "pass", tests=DISTILLER),
+        Change("the divisor of labels is ignored", "(1 if num_items is None else num_items)", "1", tests=DISTILLER),
         Change(
-            "strategy's parameters are not trained",
-            "[p for p in self.trainable.parameters() if p.requires_grad]",
-            "[p for p in self.trainable.student.parameters() if p.requires_grad]",
+            "feature loss left out", "DistillerOutput(out.loss + feature,", "DistillerOutput(out.loss,", tests=DISTILLER
         ),
+        Change(
+            "teachers of their own dtype",
+            "freeze(model, teacher_dtype, channels_last)",
+            "freeze(model)",
+            tests=DISTILLER,
+        ),
+        Change("an option does not arrive", '"alpha": alpha, ', "", tests=DISTILLER),
+        Change(
+            "images in the caller's layout",
+            "images = images.contiguous(memory_format=torch.channels_last)",
+            "pass",
+            equivalent="a convolution with channels_last weights converts its input itself",
+        ),
+    ),
+    *changes(
+        "camkd_fast/models/observer.py",
+        DISTILLER,
+        Change(
+            "outputs of other calls are kept",
+            "            self._seen = None\n        (features",
+            "            pass\n        (features",
+        ),
+        Change("modules stay in evaluation mode", "module.training = True", "pass"),
+        Change("an output of any shape", "features.dim() != 4", "False"),
+        Change("the module may run twice", "if more or", "if"),
     ),
     *changes(
         "camkd_fast/train/trainer.py",

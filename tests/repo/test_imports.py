@@ -29,7 +29,7 @@ PARTS = {
     "report": set(),
     "train": {"models", "data", "losses", "system", "camkd_fast"},
     "experiments": {"train", "models", "data", "report", "losses", "system", "camkd_fast"},
-    "__init__": {"losses.logit", "losses.feature"},
+    "__init__": {"losses.logit", "losses.feature", "train.distiller"},
     "__main__": {"cli"},
 }
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.

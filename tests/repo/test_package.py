@@ -115,6 +115,7 @@ def test_public_names():
     assert set(camkd_fast.__all__) == {
         "CAMKDFeatureLoss",
         "CAMKDLoss",
+        "Distiller",
         "__version__",
         "camkd_feature_loss_and_grad",
         "camkd_loss",

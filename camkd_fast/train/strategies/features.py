@@ -15,7 +15,9 @@ from .registry import register
 
 
 class FeatureStrategy(Strategy):
-    """Base of strategies that regress the teachers' last feature maps; owns the maps r_k. The feature term is float32.
+    """Base of strategies that regress the teachers' last feature maps; owns the maps r_k.
+
+    The feature term has the dtype of their parameters, float32 unless the strategy was cast, whatever autocast says.
 
     With a teacher cache the teachers' maps are pooled, (N, D_k, 1, 1), and the student's map is pooled before r_k.
     """
@@ -46,7 +48,7 @@ class FeatureStrategy(Strategy):
         loss_scale: Tensor | None = None,
     ) -> FeatureTerm:
         with torch.autocast(student.features.device.type, enabled=False):
-            maps = student.features.float(), [t.features for t in teacher_outputs]
+            maps = student.features.to(self.maps.dtype), [t.features for t in teacher_outputs]
             return self._term(*maps, target, num_items, loss_scale)
 
     def _term(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...models.protocol import FeatureModel, Prediction, feature_model, predict
+from ...models.protocol import Prediction, feature_model, predict
 
 if TYPE_CHECKING:
     from ...data.batch import Batch
@@ -39,6 +39,10 @@ class Teachers(Protocol):
         """Whether `outputs` runs the teachers: worth running ahead of the student."""
         return True
 
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to the models' tensors, as `nn.Module.to` does."""
+        return
+
     def inputs(self, batch: Batch) -> list[Tensor]:
         """What `outputs` reads besides the images, on the host or the device."""
 
@@ -57,7 +61,7 @@ class LiveTeachers(Teachers):
 
     Args:
         models: 1 to 16 models, from `models.freeze` or as trained; set to evaluation mode in place.
-        num_classes: of the data set, and so of the student.
+        num_classes: of the data set, and so of the student; None: that of the first teacher that says it.
         autocast: bfloat16 or float16 for forward passes under autocast; None: the parameters' own dtype, even if the
             caller has autocast enabled.
 
@@ -68,11 +72,14 @@ class LiveTeachers(Teachers):
 
     MAX = 16  # limit of the loss
 
-    def __init__(self, models: Sequence[nn.Module], num_classes: int, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], num_classes: int | None, autocast: torch.dtype | None = None
+    ) -> None:
         if not 1 <= len(models) <= self.MAX:
             raise ValueError(f"a student learns from 1 to {self.MAX} teachers, got {len(models)}")
         for k, model in enumerate(models):
             classes = getattr(model, "num_classes", num_classes)
+            num_classes = classes if num_classes is None else num_classes
             if classes != num_classes:
                 name = f"teacher {k} ({type(model).__name__})"
                 raise ValueError(f"{name} has {classes} classes, but the data set has {num_classes}")
@@ -80,9 +87,7 @@ class LiveTeachers(Teachers):
         self._models = [feature_model(model) for model in self._modules]
         self._dtypes = [_dtype(model) for model in self._modules]
         self.num_classes, self.autocast = num_classes, autocast
-        self._eager: list[Callable[[Tensor], Prediction]] = [
-            partial(self._predict, *pair) for pair in zip(self._models, self._dtypes, strict=True)
-        ]
+        self._eager: list[Callable[[Tensor], Prediction]] = [partial(self._predict, k) for k in range(len(models))]
         self._compiled_size, self._compiled = -1, self._eager
 
     def compile_for(self, batch_size: int) -> None:
@@ -96,12 +101,17 @@ class LiveTeachers(Teachers):
 
     @property
     def heads(self) -> list[Head]:
-        return [partial(_head, model, dtype) for model, dtype in zip(self._models, self._dtypes, strict=True)]
+        return [partial(self._head, k) for k in range(len(self._models))]
 
     @property
     def hashes(self) -> list[str]:
         """sha256 of each teacher, see `state_hash`."""
         return [state_hash(module) for module in self._modules]
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for module in self._modules:
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        self._dtypes[:] = [_dtype(module) for module in self._modules]
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         return []
@@ -111,9 +121,14 @@ class LiveTeachers(Teachers):
         run = self._compiled if len(images) == self._compiled_size else self._eager
         return side_by_side([partial(predict, images) for predict in run], images.device)
 
-    def _predict(self, model: FeatureModel, dtype: torch.dtype, images: Tensor) -> Prediction:
+    def _predict(self, k: int, images: Tensor) -> Prediction:
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return predict(model, images.to(dtype))
+            return predict(self._models[k], images.to(self._dtypes[k]))
+
+    def _head(self, k: int, features: Tensor) -> Tensor:
+        """Apply the head in its own dtype: regressed maps are float32 whatever the teacher's dtype."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self._models[k].forward_head(features.to(self._dtypes[k]))
 
 
 def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
@@ -140,12 +155,6 @@ def _dtype(module: nn.Module) -> torch.dtype:
     """Dtype of the module's first floating-point parameter or buffer."""
     tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next((t.dtype for t in tensors), torch.float32)
-
-
-def _head(model: FeatureModel, dtype: torch.dtype, features: Tensor) -> Tensor:
-    """Apply the head in its own dtype: regressed maps are float32 whatever the teacher's dtype."""
-    with torch.autocast(features.device.type, enabled=False):
-        return model.forward_head(features.to(dtype))
 
 
 def state_hash(module: nn.Module) -> str:

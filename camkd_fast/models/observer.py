@@ -1,0 +1,75 @@
+"""Outputs of a student of any class: its logits, and the output of one of its modules as the feature map."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .protocol import FeatureModel, Prediction, logits_of, predict
+
+
+class Observer:
+    """Calls a model and returns logits and feature map.
+
+    The map is that of the model's own protocol (`models.protocol`), or the output of a named module, which a forward
+    hook keeps during the call. Without either it is empty. The model itself is not wrapped, so its parameters and its
+    state keep their names.
+
+    Args:
+        model: images (N, channels, H, W) -> logits (N, C), or an object whose `logits` they are (transformers).
+        layer: name of the module, which the model calls once; its output is a map (N, D, h, w).
+
+    Raises:
+        ValueError: no module has that name; the message lists the nearest.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | None = None) -> None:
+        self.layer = layer
+        self.num_features = model.num_features if layer is None and isinstance(model, FeatureModel) else 0
+        self._seen: list[Any] | None = None  # outputs of the module in the call that runs
+        if layer is not None:
+            modules = dict(model.named_modules(remove_duplicate=False))
+            if layer not in modules or not layer:
+                nearest = get_close_matches(layer, modules, n=5) or [name for name, _ in model.named_children()]
+                raise ValueError(f"{type(model).__name__} has no module {layer!r}; nearest: {', '.join(nearest)}")
+            modules[layer].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._seen is not None:
+            self._seen.append(output)
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Prediction:
+        """
+        Raises:
+            ValueError: the module was not called exactly once, or its output is not a map.
+        """
+        if self.layer is None:
+            if isinstance(model, FeatureModel):
+                return predict(model, images)
+            return Prediction(images.new_empty(0), logits_of(model(images)))
+        seen: list[Any] = []
+        self._seen = seen
+        try:
+            logits = logits_of(model(images))
+        finally:
+            self._seen = None
+        (features, *more) = seen or [None]
+        if more or not isinstance(features, Tensor) or features.dim() != 4:
+            what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            found = f"{len(seen)} outputs" if len(seen) != 1 else what
+            raise ValueError(f"{type(model).__name__}.{self.layer} gives {found}, not one map (N, D, h, w)")
+        return Prediction(features, logits)
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, images: Tensor) -> int:
+        """Set and return `num_features`, the map's channels, from a pass over a batch in evaluation mode."""
+        training = [module for module in model.modules() if module.training]
+        try:
+            self.num_features = self(model.eval(), images).features.shape[1]
+        finally:
+            for module in training:
+                module.training = True
+        return self.num_features

@@ -1,0 +1,229 @@
+"""Distillation in any training loop: student, frozen teachers and loss in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses.logit import camkd_loss, camkd_loss_and_grad
+from ..models import freeze, sources
+from ..models.observer import Observer
+from ..models.protocol import FeatureModel, Prediction, Source
+from ..models.split import LogitsOnly, split
+from . import strategies
+from .strategies import Strategy
+from .teachers.live import LiveTeachers, Teachers
+
+
+class DistillerOutput(NamedTuple):
+    """Result of a `Distiller` for one batch. Only `loss` and `logits` are differentiable."""
+
+    loss: Tensor  # scalar, float32: hard + alpha soft + beta feature
+    logits: Tensor  # (N, C) of the student
+    hard: Tensor  # scalar: cross-entropy of the student
+    soft: Tensor  # scalar: T^2 sum_k w_k KL_k; 0 without teachers
+    feature: Tensor  # scalar: the feature term, beta included; 0 without
+    weights: Tensor | None  # (K, N): w_k of the teachers' logits; None without teachers
+
+
+class Objective(NamedTuple):
+    """Loss of one batch, as arguments of `torch.autograd.backward(roots, gradients)`."""
+
+    roots: list[Tensor]  # logits (N, C) and those of the strategy's feature loss
+    gradients: list[Tensor]  # d(scale * loss) / d root
+    numbers: Tensor  # float32, sums over the batch: loss, cross-entropy, distillation, feature loss, correct
+    weights: Tensor | None  # (K,) logit weights of the teachers, summed over the batch
+    feature_weights: Tensor | None  # (K,) feature weights, summed over the batch
+
+
+class Distiller(nn.Module):
+    """A student that learns from labels and K frozen teachers (CA-MKD, arXiv 2201.00007, and other strategies).
+
+    >>> distiller = Distiller(student, ["runs/t0", "timm:resnet50.a1_in1k", my_teacher])
+    >>> optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05)
+    >>> distiller(images, target).loss.backward()
+
+    Its parameters, buffers and state are those of the student and of the strategy (the feature maps r_k). Teachers are
+    frozen copies: they are no part of `parameters()` or `state_dict()`, stay in evaluation mode, compute in their own
+    dtype outside autocast, and follow `.to()`.
+
+    Args:
+        student: follows timm's protocol (`models.protocol`), or returns logits (N, C) or an object with `logits`.
+        teachers: modules of the same kinds, `sources.Source`s, or strings of `sources.load`; 1 to 16.
+        strategy: a name of `strategies.names()`.
+        temperature: T of the distillation loss.
+        alpha: coefficient of the distillation loss.
+        beta: coefficient of the feature loss; None: the strategy's own (50 for CA-MKD).
+        student_layer: name of the student's module whose output (N, D, h, w) is its feature map, if the student does
+            not follow the protocol.
+        teacher_layers: likewise for each teacher, None for those that follow it; what comes after the module is the
+            head. torch.fx must be able to trace such a teacher.
+        example: images (n, channels, H, W), as `forward` gets them; needed with a layer's name.
+        teacher_dtype: of the teachers' parameters and activations; None: their own.
+        channels_last: memory format of student and teachers.
+        options: further ones of the strategy, see `strategies.create`.
+
+    Attributes:
+        student, strategy: modules.
+        teachers: `LiveTeachers`; None if the strategy needs none.
+
+    Raises:
+        ValueError: an option is invalid; a layer is unknown or its output no map; the strategy needs feature maps, but
+            a model has none; numbers of classes differ; or as `sources.load`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Teachers | Sequence[nn.Module | Source | str] | None,
+        strategy: str | Strategy = "ca-mkd",
+        *,
+        temperature: float = 4.0,
+        alpha: float = 1.0,
+        beta: float | None = None,
+        student_layer: str | None = None,
+        teacher_layers: Sequence[str | None] | None = None,
+        example: Tensor | None = None,
+        teacher_dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self._observe = Observer(student, student_layer)
+        if student_layer is not None:
+            self._observe.measure(student, _needed(example, "student_layer", student_layer))
+        if isinstance(teachers, Sequence):
+            layers = [None] * len(teachers) if teacher_layers is None else list(teacher_layers)
+            if len(layers) != len(teachers):
+                raise ValueError(f"teacher_layers holds {len(layers)}, but there are {len(teachers)} teachers")
+            models = [_teacher(*pair, example) for pair in zip(teachers, layers, strict=True)]
+            frozen = [freeze(model, teacher_dtype, channels_last) for model in models]
+            teachers = LiveTeachers(frozen, getattr(student, "num_classes", None)) if frozen else None
+        if isinstance(strategy, str):
+            if not strategies.find(strategy).needs_teachers:
+                teachers = None
+            channels = self._observe.num_features
+            if strategies.find(strategy).needs_features and not channels:
+                raise ValueError(
+                    f"{strategy} needs the student's feature map, which {type(student).__name__} does not name: "
+                    "student_layer names the module"
+                )
+            given = {"temperature": temperature, "alpha": alpha, "beta": beta, **options}
+            strategy = strategies.create(strategy, teachers, channels, **given)
+        self.strategy = strategy
+        self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
+        self._channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def teachers(self) -> Teachers | None:
+        return self._teachers[0] if self._teachers else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for teachers in self._teachers:
+            teachers.move(fn)
+        return self
+
+    def forward(self, images: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> DistillerOutput:
+        """
+        Args:
+            images: (N, channels, H, W), for student and teachers.
+            target: (N,) int64 labels, or -100 for images that do not count.
+            num_items: divisor of the summed loss instead of the number of images that count: all of an optimiser's
+                step, for gradient accumulation; those of all processes divided by their number, for DDP and FSDP.
+        """
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        outputs = [] if self.teachers is None else self.teachers.outputs(images, [])
+        student = self._observe(self.student, images)
+        logits = student.logits
+        zero = torch.zeros((), device=logits.device)
+        if not outputs:
+            rows = "mean" if num_items is None else "sum"
+            loss = F.cross_entropy(logits.float(), target, reduction=rows) / (1 if num_items is None else num_items)
+            return DistillerOutput(loss, logits, loss.detach(), zero, zero, None)
+        options = self._options(logits.detach(), outputs, target)
+        out = camkd_loss(logits, [teacher.logits for teacher in outputs], target, num_items=num_items, **options)
+        term = self.strategy.feature_term(student, outputs, target, num_items)
+        feature = zero if term is None else term.loss
+        return DistillerOutput(out.loss + feature, logits, out.hard, out.soft, feature.detach(), out.weights)
+
+    def objective(
+        self,
+        images: Tensor,
+        target: Tensor,
+        teacher_outputs: list[Prediction],
+        num_items: float | Tensor,
+        scale: Tensor,
+    ) -> Objective:
+        """The batch of a training step, with the gradients of the losses computed in one pass.
+
+        Args:
+            images: (N, channels, H, W), the batch that the teachers received.
+            target: (N,) int64.
+            teacher_outputs: K predictions; empty without teachers.
+            num_items: as in `forward`.
+            scale: (1,) float32, multiplies all gradients.
+        """
+        student = self._observe(self.student, images)
+        term = None
+        if teacher_outputs:
+            term = self.strategy.feature_term(student, teacher_outputs, target, num_items, scale)
+        logits = student.logits.detach()
+        weights = feature_weights = None
+        feature = torch.zeros((), device=images.device)
+        if teacher_outputs:
+            out, gradient = camkd_loss_and_grad(
+                logits,
+                [teacher.logits for teacher in teacher_outputs],
+                target,
+                num_items=num_items,
+                loss_scale=scale,
+                **self._options(logits, teacher_outputs, target),
+            )
+            loss, hard, soft = out.loss, out.hard, out.soft
+            weights = out.weights.sum(1)
+            roots, gradients = [student.logits], [gradient]
+        else:
+            root = F.cross_entropy(student.logits.float(), target, reduction="sum") / num_items
+            loss = hard = root.detach()
+            soft = torch.zeros_like(hard)
+            roots, gradients = [root], [scale.reshape(())]
+        if term is not None:
+            roots += term.roots or [term.loss]
+            gradients += term.gradients or [scale.reshape(()).to(term.loss.dtype)]
+            feature = term.loss.detach()
+            feature_weights = None if term.weights is None else term.weights.sum(1)
+        losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
+        correct = (logits.argmax(1) == target).sum().float()
+        return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
+
+    def _options(self, logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> dict[str, Any]:
+        """Keywords of the loss for one batch; logits (N, C) of the student, detached."""
+        weighting = self.strategy.weighting(logits, teacher_outputs, target)
+        return self.strategy.formula._replace(weighting=weighting).options()
+
+
+def _teacher(given: nn.Module | Source | str, layer: str | None, example: Tensor | None) -> nn.Module:
+    """A teacher's model with the protocol."""
+    if isinstance(given, str):
+        given = sources.load(given)
+    model = given.model if isinstance(given, Source) else given
+    if layer is not None:
+        return split(model.eval(), layer, _needed(example, "teacher_layers", layer))
+    if isinstance(model, FeatureModel):
+        return cast(nn.Module, model)
+    return LogitsOnly(model, f"teacher_layers names no module of {type(model).__name__}")
+
+
+def _needed(example: Tensor | None, name: str, layer: str) -> Tensor:
+    if example is None:
+        raise ValueError(f"{name} {layer!r} needs example images, of which the module's output is taken")
+    return example

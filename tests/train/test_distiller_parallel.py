@@ -1,0 +1,86 @@
+"""`Distiller` under DDP and FSDP2 in two processes: gradients of the whole batch, with accumulation and autocast."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+RANK = """
+import sys, torch
+import torch.distributed as dist
+from contextlib import nullcontext
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from camkd_fast import Distiller
+from tests.support.training import SmallNet, batch
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+mesh, data = init_device_mesh("cpu", (2,)), batch(24)
+parts = torch.arange(24).chunk(2)[rank].chunk(2)  # two parts of each process
+
+def made(strategy):
+    torch.manual_seed(0)
+    return Distiller(SmallNet(), [SmallNet(6, seed=1), SmallNet(7, seed=2)], strategy).eval()
+
+def whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+def gradients(module):
+    return {name.removeprefix("module."): whole(p.grad) for name, p in module.named_parameters()}
+
+def check(found, expected, tolerance, what):
+    assert found.keys() == expected.keys(), (what, found.keys())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert gradient.norm() > 0 and error < tolerance, (what, name, error)
+
+for strategy in ("ca-mkd-logits", "ca-mkd"):
+    for precise in (True, False):
+        cast = nullcontext if precise else lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        tolerance = 1e-5 if precise else 0.02
+        single = made(strategy)
+        with cast():
+            loss = single(data.images, data.target).loss
+        loss.backward()
+        expected = gradients(single)
+        for way in ("ddp", "fsdp2"):
+            module = made(strategy)
+            if way == "ddp":
+                module = DistributedDataParallel(module)
+            else:
+                for inner in (module.student.conv1, module.student.conv2, module):
+                    fully_shard(inner, mesh=mesh)
+                assert all(isinstance(p, DTensor) for p in module.parameters())
+            for last, part in zip((False, True), parts):
+                if way == "fsdp2":
+                    module.set_requires_gradient_sync(last)
+                synced = module.no_sync() if way == "ddp" and not last else nullcontext()
+                with synced:
+                    with cast():
+                        loss = module(data.images[part], data.target[part], num_items=24 / 2).loss
+                    loss.backward()
+            check(gradients(module), expected, tolerance, (strategy, precise, way))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
