@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...models.preprocessing import Adapted, floating_dtype
 from ...models.protocol import FeatureModel, Prediction, feature_model, predict
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class LiveTeachers(Teachers):
                 raise ValueError(f"{name} has {classes} classes, but the data set has {num_classes}")
         self._modules = [model.eval().requires_grad_(False) for model in models]
         self._models = [feature_model(model) for model in self._modules]
-        self._dtypes = [_dtype(model) for model in self._modules]
+        self._dtypes = [floating_dtype(model) for model in self._modules]
         self.num_classes, self.autocast = num_classes, autocast
         self._eager: list[Callable[[Tensor], Prediction]] = [
             partial(self._predict, *pair) for pair in zip(self._models, self._dtypes, strict=True)
@@ -113,7 +114,8 @@ class LiveTeachers(Teachers):
 
     def _predict(self, model: FeatureModel, dtype: torch.dtype, images: Tensor) -> Prediction:
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return predict(model, images.to(dtype))
+            # What adapts images rounds them last.
+            return predict(model, images if isinstance(model, Adapted) else images.to(dtype))
 
 
 def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
@@ -134,12 +136,6 @@ def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) ->
     for stream in streams:
         here.wait_stream(stream)
     return results
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of the module's first floating-point parameter or buffer."""
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-    return next((t.dtype for t in tensors), torch.float32)
 
 
 def _head(model: FeatureModel, dtype: torch.dtype, features: Tensor) -> Tensor:
