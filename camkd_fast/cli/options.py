@@ -20,6 +20,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from ..system import expand_path
 from ..train import config_file, strategies
 from ..train.config import JOBS, DistillConfig, TeachConfig
+from ..train.source_strings import SourceString
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,20 @@ def _expanded_paths(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] 
         instance_from_str=lambda words: expand_path(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
+    )
+
+
+@_PATHS.primitive_rule
+def _expanded_sources(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[SourceString] | None:
+    """Likewise the path in a source."""
+    if field.type is not SourceString:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SOURCE",
+        instance_from_str=lambda words: SourceString.expanded(words[0]),
+        is_instance=lambda value: isinstance(value, SourceString),
+        str_from_instance=lambda source: [str(source)],
     )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
+from .source_strings import SourceString
 from .strategies import STRATEGIES, names, taking
 
 # Compilation takes 3 to 26 s and gains 1.1 ms a step under CUDA graphs (an H200, three ResNet-32x4 and VGG-8).
@@ -206,8 +207,8 @@ class DistillConfig:
 
     student: str = "vgg8"
     """Model of the student."""
-    teachers: tuple[Path, ...] = ()
-    """Run folders of the teachers."""
+    teachers: tuple[SourceString, ...] = ()
+    """Teachers: run folders, NAME@FILE, timm:NAME, torchvision:NAME@WEIGHTS, hf:NAME or py:MODULE:FUNCTION."""
     strategy: Annotated[str, Doc(f"How the teachers are combined: {', '.join(names())}.")] = "ca-mkd"
     alpha: float = 1.0
     """Weight of the distillation loss relative to the cross-entropy (paper: 1)."""
@@ -227,6 +228,8 @@ class DistillConfig:
         Literal["none", "logits", "features"],
         Doc(f"Give all teachers equal weights in this part of {', '.join(taking('uniform'))}, as an ablation."),
     ] = "none"
+    class_map: Path | None = None
+    """JSON or YAML file: class of the images -> class of the teacher, by name or number, for all teachers or each."""
     teacher_cache: Path | None = None
     """Folder for a cache of the teachers' outputs, which replaces their forward passes from then on; needs --views."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -243,6 +246,9 @@ class DistillConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.teachers, (str, Path)):
+            raise ValueError(f"teachers must be several sources, got only {str(self.teachers)!r}")
+        object.__setattr__(self, "teachers", tuple(map(SourceString, self.teachers)))
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
             _at_least(name, getattr(self, name), low)
         _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -360,11 +361,17 @@ def test_a_cache_has_the_configured_storage(teacher: Path, tmp_path: Path) -> No
     assert not torch.equal(*tails)
 
 
-def test_teachers_of_other_images_are_refused_or_named(teacher: Path) -> None:
-    grey = replace(images(20), pixels=images(20).pixels[:, :1], mean=(127.0,), std=(50.0,))
-    with pytest.raises(ValueError, match="in_channels 3, but the student's images have 1"):
-        loaded(teacher, grey)
-    with pytest.raises(ValueError, match="num_classes 10, but the student's images have 11"):
+def test_teachers_of_other_images_are_refused(teacher: Path) -> None:
+    more = replace(images(20), pixels=images(20).pixels[:, [0, 1, 2, 0]], mean=(127.0,) * 4, std=(50.0,) * 4)
+    with pytest.raises(ValueError, match=r"teacher .* of shape \(4, 8, 8\): it takes images of 3 channels, .* have 4"):
+        loaded(teacher, more)
+    with pytest.raises(ValueError, match="has 10 classes, but the student's images have 11, and its names are unknown"):
         loaded(teacher, replace(images(20), num_classes=11))
-    with pytest.warns(UserWarning, match="was trained on pixels of mean"):
-        loaded(teacher, replace(images(20), mean=(1.0, 2.0, 3.0)))
+
+
+def test_the_class_map_comes_from_the_config(teacher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({str(i): 9 - i for i in range(10)}))
+    batch = torch.randn(2, 3, 8, 8)
+    (mapped,), (live,) = loaded(teacher, class_map=file).outputs(batch), loaded(teacher).outputs(batch)
+    assert torch.equal(mapped.logits, live.logits.flip(1))
