@@ -6,6 +6,7 @@ Options have no prefixes (`--epochs`, not `--settings.optim.epochs`), so field n
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -185,6 +186,7 @@ _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "co
 
 
 _PATHS = ConstructorRegistry()
+_refused: list[str] = []  # why sources of the command line could not be expanded
 
 
 @_PATHS.primitive_rule
@@ -206,10 +208,18 @@ def _expanded_sources(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Sour
     """Likewise the path in a source."""
     if field.type is not SourceString:
         return None
+
+    def expanded(words: list[str]) -> SourceString:
+        try:
+            return SourceString.expanded(words[0])
+        except ValueError as error:
+            _refused.append(str(error))  # in a list of values tyro says only that they cannot be parsed
+            raise
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="SOURCE",
-        instance_from_str=lambda words: SourceString.expanded(words[0]),
+        instance_from_str=expanded,
         is_instance=lambda value: isinstance(value, SourceString),
         str_from_instance=lambda source: [str(source)],
     )
@@ -222,8 +232,14 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: with status 2 for an invalid command line, 0 after --help.
         ValueError, OSError: the file of --config cannot be read, or has another job or invalid settings.
     """
-    with _PATHS:
-        return _parse(argv)
+    _refused.clear()
+    try:
+        with _PATHS:
+            return _parse(argv)
+    except SystemExit:
+        if _refused:
+            print(f"camkd-fast: {_refused[0]}", file=sys.stderr)
+        raise
 
 
 def _parse(argv: Sequence[str]) -> Command:

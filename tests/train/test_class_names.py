@@ -216,7 +216,7 @@ def test_refused_teachers_are_named(tmp_path: Path) -> None:
     ):
         loaded(data(), unnamed)
     with pytest.raises(
-        ValueError, match="fewer has 4 classes, .* have 5, and the images' names are unknown: .*--class"
+        ValueError, match=r"fewer has 4 classes, .* have 5, and the images' names are unknown: .*--class"
     ):
         loaded(data(None), fewer)
 
