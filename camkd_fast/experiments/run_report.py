@@ -81,7 +81,7 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
         ),
     ]
     page = run / REPORT
-    write_page(page, _title(config), _lead(run, config, epochs), sections, footer(environment))
+    write_page(page, _title(config), _lead(run, config, records), sections, footer(environment))
     return page
 
 
@@ -100,8 +100,13 @@ def _title(config: JobConfig) -> str:
     return f"{config.model} trained on {config.data.data}"
 
 
-def _lead(run: Path, config: JobConfig, epochs: Sequence[Record]) -> str:
-    learned = f"{run}: {epochs[-1]['epoch']} of {config.optim.epochs} epochs, seed {config.seed}."
+def _lead(run: Path, config: JobConfig, records: Sequence[Record]) -> str:
+    done = max(record["epoch"] for record in records if record["kind"] == "epoch")
+    learned = f"{run}: {done} of {config.optim.epochs} epochs, seed {config.seed}."
+    for record in records:
+        if record["kind"] == "init":
+            drawn = ", its classifier drawn anew" if record["classifier"] == "drawn" else ""
+            learned += f" Initial weights: {record['source']} (sha256 {record['sha256'][:12]}){drawn}."
     if isinstance(config, TeachConfig):
         wrong = f" {config.wrong_labels:.0%} of the training labels are deliberately wrong."
         return learned + (wrong if config.wrong_labels else "")

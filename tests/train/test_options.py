@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from camkd_fast import models
 from camkd_fast.data import LabelledImages, choose
 from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.splits import Splits
 from camkd_fast.models.model_file import MODEL, model_bytes
-from camkd_fast.train import run, run_folder, strategies
+from camkd_fast.train import config_file, run, run_folder, strategies
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.run_folder import RunExistsError
@@ -308,6 +309,19 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
     for teachers in ((Path("a"),), (Path("b"), Path("a"))):
         with pytest.raises(RunExistsError, match="teachers"):
             run_folder.check_free(replace(config, teachers=teachers), resume=True, overwrite=False)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its config has run folders as teachers, and lacks later settings."""
+    config = DistillConfig(teachers=(Path("runs/t$0"), tmp_path / "t1"), out=tmp_path)
+    run_folder.prepare(config, resume=False)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["teachers"] == ["runs/t$$0", str(tmp_path / "t1")]
+    for later in ("class_map", "init"):
+        assert written.pop(later) is None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    run_folder.check_free(config, resume=True, overwrite=False)
+    assert config_file.load(tmp_path / "config.yaml") == config
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -147,8 +147,13 @@ def _head(model: FeatureModel, dtype: torch.dtype, features: Tensor) -> Tensor:
 def state_hash(module: nn.Module) -> str:
     """sha256 (hex) of a module's repr and of every name, dtype, shape and byte of its state."""
     digest = hashlib.sha256(repr(module).encode())
-    for name, tensor in module.state_dict().items():
+    update_by_state(digest, module.state_dict())
+    return digest.hexdigest()
+
+
+def update_by_state(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
+    """Update a hash with every name, dtype, shape and byte of a state dict."""
+    for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy())
-    return digest.hexdigest()
