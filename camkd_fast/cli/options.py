@@ -67,6 +67,38 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Teachers:
+    """Compare sources of teachers on a data set: model, preprocessing, accuracy, agreement and speed."""
+
+    sources: Annotated[tuple[SourceString, ...], Positional, arg(metavar="SOURCE ...")]
+    """Run folders, NAME@FILE, timm:NAME, torchvision:NAME@WEIGHTS, hf:NAME or py:MODULE:FUNCTION."""
+    data: str = "digits"
+    """Data set: a name of the catalogue, or "folder" for a class-per-folder tree at --root."""
+    root: Path | None = None
+    """Folder of the data set; None: its default location."""
+    split: Literal["auto", "train", "validation", "test"] = "auto"
+    """Split to evaluate, unaugmented; auto: validation, or test if no image is held out."""
+    split_seed: int = 0
+    """Seed of the stratified split into training and validation images."""
+    validation: float = 0.1
+    """Fraction of the training images held out for validation."""
+    size: int | None = None
+    """Side in pixels to which files are resized and arrays are padded; None: the data set's own."""
+    class_map: Path | None = None
+    """JSON or YAML file: class of the images -> class of the teacher, by name or number, for all teachers or each."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Loader of the images."""
+    workers: int | None = None
+    """Threads or processes that decode files; None: this process's share of the processors, at most 8."""
+    skip_bad: int = 0
+    """Number of image files that may be unreadable."""
+    batch_size: int = 256
+    """Images per process and batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto: a GPU if torch sees one."""
+
+
+@dataclass(frozen=True)
 class ComparedStudent(DistillConfig):
     """Common settings of all runs of a comparison."""
 
@@ -180,7 +212,7 @@ class Demo:
     """Folder to write."""
 
 
-Command: TypeAlias = Teach | Distill | Evaluate | Compare | Report | Data | Bench | Info | Export | Demo
+Command: TypeAlias = Teach | Distill | Evaluate | Teachers | Compare | Report | Data | Bench | Info | Export | Demo
 _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "compare": ComparedStudent}
 

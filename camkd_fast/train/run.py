@@ -99,7 +99,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     if not len(images):
         raise ValueError(f"the {split} part of {config.data.data} is empty")
     with processes(device) as world:
-        settings = _loader_config(config, world, EVALUATION_BATCH, None)
+        settings = loader_config(config, world, EVALUATION_BATCH, None)
         with closing(choose.loader(images, settings, config.data.loader)) as loader:
             return evaluate_model(model.to(world.device), loader, world)
 
@@ -141,7 +141,7 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
 
-        for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)
+        for_evaluation = loader_config(config, world, EVALUATION_BATCH, None)
         for_validation = replace(for_evaluation, known_bad=bad.validation)
         for_test = replace(for_evaluation, known_bad=bad.test)
         trainer = Trainer(
@@ -273,7 +273,7 @@ def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[Imag
     """Images and labels that a run trains on, and its loader settings."""
     images = _training_images(config, train)
     share = share_of_batch(config.optim.batch_size, world)
-    return images, _loader_config(config, world, share, training_augmentation(config.data, images))
+    return images, loader_config(config, world, share, training_augmentation(config.data, images))
 
 
 def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
@@ -302,7 +302,8 @@ def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
     return Augmentation(kind, padding if kind == "crop" else 0, flip)
 
 
-def _loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
+def loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
+    """Settings of a loader of this process; without augmentation for evaluation."""
     return LoaderConfig(
         batch_size=batch_size,
         seed=config.seed,

@@ -41,6 +41,7 @@ def path_options(kind: Any, name: str) -> Iterator[tuple[str, str]]:
             yield name, "" if positional else f"--{field.replace('_', '-')}"
 
 
+POSITIONAL = ("evaluate", "teachers", "report", "export")
 OPTIONS = [option for name, kind in _COMMANDS.items() if name != "data" for option in path_options(kind, name)]
 
 
@@ -64,8 +65,8 @@ def test_the_list_of_options_is_complete() -> None:
 @pytest.mark.parametrize(("command", "option"), [o for o in OPTIONS if o[1] != "--config"])
 @pytest.mark.parametrize("text", ["~/x", "$RUNS/x", "${RUNS}/x"])
 def test_every_path_option_is_expanded(command: str, option: str, text: str, tmp_path: Path) -> None:
-    base = [] if option or command not in ("evaluate", "report", "export") else [text]
-    required = ["run"] if option and command in ("evaluate", "report", "export") else []
+    base = [] if option or command not in POSITIONAL else [text]
+    required = ["run"] if option and command in POSITIONAL else []
     more = ["--views", "2"] if option == "--teacher-cache" else []
     words = [f"{option}={text}"] if option and option != "--teachers" else [option, text] if option else []
     parsed = parse([command, *base, *required, *words, *more])

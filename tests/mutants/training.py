@@ -345,7 +345,7 @@ CHANGES = (
         ),
         Change(
             "validation images are augmented",
-            "for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)",
+            "for_evaluation = loader_config(config, world, EVALUATION_BATCH, None)",
             "for_evaluation = settings",
             tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
