@@ -1,7 +1,7 @@
 """A student from two teachers with accelerate, which places the model, wraps it in DDP and accumulates gradients.
 
-    pip install accelerate
-    python examples/with_accelerate.py
+pip install accelerate
+python examples/with_accelerate.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A student from two teachers with Lightning. Teachers are in no checkpoint and in no optimiser.
+"""A student from two teachers with Lightning. Teachers are neither in checkpoints nor in the optimiser.
 
-    pip install lightning
-    python examples/with_lightning.py
+pip install lightning
+python examples/with_lightning.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main(epochs: int = 3) -> float:
     lightning.seed_everything(0, verbose=False)
     train, test = digits()
     module = Distillation(trained_teachers(train))
-    trainer = lightning.Trainer(max_epochs=epochs, enable_progress_bar=False, logger=False, enable_model_summary=False)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **quiet)
     trainer.fit(module, DataLoader(train, batch_size=50, shuffle=True))
     found = accuracy(module.distiller.student, test)
     print(f"accuracy {found:.3f}")

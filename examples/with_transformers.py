@@ -1,7 +1,7 @@
 """A transformers student from two teachers of other kinds, with transformers' Trainer.
 
-    pip install transformers accelerate
-    python examples/with_transformers.py
+pip install transformers accelerate
+python examples/with_transformers.py
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ..experiments import compare, run_report
 from ..train import run as jobs
-from ..train.config import DistillConfig
+from ..train.config import DataConfig, DistillConfig
 from ..train.run import RunResult
 from ..train.run_lock import locked
 from . import study
@@ -29,6 +29,7 @@ from .options import (
     Info,
     Report,
     Teach,
+    Teachers,
 )
 
 
@@ -41,6 +42,8 @@ def run(command: Command) -> int:
             _finish(jobs.distill(command.settings, **_how(command)))
         case Evaluate():
             _evaluate(command)
+        case Teachers():
+            _teachers(command)
         case Compare():
             if command.study is not None:
                 return study.run(command, command.study)
@@ -92,6 +95,24 @@ def _evaluate(command: Evaluate) -> None:
         f"{command.run}, {found.images:,} {command.split} images: "
         f"accuracy {100 * found.accuracy:.2f} %, cross-entropy {found.loss:.4f}"
     )
+
+
+def _teachers(command: Teachers) -> None:
+    from ..experiments import teacher_table
+
+    data = DataConfig(**{f.name: getattr(command, f.name) for f in fields(DataConfig) if hasattr(command, f.name)})
+    found = teacher_table.compare_teachers(
+        command.sources,
+        data,
+        command.split,
+        class_map=command.class_map,
+        device=command.device,
+        batch_size=command.batch_size,
+    )
+    parts = [f"{found.images:,} {found.split} images of {command.data}", teacher_table.table(found).text()]
+    if len(found.teachers) > 1:
+        parts.append(teacher_table.agreement(found).text())
+    _print("\n\n".join([*parts, *filter(None, ["\n".join(teacher_table.notes(found))])]))
 
 
 def _compare(command: Compare) -> None:

@@ -6,6 +6,7 @@ Options have no prefixes (`--epochs`, not `--settings.optim.epochs`), so field n
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -20,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from ..system import expand_path
 from ..train import config_file, strategies
 from ..train.config import JOBS, DistillConfig, TeachConfig
+from ..train.source_strings import SourceString
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,38 @@ class Evaluate:
     """Folder of the run."""
     split: Literal["train", "validation", "test"] = "test"
     """Split to evaluate, unaugmented."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto: a GPU if torch sees one."""
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Compare sources of teachers on a data set: model, preprocessing, accuracy, agreement and speed."""
+
+    sources: Annotated[tuple[SourceString, ...], Positional, arg(metavar="SOURCE ...")]
+    """Run folders, NAME@FILE, timm:NAME, torchvision:NAME@WEIGHTS, hf:NAME or py:MODULE:FUNCTION."""
+    data: str = "digits"
+    """Data set: a name of the catalogue, or "folder" for a class-per-folder tree at --root."""
+    root: Path | None = None
+    """Folder of the data set; None: its default location."""
+    split: Literal["auto", "train", "validation", "test"] = "auto"
+    """Split to evaluate, unaugmented; auto: validation, or test if no image is held out."""
+    split_seed: int = 0
+    """Seed of the stratified split into training and validation images."""
+    validation: float = 0.1
+    """Fraction of the training images held out for validation."""
+    size: int | None = None
+    """Side in pixels to which files are resized and arrays are padded; None: the data set's own."""
+    class_map: Path | None = None
+    """JSON or YAML file: class of the images -> class of the teacher, by name or number, for all teachers or each."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Loader of the images."""
+    workers: int | None = None
+    """Threads or processes that decode files; None: this process's share of the processors, at most 8."""
+    skip_bad: int = 0
+    """Number of image files that may be unreadable."""
+    batch_size: int = 256
+    """Images per process and batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU if torch sees one."""
 
@@ -178,12 +212,13 @@ class Demo:
     """Folder to write."""
 
 
-Command: TypeAlias = Teach | Distill | Evaluate | Compare | Report | Data | Bench | Info | Export | Demo
+Command: TypeAlias = Teach | Distill | Evaluate | Teachers | Compare | Report | Data | Bench | Info | Export | Demo
 _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "compare": ComparedStudent}
 
 
 _PATHS = ConstructorRegistry()
+_refused: list[str] = []  # why sources of the command line could not be expanded
 
 
 @_PATHS.primitive_rule
@@ -200,6 +235,28 @@ def _expanded_paths(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] 
     )
 
 
+@_PATHS.primitive_rule
+def _expanded_sources(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[SourceString] | None:
+    """Likewise the path in a source."""
+    if field.type is not SourceString:
+        return None
+
+    def expanded(words: list[str]) -> SourceString:
+        try:
+            return SourceString.expanded(words[0])
+        except ValueError as error:
+            _refused.append(str(error))  # in a list of values tyro says only that they cannot be parsed
+            raise
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SOURCE",
+        instance_from_str=expanded,
+        is_instance=lambda value: isinstance(value, SourceString),
+        str_from_instance=lambda source: [str(source)],
+    )
+
+
 def parse(argv: Sequence[str]) -> Command:
     """Parse a command line.
 
@@ -207,8 +264,14 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: with status 2 for an invalid command line, 0 after --help.
         ValueError, OSError: the file of --config cannot be read, or has another job or invalid settings.
     """
-    with _PATHS:
-        return _parse(argv)
+    _refused.clear()
+    try:
+        with _PATHS:
+            return _parse(argv)
+    except SystemExit:
+        if _refused:
+            print(f"camkd-fast: {_refused[0]}", file=sys.stderr)
+        raise
 
 
 def _parse(argv: Sequence[str]) -> Command:

@@ -12,6 +12,7 @@ from ..report.plots import Curve, Panel, Sample, accuracy_bars, curves, differen
 from ..train.atomic import write_atomically
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import REPORT
+from ..train.source_strings import labels
 from ..train.strategies import find
 from .compare import BASELINE, CompareConfig, Row, as_json, baseline, spread
 from .run_report import footer, settings
@@ -73,8 +74,10 @@ def difference_plot(rows: Sequence[Row]) -> Picture | None:
 
 
 def _sections(config: CompareConfig, rows: Sequence[Row]) -> list[Section]:
-    tests = [(path, read_metrics(path / METRICS, "test")) for path in config.student.teachers]
-    known = [(path.name, records[-1]["test_accuracy"]) for path, records in tests if records]
+    teachers = config.student.teachers
+    files = [(name, Path(teacher) / METRICS) for name, teacher in zip(labels(teachers), teachers, strict=True)]
+    tests = [(name, read_metrics(file, "test")) for name, file in files if file.exists()]  # of run folders
+    known = [(name, records[-1]["test_accuracy"]) for name, records in tests if records]
     groups = [[Sample(name, _PALE, [100 * accuracy]) for name, accuracy in known]] if known else []
     parts: list[Part] = [accuracy_bars([*groups, student_samples(rows)], "Students, enlarged"), student_table(rows)]
     gains = difference_plot(rows)

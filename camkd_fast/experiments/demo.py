@@ -18,6 +18,7 @@ from ..train import run
 from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import load_model
+from ..train.source_strings import SourceString
 from ..train.strategies import AVER, CAMKD, CE
 from . import compare
 from .compare import CompareConfig, Row
@@ -76,7 +77,7 @@ class DemoConfig:
         """Config of the comparison."""
         base = DistillConfig(
             student=self.student,
-            teachers=tuple(self.teacher(k, out).out for k in range(len(self.teachers))),
+            teachers=tuple(SourceString(self.teacher(k, out).out) for k in range(len(self.teachers))),
             alpha=self.alpha,
             beta=self.beta,
             out=out / "students",

@@ -13,6 +13,8 @@ from torch import nn
 
 from .. import models
 from ..data.files import ImageSet
+from ..models import sources
+from ..models.model_file import MODEL
 from ..report.page import Figures, Folded, Part, Section, Table, write_page
 from ..report.plots import (
     BLUE,
@@ -29,12 +31,14 @@ from ..report.plots import (
     curves,
 )
 from ..train import config_file
-from ..train.class_names import renumbered
+from ..train.class_map import ClassMap
 from ..train.config import DistillConfig, JobConfig, TeachConfig
 from ..train.confusion import Confusion, confusion
 from ..train.journal import METRICS, read_metrics
 from ..train.run import load_splits
-from ..train.run_folder import CONFIG, REPORT, is_finished, load_model, model_metadata
+from ..train.run_folder import CONFIG, REPORT, is_finished
+from ..train.source_strings import SourceString, labels
+from ..train.teachers.fitted import fitted
 
 Record = Mapping[str, Any]
 _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small to read
@@ -43,8 +47,8 @@ _MOST_CLASSES_IN_A_MATRIX = 20  # beyond it the cells of a matrix are too small 
 def write(run: Path, environment: Mapping[str, str]) -> Path:
     """Write `run/report.html` and return its path.
 
-    Student and teachers are evaluated on the validation images, so the data set and the teachers' folders must be
-    where the config says.
+    Student and teachers are evaluated on the validation images, so the data set and the teachers must be where the
+    config says.
 
     Args:
         run: folder of a run with at least one finished epoch.
@@ -77,7 +81,7 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
         ),
     ]
     page = run / REPORT
-    write_page(page, _title(config), _lead(run, config, epochs), sections, footer(environment))
+    write_page(page, _title(config), _lead(run, config, records), sections, footer(environment))
     return page
 
 
@@ -96,8 +100,13 @@ def _title(config: JobConfig) -> str:
     return f"{config.model} trained on {config.data.data}"
 
 
-def _lead(run: Path, config: JobConfig, epochs: Sequence[Record]) -> str:
-    learned = f"{run}: {epochs[-1]['epoch']} of {config.optim.epochs} epochs, seed {config.seed}."
+def _lead(run: Path, config: JobConfig, records: Sequence[Record]) -> str:
+    done = max(record["epoch"] for record in records if record["kind"] == "epoch")
+    learned = f"{run}: {done} of {config.optim.epochs} epochs, seed {config.seed}."
+    for record in records:
+        if record["kind"] == "init":
+            drawn = ", its classifier drawn anew" if record["classifier"] == "drawn" else ""
+            learned += f" Initial weights: {record['source']} (sha256 {record['sha256'][:12]}){drawn}."
     if isinstance(config, TeachConfig):
         wrong = f" {config.wrong_labels:.0%} of the training labels are deliberately wrong."
         return learned + (wrong if config.wrong_labels else "")
@@ -114,34 +123,36 @@ class _Models:
 
     def __init__(self, run: Path, config: JobConfig) -> None:
         teachers = config.teachers if isinstance(config, DistillConfig) else ()
-        self.names = [path.name for path in teachers]
-        if len(set(self.names)) < len(self.names):
-            self.names = [str(path) for path in teachers]
-        self.metadata = [model_metadata(path) for path in teachers]
-        self.models: list[nn.Module] = [load_model(path) for path in teachers]
+        self.names = labels(teachers)
+        loaded = [sources.load(teacher) for teacher in teachers]
+        given = list(teachers)
         if is_finished(run):
             self.names.append("student" if isinstance(config, DistillConfig) else "model")
-            self.metadata.append(model_metadata(run))
-            self.models.append(load_model(run))
+            loaded.append(sources.load(str(run / MODEL)))
+            given.append(SourceString(run))
+        self.models: list[nn.Module] = [source.model for source in loaded]
+        self.architectures = [source.architecture for source in loaded]
         self.confusion: Confusion | None = None
         images: ImageSet = load_splits(config.data).validation
         self.images = len(images)
         if self.models and self.images:
             gpu = config.precision.device != "cpu" and torch.cuda.is_available()
-            frozen = [
-                renumbered(models.freeze(model).to("cuda" if gpu else "cpu"), f"model {name}", metadata, images)
-                for model, name, metadata in zip(self.models, self.names, self.metadata, strict=True)
+            file = config.class_map if isinstance(config, DistillConfig) else None
+            class_map = None if file is None else ClassMap.read(file, teachers)
+            ready = [
+                fitted(name, models.freeze(source.model).to("cuda" if gpu else "cpu"), source, images, class_map).model
+                for name, source in zip(given, loaded, strict=True)
             ]
-            self.confusion = confusion(frozen, images, config.data.loader, config.data.skip_bad)
+            self.confusion = confusion(ready, images, config.data.loader, config.data.skip_bad)
 
     def table(self, weights: Sequence[float]) -> Table:
         """One row per model; `weights` are the teachers' mean weights, or empty."""
         rows = []
-        for k, (name, metadata, model) in enumerate(zip(self.names, self.metadata, self.models, strict=True)):
+        for k, (name, architecture, model) in enumerate(zip(self.names, self.architectures, self.models, strict=True)):
             accuracy = "" if self.confusion is None else f"{100 * self.confusion.accuracy(k):.2f} %"
             parameters = sum(p.numel() for p in model.parameters())
             weight = [f"{weights[k]:.3f}" if k < len(weights) else ""] if weights else []
-            rows.append((name, metadata["model"], f"{parameters:,}", accuracy, *weight))
+            rows.append((name, architecture, f"{parameters:,}", accuracy, *weight))
         header = ("", "model", "parameters", "validation accuracy", *(["mean weight"] if weights else []))
         return Table(header, rows)
 

@@ -60,7 +60,8 @@ def pretrained(name: str) -> Source:
         raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
     classes = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     known = None if any(label == f"LABEL_{i}" for i, label in enumerate(classes)) else classes
-    return Source(LogitsOfOutput(model.float().eval()), *_preparation(transformers, name), known)
+    preparation = _preparation(transformers, name)
+    return Source(LogitsOfOutput(model.float().eval()), *preparation, known, type(model).__name__)
 
 
 def _preparation(
@@ -100,5 +101,5 @@ def _transformers(name: str) -> ModuleType:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"teacher {PREFIX + name!r} needs transformers, which is not installed (pip install 'camkd-fast[teachers]')"
+            f"source {PREFIX + name!r} needs transformers, which is not installed (pip install 'camkd-fast[teachers]')"
         ) from error

@@ -37,6 +37,7 @@ class Source:
         size: (H, W) in pixels.
         classes: names in the order of the logits: those of the run's data, WordNet ids (timm), or descriptions
             (torchvision, transformers).
+        architecture: name of the model, such as "resnet32x4" or "timm:resnet50".
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Source:
     std: tuple[float, ...] | None = None
     size: tuple[int, int] | None = None
     classes: tuple[str, ...] | None = None
+    architecture: str = ""
 
     @property
     def num_classes(self) -> int | None:

@@ -46,7 +46,8 @@ def load(spec: str, num_classes: int | None = None) -> Source:
 
     Args:
         spec: in `NAME@FILE` the first @ counts. A path that exists with its # or ? is taken whole.
-        num_classes: number of logits that the model must have; None: any.
+        num_classes: number of logits that are needed; None: any. A model may have more if it knows the names of its
+            classes, by which some can be chosen.
 
     Raises:
         OSError: a file cannot be read.
@@ -56,20 +57,37 @@ def load(spec: str, num_classes: int | None = None) -> Source:
             refused or does not fit; the model cannot be split at the module; an option is wrong; or numbers of classes
             differ.
     """
-    kind = next((kind for kind in _KINDS if spec.startswith(kind)), "")
+    kind = _kind(spec)
     parts = _parts(spec, spec.removeprefix(kind))
     with torch.random.fork_rng(devices=[]):
         found = replace(_KINDS[kind](parts.rest), **parts.options)
         source = replace(found, model=_with_protocol(spec, kind, parts, found).eval())
     known = source.num_classes
-    if num_classes is not None and known is not None and known != num_classes:
-        raise ValueError(f"teacher {spec} has {known} classes, but {num_classes} are needed")
     if source.classes is not None and known is not None and len(source.classes) != known:
-        raise ValueError(f"teacher {spec} has {known} classes, but names for {len(source.classes)}")
+        raise ValueError(f"source {spec} has {known} classes, but names for {len(source.classes)}")
+    if num_classes is not None and known is not None and known != num_classes:
+        chosen = source.classes is not None and known > num_classes
+        if not chosen:
+            raise ValueError(f"source {spec} has {known} classes, but {num_classes} are needed")
     return source
 
 
 # --- the string ------------------------------------------------------------------------------------------------------
+
+
+def split_path(spec: str) -> tuple[str, str]:
+    """A string in two parts, the second of which is a path or a name without special characters; it may be empty."""
+    kind = _kind(spec)
+    rest = spec.removeprefix(kind)
+    name, at, file = rest.partition("@")
+    if kind in (timm_models.PREFIX, torchvision_models.PREFIX) or (not kind and at and zoo_name(name) is not None):
+        return f"{kind}{name}{at}", file
+    return (spec, "") if kind == PYTHON else (kind, rest)
+
+
+def _kind(spec: str) -> str:
+    """The prefix of a string; empty for runs and models of the zoo."""
+    return next(kind for kind in _KINDS if spec.startswith(kind))
 
 
 class _Parts(NamedTuple):
@@ -90,7 +108,7 @@ def _parts(spec: str, rest: str) -> _Parts:
             break
         rest = rest[: found.start()]
     if rest.endswith("@") or not rest:
-        raise ValueError(f"teacher {spec!r} lacks a name or a file")
+        raise ValueError(f"source {spec!r} lacks a name or a file")
     return _Parts(rest, layer, options)
 
 
@@ -98,7 +116,7 @@ def _options(spec: str, text: str) -> dict[str, Any]:
     """Mean, std and size from `mean=...&std=...&size=...`."""
     given = dict(item.split("=", 1) for item in text.split("&"))
     if unknown := given.keys() - {"mean", "std", "size"}:
-        raise ValueError(f"teacher {spec}: the options are mean, std and size, got {sorted(unknown)[0]!r}")
+        raise ValueError(f"source {spec}: the options are mean, std and size, got {sorted(unknown)[0]!r}")
     options: dict[str, Any] = {}
     try:
         for key in given.keys() & {"mean", "std"}:
@@ -106,7 +124,7 @@ def _options(spec: str, text: str) -> dict[str, Any]:
         if "size" in given:
             options["size"] = _pair([int(n) for n in given["size"].split(",")])
     except ValueError as error:
-        raise ValueError(f"teacher {spec}: expected numbers separated by commas, got {text!r}") from error
+        raise ValueError(f"source {spec}: expected numbers separated by commas, got {text!r}") from error
     _check(spec, options)
     return options
 
@@ -121,16 +139,16 @@ def _pair(size: Any) -> tuple[int, int]:
 def _check(spec: str, options: dict[str, Any]) -> None:
     mean, std, size = (options.get(key) for key in ("mean", "std", "size"))
     if (mean is None) != (std is None):
-        raise ValueError(f"teacher {spec}: mean and std belong together, got mean {mean} and std {std}")
+        raise ValueError(f"source {spec}: mean and std belong together, got mean {mean} and std {std}")
     if mean is not None and std is not None:
         if len(mean) != len(std):
-            raise ValueError(f"teacher {spec}: mean has {len(mean)} channels, but std {len(std)}")
+            raise ValueError(f"source {spec}: mean has {len(mean)} channels, but std {len(std)}")
         if not all(0 < value < math.inf for value in std):
-            raise ValueError(f"teacher {spec}: std must be positive, got {std}")
+            raise ValueError(f"source {spec}: std must be positive, got {std}")
         if not all(map(math.isfinite, mean)):
-            raise ValueError(f"teacher {spec}: mean must be finite, got {mean}")
+            raise ValueError(f"source {spec}: mean must be finite, got {mean}")
     if size is not None and min(size) < 1:
-        raise ValueError(f"teacher {spec}: size must be at least 1, got {min(size)}")
+        raise ValueError(f"source {spec}: size must be at least 1, got {min(size)}")
 
 
 # --- kinds of sources ------------------------------------------------------------------------------------------------
@@ -138,61 +156,62 @@ def _check(spec: str, options: dict[str, Any]) -> None:
 
 def _run_or_zoo(rest: str) -> Source:
     name, at, file = rest.partition("@")
-    if at and zoo_name(name) is not None:
-        return Source(foreign.load(name, checkpoint_files.read(Path(file)), file))
+    if at and (known := zoo_name(name)) is not None:
+        return Source(foreign.load(name, checkpoint_files.read(Path(file)), file), architecture=known)
     path = Path(rest)
     if path.exists():
         return _run(path / model_file.MODEL if path.is_dir() else path)
     if at:
         nearest = ", ".join(get_close_matches(name, names(), n=5) or names())
-        raise ValueError(f"teacher {rest}: the zoo has no model {name!r}; nearest: {nearest}")
+        raise ValueError(f"source {rest}: the zoo has no model {name!r}; nearest: {nearest}")
     forms = "a run folder, NAME@FILE, timm:NAME, torchvision:NAME@WEIGHTS, hf:ORG/NAME or py:MODULE:FUNCTION"
-    raise ValueError(f"teacher {rest} does not exist: expected {forms}")
+    raise ValueError(f"source {rest} does not exist: expected {forms}")
 
 
 def _run(path: Path) -> Source:
     if not path.exists():
-        raise FileNotFoundError(f"teacher {path.parent} has no trained model: {path} does not exist")
+        raise FileNotFoundError(f"source {path.parent} has no trained model: {path} does not exist")
     model, metadata = model_file.load_model(path)
     mean, std = (tuple(level / 255 for level in metadata[key]) for key in ("mean", "std"))
-    classes = metadata.get("class_names")
-    return Source(model, mean, std, _pair(metadata["size"]), tuple(classes) if classes else None)
+    classes, size = metadata.get("class_names"), metadata.get("size")  # earlier versions lack the names
+    known = tuple(classes) if classes else None
+    return Source(model, mean, std, _pair(size) if size else None, known, metadata["model"])
 
 
 def _timm(rest: str) -> Source:
     name, at, file = rest.partition("@")
-    return timm_models.pretrained(name, Path(file) if at else None)
+    return replace(timm_models.pretrained(name, Path(file) if at else None), architecture=timm_models.PREFIX + name)
 
 
 def _torchvision(rest: str) -> Source:
     name, _, weights = rest.partition("@")
-    return torchvision_models.pretrained(name, weights)
+    return replace(torchvision_models.pretrained(name, weights), architecture=torchvision_models.PREFIX + name)
 
 
 def _python(rest: str) -> Source:
     """Calls the user's function. What its model says of its images in tensors is part of the model, and not read."""
     path, _, name = rest.partition(":")
     if not path or not name:
-        raise ValueError(f"teacher {PYTHON}{rest}: expected {PYTHON}package.module:function")
+        raise ValueError(f"source {PYTHON}{rest}: expected {PYTHON}package.module:function")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(path), name, None)
         if not callable(function):
-            raise ValueError(f"teacher {PYTHON}{rest}: {path} has no function {name!r}")
+            raise ValueError(f"source {PYTHON}{rest}: {path} has no function {name!r}")
         model = function()
     except ModuleNotFoundError as error:
-        raise ValueError(f"teacher {PYTHON}{rest}: {error}") from error
+        raise ValueError(f"source {PYTHON}{rest}: {error}") from error
     finally:
         sys.path.remove(here)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"teacher {PYTHON}{rest} must return an nn.Module, got {type(model).__name__}")
+        raise ValueError(f"source {PYTHON}{rest} must return an nn.Module, got {type(model).__name__}")
     known = {key: getattr(model, key, None) for key in ("mean", "std", "size", "classes")}
     known = {key: value for key, value in known.items() if isinstance(value, (int, float, str, tuple, list))}
     readers: dict[str, Callable[[Any], Any]] = {"mean": _numbers, "std": _numbers, "size": _pair, "classes": tuple}
     options = {key: readers[key](value) for key, value in known.items()}
     _check(PYTHON + rest, options)
-    return Source(model, **options)
+    return Source(model, **options, architecture=type(model).__name__)
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -43,7 +43,7 @@ def pretrained(name: str, weights: str) -> Source:
     if not weights or not file.exists():
         known = ", ".join(f"{PREFIX}{name}@{key}" for key in published if key != "DEFAULT") or "none"
         problem = f"there are no weights and no file {weights!r}" if weights else "the weights are missing"
-        raise ValueError(f"teacher {PREFIX}{name}: {problem}; expected {PREFIX}{name}@FILE or {known}")
+        raise ValueError(f"source {PREFIX}{name}: {problem}; expected {PREFIX}{name}@FILE or {known}")
     tensors = checkpoint_files.read(file)
     classes = _classes(models, name, tensors)
     model = models.get_model(name, weights=None, num_classes=classes)
@@ -92,7 +92,7 @@ def _required(name: str) -> ModuleType:
         models = importlib.import_module("torchvision.models")
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"teacher {PREFIX + name!r} needs torchvision, which is not installed (pip install 'camkd-fast[teachers]')"
+            f"source {PREFIX + name!r} needs torchvision, which is not installed (pip install 'camkd-fast[teachers]')"
         ) from error
     classifiers = models.list_models(module=models)
     if name not in classifiers:

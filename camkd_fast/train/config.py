@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
+from .source_strings import SourceString
 from .strategies import STRATEGIES, names, taking
 
 # Compilation takes 3 to 26 s and gains 1.1 ms a step under CUDA graphs (an H200, three ResNet-32x4 and VGG-8).
@@ -185,12 +186,15 @@ class TeachConfig:
     """Fraction of training labels replaced by wrong ones, for a deliberately poor teacher."""
     swapped: tuple[int, ...] = ()
     """Two classes whose training labels are swapped, for a teacher with a systematic error."""
+    init: SourceString | None = None
+    """Initial weights: a run folder, NAME@FILE, timm:NAME or another source of this architecture; None: random."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        _source(self, "init")
         _fraction("wrong_labels", self.wrong_labels)
         if self.swapped and (len(self.swapped) != 2 or len(set(self.swapped)) != 2 or min(self.swapped) < 0):
             raise ValueError(f"swapped must name two different classes, got {' '.join(map(str, self.swapped))}")
@@ -206,8 +210,8 @@ class DistillConfig:
 
     student: str = "vgg8"
     """Model of the student."""
-    teachers: tuple[Path, ...] = ()
-    """Run folders of the teachers."""
+    teachers: tuple[SourceString, ...] = ()
+    """Teachers: run folders, NAME@FILE, timm:NAME, torchvision:NAME@WEIGHTS, hf:NAME or py:MODULE:FUNCTION."""
     strategy: Annotated[str, Doc(f"How the teachers are combined: {', '.join(names())}.")] = "ca-mkd"
     alpha: float = 1.0
     """Weight of the distillation loss relative to the cross-entropy (paper: 1)."""
@@ -227,6 +231,8 @@ class DistillConfig:
         Literal["none", "logits", "features"],
         Doc(f"Give all teachers equal weights in this part of {', '.join(taking('uniform'))}, as an ablation."),
     ] = "none"
+    class_map: Path | None = None
+    """JSON or YAML file: class of the images -> class of the teacher, by name or number, for all teachers or each."""
     teacher_cache: Path | None = None
     """Folder for a cache of the teachers' outputs, which replaces their forward passes from then on; needs --views."""
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -237,12 +243,18 @@ class DistillConfig:
     """Seed of initial parameters, image order and augmentation."""
     out: Path = Path("runs/distill")
     """Run folder to write."""
+    init: SourceString | None = None
+    """Initial weights: a run folder, NAME@FILE, timm:NAME or another source of this architecture; None: random."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.teachers, (str, Path)):
+            raise ValueError(f"teachers must be several sources, got only {str(self.teachers)!r}")
+        object.__setattr__(self, "teachers", tuple(map(SourceString, self.teachers)))
+        _source(self, "init")
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
             _at_least(name, getattr(self, name), low)
         _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
@@ -258,6 +270,12 @@ JOBS: dict[str, type[TeachConfig] | type[DistillConfig]] = {"teach": TeachConfig
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _source(config: object, name: str) -> None:
+    """A string or a Path in the field becomes a source."""
+    if getattr(config, name) is not None:
+        object.__setattr__(config, name, SourceString(getattr(config, name)))
 
 
 def _at_least(name: str, value: float | None, low: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from ..system import expand_path, quote_path
 from .atomic import write_atomically
 from .config import JOBS, JobConfig
+from .source_strings import SourceString
 
 
 def save(config: JobConfig, path: Path) -> None:
@@ -20,8 +21,12 @@ def save(config: JobConfig, path: Path) -> None:
     import yaml
 
     job = next(name for name, kind in JOBS.items() if isinstance(config, kind))
-    content = {"job": job, **serializable(config, quote_path)}
+    content = {"job": job, **serializable(config, _quoted)}
     write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def _quoted(place: Path | SourceString) -> str:
+    return quote_path(place) if isinstance(place, Path) else place.quoted()
 
 
 def load(path: Path) -> JobConfig:
@@ -53,13 +58,17 @@ def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, 
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 
-def serializable(value: Any, path: Callable[[Path], str] = str) -> Any:
-    """Convert dataclasses, paths and tuples to types that YAML can represent; paths by the given function."""
+def serializable(value: Any, text: Callable[[Path | SourceString], str] = str) -> Any:
+    """Convert dataclasses, paths, sources and tuples to types that YAML can represent.
+
+    Args:
+        text: of paths and sources.
+    """
     if dataclasses.is_dataclass(value):
-        return {f.name: serializable(getattr(value, f.name), path) for f in dataclasses.fields(value)}
+        return {f.name: serializable(getattr(value, f.name), text) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return [serializable(item, path) for item in value]
-    return path(value) if isinstance(value, Path) else value
+        return [serializable(item, text) for item in value]
+    return text(value) if isinstance(value, (Path, SourceString)) else value
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -104,6 +113,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
     if hint is Path and isinstance(value, str):
         return expand_path(value)
+    if hint is SourceString and isinstance(value, str):
+        return SourceString.expanded(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):  # the error below names the field
             return float(value)  # YAML reads 5e-4 as a string

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from ..losses.logit import camkd_loss, camkd_loss_and_grad
 from ..models import freeze, sources
 from ..models.observer import Observer
+from ..models.preprocessing import Preprocessing, adapted
 from ..models.protocol import FeatureModel, Prediction, Source
 from ..models.split import LogitsOnly, split
 from . import strategies
+from .class_names import Renumbered, class_order
 from .strategies import Strategy
 from .teachers.live import LiveTeachers, Teachers
 
@@ -63,6 +66,10 @@ class Distiller(nn.Module):
         teacher_layers: likewise for each teacher, None for those that follow it; what comes after the module is the
             head. torch.fx must be able to trace such a teacher.
         example: images (n, channels, H, W), as `forward` gets them; needed with a layer's name.
+        preprocessing: of the images that `forward` gets; those of teachers whose `Source` knows another normalisation,
+            size or number of channels follow from them. None: they are as every teacher expects them.
+        class_names: in the order of the student's logits; the logits of teachers whose `Source` knows the same names in
+            another order, or more of them, are mapped. None: all have one order.
         teacher_dtype: of the teachers' parameters and activations; None: their own.
         channels_last: memory format of student and teachers.
         options: further ones of the strategy, see `strategies.create`.
@@ -88,6 +95,8 @@ class Distiller(nn.Module):
         student_layer: str | None = None,
         teacher_layers: Sequence[str | None] | None = None,
         example: Tensor | None = None,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
         teacher_dtype: torch.dtype | None = None,
         channels_last: bool = False,
         **options: Any,
@@ -101,8 +110,12 @@ class Distiller(nn.Module):
             layers = [None] * len(teachers) if teacher_layers is None else list(teacher_layers)
             if len(layers) != len(teachers):
                 raise ValueError(f"teacher_layers holds {len(layers)}, but there are {len(teachers)} teachers")
-            models = [_teacher(*pair, example) for pair in zip(teachers, layers, strict=True)]
-            frozen = [freeze(model, teacher_dtype, channels_last) for model in models]
+            frozen = []
+            for teacher, layer in zip(teachers, layers, strict=True):
+                source = _source(teacher, layer, example)
+                model = freeze(source.model, teacher_dtype, channels_last)
+                name = f"teacher {teacher if isinstance(teacher, str) else type(source.model).__name__}"
+                frozen.append(_fitted(name, model, source, preprocessing, class_names))
             teachers = LiveTeachers(frozen, getattr(student, "num_classes", None)) if frozen else None
         if isinstance(strategy, str):
             if not strategies.find(strategy).needs_teachers:
@@ -211,16 +224,31 @@ class Distiller(nn.Module):
         return self.strategy.formula._replace(weighting=weighting).options()
 
 
-def _teacher(given: nn.Module | Source | str, layer: str | None, example: Tensor | None) -> nn.Module:
-    """A teacher's model with the protocol."""
-    if isinstance(given, str):
-        given = sources.load(given)
-    model = given.model if isinstance(given, Source) else given
+def _source(given: nn.Module | Source | str, layer: str | None, example: Tensor | None) -> Source:
+    """What is known of a teacher, with a model that follows the protocol."""
+    source = sources.load(given) if isinstance(given, str) else given if isinstance(given, Source) else Source(given)
+    model = source.model
     if layer is not None:
-        return split(model.eval(), layer, _needed(example, "teacher_layers", layer))
-    if isinstance(model, FeatureModel):
-        return cast(nn.Module, model)
-    return LogitsOnly(model, f"teacher_layers names no module of {type(model).__name__}")
+        model = split(model.eval(), layer, _needed(example, "teacher_layers", layer))
+    elif not isinstance(model, FeatureModel):
+        model = LogitsOnly(model, f"teacher_layers names no module of {type(model).__name__}")
+    return replace(source, model=model)
+
+
+def _fitted(
+    name: str,
+    model: nn.Module,
+    source: Source,
+    preprocessing: Preprocessing | None,
+    class_names: Sequence[str] | None,
+) -> nn.Module:
+    """A teacher's frozen model as a function of the student's images, with logits of the student's classes."""
+    order = class_order(name, source.classes, class_names)
+    if order is not None:
+        model = Renumbered(model, order).to(next(model.parameters()).device)
+    if preprocessing is None:
+        return model
+    return adapted(model, Preprocessing(source.mean, source.std, source.size), preprocessing)
 
 
 def _needed(example: Tensor | None, name: str, layer: str) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import models, system
 from ..data import catalogue, choose
@@ -30,6 +31,7 @@ from .checkpoint import Checkpoints
 from .class_names import renumbered
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
+from .initial_weights import initialise
 from .journal import METRICS, Journal, NullJournal, read_metrics
 from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_model
 from .schedule import peak_rate
@@ -97,7 +99,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     if not len(images):
         raise ValueError(f"the {split} part of {config.data.data} is empty")
     with processes(device) as world:
-        settings = _loader_config(config, world, EVALUATION_BATCH, None)
+        settings = loader_config(config, world, EVALUATION_BATCH, None)
         with closing(choose.loader(images, settings, config.data.loader)) as loader:
             return evaluate_model(model.to(world.device), loader, world)
 
@@ -132,15 +134,14 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         teachers = None
         if isinstance(config, DistillConfig):
             teachers = load_teachers(replace(config, precision=precision), train, settings, world)
-        torch.manual_seed(config.seed)
-        student = models.create(model, train.num_classes, train.channels)
+        student, origin = _student(config, model, train, resume, world)
         strategy = make_strategy(config, teachers, feature_model(student).num_features)
         step = TrainStep(student, strategy, teachers, config.optim, precision, world, settings.batch_size, config.seed)
 
         def loader(images: ImageSet, settings: LoaderConfig) -> Loader:
             return stack.enter_context(closing(choose.loader(images, settings, config.data.loader)))
 
-        for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)
+        for_evaluation = loader_config(config, world, EVALUATION_BATCH, None)
         for_validation = replace(for_evaluation, known_bad=bad.validation)
         for_test = replace(for_evaluation, known_bad=bad.test)
         trainer = Trainer(
@@ -161,8 +162,8 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
             title = f"{model} on {config.data.data}"
             journal = Journal(config.out, config.log, trainer.steps, trainer.position, title)
         stack.enter_context(closing(journal))
-        if extended:
-            journal.write(extended)
+        for record in filter(None, (origin, extended)):
+            journal.write(record)
         if config.data.loader == "auto":
             journal.note(f"loader {choose.explain(train, settings)}")
         outcome = trainer.run(journal)
@@ -176,6 +177,22 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
             write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
         world.wait()
         return result
+
+
+def _student(
+    config: JobConfig, model: str, images: ImageSet, resume: bool, world: World
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that is trained, as of the config's seed or initial weights; a checkpoint replaces both.
+
+    Returns:
+        The model, and a record for metrics.jsonl of the initial weights; else an empty one.
+    """
+    torch.manual_seed(config.seed)
+    student = models.create(model, images.num_classes, images.channels)
+    if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
+        return student, {}
+    origin = initialise(student, model, config.init, images.num_classes)
+    return student, {"kind": "init", "step": 1, "epoch": 1, **origin}
 
 
 def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> dict[str, Any]:
@@ -256,7 +273,7 @@ def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[Imag
     """Images and labels that a run trains on, and its loader settings."""
     images = _training_images(config, train)
     share = share_of_batch(config.optim.batch_size, world)
-    return images, _loader_config(config, world, share, training_augmentation(config.data, images))
+    return images, loader_config(config, world, share, training_augmentation(config.data, images))
 
 
 def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
@@ -285,7 +302,8 @@ def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
     return Augmentation(kind, padding if kind == "crop" else 0, flip)
 
 
-def _loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
+def loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
+    """Settings of a loader of this process; without augmentation for evaluation."""
     return LoaderConfig(
         batch_size=batch_size,
         seed=config.seed,

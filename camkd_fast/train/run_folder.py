@@ -13,6 +13,7 @@ from torch import nn
 from ..models import model_file
 from ..models.model_file import MODEL, read_model
 from . import config_file
+from .checkpoint import Checkpoints
 from .config import JobConfig
 from .journal import METRICS
 from .schedule import last_change, learning_rate
@@ -50,6 +51,11 @@ def epochs_before(config: JobConfig) -> int | None:
     path = config.out / CONFIG
     epochs = config_file.load(path).optim.epochs if path.exists() else config.optim.epochs
     return None if epochs == config.optim.epochs else epochs
+
+
+def has_checkpoint(config: JobConfig) -> bool:
+    """Whether the run in `config.out` has one, damaged ones included."""
+    return (config.out / CONFIG).exists() and any(Checkpoints(config.out / CHECKPOINTS).paths())
 
 
 def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:

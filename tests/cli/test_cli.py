@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from camkd_fast import __version__, cli
+from camkd_fast import __version__, cli, models
 from camkd_fast.backends.dispatch import BACKENDS, availability
+from camkd_fast.models.model_file import model_bytes
 from camkd_fast.train.run_lock import locked
 
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
-COMMANDS = ("teach", "distill", "evaluate", "compare", "report", "data", "bench", "info", "export", "demo")
+COMMANDS = ("teach", "distill", "evaluate", "teachers", "compare", "report", "data", "bench", "info", "export", "demo")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,7 +205,7 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("teach --data folder --root nowhere --out runs/x", "nowhere"),
         (f"distill {SMALL} --strategy camkd --teachers runs/t0 --out runs/x", "no strategy is named 'camkd'; nearest:"),
         (f"distill {SMALL} --out runs/x", "ca-mkd learns from teachers, but none were given"),
-        (f"distill {SMALL} --teachers runs/nobody --out runs/x", "runs/nobody holds no run"),
+        (f"distill {SMALL} --teachers runs/nobody --out runs/x", "source runs/nobody does not exist"),
         (f"distill {SMALL} --teachers runs/t0 --teacher-cache cache --out runs/x", "views"),
         ("teach --config runs/s0/config.yaml", "is the config of a distill run, but the command is teach"),
         ("teach --config nowhere.yaml", "nowhere.yaml: No such file or directory"),
@@ -240,11 +241,16 @@ def test_a_teacher_of_another_class_count_is_named_with_both(here: Path, capsys:
             images.mkdir(parents=True, exist_ok=True)
             for i in range(4):
                 Image.new("L", (8, 8), 40 * i).save(images / f"{i}.png")
+    metadata = {"model": "resnet8", "num_classes": 10, "in_channels": 3, "mean": [1.0] * 3, "std": [1.0] * 3}
+    model = model_bytes(models.create("resnet8", 10), {**metadata, "size": [8, 8], "class_names": list("0123456789")})
+    (here / "colour.safetensors").write_bytes(model)
     line = "distill --data folder --root tree --size 8 --epochs 1 --validation 0 --student resnet8 --out runs/x"
-    error = call(f"{line} --teachers runs/t0", capsys, status=1)
+    assert "it takes images of 1 channels, but they have 3" in call(f"{line} --teachers runs/t0", capsys, status=1)
+    error = call(f"{line} --teachers colour.safetensors", capsys, status=1)
     assert (
-        "runs/t0 has num_classes 10, but the student's images have 3: '0' and '1' there, 'cat' and 'dog' here" in error
+        "colour.safetensors knows 10 classes, such as '0' and '1', but the images have 3, such as 'cat' and 'd" in error
     )
+    assert "give a model of the same classes, or say which is which with --class-map FILE" in error
 
 
 def test_a_damaged_model_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

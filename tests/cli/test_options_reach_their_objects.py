@@ -13,7 +13,7 @@ import pytest
 from camkd_fast import cli
 from camkd_fast.cli import commands, options
 from camkd_fast.train import config_file, run
-from camkd_fast.train.config import DistillConfig, TeachConfig
+from camkd_fast.train.config import DataConfig, DistillConfig, TeachConfig
 from tests.support.strategies import FEATURES, live
 
 NESTED = ("data", "optim", "precision", "log")
@@ -148,6 +148,22 @@ def test_evaluate_takes_split_and_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [arguments for arguments, _ in calls] == [
         *((Path("r"), "test", "auto"), (Path("r"), "train", "auto"), (Path("r"), "validation", "cpu"))
     ]
+
+
+def test_teachers_take_data_split_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from camkd_fast.experiments import teacher_table
+
+    calls, nothing = Calls(), teacher_table.Comparison([], [], "train", 0)
+    monkeypatch.setattr(teacher_table, "compare_teachers", lambda *a, **k: calls(*a, **k) and nothing)
+    line = "teachers a b@c --data folder --root r --size 40 --validation 0.2 --split-seed 3 --loader torch --workers 5"
+    line += " --skip-bad 2 --split train --class-map m --device cpu --batch-size 9"
+    assert cli.main(line.split()) == 0
+    (((names, data, split), keywords),) = calls
+    assert names == ("a", "b@c") and split == "train"
+    assert data == DataConfig(
+        data="folder", root=Path("r"), size=40, validation=0.2, split_seed=3, loader="torch", workers=5, skip_bad=2
+    )
+    assert keywords == {"class_map": Path("m"), "device": "cpu", "batch_size": 9}
 
 
 def test_export_takes_folder_and_folding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from camkd_fast.data.fetch import default_folder
 from camkd_fast.experiments.study import spec
 from camkd_fast.train import config_file
 from camkd_fast.train.config import DataConfig, DistillConfig, TeachConfig
+from camkd_fast.train.source_strings import SourceString, labels
 from tests.support.study_parts import study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,22 +31,23 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def path_options(kind: Any, name: str) -> Iterator[tuple[str, str]]:
-    """(command, option) of every field that is a path; positional ones have no option."""
+    """(command, option) of every field that is a path or a source; positional ones have no option."""
     for field, hint in get_type_hints(kind, include_extras=True).items():
         inner = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
         if dataclasses.is_dataclass(inner):
             yield from path_options(inner, name)
-        elif inner is Path or Path in get_args(inner):
+        elif {inner, *get_args(inner)} & {Path, SourceString}:
             positional = "Positional" in str(hint) or "positional" in str(hint).lower()
             yield name, "" if positional else f"--{field.replace('_', '-')}"
 
 
+POSITIONAL = ("evaluate", "teachers", "report", "export")
 OPTIONS = [option for name, kind in _COMMANDS.items() if name != "data" for option in path_options(kind, name)]
 
 
 def paths_of(value: Any) -> Iterator[Path]:
-    if isinstance(value, Path):
-        yield value
+    if isinstance(value, (Path, SourceString)):
+        yield Path(value)
     elif isinstance(value, tuple):
         for item in value:
             yield from paths_of(item)
@@ -63,8 +65,8 @@ def test_the_list_of_options_is_complete() -> None:
 @pytest.mark.parametrize(("command", "option"), [o for o in OPTIONS if o[1] != "--config"])
 @pytest.mark.parametrize("text", ["~/x", "$RUNS/x", "${RUNS}/x"])
 def test_every_path_option_is_expanded(command: str, option: str, text: str, tmp_path: Path) -> None:
-    base = [] if option or command not in ("evaluate", "report", "export") else [text]
-    required = ["run"] if option and command in ("evaluate", "report", "export") else []
+    base = [] if option or command not in POSITIONAL else [text]
+    required = ["run"] if option and command in POSITIONAL else []
     more = ["--views", "2"] if option == "--teacher-cache" else []
     words = [f"{option}={text}"] if option and option != "--teachers" else [option, text] if option else []
     parsed = parse([command, *base, *required, *words, *more])
@@ -157,3 +159,59 @@ def test_a_machine_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert cli.main(["data", "list"]) == 1
     assert "the home folder '~' of the path '~/.cache/camkd_fast' is not known" in capsys.readouterr().err
+
+
+# --- sources of weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs/t0/", "runs/t0"),
+        ("~/t", "{home}/t"),
+        ("$RUNS/t?mean=0.5&std=0.5#body.2", "{runs}/t?mean=0.5&std=0.5#body.2"),
+        ("wrn_40_2@~/a.pth?size=32", "wrn_40_2@{home}/a.pth?size=32"),
+        ("timm:resnet50.a1_in1k", "timm:resnet50.a1_in1k"),
+        ("timm:resnet50@$RUNS/a#layer3", "timm:resnet50@{runs}/a#layer3"),
+        ("torchvision:resnet50@IMAGENET1K_V2", "torchvision:resnet50@IMAGENET1K_V2"),
+        ("torchvision:resnet50@${RUNS}/a", "torchvision:resnet50@{runs}/a"),
+        ("hf:org/name", "hf:org/name"),
+        ("hf:~/a", "hf:{home}/a"),
+        ("py:package.module:function", "py:package.module:function"),
+        ("folder@x/$$y", "folder@x/$y"),
+    ],
+)
+def test_the_path_of_a_source_is_expanded(text: str, expected: str, tmp_path: Path) -> None:
+    expected = expected.format(home=tmp_path / "home", runs=tmp_path / "all runs")
+    parsed: Any = parse(["distill", "--teachers", text, "x"])
+    assert parsed.settings.teachers == (expected, "x")
+    file = tmp_path / "config.yaml"
+    config_file.save(parsed.settings, file)
+    assert config_file.load(file) == parsed.settings  # as it was used, whatever the environment is then
+    assert yaml.safe_load(file.read_text())["teachers"][1] == "x"
+    file.write_text(yaml.safe_dump({"job": "distill", "teachers": [text]}))
+    assert config_file.load(file).teachers == (expected,)  # type: ignore[union-attr]
+
+
+def test_run_folders_may_be_paths_in_python(tmp_path: Path) -> None:
+    config = DistillConfig(teachers=(Path("a/b"), "a/b/", tmp_path))  # type: ignore[arg-type]
+    assert config.teachers == ("a/b", "a/b", str(tmp_path))
+    with pytest.raises(ValueError, match="teachers must be several sources, got only 'runs/t0'"):
+        DistillConfig(teachers="runs/t0")  # type: ignore[arg-type]
+
+
+def test_an_unset_variable_of_a_source_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "--teachers", "resnet8@$NOT_SET/a"])
+    error = " ".join(re.sub("[─│╭╮╰╯]", " ", capsys.readouterr().err).split())
+    assert "the environment variable NOT_SET of the path" in error
+
+
+def test_labels_are_short_unless_they_would_be_equal() -> None:
+    assert labels(["a/t0", "resnet8@b/c.pth", "timm:net.a", "hf:a/t0"]) == [
+        "t0",
+        "resnet8@c.pth",
+        "timm:net.a",
+        "hf:a/t0",
+    ]
+    assert labels(["a/t0", "b/t0", "b/t1", "/"]) == ["a/t0", "b/t0", "t1", "/"]

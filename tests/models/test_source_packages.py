@@ -192,10 +192,10 @@ def test_torchvision_with_a_file(weights: Weights, tmp_path: Path, classes: int)
 
 def test_torchvision_refusals(weights: Weights) -> None:
     expected = "expected torchvision:net@FILE or torchvision:net@IMAGENET1K_V2$"
-    with pytest.raises(ValueError, match=rf"^teacher torchvision:net: the weights are missing; {expected}"):
+    with pytest.raises(ValueError, match=rf"^source torchvision:net: the weights are missing; {expected}"):
         sources.load("torchvision:net")
     with pytest.raises(
-        ValueError, match=rf"^teacher torchvision:net: there are no weights and no file 'V3'; {expected}"
+        ValueError, match=rf"^source torchvision:net: there are no weights and no file 'V3'; {expected}"
     ):
         sources.load("torchvision:net@V3")
     with pytest.raises(ValueError, match=r"^torchvision has no classifier 'nett'; nearest: net$"):

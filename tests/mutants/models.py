@@ -252,4 +252,25 @@ CHANGES = (
             "config, classes = model.pretrained_cfg, _imagenet(timm, model)",
         ),
     ),
+    *changes(
+        "camkd_fast/models/preprocessing.py",
+        "tests/models/test_preprocessing.py",
+        Change("scale the other way round", "return s / S, (m - M) / S", "return S / s, (m - M) / S"),
+        Change("shift in the student's units", "return s / S, (m - M) / S", "return s / S, (m - M) / s"),
+        Change("no antialias", 'mode="bilinear", antialias=True)', 'mode="bilinear")'),
+        Change(
+            "images are rounded first",
+            "        if grows:\n            x = self._normalised(x)",
+            "        x = x.to(self.dtype)",
+        ),
+        Change("the affine follows a cast", "setattr(self, name, exact.to(moved.device).view_as(moved))", "pass"),
+        Change("size is not part of the hash", 'return f"size={self.size}, channels={self.channels}"', 'return ""'),
+        Change("channels are not compared", "if (given.channels, channels) != (1, 3):", "if False:"),
+        Change(
+            "the affine of the larger image",
+            "x.shape[-2] * x.shape[-1] < math.prod(self.size or ())",
+            "x.shape[-2] * x.shape[-1] > math.prod(self.size or ())",
+            equivalent="resize and affine commute: only the time changes",
+        ),
+    ),
 )

@@ -7,6 +7,7 @@ WRITERS = "tests/train/test_cache_writers.py"
 GRAPH = "tests/train/test_step_graph.py"
 LIVE = "tests/train/test_live_teachers.py"
 OPTIONS = "tests/train/test_options.py"
+FITTED = "tests/train/test_fitted_teachers.py"
 
 CHANGES = (
     *changes(
@@ -74,11 +75,7 @@ CHANGES = (
             tests=f"{LIVE} {CACHE}",
         ),
         Change("hash without the values", "digest.update(data.numpy())", "pass"),
-        Change(
-            "images keep their dtype",
-            "predict(self._models[k], images.to(self._dtypes[k]))",
-            "predict(self._models[k], images)",
-        ),
+        Change("images keep their dtype", "else images.to(self._dtypes[k]))", "else images)"),
         Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=GRAPH),
         Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=GRAPH),
         Change(
@@ -103,11 +100,64 @@ CHANGES = (
             "dtype = None",
         ),
         Change("teachers are not frozen in channels_last", "dtype, config.precision.channels_last)", "dtype, False)"),
-        Change("other normalisation passes in silence", "if seen != given:", "if False:"),
         Change(
-            "channels are not compared",
-            '("in_channels", images.channels)):',
-            '("in_channels", metadata["in_channels"])):',
+            "a strategy without maps is no advice",
+            "if kind.needs_teachers and not kind.needs_features]",
+            "if kind.needs_teachers]",
+            tests=FITTED,
         ),
+        Change(
+            "a teacher without a map passes",
+            "if strategy.needs_features and isinstance(source.model, LogitsOnly):",
+            "if False:",
+            tests=FITTED,
+        ),
+        Change(
+            "unknown statistics pass in silence",
+            "[name for name, (source, _) in found.items() if source.mean is None]",
+            "[]",
+            tests=FITTED,
+        ),
+        Change(
+            "the class map is not read",
+            "None if config.class_map is None else ClassMap.read(config.class_map, config.teachers)",
+            "None",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/fitted.py",
+        FITTED,
+        Change("levels are taken for units", "tuple(level / 255 for level in levels)", "tuple(levels)"),
+        Change(
+            "the teacher's preprocessing is dropped",
+            "return Fitted(adapted(model, own, given),",
+            "return Fitted(model,",
+        ),
+        Change("names beat the class map", "if class_map is not None:\n", "if False:\n"),
+        Change("counts are not compared", "if count != images.num_classes:", "if False:", tests=OPTIONS),
+    ),
+    *changes(
+        "camkd_fast/train/class_map.py",
+        "tests/train/test_class_map.py",
+        Change("a class twice", "if position in order:", "if False:"),
+        Change("a missing class", "if missing:", "if False:"),
+        Change("a teacher's class twice", "!= position:\n                both", "is None:\n                both"),
+        Change("numbers beat names", "        if found:\n            return found[0]\n", ""),
+        Change("a key twice in YAML", "if key in found:", "if False:"),
+        Change(
+            "other teachers pass",
+            "if unknown := [name for name in given if name not in teachers]:",
+            "if unknown := []:",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/initial_weights.py",
+        "tests/train/test_initial_weights.py",
+        Change(
+            "the classifier of the source's size",
+            "{**theirs, **{name: own[name] for name in drawn}}",
+            "theirs",
+        ),
+        Change("a split source passes", "if isinstance(found.model, Split):", "if False:"),
     ),
 )

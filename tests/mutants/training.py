@@ -196,8 +196,8 @@ CHANGES = (
         ),
         Change(
             "teachers of their own dtype",
-            "freeze(model, teacher_dtype, channels_last)",
-            "freeze(model)",
+            "freeze(source.model, teacher_dtype, channels_last)",
+            "freeze(source.model)",
             tests=DISTILLER,
         ),
         Change("an option does not arrive", '"alpha": alpha, ', "", tests=DISTILLER),
@@ -380,7 +380,7 @@ CHANGES = (
         ),
         Change(
             "validation images are augmented",
-            "for_evaluation = _loader_config(config, world, EVALUATION_BATCH, None)",
+            "for_evaluation = loader_config(config, world, EVALUATION_BATCH, None)",
             "for_evaluation = settings",
             tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),

@@ -47,7 +47,7 @@ def test_an_example_trains_a_student(
     name: str, shared: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(NEEDS.get(name, "torch"))
-    monkeypatch.chdir(tmp_path)  # for the files that it writes
+    monkeypatch.chdir(tmp_path)
     # As for a script: transformers would take the folder `kernels` at the root for a package of that name.
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
     monkeypatch.setitem(sys.modules, "digits", shared)

@@ -77,7 +77,7 @@ def test_the_vocabulary_test_leaves(line):
 # --- tree ------------------------------------------------------------------------------------------------------------
 
 TREE = {
-    ".": {"benchmarks", "camkd_fast", "csrc", "docs", "kernels", "tests", ".ci", ".github"},
+    ".": {"benchmarks", "camkd_fast", "csrc", "docs", "examples", "kernels", "tests", ".ci", ".github"},
     "camkd_fast": {"backends", "cli", "data", "experiments", "losses", "models", "report", "train"},
     "camkd_fast/experiments": {"study"},
     "camkd_fast/train": {"strategies", "teachers"},

@@ -44,7 +44,7 @@ def data(names: Sequence[str] | None = OURS, N: int = 12) -> LabelledImages:
 def teacher(path: Path, names: Sequence[str] | None = NAMES, seed: int = 1, **metadata: Any) -> Path:
     """A model file with random weights; `names` None: as an earlier version wrote it."""
     torch.manual_seed(seed)
-    model = models.create("resnet8", 5).eval()
+    model = models.create("resnet8", metadata.get("num_classes", 5)).eval()
     known = {} if names is None else {"class_names": list(names)}
     common = {"model": "resnet8", "num_classes": 5, "in_channels": 3, "data": "folder", "mean": MEAN, "std": STD}
     path.write_bytes(model_bytes(model, {**common, "size": [8, 8], **known, **metadata}))
@@ -65,8 +65,8 @@ def batch(images: LabelledImages) -> Batch:
 
 def expected(path: Path, images: Tensor, order: Sequence[int]) -> Tensor:
     """Logits of the file's model without the package's mapping, column by column."""
-    tensors, _ = read_model(path)
-    model = models.create("resnet8", 5)
+    tensors, metadata = read_model(path)
+    model = models.create("resnet8", metadata["num_classes"])
     model.load_state_dict(tensors)
     with torch.no_grad():
         logits = predict(models.freeze(model), images).logits
@@ -89,6 +89,9 @@ def expected(path: Path, images: Tensor, order: Sequence[int]) -> Tensor:
         (("caf\u00e9", "tea"), ("cafe\u0301", "tea"), None),  # composed and decomposed accents
         (("tea", "caf\u00e9"), ("cafe\u0301", "tea"), [1, 0]),
         (("10", "2"), ("2", "10"), [1, 0]),
+        (NAMES, NAMES[:3], [0, 1, 2]),  # some of its classes
+        (NAMES, ("eel", "bee"), [4, 1]),
+        ((*NAMES, "fox", "fox"), OURS, ORDER),
     ],
 )
 def test_orders(theirs: Any, ours: Any, order: list[int] | None) -> None:
@@ -100,10 +103,19 @@ def test_orders(theirs: Any, ours: Any, order: list[int] | None) -> None:
     [
         (NAMES, ("x", "y", "z", "v", "w"), "x knows 5 classes, such as 'ant' and 'bee', but .* 5, such as 'x' and 'y'"),
         (NAMES, ("ant", "bee", "cat", "dog", "fox"), "such as 'eel', but the images have 5, such as 'fox'"),
-        (NAMES, NAMES[:3], "5 classes, such as 'dog' and 'eel', but the images have 3, such as 'ant' and 'bee'"),
+        (
+            NAMES,
+            ("ant", "ape"),
+            "5 classes, such as 'bee' and 'cat', but the images have 2, such as 'ape': give a model",
+        ),
         (NAMES[:3], NAMES, "3 classes, such as 'ant' and 'bee', but the images have 5, such as 'dog' and 'eel'"),
         (("Ant", "bee"), ("ant", "bee"), "such as 'Ant', but the images have 2, such as 'ant'"),
         (("a", "a"), ("a", "b"), "2 classes"),
+        (
+            (*NAMES, "bee"),
+            ("ant", "bee"),
+            "6 classes, .* 'ant' and 'bee': it has 'bee' 2 times; give a model of the same",
+        ),
         (("a", "b"), ("a", "a"), "2 classes"),
         (("a\ud800", "b"), ("a", "b"), r"'a\\ud800'"),  # a folder whose name is not UTF-8
     ],
@@ -192,20 +204,41 @@ def test_refused_teachers_are_named(tmp_path: Path) -> None:
     good, bad = teacher(tmp_path / "good"), teacher(tmp_path / "bad", ("v", "w", "x", "y", "z"))
     with pytest.raises(ValueError, match=r"teacher .*bad knows 5 classes, such as 'v' and 'w', .*'dog' and 'ant'"):
         loaded(data(), good, bad)
-    more = teacher(tmp_path / "more", ("ant", "bee", "cat", "dog", "eel", "fox"), num_classes=6)
+    fewer = teacher(tmp_path / "fewer", NAMES[:4], num_classes=4)
     with pytest.raises(
-        ValueError, match=r"more has num_classes 6, but the .* have 5: 'fox' there, 'dog' and 'ant' here"
+        ValueError, match=r"fewer knows 4 classes, such as 'ant' and 'bee', but the images have 5, such as 'eel'"
     ):
-        loaded(data(), more)
+        loaded(data(), fewer)
+    unnamed = teacher(tmp_path / "unnamed", None, num_classes=4)
+    with pytest.raises(
+        ValueError,
+        match=r"unnamed has 4 classes, but the student's images have 5, and its names are unknown: give a mo",
+    ):
+        loaded(data(), unnamed)
+    with pytest.raises(
+        ValueError, match=r"fewer has 4 classes, .* have 5, and the images' names are unknown: .*--class"
+    ):
+        loaded(data(None), fewer)
+
+
+def test_some_of_a_teachers_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Probabilities are those among the student's classes."""
+    names = ("fox", *NAMES, "gnu")
+    path = teacher(tmp_path / "t", names, num_classes=7)
+    (prediction,) = loaded(data(), path)(batch(data()))
+    truth = expected(path, batch(data()).images, [names.index(name) for name in OURS])
+    assert prediction.logits.shape == (12, 5) and (prediction.logits - truth).norm() < 1e-5 * truth.norm()
+    (record,) = caplog.records
+    assert record.getMessage() == f"teacher {path} has 7 classes: the logits of the student's 5 are taken"
 
 
 def test_unknown_names_warn_once(tmp_path: Path) -> None:
     old = [teacher(tmp_path / f"old{n}", None, seed=n) for n in range(3)]
-    with pytest.warns(UserWarning, match=r"model files of .*old0, .*old2 have no class names: class 0 to 4") as caught:
+    with pytest.warns(UserWarning, match=r"no class names are known of .*old0, .*old2: class 0 to 4") as caught:
         live = loaded(data(), *old, teacher(tmp_path / "new", OURS))
     assert len(caught) == 1
     assert torch.equal(live(batch(data()))[1].logits, expected(old[1], batch(data()).images, range(5)))
-    with pytest.warns(UserWarning, match="data set of 12 images has no class names") as caught:
+    with pytest.warns(UserWarning, match="no class names are known of the student's images: class 0 to 4") as caught:
         loaded(data(None), teacher(tmp_path / "t"))
     assert len(caught) == 1
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camkd_fast import Distiller, camkd_loss, models
+from camkd_fast.models.preprocessing import Preprocessing
 from camkd_fast.models.protocol import Source
 from camkd_fast.train.strategies import names
 from tests.support.training import CHANNELS, CLASSES, SIDE, SmallNet, batch, train_step
@@ -204,6 +205,24 @@ def test_sources_and_strings(tmp_path) -> None:  # type: ignore[no-untyped-def]
         torch.manual_seed(0)
         losses.append(Distiller(SmallNet(), [teacher])(DATA.images, DATA.target).loss)
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_teachers_of_other_images_and_classes() -> None:
+    """As the teacher by itself on images prepared for it, its logits sorted by the student's names."""
+    ours, theirs = [f"c{i}" for i in range(CLASSES)], [f"c{i}" for i in reversed(range(CLASSES))]
+    teacher = SmallNet(6, seed=1)
+    given, own = Preprocessing((0.5,) * 3, (0.25,) * 3, (8, 8)), Preprocessing((0.4, 0.5, 0.6), (0.2,) * 3, (12, 12))
+    source = Source(teacher, own.mean, own.std, own.size, tuple(theirs))
+    made = Distiller(SmallNet(), [source], preprocessing=given, class_names=ours)
+    levels = DATA.images * 0.25 + 0.5
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (own.mean, own.std))
+    prepared = F.interpolate((levels - mean) / std, (12, 12), mode="bilinear", antialias=True)
+    (found,) = made.teachers.outputs(DATA.images)
+    expected = teacher(prepared).flip(1)
+    assert relative(found.logits, expected) < 1e-5
+    assert made(DATA.images, DATA.target).feature > 0
+    with pytest.raises(ValueError, match=r"teacher SmallNet knows 10 classes, such as 'c0'.*'dog'"):
+        Distiller(SmallNet(), [source], class_names=["dog", *ours[1:]])
 
 
 class Twice(Bare):

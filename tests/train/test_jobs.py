@@ -187,7 +187,7 @@ def test_invalid_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]
 
     with pytest.raises(ValueError, match="ca-mkd learns from teachers, but none were given"):
         attempt()
-    with pytest.raises(FileNotFoundError, match=r"nowhere holds no run"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: expected a run folder, NAME@FILE"):
         attempt(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no model is called 'resnet9'"):
         attempt(*teachers, student="resnet9")
@@ -200,10 +200,9 @@ def test_invalid_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(content.replace(b'num_classes\\": 10,', b'num_classes\\": 99,'))
-    with pytest.raises(ValueError, match=r"other has num_classes 99, but the student's images have 10"):
-        attempt(other)
-    with pytest.raises(CheckpointError, match="does not fit resnet8"):
-        load_model(other)
+    for read in (attempt, load_model):
+        with pytest.raises(CheckpointError, match="does not fit resnet8"):
+            read(other)
     assert not (tmp_path / "s").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from camkd_fast import models
 from camkd_fast.data import LabelledImages, choose
 from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.splits import Splits
 from camkd_fast.models.model_file import MODEL, model_bytes
-from camkd_fast.train import run, run_folder, strategies
+from camkd_fast.train import config_file, run, run_folder, strategies
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.run_folder import RunExistsError
@@ -309,6 +311,19 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
             run_folder.check_free(replace(config, teachers=teachers), resume=True, overwrite=False)
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its config has run folders as teachers, and lacks later settings."""
+    config = DistillConfig(teachers=(Path("runs/t$0"), tmp_path / "t1"), out=tmp_path)
+    run_folder.prepare(config, resume=False)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["teachers"] == ["runs/t$$0", str(tmp_path / "t1")]
+    for later in ("class_map", "init"):
+        assert written.pop(later) is None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    run_folder.check_free(config, resume=True, overwrite=False)
+    assert config_file.load(tmp_path / "config.yaml") == config
+
+
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -360,11 +375,17 @@ def test_a_cache_has_the_configured_storage(teacher: Path, tmp_path: Path) -> No
     assert not torch.equal(*tails)
 
 
-def test_teachers_of_other_images_are_refused_or_named(teacher: Path) -> None:
-    grey = replace(images(20), pixels=images(20).pixels[:, :1], mean=(127.0,), std=(50.0,))
-    with pytest.raises(ValueError, match="in_channels 3, but the student's images have 1"):
-        loaded(teacher, grey)
-    with pytest.raises(ValueError, match="num_classes 10, but the student's images have 11"):
+def test_teachers_of_other_images_are_refused(teacher: Path) -> None:
+    more = replace(images(20), pixels=images(20).pixels[:, [0, 1, 2, 0]], mean=(127.0,) * 4, std=(50.0,) * 4)
+    with pytest.raises(ValueError, match=r"teacher .* of shape \(4, 8, 8\): it takes images of 3 channels, .* have 4"):
+        loaded(teacher, more)
+    with pytest.raises(ValueError, match="has 10 classes, but the student's images have 11, and its names are unknown"):
         loaded(teacher, replace(images(20), num_classes=11))
-    with pytest.warns(UserWarning, match="was trained on pixels of mean"):
-        loaded(teacher, replace(images(20), mean=(1.0, 2.0, 3.0)))
+
+
+def test_the_class_map_comes_from_the_config(teacher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({str(i): 9 - i for i in range(10)}))
+    batch = torch.randn(2, 3, 8, 8)
+    (mapped,), (live,) = loaded(teacher, class_map=file).outputs(batch), loaded(teacher).outputs(batch)
+    assert torch.equal(mapped.logits, live.logits.flip(1))

@@ -13,6 +13,7 @@ from ...train import strategies
 from ...train.config import DistillConfig, LogConfig, TeachConfig
 from ...train.config_file import differences
 from ...train.run_folder import FREE
+from ...train.source_strings import SourceString
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
 QUIET = LogConfig(tensorboard=False, progress=False, checkpoint_minutes=1.0)
@@ -144,7 +145,7 @@ def cache_config(study: StudyConfig, pool: Pool, out: Path) -> DistillConfig:
 def _shared(study: StudyConfig, pool: Pool | None, out: Path) -> dict[str, Any]:
     """Common settings of all runs from a pool."""
     return {
-        "teachers": tuple(teacher_folder(out, name) for name in pool.teachers) if pool else (),
+        "teachers": tuple(SourceString(teacher_folder(out, name)) for name in pool.teachers) if pool else (),
         "teacher_cache": cache_folder(out, pool.name) if pool else None,
         "cache_dtype": study.cache_dtype,
         "data": study.data,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...models.preprocessing import Adapted, floating_dtype
 from ...models.protocol import Prediction, feature_model, predict
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class LiveTeachers(Teachers):
                 raise ValueError(f"{name} has {classes} classes, but the data set has {num_classes}")
         self._modules = [model.eval().requires_grad_(False) for model in models]
         self._models = [feature_model(model) for model in self._modules]
-        self._dtypes = [_dtype(model) for model in self._modules]
+        self._dtypes = [floating_dtype(model) for model in self._modules]
         self.num_classes, self.autocast = num_classes, autocast
         self._eager: list[Callable[[Tensor], Prediction]] = [partial(self._predict, k) for k in range(len(models))]
         self._compiled_size, self._compiled = -1, self._eager
@@ -111,7 +112,7 @@ class LiveTeachers(Teachers):
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         for module in self._modules:
             module._apply(fn)  # type: ignore[no-untyped-call]
-        self._dtypes[:] = [_dtype(module) for module in self._modules]
+        self._dtypes[:] = [floating_dtype(module) for module in self._modules]
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         return []
@@ -123,7 +124,9 @@ class LiveTeachers(Teachers):
 
     def _predict(self, k: int, images: Tensor) -> Prediction:
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return predict(self._models[k], images.to(self._dtypes[k]))
+            model = self._models[k]
+            # What adapts images rounds them last.
+            return predict(model, images if isinstance(model, Adapted) else images.to(self._dtypes[k]))
 
     def _head(self, k: int, features: Tensor) -> Tensor:
         """Apply the head in its own dtype: regressed maps are float32 whatever the teacher's dtype."""
@@ -151,17 +154,16 @@ def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) ->
     return results
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of the module's first floating-point parameter or buffer."""
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-    return next((t.dtype for t in tensors), torch.float32)
-
-
 def state_hash(module: nn.Module) -> str:
     """sha256 (hex) of a module's repr and of every name, dtype, shape and byte of its state."""
     digest = hashlib.sha256(repr(module).encode())
-    for name, tensor in module.state_dict().items():
+    update_by_state(digest, module.state_dict())
+    return digest.hexdigest()
+
+
+def update_by_state(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
+    """Update a hash with every name, dtype, shape and byte of a state dict."""
+    for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy())
-    return digest.hexdigest()

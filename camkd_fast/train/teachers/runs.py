@@ -1,27 +1,28 @@
-"""Teachers from run folders: loaded, checked against the student's images, frozen, live or cached."""
+"""The teachers of a run: loaded from their sources, fitted to the student's images, frozen, live or cached."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from ... import models
 from ...data import choose
 from ...data.batch import LoaderConfig
 from ...data.files import ImageSet
+from ...models import sources
+from ...models.protocol import Source
+from ...models.split import LogitsOnly
 from .. import strategies
-from ..class_names import examples, renumbered
+from ..class_map import ClassMap
 from ..config import DistillConfig
 from ..distributed import World
-from ..run_folder import load_model, model_metadata
+from ..source_strings import SourceString
 from ..step import DTYPES
 from .cache import CachedTeachers, CacheKey, Storage, TeacherCache
+from .fitted import Fitted, fitted
 from .live import LiveTeachers, Teachers
 
 log = logging.getLogger(__name__)
@@ -30,28 +31,34 @@ log = logging.getLogger(__name__)
 def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfig, world: World) -> Teachers | None:
     """The teachers of a run on `images`; None if its strategy needs none or the config has none.
 
-    The logits of a teacher that knows the same classes in another order are mapped to the order of the images.
+    Each gets the images as it expects them, and gives the logits of their classes in their order.
 
     Args:
         settings: of the training loader.
 
     Raises:
-        ValueError: an unknown strategy, a teacher with other classes or another number of channels, or a stale cache.
-        FileNotFoundError, CheckpointError: as `load_model`.
+        ValueError: an unknown strategy; a source that cannot be loaded, as in `sources.load`; a teacher that cannot
+            take the images, has other classes, or lacks the feature map that the strategy needs; or a stale cache.
+        FileNotFoundError, CheckpointError: as `sources.load`.
     """
-    if not strategies.find(config.strategy).needs_teachers or not config.teachers:
+    strategy = strategies.find(config.strategy)
+    if not strategy.needs_teachers or not config.teachers:
         return None
     dtype = None if config.precision.dtype == "float32" else DTYPES[config.precision.dtype]
-    frozen: list[nn.Module] = []
-    for path in config.teachers:
-        metadata = model_metadata(path)
-        _check(path, metadata, images)
-        model = models.freeze(load_model(path), dtype, config.precision.channels_last).to(world.device)
-        frozen.append(renumbered(model, f"teacher {path}", metadata, images))
-        if world.is_main and frozen[-1] is not model:
-            log.warning("teacher %s has another order of the classes: its logits are mapped to the student's", path)
-    _warn_unknown(config.teachers, images)
-    live = LiveTeachers(frozen, images.num_classes)
+    class_map = None if config.class_map is None else ClassMap.read(config.class_map, config.teachers)
+    found: dict[SourceString, tuple[Source, Fitted]] = {}
+    for name in config.teachers:
+        source = sources.load(name)
+        if strategy.needs_features and isinstance(source.model, LogitsOnly):
+            raise ValueError(
+                f"{config.strategy} needs feature maps, but teacher {name} has none: {source.model.reason}; "
+                f"strategies without feature maps: {', '.join(_without_maps())}"
+            )
+        model = models.freeze(source.model, dtype, config.precision.channels_last).to(world.device)
+        found[name] = source, fitted(name, model, source, images, class_map)
+    if world.is_main:
+        _report(found, images)
+    live = LiveTeachers([found[name][1].model for name in config.teachers], images.num_classes)
     if config.precision.compiles_teachers(world.device.type):
         live.compile_for(settings.batch_size)
     if config.teacher_cache is None:
@@ -59,33 +66,31 @@ def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfi
     return _cached(config, config.teacher_cache, live, images, settings, world)
 
 
-def _check(path: Path, metadata: dict[str, Any], images: ImageSet) -> None:
-    for name, mine in (("num_classes", images.num_classes), ("in_channels", images.channels)):
-        if metadata[name] != mine:
-            problem = f"teacher {path} has {name} {metadata[name]}, but the student's images have {mine}"
-            theirs = metadata.get("class_names")
-            if name == "num_classes" and theirs and images.class_names:
-                problem += (
-                    f": {examples(theirs, images.class_names)} there, {examples(images.class_names, theirs)} here"
-                )
-            raise ValueError(problem)
-    seen, given = (metadata["mean"], metadata["std"]), (list(images.mean), list(images.std))
-    if seen != given:
-        warnings.warn(
-            f"teacher {path} was trained on pixels of mean and deviation {seen}; the student's have {given}",
-            stacklevel=2,
+def _without_maps() -> list[str]:
+    return [name for name, kind in strategies.STRATEGIES.items() if kind.needs_teachers and not kind.needs_features]
+
+
+def _report(found: Mapping[SourceString, tuple[Source, Fitted]], images: ImageSet) -> None:
+    """Say what was done about teachers that differ from the images, and what could not be compared."""
+    for name, (_, teacher) in found.items():
+        if teacher.classes > images.num_classes:
+            log.warning(
+                "teacher %s has %d classes: the logits of the student's %d are taken",
+                *(name, teacher.classes, images.num_classes),
+            )
+        elif teacher.reordered:
+            log.warning("teacher %s has another order of the classes: its logits are mapped to the student's", name)
+    if unknown := [name for name, (source, _) in found.items() if source.mean is None]:
+        log.warning(
+            "no mean and std are known of %s: images are normalised as the student's, or say ?mean=...&std=...",
+            ", ".join(unknown),
         )
-
-
-def _warn_unknown(teachers: Sequence[Path], images: ImageSet) -> None:
-    """Warn once if the classes of teachers and images can be compared only by number."""
-    unknown = [str(path) for path in teachers if model_metadata(path).get("class_names") is None]
-    if unknown or images.class_names is None:
-        who = f"the model files of {', '.join(unknown)} have" if unknown else f"data set of {len(images)} images has"
+    if unnamed := [name for name, (_, teacher) in found.items() if not teacher.compared]:
+        of = "the student's images" if images.class_names is None else ", ".join(unnamed)
         warnings.warn(
-            f"{who} no class names: class 0 to {images.num_classes - 1} are taken to be the same for teachers and "
-            "student",
-            stacklevel=2,
+            f"no class names are known of {of}: class 0 to {images.num_classes - 1} are taken to be the same for "
+            "teachers and student",
+            stacklevel=3,
         )
 
 

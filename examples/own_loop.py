@@ -1,6 +1,6 @@
 """A student from two teachers in a loop of your own, with accumulated gradients and clipping.
 
-    python examples/plain_pytorch.py
+python examples/own_loop.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ def main(epochs: int = 3, batch_size: int = 25, parts: int = 2) -> float:
                 optimizer.zero_grad()
         weights = ", ".join(f"{weight:.2f}" for weight in out.weights.mean(1))
         print(f"epoch {epoch + 1}: accuracy {accuracy(distiller.student, test):.3f}, teachers' weights {weights}")
-    torch.save(distiller.student.state_dict(), "student.pth")
     return accuracy(distiller.student, test)
 
 
