@@ -40,7 +40,7 @@ _MODULES = {
     "cuda": "camkd_fast.backends.cuda",
 }
 _CPU = torch.device("cpu")
-_ONE_LABEL = ("cuda", "triton")
+_ONE_LABEL = ("cuda",)
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). Every entry needs
