@@ -11,17 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends.contract import SecondLabels
 from .batch_mean import count_by_torch, count_rows
 from .kept import Launcher
 from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
-from .layout import DEBUG, Layout, alignment, layouts, row_shape, stride_units, unspecialised
-from .softmax import LOG2E, LOWEST, label_logit, lane_max, load_labels, row_offset, stride, weights_from_scores
+from .layout import DEBUG, Layout, alignment, layouts, row_shape, second_of, stride_units, unspecialised
+from .softmax import (
+    LOG2E,
+    LOWEST,
+    label_shares,
+    lane_max,
+    load_labels,
+    loaded_label_distance,
+    row_offset,
+    stride,
+    weights_from_scores,
+)
 
 
 @triton.jit(do_not_specialize=["N", "S", "C_units", "ignore_index"])
 def confidence_fwd_kernel(
     logits,  # K pointers to (N, C)
-    target,  # (N,) int64
+    target, second_target, mix,  # (N,) int64, and int64 and fp32 or None
     weights, ce, lse,  # (K, N) fp32 each
     stride_zo, stride_zi,  # K each, `unspecialised`
     N, S, C_units,
@@ -39,7 +50,8 @@ def confidence_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_range = n < N
     C = C_units * ALIGN
-    y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
+    TWO: tl.constexpr = second_target is not None
+    labels, kept, inside = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
     scores = ()
     for k in tl.static_range(K):
         row = logits[k] + row_offset(n, S, stride(stride_zo[k]), stride(stride_zi[k]), ALIGN, TWO_LEVEL)
@@ -54,7 +66,7 @@ def confidence_fwd_kernel(
             sums = sums * tl.exp2(drop * LOG2E) + tl.sum(tl.exp2((z - lane[:, :, None]) * LOG2E), axis=2)
         top = tl.max(lane, axis=1)
         log_sum = tl.log(tl.sum(sums * tl.exp2((lane - top[:, None]) * LOG2E), axis=1))
-        score = log_sum - (label_logit(row, y, kept & inside) - top)
+        score = log_sum - loaded_label_distance(row, top, labels, kept & inside, TWO)
         tl.store(ce + k * tl.cast(N, tl.int64) + n, tl.where(kept, score, 0.0), mask=in_range)
         tl.store(lse + k * tl.cast(N, tl.int64) + n, tl.where(kept, log_sum + top, 0.0), mask=in_range)
         scores += (score,)
@@ -69,7 +81,7 @@ def confidence_fwd_kernel(
 @triton.jit(do_not_specialize=["stride_gk", "stride_gn", "N", "S", "C_units"])
 def confidence_bwd_kernel(
     logits,  # K pointers to (N, C)
-    target,  # (N,) int64
+    target, second_target, mix,  # (N,) int64, and int64 and fp32 or None
     lse,  # (K, N) fp32, contiguous
     grad_ce,  # (K, N) fp32
     grads,  # K pointers to (N, C), contiguous
@@ -90,7 +102,10 @@ def confidence_bwd_kernel(
     cols = (pid % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_range = n < N
     tile = in_range[:, None] & (cols < C)[None, :]
-    y = tl.load(target + n, mask=in_range, other=0)
+    # No label of a row with a gradient is -1.
+    labels, _, _ = load_labels(target, second_target, mix, n, in_range, -1, C, False)
+    y, second, share = labels
+    TWO: tl.constexpr = second_target is not None
     for k in tl.static_range(K):
         g = tl.load(grad_ce + k * tl.cast(stride_gk, tl.int64) + n * stride_gn, mask=in_range, other=0.0)
         log_sum = tl.load(lse + k * tl.cast(N, tl.int64) + n, mask=in_range, other=0.0)
@@ -98,14 +113,18 @@ def confidence_bwd_kernel(
         mask = tile & (g != 0)[:, None]
         z = tl.load(row[:, None] + cols[None, :], mask=mask, other=float("-inf")).to(tl.float32)
         p = tl.exp2((z - log_sum[:, None]) * LOG2E)
-        out = g[:, None] * (p - tl.where(cols[None, :] == y[:, None], 1.0, 0.0))
+        out = g[:, None] * (p - label_shares(cols[None, :], (y[:, None], second[:, None], share[:, None]), TWO))
         out = tl.where((g == 0)[:, None], 0.0, out)
         pointers = grads[k] + n[:, None] * C + cols[None, :]
         tl.store(pointers, out.to(grads[k].dtype.element_ty), mask=tile)
 
 
 def confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    inverse_valid: Tensor | None = None,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `contract.Backend`. Labels outside [0, C) give NaN."""
     if inverse_valid is not None:
@@ -116,27 +135,35 @@ def confidence_forward(
     K, N = len(logits), target.shape[0]
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
     if N > 0:
-        _forward_launcher(layouts(logits), ignore_index)(tuple(logits), target, weights, ce, lse)
+        _forward_launcher(layouts(logits), ignore_index, second is not None)(
+            tuple(logits), target, *second_of(second), weights, ce, lse
+        )
     return weights, ce, lse
 
 
-def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+def confidence_backward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    grad_ce: Tensor,
+    second: SecondLabels | None = None,
+) -> list[Tensor]:
     """See `contract.Backend`."""
     N, C = target.shape[0], logits[0].shape[-1]
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
     if N > 0:
         launch = _backward_launcher(layouts(logits), grad_ce.stride())
-        launch(tuple(logits), target, lse.contiguous(), grad_ce, tuple(grads))
+        launch(tuple(logits), target, *second_of(second), lse.contiguous(), grad_ce, tuple(grads))
     return grads
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_launcher(logits: tuple[Any, ...], ignore_index: int) -> Launcher:
+def _forward_launcher(logits: tuple[Any, ...], ignore_index: int, two_labels: bool) -> Launcher:
     logits = tuple(Layout(*z) for z in logits)
     N, S, C = row_shape(logits[0].shape)
     ALIGN = alignment(logits)
     itemsize = max(z.dtype.itemsize for z in logits)
-    BLOCK_N, BLOCK_C, num_warps, maxnreg = confidence_launch(len(logits), C, itemsize, ALIGN)
+    BLOCK_N, BLOCK_C, num_warps, maxnreg = confidence_launch(len(logits), C, itemsize, ALIGN, two_labels)
     constants = {
         "K": len(logits),
         "TWO_LEVEL": len(logits[0].shape) == 3,

@@ -97,14 +97,15 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
     return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
 
 
-def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int) -> RowLaunch:
+def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool) -> RowLaunch:
     """Confidence weights: statistics only, so one geometry works for any C; narrow rows share a program.
 
-    4 warps, one access per thread and iteration; a lane holds 3 running numbers of one teacher at a time.
+    4 warps, one access per thread and iteration; a lane holds 3 running numbers of one teacher at a time. With two
+    labels ptxas would spill the second one for the sake of occupancy.
     """
     tile = 128 * access_width(itemsize, ALIGN)
     BLOCK_C = min(_power_of_2(max(C, 16)), tile)
-    return RowLaunch(tile // BLOCK_C, BLOCK_C, 4, _register_limit(K, 4))
+    return RowLaunch(tile // BLOCK_C, BLOCK_C, 4, MOST_REGISTERS if two_labels else _register_limit(K, 4))
 
 
 def elementwise_launch(C: int, itemsize: int) -> Launch:

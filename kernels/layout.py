@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.contract import SecondLabels
+
 # Device-side assertions on labels; a failure stops the CUDA context, and they cost registers.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
@@ -88,6 +90,11 @@ def unspecialised(strides: Sequence[int]) -> tuple[int, ...]:
     a new batch size would change strides from one kind to the other. 2 * stride + 3 is never either.
     """
     return tuple(2 * stride + 3 for stride in strides)
+
+
+def second_of(second: SecondLabels | None) -> tuple[Tensor | None, Tensor | None]:
+    """Second labels as pointers of a launch."""
+    return (None, None) if second is None else (second.target, second.mix)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import RowLossResult, row_stats_count
+from ..backends.contract import RowLossResult, SecondLabels, row_stats_count
 from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
 from .counters import counter_for
 from .kept import Launcher
 from .launch import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
-from .layout import DEBUG, Layout, alignment, layouts, row_shape, stride_units, unspecialised
+from .layout import DEBUG, Layout, alignment, layouts, row_shape, second_of, stride_units, unspecialised
 from .results import kernel_formula, temperature_power, weighting_kind
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
@@ -33,13 +33,15 @@ def row_loss(
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
     total_scale: float | None = None,
+    second: SecondLabels | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`. fp32, bf16 and fp16 logits; dtypes and strides may differ between tensors."""
     device, N = student.device, target.shape[0]
     scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
     if mean and not 0 < N <= BATCH_ROWS:
         inverse = count_by_torch(target, formula.ignore_index)
-        rows = row_loss(student, teachers, target, formula, needs_grad=needs_grad, grad_scale=inverse * scale)
+        options: dict[str, Any] = {"needs_grad": needs_grad, "grad_scale": inverse * scale, "second": second}
+        rows = row_loss(student, teachers, target, formula, **options)
         return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
     row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
     grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if needs_grad else None
@@ -63,7 +65,7 @@ def row_loss(
             counter = counter_for(student)
     factor = 1.0 if total_scale is None else float(total_scale)
     launch(
-        *(student, tuple(teachers), target, given, row_stats, grad_student),
+        *(student, tuple(teachers), target, *second_of(second), given, row_stats, grad_student),
         *(scale, factor, loss, others, counter),
     )
     if loss is None or others is None:

@@ -8,7 +8,9 @@ from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     exp_at_one,
     finite_max,
-    label_logit,
+    label_distance,
+    label_logits,
+    label_shares,
     load_labels,
     relative_share,
     row_offset,
@@ -26,7 +28,7 @@ from .softmax import (
 def row_loss_onchip_fwd_kernel(
     student,  # (N, C)
     teachers,  # K pointers to (N, C)
-    target,  # (N,) int64
+    target, second_target, mix,  # (N,) int64, and int64 and fp32 or None
     given,  # (K, N) fp32 weights, or None
     row_stats,  # (3 + 3K, N) fp32
     grad_student,  # (N, C) contiguous, or None
@@ -61,7 +63,8 @@ def row_loss_onchip_fwd_kernel(
     cols = tl.arange(0, BLOCK_C)
     C = C_units * ALIGN
     tile = in_range[:, None] & (cols < C)[None, :]
-    y, kept, inside = load_labels(target, n, in_range, ignore_index, C, DEBUG)
+    TWO: tl.constexpr = second_target is not None
+    labels, kept, inside = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
 
     # Student: load, statistics
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
@@ -71,13 +74,13 @@ def row_loss_onchip_fwd_kernel(
         grad_scale, total_scale, others, target, N, ignore_index, SCALE_ON_DEVICE, INVERSE, BLOCK_B
     )
     s = s.to(tl.float32)
-    s_label = label_logit(s_row, y, kept & inside)
+    s_label = label_logits(s_row, labels, kept & inside, TWO)
     s_max = finite_max(s)
     s -= s_max[:, None]
     e = tl.exp2(s * exp2_scale)
     s_sumT = tl.sum(e, axis=1)
     s_sum1 = tl.sum(exp_at_one(e, s, T_POWER), axis=1)
-    hard = tl.log(s_sum1) - (s_label - s_max)
+    hard = tl.log(s_sum1) - label_distance(s_label, s_max, labels, TWO)
 
     # Teachers: load, statistics, mixture
     divergence, scores, weights = (), (), ()
@@ -88,7 +91,7 @@ def row_loss_onchip_fwd_kernel(
     for k in tl.static_range(K):
         z_row = teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL)
         z = tl.load(z_row[:, None] + cols[None, :], mask=tile, other=float("-inf")).to(tl.float32)
-        z_label = label_logit(z_row, y, kept & inside)
+        z_label = label_logits(z_row, labels, kept & inside, TWO)
         z_max = finite_max(z)
         z -= z_max[:, None]
         e = tl.exp2(z * exp2_scale)
@@ -99,7 +102,7 @@ def row_loss_onchip_fwd_kernel(
         # One logarithm of the ratio: a difference of two would cancel when student and teacher agree.
         kl = cross / (z_sumT * formula.temperature) + tl.log(s_sumT / z_sumT)
         log_sum = tl.log(z_sum1)
-        ce = log_sum - (z_label - z_max)
+        ce = log_sum - label_distance(z_label, z_max, labels, TWO)
         store_teacher(row_stats, k, N, n, kl, ce, kept, in_range, K)
         divergence += (kl,)
         inverse = 1.0 / z_sumT
@@ -141,7 +144,8 @@ def row_loss_onchip_fwd_kernel(
         e = tl.exp2(s * exp2_scale)
         soft_part = e * (weight_sum / s_sumT)[:, None] - mixed
         hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_sum1)[:, None]
-        hard_part -= tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
+        y, second, share = labels
+        hard_part -= label_shares(cols[None, :], (y[:, None], second[:, None], share[:, None]), TWO)
         out = grad_student_terms(hard_part, soft_part, formula) * scale
         out = tl.where(inside[:, None], out, float("nan"))
         out = tl.where(kept[:, None], out, 0.0)

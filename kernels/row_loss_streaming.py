@@ -8,10 +8,11 @@ from .results import grad_student_terms, store_loss, store_teacher
 from .softmax import (
     LOWEST,
     exp_at_one,
-    label_logit,
+    label_shares,
     lane_max,
     lane_rescale,
     load_labels,
+    loaded_label_distance,
     row_offset,
     stride,
     weights_from_scores,
@@ -75,7 +76,7 @@ def teacher_total(lanes, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: t
 def row_loss_streaming_fwd_kernel(
     student,  # (N, C)
     teachers,  # K pointers to (N, C)
-    target,  # (N,) int64
+    target, second_target, mix,  # (N,) int64, and int64 and fp32 or None
     given,  # (K, N) fp32 weights, or None
     row_stats,  # (3 + 3K, N) fp32
     grad_student,  # (N, C) contiguous, or None
@@ -107,9 +108,9 @@ def row_loss_streaming_fwd_kernel(
     R: tl.constexpr = BLOCK_C // VEC
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
-    y, kept, inside = load_labels(target, n, n < N, ignore_index, C, DEBUG)
-    # Ignored rows are not read.
-    limit_units = tl.where(kept, C_units, 0)
+    TWO: tl.constexpr = second_target is not None
+    labels, kept, inside = load_labels(target, second_target, mix, n, n < N, ignore_index, C, DEBUG)
+    limit_units = tl.where(kept, C_units, 0)  # ignored rows are not read
     limit = limit_units * ALIGN
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
     z_rows = ()
@@ -161,7 +162,7 @@ def row_loss_streaming_fwd_kernel(
                 log_sum = tl.log(total1)
                 z_top += (top,)
                 z_totalT += (totalT,)
-                ce = log_sum - (label_logit(z_rows[k], y, kept & inside) - top)
+                ce = log_sum - loaded_label_distance(z_rows[k], top, labels, kept & inside, TWO)
                 # One logarithm of the ratio: a difference of two would cancel when student and teacher agree.
                 kl = cross / (totalT * formula.temperature) + tl.log(s_totalT / totalT)
                 store_teacher(row_stats, k, N, n, kl, ce, kept, n < N, K)
@@ -171,7 +172,7 @@ def row_loss_streaming_fwd_kernel(
                     scores += (log_sum - plogp / total1,)
                 else:
                     scores += (ce,)
-    hard = tl.log(s_total1) - (label_logit(s_row, y, kept & inside) - s_top)
+    hard = tl.log(s_total1) - loaded_label_distance(s_row, s_top, labels, kept & inside, TWO)
 
     # Weights and row_stats
     weights = ()
@@ -205,7 +206,7 @@ def row_loss_streaming_fwd_kernel(
                 z = tl.load(z_rows[k] + cols, mask=cols < wanted, other=float("-inf")).to(tl.float32) - top
                 mixed += tl.exp2(z * exp2_scale) * coefficient
             soft_part = e * (weight_sum / s_totalT) - mixed
-            hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_total1) - tl.where(cols == y, 1.0, 0.0)
+            hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_total1) - label_shares(cols, labels, TWO)
             out = grad_student_terms(hard_part, soft_part, formula) * scale
             out = tl.where(inside, out, float("nan"))
             out = tl.where(kept, out, 0.0)

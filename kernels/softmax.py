@@ -29,20 +29,65 @@ def row_offset(n, S, stride_outer, stride_inner, ALIGN: tl.constexpr, TWO_LEVEL:
 
 
 @triton.jit
-def load_labels(target, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
-    """label, kept (not ignored) and inside (0 <= label < C) of rows n; rows beyond N count as ignored."""
+def load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
+    """The labels of rows n: (label, second label, share of the first), kept (not ignored) and inside (all valid).
+
+    Without second labels (None) the share is 1; so it is for a row with a share of 0 or twice the same label, whose
+    label is the one that counts. Rows beyond N count as ignored.
+    """
     y = tl.load(target + n, mask=in_range, other=0)
     kept = in_range & (y != ignore_index)
     inside = (y >= 0) & (y < C)
+    second = y
+    share = kept.to(tl.float32)
+    if second_target is not None:
+        second = tl.load(second_target + n, mask=kept, other=0)
+        share = tl.load(mix + n, mask=kept, other=1.0)
+        inside &= (second >= 0) & (second < C) & (second != ignore_index) & (share >= 0) & (share <= 1)
+        one = (share == 0) | (second == y)
+        y = tl.where(share == 0, second, y)
+        share = tl.where(one, 1.0, share)
     if DEBUG:
-        tl.device_assert(inside | (kept == 0), "camkd_fast: a label lies outside [0, C)")
-    return y, kept, inside
+        tl.device_assert(inside | (kept == 0), "camkd_fast: a label lies outside [0, C), or its share outside [0, 1]")
+    return (y, second, share), kept, inside
 
 
 @triton.jit
-def label_logit(row, y, readable):
-    """The logit at the label; NaN for an invalid label, which propagates to everything that depends on it."""
-    return tl.load(row + y, mask=readable, other=0.0).to(tl.float32) + tl.where(readable, 0.0, float("nan"))
+def label_logits(row, labels, readable, TWO: tl.constexpr):
+    """The logits at both labels; NaN for invalid labels, which propagates to everything that depends on them."""
+    y, second, share = labels
+    first = tl.load(row + y, mask=readable, other=0.0).to(tl.float32) + tl.where(readable, 0.0, float("nan"))
+    if TWO:
+        return first, tl.load(row + second, mask=readable & (share < 1), other=0.0).to(tl.float32)
+    else:
+        return first, first
+
+
+@triton.jit
+def label_distance(logits, top, labels, TWO: tl.constexpr):
+    """`label_logits` minus the row's maximum, averaged by the shares of the labels."""
+    first, second = logits
+    distance = first - top
+    if TWO:
+        share = labels[2]
+        distance = tl.where(share < 1, share * distance + (1 - share) * (second - top), distance)
+    return distance
+
+
+@triton.jit
+def loaded_label_distance(row, top, labels, readable, TWO: tl.constexpr):
+    """The same from the row."""
+    return label_distance(label_logits(row, labels, readable, TWO), top, labels, TWO)
+
+
+@triton.jit
+def label_shares(cols, labels, TWO: tl.constexpr):
+    """The share of each label in its column, 0 elsewhere."""
+    y, second, share = labels
+    if TWO:
+        return tl.where(cols == y, share, 0.0) + tl.where(cols == second, 1 - share, 0.0)
+    else:
+        return tl.where(cols == y, 1.0, 0.0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from tests.support.op_contract import (
     assert_features,
     assert_scales_rows,
 )
-from tests.support.row_contract import assert_agrees, assert_means
+from tests.support.row_contract import assert_agrees, assert_invalid_second_labels, assert_means
 
 if WITHOUT_MODULE:
     pytest.skip("no compiled module", allow_module_level=True)
@@ -93,6 +93,11 @@ def test_given_weights_of_any_strides(layout: str, N: int) -> None:
 def test_means(scale: float | torch.Tensor) -> None:
     student, *teachers = (torch.randn(20, 50) for _ in range(4))
     assert_means(cpu.row_loss, student, teachers, torch.randint(50, (20,)), scale)
+
+
+@pytest.mark.parametrize("label", [-1, 40, -100])
+def test_invalid_second_labels_are_nan(label: int) -> None:
+    assert_invalid_second_labels(cpu, label)
 
 
 @pytest.mark.parametrize("target", [[50, 3, -1], [3, -7, 200]])

@@ -28,7 +28,7 @@ from tests.support.op_contract import (
     assert_features,
     assert_scales_rows,
 )
-from tests.support.row_contract import assert_agrees, assert_means, options
+from tests.support.row_contract import assert_agrees, assert_invalid_second_labels, assert_means, options
 from tests.support.tolerance import assert_near, assert_result, rms, truncated
 from tests.support.truth import naive, truth
 
@@ -112,6 +112,32 @@ def test_every_weighting_both_regimes(regime: str, weighting: str, temperature: 
     if weighting == "given":
         case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, case.student.shape[0]).contiguous())
     check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy"])
+@pytest.mark.parametrize("peaked", [False, True], ids=["noise", "peaked"])
+def test_two_labels(regime: str, weighting: str, peaked: bool) -> None:
+    case = make_case(12, 72, 3, peaked=peaked, ignored=0.2, weighting=weighting, temperature=2.5, two_labels=True)
+    check(case, f"{regime} {weighting}")
+
+
+def test_rows_of_one_label_among_two(regime: str) -> None:
+    """By shares of 0 and 1 or equal labels, to the bit; logits at a label without a share do not count."""
+    case = make_case(6, 40, 2, padded=False, reduction="none")
+    label, other = case.target, (case.target + 1) % 40
+    one = torch.tensor([True, False, True, False, True, False])
+    student = case.student.scatter(1, other.unsqueeze(1), -INF)
+    case = case.with_(student=student, teachers=tuple(z.scatter(1, other.unsqueeze(1), -INF) for z in case.teachers))
+    mixed = case.with_(target=label.where(one, other), second_target=other.where(one, label), mix=one.to(torch.float32))
+    expected = run(case, "triton", torch.ones(6))
+    for changed in (mixed, case.with_(second_target=label, mix=torch.rand(6))):
+        for ours, theirs in zip(run(changed, "triton", torch.ones(6))[:7], expected[:7], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("label", [-1, 40, -100])
+def test_invalid_second_labels_are_nan(regime: str, label: int) -> None:
+    assert_invalid_second_labels(kernels, label)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -28,8 +28,12 @@ REPRESENTATIVE = [
     Shape("row_loss", 4096, 3, "bfloat16", "confidence", layout="sliced"),
     Shape("row_loss", 32000, 3, "bfloat16"),
     Shape("row_loss", 32000, 8, "float32", "entropy", 2.5, N=2049, mean=True),
+    Shape("row_loss", 100, 3, "float32", mean=True, two_labels=True),
+    Shape("row_loss", 32000, 3, "bfloat16", "entropy", 2.5, mean=True, two_labels=True),
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
+    Shape("confidence_forward", 1000, 3, "float32", two_labels=True),
+    Shape("confidence_backward", 1000, 3, "float32", two_labels=True),
     Shape("feature_forward", 4096, 1, "float32"),
     Shape("feature_backward", 4096, 3, "float32"),
     Shape("feature_loss", 1000, 3, "bfloat16", scale_on_device=True),
@@ -56,6 +60,9 @@ def _exhaustive() -> list[Shape]:
         for C in widths:
             shapes.append(Shape("row_loss", C, 3, dtype, "confidence", 4.0))
             if dtype != "float16":
+                shapes += [
+                    Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True, two_labels=True) for K in (1, 3, 6, 8)
+                ]
                 shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True) for K in (1, 3, 6, 8)]
         for C in (100, 512, 32000):
             for weighting in ("uniform", "given"):
@@ -65,7 +72,7 @@ def _exhaustive() -> list[Shape]:
             shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
             shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5, mean=True))
             for op in ("confidence_forward", "confidence_backward"):
-                shapes += [Shape(op, C, K, dtype) for K in (1, 3, 16)]
+                shapes += [Shape(op, C, K, dtype, two_labels=two) for K in (1, 3, 16) for two in (False, True)]
             shapes += [Shape(op, C, K, dtype) for op in ("feature_forward", "feature_loss") for K in (1, 3, 16)]
             shapes += [Shape(op, C, 1, dtype) for op in ("feature_backward", "scale_rows")]
     return shapes

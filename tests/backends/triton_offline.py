@@ -36,6 +36,7 @@ class Shape(NamedTuple):
     needs_grad: bool = True
     scale_on_device: bool = False
     mean: bool = False
+    two_labels: bool = False
 
 
 class Kernel(NamedTuple):
@@ -69,12 +70,14 @@ def _call(shape: Shape) -> None:
     import torch
     from camkd_fast.kernels import batch_mean
 
+    from camkd_fast.backends.contract import SecondLabels
     from camkd_fast.losses.formula import Formula
 
     student = _logits(shape, shape.dtype)
     teachers = [_logits(shape, shape.teacher_dtype or shape.dtype) for _ in range(shape.K)]
     N = student.numel() // shape.C
     target = torch.zeros(N, dtype=torch.int64)
+    second = SecondLabels(torch.zeros(N, dtype=torch.int64), torch.ones(N)) if shape.two_labels else None
     per_row = torch.zeros(shape.K, N)
     given = torch.ones(shape.K, 1).expand(shape.K, N)
     calls: dict[str, Callable[[], object]] = {
@@ -82,9 +85,10 @@ def _call(shape: Shape) -> None:
             student, teachers, target,
             Formula(shape.temperature, weighting=given if shape.weighting == "given" else shape.weighting),
             needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0, mean=shape.mean,
+            second=second,
         ),
-        "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100),
-        "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row),
+        "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100, second=second),
+        "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row, second),
         "feature_forward": lambda: kernels.feature_forward([student] * shape.K, teachers),
         "feature_backward": lambda: kernels.feature_backward([student] * shape.K, teachers, per_row),
         "feature_loss": lambda: kernels.feature_loss(

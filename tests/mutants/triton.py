@@ -9,6 +9,8 @@ EDGES = (
     f"{TRITON}::test_masked_columns {TRITON}::test_blocks_masked_with_infinity_and_with_the_lowest_number"
     f" {TRITON}::test_infinite_cross_entropies {TRITON}::test_certain_teachers"
 )
+ONE_OF_TWO = f"{TRITON}::test_rows_of_one_label_among_two"
+INVALID = f"{TRITON}::test_invalid_second_labels_are_nan"
 MEMORY = "tests/backends/test_memory_access.py"
 
 CHANGES = (
@@ -37,6 +39,24 @@ CHANGES = (
             "inside = (y >= 0) & (y < C)",
             "inside = (y >= 0) & (y <= C)",
             tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows",
+        ),
+        Change("invalid shares", " & (share >= 0) & (share <= 1)", "", tests=INVALID),
+        Change("the ignored label as a second one", " & (second != ignore_index)", "", tests=INVALID),
+        Change("a share of 0 keeps the first label", "y = tl.where(share == 0, second, y)", "pass", tests=ONE_OF_TWO),
+        Change(
+            "twice the same label rounds", "one = (share == 0) | (second == y)", "one = share == 0", tests=ONE_OF_TWO
+        ),
+        Change(
+            "the second label has the share of the first",
+            "tl.where(cols == second, 1 - share, 0.0)",
+            "tl.where(cols == second, share, 0.0)",
+            tests=f"{TRITON}::test_two_labels",
+        ),
+        Change(
+            "second labels of ignored rows are read",
+            "second = tl.load(second_target + n, mask=kept, other=0)",
+            "second = tl.load(second_target + n)",
+            tests=MEMORY,
         ),
         Change(
             "inner row stride",

@@ -45,6 +45,7 @@ class Spec:
     format: str = "contiguous"  # memory format of feature maps
     auto: bool = False  # backend="auto" where that means the backend under test
     regime: str = "table"  # of the CUDA kernel on the emulated device
+    labels: str = "one"  # of a row; or "two"
 
     @property
     def name(self) -> str:
@@ -119,6 +120,15 @@ def _compiled() -> list[Spec]:
     ]
 
 
+def _of_two_labels(count: int, confidence: int, sizes: Sequence[tuple[int, int]], K: Sequence[int]) -> list[Spec]:
+    """Logit losses and confidence weights of rows with two labels."""
+    two = {"labels": ("two",), "K": K}
+    return [
+        *_specs(count, "two labels", sizes, entry=LOGIT_ENTRIES, **LOGIT_OPTIONS | two),
+        *_specs(confidence, "two labels' weights", sizes, entry=("confidence",), **FEATURE_OPTIONS | two),
+    ]
+
+
 def _unique(specs: list[Spec]) -> list[Spec]:
     return list({spec.name: spec for spec in specs}.values())
 
@@ -146,6 +156,7 @@ def _for_host() -> list[Spec]:
             Spec("loss", 300, 9_001, K=1, dtype=dtype, gradient="given", **common),
         ]
     specs += _specs(30, "confidence", sizes, entry=("confidence",), K=range(1, 17), **FEATURE_OPTIONS)
+    specs += _of_two_labels(24, 6, sizes, range(1, 17))
     small = [(0, 4), (1, 6), (3, 10), (8, 33), (17, 100)]
     specs += _specs(30, "feature", small, entry=("feature",), K=(1, 2, 3, 7), **FEATURE_OPTIONS)
     specs += _specs(8, "module", small[1:], entry=("feature module",), K=(1, 2, 3), ignored=IGNORED)
@@ -161,6 +172,7 @@ def _for_triton() -> list[Spec]:
     specs += _specs(6, "wide", [(1, 5000), (2, 4097)], **entries, **LOGIT_OPTIONS | {"K": (3, 4)})
     specs += _specs(8, "confidence", sizes, entry=("confidence",), K=(1, 2, 3, 7), **FEATURE_OPTIONS)
     specs += _specs(8, "feature", [(1, 6), (3, 10)], entry=("feature",), K=(1, 2, 3), **FEATURE_OPTIONS)
+    specs += _of_two_labels(12, 4, sizes, (1, 2, 3, 7))
     specs += [Spec("feature module", 2, 6, K=2), *_compiled()[::4], _compiled()[-1]]
     return _unique(specs)
 
@@ -182,6 +194,7 @@ def _for_cuda_host() -> list[Spec]:
         specs += [replace(spec, regime=regime) for spec in _specs(count, f"{regime} {K}", pairs, **options)]
     specs += _specs(12, "confidence", sizes, entry=("confidence",), K=(1, 2, 3, 7), **FEATURE_OPTIONS)
     specs += _specs(12, "feature", [(1, 6), (3, 10), (4, 100)], entry=("feature",), K=(1, 2, 3), **FEATURE_OPTIONS)
+    specs += _of_two_labels(24, 6, sizes, teachers)
     specs += [Spec("feature module", 3, 6, K=2), *_compiled()]
     return _unique(specs)
 

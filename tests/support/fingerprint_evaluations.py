@@ -18,7 +18,7 @@ from camkd_fast import (
     confidence_weights,
     weighted_feature_loss,
 )
-from tests.support.cases import Case, make_case, poisoned_slice
+from tests.support.cases import Case, make_case, poisoned_slice, second_labels
 from tests.support.evaluate import fields
 from tests.support.fingerprint_cases import Spec
 
@@ -84,6 +84,15 @@ def _logits(spec: Spec) -> tuple[list[Tensor], Tensor]:
     return [_laid_out(z, spec, index) for index, z in enumerate(tensors)], target
 
 
+def _second(spec: Spec, target: Tensor) -> dict[str, Tensor]:
+    """Second labels, of columns that are not masked."""
+    if spec.labels == "one":
+        return {}
+    kept = torch.arange(spec.C)
+    kept = kept[(kept < spec.C // 3) | (kept > spec.C // 3 + 1)] if spec.columns and spec.C > 2 else kept
+    return second_labels(target, kept, spec.ignore_index, _generator(spec))
+
+
 def _case(spec: Spec) -> Case:
     generator = _generator(spec)
     (student, *teachers), target = _logits(spec)
@@ -97,7 +106,7 @@ def _case(spec: Spec) -> Case:
         items = 7.0 if count == "number" else torch.tensor(7.0)
     return Case(
         student, tuple(teachers), target, spec.temperature, spec.hard_weight, spec.soft_weight, weighting, reduction,
-        spec.ignore_index, items,
+        spec.ignore_index, items, **_second(spec, target),
     )  # fmt: skip
 
 
@@ -147,10 +156,10 @@ def _logit_loss(spec: Spec, backend: str) -> Results:
         out, grad = call(student, teachers, case.target)
         return _named(out) | {"grad": grad}
     if spec.entry == "module":
-        items = options.pop("num_items")
+        items, *second = (options.pop(name) for name in ("num_items", "second_target", "mix"))
         if isinstance(case.weighting, Tensor):
             options["weighting"] = inputs["weighting"] = nn.Parameter(case.weighting.detach())
-        out = CAMKDLoss(backend=backend, **options)(student, teachers, case.target, items)
+        out = CAMKDLoss(backend=backend, **options)(student, teachers, case.target, items, *second)
     else:
 
         def value(student: Tensor, teachers: Any, target: Tensor, weighting: str | Tensor) -> Any:
@@ -169,7 +178,7 @@ def _confidence(spec: Spec, backend: str) -> Results:
     logits: Any = list(inputs.values())
     if spec.layout == "stacked" and spec.dtype != "mixed":
         logits = torch.stack(logits)
-    weights, ce = confidence_weights(logits, target, spec.ignore_index, backend)
+    weights, ce = confidence_weights(logits, target, spec.ignore_index, backend, **_second(spec, target))
     one, other = (torch.randn(weights.shape, generator=generator).to(weights.dtype) for _ in range(2))
     return _gradients({"weights": weights, "ce": ce}, (weights * one + ce * other).sum(), inputs, spec)
 

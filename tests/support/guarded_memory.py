@@ -52,6 +52,7 @@ def check(backend: Any, N: int, C: int, K: int, dtypes: Sequence[Any], before: b
     """Every function of a backend on guarded tensors, some of whose rows are ignored."""
     import torch
 
+    from camkd_fast.backends.contract import SecondLabels
     from camkd_fast.losses.formula import Formula
 
     def logits(dtype: Any) -> Any:
@@ -61,14 +62,19 @@ def check(backend: Any, N: int, C: int, K: int, dtypes: Sequence[Any], before: b
     target = guarded(torch.arange(N) % C, before)
     target[N // 2] = -100
     formula = Formula(weighting=guarded(torch.rand(K, N), before) if weighting == "given" else weighting)
-    for mean in (False, True):
-        options = {"grad_scale": guarded(torch.ones(1), before), "mean": mean}
+    two = SecondLabels(guarded(target.flip(0).clamp(min=0), before), guarded(torch.rand(N), before))
+    two.target[N // 2], two.mix[N // 2] = 1 << 40, float("nan")  # of an ignored row
+    for mean, second in ((False, None), (True, None), (False, two)):
+        options = {"grad_scale": guarded(torch.ones(1), before), "mean": mean, "second": second}
         result = backend.row_loss(student, teachers, target, formula, needs_grad=True, **options)
         assert result.grad_student.isfinite().all() and result.row_stats.isfinite().all()
     backend.scale_rows(student, guarded(torch.rand(N), before), student)
-    _, _, lse = backend.confidence_forward(teachers, target, -100)
     grad = guarded(torch.randn(K, N), before)
-    backend.confidence_backward(teachers, target, guarded(lse, before), grad)
+    grad[:, N // 2] = 0.0
+    for second in (None, two):
+        _, _, lse = backend.confidence_forward(teachers, target, -100, second=second)
+        grads = backend.confidence_backward(teachers, target, guarded(lse, before), grad, second)
+        assert all(g.isfinite().all() for g in grads)
     backend.feature_forward([student] * K, teachers)
     backend.feature_loss([student] * K, teachers, grad, needs_grad=True)
     backend.feature_backward([student] * K, teachers, grad)

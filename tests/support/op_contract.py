@@ -13,7 +13,9 @@ from torch import Tensor
 
 from camkd_fast import CAMKDFeatureLoss
 from camkd_fast.backends import reference
+from camkd_fast.backends.contract import SecondLabels
 from camkd_fast.backends.feature_maps import gradient_strides
+from tests.support.cases import second_labels
 from tests.support.tolerance import FEW, assert_accurate, assert_near, rms
 
 F32_EPS = torch.finfo(torch.float32).eps
@@ -27,23 +29,32 @@ def to_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_confidence(backend: Any, logits: list[Tensor], target: Tensor, rounding: Rounding = to_nearest) -> None:
-    """Forward and backward of three teachers; row 2 is ignored, and may contain NaN."""
+    """Forward and backward of three teachers, with one label and with two. Row 2 is ignored, and may contain NaN."""
     target[2] = -100
+    labels = second_labels(target, torch.arange(logits[0].shape[-1]), -100, torch.Generator().manual_seed(0))
+    for second in (None, SecondLabels(labels["second_target"], labels["mix"])):
+        _assert_confidence(backend, logits, target, second, rounding)
+
+
+def _assert_confidence(
+    backend: Any, logits: list[Tensor], target: Tensor, second: SecondLabels | None, rounding: Rounding
+) -> None:
     exact, narrow = [z.double() for z in logits], [z.float() for z in logits]
-    expected = reference.confidence_forward(exact, target, -100)
-    actual = backend.confidence_forward(logits, target, -100)
+    wide = None if second is None else second._replace(mix=second.mix.double())
+    expected = reference.confidence_forward(exact, target, -100, second=wide)
+    actual = backend.confidence_forward(logits, target, -100, second=second)
     weights, ce, lse = actual
     # CE and log-sum-exp are differences of numbers of the size of the logits, and weights are functions of CE.
     widest = max(float(z.nan_to_num(0.0, 0.0, 0.0).abs().max()) for z in exact)
-    eager = reference.confidence_forward(narrow, target, -100)
+    eager = reference.confidence_forward(narrow, target, -100, second=second)
     for name, ours, R, N in zip(("weights", "ce", "lse"), actual, expected, eager, strict=True):
         assert_accurate(ours, R, N, name, floor=F32_EPS * (1 + widest))
     assert not weights[:, 2].any() and not ce[:, 2].any()
     grad_ce = torch.randn(target.numel(), 3).t()
     grad_ce[:, 2] = 0.0
-    grads = backend.confidence_backward(logits, target, lse, grad_ce)
-    true = reference.confidence_backward(exact, target, expected[2], grad_ce.double())
-    eager = reference.confidence_backward(narrow, target, expected[2].float(), grad_ce)
+    grads = backend.confidence_backward(logits, target, lse, grad_ce, second)
+    true = reference.confidence_backward(exact, target, expected[2], grad_ce.double(), wide)
+    eager = reference.confidence_backward(narrow, target, expected[2].float(), grad_ce, second)
     for z, ours, R, N, g in zip(logits, grads, true, eager, grad_ce, strict=True):
         assert ours.dtype == z.dtype
         # The softmax is rebuilt from the stored log-sum-exp; at C = 1 its rounding is all of the gradient.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from camkd_fast.backends import reference
-from camkd_fast.backends.contract import PER_TEACHER, RowLossResult
+from camkd_fast.backends.contract import PER_TEACHER, RowLossResult, SecondLabels
 from camkd_fast.losses.formula import Formula
-from tests.support.cases import Case
+from tests.support.cases import Case, make_case
 from tests.support.evaluate import Result
 from tests.support.tolerance import assert_result
 
@@ -24,9 +24,19 @@ def options(**changes: Any) -> dict[str, Any]:
     return {"formula": formula, "needs_grad": True, "grad_scale": 1.0, **changes}
 
 
+def second_of(case: Case) -> SecondLabels | None:
+    """The second labels of a case, for a backend."""
+    if case.second_target is None or case.mix is None:
+        return None
+    return SecondLabels(case.second_target.reshape(-1), case.mix.reshape(-1))
+
+
 def _widened(formula: Formula, grad_scale: float | Tensor, **given: Any) -> dict[str, Any]:
     """The same arguments with tensors in float64."""
     wide = [value.double() if isinstance(value, Tensor) else value for value in (*formula, grad_scale)]
+    second = given.pop("second", None)
+    if second is not None:
+        given["second"] = second._replace(mix=second.mix.double())
     return {"formula": Formula(*wide[:-1]), "grad_scale": wide[-1], **given}
 
 
@@ -60,6 +70,25 @@ def assert_agrees(
     ignored = target == given["formula"].ignore_index
     assert not any(statistic[..., ignored].any() for statistic in actual[:6])
     assert not actual.grad[ignored].any()
+
+
+def assert_invalid_second_labels(backend: Any, label: int) -> None:
+    """A second label or a share out of range makes its row NaN, and no other one, where the host does not check it."""
+    case = make_case(9, 40, 2, two_labels=True)
+    second = second_of(case)
+    assert second is not None
+    wrong = SecondLabels(second.target.clone(), second.mix.clone())
+    wrong.target[2] = label
+    wrong.mix[4], wrong.mix[6] = 1.25, float("nan")
+    student, teachers = case.student, list(case.teachers)
+    ours, expected = (backend.row_loss(student, teachers, case.target, **options(second=s)) for s in (wrong, second))
+    invalid = torch.isin(torch.arange(9), torch.tensor([2, 4, 6]))
+    rows = [*ours.row_stats[:2], *ours.teacher_ce]
+    assert all(row[invalid].isnan().all() for row in rows) and ours.grad_student[invalid].isnan().all()
+    assert torch.equal(ours.row_stats[:, ~invalid], expected.row_stats[:, ~invalid])
+    assert torch.equal(ours.grad_student[~invalid], expected.grad_student[~invalid])
+    weights, ce, _ = backend.confidence_forward(teachers, case.target, -100, second=wrong)
+    assert ce[:, invalid].isnan().all() and not ce[:, ~invalid].isnan().any() and not weights[:, ~invalid].isnan().any()
 
 
 def assert_means(
