@@ -14,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock  # torch needs it too
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+CACHE = ROOT / "build" / "cuda_host"
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = sorted(CUDA.rglob("*.cu"))
 OPTIMISATION = os.environ.get("CAMKD_FAST_EMULATED_OPTIMISATION", "-O1")
@@ -47,22 +50,27 @@ def _digest(flags: list[str], sources: Iterable[Path]) -> str:
 
 def _compile(sources: list[Path], flags: list[str], link: list[str], name: str) -> Path:
     """The linked output. It and its objects are cached until a source or a flag changes."""
-    cache = ROOT / "build" / "cuda_host"
-    folder = cache / _digest([*flags, *link, name], sources)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / ".lock"):  # processes of the same tests wait for the first one
+        return _compile_locked(sources, flags, link, name)
+
+
+def _compile_locked(sources: list[Path], flags: list[str], link: list[str], name: str) -> Path:
+    folder = CACHE / _digest([*flags, *link, name], sources)
     output = folder / name
     if output.exists():
         return output
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
 
     def run(*command: object) -> None:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def compile_one(source: Path) -> Path:
-        target = cache / "objects" / f"{source.stem}-{_digest(flags, [source])}.o"
+        target = CACHE / "objects" / f"{source.stem}-{_digest(flags, [source])}.o"
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}")
+            partial = target.with_suffix(".partial")
             run("g++", "-std=c++20", *WARNINGS, *EMULATED, *flags, "-x", "c++", "-c", source, "-o", partial)
             partial.rename(target)
         return target
