@@ -76,10 +76,18 @@ def _published(models: ModuleType, name: str, weights: Any) -> Source:
 
 def _classes(models: ModuleType, name: str, tensors: Mapping[str, Tensor]) -> int:
     """Number of classes of a state dict: the size of the tensors whose shapes depend on it in the model."""
-    with torch.device("meta"):
-        two, three = (models.get_model(name, weights=None, num_classes=n).state_dict() for n in (2, 3))
+    two, three = (_shapes(models, name, n) for n in (2, 3))
     depending = [key for key in two if two[key].shape != three[key].shape]
     return size(tensors, depending[-1], 0)
+
+
+def _shapes(models: ModuleType, name: str, num_classes: int) -> Mapping[str, Tensor]:
+    """The state of a model, without memory where possible: RegNets compute their widths with tensors."""
+    try:
+        with torch.device("meta"):
+            return models.get_model(name, weights=None, num_classes=num_classes).state_dict()  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return models.get_model(name, weights=None, num_classes=num_classes).state_dict()  # type: ignore[no-any-return]
 
 
 def _required(name: str) -> ModuleType:

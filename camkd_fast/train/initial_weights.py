@@ -1,4 +1,4 @@
-"""`--init`: a student or teacher that starts from the weights of a source."""
+"""The model that a run trains, with random weights or, by `--init`, with those of a source."""
 
 from __future__ import annotations
 
@@ -6,13 +6,43 @@ import hashlib
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
+from .. import models
+from ..data.files import ImageSet
 from ..models import sources, weights
 from ..models.split import LogitsOnly, Split
 from ..models.timm_models import PatchTokens, TrailingChannels
+from . import run_folder
+from .config import JobConfig
+from .distributed import World
 from .source_strings import SourceString
 from .teachers.live import update_by_state
+
+
+def first_model(
+    config: JobConfig, name: str, images: ImageSet, resume: bool, world: World
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a run trains, before its first step.
+
+    A run that has a checkpoint to resume from does not read its initial weights again.
+
+    Args:
+        name: of the model.
+
+    Returns:
+        The model, and a record of its initial weights for metrics.jsonl; else an empty one.
+
+    Raises:
+        As `models.create` and `initialise`.
+    """
+    torch.manual_seed(config.seed)
+    model = models.create(name, images.num_classes, images.channels)
+    if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
+        return model, {}
+    origin = initialise(model, name, config.init, images.num_classes)
+    return model, {"kind": "init", "step": 1, "epoch": 1, **origin}
 
 
 def initialise(model: nn.Module, name: str, source: SourceString, num_classes: int) -> dict[str, Any]:
@@ -24,7 +54,7 @@ def initialise(model: nn.Module, name: str, source: SourceString, num_classes: i
         name: of the model, for errors.
 
     Returns:
-        A record for metrics.jsonl: the source, the sha256 of its weights, and whether its classifier was taken.
+        What to record: the source, the sha256 of its weights, and whether its classifier was taken.
 
     Raises:
         ValueError, OSError, CheckpointError: as `sources.load`; or names or shapes differ elsewhere, in which case the

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from .. import models, system
+from .. import system
 from ..data import catalogue, choose
 from ..data.augment import Augmentation
 from ..data.batch import Loader, LoaderConfig
@@ -31,7 +30,7 @@ from .checkpoint import Checkpoints
 from .class_names import renumbered
 from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes, share_of_batch
-from .initial_weights import initialise
+from .initial_weights import first_model
 from .journal import METRICS, Journal, NullJournal, read_metrics
 from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_model
 from .schedule import peak_rate
@@ -134,7 +133,7 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         teachers = None
         if isinstance(config, DistillConfig):
             teachers = load_teachers(replace(config, precision=precision), train, settings, world)
-        student, origin = _student(config, model, train, resume, world)
+        student, origin = first_model(config, model, train, resume, world)
         strategy = make_strategy(config, teachers, feature_model(student).num_features)
         step = TrainStep(student, strategy, teachers, config.optim, precision, world, settings.batch_size, config.seed)
 
@@ -177,22 +176,6 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
             write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
         world.wait()
         return result
-
-
-def _student(
-    config: JobConfig, model: str, images: ImageSet, resume: bool, world: World
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that is trained, as of the config's seed or initial weights; a checkpoint replaces both.
-
-    Returns:
-        The model, and a record for metrics.jsonl of the initial weights; else an empty one.
-    """
-    torch.manual_seed(config.seed)
-    student = models.create(model, images.num_classes, images.channels)
-    if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
-        return student, {}
-    origin = initialise(student, model, config.init, images.num_classes)
-    return student, {"kind": "init", "step": 1, "epoch": 1, **origin}
 
 
 def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> dict[str, Any]:

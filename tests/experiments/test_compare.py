@@ -134,6 +134,11 @@ def test_report_and_json(teachers: tuple[Path, ...], tmp_path: Path) -> None:
     assert camkd["strategy"] == "ca-mkd" and camkd["test_accuracy"]["seeds"] == [0.6, 0.7, 0.7]
     assert camkd["difference_to_aver"]["mean"] == pytest.approx(1 / 15)
 
+    # Runs have a test accuracy; other teachers are named by their strings.
+    others = (*teachers, "timm:net.in1k", "resnet8@folder/a.pth?size=8")
+    named = compare_report.write(config(others, tmp_path, strategies=("ce",), seeds=(0,)), rows()[:1], {}).read_text()
+    assert "Teachers: " in named and "t1, timm:net.in1k, resnet8@folder/a.pth?size=8." in named
+
     lone = config((), tmp_path, strategies=("ce",), seeds=(0,))
     page = compare_report.write(lone, [Row("ce", [0.5], 1.0, [[]])], {}).read_text()
     assert page.count('<img alt="') == 1 and "Teachers: none" in page

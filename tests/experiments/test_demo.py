@@ -117,7 +117,7 @@ def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) ->
 
     # The logged mean of the last epoch is over the same images without augmentation, so it must be equal.
     parts = run.load_splits(DataConfig(data=demo.DATA))
-    weights = demo.teacher_weights(list(cell.teachers), parts.train, 110)
+    weights = demo.teacher_weights(list(map(Path, cell.teachers)), parts.train, 110)
     assert weights.shape == (2, 110)
     torch.testing.assert_close(weights.mean(1), torch.tensor(epochs[-1]["weights"]), rtol=5e-4, atol=0)
 

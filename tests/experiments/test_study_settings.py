@@ -69,7 +69,7 @@ def test_a_variant_sets_its_run(name: str) -> None:
 def test_a_cell_sets_the_seed_the_folder_and_the_teachers() -> None:
     found = config(study(), "ca-mkd")
     assert found.seed == 1 and found.student == "resnet8" and found.out == OUT / "cells/bad/resnet8/ca-mkd/seed-1"
-    assert found.teachers == tuple(OUT / "teachers" / name for name in ("good-0", "swapped", "loud"))
+    assert found.teachers == tuple(f"{OUT}/teachers/{name}" for name in ("good-0", "swapped", "loud"))
     assert found.teacher_cache == OUT / "caches" / "bad"
     alone = config(study(), "ce", cells.NO_POOL)
     assert alone.teachers == () and alone.teacher_cache is None

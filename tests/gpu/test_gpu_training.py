@@ -13,6 +13,7 @@ from camkd_fast.data import LoaderConfig, choose
 from camkd_fast.data.augment import Augmentation
 from camkd_fast.data.batch import Batch
 from camkd_fast.losses.min_norm import min_norm_weights
+from camkd_fast.models.preprocessing import Preprocessing, adapted
 from camkd_fast.train import strategies
 from camkd_fast.train.config import PrecisionConfig
 from camkd_fast.train.distributed import World
@@ -28,6 +29,7 @@ from tests.support.loader_data import CROP, RESIZED, arrays, by_sample, image_fi
 from tests.support.training import CLASSES, OPTIM, SmallNet, batch, images, parameters
 
 CPU = torch.device("cpu")
+GIVEN = Preprocessing((127 / 255,) * 3, (50 / 255,) * 3, (8, 8))  # of `images`
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -49,8 +51,16 @@ def test_resident_batches_equal_the_cpus(
                 assert close.float().mean() > 0.999
 
 
-def step_on(device: torch.device, precision: PrecisionConfig, name: str = "ca-mkd", dropout: float = 0.0) -> TrainStep:
-    live = LiveTeachers([SmallNet(6 + k, seed=10 + k).to(device) for k in range(2)], CLASSES)
+def step_on(
+    device: torch.device,
+    precision: PrecisionConfig,
+    name: str = "ca-mkd",
+    dropout: float = 0.0,
+    own: Preprocessing | None = None,
+) -> TrainStep:
+    """`own`: of the teachers."""
+    nets = [SmallNet(6 + k, seed=10 + k) for k in range(2)]
+    live = LiveTeachers([adapted(net, own or GIVEN, GIVEN).to(device) for net in nets], CLASSES)
     if precision.compiles_teachers(device.type):
         live.compile_for(32)
     given = live if strategies.find(name).needs_teachers else None
@@ -65,10 +75,15 @@ def on_device(host: Batch, device: torch.device) -> Batch:
 
 
 def steps_of(
-    device: torch.device, precision: PrecisionConfig, count: int = 3, name: str = "ca-mkd", dropout: float = 0.0
+    device: torch.device,
+    precision: PrecisionConfig,
+    count: int = 3,
+    name: str = "ca-mkd",
+    dropout: float = 0.0,
+    own: Preprocessing | None = None,
 ) -> torch.Tensor:
     """All parameters after a few steps."""
-    step = step_on(device, precision, name, dropout)
+    step = step_on(device, precision, name, dropout, own)
     take(step, [on_device(batch(32, seed=i), device) for i in range(count)])
     return parameters(step).cpu()
 
@@ -155,6 +170,23 @@ def test_replays_on_a_loaders_batches(kind: str, ahead: str, tmp_path: Path) -> 
     actual = trained(replace(eager, cuda_graphs="on", teacher_ahead=ahead))  # type: ignore[arg-type]
     moved = (expected - parameters(step_on(CUDA, eager))).norm()
     assert float((actual - expected).norm() / moved) < 0.01
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (5, 6)])
+def test_teachers_of_other_images_are_recorded(
+    size: tuple[int, int], device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their affine and resize are part of the graph, and as on the CPU."""
+    own = Preprocessing((0.3, 0.4, 0.5), (0.2, 0.3, 0.4), size)
+    recorded, eager = PrecisionConfig(compile="off"), PrecisionConfig(compile="off", cuda_graphs="off")
+    replayed, expected = (steps_of(device, p, WARM_UP + 3, own=own) for p in (recorded, eager))
+    assert not caplog.messages  # a refusal is logged
+    moved = (expected - steps_of(device, eager, 0)).norm()
+    assert float((replayed - expected).norm() / moved) < 0.01
+    on_cpu = steps_of(CPU, eager, WARM_UP + 3, own=own)
+    assert float((expected - on_cpu).norm() / moved) < 0.05
+    assert float((expected - steps_of(device, eager, WARM_UP + 3)).norm() / moved) > 0.05  # and not the student's own
 
 
 class Reading(strategies.AVER):

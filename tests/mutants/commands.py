@@ -1,4 +1,4 @@
-"""Wrong changes of camkd_fast/cli."""
+"""Wrong changes of camkd_fast/cli, and of what its commands print and read."""
 
 from . import Change, changes
 
@@ -62,5 +62,31 @@ CHANGES = (
         "camkd_fast/cli/study.py",
         OPTIONS,
         Change("one job", "jobs=jobs", "jobs=1"),
+    ),
+    *changes(
+        "camkd_fast/experiments/teacher_table.py",
+        "tests/experiments/test_teacher_table.py",
+        Change(
+            "agreement with the labels",
+            "(stacked.unsqueeze(0) == stacked.unsqueeze(1))",
+            "(stacked.unsqueeze(0) == batch.target)",
+        ),
+        Change("accuracy of the last batch", "counts[1 : K + 1] += (stacked", "counts[1 : K + 1] = (stacked"),
+        Change(
+            "validation images even if there are none",
+            'split = "validation" if len(parts.validation) else "test"',
+            'split = "validation"',
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/source_strings.py",
+        "tests/cli/test_paths.py",
+        Change("dollar signs are not quoted", "quote_path(Path(path)) if special else path", "path"),
+        Change(
+            "two spellings of a path",
+            "if before == hf_models.PREFIX or not path else str(Path(path))",
+            "if True else str(Path(path))",
+        ),
+        Change("equal labels", "name if counts[name] == 1 else str(teacher)", "name"),
     ),
 )

@@ -150,14 +150,4 @@ CHANGES = (
             "if unknown := []:",
         ),
     ),
-    *changes(
-        "camkd_fast/train/initial_weights.py",
-        "tests/train/test_initial_weights.py",
-        Change(
-            "the classifier of the source's size",
-            "{**theirs, **{name: own[name] for name in drawn}}",
-            "theirs",
-        ),
-        Change("a split source passes", "if isinstance(found.model, Split):", "if False:"),
-    ),
 )
