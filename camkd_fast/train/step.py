@@ -1,6 +1,7 @@
 """One training step. It is the same for every strategy and never synchronises with the device.
 
-Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, SGD.
+Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, one step
+of the optimiser.
 Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph (`step_graph`).
 """
 
@@ -21,6 +22,7 @@ from .config import OptimConfig, PrecisionConfig
 from .distiller import Distiller, Objective
 from .distributed import World, replicate
 from .generators import seed_generators
+from .optimizer import create as create_optimizer
 from .single_values import running_statistics
 from .step_graph import WARM_UP, Recorder, StepGraph, recorder_for
 from .strategies import Strategy
@@ -97,19 +99,9 @@ class TrainStep:
             self.trainable.compile_for(full_batch)
         self.student, self.strategy, self.teachers = distiller.student, distiller.strategy, teachers
         self._forward = replicate(self.trainable, world)
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.trainable.parameters() if p.requires_grad],
-            lr=1.0,  # replaced in every call
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=True,
-            fused=True,
-        )
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                # torch leaves the momentum uninitialised if the scaler skips the first fused step.
-                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
+        scaled = precision.dtype == "float16"
+        self.optimizer = create_optimizer(self.trainable, optim, scaled)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages

@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
     "teacher_cache": None,  # needs views
     "validation": 0.25,
     "momentum": 0.5,
+    "betas": (0.8, 0.99),
     "drop": 0.5,
     "wrong_labels": 0.25,
 }

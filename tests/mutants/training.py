@@ -5,6 +5,7 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
+OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
 LOOP = "tests/train/test_loop.py"
 JOBS = "tests/train/test_jobs.py"
@@ -128,9 +129,6 @@ CHANGES = (
             tests=f"{RANKS}::test_ranks_draw_different_dropout_masks",
         ),
         Change("step is not in the seed", "self._seed, self._world.rank, number)", "self._seed, self._world.rank)"),
-        Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{OPTIONS} {STEP}"),
-        Change("default momentum", "momentum=optim.momentum,", "momentum=0.9,", tests=f"{OPTIONS} {STEP}"),
-        Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
         Change("gradients accumulate", "self.optimizer.zero_grad(set_to_none=True)", "pass"),
         Change(
             "gradients not scaled for DDP",
@@ -158,11 +156,28 @@ CHANGES = (
             "pass",
             tests=f"{OPTIONS} {CHECKPOINT}",
         ),
+    ),
+    *changes(
+        "camkd_fast/train/optimizer.py",
+        f"{OPTIMIZER} {OPTIONS}",
+        Change("default momentum", "lr=1.0, momentum=optim.momentum, nesterov", "lr=1.0, momentum=0.9, nesterov"),
+        Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
         Change(
-            "strategy's parameters are not trained",
-            "[p for p in self.trainable.parameters() if p.requires_grad]",
-            "[p for p in self.trainable.student.parameters() if p.requires_grad]",
+            "no weight decay",
+            '"params": list(parameters), "weight_decay": optim.weight_decay',
+            '"params": list(parameters)',
         ),
+        Change("norms decay", '"weight_decay": 0.0}', '"weight_decay": optim.weight_decay}'),
+        Change(
+            "only weights are trained",
+            "parameters = [p for p in module.parameters() if p.requires_grad]",
+            "parameters = [p for p in module.parameters() if p.dim() >= 2]",
+        ),
+        Change("Muon skips the decay", "1.0 - rate * self._decay", "1.0"),
+        Change("Muon's directions add up", "direction.zero_()", "pass"),
+        Change("Muon's momentum is not saved", '"muon": self._muon.state_dict()["state"]', '"muon": {}'),
+        Change("Muon's gradients accumulate", "weight.grad = None", "pass"),
+        Change("a step without a gradient decays", "if pair[0].grad is not None]", "]"),
     ),
     *changes(
         "camkd_fast/train/distiller.py",
