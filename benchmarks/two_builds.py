@@ -4,7 +4,7 @@ Both must have the compiled module built in place (`python setup.py build_ext --
 own; the two run alternating blocks of calls, so both see the same state of the machine, and the median of the ratios
 counts. Where the system places a process's memory is worth up to 8 % for its whole life (the same build against itself,
 256 x 32000), so several pairs of processes are started and the median of their medians counts. Covers the sizes of
-`make bench` on a CPU. With `make fingerprint` it shows that a refactoring changed nothing.
+`make bench` on a CPU, and training steps. With `make fingerprint` it shows that a refactoring changed nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,31 @@ def subjects() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{size} feature loss", step
 
 
+def training_steps() -> Iterator[tuple[str, Callable[[], object]]]:
+    """CA-MKD's training step with three teachers, eager: one that is mostly Python, one that is mostly convolutions."""
+    import torch
+
+    from camkd_fast import models
+    from camkd_fast.data.batch import Batch
+    from camkd_fast.train import strategies
+    from camkd_fast.train.config import OptimConfig, PrecisionConfig
+    from camkd_fast.train.distributed import World
+    from camkd_fast.train.step import TrainStep
+    from camkd_fast.train.teachers.live import LiveTeachers
+
+    world = World(0, 1, torch.device("cpu"))
+    for student, teacher, images, side in (("resnet8", "resnet8", 16, 8), ("vgg8", "resnet20", 64, 32)):
+        teachers = LiveTeachers([models.freeze(models.create(teacher, 100)) for _ in range(3)], 100)
+        model = models.create(student, 100)
+        strategy = strategies.create("ca-mkd", teachers, model.num_features)  # type: ignore[arg-type]
+        precision = PrecisionConfig(compile="off")
+        step = TrainStep(model, strategy, teachers, OptimConfig(), precision, world, images, seed=0)
+        index = torch.arange(images)
+        batch = Batch(torch.randn(images, 3, side, side), torch.randint(100, (images,)), index, 0)
+        name = f"{student}, {images} images of {side} x {side}, training step"
+        yield name, lambda step=step, batch=batch, images=images: step(batch, images, 0.01, 0)
+
+
 def work(package: Path, only: str) -> None:
     """The worker: for each subject prints its name, then answers every line with the seconds of one call.
 
@@ -69,7 +95,7 @@ def work(package: Path, only: str) -> None:
 
     assert Path(camkd_fast.__file__).is_relative_to(package), camkd_fast.__file__
     torch.set_num_threads(os.cpu_count() or 1)
-    for name, call in subjects():
+    for name, call in chain(subjects(), training_steps()):
         if only not in name:
             continue
         for _ in range(3):
