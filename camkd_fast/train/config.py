@@ -88,6 +88,8 @@ class OptimConfig:
     """L2 penalty of sgd (paper: 5e-4), or decoupled weight decay of adamw and muon, of which 0.05 is usual."""
     decay_norms: bool = True
     """Decay parameters of fewer than two dimensions too: norms and biases (paper)."""
+    clip_grad: float | None = None
+    """Largest norm of the gradients of all parameters together, to which larger ones are scaled down; None, 0: any."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -106,6 +108,7 @@ class OptimConfig:
         if not 0.0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
         _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
+        _at_least("clip_grad", self.clip_grad, 0)
         for value in self.betas:
             _fraction("betas", value)
         if not 0.0 < self.momentum < 1.0:

@@ -104,6 +104,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
+        self._largest_norm = optim.clip_grad or None
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
         recorder = recorder or recorder_for(precision, world)
         self._mentioned = False  # that some batches run without the graph
@@ -184,11 +185,18 @@ class TrainStep:
             objective = self._forward(images, target, teacher_outputs, num_items, scale)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
+        self._update(rate)
+        self.sums.add(objective, len(target), number)
+
+    def _update(self, rate: float | Tensor) -> None:
+        """Move the parameters by the gradients of this step."""
+        if self._largest_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable.parameters(), self._largest_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(objective, len(target), number)
 
     def _forget(self) -> None:
         """Record anew: memory that the graph reads or writes has been replaced."""

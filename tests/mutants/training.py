@@ -158,6 +158,14 @@ CHANGES = (
         ),
     ),
     *changes(
+        "camkd_fast/train/step.py",
+        OPTIMIZER,
+        Change("scaled gradients are clipped", "self.scaler.unscale_(self.optimizer)", "pass"),
+        Change(
+            "nothing is clipped", "nn.utils.clip_grad_norm_(self.trainable.parameters(), self._largest_norm)", "pass"
+        ),
+    ),
+    *changes(
         "camkd_fast/train/optimizer.py",
         f"{OPTIMIZER} {OPTIONS}",
         Change("default momentum", "lr=1.0, momentum=optim.momentum, nesterov", "lr=1.0, momentum=0.9, nesterov"),

@@ -179,6 +179,48 @@ def test_a_skipped_step_leaves_no_trace(name: str) -> None:
     assert parameters(step).isfinite().all() and not torch.equal(parameters(step), before)
 
 
+# --- clipping --------------------------------------------------------------------------------------------------------
+
+
+def total_norm(step: TrainStep) -> float:
+    return float(torch.stack([p.grad.norm() for p in step.trainable.parameters() if p.grad is not None]).norm())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_are_clipped_to_the_norm_of_all(dtype: str) -> None:
+    precision = PrecisionConfig(compile="off", dtype=dtype)
+    free, clipped, wide = (step_with(optim("sgd", clip_grad=clip), precision) for clip in (None, 0.01, 1e6))
+    for step in (free, clipped, wide):
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == "float16")
+        step(batch(), 32, 0.01, 0)
+    norm = total_norm(free)  # torch's fused step leaves gradients without the loss scale
+    assert norm > 0.1 and total_norm(clipped) == pytest.approx(0.01, rel=1e-3)
+    assert total_norm(wide) == pytest.approx(norm, rel=1e-5)
+    for p, q in zip(free.trainable.parameters(), clipped.trainable.parameters(), strict=True):
+        assert relative(q.grad, p.grad * (0.01 / norm)) < 1e-3
+    assert relative(parameters(wide), parameters(free)) < 1e-6 < relative(parameters(clipped), parameters(free))
+    assert step_with(optim("sgd", clip_grad=0.0))._largest_norm is None
+
+
+def test_a_recorded_step_clips_its_own_gradients() -> None:
+    recorder = RecordedGraphs()
+    settings = optim("sgd", clip_grad=0.05)
+    step, eager = step_with(settings, recorder=recorder), step_with(settings)
+    for made in (step, eager):
+        take(made, WARM_UP + 3)
+    assert recorder.replays == 3 and relative(parameters(step), parameters(eager)) < 1e-6
+
+
+def test_a_skipped_step_with_clipping_leaves_no_trace() -> None:
+    step = step_with(optim("adamw", clip_grad=0.1), PrecisionConfig(compile="off", dtype="float16"))
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    before = parameters(step)
+    take(step, 1)
+    assert torch.equal(parameters(step), before) and step.scaler.get_scale() == 2.0**23
+    take(step, 15)
+    assert parameters(step).isfinite().all() and not torch.equal(parameters(step), before)
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +232,8 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.create(SmallNet(), optim("muon"), scaled=False)
     with pytest.raises(ValueError, match=r"betas must lie in \[0, 1\), got 1.0"):
         OptimConfig(betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="clip_grad must be at least 0, got -1"):
+        OptimConfig(clip_grad=-1.0)
     with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw, muon, got 'lion'"):
         OptimConfig(optimizer="lion")  # type: ignore[arg-type]
 
