@@ -90,6 +90,8 @@ class OptimConfig:
     """Decay parameters of fewer than two dimensions too: norms and biases (paper)."""
     clip_grad: float | None = None
     """Largest norm of the gradients of all parameters together, to which larger ones are scaled down; None, 0: any."""
+    ema: float | None = None
+    """Decay of an average of the student over the steps, evaluated and written beside it; None: none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -109,6 +111,8 @@ class OptimConfig:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
         _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
         _at_least("clip_grad", self.clip_grad, 0)
+        if self.ema is not None:
+            _fraction("ema", self.ema)
         for value in self.betas:
             _fraction("betas", value)
         if not 0.0 < self.momentum < 1.0:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch
+from .average import Average
 from .config import OptimConfig, PrecisionConfig
 from .distiller import Distiller, Objective
 from .distributed import World, replicate
@@ -105,6 +106,7 @@ class TrainStep:
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
         self._largest_norm = optim.clip_grad or None
+        self.average = None if optim.ema is None else Average(self.student, optim.ema)
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
         recorder = recorder or recorder_for(precision, world)
         self._mentioned = False  # that some batches run without the graph
@@ -186,6 +188,10 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         self._update(rate)
+        if self.average is not None:
+            # A skipped step lowers the loss scale.
+            taken = (self.scaler.scale(self._scale) >= scale).float() if self.scaler.is_enabled() else None
+            self.average.update(number, None if taken is None else taken.squeeze(0))
         self.sums.add(objective, len(target), number)
 
     def _update(self, rate: float | Tensor) -> None:
@@ -216,11 +222,13 @@ class TrainStep:
         return self._graph is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """State of strategy, optimiser and scaler; the student is saved separately."""
+        """State of strategy, optimiser, scaler and average; the student is saved separately."""
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = 1.0  # replaced in every call
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
         return {
+            **average,
             "strategy": self.strategy.state_dict(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
@@ -230,4 +238,6 @@ class TrainStep:
         self.strategy.load_state_dict(state["strategy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self._forget()  # the optimiser has new buffers

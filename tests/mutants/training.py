@@ -5,6 +5,7 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
+AVERAGE = "tests/train/test_average.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
 LOOP = "tests/train/test_loop.py"
@@ -164,6 +165,27 @@ CHANGES = (
         Change(
             "nothing is clipped", "nn.utils.clip_grad_norm_(self.trainable.parameters(), self._largest_norm)", "pass"
         ),
+    ),
+    *changes(
+        "camkd_fast/train/average.py",
+        AVERAGE,
+        Change("the decay is the weight", "self._least = 1.0 - decay", "self._least = decay"),
+        Change("the first step's weight for ever", "_FIRST / (number + _LATER))", "_FIRST / (1.0 + _LATER))"),
+        Change("counters are averaged", "1 if taken is None else taken.long())", "0)"),
+        Change(
+            "buffers are left out", "return [*module.parameters(), *module.buffers()]", "return [*module.parameters()]"
+        ),
+        Change("skipped steps count", "weight if taken is None else weight * taken)", "weight)"),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        AVERAGE,
+        Change(
+            "every step seems skipped",
+            "(self.scaler.scale(self._scale) >= scale)",
+            "(self.scaler.scale(self._scale) > scale)",
+        ),
+        Change("the average is not restored", 'self.average.module.load_state_dict(state["average"])', "pass"),
     ),
     *changes(
         "camkd_fast/train/optimizer.py",
