@@ -250,7 +250,8 @@ def _named(prefix: str, evaluation: Evaluation) -> dict[str, Any]:
 
 def _evaluation(prefix: str, record: dict[str, Any]) -> Evaluation:
     calibration = record.get(f"{prefix}_calibration", math.nan)  # missing in runs of earlier versions
-    return Evaluation(*(record[f"{prefix}_{name}"] for name in ("images", "accuracy", "loss")), calibration)
+    images, accuracy, loss = (record[f"{prefix}_{name}"] for name in ("images", "accuracy", "loss"))
+    return Evaluation(images, accuracy, loss, calibration)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

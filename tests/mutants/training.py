@@ -170,7 +170,11 @@ CHANGES = (
         "camkd_fast/train/average.py",
         AVERAGE,
         Change("the decay is the weight", "self._least = 1.0 - decay", "self._least = decay"),
-        Change("the first step's weight for ever", "_FIRST / (number + _LATER))", "_FIRST / (1.0 + _LATER))"),
+        Change(
+            "the first step's weight for ever",
+            "max(self._least, _FIRST / (number + _LATER))",
+            "max(self._least, _FIRST / (1.0 + _LATER))",
+        ),
         Change("counters are averaged", "1 if taken is None else taken.long())", "0)"),
         Change(
             "buffers are left out", "return [*module.parameters(), *module.buffers()]", "return [*module.parameters()]"
@@ -437,14 +441,14 @@ CHANGES = (
         ),
         Change(
             "test result of rank 0's buffers only",
-            "world.copy_buffers(step.student)\n        test",
+            "world.copy_buffers(step.student)\n    test",
             "test",
             tests=f"{RANKS}::test_the_test_result_is_that_of_the_saved_model",
         ),
         Change(
             "training accuracy as test accuracy",
-            "loader(parts.test, for_test), world)",
-            "loader(parts.train, for_test), world)",
+            "loader(parts.test, for_test), journal",
+            "loader(parts.train, for_test), journal",
             tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
         Change(
