@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .backends.contract import WholeLoss
+from .backends.contract import SecondLabels, WholeLoss
 
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 Shape = tuple[int, int, int]  # N, C, rows per outer stride
 Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
+Second = tuple[int, int]  # addresses of second labels (N,) and of the shares of the first ones, or zeros
 Map = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
 MapPair = tuple[tuple[int, int], Map, Map]  # (P, Q), student, teacher
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
@@ -40,6 +41,7 @@ def logit_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     reduction: str,
     num_items: float | Tensor | None,
@@ -54,6 +56,7 @@ def logit_loss(
 def confidence_weights(
     logits: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     grad_enabled: bool,
     threads: int,
@@ -66,6 +69,7 @@ def confidence_weights(
 def confidence_gradients(
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     kept: Tensor,
     grad_weights: Tensor | None,
@@ -100,6 +104,7 @@ def feature_loss_and_grad(
     teachers: Sequence[Tensor],
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     beta: float,
     reduction: str,
     num_items: float | Tensor | None,
@@ -109,11 +114,14 @@ def feature_loss_and_grad(
     poison: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None: ...
-def count_labels(target: int, N: int, C: int, ignore_index: int, /) -> tuple[int, bool, int]: ...
+def count_labels(target: int, second: Second, N: int, C: int, ignore_index: int, /) -> tuple[int, int]:
+    """Number of rows that are not ignored before the first one with an invalid label or share, and that row or -1."""
+
 def row_loss(
     shape: Shape,
     streams: list[Matrix],
     target: int,
+    second: Second,
     formula: Formula,
     weights: Weights,
     row_stats: int,
@@ -129,6 +137,7 @@ def confidence_forward(
     shape: Shape,
     logits: list[Matrix],
     target: int,
+    second: Second,
     ignore_index: int,
     weights: int,
     ce: int,
@@ -140,6 +149,7 @@ def confidence_backward(
     shape: Shape,
     logits: list[Matrix],
     target: int,
+    second: Second,
     lse: int,
     grad_ce: int,
     grads: list[int],
@@ -166,6 +176,7 @@ def cuda_logit_loss(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     reduction: str,
     num_items: float | Tensor | None,
@@ -180,6 +191,7 @@ def cuda_logit_loss(
 def cuda_confidence_weights(
     logits: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     grad_enabled: bool,
     debug: bool,
@@ -188,6 +200,7 @@ def cuda_confidence_weights(
 def cuda_confidence_gradients(
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     kept: Tensor,
     grad_weights: Tensor | None,
@@ -219,6 +232,7 @@ def cuda_feature_loss_and_grad(
     teachers: Sequence[Tensor],
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     beta: float,
     reduction: str,
     num_items: float | Tensor | None,
@@ -237,6 +251,7 @@ def cuda_row_loss(
     shape: Shape,
     streams: list[Matrix],
     target: int,
+    second: Second,
     formula: Formula,
     weights: Weights,
     row_stats: int,
@@ -255,6 +270,7 @@ def cuda_confidence_forward(
     shape: Shape,
     logits: list[Matrix],
     target: int,
+    second: Second,
     ignore_index: int,
     weights: int,
     ce: int,
@@ -268,6 +284,7 @@ def cuda_confidence_backward(
     shape: Shape,
     logits: list[Matrix],
     target: int,
+    second: Second,
     lse: int,
     grad_ce: int,
     grads: list[int],

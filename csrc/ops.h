@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "contract.h"
+#include "labels.h"
 
 namespace camkd {
 
@@ -24,6 +24,7 @@ struct RowLossArgs {
     int K;
     Matrix streams[kMaxStreams];  // student, then K teachers
     const int64_t* target;
+    SecondLabels second;
     Formula formula;
     const float* weights;  // (K, N) if formula.weighting is `given`
     int64_t weight_stride_k, weight_stride_n;
@@ -50,6 +51,7 @@ struct ConfidenceArgs {
     int K;
     Matrix logits[kMaxTeachers];
     const int64_t* target;
+    SecondLabels second;
     int64_t ignore_index;
     float* weights;             // (K, N), forward only
     float* weights_copy;        // (K, N) or null: what backward reads, since a caller may write to `weights`

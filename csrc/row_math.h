@@ -134,7 +134,8 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
     for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
 }
 
-// The finished sums of a stream (StreamState), and its logit at the label: NaN for a label outside [0, C).
+// The finished sums of a stream (StreamState), and its logit at the label minus the maximum: NaN for invalid labels. Of
+// two labels it is the average by their shares.
 template <class F>
 struct RowSums {
     F max, sumT, sum1, cross, plogp, label;
@@ -150,7 +151,7 @@ struct RowResult {
 };
 
 // grad_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T}
-//          - label_coefficient [c = y]
+//          - label_coefficient [c = y]    (times the share of the label)
 template <class F>
 struct GradCoefficients {
     F studentT, student1;
@@ -162,7 +163,7 @@ CAMKD_HD float label_coefficient(const Formula& formula, float grad_scale) {
 }
 
 // The part of a row's results that the gradient waits for: the teachers' cross-entropies and weights, and the
-// coefficients. `label_nan` is NaN for a label outside [0, C), else 0. Given weights are in `result.weights` on entry.
+// coefficients. `label_nan` is NaN for invalid labels, else 0. Given weights are in `result.weights` on entry.
 template <class Math, class F>
 CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
                               F label_nan, float grad_scale, RowResult<F>& result, GradCoefficients<F>& coefficients) {
@@ -171,7 +172,7 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
     for (int k = 0; k < K; ++k) {
         const RowSums<F>& z = teachers[k];
         const F log_sum1 = Math::log(z.sum1);
-        result.teacher_ce[k] = log_sum1 - (z.label - z.max);
+        result.teacher_ce[k] = log_sum1 - z.label;
         if (formula.weighting == Weighting::entropy) entropy[k] = log_sum1 - z.plogp / z.sum1;
     }
     F* w = result.weights;
@@ -203,7 +204,7 @@ CAMKD_HD void compute_losses(const Formula& formula, int K, const RowSums<F>& st
         result.divergence[k] = z.cross / (z.sumT * Math::set(T)) + Math::log(student.sumT / z.sumT);
         soft = soft + product_or_zero<Math>(result.weights[k], result.divergence[k]);
     }
-    result.hard = Math::log(student.sum1) - (student.label - student.max);
+    result.hard = Math::log(student.sum1) - student.label;
     result.soft = Math::set(T * T) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends.contract import SecondLabels
 from .batch_mean import count_by_torch, count_rows
 from .kept import Launcher
 from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
@@ -105,7 +106,11 @@ def confidence_bwd_kernel(
 
 
 def confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    inverse_valid: Tensor | None = None,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `contract.Backend`. Labels outside [0, C) give NaN."""
     if inverse_valid is not None:
@@ -120,7 +125,13 @@ def confidence_forward(
     return weights, ce, lse
 
 
-def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+def confidence_backward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    grad_ce: Tensor,
+    second: SecondLabels | None = None,
+) -> list[Tensor]:
     """See `contract.Backend`."""
     N, C = target.shape[0], logits[0].shape[-1]
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]

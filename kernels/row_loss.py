@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import RowLossResult, row_stats_count
+from ..backends.contract import RowLossResult, SecondLabels, row_stats_count
 from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
 from .counters import counter_for
 from .kept import Launcher
@@ -33,6 +33,7 @@ def row_loss(
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
     total_scale: float | None = None,
+    second: SecondLabels | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`. fp32, bf16 and fp16 logits; dtypes and strides may differ between tensors."""
     device, N = student.device, target.shape[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C  # after torch, whose OpenMP runtime it shares
 from ..losses.formula import WEIGHTINGS, Formula
-from .contract import COMPILED_DTYPES, MAX_TEACHERS, TEMPERATURE_POWERS
+from .contract import COMPILED_DTYPES, MAX_TEACHERS, TEMPERATURE_POWERS, SecondLabels
 from .feature_maps import map_pair
 
 # Constants that C++ and Python both spell. A difference would be a wrong result, so it is refused on import.
@@ -48,6 +48,11 @@ def shape_of(logits: Tensor) -> tuple[int, int, int]:
 def weights_of(formula: Formula) -> tuple[int, int, int]:
     """Address and strides of given weights (K, N); zeros for a named weighting."""
     return given_weights(formula.weighting) if isinstance(formula.weighting, Tensor) else NO_WEIGHTS
+
+
+def second_of(second: SecondLabels | None) -> tuple[int, int]:
+    """Addresses of second labels; zeros for rows of one label."""
+    return (0, 0) if second is None else (second.target.data_ptr(), second.mix.data_ptr())
 
 
 def map_pairs(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[CompiledPair], list[Tensor]]:

@@ -54,6 +54,16 @@ class RowLossResult(NamedTuple):
         return self.row_stats[PER_TEACHER + i * K : PER_TEACHER + (i + 1) * K]
 
 
+class SecondLabels(NamedTuple):
+    """A second label for every row, as Mixup and CutMix make them. See `reference` for the edges.
+
+    Cross-entropies of the row are mix * CE(target) + (1 - mix) * CE(second target).
+    """
+
+    target: Tensor  # (N,) int64, contiguous
+    mix: Tensor  # (N,) in [0, 1], contiguous, in the accumulation dtype: the share of the first label
+
+
 class FeatureLossResult(NamedTuple):
     """The feature loss of N samples and K teachers, and its gradient if it was requested."""
 
@@ -83,6 +93,7 @@ class Backend(Protocol):
         grad_scale: float | Tensor = 1.0,
         mean: bool = False,
         total_scale: float | None = None,
+        second: SecondLabels | None = None,
     ) -> RowLossResult:
         """The numbers of every row, and with `needs_grad` the gradient, in one pass.
 
@@ -105,7 +116,12 @@ class Backend(Protocol):
         ...
 
     def confidence_forward(
-        self, logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor,
+        ignore_index: int,
+        inverse_valid: Tensor | None = None,
+        second: SecondLabels | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Confidence weights w, cross-entropies CE and log-sum-exps at T = 1, each (K, N).
 
@@ -115,9 +131,16 @@ class Backend(Protocol):
         ...
 
     def confidence_backward(
-        self, logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor,
+        lse: Tensor,
+        grad_ce: Tensor,
+        second: SecondLabels | None = None,
     ) -> list[Tensor]:
         """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)): K tensors (N, C) in the dtypes of the logits.
+
+        With a second label, mix * onehot(y) + (1 - mix) * onehot(second y) in place of onehot(y).
 
         grad_ce: (K, N), the total d loss / d CE_k; rows where it is 0 give 0 and their logits are not read.
         """
@@ -167,8 +190,10 @@ class MinNormSolver(Protocol):
 class LabelCounter(Protocol):
     """A backend for CPU tensors also counts labels."""
 
-    def count_labels(self, target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
-        """How many labels (N,) are not `ignore_index`, and the first one outside [0, C), if any."""
+    def count_labels(
+        self, target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None
+    ) -> tuple[int, int | None]:
+        """How many rows are not ignored before the first one with invalid labels, and the index of that one, if any."""
         ...
 
 
@@ -209,12 +234,17 @@ class WholeLossBackend(Protocol):
         reduction: str,
         num_items: float | Tensor | None,
         loss_scale: float | Tensor | None,
+        second: SecondLabels | None = None,
     ) -> WholeLoss | None:
         """There is a gradient if there is a loss_scale, or if the student requires one."""
         ...
 
     def confidence_weights(
-        self, logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+        self,
+        logits: Tensor | Sequence[Tensor],
+        target: Tensor,
+        ignore_index: int,
+        second: SecondLabels | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Weights and cross-entropies (K, ...), and what `confidence_gradients` takes, if one of the logits requires
         grad: (2, K, N), the log-sum-exps and the weights again.
@@ -229,6 +259,7 @@ class WholeLossBackend(Protocol):
         kept: Tensor,
         grad_weights: Tensor | None,
         grad_ce: Tensor | None,
+        second: SecondLabels | None = None,
     ) -> list[Tensor] | None:
         """The gradients of the logits, from those of the two results of `confidence_weights`; None for 0."""
         ...
@@ -266,6 +297,7 @@ class WholeLossBackend(Protocol):
         num_items: float | Tensor | None,
         ignore_index: int,
         loss_scale: float | Tensor,
+        second: SecondLabels | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
         """Loss, weights, cross-entropies (K, N) and gradients, by the confidence weights of the logits."""
         ...

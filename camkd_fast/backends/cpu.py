@@ -10,6 +10,7 @@ from torch.utils import deterministic
 
 from .. import _C
 from ..losses.formula import Formula
+from . import reference
 from .compiled import (
     DTYPE_CODES,
     NO_WEIGHTS,
@@ -17,10 +18,11 @@ from .compiled import (
     given_weights,
     map_pairs,
     matrix,
+    second_of,
     shape_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, WholeFeatureLoss, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
 from .feature_maps import new_gradients
 
 # Named in every allocation, because a default device may be set.
@@ -38,10 +40,14 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
-def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
+def count_labels(
+    target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None
+) -> tuple[int, int | None]:
     """See `contract.LabelCounter`."""
-    valid, has_invalid, invalid = _C.count_labels(target.data_ptr(), target.numel(), C, ignore_index)
-    return valid, invalid if has_invalid else None
+    if second is not None and second.mix.dtype != torch.float32:  # of float64 logits
+        return reference.count_labels(target, C, ignore_index, second)
+    valid, row = _C.count_labels(target.data_ptr(), second_of(second), target.numel(), C, ignore_index)
+    return valid, None if row < 0 else row
 
 
 def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
@@ -68,6 +74,7 @@ def logit_loss(
     reduction: str,
     num_items: float | Tensor | None,
     loss_scale: float | Tensor | None,
+    second: SecondLabels | None = None,
 ) -> WholeLoss | None:
     """See `contract.WholeLossBackend`."""
     if not _CONNECTED:
@@ -76,6 +83,7 @@ def logit_loss(
         student,
         teachers,
         target,
+        second,
         formula,
         reduction,
         num_items,
@@ -96,6 +104,7 @@ def row_loss(
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
     total_scale: float | None = None,
+    second: SecondLabels | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     row_stats = torch.empty(row_stats_count(len(teachers)), N, dtype=torch.float32, device=_DEVICE)
@@ -105,6 +114,7 @@ def row_loss(
         shape,
         [matrix(logits) for logits in (student, *teachers)],
         target.data_ptr(),
+        second_of(second),
         formula,
         weights_of(formula),
         row_stats.data_ptr(),
@@ -137,7 +147,11 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    inverse_valid: Tensor | None = None,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if inverse_valid is not None:
         inverse_valid.fill_(1.0 / max(count_labels(target, logits[0].shape[-1], ignore_index)[0], 1))
@@ -147,6 +161,7 @@ def confidence_forward(
         shape,
         [matrix(z) for z in logits],
         target.data_ptr(),
+        second_of(second),
         ignore_index,
         weights.data_ptr(),
         ce.data_ptr(),
@@ -156,7 +171,13 @@ def confidence_forward(
     return weights, ce, lse
 
 
-def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+def confidence_backward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    grad_ce: Tensor,
+    second: SecondLabels | None = None,
+) -> list[Tensor]:
     N, C, _ = shape = shape_of(logits[0])
     grads = [new_output(N, C, z.dtype) for z in logits]
     grad_ce = grad_ce.contiguous()
@@ -164,6 +185,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
         shape,
         [matrix(z) for z in logits],
         target.data_ptr(),
+        second_of(second),
         lse.data_ptr(),
         grad_ce.data_ptr(),
         [grad.data_ptr() for grad in grads],
@@ -227,12 +249,15 @@ def _options() -> tuple[int, bool]:
 
 
 def confidence_weights(
-    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See `contract.WholeLossBackend`, as for the functions below."""
     if not _CONNECTED:
         return None
-    return _C.confidence_weights(logits, target, ignore_index, torch.is_grad_enabled(), *_options())
+    return _C.confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), *_options())
 
 
 def confidence_gradients(
@@ -242,10 +267,11 @@ def confidence_gradients(
     kept: Tensor,
     grad_weights: Tensor | None,
     grad_ce: Tensor | None,
+    second: SecondLabels | None = None,
 ) -> list[Tensor] | None:
     if not _CONNECTED:
         return None
-    return _C.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, *_options())
+    return _C.confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, *_options())
 
 
 def whole_feature_loss(
@@ -279,9 +305,10 @@ def feature_loss_and_grad(
     num_items: float | Tensor | None,
     ignore_index: int,
     loss_scale: float | Tensor,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
     if not _CONNECTED:
         return None
     return _C.feature_loss_and_grad(
-        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, *_options()
+        student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, *_options()
     )

@@ -23,10 +23,11 @@ from .compiled import (
     given_weights,
     map_pairs,
     matrix,
+    second_of,
     shape_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, WholeFeatureLoss, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
 from .feature_maps import new_gradients
 
 # Device-side assertions on labels; they stop the context.
@@ -76,12 +77,13 @@ def logit_loss(
     reduction: str,
     num_items: float | Tensor | None,
     loss_scale: float | Tensor | None,
+    second: SecondLabels | None = None,
 ) -> WholeLoss | None:
     """See `contract.WholeLossBackend`."""
     if not _CONNECTED:
         return None
     return _C.cuda_logit_loss(
-        student, teachers, target, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
+        student, teachers, target, second, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
     )
 
 
@@ -95,6 +97,7 @@ def row_loss(
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
     total_scale: float | None = None,
+    second: SecondLabels | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     device = student.device
@@ -109,6 +112,7 @@ def row_loss(
             shape,
             [matrix(logits) for logits in (student, *teachers)],
             target.data_ptr(),
+            second_of(second),
             formula,
             weights_of(formula),
             row_stats.data_ptr(),
@@ -142,7 +146,11 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    inverse_valid: Tensor | None = None,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = shape_of(logits[0])
     weights, ce, lse = (
@@ -153,6 +161,7 @@ def confidence_forward(
             shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
+            second_of(second),
             ignore_index,
             weights.data_ptr(),
             ce.data_ptr(),
@@ -164,7 +173,13 @@ def confidence_forward(
     return weights, ce, lse
 
 
-def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+def confidence_backward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    grad_ce: Tensor,
+    second: SecondLabels | None = None,
+) -> list[Tensor]:
     N, C, _ = shape = shape_of(logits[0])
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
     lse, grad_ce = lse.contiguous(), grad_ce.contiguous()
@@ -173,6 +188,7 @@ def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, g
             shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
+            second_of(second),
             lse.data_ptr(),
             grad_ce.data_ptr(),
             [grad.data_ptr() for grad in grads],
@@ -252,12 +268,15 @@ def _factor(scale: float | Tensor) -> tuple[float, int]:
 
 
 def confidence_weights(
-    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See `contract.WholeLossBackend`, as for the functions below."""
     if not _CONNECTED:
         return None
-    return _C.cuda_confidence_weights(logits, target, ignore_index, torch.is_grad_enabled(), DEBUG)
+    return _C.cuda_confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), DEBUG)
 
 
 def confidence_gradients(
@@ -267,10 +286,11 @@ def confidence_gradients(
     kept: Tensor,
     grad_weights: Tensor | None,
     grad_ce: Tensor | None,
+    second: SecondLabels | None = None,
 ) -> list[Tensor] | None:
     if not _CONNECTED:
         return None
-    return _C.cuda_confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, DEBUG)
+    return _C.cuda_confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, DEBUG)
 
 
 def whole_feature_loss(
@@ -304,9 +324,10 @@ def feature_loss_and_grad(
     num_items: float | Tensor | None,
     ignore_index: int,
     loss_scale: float | Tensor,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
     if not _CONNECTED:
         return None
     return _C.cuda_feature_loss_and_grad(
-        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, DEBUG
+        student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, DEBUG
     )

@@ -17,6 +17,12 @@ Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enou
     d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   (grad_student)
     d loss / dw_k = soft_weight * T^2 * KL_k
 
+Two labels. A row may have a second label y2, and in `mix` the share of y. Then CE_k and hard are
+
+    mix * (-log softmax(.)[y]) + (1 - mix) * (-log softmax(.)[y2])
+
+with the gradient softmax(.) - mix * onehot(y) - (1 - mix) * onehot(y2); everything else is as above.
+
 Feature loss (eq. 6): error_k = mean over the M values of one sample of (F_k - r_k)^2, loss = sum_k w_k error_k.
 The weights are known before the maps are read, so error and gradient need one pass over r_k and F_k:
 
@@ -31,6 +37,8 @@ Conventions at the edges, which every backend shares:
     all H_k = 0           each ratio H_k / sum_j H_j is 1/K
     target = ignore_index every output of that row is exactly 0, even if its logits are NaN
     label outside [0, C)  loss, hard, CE_k and gradient of that row are NaN (refused beforehand for CPU tensors)
+    invalid second label  the same; so are an ignore_index in y2 only, and a `mix` outside [0, 1]
+    share 0, or y2 = y    the row has the one label that is left, whatever its logits at the other one are
 
 Layouts: logits are (N, C) or, for rows that no single stride can describe, (B, S, C) with N = B * S; target is (N,)
 int64. Arithmetic is float64 for float64 logits and float32 for everything else. Every backend is tested
@@ -46,8 +54,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.formula import Formula
-from .contract import PER_TEACHER, FeatureLossResult, RowLossResult
+from .contract import PER_TEACHER, FeatureLossResult, RowLossResult, SecondLabels
 from .feature_maps import gradient_strides, in_memory_order, new_gradients, sample_size
+from .labels import labels_of
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,19 +93,6 @@ def weights_from_entropy(entropy: Tensor) -> Tensor:
     return 1.0 - ratio.masked_fill(total <= 0, 1.0 / K)
 
 
-def _label_log_prob(log_prob: Tensor, target: Tensor) -> Tensor:
-    """log_prob[n, target[n]] of (N, C); NaN where the label is outside [0, C)."""
-    C = log_prob.shape[-1]
-    inside = (target >= 0) & (target < C)
-    picked = log_prob.gather(-1, target.clamp(0, C - 1).unsqueeze(-1)).squeeze(-1)
-    return picked.masked_fill(~inside, float("nan"))
-
-
-def _onehot(target: Tensor, rows: Tensor) -> Tensor:
-    """(N, C) like `rows`, 1 at the label. Out of place, as torch.func.functionalize needs it."""
-    return torch.zeros_like(rows).scatter(-1, target.clamp(0, rows.shape[-1] - 1).unsqueeze(-1), 1.0)
-
-
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_c p (log p - log q), terms with p = 0 counting 0."""
     p = log_p.exp()
@@ -108,19 +104,25 @@ def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
     return (weights * terms.masked_fill((weights == 0) & ~terms.isfinite(), 0.0)).sum(0)
 
 
-def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula) -> RowLossResult:
+def loss_terms(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    second: SecondLabels | None = None,
+) -> RowLossResult:
     """The formulas above as a differentiable expression, without the closed-form gradient. Ignored rows give 0."""
-    temperature, weighting, ignore_index = formula.temperature, formula.weighting, formula.ignore_index
-    ignored = target == ignore_index
+    temperature, weighting = formula.temperature, formula.weighting
+    labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
+    ignored = labels.ignored
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
-    label = target.masked_fill(ignored, 0)
     s = _rows(student).masked_fill(ignored.unsqueeze(-1), 0.0)
     zs = [_rows(z).to(s.dtype).masked_fill(ignored.unsqueeze(-1), 0.0) for z in teachers]
 
     log_q = F.log_softmax(s / temperature, dim=-1)
     divergence = torch.stack([_kl(F.log_softmax(z / temperature, dim=-1), log_q) for z in zs])
     teacher_log_prob = [F.log_softmax(z, dim=-1) for z in zs]
-    teacher_ce = torch.stack([-_label_log_prob(log_prob, label) for log_prob in teacher_log_prob])
+    teacher_ce = torch.stack([-labels.pick(log_prob) for log_prob in teacher_log_prob])
     if isinstance(weighting, Tensor):
         weights = weighting.to(s.dtype)
     elif weighting == "confidence":
@@ -130,32 +132,37 @@ def loss_terms(student: Tensor, teachers: Sequence[Tensor], target: Tensor, form
     else:
         weights = torch.full_like(teacher_ce, 1.0 / len(zs))
 
-    hard = -_label_log_prob(F.log_softmax(s, dim=-1), label)
+    hard = -labels.pick(F.log_softmax(s, dim=-1))
     soft = temperature**2 * _weighted_sum(weights, divergence)
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
     coefficients = torch.stack([torch.full_like(hard, weight) for weight in (formula.hard_weight, formula.soft_weight)])
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
-    loss = loss.masked_fill((label < 0) | (label >= s.shape[-1]), float("nan"))
+    loss = loss.masked_fill(~labels.valid, float("nan"))
     row_stats = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
     return RowLossResult(row_stats.masked_fill(ignored, 0.0), None)
 
 
 def grad_student(
-    student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula, weights: Tensor
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    weights: Tensor,
+    second: SecondLabels | None = None,
 ) -> Tensor:
     """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
     T = formula.temperature
-    C = student.shape[-1]
+    labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
     s = _rows(student)
     w = weights.to(s.dtype).unsqueeze(-1)
     mixture = torch.zeros_like(s)
     for w_k, z in zip(w, teachers, strict=True):
         mixture = mixture + (w_k * (_rows(z).to(s.dtype) / T).softmax(-1)).masked_fill(w_k == 0, 0.0)
     out = formula.soft_weight * T * (w.sum(0) * (s / T).softmax(-1) - mixture)
-    out = out + formula.hard_weight * (s.softmax(-1) - _onehot(target, s))
-    out = out.masked_fill(((target < 0) | (target >= C)).unsqueeze(-1), float("nan"))
-    return out.masked_fill((target == formula.ignore_index).unsqueeze(-1), 0.0)
+    out = out + formula.hard_weight * (s.softmax(-1) - labels.onehot(s))
+    out = out.masked_fill(~labels.valid.unsqueeze(-1), float("nan"))
+    return out.masked_fill(labels.ignored.unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()
@@ -169,9 +176,10 @@ def row_loss(
     grad_scale: float | Tensor = 1.0,
     mean: bool = False,
     total_scale: float | None = None,
+    second: SecondLabels | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`."""
-    result = loss_terms(student, teachers, target, formula)
+    result = loss_terms(student, teachers, target, formula, second)
     scales = [grad_scale]
     if mean:
         valid = (target != formula.ignore_index).sum().clamp(min=1)
@@ -181,7 +189,7 @@ def row_loss(
         scales.append(inverse)
     if not needs_grad:
         return result
-    gradient = grad_student(student, teachers, target, formula, result.weights)
+    gradient = grad_student(student, teachers, target, formula, result.weights, second)
     for scale in scales:
         gradient = gradient * scale
     return result._replace(grad_student=gradient.to(student.dtype))
@@ -193,42 +201,55 @@ def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, inverse_valid: Tensor | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    inverse_valid: Tensor | None = None,
+    second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence weights w (K, N), teacher cross-entropies CE (K, N) and log-sum-exps at T = 1 (K, N)."""
-    ignored = target == ignore_index
+    labels = labels_of(target, second, logits[0].shape[-1], ignore_index)
     if inverse_valid is not None:
-        inverse_valid.copy_((~ignored).sum().clamp(min=1).to(inverse_valid.dtype).reciprocal())
-    label = target.masked_fill(ignored, 0)
+        inverse_valid.copy_((~labels.ignored).sum().clamp(min=1).to(inverse_valid.dtype).reciprocal())
     lse, ce = [], []
     for z in logits:
-        rows = _rows(z).masked_fill(ignored.unsqueeze(-1), 0.0)
+        rows = _rows(z).masked_fill(labels.ignored.unsqueeze(-1), 0.0)
         lse.append(rows.logsumexp(-1))
-        ce.append(-_label_log_prob(rows.log_softmax(-1), label))
+        ce.append(-labels.pick(rows.log_softmax(-1)))
     teacher_ce = torch.stack(ce)
     results = weights_from_ce(teacher_ce), teacher_ce, torch.stack(lse)
-    weights, teacher_ce, lse_rows = (rows.masked_fill(ignored, 0.0) for rows in results)
+    weights, teacher_ce, lse_rows = (rows.masked_fill(labels.ignored, 0.0) for rows in results)
     return weights, teacher_ce, lse_rows
 
 
-def confidence_backward(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor) -> list[Tensor]:
+def confidence_backward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    lse: Tensor,
+    grad_ce: Tensor,
+    second: SecondLabels | None = None,
+) -> list[Tensor]:
     """d/dz_k = grad_ce_k * (softmax(z_k) - onehot(y)), each (N, C) in its logits' dtype.
 
     grad_ce (K, N) already holds d loss / d CE_k in full, and 0 on ignored rows, whose logits are not looked at.
     """
+    labels = labels_of(target, second, logits[0].shape[-1], None)
     gradients = []
     for z, lse_k, g in zip(logits, lse, grad_ce, strict=True):
         rows = _rows(z)
-        gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - _onehot(target, rows))
+        gradient = g.unsqueeze(-1) * ((rows - lse_k.unsqueeze(-1)).exp() - labels.onehot(rows))
         gradients.append(gradient.masked_fill((g == 0).unsqueeze(-1), 0.0).to(z.dtype))
     return gradients
 
 
-def count_labels(target: Tensor, C: int, ignore_index: int) -> tuple[int, int | None]:
+def count_labels(
+    target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None
+) -> tuple[int, int | None]:
     """See `contract.LabelCounter`."""
-    kept = target[target != ignore_index]
-    outside = kept[(kept < 0) | (kept >= C)]
-    return kept.numel(), int(outside[0]) if outside.numel() else None
+    labels = labels_of(target, second, C, ignore_index)
+    invalid = (~labels.valid).nonzero()
+    row = int(invalid[0]) if invalid.numel() else None
+    return int((~labels.ignored[:row]).sum()), row
 
 
 def ce_gradient(weights: Tensor, grad_weights: Tensor, grad_ce: Tensor) -> Tensor:

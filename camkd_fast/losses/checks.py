@@ -7,11 +7,12 @@ torch.compile. `count_labels` is the only check of tensor values and runs only f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import MAX_TEACHERS
+from ..backends.contract import MAX_TEACHERS, SecondLabels
 from ..backends.dispatch import label_counter
 from .formula import check_number
 
@@ -78,25 +79,51 @@ def check_same_logits(name: str, tensor: Tensor, other_name: str, other: Tensor)
     check_device(name, tensor, other_name, other)
 
 
-def check_target(target: Tensor, logits: Tensor, logits_name: str) -> None:
-    _check_labels(target, logits.shape[:-1], logits, logits_name)
+def check_target(target: Tensor, second: SecondLabels | None, logits: Tensor, logits_name: str) -> None:
+    """Labels of logits (..., C); `second`: the unchecked arguments `second_target` and `mix`."""
+    _check_labels(target, second, logits.shape[:-1], logits, logits_name)
 
 
-def check_sample_target(target: Tensor, maps: Tensor, maps_name: str) -> None:
-    """One label per sample of maps (N, ...)."""
-    _check_labels(target, maps.shape[:1], maps, maps_name)
+def check_sample_target(target: Tensor, second: SecondLabels | None, maps: Tensor, maps_name: str) -> None:
+    """The same of maps (N, ...), with a row per sample."""
+    _check_labels(target, second, maps.shape[:1], maps, maps_name)
 
 
-def _check_labels(target: Tensor, expected: torch.Size, other: Tensor, other_name: str) -> None:
-    check_tensor("target", target)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {_dtype(target)}")
+def _check_labels(
+    target: Tensor, second: SecondLabels | None, expected: torch.Size, other: Tensor, other_name: str
+) -> None:
+    _check_int64("target", target)
     if target.shape != expected:
         raise ValueError(f"target has shape {_shape(target)}, but {other_name} expects {tuple(expected)}")
     check_device("target", target, other_name, other)
+    if second is not None:
+        _check_second_labels(second, target)
 
 
-def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
+def _check_int64(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {_dtype(tensor)}")
+
+
+def _check_second_labels(second: SecondLabels, target: Tensor) -> None:
+    named: tuple[tuple[str, Any], ...] = tuple(zip(("second_target", "mix"), second, strict=True))
+    for (name, value), (other_name, other) in (named, named[::-1]):
+        if value is None:
+            raise ValueError(f"{name} is None, but {other_name} is a {type(other).__name__}; give both or neither")
+    _check_int64("second_target", second.target)
+    check_floating("mix", second.mix)
+    if second.mix.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mix requires grad, but labels get no gradient: expected a constant share (use .detach())")
+    for name, value in named:
+        if value.shape != target.shape:
+            raise ValueError(f"{name} has shape {_shape(value)}, but target has {_shape(target)}")
+        check_device(name, value, "target", target)
+
+
+def check_logits(
+    student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor, second: SecondLabels | None
+) -> list[Tensor]:
     """The tensors of the logit loss; returns the K teachers as a list."""
     check_classes("student_logits", student)
     teacher_list = as_teacher_list("teacher_logits", teachers)
@@ -114,7 +141,7 @@ def check_logits(student: Tensor, teachers: Tensor | Sequence[Tensor], target: T
         check_floating(name, teacher)
         check_same_logits(name, teacher, "student_logits", student)
         check_frozen(name, teacher)
-    check_target(target, student, "student_logits")
+    check_target(target, second, student, "student_logits")
     return teacher_list
 
 
@@ -178,9 +205,24 @@ def check_scale(name: str, scale: float | Tensor) -> None:
         check_number(name, scale, positive=False)
 
 
-def count_labels(target: Tensor, C: int, ignore_index: int) -> int:
-    """Number of labels of a CPU `target` (N,) that are not `ignore_index`; raises for labels outside [0, C)."""
-    valid, invalid = label_counter().count_labels(target, C, ignore_index)
-    if invalid is not None:
-        raise ValueError(f"target holds label {invalid}, but there are {C} classes (ignore_index is {ignore_index})")
+def count_labels(target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None) -> int:
+    """Number of labels of a CPU `target` (N,) that are not `ignore_index`.
+
+    Raises:
+        ValueError: a label of a row that counts is outside [0, C), or its share is outside [0, 1].
+    """
+    valid, row = label_counter().count_labels(target, C, ignore_index, second)
+    if row is not None:
+        raise ValueError(_invalid_row(row, target, C, ignore_index, second))
     return valid
+
+
+def _invalid_row(row: int, target: Tensor, C: int, ignore_index: int, second: SecondLabels | None) -> str:
+    """What is wrong with the labels of that row."""
+    label, there = int(target[row]), f"but there are {C} classes (ignore_index is {ignore_index})"
+    if second is None or not 0 <= label < C:
+        return f"target holds label {label}, {there}"
+    label = int(second.target[row])
+    if label == ignore_index or not 0 <= label < C:
+        return f"second_target holds label {label} where target holds {int(target[row])}, {there}"
+    return f"mix holds {float(second.mix[row])}, but the share of a label is in [0, 1]"

@@ -13,51 +13,76 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.contract import Backend, SecondLabels
 from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
 from .entry import Way, way_of_call
-from .layout import contiguous_labels, row_view
+from .layout import contiguous_labels, row_view, second_labels, second_pair, second_rows
 from .scale_plan import inverse_divisor
 
 
 def _confidence_forward(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
+    ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weights, ce and log-sum-exp, each (K, N)."""
-    return _confidence_and_divisor(logits, target, ignore_index, backend, counted=False)[0]
+    second = second_labels(second_target, mix)
+    return _confidence_and_divisor(logits, target, second, ignore_index, backend, counted=False)[0]
 
 
 def _confidence_and_divisor(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, counted: bool
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second: SecondLabels | None,
+    ignore_index: int,
+    backend: str,
+    counted: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float | Tensor]:
     """`_confidence_forward`, and if `counted` 1 / number of valid rows (at least 1).
 
     Labels in main memory are counted by their check, others by the kernel: a number, or (1,) on the device.
     """
-    labels = contiguous_labels(target)
+    labels, dtype = contiguous_labels(target), accumulation_dtype(logits[0].dtype)
+    second = second_rows(second, dtype)
     rows = [row_view(z) for z in logits]
     inverse: float | Tensor = 1.0
     if not target.is_cuda:
-        valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index)
+        valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index, second)
         if valid is not None:
             inverse, counted = 1.0 / max(valid, 1), False
+    module = _backend(backend, logits, [labels], second)
     if not counted:
-        result = backend_for(backend, logits, [labels]).confidence_forward(rows, labels, ignore_index)
-        return result, inverse
-    inverse = torch.empty(1, dtype=accumulation_dtype(logits[0].dtype), device=target.device)
-    module = backend_for(backend, logits, [labels])
-    return module.confidence_forward(rows, labels, ignore_index, inverse), inverse
+        return module.confidence_forward(rows, labels, ignore_index, second=second), inverse
+    inverse = torch.empty(1, dtype=dtype, device=target.device)
+    return module.confidence_forward(rows, labels, ignore_index, inverse, second), inverse
+
+
+def _backend(
+    requested: str, logits: Sequence[Tensor], others: Sequence[Tensor], second: SecondLabels | None
+) -> Backend:
+    return backend_for(requested, logits, [*others, *(second or ())], two_labels=second is not None)
 
 
 def _confidence_backward(
-    logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
+    lse: Tensor,
+    grad_ce: Tensor,
+    backend: str,
 ) -> list[Tensor]:
     rows = [row_view(z) for z in logits]
-    labels = contiguous_labels(target)
-    grads = backend_for(backend, logits, [labels, lse, grad_ce]).confidence_backward(rows, labels, lse, grad_ce)
+    labels, second = contiguous_labels(target), second_rows(second_labels(second_target, mix), lse.dtype)
+    module = _backend(backend, logits, [labels, lse, grad_ce], second)
+    grads = module.confidence_backward(rows, labels, lse, grad_ce, second)
     return [grad.view(z.shape) for grad, z in zip(grads, logits, strict=True)]
 
 
@@ -79,26 +104,33 @@ class _Confidence(torch.autograd.Function):
         finished: tuple[Tensor, Tensor],
         kept: Tensor,
         target: Tensor,
+        second: SecondLabels | None,
         ignore_index: int,
         backend: str,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        save(ctx, *logits, target, kept)
-        ctx.ignore_index, ctx.backend = ignore_index, backend
+        save(ctx, *logits, target, *(second or ()), kept)
+        ctx.ignore_index, ctx.backend, ctx.K = ignore_index, backend, len(logits)
         ctx.set_materialize_grads(False)
         return finished
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_weights: Tensor | None, grad_ce: Tensor | None) -> tuple[Any, ...]:
-        *logits, target, kept = saved(ctx)
-        grads = _gradients(logits, target, ctx.ignore_index, kept, grad_weights, grad_ce, ctx.backend)
-        return None, None, None, None, None, *grads
+        (*labelled, kept), K = saved(ctx), ctx.K
+        logits, target, second = labelled[:K], labelled[K], _second_of(labelled[K + 1 :])
+        grads = _gradients(logits, target, second, ctx.ignore_index, kept, grad_weights, grad_ce, ctx.backend)
+        return (*(None,) * 6, *grads)
+
+
+def _second_of(saved: Sequence[Tensor]) -> SecondLabels | None:
+    return SecondLabels(*saved) if saved else None
 
 
 def _gradients(
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     kept: Tensor,
     grad_weights: Tensor | None,
@@ -109,7 +141,7 @@ def _gradients(
         return [None] * len(logits)
     module = whole_loss_backend(backend, logits[0])
     if module is not None and observer() is None:
-        found = module.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce)
+        found = module.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, second)
         if found is not None:
             return found
     lse, weights = kept.unbind(0)
@@ -117,7 +149,7 @@ def _gradients(
         torch.zeros_like(lse) if grad is None else grad.reshape(lse.shape) for grad in (grad_weights, grad_ce)
     )
     total = _grad_ce(target, ignore_index, weights, of_weights, of_ce)
-    return _confidence_backward(logits, target, lse, total, backend)
+    return _confidence_backward(logits, target, *second_pair(second), lse, total, backend)
 
 
 _confidence_op = torch.library.custom_op("camkd_fast::confidence_weights", _confidence_forward, mutates_args=())
@@ -127,49 +159,72 @@ _confidence_backward_op = torch.library.custom_op(
 
 
 @_confidence_op.register_fake
-def _(logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(logits[0].dtype)
     weights, ce, lse = (logits[0].new_empty((len(logits), target.numel()), dtype=dtype) for _ in range(3))
     return weights, ce, lse
 
 
 @_confidence_backward_op.register_fake
-def _(logits: Sequence[Tensor], target: Tensor, lse: Tensor, grad_ce: Tensor, backend: str) -> list[Tensor]:
+def _(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
+    lse: Tensor,
+    grad_ce: Tensor,
+    backend: str,
+) -> list[Tensor]:
     return [z.new_empty(z.shape) for z in logits]
 
 
 def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, ignore_index, backend = inputs
+    logits, target, second_target, mix, ignore_index, backend = inputs
     weights, _, lse = output
-    save(ctx, *logits, target, weights, lse)
-    ctx.ignore_index, ctx.backend = ignore_index, backend
+    second = [tensor for tensor in (second_target, mix) if tensor is not None]
+    save(ctx, *logits, target, *second, weights, lse)
+    ctx.ignore_index, ctx.backend, ctx.K = ignore_index, backend, len(logits)
     ctx.mark_non_differentiable(lse)
 
 
 @first_order
 def _confidence_op_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *logits, target, weights, lse = saved(ctx)
+    (*labelled, weights, lse), K = saved(ctx), ctx.K
+    logits, target, second = labelled[:K], labelled[K], _second_of(labelled[K + 1 :])
     total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
-    return _confidence_backward_op(logits, target, lse, total, ctx.backend), None, None, None
+    grads = _confidence_backward_op(logits, target, *second_pair(second), lse, total, ctx.backend)
+    return grads, *(None,) * 5
 
 
 _confidence_op.register_autograd(_confidence_op_backward, setup_context=_confidence_setup)
 
 
 def confidence_rows(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, way: Way
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second: SecondLabels | None,
+    ignore_index: int,
+    backend: str,
+    way: Way,
 ) -> tuple[Tensor, Tensor]:
     """Weights and cross-entropies, each (K, N), of checked logits; differentiable once with respect to the logits."""
     if way is Way.OPERATOR:
-        weights, ce, _ = _confidence_op(list(logits), target, ignore_index, backend)
+        weights, ce, _ = _confidence_op(list(logits), target, *second_pair(second), ignore_index, backend)
         return weights, ce
     if way is Way.EXPRESSION:
-        return _confidence_expression(logits, target, ignore_index)
+        return _confidence_expression(logits, target, second, ignore_index)
     differentiable = needs_grad(logits)
     with torch.no_grad():
-        weights, ce, lse = _confidence_forward(logits, target, ignore_index, backend)
+        weights, ce, lse = _confidence_forward(logits, target, *second_pair(second), ignore_index, backend)
         kept = torch.stack([lse, weights]) if differentiable else None
-    return _attached((weights, ce), kept, logits, target, ignore_index, backend)
+    return _attached((weights, ce), kept, logits, target, second, ignore_index, backend)
 
 
 def _attached(
@@ -177,18 +232,24 @@ def _attached(
     kept: Tensor | None,
     logits: Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The results in the graph of the logits; themselves if nothing was kept for a backward."""
     if kept is None:
         return finished
-    result: tuple[Tensor, Tensor] = _Confidence.apply(finished, kept, target, ignore_index, backend, *logits)  # type: ignore[no-untyped-call]
+    labels = target, second, ignore_index
+    result: tuple[Tensor, Tensor] = _Confidence.apply(finished, kept, *labels, backend, *logits)  # type: ignore[no-untyped-call]
     return result
 
 
 def confidence_in_one_call(
-    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int, backend: str
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    second: SecondLabels | None,
+    ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor] | None:
     """Fast path of `confidence_weights`: one C++ call. Returns None for unsupported or invalid input; the general path
     reports the error.
@@ -196,15 +257,21 @@ def confidence_in_one_call(
     if way_of_call() is not Way.KERNEL or isinstance(logits, Tensor):
         return None
     module = whole_loss_backend(backend, first_of(logits))
-    found = None if module is None else module.confidence_weights(logits, target, ignore_index)
+    found = None if module is None else module.confidence_weights(logits, target, ignore_index, second)
     if found is None:
         return None
     weights, ce, kept = found
-    return _attached((weights, ce), kept, logits, target, ignore_index, backend)
+    return _attached((weights, ce), kept, logits, target, second, ignore_index, backend)
 
 
 def confidence_and_divisor(
-    logits: Sequence[Tensor], target: Tensor, ignore_index: int, backend: str, way: Way, counted: bool
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second: SecondLabels | None,
+    ignore_index: int,
+    backend: str,
+    way: Way,
+    counted: bool,
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Weights and cross-entropies (K, N) without a graph, and if `counted` 1 / number of valid rows, else 1.
 
@@ -212,15 +279,19 @@ def confidence_and_divisor(
     """
     logits = [z.detach() for z in logits]
     if way is Way.KERNEL:
-        (weights, ce, _), inverse = _confidence_and_divisor(logits, target, ignore_index, backend, counted)
+        (weights, ce, _), inverse = _confidence_and_divisor(logits, target, second, ignore_index, backend, counted)
         return weights, ce, inverse if counted else 1.0
-    weights, ce = confidence_rows(logits, target, ignore_index, backend, way)
+    weights, ce = confidence_rows(logits, target, second, ignore_index, backend, way)
     return weights, ce, inverse_divisor(None, None, target.reshape(-1), ignore_index, ce.dtype) if counted else 1.0
 
 
-def _confidence_expression(logits: Sequence[Tensor], target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    labels = contiguous_labels(target)
+def _confidence_expression(
+    logits: Sequence[Tensor], target: Tensor, second: SecondLabels | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    labels, second = contiguous_labels(target), second_rows(second, accumulation_dtype(logits[0].dtype))
     if target.device.type == "cpu" and are_dense([labels]):
-        checks.count_labels(labels, logits[0].shape[-1], ignore_index)
+        checked = second if second is not None and are_dense(second) else None
+        checks.count_labels(labels, logits[0].shape[-1], ignore_index, checked)
     rows = [savable(row_view(z)) for z in logits]
-    return reference.confidence_forward(rows, savable(labels), ignore_index)[:2]
+    second = None if second is None else SecondLabels(*map(savable, second))
+    return reference.confidence_forward(rows, savable(labels), ignore_index, second=second)[:2]

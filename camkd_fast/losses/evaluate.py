@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.contract import SecondLabels
 from ..backends.dispatch import whole_loss_backend
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
 from .entry import Way, computing, enter, way_of_call
 from .formula import Formula, check_choice
-from .layout import contiguous_labels
+from .layout import contiguous_labels, second_arguments, second_labels, second_rows
 from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
 from .output import CAMKDOutput, reduce_rows
 from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_scales
@@ -42,6 +43,7 @@ def evaluate(
     student: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     reduction: str,
     num_items: float | Tensor | None,
@@ -51,26 +53,31 @@ def evaluate(
     """Checks the arguments and computes the loss. With a `loss_scale`, the gradient is the finished one."""
     way = way_of_call()
     if way is Way.KERNEL:
-        evaluation = _in_one_call(student, teacher_logits, target, formula, reduction, num_items, backend, loss_scale)
+        evaluation = _in_one_call(
+            student, teacher_logits, target, second, formula, reduction, num_items, backend, loss_scale
+        )
         if evaluation is not None:
             return evaluation
-    way, (student, teacher_logits, target, weighting, num_items, loss_scale) = enter(
+    way, (student, teacher_logits, target, second_target, mix, weighting, num_items, loss_scale) = enter(
         way,
         backend,
         student_logits=student,
         teacher_logits=teacher_logits,
         target=target,
+        **second_arguments(second),
         weighting=formula.weighting,
         num_items=num_items,
         loss_scale=loss_scale,
     )
     formula = formula._replace(weighting=weighting)
-    call = _checked_call(student, teacher_logits, target, formula, backend, with_grad=loss_scale is not None)
+    second = second_labels(second_target, mix)
+    call = _checked_call(student, teacher_logits, target, second, formula, backend, with_grad=loss_scale is not None)
     if loss_scale is not None:
         checks.check_scale("loss_scale", loss_scale)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
-    with computing(way, student_logits=student, teacher_logits=teacher_logits, target=target, weighting=weighting):
+    given = {"target": target, "second_target": second_target, "mix": mix, "weighting": weighting}
+    with computing(way, student_logits=student, teacher_logits=teacher_logits, **given):
         return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
 
 
@@ -86,7 +93,8 @@ def _evaluate_checked(
     dtype = accumulation_dtype(student.dtype)
     valid = None
     if call.labels.device.type == "cpu" and way is not Way.OPERATOR and are_dense([call.labels]):
-        valid = checks.count_labels(call.labels, student.shape[-1], ignore_index)
+        second = call.second if call.second is not None and are_dense(call.second) else None
+        valid = checks.count_labels(call.labels, student.shape[-1], ignore_index, second)
         # A trace would keep the number of this batch.
         valid = valid if way is Way.KERNEL else None
     inverse: float | Tensor = 1.0
@@ -103,6 +111,7 @@ def _checked_call(
     student: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     backend: str,
     with_grad: bool,
@@ -113,21 +122,22 @@ def _checked_call(
         student = student.detach() if isinstance(student, Tensor) else student
         if isinstance(formula.weighting, Tensor):
             formula = formula._replace(weighting=formula.weighting.detach())
-    teachers = checks.check_logits(student, teacher_logits, target)
+    teachers = checks.check_logits(student, teacher_logits, target, second)
     formula = formula.checked()
-    labels = contiguous_labels(target)
+    labels, dtype = contiguous_labels(target), accumulation_dtype(student.dtype)
     if isinstance(formula.weighting, Tensor):
         checks.check_weighting(formula.weighting, len(teachers), student)
-        rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), accumulation_dtype(student.dtype))
+        rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), dtype)
         formula = formula._replace(weighting=rows)
     needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
-    return RowLossCall(student, teachers, labels, formula, needs_grad, backend)
+    return RowLossCall(student, teachers, labels, second_rows(second, dtype), formula, needs_grad, backend)
 
 
 def _in_one_call(
     student: Tensor,
     teachers: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     reduction: str,
     num_items: float | Tensor | None,
@@ -138,7 +148,7 @@ def _in_one_call(
     module = whole_loss_backend(backend, student)
     if module is None:
         return None
-    found = module.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale)
+    found = module.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale, second)
     if found is None:
         return None
     loss, row_stats, grad_student, sums, means, inverse = found

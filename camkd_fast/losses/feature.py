@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.contract import MAX_TEACHERS
+from ..backends.contract import MAX_TEACHERS, SecondLabels
 from ..backends.reference import accumulation_dtype, feature_rows
 from . import checks
 from .confidence_op import confidence_in_one_call, confidence_rows
@@ -25,17 +25,24 @@ from .feature_op import (
 )
 from .feature_weights import ConstantWeights, Divisor, checked_logits, constant_weights, weights_of_logits
 from .formula import check_choice, check_ignore_index, check_number
+from .layout import second_arguments, second_labels
 from .scale_plan import as_scale
 
 
 def confidence_weights(
-    logits: Tensor | Sequence[Tensor], target: Tensor, ignore_index: int = -100, backend: str = "auto"
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    second_target: Tensor | None = None,
+    mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Confidence weights of K sets of logits: w_k = (1 - softmax_k(CE_k)) / (K - 1)  (eq. 3 and 5).
 
     Args:
         logits: K tensors (..., C), dtypes may differ, or one (K, ..., C) tensor; K from 1 to 16.
         target: (...) int64 labels in [0, C), or `ignore_index`, whose rows get weights and cross-entropies of 0.
+        second_target, mix: second labels of the rows, as in `camkd_loss`.
 
     Returns:
         (weights, ce): both (K, ...) in the accumulation dtype, differentiable once with respect to the logits.
@@ -43,14 +50,18 @@ def confidence_weights(
     Raises:
         ValueError, TypeError, NotImplementedError: as `camkd_loss`.
     """
-    found = confidence_in_one_call(logits, target, ignore_index, backend)
+    second = second_labels(second_target, mix)
+    found = confidence_in_one_call(logits, target, second, ignore_index, backend)
     if found is not None:
         return found
-    way, (logits, target) = enter(way_of_call(), backend, logits=logits, target=target)
-    tensors = checked_logits(logits, target)
+    way, (logits, target, *others) = enter(
+        way_of_call(), backend, logits=logits, target=target, **second_arguments(second)
+    )
+    second = second_labels(*others)
+    tensors = checked_logits(logits, target, second)
     check_ignore_index(ignore_index)
-    with computing(way, logits=tensors, target=target):
-        weights, ce = confidence_rows(tensors, target, int(ignore_index), backend, way)
+    with computing(way, logits=tensors, target=target, **second_arguments(second)):
+        weights, ce = confidence_rows(tensors, target, second, int(ignore_index), backend, way)
         shape = (len(tensors), *target.shape)
         return weights.view(shape), ce.view(shape)
 
@@ -146,6 +157,8 @@ def camkd_feature_loss_and_grad(
     num_items: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
     backend: str = "auto",
+    second_target: Tensor | None = None,
+    mix: Tensor | None = None,
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
     """The feature loss of CA-MKD and d(loss_scale * loss) / d student_features in one pass over the maps  (eq. 5, 6).
 
@@ -162,6 +175,7 @@ def camkd_feature_loss_and_grad(
         reduction: "mean" over the samples that are not ignored, "sum", or "none" (the gradient of each one's own loss).
         num_items: divisor of "mean" instead of the number of samples (gradient accumulation, data parallel).
         loss_scale: multiplies the gradient only (a GradScaler's scale: a number or a one-element tensor).
+        second_target, mix: second labels (N,) of the samples, as in `camkd_loss`, for weighting="confidence".
 
     Returns:
         (output, grads): the loss, (N,) for reduction="none", and K gradients in the student's shapes and memory order.
@@ -170,10 +184,24 @@ def camkd_feature_loss_and_grad(
         ValueError, TypeError, NotImplementedError: as `camkd_loss_and_grad`.
     """
     options = FeatureOptions(beta, weighting, reduction, num_items, ignore_index, loss_scale)
-    found = loss_and_grad_in_one_call(student_features, teacher_features, logits, target, options, backend)
-    if found is not None:
-        return FeatureLossOutput(*found[:3]), found[3]
-    way, (student_features, teacher_features, logits, target, weighting, num_items, loss_scale) = enter(
+    second = second_labels(second_target, mix)
+    given = student_features, teacher_features, logits, target, second, options, backend
+    found = loss_and_grad_in_one_call(*given)
+    return _loss_and_grad(*given) if found is None else (FeatureLossOutput(*found[:3]), found[3])
+
+
+def _loss_and_grad(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    logits: Tensor | Sequence[Tensor] | None,
+    target: Tensor,
+    second: SecondLabels | None,
+    options: FeatureOptions,
+    backend: str,
+) -> tuple[FeatureLossOutput, list[Tensor]]:
+    """The general path of `camkd_feature_loss_and_grad`."""
+    beta, weighting, reduction, num_items, ignore_index, loss_scale = options
+    way, (student_features, teacher_features, logits, target, weighting, num_items, loss_scale, *others) = enter(
         way_of_call(),
         backend,
         student_features=student_features,
@@ -183,22 +211,24 @@ def camkd_feature_loss_and_grad(
         weighting=weighting,
         num_items=num_items,
         loss_scale=loss_scale,
+        **second_arguments(second),
     )
+    second = second_labels(*others)
     student, teachers = _checked_maps(student_features, teacher_features)
-    checks.check_sample_target(target, student[0], "student_features[0]")
+    checks.check_sample_target(target, second, student[0], "student_features[0]")
     check_number("beta", beta, positive=False)
     checks.check_scale("loss_scale", loss_scale)
     divisor = Divisor(reduction, num_items, ignore_index).checked()
-    with computing(way, student_features=student, teacher_features=teachers, logits=logits, target=target):
-        constant = constant_weights(weighting, logits, target, len(student), divisor, backend, way)
+    named = second_arguments(second) | {"logits": logits, "target": target}
+    with computing(way, student_features=student, teacher_features=teachers, **named):
+        constant = constant_weights(weighting, logits, target, second, len(student), divisor, backend, way)
         call = FeatureCall([r.detach() for r in student], teachers, constant.weights, backend)
-        return _loss_and_grad(call, constant, float(beta), loss_scale, reduction, way)
+        return _with_constant_weights(call, constant, float(beta), loss_scale, reduction, way)
 
 
-def _loss_and_grad(
+def _with_constant_weights(
     call: FeatureCall, constant: ConstantWeights, beta: float, loss_scale: float | Tensor, reduction: str, way: Way
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
-    """The general path of `camkd_feature_loss_and_grad`, of checked arguments."""
     dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
     call = call._replace(weights=call.weights.to(dtype))
     scale = as_scale(constant.inverse, dtype) * beta
@@ -269,6 +299,8 @@ class CAMKDFeatureLoss(nn.Module):
         teacher_heads: Sequence[Callable[[Tensor], Tensor]],
         target: Tensor,
         num_items: float | Tensor | None = None,
+        second_target: Tensor | None = None,
+        mix: Tensor | None = None,
     ) -> FeatureLossOutput:
         """
         Args:
@@ -277,6 +309,7 @@ class CAMKDFeatureLoss(nn.Module):
             teacher_heads: K frozen callables (N, D_k, H_k, W_k) -> logits (N, C).
             target: (N,) int64 labels or `ignore_index`, whose rows have weight 0.
             num_items: divisor of the mean instead of the number of rows, as in `camkd_loss`.
+            second_target, mix: second labels (N,) of the rows, as in `camkd_loss`.
 
         Raises:
             ValueError: the number of teachers differs from construction; and as `weighted_feature_loss`.
@@ -287,9 +320,10 @@ class CAMKDFeatureLoss(nn.Module):
         regressed = self.regress(student_feature, teacher_features)
         logits = self._logits(regressed, teacher_heads)
         if self.detach_weights:
-            weights, ce, inverse = weights_of_logits(logits, target, divisor, self.backend)
+            second = second_labels(second_target, mix)
+            weights, ce, inverse = weights_of_logits(logits, target, second, divisor, self.backend)
         else:
-            weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend)
+            weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend, second_target, mix)
             inverse = divisor.inverse(target, weights.dtype)
         loss = _weighted(regressed, teacher_features, weights, "mean", inverse, self.backend)
         return FeatureLossOutput(loss, weights, ce)

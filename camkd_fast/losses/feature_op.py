@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import WholeFeatureLoss
+from ..backends.contract import SecondLabels, WholeFeatureLoss
 from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.feature_maps import gradient_strides
 from ..backends.memory import is_ordinary, observer
@@ -235,6 +235,7 @@ def loss_and_grad_in_one_call(
     teachers: Sequence[Tensor],
     logits: Tensor | Sequence[Tensor] | None,
     target: Tensor,
+    second: SecondLabels | None,
     options: FeatureOptions,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
@@ -248,7 +249,7 @@ def loss_and_grad_in_one_call(
     if module is None or whole_loss_backend(backend, first_of(logits)) is not module:
         return None
     return module.feature_loss_and_grad(
-        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale
+        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, second
     )
 
 

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.contract import SecondLabels
 from . import checks
 from .confidence_op import confidence_and_divisor
 from .entry import Way, computing, enter, way_of_call
 from .formula import check_choice, check_ignore_index
+from .layout import second_arguments, second_labels
 from .scale_plan import inverse_divisor
 
 FEATURE_WEIGHTINGS = ("confidence", "uniform")
@@ -51,19 +53,24 @@ class Divisor(NamedTuple):
         return inverse_divisor(self.num_items, None, target, self.ignore_index, dtype)
 
 
-def checked_logits(logits: Tensor | Sequence[Tensor], target: Tensor) -> list[Tensor]:
+def checked_logits(logits: Tensor | Sequence[Tensor], target: Tensor, second: SecondLabels | None) -> list[Tensor]:
     """K sets of logits for these labels as a list."""
     tensors = checks.as_teacher_list("logits", logits)
     checks.check_classes("logits[0]", tensors[0])
     for k, tensor in enumerate(tensors):
         checks.check_floating(f"logits[{k}]", tensor)
         checks.check_same_logits(f"logits[{k}]", tensor, "logits[0]", tensors[0])
-    checks.check_target(target, tensors[0], "logits[0]")
+    checks.check_target(target, second, tensors[0], "logits[0]")
     return tensors
 
 
 def weights_of_logits(
-    logits: Sequence[Tensor], target: Tensor, divisor: Divisor, backend: str, way: Way | None = None
+    logits: Sequence[Tensor],
+    target: Tensor,
+    second: SecondLabels | None,
+    divisor: Divisor,
+    backend: str,
+    way: Way | None = None,
 ) -> ConstantWeights:
     """Confidence weights of K checked sets of logits (N, C).
 
@@ -71,10 +78,14 @@ def weights_of_logits(
         way: of the call; None if its tensors have not been through `enter`.
     """
     if way is None:
-        way, (logits, target) = enter(way_of_call(), backend, logits=checked_logits(logits, target), target=target)
-    with computing(way, logits=logits, target=target):
+        logits = checked_logits(logits, target, second)
+        way, (logits, target, *others) = enter(
+            way_of_call(), backend, logits=logits, target=target, **second_arguments(second)
+        )
+        second = second_labels(*others)
+    with computing(way, logits=logits, target=target, **second_arguments(second)):
         weights, ce, inverse = confidence_and_divisor(
-            logits, target, divisor.ignore_index, backend, way, divisor.counts
+            logits, target, second, divisor.ignore_index, backend, way, divisor.counts
         )
         return ConstantWeights(weights, ce, inverse if divisor.counts else divisor.inverse(target, weights.dtype))
 
@@ -83,6 +94,7 @@ def constant_weights(
     weighting: str | Tensor,
     logits: Tensor | Sequence[Tensor] | None,
     target: Tensor,
+    second: SecondLabels | None,
     K: int,
     divisor: Divisor,
     backend: str,
@@ -102,10 +114,10 @@ def constant_weights(
         return ConstantWeights(weights, None, divisor.inverse(target, weights.dtype))
     if logits is None:
         raise ValueError(f"logits is None, but weighting='confidence' needs {K} tensors (N, C)")
-    tensors = checked_logits(logits, target)
+    tensors = checked_logits(logits, target, second)
     if len(tensors) != K:
         raise ValueError(f"logits holds {len(tensors)} tensors, but student_features holds {K}")
-    return weights_of_logits(tensors, target, divisor, backend, way)
+    return weights_of_logits(tensors, target, second, divisor, backend, way)
 
 
 def _given_weights(weighting: Tensor, target: Tensor, K: int, divisor: Divisor) -> ConstantWeights:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from ..backends.contract import SecondLabels
 
 
 def row_view(logits: Tensor) -> Tensor:
@@ -22,3 +27,25 @@ def row_view(logits: Tensor) -> Tensor:
 def contiguous_labels(target: Tensor) -> Tensor:
     """(...) labels as contiguous (N,): a view when they already are."""
     return target if target.dim() == 1 and target.is_contiguous() else target.reshape(-1).contiguous()
+
+
+def second_labels(second_target: Any, mix: Any) -> SecondLabels | None:
+    """The public arguments together, unchecked; None for rows of one label."""
+    return None if second_target is None and mix is None else SecondLabels(second_target, mix)
+
+
+def second_pair(second: SecondLabels | None) -> tuple[Tensor | None, Tensor | None]:
+    """The public arguments again, and those of the operators."""
+    return (None, None) if second is None else (second.target, second.mix)
+
+
+def second_arguments(second: SecondLabels | None) -> dict[str, Tensor | None]:
+    """The same by name."""
+    return dict(zip(("second_target", "mix"), second_pair(second), strict=True))
+
+
+def second_rows(second: SecondLabels | None, dtype: torch.dtype) -> SecondLabels | None:
+    """(...) second labels as backends take them: contiguous (N,), the shares in the accumulation dtype."""
+    if second is None:
+        return None
+    return SecondLabels(contiguous_labels(second.target), contiguous_labels(second.mix).to(dtype))

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.contract import SecondLabels
 from ..backends.dispatch import BACKENDS, backend_for
 from ..backends.memory import is_ordinary
 from . import checks
 from .autograd import first_order, is_one, keeps_graph
 from .evaluate import Evaluation, evaluate
 from .formula import Formula, check_choice
+from .layout import second_labels
 from .output import CAMKDOutput
 
 
@@ -68,12 +70,13 @@ def _differentiable_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
     target: Tensor,
+    second: SecondLabels | None,
     formula: Formula,
     reduction: str,
     num_items: float | Tensor | None,
     backend: str,
 ) -> CAMKDOutput:
-    evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, None)
+    evaluation = evaluate(student_logits, teacher_logits, target, second, formula, reduction, num_items, backend, None)
     output, weights = evaluation.output, evaluation.weights
     needs_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
     if needs_grad and torch.is_grad_enabled() and not evaluation.in_graph:
@@ -94,6 +97,8 @@ def camkd_loss(
     ignore_index: int = -100,
     num_items: float | Tensor | None = None,
     backend: str = "auto",
+    second_target: Tensor | None = None,
+    mix: Tensor | None = None,
 ) -> CAMKDOutput:
     """Confidence-aware multi-teacher distillation loss (CA-MKD, arXiv 2201.00007, eq. 2 to 4).
 
@@ -110,17 +115,22 @@ def camkd_loss(
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
         num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
+        second_target, mix: a second label for every row (Mixup, CutMix), (...) int64 like `target`, and the share of
+            `target`, (...) floating in [0, 1]; both or neither. Every cross-entropy, that of the student and those in
+            the weights, becomes mix * CE(target) + (1 - mix) * CE(second_target). Not read where `target` is
+            `ignore_index`; elsewhere a second label must not be `ignore_index`. No gradient.
 
     Returns:
         CAMKDOutput; its `loss` is differentiable once with respect to the student (and given weights).
 
     Raises:
-        ValueError, TypeError: an argument is invalid; both offending values are named. Labels out of range raise for
-            CPU tensors and give NaN rows on a GPU, where reading them would synchronise.
+        ValueError, TypeError: an argument is invalid; both offending values are named. Labels and shares out of range
+            raise for CPU tensors and give NaN rows on a GPU, where reading them would synchronise.
         NotImplementedError: `backend` names a backend that cannot run these tensors.
     """
     formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
-    return _differentiable_loss(student_logits, teacher_logits, target, formula, reduction, num_items, backend)
+    second = second_labels(second_target, mix)
+    return _differentiable_loss(student_logits, teacher_logits, target, second, formula, reduction, num_items, backend)
 
 
 def camkd_loss_and_grad(
@@ -137,6 +147,8 @@ def camkd_loss_and_grad(
     num_items: float | Tensor | None = None,
     loss_scale: float | Tensor = 1.0,
     backend: str = "auto",
+    second_target: Tensor | None = None,
+    mix: Tensor | None = None,
 ) -> tuple[CAMKDOutput, Tensor]:
     """`camkd_loss` and d(loss_scale * loss) / d student_logits in one pass, for `student_logits.backward(grad)`.
 
@@ -152,7 +164,10 @@ def camkd_loss_and_grad(
     formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
     if type(loss_scale) is not float:  # `evaluate` checks floats, outside its fast path
         checks.check_scale("loss_scale", loss_scale)
-    evaluation = evaluate(student_logits, teacher_logits, target, formula, reduction, num_items, backend, loss_scale)
+    second = second_labels(second_target, mix)
+    evaluation = evaluate(
+        student_logits, teacher_logits, target, second, formula, reduction, num_items, backend, loss_scale
+    )
     assert evaluation.grad_student is not None  # a loss_scale requests it
     return evaluation.output, _shaped(evaluation.grad_student, student_logits.shape)
 
@@ -204,10 +219,13 @@ class CAMKDLoss(nn.Module):
         teacher_logits: Tensor | Sequence[Tensor],
         target: Tensor,
         num_items: float | Tensor | None = None,
+        second_target: Tensor | None = None,
+        mix: Tensor | None = None,
     ) -> CAMKDOutput:
         """See `camkd_loss`."""
+        second = second_labels(second_target, mix)
         return _differentiable_loss(
-            student_logits, teacher_logits, target, self.formula, self.reduction, num_items, self.backend
+            student_logits, teacher_logits, target, second, self.formula, self.reduction, num_items, self.backend
         )
 
     def extra_repr(self) -> str:

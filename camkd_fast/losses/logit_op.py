@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, row_stats_count
+from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, SecondLabels, row_stats_count
 from ..backends.dispatch import backend_for
 from ..backends.reference import accumulation_dtype, loss_terms
 from ..backends.reference import row_loss as reference_row_loss
 from . import checks
 from .autograd import first_order, savable
 from .formula import Formula
-from .layout import contiguous_labels, row_view
+from .layout import contiguous_labels, row_view, second_labels, second_pair, second_rows
 
 
 class RowLossCall(NamedTuple):
@@ -29,6 +29,7 @@ class RowLossCall(NamedTuple):
     student: Tensor  # (..., C)
     teachers: Sequence[Tensor]  # K tensors (..., C)
     labels: Tensor  # (N,) int64, contiguous
+    second: SecondLabels | None  # of rows (N,)
     formula: Formula  # a weighting tensor is (K, N)
     needs_grad: bool
     backend: str
@@ -47,8 +48,9 @@ def run_rows(
     call: RowLossCall, grad_scale: float | Tensor, mean: bool = False, total_scale: float | None = None
 ) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
-    others = [tensor for tensor in (call.labels, call.given_weights, grad_scale) if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors, others).row_loss(
+    given = (call.labels, call.given_weights, grad_scale, *(call.second or ()))
+    others = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    return backend_for(call.backend, call.tensors, others, two_labels=call.second is not None).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,
@@ -57,6 +59,7 @@ def run_rows(
         grad_scale=grad_scale,
         mean=mean,
         total_scale=total_scale,
+        second=call.second,
     )
 
 
@@ -65,6 +68,8 @@ def _row_loss_op(
     student: Tensor,
     teachers: Sequence[Tensor],
     target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
     weights: Tensor | None,
     grad_scale: Tensor | None,
     constants: Sequence[float],
@@ -75,10 +80,11 @@ def _row_loss_op(
 ) -> tuple[Tensor, Tensor]:
     """row_stats, and the gradient (N, C), or (0, C)."""
     labels = contiguous_labels(target)
+    second = second_rows(second_labels(second_target, mix), accumulation_dtype(student.dtype))
     if not target.is_cuda:
-        checks.count_labels(labels, student.shape[-1], ignore_index)
+        checks.count_labels(labels, student.shape[-1], ignore_index, second)
     formula = Formula.from_constants(constants, weighting, ignore_index, weights)
-    call = RowLossCall(student, teachers, labels, formula, needs_grad, backend)
+    call = RowLossCall(student, teachers, labels, second, formula, needs_grad, backend)
     result = run_rows(call, 1.0 if grad_scale is None else grad_scale)
     grad = student.new_empty((0, student.shape[-1])) if result.grad_student is None else result.grad_student
     return result.row_stats, grad
@@ -89,6 +95,8 @@ def _(
     student: Tensor,
     teachers: Sequence[Tensor],
     target: Tensor,
+    second_target: Tensor | None,
+    mix: Tensor | None,
     weights: Tensor | None,
     grad_scale: Tensor | None,
     constants: Sequence[float],
@@ -103,7 +111,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teachers, _, weights, _, constants, weighting, ignore_index, _, _ = inputs
+    student, teachers, _, _, _, weights, _, constants, weighting, ignore_index, _, _ = inputs
     row_stats, grad_student = output
     K = len(teachers)
     ctx.save_for_backward(grad_student, row_stats[PER_TEACHER : PER_TEACHER + K])
@@ -118,7 +126,7 @@ def _backward(ctx: Any, grad_row_stats: Tensor, _: Tensor) -> tuple[Any, ...]:
     factor = grad_row_stats[LOSS]
     grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
     grad_weights = divergence * (factor * ctx.soft_scale) if ctx.has_weights else None
-    return (grad_student, [None] * ctx.K, None, grad_weights, *(None,) * 6)
+    return (grad_student, [None] * ctx.K, None, None, None, grad_weights, *(None,) * 6)
 
 
 _row_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -130,6 +138,7 @@ def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
         call.student,
         list(call.teachers),
         call.labels,
+        *second_pair(call.second),
         call.given_weights,
         _scale_tensor(grad_scale, call.student),
         *call.formula.constants(),
@@ -150,5 +159,9 @@ def expression_rows(call: RowLossCall, grad_scale: float | Tensor, with_grad: bo
     """`run_rows` in PyTorch operations: differentiable numbers, or with `with_grad` the gradient and no graph."""
     student, teachers = row_view(call.student), [savable(row_view(teacher)) for teacher in call.teachers]
     if with_grad:
-        return reference_row_loss(student, teachers, call.labels, call.formula, needs_grad=True, grad_scale=grad_scale)
-    return loss_terms(student, teachers, savable(call.labels), call.formula)
+        scale, second = grad_scale, call.second
+        return reference_row_loss(
+            student, teachers, call.labels, call.formula, needs_grad=True, grad_scale=scale, second=second
+        )
+    second = None if call.second is None else SecondLabels(*map(savable, call.second))
+    return loss_terms(student, teachers, savable(call.labels), call.formula, second)

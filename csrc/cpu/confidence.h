@@ -48,8 +48,8 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
         int32_t kept[W] = {};
         for (auto& lanes : sum) std::fill_n(lanes, W, 1.0f);
         for (int lane = 0; lane < count; ++lane) {
-            const int64_t y = args.target[begin + lane];
-            if (y == args.ignore_index) continue;
+            const RowLabels labels = row_labels(args.target, args.second, begin + lane, args.C, args.ignore_index);
+            if (!labels.kept) continue;
             kept[lane] = -1;
             for (int k = 0; k < K; ++k) {
                 with_dtype(args.logits[k].dtype, [&](auto t) {
@@ -57,7 +57,11 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
                     StreamState<double> state = row_exp_sum(z, args.C, exp);
                     sum[k][lane] = float(state.sum1);
                     max[k][lane] = state.max;
-                    label[k][lane] = y >= 0 && y < args.C ? load_one(z + y) : NAN;
+                    const auto distance = [&](int64_t y) { return load_one(z + y) - state.max; };
+                    label[k][lane] = !labels.valid ? NAN
+                                     : labels.second < 0
+                                         ? distance(labels.first)
+                                         : mixed(labels, distance(labels.first), distance(labels.second));
                 });
             }
         }
@@ -68,7 +72,7 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
         };
         for (int k = 0; k < K; ++k) {
             const Vec log_sum = LaneMath::log(Vec::load(sum[k])), top = Vec::load(max[k]);
-            ce[k] = log_sum - (Vec::load(label[k]) - top);
+            ce[k] = log_sum - Vec::load(label[k]);
             store_row(args.lse, k, top + log_sum);
             store_row(args.ce, k, ce[k]);
         }
@@ -81,13 +85,17 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
 }
 
 template <class T>
-void softmax_gradient(const T* z, int64_t C, float lse, float scale, int64_t y, const Exp& exp, T* out) {
+void softmax_gradient(const T* z, int64_t C, float lse, float scale, const RowLabels& labels, const Exp& exp, T* out) {
     const Vec shift = Vec::set(lse), factor = Vec::set(scale);
     auto value = [&](Vec x) { return factor * exp(x - shift); };
     int64_t i = 0;
     for (; i + Vec::width <= C; i += Vec::width) store(out + i, value(load(z + i)));
     if (i < C) store_tail(out + i, value(load_tail(z + i, int(C - i), -INFINITY)), int(C - i));
-    if (y >= 0 && y < C) store_tail(out + y, value(load_tail(z + y, 1, 0.0f)) - factor, 1);
+    auto write_label = [&](int64_t y, float share) {
+        if (y >= 0 && y < C) store_tail(out + y, value(load_tail(z + y, 1, 0.0f)) - Vec::set(scale * share), 1);
+    };
+    write_label(labels.first, labels.share);
+    write_label(labels.second, 1.0f - labels.share);
 }
 
 void confidence_backward(const ConfidenceArgs& args, int max_threads) {
@@ -106,7 +114,8 @@ void confidence_backward(const ConfidenceArgs& args, int max_threads) {
                     return;
                 }
                 const T* z = row_start<T>(args.logits[k], args.S, n);
-                softmax_gradient(z, args.C, args.lse[k * args.N + n], scale, args.target[n], exp, out);
+                const RowLabels labels = row_labels(args.target, args.second, n, args.C, args.ignore_index);
+                softmax_gradient(z, args.C, args.lse[k * args.N + n], scale, labels, exp, out);
             });
         }
     }

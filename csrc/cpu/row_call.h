@@ -7,20 +7,21 @@
 
 namespace camkd::cpu {
 
-struct Labels {
-    int64_t valid;     // labels before the first invalid one that are not ignore_index
-    bool has_invalid;  // is one of them outside [0, C)?
-    int64_t invalid;   // the first of these
+struct LabelCount {
+    int64_t valid;    // rows before the first invalid one that are not ignored
+    int64_t invalid;  // the first row with an invalid label or share, or -1
 };
 
-inline Labels count_labels(const int64_t* labels, int64_t N, int64_t C, int64_t ignore_index) {
+inline LabelCount count_labels(const int64_t* target, const SecondLabels& second, int64_t N, int64_t C,
+                               int64_t ignore_index) {
     int64_t valid = 0;
     for (int64_t n = 0; n < N; ++n) {
-        if (labels[n] == ignore_index) continue;
-        if (labels[n] < 0 || labels[n] >= C) return {valid, true, labels[n]};
+        const RowLabels labels = row_labels(target, second, n, C, ignore_index);
+        if (!labels.kept) continue;
+        if (!labels.valid) return {valid, n};
         ++valid;
     }
-    return {valid, false, 0};
+    return {valid, -1};
 }
 
 // Runs the kernel. Returns the sums of loss, hard and soft over the rows, added in order.

@@ -34,11 +34,17 @@ struct RowPasses {
     const void* data[kMaxStreams];
     int64_t offset[kMaxStreams];
     int64_t index;
+    RowLabels labels;
 
     RowPasses(const RowLossArgs& a, const RowFunctions& f, const Exps& x, RowScratch s, int64_t n)
-        : args(a), functions(f), exps(x), scratch(s), index(n) {}
+        : args(a),
+          functions(f),
+          exps(x),
+          scratch(s),
+          index(n),
+          labels(row_labels(a.target, a.second, n, a.C, a.formula.ignore_index)) {}
 
-    bool ignored() const { return args.target[index] == args.formula.ignore_index; }
+    bool ignored() const { return !labels.kept; }
 
     // Finds the row's logits; must come before read_block and store_sums.
     void locate() {
@@ -126,14 +132,17 @@ struct RowPasses {
                           [&](auto t) { return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c); });
     }
 
-    bool label_valid() const { return args.target[index] >= 0 && args.target[index] < args.C; }
+    // The logit of stream k at the label minus this maximum.
+    float label_distance(int k, float max) const {
+        const float first = logit(args.streams[k], k, labels.first) - max;
+        return labels.second < 0 ? first : mixed(labels, first, logit(args.streams[k], k, labels.second) - max);
+    }
 
     // Stores the finished sums (State, or BlockSums of the only block) in one lane of `rows`.
     template <class Sums>
     void store_sums(const Sums* sums, LaneRows& rows, int lane) const {
-        const bool valid = label_valid();
         rows.kept[lane] = -1;
-        rows.label_nan[lane] = valid ? 0.0f : NAN;
+        rows.label_nan[lane] = labels.valid ? 0.0f : NAN;
         for (int k = 0; k <= args.K; ++k) {
             LaneRows::Stream& stream = rows.streams[k];
             stream.max[lane] = sums[k].max;
@@ -141,7 +150,7 @@ struct RowPasses {
             stream.sum1[lane] = float(sums[k].sum1);
             stream.cross[lane] = float(sums[k].cross);
             stream.plogp[lane] = float(sums[k].plogp);
-            stream.label[lane] = valid ? logit(args.streams[k], k, args.target[index]) : NAN;
+            stream.label[lane] = labels.valid ? label_distance(k, sums[k].max) : NAN;
         }
     }
 
@@ -181,20 +190,24 @@ struct RowPasses {
         const float studentT = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
         const float student1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
         functions.grad(e, e1, studentT, student1, terms, count, args.grad_student, index * args.C + c, n, streaming);
-        // The label's column again, with the 1 of the one-hot label
-        const int64_t y = args.target[index] - c;
-        if (label_valid() && y >= 0 && y < n) {
+        // The label's column again, with the 1 of the one-hot label or the share of one of two
+        auto write_label = [&](int64_t label, float share) {
+            const int64_t y = label - c;
+            if (y < 0 || y >= n) return;
             float e1_y = keeps_e1() ? e1[y] : e[y];
             for (int p = functions.power; p > 1; p /= 2) e1_y *= e1_y;
             // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its
             // scale.
             float value = studentT * e[y];
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
-            value += student1 * e1_y - label_coefficient(args.formula, args.grad_scale);
+            value += student1 * e1_y - label_coefficient(args.formula, args.grad_scale) * share;
             with_dtype(args.streams[0].dtype, [&](auto t) {
                 store_tail(static_cast<decltype(t)*>(args.grad_student) + index * args.C + c + y, Vec::set(value), 1);
             });
-        }
+        };
+        if (!labels.valid) return;
+        write_label(labels.first, labels.share);
+        if (labels.second >= 0) write_label(labels.second, 1.0f - labels.share);
     }
 
     void clear_grad() const {

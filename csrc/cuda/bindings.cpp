@@ -22,11 +22,12 @@ LaunchOptions options_of(uintptr_t stream, bool debug = false) {
     return {pointer<void>(stream), debug};
 }
 
-void py_row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target,
+void py_row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target, const Second& second,
                  const pybind11::object& formula, const Weights& weights, uintptr_t row_stats, uintptr_t grad_student,
                  float grad_scale, uintptr_t grad_scale_device, std::tuple<uintptr_t, uintptr_t> mean, bool debug,
                  uintptr_t stream) {
-    RowLossArgs args = row_loss_args(shape, streams, target, formula, weights, row_stats, grad_student, grad_scale);
+    RowLossArgs args =
+        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale);
     check_columns(args.C);
     args.grad_scale_device = pointer<const float>(grad_scale_device);
     const auto [loss, others] = mean;
@@ -40,18 +41,20 @@ void py_scale_rows(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtyp
 }
 
 void py_confidence_forward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
-                           int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse,
+                           const Second& second, int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse,
                            uintptr_t inverse_valid, bool debug, uintptr_t stream) {
     check_columns(std::get<1>(shape));
-    ConfidenceArgs args = confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse);
+    ConfidenceArgs args = confidence_forward_args(shape, logits, target, second, ignore_index, weights, ce, lse);
     args.inverse_valid = pointer<float>(inverse_valid);
     confidence_forward(args, options_of(stream, debug));
 }
 
-void py_confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target, uintptr_t lse,
-                            uintptr_t grad_ce, const std::vector<uintptr_t>& grads, uintptr_t stream) {
+void py_confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                            const Second& second, uintptr_t lse, uintptr_t grad_ce, const std::vector<uintptr_t>& grads,
+                            uintptr_t stream) {
     check_columns(std::get<1>(shape));
-    confidence_backward(confidence_backward_args(shape, logits, target, lse, grad_ce, grads), options_of(stream));
+    confidence_backward(confidence_backward_args(shape, logits, target, second, lse, grad_ce, grads),
+                        options_of(stream));
 }
 
 void py_features(int64_t N, const std::vector<MapPair>& pairs, const Weights& weights, uintptr_t error, uintptr_t loss,

@@ -20,6 +20,7 @@ namespace camkd::arguments {
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;  // address, outer and inner row stride, dtype code
 using Shape = std::tuple<int64_t, int64_t, int64_t>;               // N, C, S of Matrix
 using Weights = std::tuple<uintptr_t, int64_t, int64_t>;           // address and strides of (K, N) weights, or zeros
+using Second = std::tuple<uintptr_t, uintptr_t>;                   // addresses of SecondLabels, or zeros
 using MapTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;  // address, strides of n, p and q, dtype code
 using MapPair = std::tuple<std::tuple<int64_t, int64_t>, MapTuple, MapTuple>;  // (P, Q), student, teacher
 
@@ -86,13 +87,18 @@ inline bool read_formula(PyObject* from, Formula& out) {
            read_integer(PyTuple_GET_ITEM(from, 4), out.ignore_index);
 }
 
+inline SecondLabels second_labels(const Second& second) {
+    return {pointer<const int64_t>(std::get<0>(second)), pointer<const float>(std::get<1>(second))};
+}
+
 inline RowLossArgs row_loss_args(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target,
-                                 const pybind11::object& formula, const Weights& weights, uintptr_t row_stats,
-                                 uintptr_t grad_student, float grad_scale) {
+                                 const Second& second, const pybind11::object& formula, const Weights& weights,
+                                 uintptr_t row_stats, uintptr_t grad_student, float grad_scale) {
     RowLossArgs args{};
     std::tie(args.N, args.C, args.S) = shape;
     args.K = fill(streams, args.streams, kMaxStreams) - 1;
     args.target = pointer<const int64_t>(target);
+    args.second = second_labels(second);
     if (!read_formula(formula.ptr(), args.formula)) throw std::invalid_argument("not a checked Formula");
     args.weights = pointer<const float>(std::get<0>(weights));
     args.weight_stride_k = std::get<1>(weights);
@@ -114,18 +120,20 @@ inline ScaleRowsArgs scale_rows_args(int64_t N, int64_t C, uintptr_t grad, uintp
             factor_stride};
 }
 
-inline ConfidenceArgs confidence_args(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target) {
+inline ConfidenceArgs confidence_args(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                                      const Second& second) {
     ConfidenceArgs args{};
     std::tie(args.N, args.C, args.S) = shape;
     args.K = fill(logits, args.logits, kMaxTeachers);
     args.target = pointer<const int64_t>(target);
+    args.second = second_labels(second);
     return args;
 }
 
 inline ConfidenceArgs confidence_forward_args(const Shape& shape, const std::vector<MatrixTuple>& logits,
-                                              uintptr_t target, int64_t ignore_index, uintptr_t weights, uintptr_t ce,
-                                              uintptr_t lse) {
-    ConfidenceArgs args = confidence_args(shape, logits, target);
+                                              uintptr_t target, const Second& second, int64_t ignore_index,
+                                              uintptr_t weights, uintptr_t ce, uintptr_t lse) {
+    ConfidenceArgs args = confidence_args(shape, logits, target, second);
     args.ignore_index = ignore_index;
     args.weights = pointer<float>(weights);
     args.ce = pointer<float>(ce);
@@ -134,9 +142,10 @@ inline ConfidenceArgs confidence_forward_args(const Shape& shape, const std::vec
 }
 
 inline ConfidenceArgs confidence_backward_args(const Shape& shape, const std::vector<MatrixTuple>& logits,
-                                               uintptr_t target, uintptr_t lse, uintptr_t grad_ce,
+                                               uintptr_t target, const Second& second, uintptr_t lse, uintptr_t grad_ce,
                                                const std::vector<uintptr_t>& grads) {
-    ConfidenceArgs args = confidence_args(shape, logits, target);
+    ConfidenceArgs args = confidence_args(shape, logits, target, second);
+    args.ignore_index = -1;  // ignored rows have gradient 0, whatever their labels are
     args.lse = pointer<float>(lse);
     args.grad_ce = pointer<const float>(grad_ce);
     for (int k = 0; k < args.K; ++k) args.grads[k] = pointer<void>(grads.at(k));

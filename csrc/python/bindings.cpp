@@ -17,11 +17,11 @@ namespace {
 
 // Returns the sums of loss, hard and soft over the rows, added in order.
 std::tuple<double, double, double> row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams,
-                                            uintptr_t target, const py::object& formula, const Weights& weights,
-                                            uintptr_t row_stats, uintptr_t grad_student, float grad_scale,
-                                            int threads) {
+                                            uintptr_t target, const Second& second, const py::object& formula,
+                                            const Weights& weights, uintptr_t row_stats, uintptr_t grad_student,
+                                            float grad_scale, int threads) {
     const RowLossArgs args =
-        row_loss_args(shape, streams, target, formula, weights, row_stats, grad_student, grad_scale);
+        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale);
     py::gil_scoped_release release;
     const auto sums = run_row_loss(args, threads);
     return {sums[0], sums[1], sums[2]};
@@ -35,15 +35,17 @@ void scale_rows(int64_t N, int64_t C, uintptr_t grad, uintptr_t out, int dtype, 
 }
 
 void confidence_forward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
-                        int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse, int threads) {
-    const ConfidenceArgs args = confidence_forward_args(shape, logits, target, ignore_index, weights, ce, lse);
+                        const Second& second, int64_t ignore_index, uintptr_t weights, uintptr_t ce, uintptr_t lse,
+                        int threads) {
+    const ConfidenceArgs args = confidence_forward_args(shape, logits, target, second, ignore_index, weights, ce, lse);
     py::gil_scoped_release release;
     kernels().confidence_forward(args, threads);
 }
 
-void confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target, uintptr_t lse,
-                         uintptr_t grad_ce, const std::vector<uintptr_t>& grads, int threads) {
-    const ConfidenceArgs args = confidence_backward_args(shape, logits, target, lse, grad_ce, grads);
+void confidence_backward(const Shape& shape, const std::vector<MatrixTuple>& logits, uintptr_t target,
+                         const Second& second, uintptr_t lse, uintptr_t grad_ce, const std::vector<uintptr_t>& grads,
+                         int threads) {
+    const ConfidenceArgs args = confidence_backward_args(shape, logits, target, second, lse, grad_ce, grads);
     py::gil_scoped_release release;
     kernels().confidence_backward(args, threads);
 }
@@ -55,10 +57,11 @@ void features(int64_t N, const std::vector<MapPair>& pairs, const Weights& weigh
     kernels().features(args, threads);
 }
 
-// (number of labels that are not ignore_index, whether one of them is outside [0, C), that label)
-std::tuple<int64_t, bool, int64_t> label_counts(uintptr_t target, int64_t N, int64_t C, int64_t ignore_index) {
-    const Labels labels = count_labels(pointer<const int64_t>(target), N, C, ignore_index);
-    return {labels.valid, labels.has_invalid, labels.invalid};
+// LabelCount
+std::pair<int64_t, int64_t> label_counts(uintptr_t target, const Second& second, int64_t N, int64_t C,
+                                         int64_t ignore_index) {
+    const LabelCount found = count_labels(pointer<const int64_t>(target), second_labels(second), N, C, ignore_index);
+    return {found.valid, found.invalid};
 }
 
 template <class T, size_t count>

@@ -5,7 +5,7 @@
 
 namespace camkd::python {
 
-bool ConfidenceCall::read(PyObject* sequence, PyObject* target, PyObject* ignore_index) {
+bool ConfidenceCall::read(PyObject* sequence, PyObject* target, PyObject* second, PyObject* ignore_index) {
     if (!items_.read(sequence) || !arguments::read_integer(ignore_index, args.ignore_index)) return false;
     args.K = items_.count();
     for (int k = 0; k < args.K; ++k) {
@@ -19,7 +19,7 @@ bool ConfidenceCall::read(PyObject* sequence, PyObject* target, PyObject* ignore
     }
     if (!read_labels(target, logits[0], labels)) return false;
     args.target = static_cast<const int64_t*>(tensors::address(labels));
-    return true;
+    return read_second(second, labels, args.second);
 }
 
 }  // namespace camkd::python

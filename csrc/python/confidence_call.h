@@ -12,7 +12,7 @@ struct __attribute__((visibility("hidden"))) ConfidenceCall {
     bool requires_grad = false;  // does one of the logits?
 
     // False for anything that the general path, in Python, handles or refuses.
-    bool read(PyObject* logits, PyObject* target, PyObject* ignore_index);
+    bool read(PyObject* logits, PyObject* target, PyObject* second, PyObject* ignore_index);
 
     const dlpack::Device& device() const { return labels.device; }
 

@@ -36,18 +36,19 @@ template <class Target>
 struct FeatureFunctions {
     using Object = pybind11::object;
 
-    // (logits, target, ignore_index, grad_enabled, options...)
+    // (logits, target, second, ignore_index, grad_enabled, options...)
     static PyObject* confidence_weights(PyObject*, PyObject* const* from, Py_ssize_t count) {
-        constexpr int own = 4;
+        constexpr int own = 5;
         if (!takes("confidence_weights", own + Target::kOptions, count)) return nullptr;
         return guarded([&]() -> PyObject* {
             Target target;
             ConfidenceCall call;
             ConfidenceArgs& args = call.args;
             int64_t valid;
-            if (!call.read(from[0], from[1], from[2]) || !target.read(from + own, call.device())) Py_RETURN_NONE;
+            if (!call.read(from[0], from[1], from[2], from[3]) || !target.read(from + own, call.device()))
+                Py_RETURN_NONE;
             if (args.C > Target::kColumns || !target.count(args, valid)) Py_RETURN_NONE;
-            const bool wants_grad = from[3] == Py_True && call.requires_grad;
+            const bool wants_grad = from[4] == Py_True && call.requires_grad;
             const typename Target::Current current(call.device());
             int64_t shape[tensors::kMostDimensions] = {args.K};
             std::copy_n(call.labels.shape, call.labels.dimensions, shape + 1);
@@ -62,23 +63,24 @@ struct FeatureFunctions {
         });
     }
 
-    // (logits, target, ignore_index, kept, grad_weights, grad_ce, options...)
+    // (logits, target, second, ignore_index, kept, grad_weights, grad_ce, options...)
     static PyObject* confidence_gradients(PyObject*, PyObject* const* from, Py_ssize_t count) {
-        constexpr int own = 6;
+        constexpr int own = 7;
         if (!takes("confidence_gradients", own + Target::kOptions, count)) return nullptr;
         return guarded([&]() -> PyObject* {
             Target target;
             ConfidenceCall call;
             ConfidenceArgs& args = call.args;
-            if (!call.read(from[0], from[1], from[2]) || !target.read(from + own, call.device())) Py_RETURN_NONE;
+            if (!call.read(from[0], from[1], from[2], from[3]) || !target.read(from + own, call.device()))
+                Py_RETURN_NONE;
             const int64_t kept_shape[] = {args.K, args.N};
             dlpack::Tensor rows = call.labels;
             rows.dimensions = 2;
             rows.shape = const_cast<int64_t*>(kept_shape);
             const float* kept;
-            if (args.C > Target::kColumns || !look_rows(from[3], 2, rows, kept)) Py_RETURN_NONE;
-            if (from[4] != Py_None && !look_rows(from[4], args.K, call.labels, args.grad_weights)) Py_RETURN_NONE;
-            if (from[5] != Py_None && !look_rows(from[5], args.K, call.labels, args.grad_ce)) Py_RETURN_NONE;
+            if (args.C > Target::kColumns || !look_rows(from[4], 2, rows, kept)) Py_RETURN_NONE;
+            if (from[5] != Py_None && !look_rows(from[5], args.K, call.labels, args.grad_weights)) Py_RETURN_NONE;
+            if (from[6] != Py_None && !look_rows(from[6], args.K, call.labels, args.grad_ce)) Py_RETURN_NONE;
             args.chained = true;
             args.lse = const_cast<float*>(kept);
             args.weights_copy = args.lse + args.K * args.N;
@@ -165,9 +167,9 @@ struct FeatureFunctions {
         });
     }
 
-    // (student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, options...)
+    // (student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, options...)
     static PyObject* feature_loss_and_grad(PyObject*, PyObject* const* from, Py_ssize_t count) {
-        constexpr int own = 9;
+        constexpr int own = 10;
         if (!takes("feature_loss_and_grad", own + Target::kOptions, count)) return nullptr;
         return guarded([&]() -> PyObject* {
             Target target;
@@ -181,11 +183,11 @@ struct FeatureFunctions {
             int64_t valid = 0;
             if (!call.read_maps(from[0], from[1]) || !target.read(from + own, call.device()) || !fits(call))
                 Py_RETURN_NONE;
-            if (!of_weights.read(from[2], from[3], from[7]) || !(of_weights.device() == call.device()) ||
+            if (!of_weights.read(from[2], from[3], from[4], from[8]) || !(of_weights.device() == call.device()) ||
                 of_weights.labels.dimensions != 1 || confidence.N != args.N || confidence.K != args.K)
                 Py_RETURN_NONE;
-            if (!arguments::read_number(from[4], beta) || !divisor.read(from[5], from[6]) ||
-                divisor.reduction == Reduction::none || !loss_scale.read(from[8], call.device()))
+            if (!arguments::read_number(from[5], beta) || !divisor.read(from[6], from[7]) ||
+                divisor.reduction == Reduction::none || !loss_scale.read(from[9], call.device()))
                 Py_RETURN_NONE;
             if (confidence.C > Target::kColumns || !target.count(confidence, valid)) Py_RETURN_NONE;
             const typename Target::Current current(call.device());

@@ -36,9 +36,9 @@ struct OnCpu {
         return tensors::allocate(size_t(elements) * (dtype.bits / 8), poison);
     }
     bool count(const ConfidenceArgs& args, int64_t& valid) const {
-        const Labels labels = count_labels(args.target, args.N, args.C, args.ignore_index);
-        valid = labels.valid;
-        return !labels.has_invalid;
+        const LabelCount found = count_labels(args.target, args.second, args.N, args.C, args.ignore_index);
+        valid = found.valid;
+        return found.invalid < 0;
     }
     void set(const Factor& factor, float& number, const float*&) const { number = float(factor.on_host()); }
 

@@ -12,6 +12,7 @@ bool LogitCall::read(PyObject* const* from) {
     if (!matrix_of(logits, args.streams[0]) || !read_teachers(from[teachers])) return false;
     if (!read_labels(from[target], logits, labels)) return false;
     args.target = static_cast<const int64_t*>(tensors::address(labels));
+    if (!read_second(from[second], labels, args.second)) return false;
     if (!read_formula(from[formula], args.formula) || args.formula.weighting == Weighting::given) return false;
     const bool finished = from[loss_scale] != Py_None;  // and not left to backward
     if (!divisor.read(from[reduction], from[num_items])) return false;

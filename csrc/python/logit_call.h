@@ -7,7 +7,18 @@
 namespace camkd::python {
 
 // The arguments by position; `device_options` is the first of the device's own.
-enum Argument { student, teachers, target, formula, reduction, num_items, loss_scale, grad_enabled, device_options };
+enum Argument {
+    student,
+    teachers,
+    target,
+    second,
+    formula,
+    reduction,
+    num_items,
+    loss_scale,
+    grad_enabled,
+    device_options
+};
 
 // The arguments of a call, and references that keep its tensors alive.
 struct __attribute__((visibility("hidden"))) LogitCall {

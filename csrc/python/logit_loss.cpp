@@ -24,8 +24,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         int64_t max_threads = 1;
         if (!call.read(from) || !tensors::in_main_memory(call.logits)) Py_RETURN_NONE;
         if (!arguments::read_integer(from[threads], max_threads)) Py_RETURN_NONE;
-        const Labels found = count_labels(args.target, args.N, args.C, args.formula.ignore_index);
-        if (found.has_invalid) Py_RETURN_NONE;
+        const LabelCount found = count_labels(args.target, args.second, args.N, args.C, args.formula.ignore_index);
+        if (found.invalid >= 0) Py_RETURN_NONE;
         const double inverse = call.divisor.inverse_of(found.valid);
         args.grad_scale = float(inverse * call.scale.on_host());
 

@@ -85,4 +85,20 @@ bool read_labels(PyObject* object, const dlpack::Tensor& logits, dlpack::Tensor&
            out.dimensions == logits.dimensions - 1 && same_shape(out, logits, out.dimensions) && is_contiguous(out);
 }
 
+bool read_second(PyObject* object, const dlpack::Tensor& labels, SecondLabels& out) {
+    if (object == Py_None) return true;
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) return false;
+    const auto look_like = [&](PyObject* item, dlpack::DataType dtype, dlpack::Tensor& tensor) {
+        return look_on(labels.device, item, tensor) && tensor.dtype == dtype &&
+               tensor.dimensions == labels.dimensions && same_shape(tensor, labels, labels.dimensions) &&
+               is_contiguous(tensor);
+    };
+    PyObject *const target = PyTuple_GET_ITEM(object, 0), *const mix = PyTuple_GET_ITEM(object, 1);
+    dlpack::Tensor labels_of, shares;
+    if (!look_like(target, dlpack::kInt64, labels_of) || !look_like(mix, dlpack::kFloat32, shares)) return false;
+    out = {static_cast<const int64_t*>(tensors::address(labels_of)),
+           static_cast<const float*>(tensors::address(shares))};
+    return !tensors::requires_grad(mix);
+}
+
 }  // namespace camkd::python

@@ -58,4 +58,7 @@ bool look_on(const dlpack::Device& device, PyObject* object, dlpack::Tensor& out
 // Contiguous int64 labels in the leading shape of these logits, and on their device.
 bool read_labels(PyObject* object, const dlpack::Tensor& logits, dlpack::Tensor& out);
 
+// A pair of contiguous second labels and their float32 shares, like these labels; or None for no second labels.
+bool read_second(PyObject* object, const dlpack::Tensor& labels, SecondLabels& out);
+
 }  // namespace camkd::python

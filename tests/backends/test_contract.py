@@ -15,6 +15,7 @@ from tests.support.backends import BACKENDS
 from tests.support.row_contract import assert_agrees, assert_means
 from tests.support.tolerance import assert_near
 
+INF = float("inf")
 FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
 
 
@@ -56,12 +57,32 @@ def test_mean(name):
         ([0, -7, 4], (2, None)),
         ([-7, -7], (0, None)),
         ([], (0, None)),
-        ([1, 5, 9, -7], (None, 5)),
+        ([1, -7, 5, 9, -7], (1, 2)),
     ],
 )
 def test_label_counters_agree(name, labels, expected):
-    valid, invalid = module_of(name).count_labels(torch.tensor(labels, dtype=torch.int64), 5, -7)
-    assert invalid == expected[1] and (expected[0] is None or valid == expected[0])
+    assert module_of(name).count_labels(torch.tensor(labels, dtype=torch.int64), 5, -7) == expected
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("second", "mix", "expected"),
+    [
+        ([4, 0, 2, 0], [0.0, 1.0, 0.5, 0.25], (3, None)),
+        ([4, 99, 2, 0], [0.0, INF, 0.5, 0.25], (3, None)),  # of an ignored row
+        ([4, 0, 5, 0], [0.0, 1.0, 0.5, 0.25], (1, 2)),
+        ([4, 0, 2, -1], [0.0, 1.0, 1.0, 1.0], (2, 3)),
+        ([-7, 0, 2, 0], [0.0, 1.0, 0.5, 0.25], (0, 0)),  # the ignored label as a second one
+        ([4, 0, 2, 0], [-1e-6, 1.0, 0.5, 0.25], (0, 0)),
+        ([4, 0, 2, 0], [0.0, 1.0, 0.5, 1 + 2**-23], (2, 3)),
+        ([4, 0, 2, 0], [0.0, 1.0, float("nan"), 0.25], (1, 2)),
+    ],
+)
+def test_label_counters_agree_on_second_labels(name, second, mix, expected):
+    target = torch.tensor([0, -7, 4, 4])
+    for dtype in (torch.float32, torch.float64):
+        labels = contract.SecondLabels(torch.tensor(second), torch.tensor(mix, dtype=dtype))
+        assert module_of(name).count_labels(target, 5, -7, labels) == expected
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")

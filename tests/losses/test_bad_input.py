@@ -32,6 +32,14 @@ def teachers(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape) for shape in shapes]
 
 
+def second(second_target=None, mix=None):
+    """Second labels of which one is wrong."""
+    return {
+        "second_target": torch.tensor([4, 3, 2, 1]) if second_target is None else second_target,
+        "mix": torch.tensor([0.0, 0.25, 0.5, 1.0]) if mix is None else mix,
+    }
+
+
 # Mistake: changed arguments, type of the error, fragments of its message.
 BAD = {
     "class count": ({"teacher_logits": teachers((4, 10), (4, 12))}, ValueError, ["teacher_logits[1]", "12", "10"]),
@@ -78,6 +86,31 @@ BAD = {
         ValueError,
         ["-100", "-1"],
     ),
+    "one of two": ({"second_target": torch.tensor([1, 2, 3, 4])}, ValueError, ["mix is None", "second_target"]),
+    "other of two": ({"mix": torch.rand(4)}, ValueError, ["second_target is None", "mix"]),
+    "second target float": (second(torch.ones(4)), TypeError, ["second_target", "int64", "float32"]),
+    "second target length": (second(torch.tensor([1, 2])), ValueError, ["second_target", "(2,)", "(4,)"]),
+    "mix integer": (second(mix=torch.ones(4, dtype=torch.int64)), TypeError, ["mix", "floating", "int64"]),
+    "mix a number": (second(mix=0.5), TypeError, ["mix", "tensor", "float"]),
+    "mix length": (second(mix=torch.rand(1)), ValueError, ["mix", "(1,)", "(4,)"]),
+    "mix requires grad": (second(mix=torch.rand(4, requires_grad=True)), ValueError, ["mix", "grad"]),
+    "second label C": (second(torch.tensor([1, 2, 10, 4])), ValueError, ["second_target", "label 10", "10 classes"]),
+    "negative second label": (second(torch.tensor([1, -1, 3, 4])), ValueError, ["second_target", "label -1", "-100"]),
+    "ignored second label": (second(torch.tensor([1, -100, 3, 4])), ValueError, ["second_target", "label -100"]),
+    "ignored class as second label": (
+        second(torch.tensor([1, 7, 3, 4])) | {"ignore_index": 7},
+        ValueError,
+        ["second_target", "label 7", "ignore_index is 7"],
+    ),
+    "share above 1": (second(mix=torch.tensor([0, 0.5, 1.5, 1])), ValueError, ["mix", "1.5", "[0, 1]"]),
+    "share below 0": (second(mix=torch.tensor([0, 0.5, -0.5, 1])), ValueError, ["mix", "-0.5", "[0, 1]"]),
+    "share NaN": (second(mix=torch.tensor([0, 0.5, float("nan"), 1])), ValueError, ["mix", "nan", "[0, 1]"]),
+    "second target on another device": (
+        second(torch.ones(4, dtype=torch.int64, device=META)),
+        ValueError,
+        ["second_target", "meta", "cpu"],
+    ),
+    "mix on another device": (second(mix=torch.ones(4, device=META)), ValueError, ["mix", "meta", "cpu"]),
     "temperature 0": ({"temperature": 0}, ValueError, ["temperature", "> 0", "got 0"]),
     "temperature below 0": ({"temperature": -4.0}, ValueError, ["temperature", "> 0", "-4.0"]),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "finite", "nan"]),

@@ -27,6 +27,8 @@ def op_arguments(backend, lead=(6,), **changes):
         "student": case.student.requires_grad_(),
         "teachers": list(case.teachers),
         "target": case.target,
+        "second_target": None,
+        "mix": None,
         "weights": None,
         "grad_scale": None,
         "constants": [4.0, 1.0, 1.0],
@@ -38,6 +40,7 @@ def op_arguments(backend, lead=(6,), **changes):
     return tuple((arguments | changes).values())
 
 
+TWO_LABELS = {"second_target": torch.arange(6), "mix": torch.linspace(0, 1, 6)}
 ROW_LOSS = {
     "defaults": {},
     "no gradient": {"needs_grad": False, "student": torch.randn(6, 10)},
@@ -46,6 +49,8 @@ ROW_LOSS = {
     "given weights": {"weights": torch.rand(3, 6).requires_grad_(), "weighting": "uniform"},
     "bfloat16": {"student": torch.randn(6, 10).bfloat16().requires_grad_()},
     "tokens": {"lead": (2, 3)},
+    "two labels": TWO_LABELS,
+    "two labels of tokens": {"lead": (2, 3)} | {name: value.view(2, 3) for name, value in TWO_LABELS.items()},
     "padded rows": {"student": torch.randn(6, 13)[:, :10].detach().requires_grad_()},
 }
 
@@ -59,10 +64,13 @@ def test_opcheck_row_loss(what, backend):
 def test_opcheck_confidence_weights(K, backend):
     case = make_case(6, 10, K, ignored=0.3)
     logits = [z.detach().clone().requires_grad_() for z in case.teachers]
-    torch.library.opcheck(OPS.confidence_weights.default, (logits, case.target, -100, backend))
-    _, _, lse = OPS.confidence_weights([z.detach() for z in logits], case.target, -100, backend)
-    arguments = ([z.detach() for z in logits], case.target, lse, torch.randn(K, 6), backend)
-    torch.library.opcheck(OPS.confidence_weights_backward.default, arguments)
+    for second in ((None, None), tuple(TWO_LABELS.values())):
+        labels = (case.target, *second)
+        torch.library.opcheck(OPS.confidence_weights.default, (logits, *labels, -100, backend))
+        constants = [z.detach() for z in logits]
+        _, _, lse = OPS.confidence_weights(constants, *labels, -100, backend)
+        arguments = (constants, *labels, lse, torch.randn(K, 6), backend)
+        torch.library.opcheck(OPS.confidence_weights_backward.default, arguments)
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -115,6 +123,7 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
     "ignored": {"ignored": 0.5},
+    "two labels": {"ignored": 0.3, "two_labels": True},
 }
 
 
@@ -125,14 +134,14 @@ def test_fullgraph_equals_eager(what, backend):
     expected = run(case, backend, grad_output)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(student, teachers, target, weighting):
-        return camkd_loss(student, teachers, target, backend=backend, **(case.options() | {"weighting": weighting}))
+    def compiled(student, teachers, target, **tensors):
+        return camkd_loss(student, teachers, target, backend=backend, **(case.options() | tensors))
 
     student = case.student.detach().requires_grad_()
-    weighting = case.weighting
+    weighting, second = case.weighting, {"second_target": case.second_target, "mix": case.mix}
     if isinstance(weighting, torch.Tensor):
         weighting = weighting.detach().requires_grad_()
-    out = compiled(student, list(case.teachers), case.target, weighting)
+    out = compiled(student, list(case.teachers), case.target, weighting=weighting, **second)
     assert [x.requires_grad for x in fields(out)] == [True, False, False, False, False, False]
     out.loss.backward(grad_output)
     for ours, eager in zip(fields(out), expected[:6], strict=True):
@@ -142,15 +151,16 @@ def test_fullgraph_equals_eager(what, backend):
         assert_near(weighting.grad, expected.grad_weighting)
 
 
-@pytest.mark.parametrize("what", ["mean", "none", "num_items tensor", "bfloat16"])
+@pytest.mark.parametrize("what", ["mean", "none", "num_items tensor", "bfloat16", "two labels"])
 def test_loss_and_grad_fullgraph_equals_eager(what, backend):
     case = make_case(16, 33, **CASES[what])
     scale = torch.tensor(64.0)
 
-    def function(student, teachers, target, scale):
-        return camkd_loss_and_grad(student, teachers, target, loss_scale=scale, backend=backend, **case.options())
+    def function(student, teachers, target, scale, second_target, mix):
+        options = case.options() | {"second_target": second_target, "mix": mix}
+        return camkd_loss_and_grad(student, teachers, target, loss_scale=scale, backend=backend, **options)
 
-    arguments = (case.student, list(case.teachers), case.target, scale)
+    arguments = (case.student, list(case.teachers), case.target, scale, case.second_target, case.mix)
     out, grad = torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
     expected, expected_grad = function(*arguments)
     for ours, eager in zip((*fields(out), grad), (*fields(expected), expected_grad), strict=True):
@@ -227,13 +237,15 @@ def test_labels_are_checked_when_compiled(backend):
         function(case.target.masked_fill(case.target == case.target[0], 33))
 
 
-def test_feature_losses_fullgraph_equal_eager(backend):
-    case = make_case(4, 10, 2)
+@pytest.mark.parametrize("two_labels", [False, True])
+def test_feature_losses_fullgraph_equal_eager(two_labels, backend):
+    case = make_case(4, 10, 2, two_labels=two_labels)
+    second = {"second_target": case.second_target, "mix": case.mix}
     student = [torch.randn(4, 6, 3, 3), torch.randn(4, 8, 2, 2)]
     teachers = [torch.randn(4, 6, 3, 3), torch.randn(4, 8, 2, 2)]
 
     def function(logits, features):
-        weights, ce = confidence_weights(logits, case.target, backend=backend)
+        weights, ce = confidence_weights(logits, case.target, backend=backend, **second)
         return weighted_feature_loss(features, teachers, weights, backend=backend) + ce.mean()
 
     gradients = []

@@ -21,13 +21,21 @@ mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 student, first, second = torch.randn(3, 8, 10)
 target, w = torch.arange(8), torch.rand(2, 8)
+other, mix = torch.arange(8).flip(0), torch.linspace(0, 1, 8)
 target[5] = -100
+def two(y):
+    found = {"second_target": other, "mix": mix}
+    if isinstance(y, DTensor):
+        found = {name: distribute_tensor(value, mesh, y.placements) for name, value in found.items()}
+    return found
 functions = {
     "mean": lambda s, a, b, y, w: camkd_loss(s, [a, b], y).loss,
     "none": lambda s, a, b, y, w: camkd_loss(s, [a, b], y, weighting="entropy", reduction="none").loss,
     "given weights": lambda s, a, b, y, w: camkd_loss(s, [a, b], y, weighting=w, reduction="sum").loss,
     "gradient": lambda s, a, b, y, w: camkd_loss_and_grad(s, [a, b], y)[1],
     "confidence": lambda s, a, b, y, w: confidence_weights([s, a], y)[0],
+    "two labels": lambda s, a, b, y, w: camkd_loss(s, [a, b], y, **two(y)).loss,
+    "confidence of two labels": lambda s, a, b, y, w: confidence_weights([s, a], y, **two(y))[0],
     "feature": lambda s, a, b, y, w: weighted_feature_loss([s, s], [a, b], w),
 }
 for logits, rows in ((Replicate(), Replicate()), (Shard(0), Shard(0)), (Shard(1), Replicate())):

@@ -38,6 +38,8 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
         "second": second,
         "other": other,
         "target": target,
+        "second_target": (target + 1).clamp(min=0) % C,
+        "mix": torch.rand(N, generator=g),
         "weights": torch.rand(2, N, generator=g),
     }
 
@@ -61,6 +63,14 @@ def value_and_grad(student, first, second, target, **_):
     return camkd_loss_and_grad(student, [first, second], target, loss_scale=2.0)[1]
 
 
+def two_labels(student, first, target, second_target, mix, **_):
+    return camkd_loss(student, [first], target, second_target=second_target, mix=mix).loss
+
+
+def confidence_of_two_labels(student, first, target, second_target, mix, **_):
+    return confidence_weights([student, first], target, second_target=second_target, mix=mix)[0]
+
+
 def confidence(student, first, target, **_):
     return confidence_weights([student, first], target)[0]
 
@@ -74,7 +84,17 @@ def feature_and_grad(student, first, second, other, target, weights, **_):
     return camkd_feature_loss_and_grad(*given, weighting=weights, loss_scale=2.0)[1][0]
 
 
-ALL = (mean, rows, per_items, value_and_grad, confidence, feature, feature_and_grad)
+ALL = (
+    mean,
+    rows,
+    per_items,
+    value_and_grad,
+    two_labels,
+    confidence,
+    confidence_of_two_labels,
+    feature,
+    feature_and_grad,
+)
 FUNCTIONS = {function.__name__: function for function in ALL}
 DIFFERENTIABLE = [name for name in FUNCTIONS if not name.endswith("and_grad")]
 USED = {
@@ -82,7 +102,9 @@ USED = {
     "rows": ("student", "second", "target", "weights"),
     "per_items": ("student", "first", "target"),
     "value_and_grad": ("student", "first", "target"),
+    "two_labels": ("second_target", "mix"),
     "confidence": ("student", "first", "target"),
+    "confidence_of_two_labels": ("second_target", "mix"),
     "feature": ("student", "first", "weights"),
     "feature_and_grad": ("student", "first", "target", "weights"),
 }
@@ -113,7 +135,7 @@ def assert_same_sum(actual, terms):
         (name, argument, sort)
         for name, argument in EVERY_ARGUMENT
         for sort in (*VALUES, *FLOATING)
-        if argument != "target" or sort in VALUES  # labels are integers
+        if not argument.endswith("target") or sort in VALUES  # labels are integers
     ],
 )
 def test_the_values_are_those_of_the_dense_tensor(name, argument, sort):
@@ -153,7 +175,8 @@ NOT_OF_LABELS = ("mkldnn", "quantised", "sparse_csr", "sparse_csc")  # PyTorch h
         (name, argument, sort)
         for name, argument in EVERY_ARGUMENT
         for sort in REFUSED
-        if not (argument == "target" and sort in NOT_OF_LABELS)
+        if not (argument.endswith("target") and sort in NOT_OF_LABELS)
+        and not (argument == "mix" and sort in ("sparse_csr", "sparse_csc"))
         and (name, argument, sort) != ("feature", "weights", "MaskedTensor")  # PyTorch multiplies by it
     ],
 )

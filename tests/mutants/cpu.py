@@ -6,6 +6,7 @@ FORMULAS = "tests/losses/test_formulas.py"
 INFINITIES = "tests/losses/test_infinities.py"
 FEATURES = "tests/losses/test_feature_loss.py"
 MEAN = "tests/losses/test_one_call.py"
+TWO_LABELS = "tests/losses/test_two_labels.py"
 CALLS = "tests/losses/test_feature_calls.py tests/losses/test_feature_loss_and_grad.py"
 ROWS = (
     f"{FORMULAS}::test_ignored_rows_are_exactly_zero_where_threads_share_a_row"
@@ -52,6 +53,21 @@ CHANGES = (
             "formula.soft_weight), result.soft)",
             tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
         ),
+    ),
+    *changes(
+        "csrc/labels.h",
+        f"{TWO_LABELS} tests/losses/test_bad_input.py tests/backends/test_contract.py",
+        Change("label C is valid", "target < C};", "target <= C};"),
+        Change("label C is a valid second label", "second < C && second", "second <= C && second"),
+        Change("a share above 1", " && mix <= 1;", ";"),
+        Change("a NaN share is valid", "mix >= 0 && mix <= 1;", "!(mix < 0 || mix > 1);"),
+        Change("the ignored label as a second one", " && second != ignore_index", ""),
+        Change("a share of 0 reads the first label", "labels.first = second;", "labels.second = second;"),
+        Change("twice the same label is two", "else if (mix != 1 && second != target)", "else if (mix != 1)"),
+        Change(
+            "second labels of ignored rows are read", "!second.target || target[n] == ignore_index", "!second.target"
+        ),
+        Change("shares the wrong way round", "labels.share = mix;", "labels.share = 1.0f - mix;"),
     ),
     *changes(
         "csrc/cpu/row_loss.h",
@@ -105,8 +121,8 @@ CHANGES = (
         ),
         Change(
             "label in the first block only",
-            "const int64_t y = args.target[index] - c;",
-            "const int64_t y = args.target[index];",
+            "const int64_t y = label - c;",
+            "const int64_t y = label;",
         ),
         Change("weight 0 reads a teacher of NaN", "if (coefficient == 0) continue;", ""),
         Change(
@@ -116,10 +132,16 @@ CHANGES = (
             tests="tests/losses/test_layout.py",
         ),
         Change(
-            "label C is valid",
-            "args.target[index] < args.C; }",
-            "args.target[index] <= args.C; }",
-            tests="tests/backends/test_cpu_functions.py tests/losses/test_bad_input.py",
+            "the second label has the share of the first",
+            "write_label(labels.second, 1.0f - labels.share);",
+            "write_label(labels.second, labels.share);",
+            tests=TWO_LABELS,
+        ),
+        Change(
+            "a common offset at the second label",
+            "logit(args.streams[k], k, labels.second) - max)",
+            "logit(args.streams[k], k, labels.second))",
+            tests=TWO_LABELS,
         ),
     ),
     *changes(
@@ -179,7 +201,19 @@ CHANGES = (
             "",
             tests="tests/backends/test_cpu_functions.py::test_confidence",
         ),
-        Change("no one-hot in the gradient", "- factor, 1);", ", 1);"),
+        Change("no one-hot in the gradient", "- Vec::set(scale * share), 1);", ", 1);"),
+        Change(
+            "no second label in the gradient",
+            "    write_label(labels.second, 1.0f - labels.share);\n",
+            "",
+            tests=TWO_LABELS,
+        ),
+        Change(
+            "the first label only in the cross-entropies",
+            "mixed(labels, distance(labels.first), distance(labels.second));",
+            "distance(labels.first);",
+            tests=TWO_LABELS,
+        ),
         Change(
             "cross-entropies of ignored rows",
             "store_row(args.ce, k, ce[k]);",
@@ -230,10 +264,10 @@ CHANGES = (
         f"{MEAN} tests/losses/test_bad_input.py",
         Change(
             "ignore_index must be a class",
-            "if (labels[n] == ignore_index) continue;\n        if (labels[n] < 0",
-            "if (labels[n] < 0",
+            "if (!labels.kept) continue;",
+            "",
         ),
-        Change("label C is counted", "labels[n] >= C) return", "labels[n] > C) return"),
+        Change("invalid labels are counted", "if (!labels.valid) return {valid, n};", ""),
     ),
     *changes(
         "csrc/python/logit_loss.cpp",
@@ -342,6 +376,6 @@ CHANGES = (
     *changes(
         "csrc/python/feature_loss.cpp",
         CALLS,
-        Change("labels out of range", "return !labels.has_invalid;", "return true;"),
+        Change("labels out of range", "return found.invalid < 0;", "return true;"),
     ),
 )

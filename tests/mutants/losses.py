@@ -180,7 +180,7 @@ CHANGES = (
         Change("gradient of another row of row_stats", "factor = grad_row_stats[LOSS]", "factor = grad_row_stats[1]"),
         Change(
             "compiled labels are not checked",
-            "checks.count_labels(labels, student.shape[-1], ignore_index)\n    formula",
+            "checks.count_labels(labels, student.shape[-1], ignore_index, second)\n    formula",
             "pass\n    formula",
         ),
         Change(

@@ -35,7 +35,7 @@ PARTS = {
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
     "backends": [
-        "contract", "feature_maps", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__",
+        "contract", "feature_maps", "labels", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__",
     ],
     "losses": [
         "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry", "logit_op",

@@ -27,10 +27,12 @@ class Case:
     reduction: str = "mean"
     ignore_index: int = -100
     num_items: float | Tensor | None = None
+    second_target: Tensor | None = None
+    mix: Tensor | None = None
 
     def options(self) -> dict[str, Any]:
         names = ("temperature", "hard_weight", "soft_weight", "weighting", "reduction", "ignore_index", "num_items")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "second_target", "mix")}
 
     def __repr__(self) -> str:
         """Shapes instead of values: a failing case is reproduced from its seed."""
@@ -42,6 +44,21 @@ class Case:
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
+
+
+def second_labels(target: Tensor, allowed: Tensor, ignore_index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`second_target` and `mix` for labels (...), of which the second ones are `allowed`, drawn at random.
+
+    Among the rows that count, a tenth each have a share of 0, a share of 1 and twice the same label. Ignored rows hold
+    what nobody may read.
+    """
+    shape = target.shape
+    second = allowed[torch.randint(len(allowed), shape, generator=generator)]
+    mix, kind = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator)
+    mix = mix.masked_fill(kind < 0.1, 0.0).masked_fill((kind >= 0.1) & (kind < 0.2), 1.0)
+    second = second.where((kind < 0.9) & (second != ignore_index), target)
+    ignored = target == ignore_index
+    return {"second_target": second.masked_fill(ignored, -7), "mix": mix.masked_fill(ignored, float("nan"))}
 
 
 def poisoned_slice(values: Tensor, pad: int, offset: int = 1) -> Tensor:
@@ -64,6 +81,7 @@ def make_case(
     teacher_dtypes: Sequence[torch.dtype] = (),
     seed: int = 0,
     lead: tuple[int, ...] | None = None,
+    two_labels: bool = False,
     **options: Any,
 ) -> Case:
     """Random logits. With `peaked` they are ten times as wide, and teachers mostly certain, not always of the label.
@@ -72,6 +90,7 @@ def make_case(
         padded: logits are slices of wider NaN buffers, with different strides.
         ignored: probability that a row is ignored.
         lead: leading dimensions, with N elements; (N,) by default.
+        two_labels: rows have a second label; see `second_labels`.
     """
     generator = torch.Generator().manual_seed(1000003 * seed + 1009 * C + 31 * N + K)
     lead = (N,) if lead is None else lead
@@ -91,6 +110,8 @@ def make_case(
     if padded:
         tensors = [poisoned_slice(tensor, pad=3 + 2 * i, offset=1 + i % 3) for i, tensor in enumerate(tensors)]
     target = target.masked_fill(torch.rand(N, generator=generator) < ignored, options.get("ignore_index", -100))
+    if two_labels:
+        options |= second_labels(target.view(lead), torch.arange(C), options.get("ignore_index", -100), generator)
     return Case(tensors[0], tuple(tensors[1:]), target.view(lead), **options)
 
 
@@ -102,10 +123,10 @@ def moved(z: Tensor, device: torch.device) -> Tensor:
 
 def on(case: Case, device: torch.device) -> Case:
     """The same case on another device."""
-    weighting = case.weighting
+    others = {name: getattr(case, name) for name in ("weighting", "second_target", "mix")}
     return case.with_(
         student=moved(case.student, device),
         teachers=tuple(moved(z, device) for z in case.teachers),
         target=case.target.to(device),
-        weighting=weighting.to(device) if isinstance(weighting, Tensor) else weighting,
+        **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in others.items()},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 
-from tests.support.cases import MASKED, Case, poisoned_slice
+from tests.support.cases import MASKED, Case, poisoned_slice, second_labels
 from tests.support.evaluate import Result, fields, run, run_value_and_grad
 from tests.support.sorts import dense
 from tests.support.tolerance import assert_accurate, rms
@@ -44,22 +44,28 @@ def cases(draw: Any, most_rows: int = 6, most_teachers: int = 16) -> Case:
     N = math.prod(lead)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     scales = st.sampled_from([0.0, 0.1, 1.0, 5.0, 20.0])
-    peak = draw(st.sampled_from([0.0, 0.0, 10.0]))
+    peak, peaks_second = draw(st.sampled_from([0.0, 0.0, 10.0])), draw(st.booleans())
     masked = torch.rand(C, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
     masked[int(torch.randint(C, (), generator=generator))] = False
     allowed = torch.arange(C)[~masked]
     target = allowed[torch.randint(len(allowed), (N,), generator=generator)]
+    ignore_index = draw(st.sampled_from([-100, -1, 0]))
+    ignored = torch.rand(N, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    given = target.masked_fill(ignored, ignore_index)
+    second = second_labels(given, allowed, ignore_index, generator) if draw(st.booleans()) else {}
+    unmasked = torch.cat([target, second["second_target"][given != ignore_index]]) if second else target
     own_mask = draw(st.booleans())
 
     def logits(dtype: torch.dtype, teacher: bool) -> torch.Tensor:
         z = torch.randn(N, C, generator=generator) * draw(scales)
         z += draw(st.sampled_from([0.0, 0.0, 30.0, -50.0]))
-        z.scatter_add_(1, target.unsqueeze(1), torch.full((N, 1), peak))
+        peaked = second["second_target"].clamp(min=0) if second and peaks_second else target
+        z.scatter_add_(1, peaked.unsqueeze(1), torch.full((N, 1), peak))
         z.masked_fill_(masked, -math.inf)
         if teacher and own_mask:
             # Labels stay unmasked in every row, because an expanded layout repeats one row.
             extra = torch.rand(N, C, generator=generator) < 0.2
-            extra[:, target] = False
+            extra[:, unmasked] = False
             z.masked_fill_(extra, -math.inf)
         return lay_out(z.to(dtype).view(*lead, C), draw(st.sampled_from(LAYOUTS)))
 
@@ -67,8 +73,6 @@ def cases(draw: Any, most_rows: int = 6, most_teachers: int = 16) -> Case:
     teachers = [logits(draw(st.sampled_from(FLOATS)), teacher=True) for _ in range(K)]
     if draw(st.integers(0, 5)) == 0:
         teachers = [student] * K
-    ignore_index = draw(st.sampled_from([-100, -1, 0]))
-    ignored = torch.rand(N, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
     weighting = draw(st.sampled_from(["confidence", "uniform", "entropy", "per teacher", "per row"]))
     if weighting.startswith("per"):
         shape = (K,) if weighting == "per teacher" else (K, *lead)
@@ -77,7 +81,7 @@ def cases(draw: Any, most_rows: int = 6, most_teachers: int = 16) -> Case:
     return Case(
         student,
         tuple(teachers),
-        target.masked_fill(ignored, ignore_index).view(lead),
+        given.view(lead),
         temperature=draw(st.one_of(st.sampled_from([1, 2.0, 4.0, 20.0]), st.floats(0.5, 10.0))),
         hard_weight=draw(st.sampled_from([0.0, 0.5, 1.0, -1.0])),
         soft_weight=draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
@@ -85,6 +89,7 @@ def cases(draw: Any, most_rows: int = 6, most_teachers: int = 16) -> Case:
         reduction=reduction,
         ignore_index=ignore_index,
         num_items=draw(st.sampled_from([None, 7, 2.5, torch.tensor(3)])) if reduction == "mean" else None,
+        **{name: value.view(lead) for name, value in second.items()},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from camkd_fast.backends import reference
-from camkd_fast.backends.contract import PER_TEACHER, RowLossResult
+from camkd_fast.backends.contract import PER_TEACHER, RowLossResult, SecondLabels
 from camkd_fast.losses.formula import Formula
 from tests.support.cases import Case
 from tests.support.evaluate import Result
@@ -24,9 +24,19 @@ def options(**changes: Any) -> dict[str, Any]:
     return {"formula": formula, "needs_grad": True, "grad_scale": 1.0, **changes}
 
 
+def second_of(case: Case) -> SecondLabels | None:
+    """The second labels of a case, for a backend."""
+    if case.second_target is None or case.mix is None:
+        return None
+    return SecondLabels(case.second_target.reshape(-1), case.mix.reshape(-1))
+
+
 def _widened(formula: Formula, grad_scale: float | Tensor, **given: Any) -> dict[str, Any]:
     """The same arguments with tensors in float64."""
     wide = [value.double() if isinstance(value, Tensor) else value for value in (*formula, grad_scale)]
+    second = given.pop("second", None)
+    if second is not None:
+        given["second"] = second._replace(mix=second.mix.double())
     return {"formula": Formula(*wide[:-1]), "grad_scale": wide[-1], **given}
 
 

@@ -19,11 +19,21 @@ from tests.support.evaluate import Result
 def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: str | Tensor) -> dict[str, Tensor]:
     """The paper's formulas for rows (N, C) in the dtype of the inputs; ignored rows are not treated."""
     K, T, y = len(teachers), case.temperature, case.target.reshape(-1)
-    label = torch.where(y == case.ignore_index, 0, y)
+    ignored = y == case.ignore_index
+    label = torch.where(ignored, 0, y)
+
+    def cross_entropy(z: Tensor) -> Tensor:
+        first = F.cross_entropy(z, label, reduction="none")
+        if case.second_target is None:
+            return first
+        share = torch.where(ignored, 1.0, case.mix.reshape(-1)).to(z.dtype)
+        second = torch.where(ignored, 0, case.second_target.reshape(-1))
+        return share * first + (1 - share) * F.cross_entropy(z, second, reduction="none")
+
     log_q = F.log_softmax(student / T, dim=1)
     log_p = [F.log_softmax(z / T, dim=1) for z in teachers]
     divergence = torch.stack([(p.exp() * (p - log_q)).sum(1) for p in log_p])
-    ce = torch.stack([F.cross_entropy(z, label, reduction="none") for z in teachers])
+    ce = torch.stack([cross_entropy(z) for z in teachers])
     if isinstance(weighting, Tensor):
         weights = weighting
     elif weighting == "uniform":
@@ -36,7 +46,7 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
         entropy = torch.stack([-(z.softmax(1) * z.log_softmax(1)).sum(1) for z in teachers])
         total = entropy.sum(0)
         weights = 1 - torch.where(total > 0, entropy / total, 1 / K)
-    hard = F.cross_entropy(student, label, reduction="none")
+    hard = cross_entropy(student)
     soft = T**2 * (weights * divergence).sum(0)
     loss = case.hard_weight * hard + case.soft_weight * soft
     return {"loss": loss, "hard": hard, "soft": soft, "weights": weights, "teacher_ce": ce, "divergence": divergence}
