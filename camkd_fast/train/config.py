@@ -92,6 +92,8 @@ class OptimConfig:
     """Largest norm of the gradients of all parameters together, to which larger ones are scaled down; None, 0: any."""
     ema: float | None = None
     """Decay of an average of the student over the steps, evaluated and written beside it; None: none."""
+    label_smoothing: float = 0.0
+    """Share of the label that the student's cross-entropy spreads over all classes."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -111,6 +113,7 @@ class OptimConfig:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
         _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
         _at_least("clip_grad", self.clip_grad, 0)
+        _fraction("label_smoothing", self.label_smoothing)
         if self.ema is not None:
             _fraction("ema", self.ema)
         for value in self.betas:

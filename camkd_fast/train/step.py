@@ -84,7 +84,8 @@ class TrainStep:
         seed: int,
         recorder: Recorder | None = None,
     ) -> None:
-        distiller = Distiller(student, teachers, strategy, channels_last=precision.channels_last).to(world.device)
+        options: dict[str, Any] = {"label_smoothing": optim.label_smoothing, "channels_last": precision.channels_last}
+        distiller = Distiller(student, teachers, strategy, **options).to(world.device)
         if precision.sync_batchnorm:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")

@@ -5,6 +5,7 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
+LABELS = "tests/train/test_labels.py"
 AVERAGE = "tests/train/test_average.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
@@ -167,6 +168,29 @@ CHANGES = (
         ),
     ),
     *changes(
+        "camkd_fast/train/labels.py",
+        LABELS,
+        Change(
+            "ignored rows are smoothed",
+            "torch.where((self.target != IGNORED)[:, None], onehot - 1 / C, 0.0)",
+            "onehot - 1 / C",
+        ),
+        Change("the label loses all of its share", "onehot - 1 / C", "onehot"),
+        Change("the shares are swapped", "mix * one + (1 - mix) * other", "(1 - mix) * one + mix * other"),
+        Change("accuracy of the smaller share", "self.mix >= 0.5", "self.mix < 0.5"),
+    ),
+    *changes(
+        "camkd_fast/train/distiller.py",
+        LABELS,
+        Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
+        Change("smoothing is not logged", "hard=losses.hard + smoothing)", "hard=losses.hard)"),
+        Change(
+            "second labels do not reach the weights",
+            "formula._replace(weighting=weighting).options(), **labels.second}",
+            "formula._replace(weighting=weighting).options()}",
+        ),
+    ),
+    *changes(
         "camkd_fast/train/average.py",
         AVERAGE,
         Change("the decay is the weight", "self._least = 1.0 - decay", "self._least = decay"),
@@ -218,10 +242,10 @@ CHANGES = (
         STEP,
         Change(
             "divided by the images of this process",
-            "num_items=num_items,\n                loss_scale",
-            "num_items=len(target),\n                loss_scale",
+            '{"num_items": num_items, "loss_scale": scale, **options}',
+            '{"num_items": len(logits), "loss_scale": scale, **options}',
         ),
-        Change("loss scale left out", "loss_scale=scale,", ""),
+        Change("loss scale left out", '"num_items": num_items, "loss_scale": scale, ', '"num_items": num_items, '),
         Change(
             "channels_last dropped",
             "self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]",
@@ -234,15 +258,18 @@ CHANGES = (
         ),
         Change(
             "gradient of the feature loss not scaled",
-            "target, num_items, scale)\n        logits",
-            "target, num_items, torch.ones_like(scale))\n        logits",
+            "target, num_items, scale, **labels.second)",
+            "target, num_items, torch.ones_like(scale), **labels.second)",
             tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
         Change("teachers do not move", "teachers.move(fn)", "pass", tests=DISTILLER),
-        Change("the divisor of labels is ignored", "(1 if num_items is None else num_items)", "1", tests=DISTILLER),
         Change(
-            "feature loss left out", "DistillerOutput(out.loss + feature,", "DistillerOutput(out.loss,", tests=DISTILLER
+            "the divisor of labels is ignored",
+            "labels.cross_entropy(_wide(logits), self.label_smoothing, num_items)",
+            "labels.cross_entropy(_wide(logits), self.label_smoothing, None)",
+            tests=DISTILLER,
         ),
+        Change("feature loss left out", "DistillerOutput(loss + feature,", "DistillerOutput(loss,", tests=DISTILLER),
         Change(
             "teachers of their own dtype",
             "freeze(model, teacher_dtype, channels_last)",
