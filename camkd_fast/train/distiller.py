@@ -14,7 +14,7 @@ from ..models.observer import Observer
 from ..models.protocol import FeatureModel, Prediction, Source
 from ..models.split import LogitsOnly, split
 from . import strategies
-from .labels import Labels
+from .batch_labels import Labels
 from .strategies import Strategy
 from .teachers.live import LiveTeachers, Teachers
 

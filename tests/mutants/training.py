@@ -5,7 +5,7 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
-LABELS = "tests/train/test_labels.py"
+LABELS = "tests/train/test_batch_labels.py"
 AVERAGE = "tests/train/test_average.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
@@ -168,7 +168,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "camkd_fast/train/labels.py",
+        "camkd_fast/train/batch_labels.py",
         LABELS,
         Change(
             "ignored rows are smoothed",

@@ -12,8 +12,8 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from camkd_fast import Distiller, camkd_loss
+from camkd_fast.train.batch_labels import Labels
 from camkd_fast.train.distiller import Objective
-from camkd_fast.train.labels import Labels
 from camkd_fast.train.strategies import names
 from tests.support.training import CLASSES, SmallNet, batch
 
