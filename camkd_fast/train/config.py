@@ -94,6 +94,10 @@ class OptimConfig:
     """Decay of an average of the student over the steps, evaluated and written beside it; None: none."""
     label_smoothing: float = 0.0
     """Share of the label that the student's cross-entropy spreads over all classes."""
+    mixup: float = 0.0
+    """Alpha of Mixup, of which 0.2 is usual; 0: none. With Mixup and CutMix each batch has one of them, by chance."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, of which 1 is usual; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -114,6 +118,8 @@ class OptimConfig:
         _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
         _at_least("clip_grad", self.clip_grad, 0)
         _fraction("label_smoothing", self.label_smoothing)
+        _at_least("mixup", self.mixup, 0)
+        _at_least("cutmix", self.cutmix, 0)
         if self.ema is not None:
             _fraction("ema", self.ema)
         for value in self.betas:
@@ -270,6 +276,11 @@ class DistillConfig:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.teacher_cache is not None and self.data.views is None:
             raise ValueError(f"teacher_cache {self.teacher_cache} needs a fixed number of views, got views None")
+        if self.teacher_cache is not None and (self.optim.mixup or self.optim.cutmix):
+            raise ValueError(
+                f"teacher_cache {self.teacher_cache} holds outputs of images that are not mixed, got mixup "
+                f"{self.optim.mixup:g} and cutmix {self.optim.cutmix:g}"
+            )
 
 
 JobConfig = TeachConfig | DistillConfig

@@ -23,6 +23,7 @@ from .config import OptimConfig, PrecisionConfig
 from .distiller import Distiller, Objective
 from .distributed import World, replicate
 from .generators import seed_generators
+from .mixing import mixed, mixer_for
 from .optimizer import create as create_optimizer
 from .single_values import running_statistics
 from .step_graph import WARM_UP, Recorder, StepGraph, recorder_for
@@ -106,6 +107,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
+        self._mixer = mixer_for(optim, seed, world.rank)
         self._largest_norm = optim.clip_grad or None
         self.average = None if optim.ema is None else Average(self.student, optim.ema)
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
@@ -133,23 +135,26 @@ class TrainStep:
         self._finish = batch.finish
         if self._graph is not None and images == num_items == self._full_batch:
             numbers = torch.tensor([rate, number + 1], dtype=torch.float64)
-            self._graph([*self._inputs(self._next_to_prepare(batch, following)), numbers])
+            prepared = self._next_to_prepare(batch, following, number)
+            self._graph([*self._inputs(prepared, number + (prepared is not batch)), numbers])
         else:
             if self._graph is not None and not self._mentioned:
                 log.info("batches of %d and not %d images run without the CUDA graph", images, self._full_batch)
                 self._mentioned = True
-            self._learn(self._prepare(self._inputs(batch)), num_items, rate, number + 1)
+            self._learn(self._prepare(self._inputs(batch, number)), num_items, rate, number + 1)
         self.sums.count(images)
 
-    def _inputs(self, batch: Batch) -> list[Tensor]:
-        """What `_prepare` reads, on the host or the device."""
-        return [batch.images, batch.target, *(self.teachers.inputs(batch) if self.teachers is not None else [])]
+    def _inputs(self, batch: Batch, number: int) -> list[Tensor]:
+        """What `_prepare` reads, on the host or the device; `number` of the batch's step, from 0."""
+        for_teachers = [] if self.teachers is None else self.teachers.inputs(batch)
+        mixing = [] if self._mixer is None else self._mixer.inputs(len(batch.target), number)
+        return [batch.images, batch.target, *mixing, *for_teachers]
 
-    def _next_to_prepare(self, batch: Batch, following: Batch | None) -> Batch:
+    def _next_to_prepare(self, batch: Batch, following: Batch | None, number: int) -> Batch:
         """The batch whose inputs the graph gets in the step on `batch`."""
         if self._ahead is not None:
             try:
-                return self._ahead.advance(batch, following, lambda given: self._prepare(self._inputs(given)))
+                return self._ahead.advance(batch, following, lambda given: self._prepare(self._inputs(given, number)))
             except DrawsRandomNumbersError:
                 log.warning("teachers do not run ahead of the student: they draw random numbers")
                 self._ahead = None
@@ -170,11 +175,16 @@ class TrainStep:
 
     def _prepare(self, inputs: Sequence[Tensor]) -> StudentBatch:
         """The part of a step that does not depend on the student."""
-        images, target, *for_teachers = (tensor.to(self._world.device, non_blocking=True) for tensor in inputs)
+        images, target, *others = (tensor.to(self._world.device, non_blocking=True) for tensor in inputs)
         if self._finish is not None:
             images = self._finish(images)
-        outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
-        return StudentBatch(images, target, outputs)
+        second: tuple[Tensor, ...] = ()
+        if self._mixer is not None:
+            partner, shares, *others = others
+            images, *second_labels = mixed(images, target, partner, shares)
+            second = tuple(second_labels)
+        outputs = self.teachers.outputs(images, others) if self.teachers is not None else []
+        return StudentBatch(images, target, outputs, second)
 
     def _learn(self, batch: StudentBatch, num_items: int, rate: float | Tensor, number: float | Tensor) -> None:
         """The student's part.
@@ -182,10 +192,10 @@ class TrainStep:
         Args:
             number: of the step, from 1.
         """
-        images, target, teacher_outputs = batch
+        images, target, teacher_outputs, second = batch
         scale = self.scaler.scale(self._scale)
         with running_statistics(self.trainable) if len(target) == 1 else nullcontext():
-            objective = self._forward(images, target, teacher_outputs, num_items, scale)
+            objective = self._forward(images, target, teacher_outputs, num_items, scale, *second)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
         self._update(rate)

@@ -6,6 +6,7 @@ GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
 LABELS = "tests/train/test_batch_labels.py"
+MIXING = "tests/train/test_mixing.py"
 AVERAGE = "tests/train/test_average.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
@@ -189,6 +190,25 @@ CHANGES = (
             "formula._replace(weighting=weighting).options(), **labels.second}",
             "formula._replace(weighting=weighting).options()}",
         ),
+    ),
+    *changes(
+        "camkd_fast/train/mixing.py",
+        MIXING,
+        Change("the same numbers in every step", "self._rank, step)", "self._rank, 0)"),
+        Change("the same numbers in every process", "self._seed, self._rank, step)", "self._seed, 0, step)"),
+        Change("CutMix only", "choice < 0.5", "True"),
+        Change("the share of the uncut box", "own * (1.0 - height * width / (H * W))", "own * (1.0 - 4 * half * half)"),
+        Change("the box has the own image", "inside_columns, 0.0, own)", "inside_columns, own, 0.0)"),
+        Change(
+            "labels of other partners", "target.index_select(0, partner)", "target.index_select(0, partner.flip(0))"
+        ),
+        Change("contiguous images", "out=torch.empty_like(images)", "out=torch.empty(images.shape)"),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        MIXING,
+        Change("numbers of the step before", "number + (prepared is not batch)", "number"),
+        Change("the student sees one label", "num_items, scale, *second)", "num_items, scale)"),
     ),
     *changes(
         "camkd_fast/train/average.py",
