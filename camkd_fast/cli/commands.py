@@ -83,8 +83,9 @@ def _finish(result: RunResult) -> None:
     if not _is_main():
         return
     page = run_report.write(result.out, environment())
+    averaged = "" if result.averaged is None else f" ({100 * result.averaged.accuracy:.2f} % of the average)"
     print(
-        f"test accuracy {100 * result.test.accuracy:.2f} % on {result.test.images:,} images, "
+        f"test accuracy {100 * result.test.accuracy:.2f} %{averaged} on {result.test.images:,} images, "
         f"{result.images_per_second:,.0f} images/s, {run_report.duration(result.seconds)}\n{page}"
     )
 

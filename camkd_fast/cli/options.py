@@ -59,7 +59,7 @@ class Evaluate:
     """Evaluate the model of a finished run on its data set."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """Folder of the run."""
+    """Folder of the run, or a model file in it, such as model_ema.safetensors."""
     split: Literal["train", "validation", "test"] = "test"
     """Split to evaluate, unaugmented."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -197,7 +197,7 @@ class Export:
     """Write a run's model as ONNX and as a torch.export program, both checked against it."""
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """Folder of the run."""
+    """Folder of the run, or a model file in it, such as model_ema.safetensors."""
     out: Path | None = None
     """Folder to write; None: RUN/export."""
     folded: bool = True

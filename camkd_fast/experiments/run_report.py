@@ -163,6 +163,8 @@ def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, ev
     if test is not None:
         numbers["test accuracy"] = f"{100 * test['test_accuracy']:.2f} %"
         numbers["test cross-entropy"] = f"{test['test_loss']:.3f}"
+        if "ema_test_accuracy" in test:
+            numbers["test accuracy, average"] = f"{100 * test['ema_test_accuracy']:.2f} %"
     if validated:
         numbers["validation accuracy"] = f"{100 * validated[-1]['validation_accuracy']:.2f} %"
     if test is not None:
@@ -202,7 +204,6 @@ def _curve(label: str, color: str, records: Sequence[Record], values: Sequence[f
 def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
     steps, epochs = _placed(steps, epochs)
     points = _points(steps, epochs)
-    validated = [record for record in epochs if "validation_accuracy" in record]
     parts = [
         ("total", GREY, [r["loss"] for r in points]),
         ("cross-entropy", BLUE, [r["hard"] for r in points]),
@@ -224,11 +225,8 @@ def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
         "accuracy (%)",
         [
             _curve("training, augmented", GREY, epochs, [100 * r["train_accuracy"] for r in epochs], dashed=True),
-            *(
-                [_curve("validation", VERMILLION, validated, [100 * r["validation_accuracy"] for r in validated])]
-                if validated
-                else []
-            ),
+            *_validated("validation", VERMILLION, epochs, "validation_accuracy"),
+            *_validated("validation, average", BLUE, epochs, "ema_validation_accuracy"),
         ],
     )
     text = (
@@ -236,6 +234,12 @@ def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
         "epoch, validation accuracy is measured after it."
     )
     return Section("Training", text, [curves((losses, accuracy))])
+
+
+def _validated(label: str, color: str, epochs: Sequence[Record], name: str) -> list[Curve]:
+    """The curve of an accuracy over the epochs that have it."""
+    validated = [record for record in epochs if name in record]
+    return [_curve(label, color, validated, [100 * r[name] for r in validated])] if validated else []
 
 
 def _placed(*kinds: Sequence[Record]) -> list[list[dict[str, Any]]]:

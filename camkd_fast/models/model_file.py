@@ -13,6 +13,7 @@ from . import create
 
 FORMAT = 1
 MODEL = "model.safetensors"  # in a run folder and in its checkpoints
+AVERAGED_MODEL = "model_ema.safetensors"  # in the folder of a run that averages its student
 # One key only: safetensors writes several in random order, and equal models must give equal bytes.
 _METADATA = "camkd_fast"
 

@@ -63,14 +63,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with Nesterov momentum, and the learning rate schedule."""
+    """Optimiser, learning rate schedule, and what a step does to its batch and its gradients."""
 
     epochs: int = 240
     """Passes over the training images (paper: 240)."""
     batch_size: int = 64
     """Images per step, summed over all processes (paper: 64)."""
     learning_rate: float | None = None
-    """Peak learning rate; None: 0.05, or 0.01 for MobileNetV2 and the ShuffleNets (paper)."""
+    """Peak learning rate; None: 0.05, 0.01 for MobileNetV2 and ShuffleNets (paper), 0.001 for adamw and muon."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate schedule (paper: step)."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -79,10 +79,26 @@ class OptimConfig:
     """Factor of each drop of a step schedule (paper: 0.1)."""
     warmup: float = 0.0
     """Epochs of linear warmup (paper: none)."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """Optimiser (paper: sgd); muon: torch's Muon for weights of two and more dimensions, AdamW for all others."""
     momentum: float = 0.9
-    """Nesterov momentum (paper: 0.9)."""
+    """Nesterov momentum of sgd and muon (paper: 0.9)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of AdamW's averages of gradients and of their squares."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter (paper: 5e-4)."""
+    """L2 penalty of sgd (paper: 5e-4), or decoupled weight decay of adamw and muon, of which 0.05 is usual."""
+    decay_norms: bool = True
+    """Decay parameters of fewer than two dimensions too: norms and biases (paper)."""
+    clip_grad: float | None = None
+    """Largest norm of the gradients of all parameters together, to which larger ones are scaled down; None, 0: any."""
+    ema: float | None = None
+    """Decay of an average of the student over the steps, evaluated and written beside it; None: none."""
+    label_smoothing: float = 0.0
+    """Share of the label that the student's cross-entropy spreads over all classes."""
+    mixup: float = 0.0
+    """Alpha of Mixup, of which 0.2 is usual; 0: none. With Mixup and CutMix each batch has one of them, by chance."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, of which 1 is usual; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -100,6 +116,15 @@ class OptimConfig:
             raise ValueError(f"drop must lie in (0, 1], got {self.drop}")
         if not 0.0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
+        _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
+        _at_least("clip_grad", self.clip_grad, 0)
+        _fraction("label_smoothing", self.label_smoothing)
+        _at_least("mixup", self.mixup, 0)
+        _at_least("cutmix", self.cutmix, 0)
+        if self.ema is not None:
+            _fraction("ema", self.ema)
+        for value in self.betas:
+            _fraction("betas", value)
         if not 0.0 < self.momentum < 1.0:
             raise ValueError(f"momentum must lie in (0, 1), got {self.momentum}")
         if not 0.0 <= self.weight_decay < math.inf:
@@ -263,6 +288,11 @@ class DistillConfig:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.teacher_cache is not None and self.data.views is None:
             raise ValueError(f"teacher_cache {self.teacher_cache} needs a fixed number of views, got views None")
+        if self.teacher_cache is not None and (self.optim.mixup or self.optim.cutmix):
+            raise ValueError(
+                f"teacher_cache {self.teacher_cache} holds outputs of images that are not mixed, got mixup "
+                f"{self.optim.mixup:g} and cutmix {self.optim.cutmix:g}"
+            )
 
 
 JobConfig = TeachConfig | DistillConfig

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses.logit import camkd_loss, camkd_loss_and_grad
-from ..models import freeze, sources
 from ..models.observer import Observer
-from ..models.preprocessing import Preprocessing, adapted
-from ..models.protocol import FeatureModel, Prediction, Source
-from ..models.split import LogitsOnly, split
+from ..models.preprocessing import Preprocessing
+from ..models.protocol import Prediction, Source
 from . import strategies
-from .class_names import Renumbered, class_order
+from .batch_labels import Labels
 from .strategies import Strategy
+from .teachers.given import Images, frozen_teachers, needed
 from .teachers.live import LiveTeachers, Teachers
 
 
@@ -27,7 +24,7 @@ class DistillerOutput(NamedTuple):
 
     loss: Tensor  # scalar, float32: hard + alpha soft + beta feature
     logits: Tensor  # (N, C) of the student
-    hard: Tensor  # scalar: cross-entropy of the student
+    hard: Tensor  # scalar: cross-entropy of the student, with label smoothing
     soft: Tensor  # scalar: T^2 sum_k w_k KL_k; 0 without teachers
     feature: Tensor  # scalar: the feature term, beta included; 0 without
     weights: Tensor | None  # (K, N): w_k of the teachers' logits; None without teachers
@@ -61,6 +58,7 @@ class Distiller(nn.Module):
         temperature: T of the distillation loss.
         alpha: coefficient of the distillation loss.
         beta: coefficient of the feature loss; None: the strategy's own (50 for CA-MKD).
+        label_smoothing: of the cross-entropy of the student, as torch.nn.CrossEntropyLoss defines it.
         student_layer: name of the student's module whose output (N, D, h, w) is its feature map, if the student does
             not follow the protocol.
         teacher_layers: likewise for each teacher, None for those that follow it; what comes after the module is the
@@ -92,6 +90,7 @@ class Distiller(nn.Module):
         temperature: float = 4.0,
         alpha: float = 1.0,
         beta: float | None = None,
+        label_smoothing: float = 0.0,
         student_layer: str | None = None,
         teacher_layers: Sequence[str | None] | None = None,
         example: Tensor | None = None,
@@ -102,20 +101,15 @@ class Distiller(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.student = student
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        self.student, self.label_smoothing = student, label_smoothing
         self._observe = Observer(student, student_layer)
         if student_layer is not None:
-            self._observe.measure(student, _needed(example, "student_layer", student_layer))
+            self._observe.measure(student, needed(example, "student_layer", student_layer))
         if isinstance(teachers, Sequence):
-            layers = [None] * len(teachers) if teacher_layers is None else list(teacher_layers)
-            if len(layers) != len(teachers):
-                raise ValueError(f"teacher_layers holds {len(layers)}, but there are {len(teachers)} teachers")
-            frozen = []
-            for teacher, layer in zip(teachers, layers, strict=True):
-                source = _source(teacher, layer, example)
-                model = freeze(source.model, teacher_dtype, channels_last)
-                name = f"teacher {teacher if isinstance(teacher, str) else type(source.model).__name__}"
-                frozen.append(_fitted(name, model, source, preprocessing, class_names))
+            images = Images(example, preprocessing, class_names)
+            frozen = frozen_teachers(teachers, teacher_layers, images, teacher_dtype, channels_last)
             teachers = LiveTeachers(frozen, getattr(student, "num_classes", None)) if frozen else None
         if isinstance(strategy, str):
             if not strategies.find(strategy).needs_teachers:
@@ -144,29 +138,42 @@ class Distiller(nn.Module):
             teachers.move(fn)
         return self
 
-    def forward(self, images: Tensor, target: Tensor, num_items: float | Tensor | None = None) -> DistillerOutput:
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        num_items: float | Tensor | None = None,
+        second_target: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> DistillerOutput:
         """
         Args:
             images: (N, channels, H, W), for student and teachers.
             target: (N,) int64 labels, or -100 for images that do not count.
             num_items: divisor of the summed loss instead of the number of images that count: all of an optimiser's
                 step, for gradient accumulation; those of all processes divided by their number, for DDP and FSDP.
+            second_target: (N,) int64 second labels of mixed images (Mixup, CutMix); None: images have one label.
+            mix: (N,) float32 in [0, 1], the share of `target`; the share of `second_target` is 1 - mix.
         """
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = [] if self.teachers is None else self.teachers.outputs(images, [])
         student = self._observe(self.student, images)
         logits = student.logits
+        labels = Labels(target, second_target, mix)
         zero = torch.zeros((), device=logits.device)
         if not outputs:
-            rows = "mean" if num_items is None else "sum"
-            loss = F.cross_entropy(logits.float(), target, reduction=rows) / (1 if num_items is None else num_items)
+            loss = labels.cross_entropy(_wide(logits), self.label_smoothing, num_items)
             return DistillerOutput(loss, logits, loss.detach(), zero, zero, None)
-        options = self._options(logits.detach(), outputs, target)
+        options = self._options(logits.detach(), outputs, labels)
         out = camkd_loss(logits, [teacher.logits for teacher in outputs], target, num_items=num_items, **options)
-        term = self.strategy.feature_term(student, outputs, target, num_items)
+        loss, hard = out.loss, out.hard
+        if self.label_smoothing:
+            smoothing = self.label_smoothing * labels.smoothed(_wide(logits), num_items)
+            loss, hard = loss + self.strategy.formula.hard_weight * smoothing, hard + smoothing.detach()
+        term = self.strategy.feature_term(student, outputs, target, num_items, **labels.second)
         feature = zero if term is None else term.loss
-        return DistillerOutput(out.loss + feature, logits, out.hard, out.soft, feature.detach(), out.weights)
+        return DistillerOutput(loss + feature, logits, hard, out.soft, feature.detach(), out.weights)
 
     def objective(
         self,
@@ -175,37 +182,30 @@ class Distiller(nn.Module):
         teacher_outputs: list[Prediction],
         num_items: float | Tensor,
         scale: Tensor,
+        second_target: Tensor | None = None,
+        mix: Tensor | None = None,
     ) -> Objective:
         """The batch of a training step, with the gradients of the losses computed in one pass.
 
         Args:
             images: (N, channels, H, W), the batch that the teachers received.
-            target: (N,) int64.
+            target, second_target, mix: as in `forward`.
             teacher_outputs: K predictions; empty without teachers.
             num_items: as in `forward`.
             scale: (1,) float32, multiplies all gradients.
         """
         student = self._observe(self.student, images)
-        term = None
-        if teacher_outputs:
-            term = self.strategy.feature_term(student, teacher_outputs, target, num_items, scale)
-        logits = student.logits.detach()
-        weights = feature_weights = None
+        labels = Labels(target, second_target, mix)
+        weights = feature_weights = term = None
         feature = torch.zeros((), device=images.device)
         if teacher_outputs:
-            out, gradient = camkd_loss_and_grad(
-                logits,
-                [teacher.logits for teacher in teacher_outputs],
-                target,
-                num_items=num_items,
-                loss_scale=scale,
-                **self._options(logits, teacher_outputs, target),
-            )
+            term = self.strategy.feature_term(student, teacher_outputs, target, num_items, scale, **labels.second)
+            out, gradient = self._distillation(student.logits.detach(), teacher_outputs, labels, num_items, scale)
             loss, hard, soft = out.loss, out.hard, out.soft
             weights = out.weights.sum(1)
             roots, gradients = [student.logits], [gradient]
         else:
-            root = F.cross_entropy(student.logits.float(), target, reduction="sum") / num_items
+            root = labels.cross_entropy(student.logits.float(), self.label_smoothing, num_items)
             loss = hard = root.detach()
             soft = torch.zeros_like(hard)
             roots, gradients = [root], [scale.reshape(())]
@@ -215,43 +215,47 @@ class Distiller(nn.Module):
             feature = term.loss.detach()
             feature_weights = None if term.weights is None else term.weights.sum(1)
         losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
-        correct = (logits.argmax(1) == target).sum().float()
+        correct = (student.logits.detach().argmax(1) == labels.largest).sum().float()
         return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
 
-    def _options(self, logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> dict[str, Any]:
+    def _distillation(
+        self,
+        logits: Tensor,
+        teacher_outputs: list[Prediction],
+        labels: Labels,
+        num_items: float | Tensor,
+        scale: Tensor,
+    ) -> tuple[_Losses, Tensor]:
+        """The loss of logits (N, C), detached, and d(scale * loss) / d logits."""
+        teachers = [teacher.logits for teacher in teacher_outputs]
+        options = self._options(logits, teacher_outputs, labels)
+        given = {"num_items": num_items, "loss_scale": scale, **options}
+        out, gradient = camkd_loss_and_grad(logits, teachers, labels.target, **given)
+        losses = _Losses(out.loss, out.hard, out.soft, out.weights)
+        if self.label_smoothing:
+            wide = _wide(logits)
+            smoothing = self.label_smoothing * labels.smoothed(wide, num_items)
+            weight = self.strategy.formula.hard_weight
+            losses = losses._replace(loss=losses.loss + weight * smoothing, hard=losses.hard + smoothing)
+            slope = labels.smoothing_slope(wide) * (scale * (weight * self.label_smoothing / num_items))
+            gradient.add_(slope.to(gradient.dtype))
+        return losses, gradient
+
+    def _options(self, logits: Tensor, teacher_outputs: list[Prediction], labels: Labels) -> dict[str, Any]:
         """Keywords of the loss for one batch; logits (N, C) of the student, detached."""
-        weighting = self.strategy.weighting(logits, teacher_outputs, target)
-        return self.strategy.formula._replace(weighting=weighting).options()
+        weighting = self.strategy.weighting(logits, teacher_outputs, labels.target)
+        return {**self.strategy.formula._replace(weighting=weighting).options(), **labels.second}
 
 
-def _source(given: nn.Module | Source | str, layer: str | None, example: Tensor | None) -> Source:
-    """What is known of a teacher, with a model that follows the protocol."""
-    source = sources.load(given) if isinstance(given, str) else given if isinstance(given, Source) else Source(given)
-    model = source.model
-    if layer is not None:
-        model = split(model.eval(), layer, _needed(example, "teacher_layers", layer))
-    elif not isinstance(model, FeatureModel):
-        model = LogitsOnly(model, f"teacher_layers names no module of {type(model).__name__}")
-    return replace(source, model=model)
+class _Losses(NamedTuple):
+    """Parts of a batch's loss; `weights` (K, N)."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    weights: Tensor
 
 
-def _fitted(
-    name: str,
-    model: nn.Module,
-    source: Source,
-    preprocessing: Preprocessing | None,
-    class_names: Sequence[str] | None,
-) -> nn.Module:
-    """A teacher's frozen model as a function of the student's images, with logits of the student's classes."""
-    order = class_order(name, source.classes, class_names)
-    if order is not None:
-        model = Renumbered(model, order).to(next(model.parameters()).device)
-    if preprocessing is None:
-        return model
-    return adapted(model, Preprocessing(source.mean, source.std, source.size), preprocessing)
-
-
-def _needed(example: Tensor | None, name: str, layer: str) -> Tensor:
-    if example is None:
-        raise ValueError(f"{name} {layer!r} needs example images, of which the module's output is taken")
-    return example
+def _wide(logits: Tensor) -> Tensor:
+    """The logits in the accumulation dtype of the loss."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..system import replace
-from .run_folder import load_model, model_metadata
+from .run_folder import folder_of, load_model, model_metadata
 from .run_lock import check_free, locked
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
@@ -53,8 +53,8 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     the extra files of the torch.export program.
 
     Args:
-        run: folder of the run.
-        out: folder to write; None: `run/export`.
+        run: folder of the run, or a model file in it.
+        out: folder to write; None: `export` in the run's folder.
         folded: fold batch norms into the preceding convolutions; equal up to rounding.
 
     Raises:
@@ -66,8 +66,8 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
     model, metadata = load_model(run), model_metadata(run)
     channels, (H, W) = metadata["in_channels"], metadata["size"]
     metadata = {**metadata, "input": f"images (n, {channels}, {H}, {W}) float32, (level - mean) / std by channel"}
-    folder = run / "export" if out is None else out
-    check_free(run)
+    folder = folder_of(run) / "export" if out is None else out
+    check_free(folder_of(run))
     with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as unchecked:
         onnx_file, program_file = Path(unchecked) / ONNX, Path(unchecked) / PROGRAM
         written = models.freeze(model) if folded else model

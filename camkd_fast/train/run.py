@@ -22,7 +22,7 @@ from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.order import step_sizes
 from ..data.splits import Splits
 from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
-from ..models.model_file import MODEL, model_bytes
+from ..models.model_file import AVERAGED_MODEL, MODEL, model_bytes
 from ..models.protocol import feature_model
 from . import config_file, run_folder, run_lock, strategies
 from .atomic import write_atomically
@@ -37,7 +37,7 @@ from .schedule import peak_rate
 from .step import TrainStep
 from .teachers.live import Teachers
 from .teachers.runs import load_teachers
-from .trainer import Evaluation, Trainer
+from .trainer import Evaluation, Outcome, Trainer, evaluate_average
 from .trainer import evaluate as evaluate_model
 
 EVALUATION_BATCH = 256  # images per process
@@ -53,6 +53,7 @@ class RunResult:
     images_per_second: float  # training, over all processes, since the last resume
     start_seconds: float  # first steps since the last resume, compilation included
     seconds: float  # wall time since the last resume, everything included
+    averaged: Evaluation | None = None  # likewise of the average, if the run has one
 
 
 def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False, extend: bool = False) -> RunResult:
@@ -83,6 +84,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     """Evaluate the model of a finished run on a split of its data set, unaugmented.
 
     Args:
+        run: its folder, or a model file in it.
         split: "train", "validation" or "test".
 
     Raises:
@@ -92,7 +94,7 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
     if split not in Splits._fields:
         raise ValueError(f"split must be one of {', '.join(Splits._fields)}, got {split!r}")
     model = load_model(run)
-    config = config_file.load(run / CONFIG)
+    config = config_file.load(run_folder.folder_of(run) / CONFIG)
     images: ImageSet = getattr(load_splits(config.data), split)
     model = renumbered(model, f"the model of {run}", run_folder.model_metadata(run), images)
     if not len(images):
@@ -166,16 +168,30 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         if config.data.loader == "auto":
             journal.note(f"loader {choose.explain(train, settings)}")
         outcome = trainer.run(journal)
+        return _finish(config, trainer, outcome, loader(parts.test, for_test), journal, started)
 
-        world.copy_buffers(step.student)
-        test = evaluate_model(step.student, loader(parts.test, for_test), world)
-        speed, start = outcome
-        result = RunResult(config.out, test, speed, start, time.perf_counter() - started)
-        if world.is_main:
-            journal.write(_record(result, trainer.position, config.optim.epochs))
-            write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
-        world.wait()
-        return result
+
+def _finish(
+    config: JobConfig,
+    trainer: Trainer,
+    outcome: Outcome,
+    images: Loader,
+    journal: Journal | NullJournal,
+    started: float,
+) -> RunResult:
+    """Evaluate the trained model on the test images, write the result and then the model."""
+    step, world = trainer.step, trainer.world
+    world.copy_buffers(step.student)
+    test = evaluate_model(step.student, images, world)
+    averaged = evaluate_average(step, images, world)
+    result = RunResult(config.out, test, *outcome, time.perf_counter() - started, averaged)
+    if world.is_main:
+        journal.write(_record(result, trainer.position, config.optim.epochs))
+        if step.average is not None:
+            write_atomically(config.out / AVERAGED_MODEL, model_bytes(step.average.module, trainer.metadata))
+        write_atomically(config.out / MODEL, model_bytes(step.student, trainer.metadata))
+    world.wait()
+    return result
 
 
 def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> dict[str, Any]:
@@ -212,10 +228,8 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
         "kind": "test",
         "step": step,
         "epoch": epoch,
-        "test_images": result.test.images,
-        "test_accuracy": result.test.accuracy,
-        "test_loss": result.test.loss,
-        "test_calibration": result.test.calibration,
+        **_named("test", result.test),
+        **({} if result.averaged is None else _named("ema_test", result.averaged)),
         "images_per_second": result.images_per_second,
         "start_seconds": result.start_seconds,
         "seconds": result.seconds,
@@ -225,9 +239,19 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
 def _result(out: Path) -> RunResult:
     """The result of a finished run, from its metrics."""
     record = read_metrics(out / METRICS, "test")[-1]
-    calibration = record.get("test_calibration", math.nan)  # missing in runs of earlier versions
-    test = Evaluation(record["test_images"], record["test_accuracy"], record["test_loss"], calibration)
-    return RunResult(out, test, record["images_per_second"], record["start_seconds"], record["seconds"])
+    averaged = _evaluation("ema_test", record) if "ema_test_images" in record else None
+    timing = record["images_per_second"], record["start_seconds"], record["seconds"]
+    return RunResult(out, _evaluation("test", record), *timing, averaged)
+
+
+def _named(prefix: str, evaluation: Evaluation) -> dict[str, Any]:
+    return {f"{prefix}_{name}": value for name, value in evaluation._asdict().items()}
+
+
+def _evaluation(prefix: str, record: dict[str, Any]) -> Evaluation:
+    calibration = record.get(f"{prefix}_calibration", math.nan)  # missing in runs of earlier versions
+    images, accuracy, loss = (record[f"{prefix}_{name}"] for name in ("images", "accuracy", "loss"))
+    return Evaluation(images, accuracy, loss, calibration)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

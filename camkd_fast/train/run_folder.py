@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..models import model_file
-from ..models.model_file import MODEL, read_model
+from ..models.model_file import AVERAGED_MODEL, MODEL, read_model
 from . import config_file
 from .checkpoint import Checkpoints
 from .config import JobConfig
@@ -137,7 +137,7 @@ def prepare(config: JobConfig, resume: bool) -> None:
             out.mkdir(parents=True, exist_ok=True)
             config_file.save(config, out / CONFIG)
         elif epochs_before(config) is not None:
-            for name in (MODEL, REPORT):
+            for name in (MODEL, AVERAGED_MODEL, REPORT):
                 (out / name).unlink(missing_ok=True)
             config_file.save(config, out / CONFIG)
     except OSError as error:
@@ -146,12 +146,17 @@ def prepare(config: JobConfig, resume: bool) -> None:
 
 def _remove(out: Path) -> None:
     """Remove a run's files, and no other files of the folder."""
-    for name in (MODEL, METRICS, REPORT):  # the model first: without it the run counts as unfinished
+    for name in (MODEL, AVERAGED_MODEL, METRICS, REPORT):  # the model first: without it the run counts as unfinished
         (out / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         if (out / name).exists():
             shutil.rmtree(out / name)
     (out / CONFIG).unlink(missing_ok=True)
+
+
+def folder_of(run: Path) -> Path:
+    """The folder of a run that is given by its folder or by a model file in it."""
+    return run.parent if run.is_file() else run
 
 
 def model_metadata(run: Path) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from .config import OptimConfig
 
 # Models with a lower rate in the paper: depthwise convolutions diverge at 0.05.
 _SLOW = ("mobilenet", "shuffle")
+_ADAPTIVE = 0.001  # AdamW's and Muon's updates have a size that does not depend on the gradient's
 
 
 def peak_rate(optim: OptimConfig, model: str) -> float:
-    """Highest rate of a run: as configured, or the paper's for this model."""
+    """Highest rate of a run: as configured, or SGD's of the paper for this model, or that of adaptive optimisers."""
     if optim.learning_rate is not None:
         return optim.learning_rate
+    if optim.optimizer != "sgd":
+        return _ADAPTIVE
     return 0.01 if any(family in model.lower() for family in _SLOW) else 0.05
 
 

@@ -1,6 +1,7 @@
 """One training step. It is the same for every strategy and never synchronises with the device.
 
-Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, SGD.
+Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, one step
+of the optimiser.
 Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph (`step_graph`).
 """
 
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch
+from .average import Average
 from .config import OptimConfig, PrecisionConfig
 from .distiller import Distiller, Objective
 from .distributed import World, replicate
 from .generators import seed_generators
+from .mixing import mixed, mixer_for
+from .optimizer import create as create_optimizer
 from .single_values import running_statistics
 from .step_graph import WARM_UP, Recorder, StepGraph, recorder_for
 from .strategies import Strategy
@@ -81,7 +85,8 @@ class TrainStep:
         seed: int,
         recorder: Recorder | None = None,
     ) -> None:
-        distiller = Distiller(student, teachers, strategy, channels_last=precision.channels_last).to(world.device)
+        options: dict[str, Any] = {"label_smoothing": optim.label_smoothing, "channels_last": precision.channels_last}
+        distiller = Distiller(student, teachers, strategy, **options).to(world.device)
         if precision.sync_batchnorm:
             if world.device.type == "cpu":
                 raise ValueError("sync_batchnorm needs GPUs, but the device is cpu")
@@ -97,21 +102,14 @@ class TrainStep:
             self.trainable.compile_for(full_batch)
         self.student, self.strategy, self.teachers = distiller.student, distiller.strategy, teachers
         self._forward = replicate(self.trainable, world)
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.trainable.parameters() if p.requires_grad],
-            lr=1.0,  # replaced in every call
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=True,
-            fused=True,
-        )
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                # torch leaves the momentum uninitialised if the scaler skips the first fused step.
-                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype == "float16")
+        scaled = precision.dtype == "float16"
+        self.optimizer = create_optimizer(self.trainable, optim, scaled)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
+        self._mixer = mixer_for(optim, seed, world.rank)
+        self._largest_norm = optim.clip_grad or None
+        self.average = None if optim.ema is None else Average(self.student, optim.ema)
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages
         recorder = recorder or recorder_for(precision, world)
         self._mentioned = False  # that some batches run without the graph
@@ -137,23 +135,26 @@ class TrainStep:
         self._finish = batch.finish
         if self._graph is not None and images == num_items == self._full_batch:
             numbers = torch.tensor([rate, number + 1], dtype=torch.float64)
-            self._graph([*self._inputs(self._next_to_prepare(batch, following)), numbers])
+            prepared = self._next_to_prepare(batch, following, number)
+            self._graph([*self._inputs(prepared, number + (prepared is not batch)), numbers])
         else:
             if self._graph is not None and not self._mentioned:
                 log.info("batches of %d and not %d images run without the CUDA graph", images, self._full_batch)
                 self._mentioned = True
-            self._learn(self._prepare(self._inputs(batch)), num_items, rate, number + 1)
+            self._learn(self._prepare(self._inputs(batch, number)), num_items, rate, number + 1)
         self.sums.count(images)
 
-    def _inputs(self, batch: Batch) -> list[Tensor]:
-        """What `_prepare` reads, on the host or the device."""
-        return [batch.images, batch.target, *(self.teachers.inputs(batch) if self.teachers is not None else [])]
+    def _inputs(self, batch: Batch, number: int) -> list[Tensor]:
+        """What `_prepare` reads, on the host or the device; `number` of the batch's step, from 0."""
+        for_teachers = [] if self.teachers is None else self.teachers.inputs(batch)
+        mixing = [] if self._mixer is None else self._mixer.inputs(len(batch.target), number)
+        return [batch.images, batch.target, *mixing, *for_teachers]
 
-    def _next_to_prepare(self, batch: Batch, following: Batch | None) -> Batch:
+    def _next_to_prepare(self, batch: Batch, following: Batch | None, number: int) -> Batch:
         """The batch whose inputs the graph gets in the step on `batch`."""
         if self._ahead is not None:
             try:
-                return self._ahead.advance(batch, following, lambda given: self._prepare(self._inputs(given)))
+                return self._ahead.advance(batch, following, lambda given: self._prepare(self._inputs(given, number)))
             except DrawsRandomNumbersError:
                 log.warning("teachers do not run ahead of the student: they draw random numbers")
                 self._ahead = None
@@ -174,11 +175,16 @@ class TrainStep:
 
     def _prepare(self, inputs: Sequence[Tensor]) -> StudentBatch:
         """The part of a step that does not depend on the student."""
-        images, target, *for_teachers = (tensor.to(self._world.device, non_blocking=True) for tensor in inputs)
+        images, target, *others = (tensor.to(self._world.device, non_blocking=True) for tensor in inputs)
         if self._finish is not None:
             images = self._finish(images)
-        outputs = self.teachers.outputs(images, for_teachers) if self.teachers is not None else []
-        return StudentBatch(images, target, outputs)
+        second: tuple[Tensor, ...] = ()
+        if self._mixer is not None:
+            partner, shares, *others = others
+            images, *second_labels = mixed(images, target, partner, shares)
+            second = tuple(second_labels)
+        outputs = self.teachers.outputs(images, others) if self.teachers is not None else []
+        return StudentBatch(images, target, outputs, second)
 
     def _learn(self, batch: StudentBatch, num_items: int, rate: float | Tensor, number: float | Tensor) -> None:
         """The student's part.
@@ -186,17 +192,28 @@ class TrainStep:
         Args:
             number: of the step, from 1.
         """
-        images, target, teacher_outputs = batch
+        images, target, teacher_outputs, second = batch
         scale = self.scaler.scale(self._scale)
         with running_statistics(self.trainable) if len(target) == 1 else nullcontext():
-            objective = self._forward(images, target, teacher_outputs, num_items, scale)
+            objective = self._forward(images, target, teacher_outputs, num_items, scale, *second)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(objective.roots, objective.gradients)
+        self._update(rate)
+        if self.average is not None:
+            # A skipped step lowers the loss scale.
+            taken = (self.scaler.scale(self._scale) >= scale).float() if self.scaler.is_enabled() else None
+            self.average.update(number, None if taken is None else taken.squeeze(0))
+        self.sums.add(objective, len(target), number)
+
+    def _update(self, rate: float | Tensor) -> None:
+        """Move the parameters by the gradients of this step."""
+        if self._largest_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable.parameters(), self._largest_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(objective, len(target), number)
 
     def _forget(self) -> None:
         """Record anew: memory that the graph reads or writes has been replaced."""
@@ -216,11 +233,13 @@ class TrainStep:
         return self._graph is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """State of strategy, optimiser and scaler; the student is saved separately."""
+        """State of strategy, optimiser, scaler and average; the student is saved separately."""
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = 1.0  # replaced in every call
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
         return {
+            **average,
             "strategy": self.strategy.state_dict(),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
@@ -230,4 +249,6 @@ class TrainStep:
         self.strategy.load_state_dict(state["strategy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self._forget()  # the optimiser has new buffers

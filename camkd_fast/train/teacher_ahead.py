@@ -29,14 +29,17 @@ class StudentBatch(NamedTuple):
     images: Tensor  # (n, channels, H, W) float32, those that the teachers received
     target: Tensor  # (n,) int64
     teacher_outputs: list[Prediction]  # K; empty without teachers
+    second: tuple[Tensor, ...] = ()  # second labels (n,) int64 and shares of the first ones (n,) of mixed images
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.images, self.target, *(tensor for output in self.teacher_outputs for tensor in output)]
+        outputs = [tensor for output in self.teacher_outputs for tensor in output]
+        return [self.images, self.target, *outputs, *self.second]
 
     def clone(self) -> StudentBatch:
         outputs = [Prediction(*(tensor.clone() for tensor in output)) for output in self.teacher_outputs]
-        return StudentBatch(self.images.clone(), self.target.clone(), outputs)
+        second = tuple(tensor.clone() for tensor in self.second)
+        return StudentBatch(self.images.clone(), self.target.clone(), outputs, second)
 
 
 class DrawsRandomNumbersError(RuntimeError):

@@ -81,6 +81,14 @@ def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
     return Evaluation(int(images), correct_total / max(images, 1), loss_total / max(images, 1), error)
 
 
+def evaluate_average(step: TrainStep, loader: Loader, world: World) -> Evaluation | None:
+    """Likewise of the average of a step's student; None if there is none."""
+    if step.average is None:
+        return None
+    world.copy_buffers(step.average.module)
+    return evaluate(step.average.module, loader, world)
+
+
 class Clock:
     """Throughput of this process. The first steps, which compile, allocate and start workers, are timed separately.
 
@@ -235,6 +243,9 @@ class Trainer:
             if not math.isfinite(validation.loss):
                 raise NonFiniteLossError(f"the validation loss is {validation.loss} after step {self.position}")
             record |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
+            averaged = evaluate_average(self.step, self.validation, self.world)
+            if averaged is not None:
+                record |= {"ema_validation_accuracy": averaged.accuracy, "ema_validation_loss": averaged.loss}
         journal.write(record)
         self._save(None)
 

@@ -81,6 +81,6 @@ CHANGES = (
             "return FeatureTerm(out.loss, out.weights.detach())",
         ),
         Change("uniform logits ignored", 'self.formula = self.formula._replace(weighting="uniform")', "pass"),
-        Change("num_items dropped", "self.heads, target, num_items)", "self.heads, target, None)"),
+        Change("num_items dropped", "self.heads, target, num_items, **second)", "self.heads, target, None, **second)"),
     ),
 )

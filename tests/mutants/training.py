@@ -5,6 +5,10 @@ from . import Change, changes
 GRAPH = "tests/train/test_step_graph.py"
 INPUTS, AHEAD = "tests/train/test_step_inputs.py", "tests/train/test_teacher_ahead.py"
 STEP = "tests/train/test_step.py"
+LABELS = "tests/train/test_batch_labels.py"
+MIXING = "tests/train/test_mixing.py"
+AVERAGE = "tests/train/test_average.py"
+OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
 LOOP = "tests/train/test_loop.py"
 JOBS = "tests/train/test_jobs.py"
@@ -128,9 +132,6 @@ CHANGES = (
             tests=f"{RANKS}::test_ranks_draw_different_dropout_masks",
         ),
         Change("step is not in the seed", "self._seed, self._world.rank, number)", "self._seed, self._world.rank)"),
-        Change("no weight decay", "weight_decay=optim.weight_decay,", "", tests=f"{OPTIONS} {STEP}"),
-        Change("default momentum", "momentum=optim.momentum,", "momentum=0.9,", tests=f"{OPTIONS} {STEP}"),
-        Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
         Change("gradients accumulate", "self.optimizer.zero_grad(set_to_none=True)", "pass"),
         Change(
             "gradients not scaled for DDP",
@@ -158,21 +159,113 @@ CHANGES = (
             "pass",
             tests=f"{OPTIONS} {CHECKPOINT}",
         ),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        OPTIMIZER,
+        Change("scaled gradients are clipped", "self.scaler.unscale_(self.optimizer)", "pass"),
         Change(
-            "strategy's parameters are not trained",
-            "[p for p in self.trainable.parameters() if p.requires_grad]",
-            "[p for p in self.trainable.student.parameters() if p.requires_grad]",
+            "nothing is clipped", "nn.utils.clip_grad_norm_(self.trainable.parameters(), self._largest_norm)", "pass"
         ),
+    ),
+    *changes(
+        "camkd_fast/train/batch_labels.py",
+        LABELS,
+        Change(
+            "ignored rows are smoothed",
+            "torch.where((self.target != IGNORED)[:, None], onehot - 1 / C, 0.0)",
+            "onehot - 1 / C",
+        ),
+        Change("the label loses all of its share", "onehot - 1 / C", "onehot"),
+        Change("the shares are swapped", "mix * one + (1 - mix) * other", "(1 - mix) * one + mix * other"),
+        Change("accuracy of the smaller share", "self.mix >= 0.5", "self.mix < 0.5"),
+    ),
+    *changes(
+        "camkd_fast/train/distiller.py",
+        LABELS,
+        Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
+        Change("smoothing is not logged", "hard=losses.hard + smoothing)", "hard=losses.hard)"),
+        Change(
+            "second labels do not reach the weights",
+            "formula._replace(weighting=weighting).options(), **labels.second}",
+            "formula._replace(weighting=weighting).options()}",
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/mixing.py",
+        MIXING,
+        Change("the same numbers in every step", "self._rank, step)", "self._rank, 0)"),
+        Change("the same numbers in every process", "self._seed, self._rank, step)", "self._seed, 0, step)"),
+        Change("CutMix only", "choice < 0.5", "True"),
+        Change("the share of the uncut box", "own * (1.0 - height * width / (H * W))", "own * (1.0 - 4 * half * half)"),
+        Change("the box has the own image", "inside_columns, 0.0, own)", "inside_columns, own, 0.0)"),
+        Change(
+            "labels of other partners", "target.index_select(0, partner)", "target.index_select(0, partner.flip(0))"
+        ),
+        Change("contiguous images", "out=torch.empty_like(images)", "out=torch.empty(images.shape)"),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        MIXING,
+        Change("numbers of the step before", "number + (prepared is not batch)", "number"),
+        Change("the student sees one label", "num_items, scale, *second)", "num_items, scale)"),
+    ),
+    *changes(
+        "camkd_fast/train/average.py",
+        AVERAGE,
+        Change("the decay is the weight", "self._least = 1.0 - decay", "self._least = decay"),
+        Change(
+            "the first step's weight for ever",
+            "max(self._least, _FIRST / (number + _LATER))",
+            "max(self._least, _FIRST / (1.0 + _LATER))",
+        ),
+        Change("counters are averaged", "1 if taken is None else taken.long())", "0)"),
+        Change(
+            "buffers are left out", "return [*module.parameters(), *module.buffers()]", "return [*module.parameters()]"
+        ),
+        Change("skipped steps count", "weight if taken is None else weight * taken)", "weight)"),
+    ),
+    *changes(
+        "camkd_fast/train/step.py",
+        AVERAGE,
+        Change(
+            "every step seems skipped",
+            "(self.scaler.scale(self._scale) >= scale)",
+            "(self.scaler.scale(self._scale) > scale)",
+        ),
+        Change("the average is not restored", 'self.average.module.load_state_dict(state["average"])', "pass"),
+    ),
+    *changes(
+        "camkd_fast/train/optimizer.py",
+        f"{OPTIMIZER} {OPTIONS}",
+        Change("default momentum", "lr=1.0, momentum=optim.momentum, nesterov", "lr=1.0, momentum=0.9, nesterov"),
+        Change("no Nesterov momentum", "nesterov=True", "nesterov=False"),
+        Change(
+            "no weight decay",
+            '"params": list(parameters), "weight_decay": optim.weight_decay',
+            '"params": list(parameters)',
+        ),
+        Change("norms decay", '"weight_decay": 0.0}', '"weight_decay": optim.weight_decay}'),
+        Change(
+            "only weights are trained",
+            "parameters = [p for p in module.parameters() if p.requires_grad]",
+            "parameters = [p for p in module.parameters() if p.dim() >= 2]",
+        ),
+        Change("Muon skips the decay", "1.0 - rate * self._decay", "1.0"),
+        Change("Muon's directions add up", "direction.zero_()", "pass"),
+        Change("Muon's momentum is not saved", '"muon": self._muon.state_dict()["state"]', '"muon": {}'),
+        Change("Muon's gradients accumulate", "weight.grad = None", "pass"),
+        Change("a step without a gradient decays", "if pair[0].grad is not None]", "]"),
     ),
     *changes(
         "camkd_fast/train/distiller.py",
         STEP,
         Change(
             "divided by the images of this process",
-            "num_items=num_items,\n                loss_scale",
-            "num_items=len(target),\n                loss_scale",
+            '{"num_items": num_items, "loss_scale": scale, **options}',
+            '{"num_items": len(logits), "loss_scale": scale, **options}',
         ),
-        Change("loss scale left out", "loss_scale=scale,", ""),
+        Change("loss scale left out", '"num_items": num_items, "loss_scale": scale, ', '"num_items": num_items, '),
         Change(
             "channels_last dropped",
             "self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]",
@@ -185,21 +278,18 @@ CHANGES = (
         ),
         Change(
             "gradient of the feature loss not scaled",
-            "target, num_items, scale)\n        logits",
-            "target, num_items, torch.ones_like(scale))\n        logits",
+            "target, num_items, scale, **labels.second)",
+            "target, num_items, torch.ones_like(scale), **labels.second)",
             tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
         Change("teachers do not move", "teachers.move(fn)", "pass", tests=DISTILLER),
-        Change("the divisor of labels is ignored", "(1 if num_items is None else num_items)", "1", tests=DISTILLER),
         Change(
-            "feature loss left out", "DistillerOutput(out.loss + feature,", "DistillerOutput(out.loss,", tests=DISTILLER
-        ),
-        Change(
-            "teachers of their own dtype",
-            "freeze(source.model, teacher_dtype, channels_last)",
-            "freeze(source.model)",
+            "the divisor of labels is ignored",
+            "labels.cross_entropy(_wide(logits), self.label_smoothing, num_items)",
+            "labels.cross_entropy(_wide(logits), self.label_smoothing, None)",
             tests=DISTILLER,
         ),
+        Change("feature loss left out", "DistillerOutput(loss + feature,", "DistillerOutput(loss,", tests=DISTILLER),
         Change("an option does not arrive", '"alpha": alpha, ', "", tests=DISTILLER),
         Change(
             "images in the caller's layout",
@@ -207,6 +297,13 @@ CHANGES = (
             "pass",
             equivalent="a convolution with channels_last weights converts its input itself",
         ),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/given.py",
+        DISTILLER,
+        Change("teachers of their own dtype", "freeze(source.model, dtype, channels_last)", "freeze(source.model)"),
+        Change("classes in the teacher's order", "if order is not None:", "if False:"),
+        Change("images as the student's", "if images.preprocessing is None:", "if True:"),
     ),
     *changes(
         "camkd_fast/models/observer.py",
@@ -386,14 +483,14 @@ CHANGES = (
         ),
         Change(
             "test result of rank 0's buffers only",
-            "world.copy_buffers(step.student)\n        test",
+            "world.copy_buffers(step.student)\n    test",
             "test",
             tests=f"{RANKS}::test_the_test_result_is_that_of_the_saved_model",
         ),
         Change(
             "training accuracy as test accuracy",
-            "loader(parts.test, for_test), world)",
-            "loader(parts.train, for_test), world)",
+            "loader(parts.test, for_test), journal",
+            "loader(parts.train, for_test), journal",
             tests=f"{JOBS}::test_teach_leaves_a_run_that_can_be_evaluated",
         ),
         Change(

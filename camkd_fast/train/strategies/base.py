@@ -75,10 +75,12 @@ class Strategy(nn.Module):
         target: Tensor,
         num_items: float | Tensor | None = None,
         loss_scale: Tensor | None = None,
+        **second: Tensor,
     ) -> FeatureTerm | None:
         """Feature loss of this batch.
 
         Args:
+            second: `second_target` and `mix` of mixed images, as in camkd_loss; else nothing.
             num_items: divides the sum over samples, as in camkd_loss.
             loss_scale: (1,) float32 in a training step, where the term may have roots and their gradients; None asks
                 for a differentiable loss.

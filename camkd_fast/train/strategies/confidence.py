@@ -55,10 +55,11 @@ class CAMKD(FeatureStrategy):
         target: Tensor,
         num_items: float | Tensor | None,
         loss_scale: Tensor | None,
+        second: dict[str, Tensor],
     ) -> FeatureTerm:
         if self.uniform == "features":
             return self._hints(student, teachers, target, num_items, loss_scale)
         if loss_scale is not None and self.maps.detach_weights:
-            return self._with_gradients(student, teachers, target, num_items, loss_scale, "confidence")
-        out = self.maps(student, teachers, self.heads, target, num_items)
+            return self._with_gradients(student, teachers, target, num_items, loss_scale, "confidence", second)
+        out = self.maps(student, teachers, self.heads, target, num_items, **second)
         return FeatureTerm(self.beta * out.loss, out.weights.detach())

@@ -46,10 +46,11 @@ class FeatureStrategy(Strategy):
         target: Tensor,
         num_items: float | Tensor | None = None,
         loss_scale: Tensor | None = None,
+        **second: Tensor,
     ) -> FeatureTerm:
         with torch.autocast(student.features.device.type, enabled=False):
             maps = student.features.to(self.maps.dtype), [t.features for t in teacher_outputs]
-            return self._term(*maps, target, num_items, loss_scale)
+            return self._term(*maps, target, num_items, loss_scale, second)
 
     def _term(
         self,
@@ -58,6 +59,7 @@ class FeatureStrategy(Strategy):
         target: Tensor,
         num_items: float | Tensor | None,
         loss_scale: Tensor | None,
+        second: dict[str, Tensor],
     ) -> FeatureTerm:
         """`feature_term` of the maps: student (N, D, H, W) float32, teachers (N, D_k, H_k, W_k)."""
         raise NotImplementedError
@@ -70,10 +72,11 @@ class FeatureStrategy(Strategy):
         num_items: float | Tensor | None,
         loss_scale: Tensor,
         weighting: str,
+        second: dict[str, Tensor],
     ) -> FeatureTerm:
         """The term whose roots are the maps r_k: loss and gradients in one pass."""
         options = {"beta": self.beta, "weighting": weighting, "num_items": num_items, "loss_scale": loss_scale}
-        out, maps, gradients = self.maps.loss_and_grad(student, teachers, self.heads, target, **options)
+        out, maps, gradients = self.maps.loss_and_grad(student, teachers, self.heads, target, **options, **second)
         return FeatureTerm(out.loss, out.weights if weighting == "confidence" else None, maps, gradients)
 
     def _hints(
@@ -86,7 +89,7 @@ class FeatureStrategy(Strategy):
     ) -> FeatureTerm:
         """beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2: equal weights for all maps."""
         if loss_scale is not None:
-            return self._with_gradients(student, teachers, target, num_items, loss_scale, "uniform")
+            return self._with_gradients(student, teachers, target, num_items, loss_scale, "uniform", {})
         regressed = self.maps.regress(student, teachers)
         kept = target != self.formula.ignore_index
         weights = (kept / len(teachers)).expand(len(teachers), -1)
@@ -108,5 +111,6 @@ class FitNetMKD(FeatureStrategy):
         target: Tensor,
         num_items: float | Tensor | None,
         loss_scale: Tensor | None,
+        second: dict[str, Tensor],
     ) -> FeatureTerm:
         return self._hints(student, teachers, target, num_items, loss_scale)

@@ -1,0 +1,68 @@
+"""The labels of a batch: one per row, or two with their shares (Mixup, CutMix); cross-entropy and label smoothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # label of rows that do not count
+
+
+class Labels(NamedTuple):
+    """Labels of N rows; cross-entropies are mix CE(target) + (1 - mix) CE(second_target)."""
+
+    target: Tensor  # (N,) int64, or IGNORED
+    second_target: Tensor | None = None  # (N,) int64; None: rows have one label
+    mix: Tensor | None = None  # (N,) float32 in [0, 1], the share of `target`
+
+    @property
+    def second(self) -> dict[str, Tensor]:
+        """The second labels as keywords of a loss; empty for rows of one label."""
+        if self.second_target is None or self.mix is None:
+            return {}
+        return {"second_target": self.second_target, "mix": self.mix}
+
+    @property
+    def largest(self) -> Tensor:
+        """(N,) the label with the larger share."""
+        if self.second_target is None or self.mix is None:
+            return self.target
+        return torch.where(self.mix >= 0.5, self.target, self.second_target)
+
+    def cross_entropy(self, logits: Tensor, smoothing: float, num_items: float | Tensor | None) -> Tensor:
+        """Scalar, differentiable: the sum over rows divided by `num_items`, or by the rows that count if it is None."""
+        if self.second_target is None or self.mix is None:
+            rows = "mean" if num_items is None else "sum"
+            loss = F.cross_entropy(logits, self.target, reduction=rows, label_smoothing=smoothing)
+            return loss / (1 if num_items is None else num_items)
+        one, other = (
+            F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+            for target in (self.target, self.second_target)
+        )
+        kept = self.target != IGNORED
+        mix = self.mix.to(one.dtype)
+        total = torch.where(kept, mix * one + (1 - mix) * other, 0.0).sum()
+        return total / (kept.sum() if num_items is None else num_items)
+
+    def smoothing_slope(self, logits: Tensor) -> Tensor:
+        """d/d logits (N, C) of what label smoothing adds to the summed cross-entropy, per unit of smoothing.
+
+        The smoothed cross-entropy of a row is CE + eps (z_y - mean_c z_c), with both labels by their shares in z_y: the
+        second part is linear in the logits.
+        """
+        C = logits.shape[1]
+        classes = torch.arange(C, device=logits.device)
+        onehot = (classes == self.target[:, None]).to(logits.dtype)
+        if self.second_target is not None and self.mix is not None:
+            mix = self.mix.to(logits.dtype)[:, None]
+            onehot = mix * onehot + (1 - mix) * (classes == self.second_target[:, None]).to(logits.dtype)
+        return torch.where((self.target != IGNORED)[:, None], onehot - 1 / C, 0.0)
+
+    def smoothed(self, logits: Tensor, num_items: float | Tensor | None) -> Tensor:
+        """Scalar, differentiable: the sum that `smoothing_slope` describes, divided as in `cross_entropy`."""
+        slope = self.smoothing_slope(logits)
+        total = torch.where(slope != 0, slope * logits, 0.0).sum()
+        return total / ((self.target != IGNORED).sum() if num_items is None else num_items)
