@@ -124,6 +124,7 @@ def _compare(command: Compare) -> None:
     shared = DistillConfig(**{f.name: getattr(student, f.name) for f in fields(DistillConfig)})
     config = compare.CompareConfig(command.strategies, command.seeds, shared)
     cells = list(config.cells())
+    compare.check_teachers(config)
     with locked(config.out) if _is_main() else nullcontext():
         for number, cell in enumerate(cells, 1):
             _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")

@@ -12,6 +12,7 @@ from ..train import run, strategies
 from ..train.config import DistillConfig
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import is_finished
+from ..train.teachers.runs import load_source
 
 BASELINE = strategies.AVER.name  # reference of the paired differences
 
@@ -77,6 +78,18 @@ class Row:
 def spread(values: Sequence[float]) -> float:
     """Sample standard deviation; 0 for a single value."""
     return stdev(values) if len(values) > 1 else 0.0
+
+
+def check_teachers(config: CompareConfig) -> None:
+    """Load each teacher before the first cell is trained, if one of several strategies may refuse it.
+
+    Raises:
+        ValueError, OSError, CheckpointError: as `load_source`.
+    """
+    needing = [strategies.find(name) for name in config.strategies if strategies.find(name).needs_features]
+    if needing and not all(is_finished(cell.out) for cell in config.cells()):
+        for teacher in config.student.teachers:
+            load_source(teacher, needing[0])
 
 
 def run_cell(cell: DistillConfig, overwrite: bool = False, extend: bool = False) -> None:

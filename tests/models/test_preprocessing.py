@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from camkd_fast import models
@@ -101,16 +104,20 @@ def test_equal_or_unknown_preprocessing_adds_nothing(own: Preprocessing, given: 
     assert adapted(model, own, given) is model
 
 
-@pytest.mark.parametrize("own", [(8, 8), (4, 4), (16, 16), (5, 11), (16, 4)])
-@pytest.mark.parametrize("given", [(8, 8), (7, 9)])
-def test_resizing_commutes_with_the_affine(own: tuple[int, int], given: tuple[int, int]) -> None:
-    u = levels(3, *given)
-    there = Preprocessing(IMAGENET.mean, IMAGENET.std, own, 3)
-    model = adapted(Recorder(), there, Preprocessing(CIFAR.mean, CIFAR.std, given, 3))
-    images = normalised(u, CIFAR, torch.float32)
+SIDES = st.tuples(st.integers(1, 20), st.integers(1, 20))
 
-    resized = u.double() if own == given else F.interpolate(u.double(), own, mode="bilinear", antialias=True)
-    assert_accurate(received(model, images), normalised(resized, there), naive(images, there, CIFAR))
+
+@settings(max_examples=50)
+@given(SIDES, SIDES, st.booleans(), st.integers(0, 2**32))
+def test_resizing_commutes_with_the_affine(own: tuple[int, int], here: tuple[int, int], gray: bool, seed: int) -> None:
+    """To any size from any size, from one channel or from three."""
+    torch.manual_seed(seed)
+    u = levels(1 if gray else 3, *here)
+    there, here_as = Preprocessing(IMAGENET.mean, IMAGENET.std, own), replace(GRAY if gray else CIFAR, size=here)
+    images = normalised(u, here_as, torch.float32)
+    resized = u.double() if own == here else F.interpolate(u.double(), own, mode="bilinear", antialias=True)
+    seen = received(adapted(Recorder(), there, here_as), images)
+    assert_accurate(seen, normalised(resized, there), naive(images, there, here_as), floor=1e-7)
 
 
 def test_a_size_that_is_not_given_is_that_of_the_images() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from camkd_fast.models.model_file import CheckpointError
 from camkd_fast.train import config_file
@@ -172,6 +174,23 @@ def test_resuming_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> Non
         again = teach(replace(config, log=QUIET), resume=True)  # logging settings may change
     assert model.read_bytes() == expected and again.test == result.test
     assert len(read_metrics(metrics)) == lines
+
+
+def test_a_run_of_an_earlier_version_ends_the_same(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
+    """Its config has run folders as teachers, and neither a class map nor initial weights."""
+    config = DistillConfig("resnet8", teachers, strategy="aver", out=tmp_path / "s", data=FEW, optim=SHORT, log=QUIET)
+    model, file = config.out / "model.safetensors", config.out / "config.yaml"
+    distill(config)
+    expected = model.read_bytes()
+    model.unlink()
+    shutil.rmtree(max((config.out / "checkpoints").iterdir()))
+    written = yaml.safe_load(file.read_text())
+    assert written["teachers"] == [str(path) for path in teachers]
+    file.write_text(
+        yaml.safe_dump({name: value for name, value in written.items() if name not in ("class_map", "init")})
+    )
+    distill(config, resume=True)
+    assert model.read_bytes() == expected
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -48,12 +48,7 @@ def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfi
     class_map = None if config.class_map is None else ClassMap.read(config.class_map, config.teachers)
     found: dict[SourceString, tuple[Source, Fitted]] = {}
     for name in config.teachers:
-        source = sources.load(name)
-        if strategy.needs_features and isinstance(source.model, LogitsOnly):
-            raise ValueError(
-                f"{config.strategy} needs feature maps, but teacher {name} has none: {source.model.reason}; "
-                f"strategies without feature maps: {', '.join(_without_maps())}"
-            )
+        source = load_source(name, strategy)
         model = models.freeze(source.model, dtype, config.precision.channels_last).to(world.device)
         found[name] = source, fitted(name, model, source, images, class_map)
     if world.is_main:
@@ -66,8 +61,22 @@ def load_teachers(config: DistillConfig, images: ImageSet, settings: LoaderConfi
     return _cached(config, config.teacher_cache, live, images, settings, world)
 
 
-def _without_maps() -> list[str]:
-    return [name for name, kind in strategies.STRATEGIES.items() if kind.needs_teachers and not kind.needs_features]
+def load_source(name: SourceString, strategy: type[strategies.Strategy]) -> Source:
+    """A teacher as it was trained.
+
+    Raises:
+        ValueError: it lacks the feature map that the strategy needs; or as `sources.load`.
+        OSError, CheckpointError: as `sources.load`.
+    """
+    source = sources.load(name)
+    if strategy.needs_features and isinstance(source.model, LogitsOnly):
+        kinds = strategies.STRATEGIES.items()
+        others = [other for other, kind in kinds if kind.needs_teachers and not kind.needs_features]
+        raise ValueError(
+            f"{strategy.name} needs feature maps, but teacher {name} has none: {source.model.reason}; strategies "
+            f"without feature maps: {', '.join(others)}"
+        )
+    return source
 
 
 def _report(found: Mapping[SourceString, tuple[Source, Fitted]], images: ImageSet) -> None:
