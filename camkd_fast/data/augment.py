@@ -6,18 +6,20 @@ produces the same crops, a view can be replayed exactly, and a teacher cache can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .counter_random import key, uniforms
+from .rand_augment import LARGEST
 
 Integers = NDArray[np.int64]
 
 _AUGMENTATION = 2  # stream number; the sample order uses the same seed with another one
 _TRIES = 10  # windows drawn before the fallback, as in torchvision's RandomResizedCrop
+_LATER = ("rand_augment", "erasing")
 _LANES = 3 + 2 * _TRIES  # uniforms per sample: flip, row, column, then an area and a ratio per try
 
 
@@ -30,8 +32,8 @@ class Augmentation:
     and a width-to-height `ratio`, distributed as in torchvision's RandomResizedCrop.
 
     Raises:
-        ValueError: the kind is unknown, the padding is negative, `scale` is not a range within (0, 1], or `ratio` is
-            not a range above 0.
+        ValueError: the kind is unknown, the padding is negative, `scale` is not a range within (0, 1], `ratio` is not a
+            range above 0, or a number of RandAugment or random erasing is out of its range.
     """
 
     kind: Literal["crop", "resized-crop"] = "crop"
@@ -39,6 +41,8 @@ class Augmentation:
     flip: bool = True  # mirror left and right with probability 1/2
     scale: tuple[float, float] = (0.08, 1.0)  # for "resized-crop"
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rand_augment: tuple[int, int] | None = None  # operations per image and their magnitude, see `rand_augment`
+    erasing: float = 0.0  # probability of a box of zeros in the normalised image, see `erasing`
 
     def __post_init__(self) -> None:
         if self.kind not in ("crop", "resized-crop"):
@@ -49,6 +53,23 @@ class Augmentation:
             raise ValueError(f"scale must be a range within (0, 1], got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] < np.inf:
             raise ValueError(f"ratio must be a range above 0, got {self.ratio}")
+        if self.rand_augment is not None:
+            rounds, magnitude = self.rand_augment
+            if rounds < 1 or not 0 <= magnitude <= LARGEST:
+                given = f"{rounds} of {magnitude}"
+                raise ValueError(f"rand_augment must be 1 operation or more of magnitude 0 to {LARGEST}, got {given}")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing must lie in [0, 1], got {self.erasing}")
+
+    def __repr__(self) -> str:
+        """Without later settings that are not used: the text is part of checkpoints and of the keys of caches."""
+        used = [f for f in fields(self) if f.name not in _LATER or getattr(self, f.name) != f.default]
+        return f"Augmentation({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in used)})"
+
+    @property
+    def of_levels(self) -> bool:
+        """Whether crops are augmented further."""
+        return self.rand_augment is not None or self.erasing > 0
 
 
 class Records(NamedTuple):

@@ -74,7 +74,8 @@ class DaliLoader(EpochLoader):
                 yield from self._empty_batches()
                 continue
             yield from self._empty_batches()
-            yield images, self._in_flight.popleft()
+            index = self._in_flight.popleft()
+            yield self._augmented(images, index, view) if self._augments_levels else images, index
 
     def _empty_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The next batches in flight without a readable image, which DALI does not get."""
@@ -120,7 +121,10 @@ class DaliLoader(EpochLoader):
         return built
 
     def _graph(self, dali: Any, inputs: dict[str, Any]) -> Any:
-        """The graph from the outputs of `_feed` to images (n, channels, H, W) or (n, H, W, channels) float32."""
+        """The graph from the outputs of `_feed` to images (n, channels, H, W) or (n, H, W, channels) float32.
+
+        If levels are augmented further, they are not normalised, and uint8.
+        """
         fn, types = dali.fn, dali.types
         gpu = self.config.device.type == "cuda"
         _, H, W = self.data.shape
@@ -138,12 +142,11 @@ class DaliLoader(EpochLoader):
         if self._shifts:
             edge = {"out_of_bounds_policy": "pad", "fill_values": 0}
             levels = fn.slice(levels, start=inputs["shift"], shape=(H, W), axis_names="HW", **edge)
+        normalised = {"mean": list(self.data.mean), "std": list(self.data.std), "dtype": types.FLOAT}
         return fn.crop_mirror_normalize(
             levels,
             mirror=inputs.get("mirror", 0),
-            mean=list(self.data.mean),
-            std=list(self.data.std),
-            dtype=types.FLOAT,
+            **({"dtype": types.UINT8} if self._augments_levels else normalised),
             output_layout="HWC" if self.config.channels_last else "CHW",
         )
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .batch import CPU, BadImageError, Batch, LoaderConfig
+from .erasing import boxes, erase
 from .files import ImageFiles, ImageSet
 from .order import epoch_batches, rank_sizes
+from .rand_augment import draws, rand_augment
 
 log = logging.getLogger(__name__)
 WAY_OUT = "replace the file or raise skip_bad, and resume"
@@ -104,6 +106,25 @@ class EpochLoader(ABC):
         rows = levels.permute(0, 2, 3, 1).flatten(2)
         n, C, H, W = levels.shape
         return rows.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
+
+    @property
+    def _augments_levels(self) -> bool:
+        """Whether `_augmented` does more than to normalise; this depends on samples, so `Batch.finish` cannot do it."""
+        a = self.config.augmentation
+        return a is not None and a.of_levels
+
+    def _augmented(self, levels: Tensor, index: Tensor, view: int) -> Tensor:
+        """Normalised images of the samples `index` (n,): uint8 levels after RandAugment, and erased boxes."""
+        a, seed = self.config.augmentation, self.config.augmentation_seed
+        if a is not None and a.rand_augment is not None and len(index):
+            rounds, magnitude = a.rand_augment
+            levels = rand_augment(levels, draws(rounds, seed, view, index.numpy()), magnitude)
+        images = self._normalised(levels)
+        if a is not None and a.erasing:
+            _, H, W = self.data.shape
+            erased = torch.from_numpy(boxes(a.erasing, seed, view, index.numpy(), H, W))
+            erase(images, erased.to(images.device, non_blocking=True))
+        return images
 
     def _readable(self, index: Tensor) -> Tensor:
         """`index` without the samples found unreadable so far.

@@ -21,7 +21,7 @@ class ResidentLoader(EpochLoader):
     def __init__(self, data: LabelledImages, config: LoaderConfig) -> None:
         super().__init__(data, config)
         self._crops = array_crops(data.pixels.to(config.device), config.augmentation, config.channels_last)
-        self._finish = self._pixels if config.deferred else None
+        self._finish = self._pixels if config.deferred and not self._augments_levels else None
 
     def _images(self, batches: Sequence[Tensor], view: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         if not batches:
@@ -30,7 +30,7 @@ class ResidentLoader(EpochLoader):
         if self._finish is None:
             crops = crops.to(self.config.device, non_blocking=True)
         for batch, crop in zip(batches, torch.split(crops, [len(batch) for batch in batches]), strict=True):
-            yield self._pixels(crop) if self._finish is None else crop, batch
+            yield self._augmented(self._crops(crop), batch, view) if self._finish is None else crop, batch
 
     def _pixels(self, crops: Tensor) -> Tensor:
         return self._normalised(self._crops(crops))

@@ -33,7 +33,7 @@ class TorchLoader(EpochLoader):
         super().__init__(data, config)
         self._prepared: Dataset[Prepared]
         self._prepared = ArrayBatches(data, config) if isinstance(data, LabelledImages) else FileBatches(data, config)
-        self._finish = self._normalised if config.deferred else None
+        self._finish = self._normalised if config.deferred and not self._augments_levels else None
         self._plan: list[Key] = []  # the sampler of the DataLoader, replaced in place
         self._loader: DataLoader[Prepared] | None = DataLoader(
             self._prepared,
@@ -56,7 +56,7 @@ class TorchLoader(EpochLoader):
                 levels, index, problems = self._prepared[view, other]
                 self._reject_all(problems)
             if self._finish is None:
-                levels = self._normalised(levels.to(self.config.device, non_blocking=True))
+                levels = self._augmented(levels.to(self.config.device, non_blocking=True), index, view)
             yield levels, index
 
     def _reject_all(self, problems: dict[int, str]) -> None:

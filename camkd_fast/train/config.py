@@ -46,6 +46,10 @@ class DataConfig:
     """Pixels of zero padding around shifted crops; None: an eighth of the side (paper: 4 of 32)."""
     flip: bool | None = None
     """Flip images horizontally at random; None: yes, except for digits."""
+    rand_augment: tuple[int, ...] = ()
+    """RandAugment: operations per image and their magnitude from 0 to 30, of which 2 9 is usual; (): none."""
+    random_erasing: float = 0.0
+    """Probability that a random box of a training image is erased to the mean of the data set."""
     views: int | None = None
     """Augmented views per image, repeated over the epochs; None: new ones each epoch. A teacher cache needs them."""
     view_seed: int | None = None
@@ -58,6 +62,10 @@ class DataConfig:
         for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
             _at_least(name, getattr(self, name), low)
         _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
+        if len(self.rand_augment) not in (0, 2):
+            raise ValueError(f"rand_augment must be two numbers, got {' '.join(map(str, self.rand_augment))}")
+        if not 0.0 <= self.random_erasing <= 1.0:
+            raise ValueError(f"random_erasing must lie in [0, 1], got {self.random_erasing}")
         _one_of("augmentation", self.augmentation, ("auto", "none", "crop", "resized-crop"))
 
 

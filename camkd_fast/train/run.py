@@ -302,11 +302,14 @@ def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
     kind = config.augmentation
     if kind == "auto":
         kind = "crop" if side <= LARGEST_CROPPED else "resized-crop"
+    rand_augment = (config.rand_augment[0], config.rand_augment[1]) if config.rand_augment else None
     if kind == "none":
-        return Augmentation(padding=0, flip=False)
+        return Augmentation(padding=0, flip=False, rand_augment=rand_augment, erasing=config.random_erasing)
     flip = config.data != "digits" if config.flip is None else config.flip
     padding = side // 8 if config.padding is None else config.padding
-    return Augmentation(kind, padding if kind == "crop" else 0, flip)
+    if kind == "resized-crop":
+        padding = 0
+    return Augmentation(kind, padding, flip, rand_augment=rand_augment, erasing=config.random_erasing)
 
 
 def loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:

@@ -28,6 +28,7 @@ VALUES: dict[str, Any] = {
     "validation": 0.25,
     "momentum": 0.5,
     "betas": (0.8, 0.99),
+    "rand_augment": (3, 7),
     "drop": 0.5,
     "wrong_labels": 0.25,
 }

@@ -4,6 +4,8 @@ from . import Change, changes
 
 AUGMENT = "tests/data/test_augment.py"
 PIXELS = "tests/data/test_loader_pixels.py"
+RAND = "tests/data/test_rand_augment.py"
+ERASING = "tests/data/test_erasing.py"
 LOADERS = "tests/data/test_loaders.py"
 POSITION = "tests/data/test_loader_position.py"
 ORDER = "tests/data/test_order.py"
@@ -16,6 +18,46 @@ LABELS = (
 )
 
 CHANGES = (
+    *changes(
+        "camkd_fast/data/rand_augment.py",
+        RAND,
+        Change(
+            "the order of the batch is lost",
+            "torch.from_numpy(np.argsort(place)).to(levels.device",
+            "torch.from_numpy(np.arange(len(place))).to(levels.device",
+        ),
+        Change("operations of other images", "place = place[order]", "pass"),
+        Change(
+            "the caller's levels change",
+            "levels = levels.index_select(0, torch.from_numpy(order).to(levels.device, non_blocking=True))",
+            "levels.copy_(levels[torch.from_numpy(order)])",
+        ),
+        Change("the view is not in the key", "key(_RAND_AUGMENT, seed, view)", "key(_RAND_AUGMENT, seed)"),
+        Change("pixels wrap around", "found * inside[:, None]", "found"),
+        Change(
+            "pixel corners",
+            "device=levels.device) + 0.5 for side in (W, H))",
+            "device=levels.device) for side in (W, H))",
+        ),
+        Change("a border of the mean", "inner.copy_(((9", "inner.clone().copy_(((9"),
+        Change("bits of the largest magnitude", "dropped = round(4 * strength)", "dropped = 4"),
+        Change("equalised by steps of one level less", "step // 2)", "0)"),
+    ),
+    *changes(
+        "camkd_fast/data/erasing.py",
+        ERASING,
+        Change("boxes in every image", "uniform[:, 0] < probability", "uniform[:, 0] < 1"),
+        Change("boxes never reach the edge", "- sides + 1))", "- sides))"),
+        Change("one row too many", "(rows < bottom)", "(rows <= bottom)"),
+        Change("one stream with RandAugment's", "_ERASING = 4", "_ERASING = 3"),
+    ),
+    *changes(
+        "camkd_fast/data/epoch_loader.py",
+        ERASING,
+        Change("boxes of the first view", "boxes(a.erasing, seed, view,", "boxes(a.erasing, seed, 0,"),
+        Change("operations of the first view", "draws(rounds, seed, view,", "draws(rounds, seed, 0,"),
+        Change("a recorded step finishes what differs by sample", "a is not None and a.of_levels", "False"),
+    ),
     *changes(
         "camkd_fast/data/augment.py",
         AUGMENT,

@@ -151,6 +151,19 @@ def test_loaders_share_the_processors(
     assert run.training_set(TeachConfig(), images(40), ONE)[1].workers == expected
 
 
+@pytest.mark.parametrize("kind", ["none", "crop", "resized-crop"])
+def test_rand_augment_and_erasing_come_from_the_config(kind: Any) -> None:
+    found = run.training_augmentation(DataConfig(augmentation=kind), images(4))
+    assert (found.rand_augment, found.erasing) == (None, 0.0)
+    data = DataConfig(augmentation=kind, rand_augment=(3, 7), random_erasing=0.25)
+    found = run.training_augmentation(data, images(4))
+    assert (found.rand_augment, found.erasing) == ((3, 7), 0.25)
+    with pytest.raises(ValueError, match="rand_augment must be two numbers, got 3"):
+        DataConfig(rand_augment=(3,))
+    with pytest.raises(ValueError, match=r"random_erasing must lie in \[0, 1\], got 1.5"):
+        DataConfig(random_erasing=1.5)
+
+
 def test_the_images_are_chosen_by_the_split_seed() -> None:
     def chosen(seed: int, count: int | None = 20) -> torch.Tensor:
         config = TeachConfig(data=DataConfig(images=count, split_seed=seed))
