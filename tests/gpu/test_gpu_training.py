@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from camkd_fast.data import LoaderConfig, choose
 from camkd_fast.data.augment import Augmentation
 from camkd_fast.data.batch import Batch
+from camkd_fast.data.rand_augment import draws, rand_augment
 from camkd_fast.losses.min_norm import min_norm_weights
 from camkd_fast.models.preprocessing import Preprocessing, adapted
 from camkd_fast.train import strategies
-from camkd_fast.train.config import PrecisionConfig
+from camkd_fast.train.config import OptimConfig, PrecisionConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.step_graph import WARM_UP
@@ -57,6 +59,7 @@ def step_on(
     name: str = "ca-mkd",
     dropout: float = 0.0,
     own: Preprocessing | None = None,
+    optim: OptimConfig = OPTIM,
 ) -> TrainStep:
     """`own`: of the teachers."""
     nets = [SmallNet(6 + k, seed=10 + k) for k in range(2)]
@@ -67,7 +70,7 @@ def step_on(
     torch.manual_seed(0)
     strategy = strategies.create(name, given, SmallNet().num_features)
     student = SmallNet(dropout=dropout)
-    return TrainStep(student, strategy, given, OPTIM, precision, World(0, 1, device), 32, seed=0)
+    return TrainStep(student, strategy, given, optim, precision, World(0, 1, device), 32, seed=0)
 
 
 def on_device(host: Batch, device: torch.device) -> Batch:
@@ -129,6 +132,54 @@ def test_every_strategy_is_recorded(name: str, dtype: str, caplog: pytest.LogCap
     assert not caplog.messages  # a refusal is logged
     moved = (expected - steps_of(CUDA, eager, 0, name)).norm()
     assert float((replayed - expected).norm() / moved) < {"float32": 0.01}.get(dtype, 0.05)
+
+
+RECIPE = replace(OPTIM, clip_grad=0.5, ema=0.9, label_smoothing=0.1, mixup=0.4, cutmix=1.0, decay_norms=False)
+
+
+@pytest.mark.usefixtures("nondeterministic")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [("sgd", "float32"), ("sgd", "float16"), ("adamw", "float32"), ("adamw", "float16"), ("muon", "bfloat16")],
+)
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_recipes_are_recorded(compiled: str, optimizer: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Optimiser, clipping, average, smoothing and mixing in one CUDA graph, with teachers that run ahead."""
+    torch._dynamo.reset()
+    precision = PrecisionConfig(compile=compiled, cuda_graphs="on", dtype=dtype)  # type: ignore[arg-type]
+    optim = replace(RECIPE, optimizer=optimizer)  # type: ignore[arg-type]
+    found = []
+    for setting in (precision, replace(precision, cuda_graphs="off")):
+        step = step_on(CUDA, setting, optim=optim)
+        start = parameters(step)
+        take(step, [on_device(batch(32, seed=i), CUDA) for i in range(12)])
+        assert step.average is not None
+        average = torch.cat([p.flatten() for p in step.average.module.parameters()])
+        found.append((parameters(step), average, parameters(step) - start))
+    assert not caplog.messages  # a refusal is logged
+    for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):
+        assert float((ours - theirs).norm() / found[1][2].norm()) < (0.02 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.parametrize("magnitude", [5, 30])
+def test_augmented_levels_equal_the_cpus(magnitude: int) -> None:
+    levels = arrays(70, H=33, W=29).pixels
+    drawn = draws(3, 0, 0, np.arange(70))
+    difference = (
+        rand_augment(levels.to(CUDA), drawn, magnitude).cpu().int() - rand_augment(levels, drawn, magnitude).int()
+    )
+    assert (difference.abs() > 1).float().mean() < 0.005  # rounding between two pixels or levels
+    more = Augmentation(padding=3, rand_augment=(2, magnitude), erasing=0.5)
+    for kind in ("resident", "torch"):
+        with (
+            opened(arrays(), kind, augmentation=more) as cpu,
+            opened(arrays(), kind, augmentation=more, device=CUDA) as gpu,
+        ):
+            for ours, theirs in zip(gpu, cpu, strict=True):
+                assert torch.equal(ours.images.cpu() == 0, theirs.images == 0)
+                assert ((ours.images.cpu() - theirs.images).abs() > 0.02).float().mean() < 0.01
 
 
 @pytest.mark.usefixtures("nondeterministic")

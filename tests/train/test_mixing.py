@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig
 from camkd_fast.train.mixing import Mixer, mixed, mixer_for
@@ -126,9 +128,11 @@ def test_the_memory_format_is_kept() -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def step_with(optim: OptimConfig = BOTH, recorder: Any = None, name: str = "ca-mkd", ahead: str = "auto") -> TrainStep:
+def step_with(
+    optim: OptimConfig = BOTH, recorder: Any = None, name: str = "ca-mkd", ahead: str = "auto", compile: str = "off"
+) -> TrainStep:
     made = train_step(name)
-    precision = replace(EAGER, teacher_ahead=ahead)
+    precision = replace(EAGER, teacher_ahead=ahead, compile=compile)
     return TrainStep(made.student, made.strategy, made.teachers, optim, precision, ONE, 32, 0, recorder)
 
 
@@ -173,6 +177,21 @@ def test_replays_mix_the_batch_of_their_step(name: str, ahead: str) -> None:
     unmixed = step_with(OPTIM, name=name)
     take(unmixed, 14)
     assert relative(parameters(unmixed), parameters(eager)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ce", "ca-mkd"])
+def test_mixing_and_smoothing_compile_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    optim = replace(BOTH, label_smoothing=0.1)
+    eager, compiled = (step_with(optim, name=name, compile=setting) for setting in ("off", "on"))
+    for made in (eager, compiled):
+        take(made, 6)
+    assert counter.frame_count == 1
+    assert relative(parameters(compiled), parameters(eager)) < 1e-5
+    torch._dynamo.reset()
 
 
 def test_a_resumed_step_mixes_as_the_first_did() -> None:
