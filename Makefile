@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml $(NATIVE)
 demo: $(STAMP)
 	$(BIN)/camkd-fast demo --out runs/demo
 
+# Two processes, because a test keeps about one core busy; the tests of a file share what they build.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -18,6 +18,7 @@ from ..train import run
 from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
 from ..train.journal import METRICS, read_metrics
 from ..train.run_folder import load_model
+from ..train.run_images import load_splits
 from ..train.source_strings import SourceString
 from ..train.strategies import AVER, CAMKD, CE
 from . import compare
@@ -127,7 +128,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResults:
     """
     from tqdm import tqdm
 
-    parts = run.load_splits(DataConfig(data=DATA))
+    parts = load_splits(DataConfig(data=DATA))
     jobs = [config.teacher(k, out) for k in range(len(config.teachers))]
     comparison = config.students(out)
     cells = list(comparison.cells())

@@ -35,8 +35,8 @@ from ..train.class_map import ClassMap
 from ..train.config import DistillConfig, JobConfig, TeachConfig
 from ..train.confusion import Confusion, confusion
 from ..train.journal import METRICS, read_metrics
-from ..train.run import load_splits
 from ..train.run_folder import CONFIG, REPORT, is_finished
+from ..train.run_images import load_splits
 from ..train.source_strings import SourceString, labels
 from ..train.teachers.fitted import fitted
 

@@ -20,10 +20,10 @@ from ..models import sources
 from ..models.protocol import Source
 from ..models.split import LogitsOnly
 from ..report.page import Table
-from ..train import run
 from ..train.class_map import ClassMap
 from ..train.config import DataConfig, PrecisionConfig, TeachConfig
 from ..train.distributed import World, processes
+from ..train.run_images import EVALUATION_BATCH, load_splits, loader_config
 from ..train.source_strings import SourceString, labels
 from ..train.teachers.fitted import fitted
 
@@ -54,7 +54,7 @@ def compare_teachers(
     *,
     class_map: Path | None = None,
     device: str = "auto",
-    batch_size: int = run.EVALUATION_BATCH,
+    batch_size: int = EVALUATION_BATCH,
 ) -> Comparison:
     """Run all teachers, in float32 and as `distill` would, on the same unaugmented images.
 
@@ -68,7 +68,7 @@ def compare_teachers(
     """
     if not names:
         raise ValueError("teachers compares one or more sources, got none")
-    parts = run.load_splits(data)
+    parts = load_splits(data)
     if split == "auto":
         split = "validation" if len(parts.validation) else "test"
     images: ImageSet = getattr(parts, split)
@@ -82,7 +82,7 @@ def compare_teachers(
         for name, source in zip(names, found, strict=True):
             model = models.freeze(source.model).to(world.device)
             ready.append(fitted(name, model, source, images, classes))
-        settings = run.loader_config(config, world, batch_size, None)
+        settings = loader_config(config, world, batch_size, None)
         with closing(choose.loader(images, settings, data.loader)) as loader:
             count, right, same, speed = _measure([teacher.model for teacher in ready], loader, world)
     teachers = [

@@ -83,8 +83,11 @@ def adapted(model: nn.Module, own: Preprocessing, given: Preprocessing) -> nn.Mo
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Channels of a model's images, from its first convolution; None if it has none."""
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    """1 or 3, the channels of a model's images, from its first convolution; None if that does not look like one of
+    images: the first one that was defined need not be the first one that runs.
+    """
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first if first in (1, 3) else None
 
 
 def _affine(own: Preprocessing, given: Preprocessing) -> tuple[Tensor, Tensor] | None:

@@ -13,35 +13,29 @@ from typing import Any
 
 import torch
 
-from .. import system
-from ..data import catalogue, choose
-from ..data.augment import Augmentation
+from ..data import choose
 from ..data.batch import Loader, LoaderConfig
 from ..data.files import ImageSet
-from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.order import step_sizes
 from ..data.splits import Splits
-from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
 from ..models.model_file import AVERAGED_MODEL, MODEL, model_bytes
 from ..models.protocol import feature_model
 from . import config_file, run_folder, run_lock, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints
 from .class_names import renumbered
-from .config import DataConfig, DistillConfig, JobConfig, PrecisionConfig, TeachConfig
-from .distributed import World, processes, share_of_batch
+from .config import DistillConfig, JobConfig, PrecisionConfig, TeachConfig
+from .distributed import World, processes
 from .initial_weights import first_model
 from .journal import METRICS, Journal, NullJournal, read_metrics
 from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_model
+from .run_images import EVALUATION_BATCH, load_splits, loader_config, training_set, unreadable
 from .schedule import peak_rate
 from .step import TrainStep
 from .teachers.live import Teachers
 from .teachers.runs import load_teachers
 from .trainer import Evaluation, Outcome, Trainer, evaluate_average
 from .trainer import evaluate as evaluate_model
-
-EVALUATION_BATCH = 256  # images per process
-LARGEST_CROPPED = 64  # side in pixels up to which "auto" augments by shifted crops, not by resized ones
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
         train, settings = training_set(config, parts.train, world)
         steps = config.optim.epochs * len(step_sizes(len(train), settings.batch_size, world.size, shuffle=True))
         precision = config.precision.for_run(world.device.type, steps)
-        bad = _unreadable(parts._replace(train=train), config.data.skip_bad, world)
+        bad = unreadable(parts._replace(train=train), config.data.skip_bad, world)
         settings = replace(settings, known_bad=bad.train)
         teachers = None
         if isinstance(config, DistillConfig):
@@ -252,87 +246,6 @@ def _evaluation(prefix: str, record: dict[str, Any]) -> Evaluation:
     calibration = record.get(f"{prefix}_calibration", math.nan)  # missing in runs of earlier versions
     images, accuracy, loss = (record[f"{prefix}_{name}"] for name in ("images", "accuracy", "loss"))
     return Evaluation(images, accuracy, loss, calibration)
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def load_splits(config: DataConfig) -> Splits:
-    """Training, validation and test part of the data set; errors as `catalogue.load`."""
-    return catalogue.load(
-        config.data, config.root, split_seed=config.split_seed, validation=config.validation, size=config.size
-    )
-
-
-def _unreadable(parts: Splits, skip_bad: int, world: World) -> Unreadable:
-    """The files that cannot be read, in every process; only rank 0 reads headers that no cache has.
-
-    Raises:
-        BadImageError: as `find_unreadable`.
-    """
-    if world.is_main:
-        read_all_headers(parts)
-    world.wait()
-    return find_unreadable(parts, skip_bad, quiet=not world.is_main)
-
-
-def training_set(config: JobConfig, train: ImageSet, world: World) -> tuple[ImageSet, LoaderConfig]:
-    """Images and labels that a run trains on, and its loader settings."""
-    images = _training_images(config, train)
-    share = share_of_batch(config.optim.batch_size, world)
-    return images, loader_config(config, world, share, training_augmentation(config.data, images))
-
-
-def _training_images(config: JobConfig, train: ImageSet) -> ImageSet:
-    """The configured number of images, stratified by class, with wrong or swapped labels if configured."""
-    if config.data.images is not None:
-        (kept,) = stratified_parts(train.labels, [config.data.images], config.data.split_seed)
-        train = train.take(kept)
-    if isinstance(config, TeachConfig) and config.wrong_labels:
-        labels = corrupt_labels(train.labels, train.num_classes, config.wrong_labels, config.seed)
-        train = replace(train, labels=labels)
-    if isinstance(config, TeachConfig) and config.swapped:
-        train = replace(train, labels=swap_labels(train.labels, train.num_classes, *config.swapped))
-    return train
-
-
-def training_augmentation(config: DataConfig, images: ImageSet) -> Augmentation:
-    """The configured augmentation; "auto" depends on the image size."""
-    side = max(images.shape[1:])
-    kind = config.augmentation
-    if kind == "auto":
-        kind = "crop" if side <= LARGEST_CROPPED else "resized-crop"
-    rand_augment = (config.rand_augment[0], config.rand_augment[1]) if config.rand_augment else None
-    if kind == "none":
-        return Augmentation(padding=0, flip=False, rand_augment=rand_augment, erasing=config.random_erasing)
-    flip = config.data != "digits" if config.flip is None else config.flip
-    padding = side // 8 if config.padding is None else config.padding
-    if kind == "resized-crop":
-        padding = 0
-    return Augmentation(kind, padding, flip, rand_augment=rand_augment, erasing=config.random_erasing)
-
-
-def loader_config(config: JobConfig, world: World, batch_size: int, augmentation: Augmentation | None) -> LoaderConfig:
-    """Settings of a loader of this process; without augmentation for evaluation."""
-    return LoaderConfig(
-        batch_size=batch_size,
-        seed=config.seed,
-        augmentation=augmentation,
-        view_seed=config.data.view_seed,
-        views=config.data.views,
-        rank=world.rank,
-        world=world.size,
-        workers=_workers(world) if config.data.workers is None else config.data.workers,
-        device=world.device,
-        channels_last=config.precision.channels_last,
-        skip_bad=config.data.skip_bad,
-    )
-
-
-def _workers(world: World) -> int:
-    """Threads or processes that decode for this process: its share of the machine's processors, 1 to 8."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # processes of the run on this machine
-    return min(max(system.processors() // beside, 1), 8)
 
 
 def make_strategy(config: JobConfig, teachers: Teachers | None, num_features: int) -> strategies.Strategy:

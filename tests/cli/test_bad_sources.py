@@ -157,7 +157,7 @@ def test_a_source_that_cannot_be_loaded(
         (["fewer"], "fewer knows 8 classes, such as '0' and '1', but the images have 10, such as '8' and '9'"),
         (
             ["resnet8@two.pth"],
-            "two.pth cannot take the student's images of shape (1, 8, 8): it takes images of 2 channels, ",
+            "two.pth cannot take the student's images of shape (1, 8, 8): Given groups=1, weight of",
         ),
         (
             ["py:bad_models:crashing", "--strategy", "aver"],

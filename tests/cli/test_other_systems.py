@@ -95,7 +95,7 @@ def test_a_loader_can_be_sent_to_its_processes(monkeypatch: pytest.MonkeyPatch, 
     from camkd_fast.data.augment import Augmentation
     from camkd_fast.data.batch import LoaderConfig
     from camkd_fast.train.config import DataConfig
-    from camkd_fast.train.run import load_splits
+    from camkd_fast.train.run_images import load_splits
 
     no_fork(monkeypatch)
     no_unix_signals(monkeypatch)

@@ -22,7 +22,7 @@ pytest.importorskip("tqdm")
 
 from camkd_fast.data.digits import load_digits
 from camkd_fast.experiments import demo, demo_report
-from camkd_fast.train import run
+from camkd_fast.train import run, run_images
 from camkd_fast.train.config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +116,7 @@ def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) ->
     assert epochs[-1]["train_accuracy"] > epochs[0]["train_accuracy"]
 
     # The logged mean of the last epoch is over the same images without augmentation, so it must be equal.
-    parts = run.load_splits(DataConfig(data=demo.DATA))
+    parts = run_images.load_splits(DataConfig(data=demo.DATA))
     weights = demo.teacher_weights(list(map(Path, cell.teachers)), parts.train, 110)
     assert weights.shape == (2, 110)
     torch.testing.assert_close(weights.mean(1), torch.tensor(epochs[-1]["weights"]), rtol=5e-4, atol=0)

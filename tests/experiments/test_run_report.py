@@ -17,7 +17,7 @@ from camkd_fast.data import LabelledImages
 from camkd_fast.experiments import run_report
 from camkd_fast.report.page import Figures, Folded, Picture, Section, Table, write_page
 from camkd_fast.report.plots import ClassMatrix, Curve, Panel, class_accuracies, confusions, curves
-from camkd_fast.train import run
+from camkd_fast.train import run, run_images
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
 from camkd_fast.train.confusion import confusion
 
@@ -113,7 +113,7 @@ def test_the_same_run_gives_the_same_page(runs: Path) -> None:
 
 
 def test_without_validation_images_there_is_no_confusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = run.load_splits(DataConfig())
+    splits = run_images.load_splits(DataConfig())
     few = splits.train.take(torch.arange(40))
     bare = splits._replace(train=few, validation=few.take(torch.arange(0)))
     monkeypatch.setattr(run, "load_splits", lambda config: bare)

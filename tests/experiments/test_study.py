@@ -21,7 +21,7 @@ from camkd_fast import cli, system
 from camkd_fast.experiments.study import cells, check, conductor, records, spec, study_report, work
 from camkd_fast.experiments.study.cells import Cell
 from camkd_fast.experiments.study.spec import Pool, TeacherSpec, Variant
-from camkd_fast.train import run
+from camkd_fast.train import run, run_images
 from camkd_fast.train.config_file import serializable
 from camkd_fast.train.journal import read_metrics
 from tests.support.loader_data import fashion_folder
@@ -66,7 +66,7 @@ def test_every_cell_leaves_its_record(done: Path) -> None:
 def test_the_pools_weights_are_those_of_its_runs(done: Path) -> None:
     found = records.collect(study(), done)
     # One epoch uses view 0, as the pool's record does; the mean over classes is weighted by their sizes.
-    labels = run.training_set(*_training(done))[0].labels
+    labels = run_images.training_set(*_training(done))[0].labels
     share = torch.bincount(labels, minlength=10) / len(labels)
     for pool in ("good", "bad"):
         expected = (torch.tensor(found.pools[pool]["confidence"]) * share).sum(1)
@@ -78,7 +78,7 @@ def _training(out: Path) -> tuple[object, object, object]:
     from camkd_fast.train.distributed import World
 
     config = cells.student_config(study(), Cell("bad", "resnet8", "ca-mkd", 0), out)
-    return config, run.load_splits(config.data).train, World(0, 1, torch.device("cpu"))
+    return config, run_images.load_splits(config.data).train, World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -374,7 +374,7 @@ def test_the_study_of_cifar_size_on_a_few_images(tmp_path: Path, monkeypatch: py
     assert conductor.conduct(small, out, ORIGIN, jobs=2, progress=lambda text: None) == []
     kept = records.collect(small, out)
     assert kept.missing == [] and len(kept.cells) == 1 + 2 * 7
-    assert run.load_splits(small.data).train.shape == (1, 32, 32)
+    assert run_images.load_splits(small.data).train.shape == (1, 32, 32)
     assert small.title in study_report.write(kept, out / "report.html").read_text()
 
 

@@ -181,7 +181,7 @@ def test_the_best_teacher_is_not_chosen_by_its_test_images(
 
 def test_a_teacher_is_measured_on_both_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     of = study()
-    parts = measure.run.load_splits(of.data)
+    parts = measure.load_splits(of.data)
     metadata = {"model": "resnet8", "num_classes": 10, "in_channels": 1, "mean": [0.0], "std": [1.0]}
     (tmp_path / MODEL).write_bytes(model_bytes(models.create("resnet8", 10, 1), metadata))
 

@@ -13,7 +13,7 @@ from camkd_fast.data import LabelledImages
 from camkd_fast.data.splits import Splits
 from camkd_fast.experiments import teacher_table
 from camkd_fast.models.model_file import model_bytes
-from camkd_fast.train import run
+from camkd_fast.train import run_images
 from camkd_fast.train.config import DataConfig
 from camkd_fast.train.source_strings import SourceString
 from tests.support.models import with_random_norms
@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(name: str, root: Path | None, *, validation: float, **_: object) -> Splits:
         return parts if validation else parts._replace(validation=images(0, 0))
 
-    monkeypatch.setattr(run.catalogue, "load", load)
+    monkeypatch.setattr(run_images.catalogue, "load", load)
     return tmp_path
 
 

@@ -153,7 +153,16 @@ def test_gray_images_are_repeated_for_colour_models() -> None:
 @pytest.mark.parametrize(("channels", "given"), [(1, CIFAR), (4, CIFAR), (2, GRAY), (4, GRAY)])
 def test_other_numbers_of_channels_are_refused(channels: int, given: Preprocessing) -> None:
     with pytest.raises(ValueError, match=f"it takes images of {channels} channels, but they have {given.channels}$"):
-        adapted(Recorder(channels), Preprocessing(), given)
+        adapted(Recorder(channels), Preprocessing(channels=channels), given)
+
+
+def test_channels_are_those_of_a_first_convolution_of_images() -> None:
+    assert [input_channels(Recorder(n)) for n in (1, 3, 2, 64)] == [1, 3, None, None]
+    assert input_channels(nn.Linear(3, 3)) is None
+    with pytest.raises(ValueError, match=r"it takes images of 1 channels, but they have 3$"):
+        adapted(Recorder(1), Preprocessing(), CIFAR)
+    inner = Recorder(64)  # defined before the first convolution that runs, perhaps
+    assert adapted(inner, Preprocessing(), CIFAR) is inner
 
 
 @pytest.mark.parametrize(

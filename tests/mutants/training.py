@@ -457,23 +457,10 @@ CHANGES = (
         Change("beta dropped", "        beta=config.beta,\n", ""),
         Change("alpha dropped", "        alpha=config.alpha,\n", ""),
         Change("teacher_index dropped", "        teacher_index=config.teacher_index,\n", ""),
-        Change("view seed dropped", "        view_seed=config.data.view_seed,\n", ""),
-        Change("views dropped", "        views=config.data.views,\n", ""),
-        Change("skip_bad dropped", "        skip_bad=config.data.skip_bad,\n", ""),
-        Change("workers dropped", "if config.data.workers is None else config.data.workers", ""),
         Change(
             "loader option dropped",
             "choose.loader(images, settings, config.data.loader)))\n\n        for_evaluation",
             "choose.loader(images, settings)))\n\n        for_evaluation",
-        ),
-        Change("channels_last dropped from the loader", "        channels_last=config.precision.channels_last,\n", ""),
-        Change(
-            "split seed dropped", "config.data, config.root, split_seed=config.split_seed,", "config.data, config.root,"
-        ),
-        Change(
-            "images of the first split for every seed",
-            "[config.data.images], config.data.split_seed)",
-            "[config.data.images], 0)",
         ),
         Change(
             "validation images are augmented",
@@ -498,6 +485,23 @@ CHANGES = (
             'or (precision.deterministic == "auto" and device.type == "cpu")',
             "",
             tests=OPTIONS,
+        ),
+    ),
+    *changes(
+        "camkd_fast/train/run_images.py",
+        f"{OPTIONS} {JOBS}::test_augmentation_by_default",
+        Change("view seed dropped", "        view_seed=config.data.view_seed,\n", ""),
+        Change("views dropped", "        views=config.data.views,\n", ""),
+        Change("skip_bad dropped", "        skip_bad=config.data.skip_bad,\n", ""),
+        Change("workers dropped", "if config.data.workers is None else config.data.workers", ""),
+        Change("channels_last dropped from the loader", "        channels_last=config.precision.channels_last,\n", ""),
+        Change(
+            "split seed dropped", "config.data, config.root, split_seed=config.split_seed,", "config.data, config.root,"
+        ),
+        Change(
+            "images of the first split for every seed",
+            "[config.data.images], config.data.split_seed)",
+            "[config.data.images], 0)",
         ),
         Change(
             "swapped labels dropped",

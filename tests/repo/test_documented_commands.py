@@ -149,13 +149,16 @@ def test_bring_your_own_teachers(here: Path, packages: None, capsys: pytest.Capt
     page = (DOCS / "teachers.md").read_text()
     (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (here / "classes.yaml").write_text(text)
-    lines = commands("teachers.md")
-    assert len(lines) == 6
+    install, *lines = commands("teachers.md")
+    (extras,) = re.findall(r"^pip install '\.\[(.+)\]'$", install)
+    assert set(extras.split(",")) <= set(re.findall(r"^(\w+) = \[", (DOCS.parent / "pyproject.toml").read_text(), re.M))
+    assert len(lines) == 8
     for line in lines:
         # Stand-ins are small enough for images of their size; the real default is 224 pixels.
         sized = "--data folder" in line and "--size" not in line
         run(line, *(["--size", "16"] if sized else []))
     assert "timm:resnet18.a1_in1k" in capsys.readouterr().out
+    assert sorted(path.suffix for path in (here / "runs/s0/export").iterdir()) == [".onnx", ".pt2"]
     for name in ("s0", "s1", "s2", "t1"):
         assert (here / "runs" / name / "model.safetensors").exists()
     (record,) = read_metrics(here / "runs/t1/metrics.jsonl", "init")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from camkd_fast import models
-from camkd_fast.train import run
+from camkd_fast.train import run, run_images
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.single_values import running_statistics
 from camkd_fast.train.step import TrainStep
@@ -204,7 +204,7 @@ def test_unreadable_files_leave_one_image_of_a_batch(batch_size: int, hidden: bo
     whole: dict[str, Any] = {"data": "folder", "root": root, "size": 16, "validation": 0.34, "workers": 0, "views": 1}
     optim = OptimConfig(1, batch_size)
     run.teach(TeachConfig("resnet8", out=tmp_path / "t", data=DataConfig(**whole), optim=optim, log=LOG))
-    splits = run.load_splits(DataConfig(**whole))
+    splits = run_images.load_splits(DataConfig(**whole))
     for path in (splits.train.paths[0], splits.validation.paths[0]):
         content = path.read_bytes()
         path.write_bytes(content[:200] + bytes(60) + content[260:] if hidden else b"")

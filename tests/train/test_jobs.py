@@ -16,8 +16,9 @@ from camkd_fast.models.model_file import CheckpointError
 from camkd_fast.train import config_file
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, read_metrics
-from camkd_fast.train.run import RunResult, distill, evaluate, teach, training_augmentation
+from camkd_fast.train.run import RunResult, distill, evaluate, teach
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
+from camkd_fast.train.run_images import training_augmentation
 from camkd_fast.train.teachers.cache import CacheError
 from camkd_fast.train.teachers.live import LiveTeachers
 

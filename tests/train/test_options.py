@@ -18,7 +18,7 @@ from camkd_fast.data import LabelledImages, choose
 from camkd_fast.data.batch import LoaderConfig
 from camkd_fast.data.splits import Splits
 from camkd_fast.models.model_file import MODEL, model_bytes
-from camkd_fast.train import config_file, run, run_folder, strategies
+from camkd_fast.train import config_file, run, run_folder, run_images, strategies
 from camkd_fast.train.config import DataConfig, DistillConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.distributed import World
 from camkd_fast.train.run_folder import RunExistsError
@@ -132,7 +132,7 @@ def test_every_setting_of_a_loader_is_tested() -> None:
 @pytest.mark.parametrize("name", LOADER)
 def test_every_setting_of_a_loader_comes_from_the_config(name: str, kind: type) -> None:
     changes, value = LOADER[name]
-    _, settings = run.training_set(kind(**changes), images(40), TWO)
+    _, settings = run_images.training_set(kind(**changes), images(40), TWO)
     found = getattr(settings, name)
     if name == "augmentation":
         found = found.kind, found.padding, found.flip
@@ -146,17 +146,17 @@ def test_every_setting_of_a_loader_comes_from_the_config(name: str, kind: type) 
 def test_loaders_share_the_processors(
     processors: int, beside: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.system, "processors", lambda: processors)
+    monkeypatch.setattr(run_images.system, "processors", lambda: processors)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
-    assert run.training_set(TeachConfig(), images(40), ONE)[1].workers == expected
+    assert run_images.training_set(TeachConfig(), images(40), ONE)[1].workers == expected
 
 
 @pytest.mark.parametrize("kind", ["none", "crop", "resized-crop"])
 def test_rand_augment_and_erasing_come_from_the_config(kind: Any) -> None:
-    found = run.training_augmentation(DataConfig(augmentation=kind), images(4))
+    found = run_images.training_augmentation(DataConfig(augmentation=kind), images(4))
     assert (found.rand_augment, found.erasing) == (None, 0.0)
     data = DataConfig(augmentation=kind, rand_augment=(3, 7), random_erasing=0.25)
-    found = run.training_augmentation(data, images(4))
+    found = run_images.training_augmentation(data, images(4))
     assert (found.rand_augment, found.erasing) == ((3, 7), 0.25)
     with pytest.raises(ValueError, match="rand_augment must be two numbers, got 3"):
         DataConfig(rand_augment=(3,))
@@ -167,7 +167,7 @@ def test_rand_augment_and_erasing_come_from_the_config(kind: Any) -> None:
 def test_the_images_are_chosen_by_the_split_seed() -> None:
     def chosen(seed: int, count: int | None = 20) -> torch.Tensor:
         config = TeachConfig(data=DataConfig(images=count, split_seed=seed))
-        return run.training_set(config, images(60), ONE)[0].pixels
+        return run_images.training_set(config, images(60), ONE)[0].pixels
 
     assert len(chosen(0)) == len(chosen(1)) == 20 and len(chosen(0, None)) == 60
     assert torch.equal(chosen(1), chosen(1)) and not torch.equal(chosen(0), chosen(1))
@@ -207,7 +207,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         raise _StoppedError
 
     _real_loader = choose.loader
-    monkeypatch.setattr(run.catalogue, "load", load)
+    monkeypatch.setattr(run_images.catalogue, "load", load)
     monkeypatch.setattr(run.choose, "loader", loader)
     monkeypatch.setattr(run, "TrainStep", Step)
     monkeypatch.setattr(run, "Trainer", trainer)
@@ -356,7 +356,7 @@ def teacher(tmp_path: Path) -> Path:
 def loaded(teacher: Path, data: LabelledImages | None = None, **changes: Any) -> Any:
     config = DistillConfig(teachers=(teacher,), **{"strategy": "ca-mkd", **changes})
     config = replace(config, log=replace(config.log, progress=False))
-    data, settings = run.training_set(config, images(20) if data is None else data, ONE)
+    data, settings = run_images.training_set(config, images(20) if data is None else data, ONE)
     return load_teachers(config, data, settings, ONE)
 
 
@@ -375,7 +375,7 @@ def test_a_cache_has_the_configured_storage(teacher: Path, tmp_path: Path) -> No
         views = DataConfig(views=2, loader="resident")
         config = DistillConfig(teachers=(teacher,), data=views, teacher_cache=tmp_path / name, **changes)
         config = replace(config, log=replace(config.log, progress=False))
-        data, settings = run.training_set(config, images(20), ONE)
+        data, settings = run_images.training_set(config, images(20), ONE)
         return load_teachers(config, data, settings, ONE).cache._shards[0]
 
     whole, narrow = storage("whole"), storage("narrow", cache_dtype="bfloat16")

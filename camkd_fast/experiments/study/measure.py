@@ -22,6 +22,7 @@ from ...train.config import DistillConfig
 from ...train.confusion import confusion
 from ...train.distributed import World, processes
 from ...train.run_folder import CHECKPOINTS, load_model
+from ...train.run_images import EVALUATION_BATCH, load_splits, training_set
 from ...train.teachers.cache import CachedTeachers
 from ...train.teachers.runs import load_teachers
 from ...train.trainer import evaluate
@@ -48,7 +49,7 @@ def scaled(model: nn.Module, factor: float) -> nn.Module:
 def teacher(folder: Path, study: StudyConfig) -> dict[str, Any]:
     """Accuracy and calibration of a trained teacher."""
     model = load_model(folder)
-    parts = run.load_splits(study.data)
+    parts = load_splits(study.data)
     with processes(study.precision.device) as world:
         model.to(world.device)
         validation = _evaluate(model, parts.validation, study, world)
@@ -65,7 +66,7 @@ def teacher(folder: Path, study: StudyConfig) -> dict[str, Any]:
 
 
 def _evaluate(model: nn.Module, images: ImageSet, study: StudyConfig, world: World) -> Any:
-    settings = LoaderConfig(run.EVALUATION_BATCH, device=world.device, channels_last=study.precision.channels_last)
+    settings = LoaderConfig(EVALUATION_BATCH, device=world.device, channels_last=study.precision.channels_last)
     with closing(choose.loader(images, settings, study.data.loader)) as loader:
         return evaluate(model, loader, world)
 
@@ -123,7 +124,7 @@ def class_feature_weights(config: DistillConfig) -> list[list[float]] | None:
 def _cached_teachers(config: DistillConfig) -> Iterator[tuple[ImageSet, CachedTeachers, LoaderConfig]]:
     """A run's training images, its cached teachers and its loader settings."""
     with processes(config.precision.device) as world, torch.random.fork_rng():
-        images, settings = run.training_set(config, run.load_splits(config.data).train, world)
+        images, settings = training_set(config, load_splits(config.data).train, world)
         teachers = load_teachers(config, images, settings, world)
         if not isinstance(teachers, CachedTeachers):
             raise ValueError(f"{config.strategy} replays no teacher cache")
