@@ -43,7 +43,7 @@ def draws(rounds: int, seed: int, view: int, index: NDArray[np.int64]) -> Draws:
 
 
 def rand_augment(levels: Tensor, drawn: Draws, magnitude: int) -> Tensor:
-    """Apply the operations to levels (n, channels, H, W) uint8, in new memory of their format.
+    """Apply the operations to levels (n, channels, H, W) uint8, in new memory.
 
     Args:
         magnitude: 0 to LARGEST; for most operations 0 changes nothing.
@@ -55,9 +55,8 @@ def rand_augment(levels: Tensor, drawn: Draws, magnitude: int) -> Tensor:
         order = np.argsort(kinds, kind="stable")
         place = place[order]
         levels = levels.index_select(0, torch.from_numpy(order).to(levels.device, non_blocking=True))
-        maps = torch.from_numpy(_affine_maps(operations[place], signs[place] * strength, size)).to(
-            levels.device, non_blocking=True
-        )
+        numbers = _affine_maps(operations[place], signs[place] * strength, size)
+        maps = torch.from_numpy(numbers).to(levels.device, non_blocking=True)
         for kind in np.unique(kinds).tolist():
             first, last = np.searchsorted(kinds[order], [kind, kind + 1]).tolist()
             group, values = levels[first:last], maps[first:last]
@@ -80,10 +79,14 @@ def _affine_maps(
     """
     H, W = size
     maps = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(operations), 1))
-    for column, factor in ((1, 0.3), (3, 0.3), (2, W * 150 / 331), (5, H * 150 / 331)):
-        rows = operations == {1: 0, 3: 1, 2: 2, 5: 3}[column]
-        value = signed[rows] * factor
-        maps[rows, column] = np.trunc(value) if column in (2, 5) else value
+    for operation, column, value in (
+        (0, 1, 0.3 * signed),  # shears
+        (1, 3, 0.3 * signed),
+        (2, 2, np.trunc(W * 150 / 331 * signed)),  # translations by whole pixels
+        (3, 5, np.trunc(H * 150 / 331 * signed)),
+    ):
+        rows = operations == operation
+        maps[rows, column] = value[rows]
     rows = operations == 4
     angle = np.deg2rad(30.0 * signed[rows])
     cos, sin = np.cos(angle), np.sin(angle)
