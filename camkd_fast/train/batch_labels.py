@@ -38,13 +38,11 @@ class Labels(NamedTuple):
             rows = "mean" if num_items is None else "sum"
             loss = F.cross_entropy(logits, self.target, reduction=rows, label_smoothing=smoothing)
             return loss / (1 if num_items is None else num_items)
-        one, other = (
-            F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-            for target in (self.target, self.second_target)
-        )
-        kept = self.target != IGNORED
-        mix = self.mix.to(one.dtype)
-        total = torch.where(kept, mix * one + (1 - mix) * other, 0.0).sum()
+        kept, mix = self.target != IGNORED, self.mix.to(logits.dtype)
+        total = logits.new_zeros(())
+        for target, share in ((self.target, mix), (self.second_target, 1 - mix)):
+            each = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+            total = total + torch.where(kept & (share != 0), share * each, 0.0).sum()
         return total / (kept.sum() if num_items is None else num_items)
 
     def smoothing_slope(self, logits: Tensor) -> Tensor:

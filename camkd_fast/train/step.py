@@ -70,7 +70,8 @@ class TrainStep:
         recorder: of the device work; None: CUDA graphs where `precision` asks for them.
 
     Raises:
-        ValueError: CUDA graphs or synchronised batch norms are asked for, but the device is a CPU.
+        ValueError: CUDA graphs or synchronised batch norms are asked for, but the device is a CPU; images are mixed,
+            but the teachers are cached; or as `optimizer.create`.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class TrainStep:
         self.sums = Sums()
         self._world, self._seed, self._full_batch = world, seed, full_batch
         self._mixer = mixer_for(optim, seed, world.rank)
+        if self._mixer is not None and teachers is not None and not teachers.computes:
+            raise ValueError("mixup and cutmix need teachers that compute: a cache holds outputs of unmixed images")
         self._largest_norm = optim.clip_grad or None
         self.average = None if optim.ema is None else Average(self.student, optim.ema)
         self._scale = torch.full((1,), float(world.size), device=world.device)  # DDP averages

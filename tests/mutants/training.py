@@ -177,7 +177,11 @@ CHANGES = (
             "onehot - 1 / C",
         ),
         Change("the label loses all of its share", "onehot - 1 / C", "onehot"),
-        Change("the shares are swapped", "mix * one + (1 - mix) * other", "(1 - mix) * one + mix * other"),
+        Change(
+            "the shares are swapped",
+            "((self.target, mix), (self.second_target, 1 - mix))",
+            "((self.target, 1 - mix), (self.second_target, mix))",
+        ),
         Change("accuracy of the smaller share", "self.mix >= 0.5", "self.mix < 0.5"),
     ),
     *changes(

@@ -153,6 +153,15 @@ def test_smoothing_in_any_shape(N: int, C: int, smoothing: float, mixed: bool, s
     assert torch.equal(slope, labels.smoothing_slope(logits))
 
 
+def test_a_label_without_a_share_is_not_read() -> None:
+    """Also if its class is infinitely unlikely."""
+    logits = torch.zeros(2, 4)
+    logits[:, 3] = -torch.inf
+    labels = Labels(torch.tensor([0, 3]), torch.tensor([3, 1]), torch.tensor([1.0, 0.0]))
+    expected = F.cross_entropy(logits, torch.tensor([0, 1]))
+    assert labels.cross_entropy(logits, 0.0, None) == expected
+
+
 def test_forbidden_classes_are_infinitely_unlikely() -> None:
     """As torch's: every class has a share of a smoothed label."""
     logits = torch.zeros(2, 4)

@@ -19,6 +19,7 @@ from camkd_fast.train.mixing import Mixer, mixed, mixer_for
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.step_graph import WARM_UP
 from camkd_fast.train.teacher_ahead import with_following
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.recorded_graph import RecordedGraphs
 from tests.support.training import EAGER, ONE, OPTIM, batch, parameters, train_step
 
@@ -207,7 +208,7 @@ def test_a_resumed_step_mixes_as_the_first_did() -> None:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_settings() -> None:
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mixer_for(OPTIM, 0, 0) is None and mixer_for(MIXUP, 0, 0) is not None is not mixer_for(CUTMIX, 0, 0)
     for name in ("mixup", "cutmix"):
         with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
@@ -216,3 +217,7 @@ def test_settings() -> None:
     DistillConfig(**cached)
     with pytest.raises(ValueError, match="cache holds outputs of images that are not mixed, got mixup 0 and cutmix 1"):
         DistillConfig(optim=CUTMIX, **cached)
+    made = train_step()
+    monkeypatch.setattr(LiveTeachers, "computes", False)
+    with pytest.raises(ValueError, match="need teachers that compute: a cache holds outputs of unmixed images"):
+        TrainStep(made.student, made.strategy, made.teachers, MIXUP, EAGER, ONE, 32, 0)
