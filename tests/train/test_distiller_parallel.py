@@ -12,7 +12,7 @@ import sys, torch
 import torch.distributed as dist
 from contextlib import nullcontext
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from camkd_fast import Distiller
@@ -49,16 +49,21 @@ for strategy in ("ca-mkd-logits", "ca-mkd"):
             loss = single(data.images, data.target).loss
         loss.backward()
         expected = gradients(single)
-        for way in ("ddp", "fsdp2"):
+        for way in ("ddp", "fsdp2 of blocks", "fsdp2 of the student"):
             module = made(strategy)
             if way == "ddp":
                 module = DistributedDataParallel(module)
             else:
-                for inner in (module.student.conv1, module.student.conv2, module):
-                    fully_shard(inner, mesh=mesh)
+                if way == "fsdp2 of blocks":
+                    fully_shard([module.student.conv1, module.student.conv2], mesh=mesh)
+                else:
+                    fully_shard(module.student, mesh=mesh)
+                    for method in ("forward_features", "forward_head"):
+                        register_fsdp_forward_method(module.student, method)
+                fully_shard(module, mesh=mesh)
                 assert all(isinstance(p, DTensor) for p in module.parameters())
             for last, part in zip((False, True), parts):
-                if way == "fsdp2":
+                if way != "ddp":
                     module.set_requires_gradient_sync(last)
                 synced = module.no_sync() if way == "ddp" and not last else nullcontext()
                 with synced:
