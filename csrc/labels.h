@@ -40,10 +40,10 @@ CAMKD_HD RowLabels row_labels(const int64_t* target, const SecondLabels& second,
     return RowLabels::of_two(target[n], second.target[n], second.mix[n], C, ignore_index);
 }
 
-// The average of a number at both labels, weighted by their shares. Distances rather than logits, because a large
-// common offset of a row would cost accuracy.
-CAMKD_HD float mixed(const RowLabels& labels, float first, float second) {
-    return labels.share * first + (1.0f - labels.share) * second;
+// The average of a number at both labels, given the share of the first. Of distances rather than logits, because a
+// large common offset of a row would cost accuracy.
+CAMKD_HD float mixed(float share, float first, float second) {
+    return share * first + (1.0f - share) * second;
 }
 
 }  // namespace camkd

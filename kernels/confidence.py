@@ -135,9 +135,8 @@ def confidence_forward(
     K, N = len(logits), target.shape[0]
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
     if N > 0:
-        _forward_launcher(layouts(logits), ignore_index, second is not None)(
-            tuple(logits), target, *second_of(second), weights, ce, lse
-        )
+        launch = _forward_launcher(layouts(logits), ignore_index, second is not None)
+        launch(tuple(logits), target, *second_of(second), weights, ce, lse)
     return weights, ce, lse
 
 

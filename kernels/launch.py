@@ -42,9 +42,9 @@ def access_width(itemsize: int, ALIGN: int) -> int:
     return min(ACCESS_BYTES // itemsize, ALIGN)
 
 
-def _register_limit(K: int, num_warps: int) -> int | None:
-    """No limit for up to 3 teachers: ptxas uses 70 to 80 registers per thread, and more would avoid no spill."""
-    return None if K <= 3 else min(MOST_REGISTERS, 65536 // (32 * num_warps))
+def _register_limit(K: int, num_warps: int, two_labels: bool) -> int | None:
+    """No limit for up to 3 teachers and one label: ptxas uses 70 to 80 registers, and more would avoid no spill."""
+    return None if K <= 3 and not two_labels else min(MOST_REGISTERS, 65536 // (32 * num_warps))
 
 
 class RowLaunch(NamedTuple):
@@ -56,18 +56,18 @@ class RowLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int) -> RowLaunch:
+def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> RowLaunch:
     """Row loss with rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C > 1024:
         num_warps = BLOCK_C // 256
-        return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps))
+        return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps, two_labels))
     # Up to 256 columns a warp owns whole rows, so reductions are shuffles without a barrier. Narrow rows share a warp;
     # a thread works on at most 2 of them, since a row takes 3 registers per teacher.
     BLOCK_N = max(256 // BLOCK_C, min(1024 // BLOCK_C, 4))
     num_warps = min(BLOCK_N * BLOCK_C // (32 * access_width(itemsize, ALIGN)), 4)
     # Rows of up to 128 columns finish before occupancy matters.
-    maxnreg = MOST_REGISTERS if BLOCK_C <= 128 else _register_limit(K, num_warps)
+    maxnreg = MOST_REGISTERS if BLOCK_C <= 128 else _register_limit(K, num_warps, two_labels)
     return RowLaunch(BLOCK_N, BLOCK_C, num_warps, maxnreg)
 
 
@@ -81,7 +81,7 @@ class StreamingLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaunch:
+def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> StreamingLaunch:
     """Row loss with rows in column blocks: one access per thread, tensor and iteration, and one lane of statistics.
 
     A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
@@ -94,18 +94,17 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int) -> StreamingLaun
     VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
     GROUP, widest = (8, 16) if K <= 8 else (2, 8)
     num_warps = max(1, min(_power_of_2(C) // (32 * VEC), widest))
-    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps))
+    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps, two_labels))
 
 
-def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool) -> RowLaunch:
+def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> RowLaunch:
     """Confidence weights: statistics only, so one geometry works for any C; narrow rows share a program.
 
-    4 warps, one access per thread and iteration; a lane holds 3 running numbers of one teacher at a time. With two
-    labels ptxas would spill the second one for the sake of occupancy.
+    4 warps, one access per thread and iteration; a lane holds 3 running numbers of one teacher at a time.
     """
     tile = 128 * access_width(itemsize, ALIGN)
     BLOCK_C = min(_power_of_2(max(C, 16)), tile)
-    return RowLaunch(tile // BLOCK_C, BLOCK_C, 4, MOST_REGISTERS if two_labels else _register_limit(K, 4))
+    return RowLaunch(tile // BLOCK_C, BLOCK_C, 4, _register_limit(K, 4, two_labels))
 
 
 def elementwise_launch(C: int, itemsize: int) -> Launch:

@@ -52,7 +52,7 @@ def row_loss(
         formula = formula._replace(weighting="given")
     launch, batch = row_launcher(
         *(layouts([student, *teachers]), (0, 0) if given is None else given.stride(), formula),
-        *(isinstance(scale, Tensor), mean, total_scale is not None),
+        *(isinstance(scale, Tensor), mean, total_scale is not None, second is not None),
     )
     loss = others = counter = None
     if mean or batch.ADDS_UP:
@@ -83,6 +83,7 @@ def row_launcher(
     scale_on_device: bool,
     mean: bool,
     total: bool,
+    two_labels: bool,
 ) -> tuple[Launcher, BatchLaunch]:
     """The kernel that suits the width: whole rows on chip, or rows in column blocks; and what it does for the means.
 
@@ -113,11 +114,11 @@ def row_launcher(
     }
     itemsize = max(x.dtype.itemsize for x in tensors)
     if on_chip(K, C):
-        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN)
+        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels)
         constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
         kernel, grid = row_loss_onchip_fwd_kernel, -(-N // BLOCK_N)
     else:
-        BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN)
+        BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, two_labels)
         constants = {**flags, "BLOCK_C": BLOCK_C, "VEC": VEC, "GROUP": GROUP}
         kernel, grid = row_loss_streaming_fwd_kernel, N
     batch = batch_launch(N, grid, num_warps)

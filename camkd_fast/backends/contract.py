@@ -77,9 +77,9 @@ class Backend(Protocol):
     """A backend is a module with these functions.
 
     Logits are (N, C), or (B, S, C) with N = B * S if no single stride describes the rows; the column stride is 1 and
-    row strides are arbitrary. Targets are (N,) int64, contiguous. Feature maps are K pairs (N, ...) of any layout, the
-    student's of one dtype; their gradients have the strides of `feature_maps.gradient_strides`. Accumulation is float64
-    for float64 tensors, else float32. No input is written.
+    row strides are arbitrary. Targets are (N,) int64, contiguous; with `second`, rows have two labels. Feature maps are
+    K pairs (N, ...) of any layout, the student's of one dtype; their gradients have the strides of
+    `feature_maps.gradient_strides`. Accumulation is float64 for float64 tensors, else float32. No input is written.
     """
 
     def row_loss(

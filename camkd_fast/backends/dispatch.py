@@ -40,7 +40,6 @@ _MODULES = {
     "cuda": "camkd_fast.backends.cuda",
 }
 _CPU = torch.device("cpu")
-_ONE_LABEL = ("cuda",)
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 # Where `auto` prefers the CUDA C++ kernels to Triton: (compute capability, fewest and most classes). Every entry needs
@@ -107,12 +106,10 @@ def _device_refusal(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], two_labels: bool) -> str | None:
+def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
     """Why backend `name` cannot run these tensors; None if it can."""
     if name == "reference":
         return None
-    if two_labels and name in _ONE_LABEL:
-        return "its kernels take rows of one label"
     refusal = _device_refusal(name, tensors[0].device)
     if refusal is not None:
         return refusal
@@ -148,11 +145,7 @@ def _candidates(device: torch.device, C: int, maps: bool) -> tuple[tuple[str, ..
 
 
 def choose(
-    requested: str,
-    tensors: Sequence[Tensor],
-    others: Sequence[Tensor] = (),
-    maps: bool = False,
-    two_labels: bool = False,
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
 ) -> tuple[str, str]:
     """The backend for these tensors and the reason. See `backend_for`.
 
@@ -163,14 +156,14 @@ def choose(
     if requested != "auto":
         if requested not in BACKENDS:
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
-        refusal = _refusal(requested, tensors, others, two_labels)
+        refusal = _refusal(requested, tensors, others)
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
     names, why = _candidates(*_place(tensors[0]), maps)
     reasons, missing = [], []
     for name in names:
-        refusal = _refusal(name, tensors, others, two_labels)
+        refusal = _refusal(name, tensors, others)
         if refusal is None:
             break
         reasons.append(f"{name}: {refusal}")
@@ -197,11 +190,7 @@ def _module(name: str) -> ModuleType:
 
 
 def backend_for(
-    requested: str,
-    tensors: Sequence[Tensor],
-    others: Sequence[Tensor] = (),
-    maps: bool = False,
-    two_labels: bool = False,
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
 ) -> Backend:
     """The module that runs these tensors; raises as `choose` does.
 
@@ -209,11 +198,10 @@ def backend_for(
         tensors: of the dtypes that the backend reads.
         others: labels, weights, factors: every other tensor whose address the backend takes.
         maps: the tensors are feature maps, not logits.
-        two_labels: rows have a second label.
     """
     name = _compiled(requested, *_place(tensors[0]), maps)
-    if name is None or two_labels or not _all_ordinary(tensors, others):
-        name = choose(requested, tensors, others, maps, two_labels)[0]
+    if name is None or not _all_ordinary(tensors, others):
+        name = choose(requested, tensors, others, maps)[0]
     return cast(Backend, _module(name))
 
 

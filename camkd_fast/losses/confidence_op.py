@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import Backend, SecondLabels
+from ..backends.contract import SecondLabels
 from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
@@ -57,17 +57,11 @@ def _confidence_and_divisor(
         valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index, second)
         if valid is not None:
             inverse, counted = 1.0 / max(valid, 1), False
-    module = _backend(backend, logits, [labels], second)
+    module = backend_for(backend, logits, [labels, *(second or ())])
     if not counted:
         return module.confidence_forward(rows, labels, ignore_index, second=second), inverse
     inverse = torch.empty(1, dtype=dtype, device=target.device)
     return module.confidence_forward(rows, labels, ignore_index, inverse, second), inverse
-
-
-def _backend(
-    requested: str, logits: Sequence[Tensor], others: Sequence[Tensor], second: SecondLabels | None
-) -> Backend:
-    return backend_for(requested, logits, [*others, *(second or ())], two_labels=second is not None)
 
 
 def _confidence_backward(
@@ -81,7 +75,7 @@ def _confidence_backward(
 ) -> list[Tensor]:
     rows = [row_view(z) for z in logits]
     labels, second = contiguous_labels(target), second_rows(second_labels(second_target, mix), lse.dtype)
-    module = _backend(backend, logits, [labels, lse, grad_ce], second)
+    module = backend_for(backend, logits, [labels, lse, grad_ce, *(second or ())])
     grads = module.confidence_backward(rows, labels, lse, grad_ce, second)
     return [grad.view(z.shape) for grad, z in zip(grads, logits, strict=True)]
 

@@ -61,7 +61,7 @@ void confidence_forward(const ConfidenceArgs& args, int max_threads) {
                     label[k][lane] = !labels.valid ? NAN
                                      : labels.second < 0
                                          ? distance(labels.first)
-                                         : mixed(labels, distance(labels.first), distance(labels.second));
+                                         : mixed(labels.share, distance(labels.first), distance(labels.second));
                 });
             }
         }

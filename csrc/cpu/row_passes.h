@@ -135,7 +135,7 @@ struct RowPasses {
     // The logit of stream k at the label minus this maximum.
     float label_distance(int k, float max) const {
         const float first = logit(args.streams[k], k, labels.first) - max;
-        return labels.second < 0 ? first : mixed(labels, first, logit(args.streams[k], k, labels.second) - max);
+        return labels.second < 0 ? first : mixed(labels.share, first, logit(args.streams[k], k, labels.second) - max);
     }
 
     // Stores the finished sums (State, or BlockSums of the only block) in one lane of `rows`.

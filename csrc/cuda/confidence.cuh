@@ -68,9 +68,9 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         block_barrier();  // `of_warps` has been read before rows overwrite it
     }
     for (int64_t n = group.index; n < args.N; n += group.count) {
-        const int64_t y = args.target[n];
-        const bool kept = y != args.ignore_index, label_valid = y >= 0 && y < launch.C;
-        if (launch.debug) check_label(!kept || label_valid);
+        const RowLabels labels = row_labels(args.target, args.second, n, launch.C, args.ignore_index);
+        const bool kept = labels.kept;
+        if (launch.debug) check_label(!kept || labels.valid);
         for (int k = 0; k < args.K; ++k) {
             float ce = 0, lse = 0;
             if (kept) {
@@ -92,7 +92,13 @@ confidence_fwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
                 }
                 const float log_sum = std::log(sum), top = finite(max);
                 lse = top + log_sum;
-                ce = log_sum - ((label_valid ? load_element(row, y, matrix.dtype) : NAN) - top);
+                float distance = NAN;
+                if (labels.valid) {
+                    distance = load_element(row, labels.first, matrix.dtype) - top;
+                    if (labels.second >= 0)
+                        distance = mixed(labels.share, distance, load_element(row, labels.second, matrix.dtype) - top);
+                }
+                ce = log_sum - distance;
             }
             if (group.member == 0) {
                 args.lse[k * args.N + n] = lse;
@@ -125,18 +131,22 @@ confidence_bwd_kernel(CAMKD_PARAMETER ConfidenceLaunch launch) {
         const char* row = row_address(matrix, args.S, n);
         char* out = static_cast<char*>(args.grads[k]) + n * launch.C * element_bytes(matrix.dtype);
         const Columns columns = columns_of<T>(launch.C, launch.wide[k], out);
+        const RowLabels labels = row_labels(args.target, args.second, n, launch.C, args.ignore_index);
         for (int v = group.member; v < columns.vectors; v += group.members) {
             float x[V];
             if (g != 0) {
                 load_vector<T>(row, matrix.dtype, columns, v, -INFINITY, x);
 #pragma unroll
                 for (int j = 0; j < V; ++j) x[j] = g * exp2_fast((x[j] - lse) * kLog2E);
-                const int64_t at = args.target[n] + columns.phase - int64_t(v) * V;
-                if (at >= 0 && at < V) {
+                const auto subtract = [&](int64_t label, float share) {
+                    const int64_t at = label + columns.phase - int64_t(v) * V;
+                    if (at < 0 || at >= V) return;
 #pragma unroll
                     for (int j = 0; j < V; ++j)
-                        if (j == at) x[j] -= g;
-                }
+                        if (j == at) x[j] -= share;
+                };
+                subtract(labels.first, g * labels.share);
+                if (labels.second >= 0) subtract(labels.second, g * (1.0f - labels.share));
             } else {
                 // Ignored rows have gradient 0, and their logits may be NaN.
 #pragma unroll

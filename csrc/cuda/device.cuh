@@ -179,6 +179,10 @@ CAMKD_DEVICE void copy_async(Pack* shared, const void* global) {
 CAMKD_DEVICE void copy_async(int64_t* shared, const int64_t* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// And for 4.
+CAMKD_DEVICE void copy_async(float* shared, const float* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -88,7 +88,8 @@ struct RowProblem {
     // Bytes of shared memory besides the row buffers: per row in flight (two infos, one state), warp and block; per
     // block of a cluster, and there again per rank.
     int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
-    int group_words;  // of a block's message to its cooperative group
+    int second_info_bytes, second_state_bytes;  // of the first two: for rows of two labels
+    int group_words;                            // of a block's message to its cooperative group
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {

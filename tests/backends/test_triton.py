@@ -51,7 +51,7 @@ def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Both paths for the same small rows; streamed rows have several column blocks of one warp."""
     if request.param == "streaming":
 
-        def narrow(K: int, C: int, itemsize: int, ALIGN: int) -> launch.StreamingLaunch:
+        def narrow(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool) -> launch.StreamingLaunch:
             return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
 
         monkeypatch.setattr(row_loss, "on_chip", lambda K, C: False)

@@ -99,7 +99,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
         if expected == 128:
             # The rest are labels, logits at the label and row statistics: a few per row and thread.
             narrow = sum(count for width, count in kernel.loads.items() if int(width) < 128)
-            assert narrow <= 8 * (tensors + 1), f"narrow loads: {what}"
+            assert narrow <= 8 * (tensors + 1) * (1 + shape.two_labels), f"narrow loads: {what}"
     if shape.needs_grad and not shape.teacher_dtype and "forward" not in shape.op:
         assert kernel.stores.get(str(expected), 0) >= 1, f"narrow stores: {what}"
 

@@ -166,7 +166,8 @@ def test_a_retained_graph_keeps_its_gradient() -> None:
 
 # --- what is declined ------------------------------------------------------------------------------------------------
 
-ON_HOST = {"label too large", "label below 0"}  # the device does not tell the host; the rows are NaN
+# The device does not tell the host; the rows are NaN.
+ON_HOST = {"label too large", "label below 0", "second label too large", "share above 1"}
 
 
 @pytest.mark.parametrize("name", MAPS_DECLINED)
@@ -182,7 +183,8 @@ def test_maps_that_are_declined(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in LOGITS_DECLINED if name not in ON_HOST])
 def test_logits_that_are_declined(name: str) -> None:
     logits, target, options = LOGITS_DECLINED[name]
-    assert cuda_backend.confidence_weights(logits, target, options.get("ignore_index", -100)) is None
+    ignore_index, second = options.get("ignore_index", -100), options.get("second")
+    assert cuda_backend.confidence_weights(logits, target, ignore_index, second) is None
     assert one_pass(make()._replace(logits=logits, target=target), **options) is None
 
 
@@ -195,6 +197,6 @@ def test_one_pass_declines(name: str) -> None:
 
 @pytest.mark.parametrize("name", ON_HOST)
 def test_labels_out_of_range_give_nan(name: str) -> None:
-    logits, target, _ = LOGITS_DECLINED[name]
-    loss, _, ce, _ = one_pass(make()._replace(logits=logits, target=target))
-    assert loss.isnan() and ce.isnan().all()
+    logits, target, options = LOGITS_DECLINED[name]
+    loss, _, ce, _ = one_pass(make()._replace(logits=logits, target=target), **options)
+    assert loss.isnan() and ce[:, target != -100].isnan().all()

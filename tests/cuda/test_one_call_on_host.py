@@ -51,8 +51,9 @@ def grid(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
 def direct(case: Case, loss_scale: Any = None) -> Any:
     options = case.options()
     formula = Formula(**{name: options[name] for name in Formula._fields})
+    second = None if case.second_target is None else (case.second_target, case.mix)
     return cuda_backend.logit_loss(
-        case.student, case.teachers, case.target, formula, case.reduction, case.num_items, loss_scale
+        case.student, case.teachers, case.target, formula, case.reduction, case.num_items, loss_scale, second
     )
 
 
@@ -81,8 +82,9 @@ def gradient(found: Any) -> torch.Tensor | None:
 def test_every_reduction(emulated: ModuleType, grid: str, N: int, C: int, multiprocessors: int, reduction: str) -> None:
     """A few rows to a cluster, many to a grid, with fewer and with more rows than blocks."""
     limit(emulated, cluster=1, multiprocessors=multiprocessors)
-    for ignored in (0.0, 0.4):
-        check(make_case(N, C, 2, ignored=ignored, reduction=reduction, padded=False), f"{ignored:g} ignored")
+    for ignored, two_labels in ((0.0, False), (0.4, False), (0.4, True)):
+        case = make_case(N, C, 2, ignored=ignored, reduction=reduction, padded=False, two_labels=two_labels)
+        check(case, f"{ignored:g} ignored, two labels: {two_labels}")
 
 
 @pytest.mark.parametrize("regime", ["cluster", "chunks"])
@@ -131,7 +133,8 @@ def test_bitwise_the_rows_of_the_general_path(emulated: ModuleType, monkeypatch:
     assert torch.equal(loss, rows.means[0]) and torch.equal(means[1][:3], rows.means[1])
 
 
-OWN = {"label too large", "label below 0"}  # the device does not tell the host; the rows are NaN
+# The device does not tell the host; the rows are NaN.
+OWN = {"label too large", "label below 0", "second label too large", "share above 1"}
 
 
 @pytest.mark.parametrize("name", [name for name in DECLINED if name not in OWN])
@@ -140,13 +143,14 @@ def test_unsupported_or_invalid_input_is_declined(name: str) -> None:
     reduction, items = options.get("reduction", "mean"), options.get("num_items")
     formula = Formula(**{key: value for key, value in options.items() if key in Formula._fields})
     scale = options.get("loss_scale", 1.0)
-    assert cuda_backend.logit_loss(student, teachers, target, formula, reduction, items, scale) is None
+    arguments = student, teachers, target, formula, reduction, items, scale, options.get("second")
+    assert cuda_backend.logit_loss(*arguments) is None
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_labels_out_of_range_give_nan_rows(name: str) -> None:
-    student, teachers, target, _ = DECLINED[name]
-    found = cuda_backend.logit_loss(student, teachers, target, Formula(), "none", None, 1.0)
+    student, teachers, target, options = DECLINED[name]
+    found = cuda_backend.logit_loss(student, teachers, target, Formula(), "none", None, 1.0, options.get("second"))
     loss, _, grad, *_ = found
     assert loss.isnan().all() and grad.isnan().all()
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from tests.support.converged import FAR, NEAR, all_converged, assert_rounded_once, assert_rows, labels_at
+from tests.support.converged import (
+    FAR,
+    NEAR,
+    all_converged,
+    assert_rounded_once,
+    assert_rows,
+    labels_at,
+    with_other_labels,
+)
 from tests.support.evaluate import run_value_and_grad
 
 pytest.importorskip("camkd_fast._C")
@@ -42,11 +50,12 @@ def test_converged_students(temperature: float, K: int, dtype: torch.dtype) -> N
         assert_rounded_once(run_value_and_grad(case, "cuda").grad, case, what)
 
 
+@pytest.mark.parametrize("two_labels", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_converged_students_in_every_geometry(emulated: ModuleType, geometry: str) -> None:
+def test_converged_students_in_every_geometry(emulated: ModuleType, geometry: str, two_labels: bool) -> None:
     regime, C, expected = GEOMETRIES[geometry]
     enter(emulated, regime, 3)
-    for what, case in all_converged(2, C, 3, BF16, 4.0):
+    for what, case in all_converged(2, C, 3, BF16, 4.0, two_labels):
         assert_rounded_once(run_value_and_grad(case, "cuda").grad, case, what)
     assert emulated.last_rows() == expected
 
@@ -61,6 +70,19 @@ def test_labels_far_from_the_maximum(
     regime, C, _ = GEOMETRIES[geometry]
     enter(emulated, regime, 3)
     assert_rows(labels_at([FAR[0], *NEAR, FAR[1], NEAR[1], *FAR], C, 3, dtype, temperature), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_two_labels_far_from_the_maximum(emulated: ModuleType, geometry: str, dtype: torch.dtype) -> None:
+    """The first label, the second one or both: only the last kind needs the general passes."""
+    regime, C, _ = GEOMETRIES[geometry]
+    enter(emulated, regime, 3)
+    case = with_other_labels(labels_at([FAR[0], *NEAR, *FAR, NEAR[1]], C, 3, dtype, 4.0))
+    for z in (case.student, *case.teachers):
+        for row in (1, 3, 6):
+            z[row, case.second_target[row]] = -250.0
+    assert_rows(case, "cuda")
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

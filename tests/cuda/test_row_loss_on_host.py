@@ -20,7 +20,7 @@ import torch
 
 from tests.support.cases import Case, make_case
 from tests.support.evaluate import run, run_value_and_grad
-from tests.support.row_contract import assert_agrees, assert_means, options
+from tests.support.row_contract import assert_agrees, assert_invalid_second_labels, assert_means, options, second_of
 from tests.support.tolerance import assert_near, assert_result, rms
 from tests.support.truth import naive, truth
 
@@ -138,6 +138,69 @@ def test_every_weighting_and_temperature(emulated: ModuleType, regime: str, weig
     if weighting == "given":
         case = case.with_(weighting=torch.tensor([[0.2], [0.0], [0.9]]).expand(3, 12).contiguous())
     check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["noise", "peaked"])
+@pytest.mark.parametrize(
+    ("K", "temperature", "weighting", "dtype"),
+    [
+        (3, 4.0, "confidence", F32),
+        (5, 1.0, "confidence", BF16),
+        (2, 2.0, "uniform", F16),
+        (2, 3.3, "confidence", F32),
+        (4, 4.0, "entropy", BF16),
+    ],
+)
+def test_two_labels(
+    emulated: ModuleType, regime: str, K: int, temperature: float, weighting: str, dtype: torch.dtype, peaked: bool
+) -> None:
+    enter(emulated, regime, K)
+    options = {"temperature": temperature, "weighting": weighting, "hard_weight": 0.7}
+    case = make_case(7, WIDE + 1, K, dtype, peaked=peaked, padded=peaked, ignored=0.2, two_labels=True, **options)
+    check(case, f"{regime} {weighting}")
+
+
+@pytest.mark.parametrize("K", [1, 16])
+def test_two_labels_of_other_numbers_of_teachers(K: int) -> None:
+    check(make_case(7, 100, K, ignored=0.2, two_labels=True))
+
+
+@pytest.mark.parametrize("temperature", [4.0, 3.3])
+def test_rows_of_one_label_among_two(emulated: ModuleType, regime: str, temperature: float) -> None:
+    """By shares of 0 and 1 or equal labels, to the bit; logits at a label without a share do not count."""
+    enter(emulated, regime, 3)
+    case = make_case(6, WIDE, 3, padded=False, reduction="none", temperature=temperature)
+    label, other = case.target, (case.target + 1) % WIDE
+    one = torch.arange(6) % 2 == 0
+    student = case.student.scatter(1, other.unsqueeze(1), -INF)
+    case = case.with_(student=student, teachers=tuple(z.scatter(1, other.unsqueeze(1), -INF) for z in case.teachers))
+    mixed = case.with_(target=label.where(one, other), second_target=other.where(one, label), mix=one.float())
+    expected = run(case, "cuda", torch.ones(6))
+    for changed in (mixed, case.with_(second_target=label, mix=torch.rand(6))):
+        for ours, theirs in zip(run(changed, "cuda", torch.ones(6))[:7], expected[:7], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_masked_label_of_two_is_infinite(emulated: ModuleType, regime: str, which: int) -> None:
+    """In the student and one teacher. Row 4 has labels far below the maximum, which the fast path cannot take."""
+    enter(emulated, regime, 3)
+    case = make_case(6, WIDE, 3, padded=False, two_labels=True)
+    second = second_of(case)
+    assert second is not None
+    student, *teachers = (z.clone() for z in (case.student, *case.teachers))
+    second.mix.fill_(0.25)
+    second.target.copy_((case.target + 3) % WIDE)
+    columns = torch.stack([case.target, second.target])
+    for z in (student, teachers[0]):
+        z[2, columns[which, 2]] = -INF
+        z[4, columns[:, 4]] = -300.0
+    agree(student, teachers, case.target, second=second)
+
+
+@pytest.mark.parametrize("label", [-1, 40, -100])
+def test_invalid_second_labels_are_nan(label: int) -> None:
+    assert_invalid_second_labels(cuda_backend, label)
 
 
 @pytest.mark.parametrize("layout", ["per teacher", "transposed", "every other row"])

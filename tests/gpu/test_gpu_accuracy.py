@@ -27,9 +27,10 @@ def test_converged_students(place: Place, temperature: float, K: int, dtype: tor
         assert_rounded_once(run_value_and_grad(moved, place.backend).grad, moved, what)
 
 
+@pytest.mark.parametrize("two_labels", [False, True])
 @pytest.mark.parametrize("C", WIDTHS)
-def test_converged_students_at_every_width(place: Place, C: int) -> None:
-    for what, case in all_converged(2, C, 3, BF16, 4.0):
+def test_converged_students_at_every_width(place: Place, C: int, two_labels: bool) -> None:
+    for what, case in all_converged(2, C, 3, BF16, 4.0, two_labels):
         moved = on(case, place.device)
         assert_rounded_once(run_value_and_grad(moved, place.backend).grad, moved, what)
 

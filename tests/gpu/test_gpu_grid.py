@@ -99,6 +99,28 @@ def test_reductions(place: Place, reduction: str, ignored: float, C: int) -> Non
     assert_result(run(case, place.backend, factor), case, R, N, scale=3.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighting", ["confidence", "entropy"])
+@pytest.mark.parametrize("C", [100, 1001, 33000])
+def test_two_labels(place: Place, C: int, weighting: str, dtype: torch.dtype) -> None:
+    for K in (1, 3, 6):
+        case = make_case(16, C, K, dtype, peaked=K == 3, ignored=0.2, weighting=weighting, two_labels=True)
+        case = on(case, place.device)
+        R, N = truth(case), naive(case)
+        assert_result(run(case, place.backend), case, R, N, f"K={K}")
+        assert_result(run_value_and_grad(case, place.backend), case, R, N, f"K={K}")
+
+
+@pytest.mark.parametrize("C", [100, 33000])
+def test_rows_of_one_label_among_two(place: Place, C: int) -> None:
+    case = on(make_case(16, C, 3, peaked=True, ignored=0.2), place.device)
+    expected = run(case, place.backend)
+    ones = torch.ones(16, device=place.device)
+    same = case.with_(second_target=case.target, mix=ones / 4)
+    for other in (same, case.with_(second_target=(case.target + 1) % C, mix=ones)):
+        assert all(torch.equal(a, b) for a, b in zip(run(other, place.backend)[:7], expected[:7], strict=True))
+
+
 @pytest.mark.parametrize("C", [70, 33000])
 def test_masked_columns_and_infinite_cross_entropies(place: Place, C: int) -> None:
     case = make_case(4, C, 3, padded=False)
@@ -168,8 +190,9 @@ def test_repeats_bit_for_bit_and_writes_no_input(place: Place, C: int) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("one_label", [True, False])
 @pytest.mark.parametrize("C", [100, 3000])
-def test_confidence_weights_and_feature_loss(place: Place, C: int) -> None:
+def test_confidence_weights_and_feature_loss(place: Place, C: int, one_label: bool) -> None:
     generator = torch.Generator().manual_seed(C)
 
     def random(*size: int) -> torch.Tensor:
@@ -179,9 +202,12 @@ def test_confidence_weights_and_feature_loss(place: Place, C: int) -> None:
     student, teachers = ([random(16, 6 + k, 5, 5) for k in range(3)] for _ in range(2))
     target = torch.randint(C, (16,), generator=generator).to(place.device)
 
+    second = None if one_label else torch.randint(C, (16,), generator=generator).to(place.device)
+    mix = None if one_label else torch.rand(16, generator=generator).to(place.device)
+
     def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [z.to(dtype).requires_grad_() for z in (*logits, *student)]
-        weights, ce = confidence_weights(leaves[:3], target, backend=backend)
+        weights, ce = confidence_weights(leaves[:3], target, backend=backend, second_target=second, mix=mix)
         loss = weighted_feature_loss(leaves[3:], [f.to(dtype) for f in teachers], weights, backend=backend)
         (loss + ce.mean()).backward()
         return [loss.detach(), weights.detach(), ce.detach(), *(leaf.grad for leaf in leaves)]
@@ -203,6 +229,11 @@ def test_labels_out_of_range_give_nan_rows(gpu: Place, C: int) -> None:
     actual = run(bad, gpu.backend, torch.ones(4, device=gpu.device))
     assert actual.loss.isnan().tolist() == [False, True, False, True]
     assert actual.grad[[0, 2]].isfinite().all()
+    mix = torch.tensor([0.5, 1.5, 0.5, float("nan")], device=gpu.device)
+    for second, share in ((bad.target, mix[[0, 0, 2, 2]]), (case.target, mix)):
+        actual = run(case.with_(second_target=second, mix=share), gpu.backend, torch.ones(4, device=gpu.device))
+        assert actual.loss.isnan().tolist() == [False, True, False, True]
+        assert actual.grad[[0, 2]].isfinite().all() and actual.grad[[1, 3]].isnan().all()
 
 
 @pytest.mark.parametrize(("rows", "C"), [(2**31 // 32000 + 9, 32000), (2**31 // 1000 + 9, 1000)])

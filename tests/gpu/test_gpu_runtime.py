@@ -49,7 +49,7 @@ def step(case: Case, student: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("C", [100, 33000])
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"weighting": "entropy"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"weighting": "entropy"}, {"two_labels": True}], ids=str)
 def test_the_host_never_synchronises(place: Place, options: dict[str, object], C: int) -> None:
     case = on(make_case(16, C, 3, BF16, ignored=0.2, **options), place.device)
     student = case.student.detach().requires_grad_()
@@ -231,13 +231,15 @@ def test_inductor_gives_the_eager_gradient(gpu: Place) -> None:
     assert_near(body.weight.grad, twin.weight.grad)
 
 
-@pytest.mark.parametrize("what", ["autograd", "no gradient", "scaled", "given weights"])
+@pytest.mark.parametrize("what", ["autograd", "no gradient", "scaled", "given weights", "two labels"])
 def test_opcheck(place: Place, what: str) -> None:
-    case = on(make_case(6, 10, padded=False, ignored=0.3), place.device)
+    case = on(make_case(6, 10, padded=False, ignored=0.3, two_labels=what == "two labels"), place.device)
     arguments = {
         "student": case.student if what == "no gradient" else case.student.requires_grad_(),
         "teachers": list(case.teachers),
         "target": case.target,
+        "second_target": case.second_target,
+        "mix": case.mix,
         "weights": torch.rand(3, 6, device=place.device).requires_grad_() if what == "given weights" else None,
         "grad_scale": torch.tensor([0.25], device=place.device) if what == "scaled" else None,
         "constants": [4.0, 1.0, 1.0],

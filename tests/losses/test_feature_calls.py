@@ -48,8 +48,8 @@ def needs_no_copy(first: str, second: str) -> bool:
 IN_PLACE = [pair for pair in LAYOUT_PAIRS if needs_no_copy(*pair)]
 
 
-def weights_in_one_call(logits: Any, target: Any, ignore_index: Any = -100) -> Any:
-    return cpu_backend.confidence_weights(logits, target, ignore_index)
+def weights_in_one_call(logits: Any, target: Any, ignore_index: Any = -100, second: Any = None) -> Any:
+    return cpu_backend.confidence_weights(logits, target, ignore_index, second)
 
 
 def loss_in_one_call(student: Any, teachers: Any, weights: Any, reduction: Any = "mean", scale: Any = None) -> Any:
@@ -66,9 +66,10 @@ def one_pass(
     num_items: Any = None,
     ignore_index: Any = -100,
     loss_scale: Any = 1.0,
+    second: Any = None,
 ) -> Any:
     return cpu_backend.feature_loss_and_grad(
-        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale
+        student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, second
     )
 
 
@@ -104,16 +105,17 @@ def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
 @pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("which", ["both", "weights", "ce"])
-@pytest.mark.parametrize(("C", "K"), [(10, 1), (100, 3), (5000, 2)])
-def test_confidence_weights(C, K, which, dtype, lead, general):
-    case = make_case(math.prod(lead), C, K, dtype, lead=lead, ignored=0.3)
+@pytest.mark.parametrize(("C", "K", "two_labels"), [(10, 1, False), (100, 3, False), (100, 3, True), (5000, 2, True)])
+def test_confidence_weights(C, K, two_labels, which, dtype, lead, general):
+    case = make_case(math.prod(lead), C, K, dtype, lead=lead, ignored=0.3, two_labels=two_labels)
+    second = {"second_target": case.second_target, "mix": case.mix}
     cotangents = [torch.randn(K, *lead) for _ in range(2)]
     # A zero gradient of the cross-entropies is left out of the sum, which may change its last bit.
     logits = [z.detach().requires_grad_() for z in case.teachers]
-    assert weights_in_one_call(logits, case.target) is not None
+    assert weights_in_one_call(logits, case.target, second=tuple(second.values()) if two_labels else None) is not None
 
     def run() -> list[Tensor]:
-        results = confidence_weights(logits, case.target)
+        results = confidence_weights(logits, case.target, **second)
         used = {"both": results, "weights": results[:1], "ce": results[1:]}[which]
         own = cotangents[1:] if which == "ce" else cotangents[: len(used)]
         return [*(x.detach() for x in results), *torch.autograd.grad(used, logits, own)]
@@ -137,6 +139,7 @@ def test_confidence_weights(C, K, which, dtype, lead, general):
         {"num_items": 9, "beta": 50.0},
         {"num_items": 7.5, "loss_scale": torch.tensor([4.0])},
         {"loss_scale": torch.tensor(4.0), "ignore_index": 7},
+        {"second": (torch.tensor([3, 1, 4, 1, 5, 9]), torch.linspace(0, 1, 6))},
     ],
     ids=str,
 )
@@ -146,8 +149,12 @@ def test_value_and_gradient(options, dtypes, first, second, general):
     student, teachers = [MAP_LAYOUTS[first](r) for r in maps.student], [MAP_LAYOUTS[second](f) for f in maps.teachers]
     assert one_pass(student, teachers, maps.logits, maps.target, **options) is not None
 
+    keywords = {name: value for name, value in options.items() if name != "second"}
+    if "second" in options:
+        keywords |= dict(zip(("second_target", "mix"), options["second"], strict=True))
+
     def run() -> list[Tensor]:
-        out, grads = camkd_feature_loss_and_grad(student, teachers, maps.logits, maps.target, **options)
+        out, grads = camkd_feature_loss_and_grad(student, teachers, maps.logits, maps.target, **keywords)
         return [out.loss, out.weights, out.teacher_ce, *grads]
 
     assert_same(*both_ways(general, run))
@@ -283,6 +290,9 @@ LOGITS_DECLINED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "fewer labels": (Z, Y[:5], {}),
     "label too large": (Z, Y.clone().fill_(10), {}),
     "label below 0": (Z, Y.clone().fill_(-1), {}),
+    "second label too large": (Z, Y, {"second": (Y.clone().fill_(10), torch.rand(6))}),
+    "share above 1": (Z, Y, {"second": (Y, torch.full((6,), 1.5))}),
+    "fewer shares": (Z, Y, {"second": (Y, torch.rand(5))}),
     "ignore_index a string": (Z, Y, {"ignore_index": "none"}),
     "ignore_index true": (Z, Y, {"ignore_index": True}),
     "ignore_index beyond int64": (Z, Y, {"ignore_index": 2**64}),

@@ -34,9 +34,11 @@ def one_call(
     loss_scale: Any = 1.0,
     reduction: Any = "mean",
     num_items: Any = None,
+    second: Any = None,
     **changes: Any,
 ) -> WholeLoss | None:
-    return cpu_backend.logit_loss(student, teachers, target, Formula(**changes), reduction, num_items, loss_scale)
+    arguments = student, teachers, target, Formula(**changes), reduction, num_items, loss_scale
+    return cpu_backend.logit_loss(*arguments, second)
 
 
 def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -88,6 +90,21 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
+def test_two_labels_are_bitwise_the_general_path(lead, reduction, general):
+    case = make_case(math.prod(lead), 33, 3, lead=lead, ignored=0.3, reduction=reduction, two_labels=True)
+    second = case.second_target, case.mix
+    assert one_call(case.student, case.teachers, case.target, reduction=reduction, second=second) is not None
+    ones = torch.ones(lead) if reduction == "none" else None
+    results = []
+    for yes in (False, True):
+        general(yes)
+        results.append([*run(case, "cpu", ones)[:-1], *run_value_and_grad(case, "cpu")[:-1]])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -134,6 +151,7 @@ def strided(z: Tensor) -> Tensor:
 
 
 S, Z, Y = batch()
+M = torch.rand(5)
 DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "no tensor": (S.tolist(), Z, Y, {}),
     "float16 student whose gradient is to be divided": (S.half(), Z, Y, {"loss_scale": None}),
@@ -165,6 +183,18 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "fewer labels": (S, Z, Y[:4], {}),
     "label too large": (S, Z, Y.clone().fill_(7), {}),
     "label below 0": (S, Z, Y.clone().fill_(-1), {}),
+    "second label too large": (S, Z, Y, {"second": (Y.clone().fill_(7), M)}),
+    "share above 1": (S, Z, Y, {"second": (Y, M + 1)}),
+    "fewer second labels": (S, Z, Y, {"second": (Y[:4], M)}),
+    "fewer shares": (S, Z, Y, {"second": (Y, M[:4])}),
+    "int32 second labels": (S, Z, Y, {"second": (Y.int(), M)}),
+    "float64 shares": (S, Z, Y, {"second": (Y, M.double())}),
+    "strided second labels": (S, Z, Y, {"second": (torch.stack([Y, Y], 1)[:, 0], M)}),
+    "strided shares": (S, Z, Y, {"second": (Y, torch.stack([M, M], 1)[:, 0])}),
+    "shares that require grad": (S, Z, Y, {"second": (Y, M.clone().requires_grad_())}),
+    "second labels on meta": (S, Z, Y, {"second": (Y.to("meta"), M)}),
+    "second labels without shares": (S, Z, Y, {"second": (Y, None)}),
+    "second labels as a list": (S, Z, Y, {"second": [Y, M]}),
     "temperature 0": (S, Z, Y, {"temperature": 0.0}),
     "temperature -1": (S, Z, Y, {"temperature": -1}),
     "temperature inf": (S, Z, Y, {"temperature": math.inf}),

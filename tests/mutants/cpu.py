@@ -210,7 +210,7 @@ CHANGES = (
         ),
         Change(
             "the first label only in the cross-entropies",
-            "mixed(labels, distance(labels.first), distance(labels.second));",
+            "mixed(labels.share, distance(labels.first), distance(labels.second));",
             "distance(labels.first);",
             tests=TWO_LABELS,
         ),

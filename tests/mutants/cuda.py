@@ -137,6 +137,24 @@ CHANGES = (
         "csrc/cuda/row_loss/results.cuh",
         SOME,
         Change(
+            "weights by the reference instead of both labels",
+            "masses[k] *= std::exp(second.below(logits.at[k], k));",
+            "",
+            tests=f"{ROWS}::test_two_labels",
+        ),
+        Change(
+            "an infinite cross-entropy of two labels on the fast path",
+            "total_sums += mix_masses(info, logits, masses);",
+            "mix_masses(info, logits, masses);",
+            tests=f"{ROWS}::test_a_masked_label_of_two_is_infinite",
+        ),
+        Change(
+            "the second label's gradient with the share of the first",
+            "gradient_at(second.logits[1], 1.0f - second.share,",
+            "gradient_at(second.logits[1], second.share,",
+            tests=f"{ROWS}::test_two_labels",
+        ),
+        Change(
             "strides of given weights",
             "args.weights[k * args.weight_stride_k + info.row * args.weight_stride_n]",
             "args.weights[k * args.weight_stride_k + info.row]",
@@ -159,6 +177,26 @@ CHANGES = (
             "at_label - inverse_k * reciprocal(factors[k + 1])",
             "at_label - inverse_k",
             tests=f"{ROWS}::test_large_offsets_do_not_cancel",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/gradient.cuh",
+        f"{ROWS}::test_two_labels",
+        Change("no second label in the gradient", "if (info.second_vector >= 0)", "if (false)"),
+        Change(
+            "the first label has a share of 1 in the general gradient",
+            "group_.has_two_labels(info) ? group_.second(info).share : 1.0f",
+            "1.0f",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/kernel.cuh",
+        f"{ROWS}::test_two_labels {ACCURACY}::test_two_labels_far_from_the_maximum",
+        Change("the first label is the reference", "logit = fmaxf(logit, second.logits[1][group_.lane()]);", ""),
+        Change(
+            "the second label in the first one's column",
+            "info.second_vector = other / V;",
+            "info.second_vector = info.label_vector;",
         ),
     ),
     *changes(
@@ -264,16 +302,15 @@ CHANGES = (
             "group.barrier();  // all have read before the next teacher overwrites",
             "",
         ),
-        Change("gradient without the label", "if (j == at) x[j] -= g;", ""),
+        Change("gradient without the label", "if (j == at) x[j] -= share;", ""),
         Change(
             "no copy of the weights",
             "if (args.weights_copy) args.weights_copy[k * args.N + n] = weight;",
             "",
             tests=FEATURE_CALLS,
         ),
-        Change(
-            "phase of the label", "args.target[n] + columns.phase - int64_t(v) * V", "args.target[n] - int64_t(v) * V"
-        ),
+        Change("phase of the label", "label + columns.phase - int64_t(v) * V", "label - int64_t(v) * V"),
+        Change("no second label", "if (labels.second >= 0) subtract(", "if (false) subtract(", tests=OTHERS),
     ),
     *changes(
         "csrc/cuda/features.cuh",

@@ -22,7 +22,16 @@ FAR, NEAR = (-300.0, -150.0), (300.0, 0.0, 5.0, -8.0)
 
 
 def converged(
-    N: int, C: int, K: int, dtype: torch.dtype, temperature: float, *, distance: float, peaked: bool, kind: str
+    N: int,
+    C: int,
+    K: int,
+    dtype: torch.dtype,
+    temperature: float,
+    *,
+    distance: float,
+    peaked: bool,
+    kind: str,
+    two_labels: bool = False,
 ) -> Case:
     """Student and teachers at `distance` from common logits, without the hard loss.
 
@@ -44,13 +53,23 @@ def converged(
     if kind == "student at the mean":
         mixture = torch.stack([(z.double() / temperature).softmax(1) for z in teachers]).mean(0)
         student = (temperature * mixture.log()).float() + 0.03 * distance * randn()
-    return Case(student.to(dtype), teachers, target, temperature=temperature, hard_weight=0.0, reduction="sum")
+    case = Case(student.to(dtype), teachers, target, temperature=temperature, hard_weight=0.0, reduction="sum")
+    return with_other_labels(case) if two_labels else case
 
 
-def all_converged(N: int, C: int, K: int, dtype: torch.dtype, temperature: float) -> Iterator[tuple[str, Case]]:
+def with_other_labels(case: Case) -> Case:
+    """A second label for each row, two columns after the first, with a share of three quarters."""
+    second = (case.target + 2) % case.student.shape[-1]
+    return case.with_(second_target=second, mix=torch.full(case.target.shape, 0.25))
+
+
+def all_converged(
+    N: int, C: int, K: int, dtype: torch.dtype, temperature: float, two_labels: bool = False
+) -> Iterator[tuple[str, Case]]:
     """Every distance and kind, with peaked and with flat distributions."""
     for distance, peaked, kind in itertools.product(DISTANCES, (False, True), KINDS):
-        case = converged(N, C, K, dtype, temperature, distance=distance, peaked=peaked, kind=kind)
+        kinds = {"distance": distance, "peaked": peaked, "kind": kind, "two_labels": two_labels}
+        case = converged(N, C, K, dtype, temperature, **kinds)
         yield f"{kind}, {distance} apart, {'peaked' if peaked else 'flat'}", case
 
 

@@ -31,10 +31,14 @@ class RowGradient {
             copies_wait();
             const RowState& state = group_.rows()[r];
             const Chunk chunk = group_.chunk_of(info, r, c);
-            if constexpr (FixedK > 0) {
-                if (!state.out_of_range) return fixed_k_grad(info, state, chunk, out, after, next);
-            }
-            general_grad(info, state, chunk, out, after, next);
+            if (FixedK > 0 && !state.out_of_range)
+                fixed_k_grad(info, state, chunk, out, after, next);
+            else
+                general_grad(info, state, chunk, out, after, next);
+            // In one place for both, because separate stores made the loops spill
+            if (info.second_vector >= 0)
+                store_at(info.second_vector, group_.second(info).element, chunk, out,
+                         group_.second_state(state).gradient);
             return;
         }
         // The gradient of an ignored row is 0.
@@ -59,8 +63,9 @@ class RowGradient {
     CAMKD_DEVICE void general_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
                                    const Info& after, const Chunk& next) const {
         const Columns columns = columns_out(chunk);
-        const float at_label = label_coefficient(group_.launch.args.formula, group_.grad_scale());
-        const int labelled = group_.label_slot(info, chunk);
+        const float share = group_.has_two_labels(info) ? group_.second(info).share : 1.0f;
+        const float at_label = label_coefficient(group_.launch.args.formula, group_.grad_scale()) * share;
+        const int labelled = Group::slot_of(info.label_vector, chunk);
 #pragma unroll 1
         for (int i = 0; i < chunk.count; ++i) {
             if (i < chunk.held) {
@@ -76,14 +81,19 @@ class RowGradient {
 
     CAMKD_DEVICE void fixed_k_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
                                    const Info& after, const Chunk& next) const {
-        const FixedKRow<FixedK> row(info.logits, group_.temperature().scale, state.coefficients);
-        with_power(group_.temperature().power,
-                   [&](auto power) { fixed_k_slots<decltype(power)::value>(row, chunk, out, after, next); });
-        // The label's column; its slot was written by this thread too.
-        const int labelled = group_.label_slot(info, chunk);
+        if constexpr (FixedK > 0) {
+            const FixedKRow<FixedK> row(info.logits, group_.temperature().scale, state.coefficients);
+            with_power(group_.temperature().power,
+                       [&](auto power) { fixed_k_slots<decltype(power)::value>(row, chunk, out, after, next); });
+            store_at(info.label_vector, info.label_element, chunk, out, state.label_gradient);
+        }
+    }
+
+    // A label's column; its slot was written by this thread too.
+    CAMKD_DEVICE void store_at(int vector, int element, const Chunk& chunk, char* out, float gradient) const {
+        const int labelled = Group::slot_of(vector, chunk);
         if (unsigned(labelled) < unsigned(chunk.held))
-            store_element(out, int64_t(info.label_vector) * V - chunk.columns.phase + info.label_element, dtype(),
-                          state.label_gradient);
+            store_element(out, int64_t(vector) * V - chunk.columns.phase + element, dtype(), gradient);
     }
 
     // Slots of whole vectors, in this row and in the next one, have loops of their own without a test per vector.

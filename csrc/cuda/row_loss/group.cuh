@@ -28,14 +28,15 @@ struct RowLaunch {
     GroupMemory* memory;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, inbox, outgoing, boxes, infos, rows, states;
+    int second_infos, second_states;  // if rows have two labels
 };
 
 // Array sizes of the structs below, and of code that must compile for FixedK = 0 too.
 template <int FixedK>
 constexpr int kTeachers = FixedK > 0 ? FixedK : kMaxTeachers;
 
-// The logits of all streams at the label, NaN for a label outside [0, C), and for the fast path the factors of these
-// references (Reference::factor).
+// The logits of all streams at the label, NaN for invalid labels, and for the fast path the factors of these references
+// (Reference::factor). A row of two labels has the larger one of both logits here: its other sums are then at least 1.
 template <int FixedK>
 struct alignas(Pack) LabelLogits {
     float at[kTeachers<FixedK> + 1];
@@ -48,9 +49,30 @@ struct alignas(Pack) RowInfo {
     LabelLogits<FixedK> logits;
     const char* address[kTeachers<FixedK> + 1];
     int64_t row;
-    int label_vector, label_element;  // position of the label's column; -1 for a label outside [0, C)
-    bool kept, label_valid;           // not ignored; in [0, C)
+    int second_vector;                // of the second label's column; -1 if there is none, and no SecondInfo
+    int label_vector, label_element;  // position of the label's column; -1 for invalid labels
+    bool kept, label_valid;           // as in RowLabels
     bool near;                        // fast path: no reference is far (Reference::far)
+};
+
+// What a row of two labels has besides.
+template <int FixedK>
+struct alignas(Pack) SecondInfo {
+    float logits[2][kTeachers<FixedK> + 1];  // of all streams at both labels
+    float share;                             // of the first label
+    int element;                             // of the second label's column, in its vector
+
+    // The average over both labels of what they are below a number, for one stream.
+    CAMKD_DEVICE float below(float top, int stream) const {
+        return mixed(share, top - logits[0][stream], top - logits[1][stream]);
+    }
+};
+
+// What it has between its statistics and its gradient.
+struct alignas(Pack) SecondState {
+    int64_t next_label;  // as RowState::next_label
+    float next_mix;      // with it
+    float gradient;      // at the second label's column
 };
 
 // grad_c as in GradCoefficients of row_math.h.
@@ -90,12 +112,14 @@ struct RowShared {
     CAMKD_HD_MEMBER int packs(bool fixed_k) { return fixed_k ? 1 : 2; }
 
     // The sizes that the launch table needs.
-    static void measure(RowProblem& problem) {
+    static void measure(RowProblem& problem, bool two_labels) {
         const int K = problem.K;
         const bool fixed_k = problem.fixed_k > 0;
         with_fixed_k(problem.fixed_k, [&](auto k) {
-            problem.info_bytes = int(sizeof(RowInfo<k.value>));
-            problem.state_bytes = int(sizeof(RowState<k.value>));
+            problem.second_info_bytes = two_labels ? int(sizeof(SecondInfo<k.value>)) : 0;
+            problem.info_bytes = int(sizeof(RowInfo<k.value>)) + problem.second_info_bytes;
+            problem.second_state_bytes = two_labels ? int(sizeof(SecondState)) : 0;
+            problem.state_bytes = int(sizeof(RowState<k.value>)) + problem.second_state_bytes;
         });
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
         problem.block_bytes = int(sizeof(BatchScalars));
@@ -121,8 +145,11 @@ struct RowShared {
             take(launch.outgoing, streams_bytes(K, problem.fixed_k > 0));
             take(launch.boxes, 2 * int(sizeof(Mailbox)));
         }
-        take(launch.infos, 2 * groups * g.rows * problem.info_bytes);
-        take(launch.rows, groups * g.rows * problem.state_bytes);
+        const int rows = groups * g.rows;
+        take(launch.infos, 2 * rows * (problem.info_bytes - problem.second_info_bytes));
+        take(launch.second_infos, 2 * rows * problem.second_info_bytes);
+        take(launch.rows, rows * (problem.state_bytes - problem.second_state_bytes));
+        take(launch.second_states, rows * problem.second_state_bytes);
         launch.states = at;
     }
 };
@@ -164,6 +191,22 @@ struct RowGroup {
     CAMKD_DEVICE Info* infos(int parity) const {
         return reinterpret_cast<Info*>(shared_memory() + launch.infos) +
                ((WarpPerRow ? 2 * warp() : 0) + parity) * rows_per_group();
+    }
+    // Whether rows may have two labels.
+    CAMKD_DEVICE bool two_labels() const { return launch.args.second.target != nullptr; }
+    CAMKD_DEVICE bool has_two_labels(const Info& info) const { return two_labels() && info.second_vector >= 0; }
+    // Of a row that has.
+    CAMKD_DEVICE SecondInfo<FixedK>& second(const Info& info) const {
+        const int64_t index = &info - reinterpret_cast<const Info*>(shared_memory() + launch.infos);
+        return reinterpret_cast<SecondInfo<FixedK>*>(shared_memory() + launch.second_infos)[index];
+    }
+    CAMKD_DEVICE SecondState* second_states() const {
+        return reinterpret_cast<SecondState*>(shared_memory() + launch.second_states) +
+               (WarpPerRow ? warp() * rows_per_group() : 0);
+    }
+    CAMKD_DEVICE SecondState& second_state(const RowState& state) const {
+        const int64_t index = &state - reinterpret_cast<const RowState*>(shared_memory() + launch.rows);
+        return reinterpret_cast<SecondState*>(shared_memory() + launch.second_states)[index];
     }
     CAMKD_DEVICE RowState* rows() const {
         return reinterpret_cast<RowState*>(shared_memory() + launch.rows) +
@@ -235,9 +278,9 @@ struct RowGroup {
         for (int i = 0; i < chunk.held; ++i) fetch_slot(info, chunk, i);
     }
 
-    // The slot of a chunk in which this thread has the label's column; outside 0 .. held - 1 if it has not.
-    CAMKD_DEVICE int label_slot(const Info& info, const Chunk& chunk) const {
-        const int distance = info.label_vector - chunk.first;
+    // The slot of a chunk in which this thread has a vector; outside 0 .. held - 1 if it has not.
+    CAMKD_DEVICE static int slot_of(int vector, const Chunk& chunk) {
+        const int distance = vector - chunk.first;
         return distance % kWarp == 0 ? distance / kWarp : -1;
     }
 

@@ -160,18 +160,36 @@ class RowKernel {
         const RowLossArgs& args = group_.launch.args;
         if (group_.lane() >= group_.rows_per_group()) return;
         int64_t* const to = &group_.rows()[group_.lane()].next_label;
-        if (first + group_.lane() < args.N)
-            copy_async(to, args.target + first + group_.lane());
+        const int64_t row = first + group_.lane();
+        if (row < args.N)
+            copy_async(to, args.target + row);
         else
             *to = args.formula.ignore_index;
+        if (group_.two_labels() && row < args.N) {
+            SecondState& second = group_.second_states()[group_.lane()];
+            copy_async(&second.next_label, args.second.target + row);
+            copy_async(&second.next_mix, args.second.mix + row);
+        }
     }
 
-    // With a lane per row: the label that has been fetched, kIgnored or kInvalid.
-    CAMKD_DEVICE int label_of_lane() const {
-        if (group_.lane() >= group_.rows_per_group()) return kIgnored;
+    // Columns of the labels. `first` may be kIgnored or kInvalid; `second` is -1 if there is none.
+    struct Labels {
+        int first, second;
+        float share;
+    };
+
+    // With a lane per row: the labels that have been fetched.
+    CAMKD_DEVICE Labels labels_of_lane() const {
+        if (group_.lane() >= group_.rows_per_group()) return {kIgnored, -1, 1.0f};
         const int64_t label = group_.rows()[group_.lane()].next_label;
-        if (label == group_.launch.args.formula.ignore_index) return kIgnored;
-        return label >= 0 && label < group_.launch.C ? int(label) : kInvalid;
+        const int64_t ignore_index = group_.launch.args.formula.ignore_index;
+        if (label == ignore_index) return {kIgnored, -1, 1.0f};
+        if (!group_.two_labels()) return {label >= 0 && label < group_.launch.C ? int(label) : kInvalid, -1, 1.0f};
+        const SecondState& second = group_.second_states()[group_.lane()];
+        const RowLabels labels =
+            RowLabels::of_two(label, second.next_label, second.next_mix, group_.launch.C, ignore_index);
+        if (!labels.valid) return {kInvalid, -1, 1.0f};
+        return {int(labels.first), int(labels.second), labels.share};
     }
 
     CAMKD_DEVICE static DType dtype_of(const Matrix& stream) {
@@ -182,11 +200,11 @@ class RowKernel {
     // those at the labels of the rows from `first` on. As bits: a conversion would wait for them.
     CAMKD_DEVICE void load_logits(int64_t first) {
         const RowLossArgs& args = group_.launch.args;
-        const int label = label_of_lane();
+        const Labels labels = labels_of_lane();
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= group_.rows_per_group()) continue;
-            const int column = shuffle(label, r);
+            const int column = shuffle(labels.first, r);
             if (group_.lane() > group_.teachers() || column < 0) continue;
             const Matrix& stream = args.streams[group_.lane()];
             logits_[r] = load_bits(row_address(stream, args.S, first + r), column, dtype_of(stream));
@@ -199,31 +217,46 @@ class RowKernel {
         const RowLossArgs& args = group_.launch.args;
         const int rows = group_.rows_per_group();
         Info* const infos = group_.infos(parity);
-        const int label = label_of_lane();
+        const Labels labels = labels_of_lane();
         if (group_.lane() < rows) {
             Info& info = infos[group_.lane()];
             info.row = first + group_.lane();
-            info.kept = label != kIgnored;
-            info.label_valid = label >= 0;
-            info.label_vector = info.label_element = -1;
+            info.kept = labels.first != kIgnored;
+            info.label_valid = labels.first >= 0;
+            info.label_vector = info.label_element = info.second_vector = -1;
             if (info.label_valid) {
                 const Columns columns = columns_of<T>(group_.launch.C, group_.launch.wide_in,
                                                       row_address(args.streams[0], args.S, info.row));
-                const int column = label + columns.phase;
+                const int column = labels.first + columns.phase;
                 info.label_vector = column / V;
                 info.label_element = column % V;
+                if (labels.second >= 0) {
+                    const int other = labels.second + columns.phase;
+                    SecondInfo<FixedK>& second = group_.second(info);
+                    second.share = labels.share;
+                    info.second_vector = other / V;
+                    second.element = other % V;
+                }
             }
         }
         fetch_labels(first + int64_t(group_.launch.groups) * rows);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             if (r >= rows || first + r >= args.N) continue;
-            const bool label_valid = shuffle(label, r) >= 0, is_stream = group_.lane() <= group_.teachers();
+            const bool label_valid = shuffle(labels.first, r) >= 0, is_stream = group_.lane() <= group_.teachers();
+            const int other = group_.two_labels() ? shuffle(labels.second, r) : -1;
             bool near = true;
             if (is_stream) {
                 const Matrix& stream = args.streams[group_.lane()];
-                const float logit = label_valid ? element_from(logits_[r], dtype_of(stream)) : NAN;
-                infos[r].address[group_.lane()] = row_address(stream, args.S, first + r);
+                float logit = label_valid ? element_from(logits_[r], dtype_of(stream)) : NAN;
+                const char* const row = row_address(stream, args.S, first + r);
+                infos[r].address[group_.lane()] = row;
+                if (other >= 0) {
+                    SecondInfo<FixedK>& second = group_.second(infos[r]);
+                    second.logits[0][group_.lane()] = logit;
+                    second.logits[1][group_.lane()] = load_element(row, other, dtype_of(stream));
+                    logit = fmaxf(logit, second.logits[1][group_.lane()]);
+                }
                 infos[r].logits.at[group_.lane()] = logit;
                 if constexpr (FixedK > 0) {
                     const Reference reference(logit, group_.temperature().scale);

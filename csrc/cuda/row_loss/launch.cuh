@@ -51,7 +51,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     problem.needs_mean = args.batch.loss != nullptr;
     const bool common_case = launch.temperature.power != 0 && args.formula.weighting != Weighting::entropy;
     problem.fixed_k = common_case && args.K <= kMaxFixedK ? args.K : 0;
-    RowShared::measure(problem);
+    RowShared::measure(problem, args.second.target != nullptr);
     Limits limits = device_limits();
     RowGeometry& g = launch.geometry;
     void (*kernel)(RowLaunch) = nullptr;

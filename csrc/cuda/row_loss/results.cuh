@@ -27,7 +27,7 @@ class RowResults {
         // Weights
         float weight = 1.0f / float(group_.teachers());
         if (args.formula.weighting == Weighting::confidence && group_.teachers() > 1) {
-            const float ce = cross_entropy(sums, info.logits.at[stream()]);
+            const float ce = cross_entropy(info, sums);
             float top = -INFINITY;
             for (int k = 0; k < group_.teachers(); ++k) top = ScalarMath::max(shuffle(ce, k), top);
             weight = confidence(ScalarMath::exp(ScalarMath::difference(ce, top)));
@@ -52,6 +52,7 @@ class RowResults {
         }
         if (group_.lane() <= group_.teachers()) state.references[stream()] = reference;
         warp_barrier();
+        if (group_.has_two_labels(info)) write_second_gradient(info, r);
     }
 
     // The same on the fast path, without a logarithm or an exponential. Every lane computes all of it: with the numbers
@@ -78,6 +79,7 @@ class RowResults {
             total_sums += sums.of[label_sum(k, kSumT)] + sums.of[label_sum(k, kSum1)];
             if (k > 0) total_cross += fabsf(sums.of[label_sum(k, kCross)]);
         }
+        if (group_.has_two_labels(info)) total_sums += mix_masses(info, logits, masses);
         // Weights
         float weights[K], total = 0;
         if (args.formula.weighting == Weighting::confidence && K > 1) {
@@ -107,6 +109,7 @@ class RowResults {
         if (group_.lane() == 0) {
             state.coefficients = coefficients;
             state.label_gradient = fmaf(soft, difference, hard * ((1.0f - masses[0]) * reciprocal(masses[0])));
+            if (group_.has_two_labels(info)) write_label_gradients(info, r, sums, logits, weights);
 #pragma unroll
             for (int k = 0; k < K; ++k) state.weights[k] = weights[k];
             state.out_of_range = !(total_sums < most && total_cross < INFINITY && info.near);
@@ -144,6 +147,8 @@ class RowResults {
         const float mass = is_divergence ? sums[label_sum(0, kSumT)] / sumT
                                          : sum1 * group_.temperature().raise(info.logits.factors[stream]);
         float number = std::log(mass);
+        if (group_.has_two_labels(info) && !is_divergence)
+            number += group_.second(info).below(info.logits.at[stream], stream);
         if (is_divergence) number += sums[label_sum(stream, kCross)] * (1.0f / kLog2E) * reciprocal(sumT);
         const float hard = shuffle(number, row_stats::hard);
         const float term = product_or_zero<ScalarMath>(weight, number);
@@ -171,7 +176,7 @@ class RowResults {
             const State& z = state.sums[k + 1];
             // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
             divergence = z.cross / (z.sumT * formula.temperature) + std::log(state.sums[0].sumT / z.sumT);
-            ce = cross_entropy(state.sums[stream()], info.logits.at[stream()]);
+            ce = cross_entropy(info, state.sums[stream()]);
             hard = shuffle(ce, K);
             weight = state.weights[k];
             soft = formula.temperature * formula.temperature *
@@ -196,13 +201,85 @@ class RowResults {
         }
     }
 
-    CAMKD_DEVICE int stream() const { return group_.lane() < group_.teachers() ? group_.lane() + 1 : 0; }
-
-    static CAMKD_DEVICE float cross_entropy(const State& sums, float label) {
-        return std::log(sums.sum1) - (label - sums.max);
+    // The gradient at the second label, as general_grad_vector computes it elsewhere; after all it depends on.
+    CAMKD_DEVICE void write_second_gradient(const Info& info, int r) const {
+        const SecondInfo<FixedK>& second = group_.second(info);
+        const Temperature& temperature = group_.temperature();
+        const RowState& state = group_.rows()[r];
+        const float max = state.sums[stream()].max, logit = second.logits[1][stream()];
+        float x[1] = {logit};
+        state.references[stream()].apply(temperature.scale, max, x);
+        const float e = exp2_fast(x[0]);
+        // Weight 0 drops even a teacher whose logits are NaN.
+        const float coefficient = group_.lane() < group_.teachers() ? state.coefficients.teacher[group_.lane()] : 0.0f;
+        const float mixture = sum_over_teachers(product_or_zero<ScalarMath>(coefficient, e));
+        float e1 = temperature.raise(e);
+        if (temperature.power == 0) {
+            x[0] = logit;
+            Reference(max, kLog2E).apply(kLog2E, max, x);
+            e1 = exp2_fast(x[0]);
+        }
+        const float onehot = label_coefficient(group_.launch.args.formula, group_.grad_scale()) * (1.0f - second.share);
+        const float soft = fmaf(state.coefficients.studentT, e, -mixture);
+        if (group_.lane() == group_.teachers())
+            group_.second_states()[r].gradient = soft + (state.coefficients.student1 * e1 - onehot);
+        warp_barrier();
     }
 
-    // NaN for a label outside [0, C), else 0.
+    // e^CE of the teachers of a row with two labels, from what it is at the reference. The labels are both together no
+    // higher than the reference, so nothing cancels. Returns the sum.
+    template <int K>
+    CAMKD_DEVICE float mix_masses(const Info& info, const LabelLogits<K>& logits, float (&masses)[K + 1]) const {
+        const SecondInfo<K>& second = group_.second(info);
+        float sum = 0;
+#pragma unroll
+        for (int k = 1; k <= K; ++k) {
+            masses[k] *= std::exp(second.below(logits.at[k], k));
+            sum += masses[k];
+        }
+        return sum;
+    }
+
+    // The gradients at both labels, by one lane.
+    template <int K>
+    CAMKD_DEVICE void write_label_gradients(const Info& info, int r, const LabelSums<K>& sums,
+                                            const LabelLogits<K>& logits, const float (&weights)[K]) const {
+        const SecondInfo<K>& second = group_.second(info);
+        group_.rows()[r].label_gradient = gradient_at(second.logits[0], second.share, sums, logits, weights);
+        group_.second_states()[r].gradient = gradient_at(second.logits[1], 1.0f - second.share, sums, logits, weights);
+    }
+
+    // The gradient at one of two labels, by differences of probabilities as at the only one; `at` are the logits there.
+    template <int K>
+    CAMKD_DEVICE float gradient_at(const float* at, float share, const LabelSums<K>& sums, const LabelLogits<K>& logits,
+                                   const float (&weights)[K]) const {
+        const Temperature& temperature = group_.temperature();
+        // As in the sums; at the reference itself without the error of the hardware's exponential
+        const auto exponential = [&](int k) {
+            const float reference = logits.at[k];
+            if (at[k] == reference) return reciprocal(logits.factors[k]);
+            return exp2_fast(fmaf(at[k], temperature.scale, -(reference * temperature.scale)));
+        };
+        const float e = exponential(0), p = e * reciprocal(sums.of[label_sum(0, kSumT)]);
+        float difference = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            difference =
+                fmaf(weights[k], p - exponential(k + 1) * reciprocal(sums.of[label_sum(k + 1, kSumT)]), difference);
+        const float hard = temperature.raise(e) * reciprocal(sums.of[label_sum(0, kSum1)]) - share;
+        return fmaf(soft_scale(), difference,
+                    label_coefficient(group_.launch.args.formula, group_.grad_scale()) * hard);
+    }
+
+    CAMKD_DEVICE int stream() const { return group_.lane() < group_.teachers() ? group_.lane() + 1 : 0; }
+
+    // Of this lane's stream, whose sums these are.
+    CAMKD_DEVICE float cross_entropy(const Info& info, const State& sums) const {
+        if (group_.has_two_labels(info)) return std::log(sums.sum1) + group_.second(info).below(sums.max, stream());
+        return std::log(sums.sum1) - (info.logits.at[stream()] - sums.max);
+    }
+
+    // NaN for invalid labels, else 0.
     static CAMKD_DEVICE float label_nan(const Info& info) { return info.label_valid ? 0.0f : NAN; }
 
     CAMKD_DEVICE float soft_scale() const {

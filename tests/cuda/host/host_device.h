@@ -158,6 +158,10 @@ inline void copy_async(int64_t* shared, const int64_t* global) {
     std::memset(shared, 0xff, sizeof(*shared));
     host::self->copies.push_back({shared, global, sizeof(*shared)});
 }
+inline void copy_async(float* shared, const float* global) {
+    std::memset(shared, 0xff, sizeof(*shared));
+    host::self->copies.push_back({shared, global, sizeof(*shared)});
+}
 CAMKD_SITE void copies_wait() {
 #ifndef CAMKD_DROP_COPIES_WAIT
     if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;

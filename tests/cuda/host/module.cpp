@@ -29,9 +29,9 @@ PYBIND11_MODULE(emulated_cuda, m) {
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows whose width is no multiple of a vector do not all begin at a vector boundary
         const int vectors = (C + (C % vector ? 2 * vector - 2 : 0)) / vector;
-        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0, 0,
+        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0, 0, 0, 0,
                                   0, 0, 0, 0,       0};
-        camkd::cuda::RowShared::measure(p);
+        camkd::cuda::RowShared::measure(p, false);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
         return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks, g.shared,
                                     g.cooperative);

@@ -73,13 +73,13 @@ bool same_with_delays(const char* what, std::initializer_list<std::vector<float>
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
 // The limits decide between clusters and cooperative groups. With `far`, labels are far below the maximum, so that the
-// fixed-K kernels sum up every other row twice.
+// fixed-K kernels sum up every other row twice. With `two`, rows have two labels.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
-              Weighting weighting = Weighting::confidence, bool far = false) {
+              Weighting weighting = Weighting::confidence, bool far = false, bool two = false) {
     host::limits = limits;
     const int fixed_k = weighting == Weighting::entropy ? 0 : K;
-    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0, 0, 0};
-    RowShared::measure(problem);
+    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    RowShared::measure(problem, two);
     const RowGeometry g = row_geometry(problem, limits);
     if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks) {
         std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
@@ -99,7 +99,10 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     target[0] = -100;
     std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), loss(1, NAN), means(3, NAN),
         others(size_t(batch_floats(N, limits)), NAN);
+    const std::vector<int64_t> second(size_t(N), C / 3);
+    const std::vector<float> mix(size_t(N), 0.25f);
     args.target = target.data();
+    if (two) args.second = {second.data(), mix.data()};
     args.formula = {4, 1, 1, weighting, -100};
     args.row_stats = out.data();
     args.grad_student = grad.data();
@@ -193,6 +196,10 @@ int main() {
                       run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3, false) &
                       run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2},
                                3, false, confidence, true) &
+                      run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1,
+                               false, confidence, false, true) &
+                      run_rows("cluster, two labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
+                               false, confidence, true, true) &
                       run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false,
                                Weighting::entropy) &
                       run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
