@@ -84,5 +84,7 @@ def enter(emulated: ModuleType, regime: str, K: int) -> None:
     shared = (K + 1) * THREADS * 16 + 3584
     if regime == "cooperative":
         limit(emulated, shared, cluster=1, multiprocessors=8, least_cooperative=2)
-    elif regime != "table":
+    elif regime == "table":
+        limit(emulated)  # not that of an example before, whose shared memory may be too small for this K
+    else:
         limit(emulated, shared, cluster=8 if regime == "cluster" else 1)
