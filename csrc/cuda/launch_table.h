@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace camkd::cuda {
 
@@ -176,7 +178,8 @@ inline double used_places(const RowGeometry& g, int64_t places) {
     return g.cluster > kPortableCluster ? 0.85 : 1.0;
 }
 
-// Picks the cheapest geometry. The grid has one group per set of rows; limit_grid reduces it to the resident blocks.
+// Picks the cheapest geometry; throws if none fits, as on a device with little shared memory. The grid has one group
+// per set of rows; limit_grid reduces it to the resident blocks.
 inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     RowGeometry best{};
     if (warp_geometry(p, limits, best)) return best;
@@ -231,6 +234,10 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
         g.blocks = in_cache < limits.multiprocessors ? p.N : std::min(p.N, in_cache);
         consider(g, row_shared(p, g.threads, g.slots, 1, false, 1), slots);
     }
+    if (best.threads == 0)
+        throw std::runtime_error("camkd_fast: a row of " + std::to_string(p.K) +
+                                 " teachers needs a block with more shared memory than the device's " +
+                                 std::to_string(limits.shared_per_block) + " bytes");
     return best;
 }
 

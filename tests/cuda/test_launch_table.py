@@ -46,6 +46,13 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
 
 
+@pytest.mark.parametrize(("K", "vector"), [(1, 8), (5, 8), (5, 4), (16, 8)])
+def test_a_device_with_too_little_shared_memory_is_refused(emulated: ModuleType, K: int, vector: int) -> None:
+    emulated.set_limits(2, 1024, 4096, 1 << 20, 8, 64, 0)
+    with pytest.raises(RuntimeError, match=f"a row of {K} teachers needs .* more .* than the device's 1024 bytes"):
+        emulated.row_geometry(8, 4096, K, vector)
+
+
 def regime(geometry: tuple[int, ...]) -> str:
     """A geometry in the words of docs/performance.md."""
     warp, _, _, chunks, cluster, threads, *_, cooperative = geometry
