@@ -4,7 +4,7 @@ from . import Change, changes
 
 CACHE = "tests/train/test_teacher_cache.py"
 WRITERS = "tests/train/test_cache_writers.py"
-GRAPH = "tests/train/test_step_graph.py"
+STREAMS = "tests/train/test_teacher_streams.py"
 LIVE = "tests/train/test_live_teachers.py"
 OPTIONS = "tests/train/test_options.py"
 FITTED = "tests/train/test_fitted_teachers.py"
@@ -76,8 +76,8 @@ CHANGES = (
         ),
         Change("hash without the values", "digest.update(data.numpy())", "pass"),
         Change("images keep their dtype", "else images.to(self._dtypes[k]))", "else images)"),
-        Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=GRAPH),
-        Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=GRAPH),
+        Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=STREAMS),
+        Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=STREAMS),
         Change(
             "heads follow autocast",
             "with torch.autocast(features.device.type, enabled=False):",
