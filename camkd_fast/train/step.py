@@ -1,7 +1,8 @@
 """One training step. It is the same for every strategy and never synchronises with the device.
 
-Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, one step of the
-optimiser. Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph (`step_graph`).
+Forward of teachers and student, loss and its gradient in one pass (`Distiller.objective`), one backward, one step of
+the optimiser. Student and loss are one graph under torch.compile. On a GPU the whole step is one CUDA graph
+(`step_graph`).
 """
 
 from __future__ import annotations
