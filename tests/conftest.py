@@ -45,6 +45,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         verdict.note(session.config, exitstatus)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse sets of parameters: their order differs by process, and pytest-xdist compares the workers' lists."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if isinstance(mark.args[1], set | frozenset):
+            raise TypeError(f"parametrize({mark.args[0]!r}): expected an ordered sequence, got {mark.args[1]!r}")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -167,7 +167,7 @@ def test_a_retained_graph_keeps_its_gradient() -> None:
 # --- what is declined ------------------------------------------------------------------------------------------------
 
 # The device does not tell the host; the rows are NaN.
-ON_HOST = {"label too large", "label below 0", "second label too large", "share above 1"}
+ON_HOST = ("label too large", "label below 0", "second label too large", "share above 1")
 
 
 @pytest.mark.parametrize("name", MAPS_DECLINED)

@@ -134,7 +134,7 @@ def test_bitwise_the_rows_of_the_general_path(emulated: ModuleType, monkeypatch:
 
 
 # The device does not tell the host; the rows are NaN.
-OWN = {"label too large", "label below 0", "second label too large", "share above 1"}
+OWN = ("label too large", "label below 0", "second label too large", "share above 1")
 
 
 @pytest.mark.parametrize("name", [name for name in DECLINED if name not in OWN])
