@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .backends.contract import SecondLabels, WholeLoss
+from .losses.formula import Formula
 
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
 Shape = tuple[int, int, int]  # N, C, rows per outer stride
@@ -13,7 +14,6 @@ Second = tuple[int, int]  # addresses of second labels (N,) and of the shares of
 Map = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
 MapPair = tuple[tuple[int, int], Map, Map]  # (P, Q), student, teacher
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
-Formula = tuple[float, float, float, str | Tensor, int]  # camkd_fast.losses.formula.Formula
 
 MAX_TEACHERS: int
 TEMPERATURE_POWERS: tuple[int, ...]  # temperatures T at which e^x is computed as (e^{x/T})^T

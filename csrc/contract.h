@@ -25,14 +25,22 @@ constexpr int64_t kFeatureParts = 4096;  // partial errors of samples that sever
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};
 
-enum class Weighting : int { confidence = 0, uniform = 1, entropy = 2, given = 3 };
-constexpr const char* kWeightingNames[] = {"confidence", "uniform", "entropy"};  // `given` is a tensor, not a name
+enum class Weighting : int { confidence = 0, uniform = 1, entropy = 2, min_ce = 3, given = 4 };
+constexpr const char* kWeightingNames[] = {"confidence", "uniform", "entropy", "min_ce"};  // `given` is a tensor
+
+enum class Divergence : int { forward_kl = 0, reverse_kl = 1, jsd = 2, skew = 3 };
+constexpr const char* kDivergenceNames[] = {"forward_kl", "reverse_kl", "jsd", "skew"};
 
 // N rows with unit column stride; row n starts at (n / S) * stride_outer + (n % S) * stride_inner, in elements.
 struct Matrix {
     const void* data;
     int64_t stride_outer, stride_inner;
     DType dtype;
+};
+
+// From what a head computes, x, to a logit: softcap * tanh(scale * x / softcap), or scale * x without a softcap (0).
+struct LogitMap {
+    float scale = 1, softcap = 0;
 };
 
 // The constants of the logit loss, camkd_fast/losses/formula.py.
@@ -42,14 +50,28 @@ struct Formula {
     float soft_weight;
     Weighting weighting;
     int64_t ignore_index;
+    Divergence divergence;
+    float share;  // of the teacher in the mixture: beta of jsd, alpha of skew
+    bool scale_by_t2;
+    float z_loss_weight;
+    bool maps;          // whether `logit_maps` are other than the identity
+    int teachers_maps;  // how many teachers have a map of their own, 0 for none
+    LogitMap logit_maps[kMaxStreams];
+    bool entropy;  // row_stats end with the student's entropies
 };
+
+// Whether a formula is the paper's: fields up to `ignore_index` are all that count.
+CAMKD_HD bool is_basic(const Formula& f) {
+    return f.weighting != Weighting::min_ce && f.divergence == Divergence::forward_kl && f.scale_by_t2 &&
+           f.z_loss_weight == 0 && !f.maps && !f.entropy;
+}
 
 // T if e^x can be computed from e^{x/T} by multiplication, else 0.
 CAMKD_HD int temperature_power(float T) {
     return T == 1 || T == 2 || T == 4 ? int(T) : 0;
 }
 
-// Rows of the (3 + 3K, N) tensor `row_stats`.
+// Rows of the tensor `row_stats`: (3 + 3K, N), and one more for the entropies if the formula asks for them.
 namespace row_stats {
 
 constexpr int loss = 0, hard = 1, soft = 2, per_teacher = 3;
@@ -66,8 +88,12 @@ CAMKD_HD int weight(int K, int k) {
     return per_teacher + 2 * K + k;
 }
 
-CAMKD_HD int count(int K) {
+CAMKD_HD int entropy(int K) {
     return per_teacher + 3 * K;
+}
+
+CAMKD_HD int count(int K, bool with_entropy = false) {
+    return per_teacher + 3 * K + (with_entropy ? 1 : 0);
 }
 
 }  // namespace row_stats

@@ -134,32 +134,73 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
     for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
 }
 
+// w_k = 1 for the first of the lowest CE_k, 0 for the others.
+template <class Math, class F>
+CAMKD_HD void lowest_weights(const F* ce, int K, F* w) {
+    const F one = Math::set(1.0f), zero = Math::set(0.0f);
+    F lowest = ce[0];
+    for (int k = 1; k < K; ++k) lowest = zero - Math::max(zero - ce[k], zero - lowest);
+    F left = one;  // 1 until a teacher has it
+    for (int k = 0; k < K; ++k) {
+        w[k] = Math::where_positive(Math::difference(ce[k], lowest), zero, left);
+        left = left - w[k];
+    }
+}
+
 // The finished sums of a stream (StreamState), and its logit at the label minus the maximum: NaN for invalid labels. Of
-// two labels it is the average by their shares.
+// two labels it is the average by their shares. The student's `plogp` is sum e^{d/T} d. `cross` of a teacher belongs to
+// the divergence: as in StreamState for the forward KL; sum e^{d_s/T} (d_s - d_z) for the reverse KL; for jsd and skew,
+// D itself, and `slope` is sum q g (camkd_fast/backends/divergences.py).
 template <class F>
 struct RowSums {
-    F max, sumT, sum1, cross, plogp, label;
+    F max, sumT, sum1, cross, plogp, label, slope;
 };
 
 template <class F>
 struct RowResult {
-    F loss, hard, soft;
+    F loss, hard, soft, entropy;
     F divergence[kMaxTeachers];
     F teacher_ce[kMaxTeachers];
     F weights[kMaxTeachers];
     F scratch[kMaxTeachers];  // entropies, or softmax numerators over teachers
 };
 
+// Of the forward KL:
 // grad_c = studentT e^{(s - max) / T} + student1 e^{s - max} - sum_k teacher_k e^{(z_k - max_k) / T}
 //          - label_coefficient [c = y]    (times the share of the label)
+// Of the others, with x_k = (s - max) - (z_k - max_k) for the reverse KL and g for jsd and skew:
+// grad_c = studentT e^{(s - max) / T} sum_k teacher_k (x_k - center_k) + student1 ... as above
 template <class F>
 struct GradCoefficients {
     F studentT, student1;
-    F teacher[kMaxTeachers];
+    F teacher[kMaxTeachers], center[kMaxTeachers];
 };
+
+// soft_weight T, the factor of d(sum_k w_k D_k) / d(s / T), or without T^2 soft_weight / T.
+CAMKD_HD float soft_grad_scale(const Formula& formula) {
+    return formula.scale_by_t2 ? formula.soft_weight * formula.temperature : formula.soft_weight / formula.temperature;
+}
 
 CAMKD_HD float label_coefficient(const Formula& formula, float grad_scale) {
     return formula.hard_weight * grad_scale;
+}
+
+// log sum_c e^{s_c}.
+template <class Math, class F>
+CAMKD_HD F log_sum(const RowSums<F>& stream) {
+    return stream.max + Math::log(stream.sum1);
+}
+
+// D of a teacher from the sums of the row.
+template <class Math, class F>
+CAMKD_HD F divergence_of(const Formula& formula, const RowSums<F>& student, const RowSums<F>& teacher) {
+    const F T = Math::set(formula.temperature);
+    // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
+    if (formula.divergence == Divergence::forward_kl)
+        return teacher.cross / (teacher.sumT * T) + Math::log(student.sumT / teacher.sumT);
+    if (formula.divergence == Divergence::reverse_kl)
+        return teacher.cross / (student.sumT * T) + Math::log(teacher.sumT / student.sumT);
+    return teacher.cross;
 }
 
 // The part of a row's results that the gradient waits for: the teachers' cross-entropies and weights, and the
@@ -180,35 +221,60 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
         confidence_weights<Math>(result.teacher_ce, K, w, result.scratch);
     } else if (formula.weighting == Weighting::entropy) {
         entropy_weights<Math>(entropy, K, w);
+    } else if (formula.weighting == Weighting::min_ce) {
+        lowest_weights<Math>(result.teacher_ce, K, w);
     } else if (formula.weighting == Weighting::uniform) {
         for (int k = 0; k < K; ++k) w[k] = Math::set(1.0f / float(K));
     }
     F total = Math::set(0.0f);
     for (int k = 0; k < K; ++k) total = total + w[k];
 
-    const F soft_scale = Math::set(formula.soft_weight * T * grad_scale);
-    coefficients.studentT = soft_scale * total / student.sumT + label_nan;
-    coefficients.student1 = Math::set(label_coefficient(formula, grad_scale)) / student.sum1;
-    for (int k = 0; k < K; ++k) coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
+    F hard_scale = Math::set(label_coefficient(formula, grad_scale));
+    if (formula.z_loss_weight != 0)
+        hard_scale = hard_scale + Math::set(2 * formula.z_loss_weight * grad_scale) * log_sum<Math>(student);
+    coefficients.student1 = hard_scale / student.sum1;
+    const F soft_scale = Math::set(soft_grad_scale(formula) * grad_scale);
+    if (formula.divergence == Divergence::forward_kl) {
+        coefficients.studentT = soft_scale * total / student.sumT + label_nan;
+        for (int k = 0; k < K; ++k)
+            coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
+        return;
+    }
+    const bool reverse = formula.divergence == Divergence::reverse_kl, no_soft_term = formula.soft_weight == 0;
+    const F inverse_sum = Math::set(1.0f) / student.sumT, zero = Math::set(0.0f);
+    F nan = label_nan;
+    for (int k = 0; k < K; ++k) {
+        const F used = no_soft_term ? zero : w[k];
+        const F center = reverse ? teachers[k].cross * inverse_sum : teachers[k].slope;
+        coefficients.teacher[k] = used;
+        coefficients.center[k] = center;
+        // An infinite reverse KL makes the whole row NaN, also where e^{(s - max) / T} is 0.
+        nan = nan + product_or_zero<Math>(used, center - center);
+    }
+    coefficients.student1 = coefficients.student1 + nan;
+    coefficients.studentT = (reverse ? soft_scale * Math::set(1.0f / T) : soft_scale) * inverse_sum;
 }
 
 // The rest of the results: divergences and losses. Must come after compute_weights.
 template <class Math, class F>
 CAMKD_HD void compute_losses(const Formula& formula, int K, const RowSums<F>& student, const RowSums<F>* teachers,
                              F label_nan, RowResult<F>& result) {
-    const float T = formula.temperature;
     F soft = Math::set(0.0f);
     for (int k = 0; k < K; ++k) {
-        const RowSums<F>& z = teachers[k];
-        // One logarithm of the ratio: the difference of two would cancel where student and teacher agree.
-        result.divergence[k] = z.cross / (z.sumT * Math::set(T)) + Math::log(student.sumT / z.sumT);
+        result.divergence[k] = divergence_of<Math>(formula, student, teachers[k]);
         soft = soft + product_or_zero<Math>(result.weights[k], result.divergence[k]);
     }
+    const float T = formula.temperature;
     result.hard = Math::log(student.sum1) - student.label;
-    result.soft = Math::set(T * T) * soft;
+    result.soft = Math::set(formula.scale_by_t2 ? T * T : 1.0f) * soft;
     // A label outside [0, C) makes the whole row NaN, whatever the weights are.
     result.loss = product_or_zero<Math>(Math::set(formula.hard_weight), result.hard) +
                   product_or_zero<Math>(Math::set(formula.soft_weight), result.soft) + label_nan;
+    if (formula.z_loss_weight != 0) {
+        const F lse = log_sum<Math>(student);
+        result.loss = result.loss + Math::set(formula.z_loss_weight) * (lse * lse);
+    }
+    if (formula.entropy) result.entropy = Math::log(student.sumT) - student.plogp / (student.sumT * Math::set(T));
 }
 
 }  // namespace camkd

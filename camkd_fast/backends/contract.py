@@ -17,19 +17,20 @@ COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every bac
 MAX_TEACHERS = 16
 TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as (e^{x/T})^T
 
-# Rows of the (3 + 3K, N) tensor `row_stats`; csrc/contract.h and kernels/results.py name the same rows.
+# Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them.
+# csrc/contract.h and kernels/results.py name the same rows.
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
 
 
-def row_stats_count(K: int) -> int:
+def row_stats_count(K: int, entropy: bool = False) -> int:
     """Rows of `row_stats` for K teachers."""
-    return PER_TEACHER + 3 * K
+    return PER_TEACHER + 3 * K + entropy
 
 
 class RowLossResult(NamedTuple):
     """The numbers of N rows and K teachers before any reduction."""
 
-    row_stats: Tensor  # (3 + 3K, N) in the accumulation dtype; the properties below are its rows
+    row_stats: Tensor  # (3 + 3K or 4 + 3K, N) in the accumulation dtype; the properties below are its rows
     grad_student: Tensor | None  # (N, C) in the student's dtype: d loss / d student * grad_scale
     sums: tuple[float, float, float] | None = None  # of loss, hard and soft, if the backend adds up on the host
     means: tuple[Tensor, Tensor] | None = None  # on request: loss (), and (3,) hard, soft, and the factor of the sums
@@ -48,6 +49,11 @@ class RowLossResult(NamedTuple):
     def weights(self) -> Tensor:
         """(K, N): w_k."""
         return self._per_teacher(2)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """(N,): the student's, if the formula asks for it."""
+        return self.row_stats[-1] if self.row_stats.shape[0] % 3 else None
 
     def _per_teacher(self, i: int) -> Tensor:
         K = (self.row_stats.shape[0] - PER_TEACHER) // 3

@@ -107,7 +107,7 @@ def row_loss(
     second: SecondLabels | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
-    row_stats = torch.empty(row_stats_count(len(teachers)), N, dtype=torch.float32, device=_DEVICE)
+    row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
     grad_student = new_output(N, C, student.dtype) if needs_grad else None
     inverse = 1.0 / max(count_labels(target, C, formula.ignore_index)[0], 1) if mean else 1.0
     sums = _C.row_loss(

@@ -8,7 +8,7 @@ Notation. One row (sample) has student logits s and teacher logits z_1..z_K, all
     CE_k = -log softmax(z_k)[y]                teacher cross-entropy, always at temperature 1        (eq. 2)
     H_k  = -sum_c softmax(z_k)_c log softmax(z_k)_c
     w_k  = (1 - softmax_k(CE_k)) / (K - 1)     confidence weight, the softmax running over K          (eq. 3)
-    KL_k = sum_c p_kc (log p_kc - log q_c)
+    KL_k = sum_c p_kc (log p_kc - log q_c)     or another divergence D_k, see `divergences`
     hard = -log softmax(s)[y]                  soft = T^2 sum_k w_k KL_k                              (eq. 4)
     loss = hard_weight * hard + soft_weight * soft
 
@@ -16,6 +16,14 @@ Gradient. d KL_k / ds = (q - p_k) / T, so with W = sum_k w_k one mixture is enou
 
     d loss / ds  = soft_weight * T * (W q - sum_k w_k p_k) + hard_weight * (softmax(s) - onehot(y))   (grad_student)
     d loss / dw_k = soft_weight * T^2 * KL_k
+
+Beyond the paper (`losses.formula`), with lse = log sum_c e^{s_c}:
+
+    weights "min_ce"      1 for the teacher with the lowest CE_k, the first of several, and 0 for the others
+    not scale_by_t2       soft = sum_k w_k KL_k
+    z_loss_weight         loss += z_loss_weight * lse^2, gradient 2 * z_loss_weight * lse * softmax(s)
+    scales and softcaps   a logit is z = cap * tanh(scale * x / cap), with dz / dx = scale * (1 - (z / cap)^2)
+    entropy               -sum_c q_c log q_c of the student, without a gradient
 
 Two labels. A row may have a second label y2, and in `mix` the share of y. Then CE_k and hard are
 
@@ -53,8 +61,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses.formula import Formula
+from ..losses.divergence import FORWARD_KL
+from ..losses.formula import Formula, LogitMap
 from .contract import PER_TEACHER, FeatureLossResult, RowLossResult, SecondLabels
+from .divergences import divergence_gradient, divergence_of
 from .feature_maps import gradient_strides, in_memory_order, new_gradients, sample_size
 from .labels import labels_of
 
@@ -67,6 +77,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _rows(logits: Tensor) -> Tensor:
     flat = logits.reshape(-1, logits.shape[-1])
     return flat.to(accumulation_dtype(logits.dtype))
+
+
+def _mapped(rows: Tensor, logit_map: LogitMap) -> Tensor:
+    """Logits from what a head has computed."""
+    scale, softcap = logit_map
+    rows = rows if scale == 1.0 else scale * rows
+    return rows if softcap == 0.0 else softcap * (rows / softcap).tanh()
+
+
+def _map_gradient(logits: Tensor, logit_map: LogitMap, gradient: Tensor) -> Tensor:
+    """The gradient by what a head has computed, from that by the logits."""
+    scale, softcap = logit_map
+    gradient = gradient if scale == 1.0 else scale * gradient
+    return gradient if softcap == 0.0 else gradient * (1.0 - (logits / softcap).square())
 
 
 def softmax_over_teachers(ce: Tensor) -> Tensor:
@@ -93,10 +117,10 @@ def weights_from_entropy(entropy: Tensor) -> Tensor:
     return 1.0 - ratio.masked_fill(total <= 0, 1.0 / K)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_c p (log p - log q), terms with p = 0 counting 0."""
-    p = log_p.exp()
-    return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
+def weights_of_lowest(ce: Tensor) -> Tensor:
+    """Weights (K, N) of "min_ce": 1 for the first of the lowest cross-entropies."""
+    lowest = ce == ce.amin(0, keepdim=True)
+    return (lowest & (lowest.cumsum(0) == 1)).to(ce.dtype)
 
 
 def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
@@ -116,11 +140,15 @@ def loss_terms(
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
     ignored = labels.ignored
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
-    s = _rows(student).masked_fill(ignored.unsqueeze(-1), 0.0)
-    zs = [_rows(z).to(s.dtype).masked_fill(ignored.unsqueeze(-1), 0.0) for z in teachers]
+    s = _mapped(_rows(student).masked_fill(ignored.unsqueeze(-1), 0.0), formula.student_map)
+    zs = [
+        _mapped(_rows(z).to(s.dtype).masked_fill(ignored.unsqueeze(-1), 0.0), formula.teacher_map(k))
+        for k, z in enumerate(teachers)
+    ]
 
     log_q = F.log_softmax(s / temperature, dim=-1)
-    divergence = torch.stack([_kl(F.log_softmax(z / temperature, dim=-1), log_q) for z in zs])
+    kind = formula.divergence_kind
+    divergence = torch.stack([divergence_of(F.log_softmax(z / temperature, dim=-1), log_q, kind) for z in zs])
     teacher_log_prob = [F.log_softmax(z, dim=-1) for z in zs]
     teacher_ce = torch.stack([-labels.pick(log_prob) for log_prob in teacher_log_prob])
     if isinstance(weighting, Tensor):
@@ -129,17 +157,25 @@ def loss_terms(
         weights = weights_from_ce(teacher_ce)
     elif weighting == "entropy":
         weights = weights_from_entropy(torch.stack([torch.special.entr(lp.exp()).sum(-1) for lp in teacher_log_prob]))
+    elif weighting == "min_ce":
+        weights = weights_of_lowest(teacher_ce)
     else:
         weights = torch.full_like(teacher_ce, 1.0 / len(zs))
 
     hard = -labels.pick(F.log_softmax(s, dim=-1))
-    soft = temperature**2 * _weighted_sum(weights, divergence)
+    soft = _weighted_sum(weights, divergence)
+    soft = temperature**2 * soft if formula.scale_by_t2 else soft
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
     coefficients = torch.stack([torch.full_like(hard, weight) for weight in (formula.hard_weight, formula.soft_weight)])
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
+    if formula.z_loss_weight != 0.0:
+        loss = loss + formula.z_loss_weight * s.logsumexp(-1).square()
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
     loss = loss.masked_fill(~labels.valid, float("nan"))
-    row_stats = torch.cat([torch.stack([loss, hard, soft]), divergence, teacher_ce, weights])
+    rows = [torch.stack([loss, hard, soft]), divergence, teacher_ce, weights]
+    if formula.entropy:
+        rows.append(torch.special.entr(log_q.exp()).sum(-1, keepdim=True).detach().t())
+    row_stats = torch.cat(rows)
     return RowLossResult(row_stats.masked_fill(ignored, 0.0), None)
 
 
@@ -152,17 +188,31 @@ def grad_student(
     second: SecondLabels | None = None,
 ) -> Tensor:
     """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
-    T = formula.temperature
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
-    s = _rows(student)
-    w = weights.to(s.dtype).unsqueeze(-1)
-    mixture = torch.zeros_like(s)
-    for w_k, z in zip(w, teachers, strict=True):
-        mixture = mixture + (w_k * (_rows(z).to(s.dtype) / T).softmax(-1)).masked_fill(w_k == 0, 0.0)
-    out = formula.soft_weight * T * (w.sum(0) * (s / T).softmax(-1) - mixture)
+    s = _mapped(_rows(student), formula.student_map)
+    out = formula.soft_grad_scale * _soft_gradient(s, teachers, formula, weights.to(s.dtype).unsqueeze(-1))
     out = out + formula.hard_weight * (s.softmax(-1) - labels.onehot(s))
+    if formula.z_loss_weight != 0.0:
+        out = out + 2.0 * formula.z_loss_weight * s.logsumexp(-1, keepdim=True) * s.softmax(-1)
+    out = _map_gradient(s, formula.student_map, out)
     out = out.masked_fill(~labels.valid.unsqueeze(-1), float("nan"))
     return out.masked_fill(labels.ignored.unsqueeze(-1), 0.0)
+
+
+def _soft_gradient(s: Tensor, teachers: Sequence[Tensor], formula: Formula, w: Tensor) -> Tensor:
+    """T d/ds of sum_k w_k D_k for logits s (N, C) and weights (K, N, 1); 0 if nobody asks for it."""
+    T, kind = formula.temperature, formula.divergence_kind
+    total = torch.zeros_like(s)
+    if formula.soft_weight == 0.0 and kind != FORWARD_KL:  # whose gradient may not be finite
+        return total
+    for k, z in enumerate(teachers):
+        z = _mapped(_rows(z).to(s.dtype), formula.teacher_map(k)) / T
+        if kind == FORWARD_KL:
+            term = z.softmax(-1)
+        else:
+            term = divergence_gradient(z.log_softmax(-1), (s / T).log_softmax(-1), kind)
+        total = total + (w[k] * term).masked_fill(w[k] == 0, 0.0)
+    return w.sum(0) * (s / T).softmax(-1) - total if kind == FORWARD_KL else total
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def _checked_call(
         if isinstance(formula.weighting, Tensor):
             formula = formula._replace(weighting=formula.weighting.detach())
     teachers = checks.check_logits(student, teacher_logits, target, second)
-    formula = formula.checked()
+    formula = formula.checked(len(teachers))
     labels, dtype = contiguous_labels(target), accumulation_dtype(student.dtype)
     if isinstance(formula.weighting, Tensor):
         checks.check_weighting(formula.weighting, len(teachers), student)

@@ -1,6 +1,6 @@
 """The constants of the logit loss as one object, which travels unchanged from the public functions into every backend.
 
-This is a leaf: it imports nothing of the package, so backends can use it.
+A leaf but for `divergence`: it imports nothing else of the package, so backends can use it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-WEIGHTINGS = ("confidence", "uniform", "entropy")
+from .divergence import FORWARD_KL, Divergence, as_divergence
+
+WEIGHTINGS = ("confidence", "uniform", "entropy", "min_ce")
 
 
 def check_number(name: str, value: float, *, positive: bool) -> None:
@@ -28,15 +30,28 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def check_ignore_index(ignore_index: int) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
 
 
-class Formula(NamedTuple):
-    """loss = hard_weight * CE(student, target) + soft_weight * T^2 * sum_k w_k KL_k, w_k by `weighting`.
+class LogitMap(NamedTuple):
+    """From what a head computes, x, to a logit: cap * tanh(scale * x / cap), or scale * x without a cap (0)."""
 
-    C++ reads the fields by position (csrc/python/arguments.h, read_formula).
+    scale: float = 1.0
+    softcap: float = 0.0
+
+
+class Formula(NamedTuple):
+    """loss = hard_weight * CE(student, target) + soft_weight * T^2 * sum_k w_k D_k + z_loss_weight * lse(student)^2.
+
+    w_k by `weighting`, D_k by `divergence`, T^2 only if `scale_by_t2`. Fields are keywords of `camkd_loss`; C++ reads
+    them by position (csrc/python/arguments.h, read_formula).
     """
 
     temperature: float = 4.0
@@ -44,9 +59,20 @@ class Formula(NamedTuple):
     soft_weight: float = 1.0
     weighting: str | Tensor = "confidence"  # a name, or weights: (K,) or (K, ...), in a backend (K, N)
     ignore_index: int = -100
+    divergence: str | tuple[str, float] = "forward_kl"  # in a backend a Divergence
+    scale_by_t2: bool = True
+    z_loss_weight: float = 0.0
+    student_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_logit_scales: Sequence[float] | None = None  # one per teacher
+    teacher_softcaps: Sequence[float | None] | None = None
+    entropy: bool = False  # row_stats end with the student's entropies
 
-    def checked(self) -> Formula:
+    def checked(self, K: int | None = None) -> Formula:
         """The same constants as Python's floats and int. The shape of a weighting tensor is checked with the logits.
+
+        Args:
+            K: number of teachers, if it is known.
 
         Raises:
             TypeError, ValueError: naming the constant and its value.
@@ -57,12 +83,34 @@ class Formula(NamedTuple):
         check_ignore_index(self.ignore_index)
         if not isinstance(self.weighting, Tensor):
             check_choice("weighting", self.weighting, WEIGHTINGS)
-        return self._replace(
+        basic = self._replace(
             temperature=float(self.temperature),
             hard_weight=float(self.hard_weight),
             soft_weight=float(self.soft_weight),
             ignore_index=int(self.ignore_index),
         )
+        return basic if self[5:] == _BASIC else basic._replace(**self._checked_extensions(K))
+
+    @property
+    def is_basic(self) -> bool:
+        """Whether it is the paper's formula: nothing of what follows `ignore_index`, and not "min_ce"."""
+        return self[5:] == _BASIC and self.weighting_name != "min_ce"
+
+    def _checked_extensions(self, K: int | None) -> dict[str, Any]:
+        check_flag("scale_by_t2", self.scale_by_t2)
+        check_flag("entropy", self.entropy)
+        check_number("z_loss_weight", self.z_loss_weight, positive=False)
+        check_number("student_logit_scale", self.student_logit_scale, positive=True)
+        if self.student_softcap is not None:
+            check_number("student_softcap", self.student_softcap, positive=True)
+        return {
+            "divergence": _in_one_form(self.divergence),
+            "z_loss_weight": float(self.z_loss_weight),
+            "student_logit_scale": float(self.student_logit_scale),
+            "student_softcap": None if self.student_softcap is None else float(self.student_softcap),
+            "teacher_logit_scales": _numbers_of_teachers("teacher_logit_scales", self.teacher_logit_scales, K, 1.0),
+            "teacher_softcaps": _numbers_of_teachers("teacher_softcaps", self.teacher_softcaps, K, None),
+        }
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `camkd_loss`."""
@@ -74,17 +122,73 @@ class Formula(NamedTuple):
         return "given" if isinstance(self.weighting, Tensor) else self.weighting
 
     @property
-    def soft_scale(self) -> float:
-        """d loss / d w_k divided by KL_k: soft_weight * T^2."""
-        return self.soft_weight * self.temperature**2
+    def divergence_kind(self) -> Divergence:
+        """The divergence as backends take it."""
+        return as_divergence(self.divergence)
 
-    def constants(self) -> tuple[list[float], str, int]:
+    @property
+    def student_map(self) -> LogitMap:
+        """From the student's tensor to its logits."""
+        return LogitMap(self.student_logit_scale, self.student_softcap or 0.0)
+
+    def teacher_map(self, k: int) -> LogitMap:
+        """From the tensor of teacher k to its logits."""
+        scale = 1.0 if self.teacher_logit_scales is None else self.teacher_logit_scales[k]
+        return LogitMap(scale, (None if self.teacher_softcaps is None else self.teacher_softcaps[k]) or 0.0)
+
+    @property
+    def soft_scale(self) -> float:
+        """d loss / d w_k divided by D_k: soft_weight * T^2, or soft_weight."""
+        return self.soft_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
+
+    @property
+    def soft_grad_scale(self) -> float:
+        """soft_scale / T, which multiplies gradients by s / T."""
+        return self.soft_weight * self.temperature if self.scale_by_t2 else self.soft_weight / self.temperature
+
+    def constants(self) -> tuple[list[float], str, str, int]:
         """Everything but a weighting tensor, in types that an operator's schema has. See `from_constants`."""
-        return list(self[:3]), self.weighting_name, self.ignore_index
+        kind, parameter = self.divergence_kind
+        flags = [float(self.scale_by_t2), float(self.entropy)]
+        student = [float(x) for x in self.student_map]
+        scales, softcaps = self.teacher_logit_scales, self.teacher_softcaps
+        K = len(scales or softcaps or ())
+        teachers = [float(x) for k in range(K) for x in self.teacher_map(k)]
+        values = [*self[:3], parameter, self.z_loss_weight, *flags, *student, *teachers]
+        return values, self.weighting_name, kind, self.ignore_index
 
     @classmethod
     def from_constants(
-        cls, numbers: Sequence[float], weighting: str, ignore_index: int, weights: Tensor | None
+        cls, values: Sequence[float], weighting: str, divergence: str, ignore_index: int, weights: Tensor | None
     ) -> Formula:
-        temperature, hard_weight, soft_weight = numbers
-        return cls(temperature, hard_weight, soft_weight, weighting if weights is None else weights, ignore_index)
+        T, hard_weight, soft_weight, parameter, z_loss_weight, by_t2, entropy, scale, softcap, *teachers = values
+        return cls(
+            *(T, hard_weight, soft_weight, weighting if weights is None else weights, ignore_index),
+            *(_in_one_form(Divergence(divergence, parameter)), bool(by_t2), z_loss_weight),
+            *(scale, softcap or None),
+            *(tuple(teachers[::2]) or None, tuple(x or None for x in teachers[1::2]) or None),
+            bool(entropy),
+        )
+
+
+_BASIC = Formula()[5:]
+
+
+def _in_one_form(divergence: str | tuple[str, float]) -> str | Divergence:
+    """The divergence as backends take it, by its name alone if it is the paper's, so that formulas can be compared."""
+    found = as_divergence(divergence)
+    return found.kind if found == FORWARD_KL else found
+
+
+def _numbers_of_teachers(name: str, values: Any, K: int | None, default: float | None) -> tuple[Any, ...] | None:
+    """One positive number per teacher, or for a teacher without one the default; None if nothing is given."""
+    if values is None:
+        return None
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a sequence with a number per teacher, got {type(values).__name__}")
+    if K is not None and len(values) != K:
+        raise ValueError(f"{name} holds {len(values)} numbers, but there are {K} teachers")
+    for k, value in enumerate(values):
+        if value is not None or default is not None:
+            check_number(f"{name}[{k}]", value, positive=True)
+    return tuple(default if value is None else float(value) for value in values)

@@ -99,6 +99,14 @@ def camkd_loss(
     backend: str = "auto",
     second_target: Tensor | None = None,
     mix: Tensor | None = None,
+    divergence: str | tuple[str, float] = "forward_kl",
+    scale_by_t2: bool = True,
+    z_loss_weight: float = 0.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scales: Sequence[float] | None = None,
+    teacher_softcaps: Sequence[float | None] | None = None,
+    entropy: bool = False,
 ) -> CAMKDOutput:
     """Confidence-aware multi-teacher distillation loss (CA-MKD, arXiv 2201.00007, eq. 2 to 4).
 
@@ -110,8 +118,8 @@ def camkd_loss(
         target: (...) int64 labels in [0, C), or `ignore_index`.
         temperature: T > 0. Cross-entropies are always at temperature 1.
         hard_weight, soft_weight: coefficients of the two terms (paper: 1 and alpha; the official code: alpha / K).
-        weighting: "confidence" (the paper), "uniform" (AVER), "entropy" (EBKD), or weights (K,) or (K, ...), which
-            are differentiable.
+        weighting: "confidence" (the paper), "uniform" (AVER), "entropy" (EBKD), "min_ce" (only the teacher with the
+            lowest cross-entropy, the first of several), or weights (K,) or (K, ...), which are differentiable.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
         num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
         backend: "auto", "cuda", "triton", "cpu" or "reference".
@@ -119,6 +127,14 @@ def camkd_loss(
             `target`, (...) floating in [0, 1]; both or neither. Every cross-entropy, that of the student and those in
             the weights, becomes mix * CE(target) + (1 - mix) * CE(second_target). Not read where `target` is
             `ignore_index`; elsewhere a second label must not be `ignore_index`. No gradient.
+        divergence: "forward_kl" (the paper), "reverse_kl", ("jsd", beta) or ("skew", alpha), in the place of KL_k; see
+            `losses.divergence.Divergence`.
+        scale_by_t2: whether the soft term is multiplied by T^2.
+        z_loss_weight: adds z_loss_weight * logsumexp(student)^2, at temperature 1, to `loss`.
+        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps: the logits are
+            cap * tanh(scale * x / cap) of the given tensors x, or scale * x where the cap is None; for teachers one
+            number each. The gradient is that of x.
+        entropy: whether the output has the student's `entropy`.
 
     Returns:
         CAMKDOutput; its `loss` is differentiable once with respect to the student (and given weights).
@@ -128,7 +144,21 @@ def camkd_loss(
             raise for CPU tensors and give NaN rows on a GPU, where reading them would synchronise.
         NotImplementedError: `backend` names a backend that cannot run these tensors.
     """
-    formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
+    formula = Formula(
+        temperature,
+        hard_weight,
+        soft_weight,
+        weighting,
+        ignore_index,
+        divergence,
+        scale_by_t2,
+        z_loss_weight,
+        student_logit_scale,
+        student_softcap,
+        teacher_logit_scales,
+        teacher_softcaps,
+        entropy,
+    )
     second = second_labels(second_target, mix)
     return _differentiable_loss(student_logits, teacher_logits, target, second, formula, reduction, num_items, backend)
 
@@ -149,6 +179,14 @@ def camkd_loss_and_grad(
     backend: str = "auto",
     second_target: Tensor | None = None,
     mix: Tensor | None = None,
+    divergence: str | tuple[str, float] = "forward_kl",
+    scale_by_t2: bool = True,
+    z_loss_weight: float = 0.0,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_logit_scales: Sequence[float] | None = None,
+    teacher_softcaps: Sequence[float | None] | None = None,
+    entropy: bool = False,
 ) -> tuple[CAMKDOutput, Tensor]:
     """`camkd_loss` and d(loss_scale * loss) / d student_logits in one pass, for `student_logits.backward(grad)`.
 
@@ -161,7 +199,21 @@ def camkd_loss_and_grad(
     Returns:
         (output, grad): grad has the student's shape and dtype, contiguous.
     """
-    formula = Formula(temperature, hard_weight, soft_weight, weighting, ignore_index)
+    formula = Formula(
+        temperature,
+        hard_weight,
+        soft_weight,
+        weighting,
+        ignore_index,
+        divergence,
+        scale_by_t2,
+        z_loss_weight,
+        student_logit_scale,
+        student_softcap,
+        teacher_logit_scales,
+        teacher_softcaps,
+        entropy,
+    )
     if type(loss_scale) is not float:  # `evaluate` checks floats, outside its fast path
         checks.check_scale("loss_scale", loss_scale)
     second = second_labels(second_target, mix)
@@ -190,14 +242,27 @@ class CAMKDLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        *,
+        divergence: str | tuple[str, float] = "forward_kl",
+        scale_by_t2: bool = True,
+        z_loss_weight: float = 0.0,
+        student_logit_scale: float = 1.0,
+        student_softcap: float | None = None,
+        teacher_logit_scales: Sequence[float] | None = None,
+        teacher_softcaps: Sequence[float | None] | None = None,
+        entropy: bool = False,
     ) -> None:
         super().__init__()
-        Formula(temperature, hard_weight, soft_weight, weighting, ignore_index).checked()
+        self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
+        self.weighting, self.ignore_index = weighting, ignore_index
+        self.divergence, self.scale_by_t2, self.z_loss_weight = divergence, scale_by_t2, z_loss_weight
+        self.student_logit_scale, self.student_softcap = student_logit_scale, student_softcap
+        self.teacher_logit_scales, self.teacher_softcaps = teacher_logit_scales, teacher_softcaps
+        self.entropy = entropy
+        self.formula.checked()
         check_choice("reduction", reduction, checks.REDUCTIONS)
         check_choice("backend", backend, ("auto", *BACKENDS))
-        self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
-        self.weighting = weighting
-        self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
+        self.reduction, self.backend = reduction, backend
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A `weighting` may be a name, an nn.Parameter, which is learned, or a tensor, which becomes a buffer."""

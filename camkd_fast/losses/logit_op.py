@@ -50,7 +50,7 @@ def run_rows(
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
     given = (call.labels, call.given_weights, grad_scale, *(call.second or ()))
     others = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors, others).row_loss(
+    return backend_for(call.backend, call.tensors, others, basic=call.formula.is_basic).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,
@@ -74,6 +74,7 @@ def _row_loss_op(
     grad_scale: Tensor | None,
     constants: Sequence[float],
     weighting: str,
+    divergence: str,
     ignore_index: int,
     needs_grad: bool,
     backend: str,
@@ -83,7 +84,7 @@ def _row_loss_op(
     second = second_rows(second_labels(second_target, mix), accumulation_dtype(student.dtype))
     if not target.is_cuda:
         checks.count_labels(labels, student.shape[-1], ignore_index, second)
-    formula = Formula.from_constants(constants, weighting, ignore_index, weights)
+    formula = Formula.from_constants(constants, weighting, divergence, ignore_index, weights)
     call = RowLossCall(student, teachers, labels, second, formula, needs_grad, backend)
     result = run_rows(call, 1.0 if grad_scale is None else grad_scale)
     grad = student.new_empty((0, student.shape[-1])) if result.grad_student is None else result.grad_student
@@ -101,32 +102,35 @@ def _(
     grad_scale: Tensor | None,
     constants: Sequence[float],
     weighting: str,
+    divergence: str,
     ignore_index: int,
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     N, C = target.numel(), student.shape[-1]
-    row_stats = student.new_empty((row_stats_count(len(teachers)), N), dtype=accumulation_dtype(student.dtype))
+    entropy = Formula.from_constants(constants, weighting, divergence, ignore_index, None).entropy
+    count = row_stats_count(len(teachers), entropy)
+    row_stats = student.new_empty((count, N), dtype=accumulation_dtype(student.dtype))
     return row_stats, student.new_empty((N if needs_grad else 0, C))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teachers, _, _, _, weights, _, constants, weighting, ignore_index, _, _ = inputs
+    student, teachers, _, _, _, weights, _, constants, weighting, divergence, ignore_index, _, _ = inputs
     row_stats, grad_student = output
     K = len(teachers)
     ctx.save_for_backward(grad_student, row_stats[PER_TEACHER : PER_TEACHER + K])
     ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
-    ctx.soft_scale = Formula.from_constants(constants, weighting, ignore_index, None).soft_scale
+    ctx.soft_scale = Formula.from_constants(constants, weighting, divergence, ignore_index, None).soft_scale
     ctx.mark_non_differentiable(grad_student)
 
 
 @first_order
 def _backward(ctx: Any, grad_row_stats: Tensor, _: Tensor) -> tuple[Any, ...]:
-    stored, divergence = ctx.saved_tensors
+    stored, divergences = ctx.saved_tensors
     factor = grad_row_stats[LOSS]
     grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
-    grad_weights = divergence * (factor * ctx.soft_scale) if ctx.has_weights else None
-    return (grad_student, [None] * ctx.K, None, None, None, grad_weights, *(None,) * 6)
+    grad_weights = divergences * (factor * ctx.soft_scale) if ctx.has_weights else None
+    return (grad_student, [None] * ctx.K, None, None, None, grad_weights, *(None,) * 7)
 
 
 _row_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -24,7 +24,7 @@ class CAMKDOutput:
         inverse_divisor: float | Tensor | None,
         lead: torch.Size,
     ) -> None:
-        self.loss = loss  # hard_weight * hard + soft_weight * soft: a scalar, or (...) for reduction="none"
+        self.loss = loss  # hard_weight * hard + soft_weight * soft (+ z-loss): a scalar, or (...) for reduction="none"
         self._row_stats, self._sums, self._means = row_stats, sums, means
         self._inverse_divisor, self._lead = inverse_divisor, lead
 
@@ -35,7 +35,7 @@ class CAMKDOutput:
 
     @property
     def soft(self) -> Tensor:
-        """T^2 sum_k w_k KL_k, reduced like `loss`."""
+        """T^2 sum_k w_k D_k, reduced like `loss`; without T^2 if not `scale_by_t2`."""
         return self._reduced(SOFT)
 
     @property
@@ -50,8 +50,14 @@ class CAMKDOutput:
 
     @property
     def divergence(self) -> Tensor:
-        """KL_k at temperature T as (K, ...), 0 on ignored rows."""
+        """D_k at temperature T as (K, ...), 0 on ignored rows: KL_k, or the divergence requested."""
         return self._per_teacher(self._result.divergence)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """-sum_c q_c log q_c of the student at temperature T as (...), 0 on ignored rows; None unless requested."""
+        rows = self._result.entropy
+        return None if rows is None else rows.detach().view(self._lead).clone()
 
     @property
     def _result(self) -> RowLossResult:

@@ -116,15 +116,17 @@ struct Exps {
     Exp atT, at1;
 };
 
-// Stores d = s - reference and e = e^{d/T} (and e1 = e^d if Power is 0), each n long and at least one vector.
+// Stores d = s - reference and e = e^{d/T} (and e1 = e^d if Power is 0), each n long and at least one vector. `Entropy`
+// sums e d as `plogp`, columns of probability 0 counting 0.
 // Flattened, like teacher_block: if any call were left, the accumulators would live in memory.
-template <class T, int Power>
+template <class T, int Power, bool Entropy>
 __attribute__((flatten)) void student_block(const T* s, int n, float reference, const Exps& exponentials,
                                             const char* next, float* d_out, float* e_out, float* e1_out,
                                             LaneSums& sums) {
     const Exps exps = exponentials;
     const Vec ref = Vec::set(reference);
     Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
+    Vec plogp[2] = {Vec::zero(), Vec::zero()};
     over_block(s, n, next, [&](auto& x, int i, int lane, auto counts) {
         constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
         Vec d[Count], e[Count], e1[Count];
@@ -137,6 +139,7 @@ __attribute__((flatten)) void student_block(const T* s, int n, float reference, 
             e[j].store(e_out + at);
             const Vec counted = counts(e[j]);
             sumT[l] = sumT[l] + counted;
+            if constexpr (Entropy) plogp[l] = Vec::fma(counted, Vec::zero_where_zero(d[j], counted), plogp[l]);
             if constexpr (Power == 0) {
                 e1[j].store(e1_out + at);
                 sum1[l] = sum1[l] + counts(e1[j]);
@@ -146,7 +149,7 @@ __attribute__((flatten)) void student_block(const T* s, int n, float reference, 
         });
     });
     const Vec total = sumT[0] + sumT[1];
-    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], Vec::zero(), Vec::zero()};
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], Vec::zero(), plogp[0] + plogp[1]};
 }
 
 // `Masked` counts columns of probability 0 as 0, where the product would be 0 * inf. -inf logits are rare, so only a
@@ -187,10 +190,44 @@ __attribute__((flatten)) void teacher_block(const T* z, int n, float reference, 
     sums = {total, Power == 1 ? total : sum1[0] + sum1[1], cross[0] + cross[1], plogp[0] + plogp[1]};
 }
 
-// One term of the gradient: a coefficient and the exponentials that it multiplies.
+// teacher_block for the reverse KL: stores the distances d_z, and sums e_s (d_s - d_z) as `cross`. Columns in which the
+// student's probability is 0 count 0.
+template <class T, int Power, bool Entropy>
+__attribute__((flatten)) void reverse_block(const T* z, int n, float reference, const Exps& exponentials,
+                                            const char* next, const float* student_d, const float* student_e,
+                                            float* d_out, LaneSums& sums) {
+    const Exps exps = exponentials;
+    const Vec ref = Vec::set(reference);
+    Vec sumT[2] = {Vec::zero(), Vec::zero()}, sum1[2] = {Vec::zero(), Vec::zero()};
+    Vec cross[2] = {Vec::zero(), Vec::zero()}, plogp[2] = {Vec::zero(), Vec::zero()};
+    over_block(z, n, next, [&](auto& x, int i, int lane, auto counts) {
+        constexpr int Count = std::extent_v<std::remove_reference_t<decltype(x)>>;
+        Vec d[Count], e[Count], e1[Count];
+        each<Count>([&](int j) { d[j] = x[j] - ref; });
+        exps.atT(d, e);
+        if constexpr (Power == 0) exps.at1(d, e1);
+        each<Count>([&](int j) {
+            const int at = i + j * Vec::width, l = (lane + j) % 2;
+            d[j].store(d_out + at);
+            const Vec mine = counts(Vec::load(student_e + at)), counted = counts(e[j]);
+            const Vec difference = Vec::zero_where_zero(Vec::load(student_d + at) - d[j], mine);
+            sumT[l] = sumT[l] + counted;
+            cross[l] = Vec::fma(mine, difference, cross[l]);
+            const Vec at1 = Power == 0 ? counts(e1[j]) : power<Power>(counted);
+            if constexpr (Power != 1) sum1[l] = sum1[l] + at1;
+            if constexpr (Entropy) plogp[l] = Vec::fma(at1, Vec::zero_where_zero(d[j], at1), plogp[l]);
+        });
+    });
+    const Vec total = sumT[0] + sumT[1];
+    sums = {total, Power == 1 ? total : sum1[0] + sum1[1], cross[0] + cross[1], plogp[0] + plogp[1]};
+}
+
+// One term of the gradient: a coefficient and the exponentials that it multiplies; for divergences other than the
+// forward KL the teacher's distances or g in their place, and `center`.
 struct Term {
     float coefficient;
     const float* e;
+    float center = 0;
 };
 
 // out = studentT e_s + student1 e1_s - sum of terms, for n columns. `streaming` stores bypass the cache.

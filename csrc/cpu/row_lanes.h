@@ -14,19 +14,20 @@ namespace {
 struct LaneRows {
     static constexpr int W = Vec::width;
     struct Stream {
-        float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W];
+        float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W], slope[W];
     };
     alignas(64) Stream streams[kMaxStreams];
     float label_nan[W];
     int32_t kept[W];
-    float studentT[W], student1[W], teacher[kMaxTeachers][W];  // GradCoefficients
+    float studentT[W], student1[W], teacher[kMaxTeachers][W], center[kMaxTeachers][W];  // GradCoefficients
 
     void reset(int K) {
         std::fill_n(kept, W, 0);
         std::fill_n(label_nan, W, 0.0f);
         for (int k = 0; k <= K; ++k) {
             Stream& stream = streams[k];
-            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label}) std::fill_n(zeros, W, 0.0f);
+            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label, stream.slope})
+                std::fill_n(zeros, W, 0.0f);
             for (float* ones : {stream.sumT, stream.sum1}) std::fill_n(ones, W, 1.0f);
         }
     }
@@ -39,8 +40,8 @@ struct LaneRows {
         GradCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
             const Stream& s = streams[k];
-            sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1),
-                       Vec::load(s.cross), Vec::load(s.plogp), Vec::load(s.label)};
+            sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1), Vec::load(s.cross),
+                       Vec::load(s.plogp), Vec::load(s.label), Vec::load(s.slope)};
         }
         if (args.formula.weighting == Weighting::given) {
             for (int k = 0; k < K; ++k) {
@@ -67,8 +68,11 @@ struct LaneRows {
             store_row(row_stats::weight(K, k), result.weights[k]);
             coefficients.teacher[k].store(teacher[k]);
         }
+        if (args.formula.entropy) store_row(row_stats::entropy(K), result.entropy);
         coefficients.studentT.store(studentT);
         coefficients.student1.store(student1);
+        if (args.formula.divergence == Divergence::forward_kl) return;
+        for (int k = 0; k < K; ++k) coefficients.center[k].store(center[k]);
     }
 };
 

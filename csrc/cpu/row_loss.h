@@ -8,7 +8,7 @@
 #include <memory>
 #include <new>
 
-#include "row_passes.h"
+#include "row_gradient.h"
 
 namespace camkd::cpu {
 namespace {
@@ -51,16 +51,15 @@ inline int rows_per_group(int64_t N, int64_t row_bytes, int threads) {
 inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
                              bool streaming) {
     const int64_t blocks = block_count(args.C);
-    const int streams = args.K + 1 + (functions.power == 0 ? 1 : 0);
-    const int64_t row_floats = RowScratch::floats(args.C, streams, blocks);
+    const int64_t row_floats = RowScratch::floats(args, functions, blocks);
     const int group = rows_per_group(args.N, row_floats * int64_t(sizeof(float)), threads);
     const int64_t groups = (args.N + group - 1) / group;
     const int64_t chunk = std::max<int64_t>(1, groups / (threads * 8));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         static thread_local Scratch memory;
-        float* base = memory.reserve(group * row_floats + kBlock + 2 * Vec::width);
-        float* student_d = base + group * row_floats;
+        float* base = memory.reserve(group * row_floats + BlockScratch::floats(args));
+        const BlockScratch block(base + group * row_floats);
         LaneRows rows;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t g = 0; g < groups; ++g) {
@@ -68,7 +67,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
             const int count = int(std::min<int64_t>(group, args.N - begin));
             rows.reset(args.K);
             auto at = [&](int lane) {
-                return RowPasses(args, functions, exps, RowScratch(base + lane * row_floats, args.C, streams),
+                return RowPasses(args, functions, exps, RowScratch(base + lane * row_floats, args, functions),
                                  begin + lane);
             };
             // Read the rows of the group
@@ -76,17 +75,19 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
                 RowPasses row = at(lane);
                 if (row.ignored()) continue;
                 row.locate();
-                row.read(blocks, student_d, rows, lane);
+                row.read(blocks, block, rows, lane);
             }
             // Compute weights and losses
             rows.write_row_stats(args, begin, count);
             // Write the gradient
             for (int lane = 0; args.grad_student && lane < count; ++lane) {
-                const RowPasses row = at(lane);
-                if (row.ignored())
+                RowPasses row = at(lane);
+                if (row.ignored()) {
                     row.clear_grad();
-                else
-                    for (int64_t b = 0; b < blocks; ++b) row.write_block(b, rows, lane, streaming);
+                    continue;
+                }
+                if (args.formula.maps) row.locate();
+                for (int64_t b = 0; b < blocks; ++b) GradientBlock(row, rows, lane, b).write(block, streaming);
             }
         }
     }
@@ -96,45 +97,58 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
 inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& functions, const Exps& exps, int threads,
                                 bool streaming) {
     const int64_t blocks = block_count(args.C);
-    const int streams = args.K + 1 + (functions.power == 0 ? 1 : 0);
     threads = int(std::min<int64_t>(threads, blocks));
-    const int64_t row_floats = RowScratch::floats(args.C, streams, blocks);
+    const int64_t row_floats = RowScratch::floats(args, functions, blocks), block_floats = BlockScratch::floats(args);
     Scratch memory;
-    float* base = memory.reserve(row_floats + threads * (kBlock + 2 * Vec::width));
+    float* base = memory.reserve(row_floats + threads * block_floats);
     const double inverseT = 1.0 / args.formula.temperature;
     std::unique_ptr<State[]> partial(new State[threads * kMaxStreams]);
+    std::unique_ptr<MixedSums[]> mixed(mixes(args.formula) ? new MixedSums[threads * kMaxTeachers] : nullptr);
     LaneRows shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int num_threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t begin = blocks * thread / num_threads, end = blocks * (thread + 1) / num_threads;
-        float* student_d = base + row_floats + thread * (kBlock + 2 * Vec::width);
+        const BlockScratch block(base + row_floats + thread * block_floats);
         State* own = partial.get() + thread * kMaxStreams;
         for (int64_t n = 0; n < args.N; ++n) {
-            RowPasses row(args, functions, exps, RowScratch(base, args.C, streams), n);
+            RowPasses row(args, functions, exps, RowScratch(base, args, functions), n);
             const bool ignored = row.ignored();
             // Read this thread's blocks
             if (!ignored) {
                 row.locate();
                 for (int k = 0; k <= args.K; ++k) own[k] = State();
-                for (int64_t b = begin; b < end; ++b) row.add_block(b, own, student_d);
+                for (int64_t b = begin; b < end; ++b) row.add_block(b, own, block);
             }
 #pragma omp barrier
 #pragma omp single
             {
                 // Reduce across the threads
                 shared.reset(args.K);
-                if (!ignored) {
+                for (int t = 1; !ignored && t < num_threads; ++t)
+                    merge_rows(args.formula, partial.get(), partial.get() + t * kMaxStreams, args.K, inverseT);
+                if (!ignored) row.store_sums(partial.get(), shared, 0);
+            }
+            // For jsd and skew, mix this thread's blocks with the sums of the row
+            if (mixed && !ignored) {
+                MixedSums* const sums = mixed.get() + thread * kMaxTeachers;
+                std::fill_n(sums, args.K, MixedSums());
+                for (int64_t b = begin; b < end; ++b) row.mix_block(b, shared, 0, sums);
+#pragma omp barrier
+            }
+#pragma omp single
+            {
+                if (mixed && !ignored) {
                     for (int t = 1; t < num_threads; ++t)
-                        merge_states(partial.get(), partial.get() + t * kMaxStreams, args.K, inverseT);
-                    row.store_sums(partial.get(), shared, 0);
+                        for (int k = 0; k < args.K; ++k) mixed[k].add(mixed[t * kMaxTeachers + k]);
+                    row.store_mixed(mixed.get(), shared, 0);
                 }
                 shared.write_row_stats(args, n, 1);
                 if (ignored && args.grad_student) row.clear_grad();
             }
             // Write the gradient
             if (args.grad_student && !ignored)
-                for (int64_t b = begin; b < end; ++b) row.write_block(b, shared, 0, streaming);
+                for (int64_t b = begin; b < end; ++b) GradientBlock(row, shared, 0, b).write(block, streaming);
 #pragma omp barrier
         }
     }

@@ -1,29 +1,19 @@
-// One row of the logit loss: reads its blocks of columns into scratch and sums, and writes the gradient from that
-// scratch. row_loss.h distributes the rows, or the blocks of a row, over threads.
+// One row of the logit loss: reads its blocks of columns into scratch and sums. row_gradient.h writes the gradient from
+// that scratch, and row_loss.h distributes the rows, or the blocks of a row, over threads.
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "row_lanes.h"
+#include "row_maps.h"
+#include "row_scratch.h"
 
 namespace camkd::cpu {
 namespace {
 
 constexpr int kMaximaFirst = 6 * 1024;  // logits of a block, over all streams; with more, part of them leaves L1
 constexpr int kPage = 4096, kBlocksAhead = 4;
-
-// The scratch of one row: exponentials of K + 1 streams (K + 2 if e^s is kept too), and the reference maxima per block.
-struct RowScratch {
-    float* e;           // [stream][padded]
-    float* references;  // [block][stream]
-    int64_t padded;
-
-    static int64_t pad(int64_t C) { return (C + 2 * Vec::width + 15) / 16 * 16; }
-    static int64_t floats(int64_t C, int streams, int64_t blocks) { return streams * pad(C) + blocks * streams; }
-    RowScratch(float* memory, int64_t C, int streams)
-        : e(memory), references(memory + streams * pad(C)), padded(pad(C)) {}
-    float* stream(int k) const { return e + k * padded; }
-};
 
 // One row of one call.
 struct RowPasses {
@@ -60,7 +50,7 @@ struct RowPasses {
         const DType dtype = args.streams[k].dtype;
         return static_cast<const char*>(data[k]) + (offset[k] + c) * (dtype == DType::f32 ? 4 : 2);
     }
-    bool keeps_e1() const { return functions.power == 0; }
+    const LogitMap& map_of(int k) const { return args.formula.logit_maps[k]; }
 
     // Prefetches from the pages kBlocksAhead. After other work has displaced the page tables from the caches, a page
     // walk takes as long as several blocks, and the prefetches of over_block would wait for it. Short rows do not repay
@@ -77,29 +67,33 @@ struct RowPasses {
     // the block and of the stream before it, which `states` holds (null for the first block). Each stream prefetches
     // its next block, or the next row where rows are dense. Sums are reduced last, and the maxima of blocks that stay
     // in L1 are found first, so that no stream waits for the dependency chain of another one.
-    void read_block(int64_t b, const State* states, float* student_d, BlockSums* sums) const {
+    void read_block(int64_t b, const State* states, const BlockScratch& block, BlockSums* sums) const {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
         float* references = scratch.references + b * (args.K + 1);
         prefetch_pages(c, n);
         const bool maxima_first = n * (args.K + 1) <= kMaximaFirst;
         auto find_reference = [&](int k) {
-            const float max = functions.max[k](data[k], offset[k] + c, n);
+            float max = functions.max[k](data[k], offset[k] + c, n);
+            if (args.formula.maps) max = VecMap(map_of(k)).of(max);
             references[k] = states ? std::max(states[k].max, max) : max;
         };
         for (int k = 0; maxima_first && k <= args.K; ++k) find_reference(k);
         // With no finite logit so far any reference will do, as every exponential is 0.
         auto finite = [](float max) { return max == -INFINITY ? 0.0f : max; };
-        float* e1 = keeps_e1() ? scratch.stream(args.K + 1) + c : nullptr;
+        float* const e = scratch.stream(0) + c;
+        float* const e1 = scratch.at_one < 0 ? nullptr : scratch.stream(scratch.at_one) + c;
+        float* const distances = scratch.distances < 0 ? block.distances : scratch.stream(scratch.distances) + c;
         LaneSums lanes[kMaxStreams];
         auto teacher = [&](RowFunctions::Teacher function, int k) {
-            function(data[k], offset[k] + c, n, finite(references[k]), exps, address(k, c + n), student_d,
-                     scratch.stream(k) + c, lanes[k]);
+            const auto [logits, at] = logits_of(k, c, n, block);
+            function(logits, at, n, finite(references[k]), exps, address(k, c + n), distances, e, scratch.stream(k) + c,
+                     lanes[k]);
         };
         // Student first: the teachers need its distances
         if (!maxima_first) find_reference(0);
-        functions.student(data[0], offset[0] + c, n, finite(references[0]), exps, address(0, c + n), student_d,
-                          scratch.stream(0) + c, e1, lanes[0]);
+        const auto [logits, at] = logits_of(0, c, n, block);
+        functions.student(logits, at, n, finite(references[0]), exps, address(0, c + n), distances, e, e1, lanes[0]);
         for (int k = 1; k <= args.K; ++k) {
             if (!maxima_first) find_reference(k);
             teacher(functions.teachers[k - 1], k);
@@ -107,35 +101,40 @@ struct RowPasses {
         // Reduce the lanes of all streams
         for (int k = 0; k <= args.K; ++k) {
             sums[k] = lanes[k].reduced(references[k]);
-            if (sums[k].finite()) continue;
+            if (k == 0 || sums[k].finite()) continue;
             teacher(functions.masked_teachers[k - 1], k);
             sums[k] = lanes[k].reduced(references[k]);
         }
     }
 
     // Adds block b to the states of the streams; their maxima become the references of the block.
-    void add_block(int64_t b, State* states, float* student_d) const {
+    void add_block(int64_t b, State* states, const BlockScratch& block) const {
         BlockSums sums[kMaxStreams];
-        read_block(b, states, student_d, sums);
-        const float* references = scratch.references + b * (args.K + 1);
-        const double inverseT = 1.0 / args.formula.temperature;
-        const float old_student = states[0].max;
-        move_student(states[0], references[0], inverseT);
-        for (int k = 0; k <= args.K; ++k) {
-            if (k > 0) move_teacher(states[k], references[k], old_student, references[0], inverseT);
-            sums[k].add_to(states[k]);
-        }
+        read_block(b, states, block, sums);
+        move_states(args.formula, states, scratch.references + b * (args.K + 1), args.K, 1.0 / args.formula.temperature);
+        for (int k = 0; k <= args.K; ++k) sums[k].add_to(states[k]);
     }
 
-    float logit(const Matrix& matrix, int k, int64_t c) const {
-        return with_dtype(matrix.dtype,
-                          [&](auto t) { return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c); });
+    // Columns c .. c + n - 1 of stream k as the passes read them, and the column at which they begin.
+    std::pair<const void*, int64_t> logits_of(int k, int64_t c, int n, const BlockScratch& block) const {
+        if (!args.formula.maps) return {data[k], offset[k] + c};
+        with_dtype(args.streams[k].dtype, [&](auto t) {
+            map_block(static_cast<const decltype(t)*>(data[k]) + offset[k] + c, n, map_of(k), block.mapped);
+        });
+        return {block.mapped, 0};
+    }
+
+    float logit(int k, int64_t c) const {
+        const float x = with_dtype(args.streams[k].dtype, [&](auto t) {
+            return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c);
+        });
+        return args.formula.maps ? VecMap(map_of(k)).of(x) : x;
     }
 
     // The logit of stream k at the label minus this maximum.
     float label_distance(int k, float max) const {
-        const float first = logit(args.streams[k], k, labels.first) - max;
-        return labels.second < 0 ? first : mixed(labels.share, first, logit(args.streams[k], k, labels.second) - max);
+        const float first = logit(k, labels.first) - max;
+        return labels.second < 0 ? first : mixed(labels.share, first, logit(k, labels.second) - max);
     }
 
     // Stores the finished sums (State, or BlockSums of the only block) in one lane of `rows`.
@@ -155,59 +154,43 @@ struct RowPasses {
     }
 
     // Reads the whole row and stores its sums in one lane of `rows`.
-    void read(int64_t blocks, float* student_d, LaneRows& rows, int lane) const {
+    void read(int64_t blocks, const BlockScratch& block, LaneRows& rows, int lane) const {
         if (blocks == 1) {
             BlockSums sums[kMaxStreams];
-            read_block(0, nullptr, student_d, sums);
+            read_block(0, nullptr, block, sums);
             store_sums(sums, rows, lane);
-            return;
+        } else {
+            State states[kMaxStreams];
+            for (int64_t b = 0; b < blocks; ++b) add_block(b, states, block);
+            store_sums(states, rows, lane);
         }
-        State states[kMaxStreams];
-        for (int64_t b = 0; b < blocks; ++b) add_block(b, states, student_d);
-        store_sums(states, rows, lane);
+        if (!mixes(args.formula)) return;
+        MixedSums sums[kMaxTeachers];
+        for (int64_t b = 0; b < blocks; ++b) mix_block(b, rows, lane, sums);
+        store_mixed(sums, rows, lane);
     }
 
-    // Writes block b of the gradient. The coefficients are relative to the maxima of the row, so they are multiplied by
-    // the shift from the references of the block.
-    void write_block(int64_t b, const LaneRows& rows, int lane, bool streaming) const {
-        const int K = args.K;
+    // For jsd and skew: adds block b to the sums over the mixtures, and leaves g in scratch. Needs the sums of the row.
+    void mix_block(int64_t b, const LaneRows& rows, int lane, MixedSums* sums) const {
         const int64_t c = b * kBlock;
         const int n = int(std::min<int64_t>(kBlock, args.C - c));
-        const float* references = scratch.references + b * (K + 1);
-        const double inverseT = 1.0 / args.formula.temperature;
-        Term terms[kMaxTeachers];
-        int count = 0;
-        for (int k = 0; k < K; ++k) {
-            const float coefficient = rows.teacher[k][lane];
-            // Weight 0 drops even a teacher whose logits are NaN.
-            if (coefficient == 0) continue;
-            double factor = shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverseT);
-            terms[count++] = {float(coefficient * factor), scratch.stream(k + 1) + c};
-        }
-        const float* e = scratch.stream(0) + c;
-        const float* e1 = keeps_e1() ? scratch.stream(K + 1) + c : e;
-        const float max = rows.streams[0].max[lane];
-        const float studentT = float(rows.studentT[lane] * shift_factor(references[0], max, inverseT));
-        const float student1 = float(rows.student1[lane] * shift_factor(references[0], max, 1.0));
-        functions.grad(e, e1, studentT, student1, terms, count, args.grad_student, index * args.C + c, n, streaming);
-        // The label's column again, with the 1 of the one-hot label or the share of one of two
-        auto write_label = [&](int64_t label, float share) {
-            const int64_t y = label - c;
-            if (y < 0 || y >= n) return;
-            float e1_y = keeps_e1() ? e1[y] : e[y];
-            for (int p = functions.power; p > 1; p /= 2) e1_y *= e1_y;
-            // Soft and hard part separately: added to the label's 1, each of K small terms would be rounded to its
-            // scale.
-            float value = studentT * e[y];
-            for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
-            value += student1 * e1_y - label_coefficient(args.formula, args.grad_scale) * share;
-            with_dtype(args.streams[0].dtype, [&](auto t) {
-                store_tail(static_cast<decltype(t)*>(args.grad_student) + index * args.C + c + y, Vec::set(value), 1);
-            });
+        const float* references = scratch.references + b * (args.K + 1);
+        auto probability = [&](int k) {
+            const LaneRows::Stream& stream = rows.streams[k];
+            const double factor = shift_factor(references[k], stream.max[lane], 1.0 / args.formula.temperature);
+            return float(factor / stream.sumT[lane]);
         };
-        if (!labels.valid) return;
-        write_label(labels.first, labels.share);
-        if (labels.second >= 0) write_label(labels.second, 1.0f - labels.share);
+        const auto mix = args.formula.divergence == Divergence::jsd ? mixed_block<true> : mixed_block<false>;
+        for (int k = 1; k <= args.K; ++k)
+            mix(scratch.stream(0) + c, probability(0), probability(k), args.formula.share, n, scratch.stream(k) + c,
+                sums[k - 1]);
+    }
+
+    void store_mixed(const MixedSums* sums, LaneRows& rows, int lane) const {
+        for (int k = 0; k < args.K; ++k) {
+            rows.streams[k + 1].cross[lane] = float(sums[k].divergence);
+            rows.streams[k + 1].slope[lane] = float(sums[k].slope);
+        }
     }
 
     void clear_grad() const {

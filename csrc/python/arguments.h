@@ -73,18 +73,78 @@ inline bool read_weighting(PyObject* object, Weighting& out) {
     return false;
 }
 
+// The divergence of a checked Formula: "forward_kl", or a pair of name and parameter.
+inline bool read_divergence(PyObject* object, Formula& out) {
+    out.divergence = Divergence::forward_kl, out.share = 0;
+    if (PyUnicode_CheckExact(object)) return PyUnicode_CompareWithASCIIString(object, kDivergenceNames[0]) == 0;
+    double share;
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) return false;
+    PyObject* const name = PyTuple_GET_ITEM(object, 0);
+    if (!PyUnicode_CheckExact(name) || !read_number(PyTuple_GET_ITEM(object, 1), share)) return false;
+    out.share = float(share);
+    for (int code = 0; code < int(std::size(kDivergenceNames)); ++code) {
+        if (PyUnicode_CompareWithASCIIString(name, kDivergenceNames[code]) != 0) continue;
+        out.divergence = static_cast<Divergence>(code);
+        return code < int(Divergence::jsd) ? share == 0 : share > 0 && share < 1;
+    }
+    return false;
+}
+
+// A positive number, or None for the value that stands for it.
+inline bool read_positive(PyObject* object, float none, float& out) {
+    double value;
+    out = none;
+    if (object == Py_None) return true;
+    if (!read_number(object, value) || value <= 0) return false;
+    out = float(value);
+    return true;
+}
+
+// One positive number per teacher, or None for all of them.
+inline bool read_per_teacher(PyObject* object, float none, float LogitMap::* field, Formula& out) {
+    if (object == Py_None) return true;
+    if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) > kMaxTeachers) return false;
+    const int count = int(PyTuple_GET_SIZE(object));
+    if (count == 0 || (out.teachers_maps != 0 && out.teachers_maps != count)) return false;
+    out.maps = true, out.teachers_maps = count;
+    for (int k = 0; k < count; ++k)
+        if (!read_positive(PyTuple_GET_ITEM(object, k), none, out.logit_maps[k + 1].*field)) return false;
+    return true;
+}
+
 // Fields of camkd_fast.losses.formula.Formula in order; Python asserts the same names.
-constexpr const char* kFormulaFields[] = {"temperature", "hard_weight", "soft_weight", "weighting", "ignore_index"};
+constexpr const char* kFormulaFields[] = {"temperature",          "hard_weight",         "soft_weight",
+                                          "weighting",            "ignore_index",        "divergence",
+                                          "scale_by_t2",          "z_loss_weight",       "student_logit_scale",
+                                          "student_softcap",      "teacher_logit_scales", "teacher_softcaps",
+                                          "entropy"};
 
 // The only place that reads a camkd_fast.losses.formula.Formula, a tuple. False if a field is invalid; no error is set.
 inline bool read_formula(PyObject* from, Formula& out) {
     if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != Py_ssize_t(std::size(kFormulaFields))) return false;
-    double T, hard, soft;
-    if (!read_number(PyTuple_GET_ITEM(from, 0), T) || T <= 0) return false;
-    if (!read_number(PyTuple_GET_ITEM(from, 1), hard) || !read_number(PyTuple_GET_ITEM(from, 2), soft)) return false;
-    out.temperature = float(T), out.hard_weight = float(hard), out.soft_weight = float(soft);
-    return read_weighting(PyTuple_GET_ITEM(from, 3), out.weighting) &&
-           read_integer(PyTuple_GET_ITEM(from, 4), out.ignore_index);
+    enum { temperature, hard, soft, weighting, ignored, divergence, by_t2, z_loss, scale, softcap, scales, softcaps };
+    auto field = [from](int i) { return PyTuple_GET_ITEM(from, i); };
+    auto is_flag = [](PyObject* object) { return object == Py_True || object == Py_False; };
+    double T, hard_weight, soft_weight, z_loss_weight;
+    if (!read_number(field(temperature), T) || T <= 0) return false;
+    if (!read_number(field(hard), hard_weight) || !read_number(field(soft), soft_weight)) return false;
+    out.temperature = float(T), out.hard_weight = float(hard_weight), out.soft_weight = float(soft_weight);
+    if (!read_weighting(field(weighting), out.weighting) || !read_integer(field(ignored), out.ignore_index)) return false;
+    PyObject *const t2 = field(by_t2), *const entropy = field(softcaps + 1);
+    if (!read_divergence(field(divergence), out) || !is_flag(t2) || !is_flag(entropy)) return false;
+    if (!read_number(field(z_loss), z_loss_weight)) return false;
+    out.scale_by_t2 = t2 == Py_True, out.entropy = entropy == Py_True, out.z_loss_weight = float(z_loss_weight);
+    LogitMap& student = out.logit_maps[0];
+    if (!read_positive(field(scale), 1, student.scale) || !read_positive(field(softcap), 0, student.softcap))
+        return false;
+    out.maps = student.scale != 1 || student.softcap != 0, out.teachers_maps = 0;
+    return read_per_teacher(field(scales), 1, &LogitMap::scale, out) &&
+           read_per_teacher(field(softcaps), 0, &LogitMap::softcap, out);
+}
+
+// Whether the maps of a Formula are those of K teachers.
+inline bool fits(const Formula& formula, int K) {
+    return formula.teachers_maps == 0 || formula.teachers_maps == K;
 }
 
 inline SecondLabels second_labels(const Second& second) {
@@ -99,7 +159,8 @@ inline RowLossArgs row_loss_args(const Shape& shape, const std::vector<MatrixTup
     args.K = fill(streams, args.streams, kMaxStreams) - 1;
     args.target = pointer<const int64_t>(target);
     args.second = second_labels(second);
-    if (!read_formula(formula.ptr(), args.formula)) throw std::invalid_argument("not a checked Formula");
+    if (!read_formula(formula.ptr(), args.formula) || !fits(args.formula, args.K))
+        throw std::invalid_argument("not a checked Formula");
     args.weights = pointer<const float>(std::get<0>(weights));
     args.weight_stride_k = std::get<1>(weights);
     args.weight_stride_n = std::get<2>(weights);

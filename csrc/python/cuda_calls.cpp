@@ -24,6 +24,7 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         LogitCall call;
         RowLossArgs& args = call.args;
         if (!call.read(from) || call.logits.device.type != kDevice || args.C > kMostColumns) Py_RETURN_NONE;
+        if (!is_basic(args.formula)) Py_RETURN_NONE;
         const dlpack::Device device = call.logits.device;
         const OnDevice current(device);
         const auto make = [&](const int64_t* shape, int dimensions, dlpack::DataType dtype, auto*& data) {

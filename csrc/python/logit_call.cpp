@@ -20,7 +20,7 @@ bool LogitCall::read(PyObject* const* from) {
     // Divided by N in the kernel, gradients of float16 could underflow.
     if (args.streams[0].dtype == DType::f16 && divisor.reduction == Reduction::mean && !finished) return false;
     wants_grad = finished || (from[grad_enabled] == Py_True && tensors::requires_grad(from[student]));
-    return true;
+    return fits(args.formula, args.K);
 }
 
 bool LogitCall::read_teachers(PyObject* sequence) {

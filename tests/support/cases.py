@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,25 @@ class Case:
     num_items: float | Tensor | None = None
     second_target: Tensor | None = None
     mix: Tensor | None = None
+    divergence: str | tuple[str, float] = "forward_kl"
+    scale_by_t2: bool = True
+    z_loss_weight: float = 0.0
+    student_logit_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_logit_scales: Sequence[float] | None = None
+    teacher_softcaps: Sequence[float | None] | None = None
+    entropy: bool = False
 
     def options(self) -> dict[str, Any]:
-        names = ("temperature", "hard_weight", "soft_weight", "weighting", "reduction", "ignore_index", "num_items")
-        return {name: getattr(self, name) for name in (*names, "second_target", "mix")}
+        """The keywords of camkd_loss."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+
+    def logit_map(self, k: int | None) -> tuple[float, float | None]:
+        """Scale and softcap of teacher k; of the student without k."""
+        if k is None:
+            return self.student_logit_scale, self.student_softcap
+        scales, softcaps = self.teacher_logit_scales, self.teacher_softcaps
+        return 1.0 if scales is None else scales[k], None if softcaps is None else softcaps[k]
 
     def __repr__(self) -> str:
         """Shapes instead of values: a failing case is reproduced from its seed."""

@@ -72,21 +72,30 @@ def truncated(values: Tensor, dtype: torch.dtype) -> Tensor:
     return (values.float().view(torch.int32) - low).view(torch.float32).to(values.dtype)
 
 
+def logit_maps(case: Case) -> list[tuple[float, float | None]]:
+    """Scale and softcap of the student and of each teacher."""
+    return [case.logit_map(None), *(case.logit_map(k) for k in range(len(case.teachers)))]
+
+
 def roundoff(case: Case, name: str) -> float:
     """A bound on the error in `name` that float32 rounding of these logits may cause.
 
     For results of a few elements: the RMS error of N measures rounding over many elements, and may be 0 over one.
     """
-    logits = [z.double() for z in (case.student, *case.teachers) if z.numel()]
-    widest = max([0.0, *(float(z.where(z.isfinite() & (z > MASKED), 0.0).abs().max()) for z in logits)])
+    widest = 0.0
+    for z, (scale, _) in zip((case.student, *case.teachers), logit_maps(case), strict=True):
+        finite = z.double().where(z.isfinite() & (z > MASKED), 0.0)
+        widest = max(widest, scale * float(finite.abs().max()) if z.numel() else 0.0)
     T, rows = case.temperature, case.target.numel()
-    strength = abs(case.hard_weight) + abs(case.soft_weight) * (T if name == "grad" else T * T)
+    soft = (1.0 if name == "grad" else T) * (T if case.scale_by_t2 else 1.0 / T)
+    strength = abs(case.hard_weight) + abs(case.soft_weight) * soft
+    strength += abs(case.z_loss_weight) * (2 * widest + 1) * (1 if name == "grad" else widest + 1)
     divisor = 1.0
     if case.reduction == "mean":
         kept = int((case.target != case.ignore_index).sum())
         divisor = max(kept, 1) if case.num_items is None else float(case.num_items)
     added = 1 if name == "grad" or case.reduction == "none" else rows
-    if name in ("weights", "teacher_ce", "divergence"):
+    if name in ("weights", "teacher_ce", "divergence", "entropy"):
         strength = divisor = added = 1
     return torch.finfo(torch.float32).eps * strength * (1.0 + widest / min(T, 1.0)) * added / divisor
 

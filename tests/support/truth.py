@@ -5,6 +5,7 @@ They are written from the paper a second time, not imported, so that a mistake i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from tests.support.cases import MASKED, Case
 from tests.support.evaluate import Result
+from tests.support.tolerance import logit_maps
 
 
 def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: str | Tensor) -> dict[str, Tensor]:
     """The paper's formulas for rows (N, C) in the dtype of the inputs; ignored rows are not treated."""
     K, T, y = len(teachers), case.temperature, case.target.reshape(-1)
+    student, *teachers = (_logits(x, *of) for x, of in zip((student, *teachers), logit_maps(case), strict=True))
     ignored = y == case.ignore_index
     label = torch.where(ignored, 0, y)
 
@@ -32,7 +35,7 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
 
     log_q = F.log_softmax(student / T, dim=1)
     log_p = [F.log_softmax(z / T, dim=1) for z in teachers]
-    divergence = torch.stack([(p.exp() * (p - log_q)).sum(1) for p in log_p])
+    divergence = torch.stack([_divergence(p, log_q, case.divergence) for p in log_p])
     ce = torch.stack([cross_entropy(z) for z in teachers])
     if isinstance(weighting, Tensor):
         weights = weighting
@@ -40,6 +43,9 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
         weights = torch.full_like(ce, 1 / K)
     elif K == 1:
         weights = torch.ones_like(ce)
+    elif weighting == "min_ce":
+        best = [min(range(K), key=column.__getitem__) for column in ce.t().tolist()]
+        weights = F.one_hot(torch.tensor(best, dtype=torch.int64, device=ce.device), K).t().to(ce)
     elif weighting == "confidence":
         weights = (1 - ce.softmax(0)) / (K - 1)
     else:
@@ -47,9 +53,33 @@ def per_row(case: Case, student: Tensor, teachers: Sequence[Tensor], weighting: 
         total = entropy.sum(0)
         weights = 1 - torch.where(total > 0, entropy / total, 1 / K)
     hard = cross_entropy(student)
-    soft = T**2 * (weights * divergence).sum(0)
-    loss = case.hard_weight * hard + case.soft_weight * soft
+    soft = (T**2 if case.scale_by_t2 else 1) * (weights * divergence).sum(0)
+    loss = case.hard_weight * hard + case.soft_weight * soft + case.z_loss_weight * student.logsumexp(1) ** 2
     return {"loss": loss, "hard": hard, "soft": soft, "weights": weights, "teacher_ce": ce, "divergence": divergence}
+
+
+def entropy(case: Case, dtype: torch.dtype) -> Tensor:
+    """The student's entropies (...) at temperature T, 0 on ignored rows."""
+    x = case.student.to(dtype).clamp(min=MASKED)
+    log_q = F.log_softmax(_logits(x, *case.logit_map(None)) / case.temperature, dim=-1)
+    return -(log_q.exp() * log_q).sum(-1).where(case.target != case.ignore_index, 0.0)
+
+
+def _logits(x: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return x * scale if softcap is None else softcap * torch.tanh(x * scale / softcap)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, divergence: str | tuple[str, float]) -> Tensor:
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, reduction="none", log_target=True).sum(1)
+
+    kind, share = divergence if isinstance(divergence, tuple) else (divergence, 0.0)
+    if kind == "forward_kl" or (share == 0.0 and kind != "reverse_kl"):
+        return kl(log_p, log_q)
+    if kind == "reverse_kl" or share == 1.0:
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    return kl(log_p, log_m) if kind == "skew" else share * kl(log_p, log_m) + (1 - share) * kl(log_q, log_m)
 
 
 def eager(case: Case, dtype: torch.dtype, grad_output: Tensor | None = None) -> Result:
