@@ -34,17 +34,25 @@ def row_loss(
     mean: bool = False,
     total_scale: float | None = None,
     second: SecondLabels | None = None,
+    out: Tensor | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`. fp32, bf16 and fp16 logits; dtypes and strides may differ between tensors."""
     device, N = student.device, target.shape[0]
     scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
     if mean and not 0 < N <= BATCH_ROWS:
         inverse = count_by_torch(target, formula.ignore_index)
-        options: dict[str, Any] = {"needs_grad": needs_grad, "grad_scale": inverse * scale, "second": second}
+        options: dict[str, Any] = {
+            "needs_grad": needs_grad,
+            "grad_scale": inverse * scale,
+            "second": second,
+            "out": out,
+        }
         rows = row_loss(student, teachers, target, formula, **options)
         return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
     row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
-    grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if needs_grad else None
+    grad_student = None
+    if needs_grad:
+        grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if out is None else out
     if N == 0:
         return RowLossResult(row_stats, grad_student)
     given = formula.weighting if isinstance(formula.weighting, Tensor) else None

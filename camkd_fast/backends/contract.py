@@ -100,6 +100,7 @@ class Backend(Protocol):
         mean: bool = False,
         total_scale: float | None = None,
         second: SecondLabels | None = None,
+        out: Tensor | None = None,
     ) -> RowLossResult:
         """The numbers of every row, and with `needs_grad` the gradient, in one pass.
 
@@ -111,6 +112,8 @@ class Backend(Protocol):
                 the means over them. Used if that number is on a device and reading it would synchronise.
             total_scale: a backend that can add up in its launch returns the sums of loss, hard and soft times this
                 number as `means`; others leave that to the caller. Not with `mean`.
+            out: memory for the gradient, (N, C) contiguous in the student's dtype; may be the student's own. New
+                memory without it.
         """
         ...
 

@@ -105,10 +105,11 @@ def row_loss(
     mean: bool = False,
     total_scale: float | None = None,
     second: SecondLabels | None = None,
+    out: Tensor | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
-    grad_student = new_output(N, C, student.dtype) if needs_grad else None
+    grad_student = (new_output(N, C, student.dtype) if out is None else out) if needs_grad else None
     inverse = 1.0 / max(count_labels(target, C, formula.ignore_index)[0], 1) if mean else 1.0
     sums = _C.row_loss(
         shape,

@@ -98,11 +98,14 @@ def row_loss(
     mean: bool = False,
     total_scale: float | None = None,
     second: SecondLabels | None = None,
+    out: Tensor | None = None,
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     device = student.device
     row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
-    grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if needs_grad else None
+    grad_student = None
+    if needs_grad:
+        grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
     on_device = grad_scale if isinstance(grad_scale, Tensor) else None
     with _device_of(student):
         # The loss has memory of its own, since a caller may write to it.

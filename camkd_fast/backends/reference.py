@@ -227,6 +227,7 @@ def row_loss(
     mean: bool = False,
     total_scale: float | None = None,
     second: SecondLabels | None = None,
+    out: Tensor | None = None,
 ) -> RowLossResult:
     """See `contract.Backend`."""
     result = loss_terms(student, teachers, target, formula, second)
@@ -242,7 +243,7 @@ def row_loss(
     gradient = grad_student(student, teachers, target, formula, result.weights, second)
     for scale in scales:
         gradient = gradient * scale
-    return result._replace(grad_student=gradient.to(student.dtype))
+    return result._replace(grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

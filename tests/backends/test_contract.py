@@ -12,6 +12,7 @@ from camkd_fast.backends import contract, dispatch, reference
 from camkd_fast.backends.contract import Backend
 from camkd_fast.losses.formula import WEIGHTINGS, Formula
 from tests.support.backends import BACKENDS
+from tests.support.cases import make_case
 from tests.support.row_contract import assert_agrees, assert_means
 from tests.support.tolerance import assert_near
 
@@ -109,3 +110,18 @@ def test_rows_are_named_in_order():
         [result.row_stats[: contract.PER_TEACHER], result.divergence, result.teacher_ce, result.weights]
     )
     assert torch.equal(stacked, result.row_stats)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "C"), [(9, 40), (3, 5000)])
+def test_a_gradient_in_the_students_memory(name, N, C, dtype):
+    case = make_case(N, C, 2, dtype, padded=False, ignored=0.3)
+    arguments = case.teachers, case.target, Formula()
+    expected = module_of(name).row_loss(case.student, *arguments, needs_grad=True, grad_scale=0.5)
+    student = case.student.clone()
+    ours = module_of(name).row_loss(student, *arguments, needs_grad=True, grad_scale=0.5, out=student)
+    assert ours.grad_student is student
+    assert torch.equal(student, expected.grad_student) and torch.equal(ours.row_stats, expected.row_stats)
+    nothing = module_of(name).row_loss(case.student, *arguments, needs_grad=False, out=student)
+    assert nothing.grad_student is None and torch.equal(student, expected.grad_student)
