@@ -8,6 +8,7 @@ from .losses.feature import (
     confidence_weights,
     weighted_feature_loss,
 )
+from .losses.linear import CAMKDLinearLoss, camkd_linear_loss
 from .losses.logit import CAMKDLoss, camkd_loss, camkd_loss_and_grad
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CAMKDFeatureLoss",
+    "CAMKDLinearLoss",
     "CAMKDLoss",
     "Distiller",
     "__version__",
     "camkd_feature_loss_and_grad",
+    "camkd_linear_loss",
     "camkd_loss",
     "camkd_loss_and_grad",
     "confidence_weights",

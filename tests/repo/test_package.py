@@ -114,10 +114,12 @@ def test_public_names():
 
     assert set(camkd_fast.__all__) == {
         "CAMKDFeatureLoss",
+        "CAMKDLinearLoss",
         "CAMKDLoss",
         "Distiller",
         "__version__",
         "camkd_feature_loss_and_grad",
+        "camkd_linear_loss",
         "camkd_loss",
         "camkd_loss_and_grad",
         "confidence_weights",

@@ -1,0 +1,236 @@
+"""The loss from hidden states and heads: camkd_linear_loss and CAMKDLinearLoss, for language models.
+
+Logits of N tokens by C classes are never held: a chunk of them is computed, becomes the gradient in place, and is
+multiplied back into the gradients of hidden states and head (`linear_chunks`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.contract import HARD, SOFT, RowLossResult
+from ..backends.dispatch import BACKENDS
+from ..backends.reference import accumulation_dtype
+from . import checks, linear_checks
+from .formula import Formula, check_choice
+from .linear_chunks import LinearCall, Side
+from .linear_op import linear_loss, linear_loss_rows
+from .scale_plan import inverse_divisor
+
+
+class LinearLossOutput(NamedTuple):
+    """The result of the linear loss, in the accumulation dtype. Only `loss` is differentiable.
+
+    (...) is the target's shape, its last dimension one less with `shift`. Ignored rows are 0 in every row tensor.
+    """
+
+    loss: Tensor  # a scalar, or (...) for reduction="none"
+    hard: Tensor | None  # cross-entropy of the student, reduced like `loss`; None if the target is a mask
+    soft: Tensor  # sum_k w_k D_k, times T^2 if `scale_by_t2`, reduced like `loss`
+    weights: Tensor  # (K, ...)
+    teacher_ce: Tensor | None  # (K, ...) at temperature 1, 0 where a given weight is 0; None if the target is a mask
+    divergence: Tensor  # (K, ...) D_k at temperature T, 0 where a given weight is 0
+    entropy: Tensor  # (...) of the student at temperature T
+    num_valid: Tensor  # () int64: rows that count
+
+
+def camkd_linear_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Sequence[Tensor],
+    teacher_heads: Sequence[Tensor],
+    target: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_biases: Sequence[Tensor | None] | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scales: Sequence[float] | None = None,
+    student_softcap: float | None = None,
+    teacher_softcaps: Sequence[float | None] | None = None,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    scale_by_t2: bool = True,
+    weighting: str | Tensor = "confidence",
+    divergence: str | tuple[str, float] = "forward_kl",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    num_items: float | Tensor | None = None,
+    num_valid: int | None = None,
+    z_loss_weight: float = 0.0,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+    max_chunk_bytes: float = 1.6e9,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> LinearLossOutput:
+    """The loss of `camkd_loss` for logits z = softcap * tanh(scale * (hidden @ head^T + bias) / softcap), not held.
+
+    Memory beyond the inputs and their gradients is one chunk of K + 1 logits. The products that are needed are done
+    once, in 3 s + sum_k t_k operations for s = 2 N C H of the student and t_k = 2 N C H_k of the teachers, and only for
+    rows that count, and teachers that have a weight there.
+
+    Args:
+        student_hidden: (..., H).
+        student_head: (C, H), the weight of nn.Linear, and `student_bias` (C,). Hidden states, head and bias of one
+            model have one dtype (under autocast any), float32, bfloat16, float16 or float64; models may differ. The
+            student's get gradients if they require them.
+        teacher_hidden, teacher_heads, teacher_biases: of K teachers, 1 to 16: (..., H_k), (C_k, H_k) with C_k >= C, and
+            (C_k,) or None. Without gradients.
+        target: (...) int64 labels, or `ignore_index`; or bool, True for rows that count, if nothing needs labels.
+        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, temperature, hard_weight,
+            soft_weight, scale_by_t2, divergence, z_loss_weight: as in `camkd_loss`.
+        weighting: "confidence", "uniform", "entropy", "min_ce", or weights (K,) or (K, ...). Rows of one-hot weights
+            route samples to teachers. A teacher of weight 0 is not computed there and may hold anything.
+        reduction: "mean" over the rows that count, "sum", or "none", whose backward computes the logits again.
+        num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
+        num_valid: at least the number of rows that count, if known. Then nothing is read from a GPU, which would
+            synchronise, and teachers of weight 0 are computed.
+        shift: position i predicts target i + 1: (B, S, H) and (B, S), of which the first label is not used.
+        vocab_size: classes that exist, if heads are padded; C without it. Nothing beyond it gets a gradient.
+        chunk_rows: most rows of a chunk; the result depends on it by the order of sums only.
+        max_chunk_bytes: of the logits of a chunk, if there is no `chunk_rows`.
+        logits_dtype: of the chunks for bfloat16 inputs: float32, or bfloat16, which halves their memory and rounds
+            logits and their gradients to 2^-9. By default float32, but bfloat16 on a CPU with bfloat16 instructions,
+            which return nothing else.
+        backend: of the row loss, as in `camkd_loss`.
+
+    Returns:
+        LinearLossOutput; its `loss` is differentiable once. The same call gives the same bits.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; both offending values are named.
+        NotImplementedError: `backend` names a backend that cannot run these logits.
+    """
+    formula = Formula(
+        temperature, hard_weight, soft_weight, weighting, ignore_index, divergence, scale_by_t2, z_loss_weight,
+        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, entropy=True,
+    )  # fmt: skip
+    sides = linear_checks.checked_sides(
+        student_hidden, student_head, student_bias, teacher_hidden, teacher_heads, teacher_biases, shift
+    )
+    V = linear_checks.checked_vocabulary(sides, vocab_size)
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.check_num_items(num_items, reduction)
+    linear_checks.check_chunks(chunk_rows, max_chunk_bytes, num_valid)
+    linear_checks.check_logits_dtype(logits_dtype)
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    formula = formula.checked(len(sides) - 1)
+    labels, formula, is_mask = linear_checks.checked_labels(target, sides[0].hidden, formula, shift)
+    inputs = _autocast_dtype(student_hidden)
+    dtype = accumulation_dtype(inputs or student_hidden.dtype)
+    lead, K = labels.shape, len(sides) - 1
+    formula = formula._replace(
+        weighting=linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
+    )
+    flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
+    call = LinearCall(
+        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula, inputs, logits_dtype, chunk_rows,
+        float(max_chunk_bytes), num_valid, backend,
+    )  # fmt: skip
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in flat[0]]
+    factor: float | Tensor = 1.0
+    if reduction == "mean":
+        host_counts = call.labels.is_cpu and not torch.compiler.is_compiling()
+        valid = checks.count_labels(call.labels, V, formula.ignore_index) if host_counts else None
+        factor = inverse_divisor(num_items, valid, call.labels, formula.ignore_index, dtype)
+    loss, stats = linear_loss_rows(call, needs) if reduction == "none" else linear_loss(call, needs, factor)
+    return _output(loss, stats, call, lead, None if reduction == "none" else factor, is_mask, shift)
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    device = hidden.device.type
+    enabled = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
+def _output(
+    loss: Tensor,
+    stats: Tensor,
+    call: LinearCall,
+    lead: torch.Size,
+    factor: float | Tensor | None,
+    is_mask: bool,
+    shift: bool,
+) -> LinearLossOutput:
+    """`factor`: of the sums over the rows; None for results per row."""
+
+    def of_rows(rows: Tensor) -> Tensor:
+        rows = rows.detach().view(*rows.shape[:-1], *lead)
+        return rows[..., :-1] if shift else rows
+
+    def reduced(row: int) -> Tensor:
+        return of_rows(stats[row]) if factor is None else (stats[row].detach().sum() * factor).reshape(())
+
+    rows = RowLossResult(stats, None)
+    assert rows.entropy is not None  # requested
+    return LinearLossOutput(
+        loss=loss if factor is not None else (loss.view(lead)[..., :-1] if shift else loss.view(lead)),
+        hard=None if is_mask else reduced(HARD),
+        soft=reduced(SOFT),
+        weights=of_rows(rows.weights),
+        teacher_ce=None if is_mask else of_rows(rows.teacher_ce),
+        divergence=of_rows(rows.divergence),
+        entropy=of_rows(rows.entropy),
+        num_valid=(call.labels != call.formula.ignore_index).sum(),
+    )
+
+
+class CAMKDLinearLoss(nn.Module):
+    """`camkd_linear_loss` as a module without parameters: its settings at construction, tensors in the call.
+
+    >>> criterion = CAMKDLinearLoss(temperature=2.0, weighting="uniform")
+    >>> criterion(student_hidden, student_head, teacher_hidden, teacher_heads, target).loss.backward()
+    """
+
+    # Tensors and what belongs to one batch; everything else is a setting.
+    _OF_A_BATCH = ("student_bias", "teacher_biases", "weighting", "num_items", "num_valid")
+
+    def __init__(self, weighting: str = "confidence", **settings: Any) -> None:
+        """
+        Args:
+            weighting: a name; a tensor is given with its batch.
+            settings: other keywords of `camkd_linear_loss` but those of a batch.
+        """
+        super().__init__()
+        parameters = inspect.signature(camkd_linear_loss).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self._OF_A_BATCH]
+        for name in settings:
+            check_choice("a setting of CAMKDLinearLoss", name, known)
+        self.settings: dict[str, Any] = {"weighting": weighting, **settings}
+        fields = {name: value for name, value in self.settings.items() if name in Formula._fields}
+        Formula(**fields).checked()
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Sequence[Tensor],
+        teacher_heads: Sequence[Tensor],
+        target: Tensor,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_biases: Sequence[Tensor | None] | None = None,
+        weighting: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        num_valid: int | None = None,
+    ) -> LinearLossOutput:
+        """See `camkd_linear_loss`."""
+        settings = self.settings if weighting is None else {**self.settings, "weighting": weighting}
+        return camkd_linear_loss(
+            *(student_hidden, student_head, teacher_hidden, teacher_heads, target),
+            student_bias=student_bias,
+            teacher_biases=teacher_biases,
+            num_items=num_items,
+            num_valid=num_valid,
+            **settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())

@@ -1,0 +1,168 @@
+"""Argument checks of the linear loss: one-line errors that name both offending values, raised before any work."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import memory
+from ..backends.contract import MAX_TEACHERS
+from . import checks
+from .formula import Formula, check_number
+from .linear_chunks import Side
+
+
+def checked_sides(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Sequence[Tensor],
+    teacher_heads: Sequence[Tensor],
+    teacher_biases: Sequence[Tensor | None] | None,
+    shift: bool,
+) -> list[Side]:
+    """Student and K teachers as dense tensors."""
+    K = _count("teacher_hidden", teacher_hidden)
+    biases = [None] * K if teacher_biases is None else teacher_biases
+    for name, values in (("teacher_heads", teacher_heads), ("teacher_biases", biases)):
+        if _count(name, values) != K:
+            raise ValueError(f"{name} holds {len(values)} entries, but teacher_hidden holds {K}")
+    student = _checked_side("student", Side(hidden, head, bias), None)
+    if shift and hidden.dim() < 2:
+        raise ValueError(f"shift needs hidden states (..., S, H), got shape {tuple(hidden.shape)}")
+    teachers = [
+        _checked_side(f"teacher[{k}]", Side(*of), student.hidden)
+        for k, of in enumerate(zip(teacher_hidden, teacher_heads, biases, strict=True))
+    ]
+    return [student, *teachers]
+
+
+def _count(name: str, values: Any) -> int:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a sequence with an entry per teacher, got {type(values).__name__}")
+    if not 1 <= len(values) <= MAX_TEACHERS:
+        raise ValueError(f"{name} must hold 1 to {MAX_TEACHERS} entries, got {len(values)}")
+    return len(values)
+
+
+def _checked_side(model: str, side: Side, student: Tensor | None) -> Side:
+    """`student`: the student's hidden states, for a teacher."""
+    names = {"hidden": side.hidden, "head": side.head, "bias": side.bias}
+    dense = {field: _dense(f"{model}'s {field}", value) for field, value in names.items() if value is not None}
+    hidden, head, bias = dense["hidden"], dense["head"], dense.get("bias")
+    for field, tensor in dense.items():
+        checks.check_floating(f"{model}'s {field}", tensor)
+        if student is not None:
+            checks.check_frozen(f"{model}'s {field}", tensor)
+        checks.check_device(f"{model}'s {field}", tensor, "student's hidden", hidden if student is None else student)
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"{model}'s {field} is {tensor.dtype}, but its hidden states are {hidden.dtype}")
+    if hidden.dim() == 0 or head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.shape[0] == 0:
+        raise ValueError(
+            f"{model}'s hidden states (..., H) have shape {tuple(hidden.shape)}, but its head (C, H) has shape "
+            f"{tuple(head.shape)}"
+        )
+    if bias is not None and bias.shape != head.shape[:1]:
+        raise ValueError(f"{model}'s bias has shape {tuple(bias.shape)}, but its head has {head.shape[0]} classes")
+    if student is not None and hidden.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{model}'s hidden states have shape {tuple(hidden.shape)}, but the student's have {tuple(student.shape)}"
+        )
+    return Side(hidden, head, bias)
+
+
+def _dense(name: str, tensor: Tensor) -> Tensor:
+    checks.check_tensor(name, tensor)
+    if torch.compiler.is_compiling():
+        return tensor
+    while (sort := memory.sort_of(tensor)) is not None and sort.resolvable:
+        tensor = memory.resolved(tensor)
+    if sort is None or sort.fake:
+        return tensor
+    raise TypeError(
+        f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or 'call .full_tensor() of a DTensor'}"
+    )
+
+
+def checked_vocabulary(sides: Sequence[Side], vocab_size: int | None) -> int:
+    """The classes that exist."""
+    own = sides[0].head.shape[0]
+    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral)):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    V = own if vocab_size is None else int(vocab_size)
+    if V < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {V}")
+    for i, side in enumerate(sides):
+        if side.head.shape[0] < V:
+            model = "student's" if i == 0 else f"teacher[{i - 1}]'s"
+            raise ValueError(f"{model} head has {side.head.shape[0]} classes, but the vocabulary has {V}")
+    return V
+
+
+def check_chunks(chunk_rows: int | None, max_chunk_bytes: float, num_valid: int | None) -> None:
+    for name, value, least in (("chunk_rows", chunk_rows, 1), ("num_valid", num_valid, 0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_number("max_chunk_bytes", max_chunk_bytes, positive=True)
+
+
+def check_logits_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+
+
+def checked_labels(target: Tensor, hidden: Tensor, formula: Formula, shift: bool) -> tuple[Tensor, Formula, bool]:
+    """int64 labels in the shape of the hidden states' rows, the formula for them, and whether the target is a mask.
+
+    With `shift` the last position predicts nothing, and every other one the label after it.
+    """
+    target = _dense("target", target)
+    is_mask = target.dtype == torch.bool
+    if not is_mask and target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 labels or a bool mask, got {target.dtype}")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but the student's hidden states expect {tuple(hidden.shape[:-1])}"
+        )
+    checks.check_device("target", target, "student's hidden", hidden)
+    if is_mask:
+        if formula.weighting_name in ("confidence", "min_ce"):
+            raise ValueError(f"weighting {formula.weighting_name!r} needs labels, but target is a bool mask")
+        if formula.hard_weight != 0.0:
+            raise ValueError(f"hard_weight {formula.hard_weight} needs labels, but target is a bool mask")
+        formula = formula._replace(ignore_index=-100)
+        target = torch.where(target, 0, formula.ignore_index)
+    if shift:
+        target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=formula.ignore_index)
+    return target, formula, is_mask
+
+
+def weights_as_rows(
+    weighting: str | Tensor, K: int, lead: torch.Size, shift: bool, labels: Tensor, dtype: torch.dtype
+) -> str | Tensor:
+    """Given weights (K,) or (K, ...) as (K, N); a name as it is."""
+    if not isinstance(weighting, Tensor):
+        return weighting
+    weighting = _dense("weighting", weighting)
+    checks.check_floating("weighting", weighting)
+    if weighting.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weighting requires grad, but weights get no gradient here: expected constants (.detach())")
+    expected = (*lead[:-1], lead[-1] - 1) if shift else tuple(lead)
+    if weighting.shape != (K,) and weighting.shape != (K, *expected):
+        raise ValueError(
+            f"weighting has shape {tuple(weighting.shape)}, but {K} teachers expect {(K,)} or {(K, *expected)}"
+        )
+    checks.check_device("weighting", weighting, "target", labels)
+    if weighting.dim() == 1:
+        return weighting.to(dtype).unsqueeze(-1).expand(K, labels.numel())
+    if shift:
+        weighting = torch.nn.functional.pad(weighting, (0, 1))
+    return weighting.to(dtype).reshape(K, -1)

@@ -1,0 +1,223 @@
+"""The linear loss as registered operators with their gradients: one path in eager mode and under torch.compile.
+
+Gradients of "mean" and "sum" are computed with the loss, because the logits exist only then; backward multiplies them
+by its own. For a loss per row the factors are not known before backward, which computes the chunks a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LOSS, row_stats_count
+from ..backends.memory import is_ordinary
+from ..backends.reference import accumulation_dtype
+from . import checks
+from .autograd import first_order, is_one, keeps_graph
+from .formula import Formula
+from .linear_chunks import LinearCall, LinearChunks, LinearGradients, Side
+
+# A LinearCall in types that a schema has.
+_CALL = (
+    "Tensor hidden, Tensor head, Tensor? bias, Tensor[] teacher_hidden, Tensor[] teacher_heads, "
+    "Tensor?[] teacher_biases, Tensor labels, int vocab_size, float[] constants, str weighting, str divergence, "
+    "int ignore_index, Tensor? weights, ScalarType? inputs, ScalarType? logits, int? chunk_rows, "
+    "float max_chunk_bytes, int? num_valid, str backend, bool[] needs"
+)
+_CALL_LENGTH, _NEEDS = 20, 19
+
+torch.library.define(
+    "camkd_fast::linear_loss",
+    f"({_CALL}, float factor, Tensor? factor_on_device)"
+    " -> (Tensor loss, Tensor row_stats, Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)",
+)
+torch.library.define("camkd_fast::linear_loss_rows", f"({_CALL}) -> (Tensor losses, Tensor row_stats)")
+torch.library.define(
+    "camkd_fast::linear_loss_rows_backward",
+    f"({_CALL}, Tensor grad_losses) -> (Tensor grad_hidden, Tensor grad_head, Tensor grad_bias)",
+)
+
+
+def _arguments(call: LinearCall, needs: Sequence[bool]) -> tuple[Any, ...]:
+    weighting = call.formula.weighting
+    return (
+        *call.student,
+        *([getattr(side, name) for side in call.teachers] for name in Side._fields),
+        *(call.labels, call.vocab_size, *call.formula.constants()),
+        weighting if isinstance(weighting, Tensor) else None,
+        *(call.inputs, call.logits, call.chunk_rows, call.max_chunk_bytes, call.num_valid, call.backend, list(needs)),
+    )
+
+
+def _call_of(arguments: Sequence[Any]) -> LinearChunks:
+    hidden, head, bias, hiddens, heads, biases, labels, vocab_size = arguments[:8]
+    constants, weighting, divergence, ignore_index = arguments[8:12]
+    weights, inputs, logits, chunk_rows, max_chunk_bytes, num_valid, backend, needs = arguments[12:]
+    if not labels.is_cuda:
+        checks.count_labels(labels, vocab_size, ignore_index)
+    teachers = [Side(*of) for of in zip(hiddens, heads, biases, strict=True)]
+    formula = Formula.from_constants(constants, weighting, divergence, ignore_index, weights)
+    call = LinearCall(
+        Side(hidden, head, bias), teachers, labels, vocab_size, formula, inputs, logits, chunk_rows, max_chunk_bytes,
+        num_valid, backend,
+    )  # fmt: skip
+    return LinearChunks(call, tuple(needs))
+
+
+def _results(gradients: LinearGradients, like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: an empty one where there is no gradient."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _loss(*arguments: Any) -> tuple[Tensor, ...]:
+    *call, number, on_device = arguments
+    factor = number if on_device is None else on_device
+    stats, gradients = _call_of(call).run(factor)
+    return ((stats[LOSS].sum() * factor).reshape(()), stats, *_results(gradients, stats))
+
+
+def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
+    stats, _ = _call_of([*arguments[:_NEEDS], [False] * 3]).run(1.0)
+    return stats[LOSS].clone(), stats
+
+
+def _rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *call, factors = arguments
+    stats, gradients = _call_of(call).run(factors.contiguous(), per_row=True)
+    return _results(gradients, stats)
+
+
+torch.library.impl("camkd_fast::linear_loss", "default", _loss)
+torch.library.impl("camkd_fast::linear_loss_rows", "default", _rows)
+torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_backward)
+
+
+def _fake_stats(call: Sequence[Any]) -> Tensor:
+    hidden, hiddens, labels, inputs = call[0], call[3], call[6], call[13]
+    dtype = accumulation_dtype(inputs or hidden.dtype)
+    stats: Tensor = labels.new_empty((row_stats_count(len(hiddens), True), len(labels)), dtype=dtype)
+    return stats
+
+
+def _fake_gradients(call: Sequence[Any]) -> tuple[Tensor, ...]:
+    stats, parameters = _fake_stats(call), call[:3]
+    dtypes = call[0].dtype, stats.dtype, stats.dtype
+    return tuple(
+        parameter.new_empty(parameter.shape if needed else (0,), dtype=dtype if needed else stats.dtype)
+        if parameter is not None
+        else stats.new_empty(0)
+        for parameter, needed, dtype in zip(parameters, call[_NEEDS], dtypes, strict=True)
+    )
+
+
+def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    call = arguments[:_CALL_LENGTH]
+    stats = _fake_stats(call)
+    return (stats.new_empty(()), stats, *_fake_gradients(call))
+
+
+def _fake_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
+    stats = _fake_stats(arguments)
+    return stats.new_empty(stats.shape[1]), stats
+
+
+def _fake_rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(arguments[:_CALL_LENGTH])
+
+
+torch.library.register_fake("camkd_fast::linear_loss", _fake_loss)
+torch.library.register_fake("camkd_fast::linear_loss_rows", _fake_rows)
+torch.library.register_fake("camkd_fast::linear_loss_rows_backward", _fake_rows_backward)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _inputs_gradients(found: Sequence[Tensor | None], K: int, others: int) -> tuple[Any, ...]:
+    """Gradients of the arguments of an operator: those of the student, and None for all that follows."""
+    return (*found, [None] * K, [None] * K, *(None,) * (others - 5))
+
+
+def _keep_parameters(ctx: Any, inputs: Sequence[Any], *others: Tensor) -> None:
+    """Saved, although the gradients are known: autograd then raises if one was changed in place meanwhile."""
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in inputs[:3]]
+    ctx.needs, ctx.K, ctx.count = inputs[_NEEDS], len(inputs[3]), len(inputs)
+    ctx.save_for_backward(*inputs[:3], *others)
+
+
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_parameters(ctx, inputs, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@first_order
+def _backward_loss(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    gradients = ctx.saved_tensors[3:]
+    found = [
+        _times(gradient, grad_loss, dtype) if needed and dtype is not None else None
+        for gradient, needed, dtype in zip(gradients, ctx.needs, ctx.dtypes, strict=True)
+    ]
+    return _inputs_gradients(found, ctx.K, ctx.count)
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, in one pass; in place if nobody needs it again."""
+    if not is_ordinary([gradient, factor]):
+        return (gradient * factor).to(dtype)
+    in_place = gradient.dtype == dtype and not keeps_graph()
+    if is_one(factor):
+        return gradient if in_place else gradient.to(dtype, copy=True)
+    return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hiddens, heads, biases, labels, *rest = inputs[3:]
+    ctx.biases = [bias is not None for bias in biases]
+    given = [bias for bias in biases if bias is not None]
+    weights = rest[5]
+    ctx.has_weights, ctx.rest = weights is not None, rest
+    rest[5] = None
+    _keep_parameters(ctx, inputs, labels, *hiddens, *heads, *given, *([weights] if ctx.has_weights else []))
+    ctx.mark_non_differentiable(output[1])
+
+
+@first_order
+def _backward_rows(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
+    hidden, head, bias, labels, *others = ctx.saved_tensors
+    hiddens, heads, others = others[: ctx.K], others[ctx.K : 2 * ctx.K], others[2 * ctx.K :]
+    rest = list(ctx.rest)
+    if ctx.has_weights:
+        rest[5] = others.pop()
+    given = iter(others)
+    biases = [next(given) if has else None for has in ctx.biases]
+    found = torch.ops.camkd_fast.linear_loss_rows_backward(
+        hidden, head, bias, hiddens, heads, biases, labels, *rest, grad_losses
+    )
+    return _inputs_gradients(
+        [
+            gradient.to(dtype) if needed and dtype is not None else None
+            for gradient, needed, dtype in zip(found, ctx.needs, ctx.dtypes, strict=True)
+        ],
+        ctx.K,
+        ctx.count,
+    )
+
+
+torch.library.register_autograd("camkd_fast::linear_loss", _backward_loss, setup_context=_setup_loss)
+torch.library.register_autograd("camkd_fast::linear_loss_rows", _backward_rows, setup_context=_setup_rows)
+
+
+def linear_loss(call: LinearCall, needs: Sequence[bool], factor: float | Tensor) -> tuple[Tensor, Tensor]:
+    """factor * the sum of the rows' losses, differentiable by the student, and row_stats (4 + 3K, N)."""
+    number, on_device = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
+    loss, stats, *_ = torch.ops.camkd_fast.linear_loss(*_arguments(call, needs), number, on_device)
+    return loss, stats
+
+
+def linear_loss_rows(call: LinearCall, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """The losses (N,) of single rows, differentiable likewise, and row_stats."""
+    losses, stats = torch.ops.camkd_fast.linear_loss_rows(*_arguments(call, needs))
+    return losses, stats

@@ -1,0 +1,114 @@
+"""The matrix products between hidden states and the head of a language model.
+
+The head turns rows of hidden states (m, H) into logits (m, C) in memory of the caller, and the gradient of those logits
+into the gradients of rows and head. Everything else of the linear loss lies between these products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of a float32 tile of the head, which stays in a shared cache; at least TILE_ROWS classes, for the products.
+TILE_BYTES, TILE_ROWS = 1 << 22, 512
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether this processor has instructions for them. Without, they take nine times as long as float32's."""
+    asks: list[Callable[[], bool]] = [
+        getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    return any(ask() for ask in asks)
+
+
+def default_logits_dtype(head: Tensor) -> torch.dtype:
+    """Of a bfloat16 head: float32 unless that would give up a processor's instructions, which round their results."""
+    return torch.bfloat16 if head.is_cpu and has_bfloat16_products() else torch.float32
+
+
+class Projection:
+    """The products with one head, without gradients. Sums are in float32, or float64 for a float64 head.
+
+    Args:
+        head: (C, H), contiguous rows.
+        bias: (C,) or None.
+        inputs: the dtype that hidden states, head and gradients of logits are rounded to before a product; that of the
+            head, or autocast's.
+        logits: the dtype of logits and their gradients.
+    """
+
+    def __init__(self, head: Tensor, bias: Tensor | None, inputs: torch.dtype, logits: torch.dtype) -> None:
+        self.inputs, self.logits_dtype = inputs, logits
+        self.accumulator = torch.float64 if inputs == torch.float64 else torch.float32
+        native = head.is_cuda or (inputs != torch.float16 and (inputs != torch.bfloat16 or has_bfloat16_products()))
+        # Results of another dtype than the inputs' are at hand on CUDA only.
+        self._direct = native and (inputs == logits or (head.is_cuda and logits == torch.float32))
+        self._head = head.to(inputs) if self._direct else head
+        self._bias = None if bias is None else bias.to(logits if self._direct else self.accumulator)
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Rows of hidden states (m, H) as the products take them."""
+        rounded = hidden.to(self.inputs)
+        return rounded if self._direct else rounded.to(self.accumulator)
+
+    def logits(self, rows: Tensor, out: Tensor) -> None:
+        """out (m, C) = rows @ head^T + bias."""
+        if self._direct:
+            head, kind = self._head.t(), self._result_of(self.logits_dtype)
+            if self._bias is None:
+                torch.mm(rows, head, out=out, **kind)
+            else:
+                torch.addmm(self._bias, rows, head, out=out, **kind)
+            return
+        for columns, tile in self._tiles():
+            part = rows @ tile.t() if out.dtype != tile.dtype else torch.mm(rows, tile.t(), out=out[:, columns])
+            if self._bias is not None:
+                part += self._bias[columns]
+            if out.dtype != tile.dtype:
+                out[:, columns] = part
+
+    def grad_rows(self, grad: Tensor) -> Tensor:
+        """The gradient of the rows (m, H), from that of the logits (m, C)."""
+        if self._direct:
+            return grad.to(self.inputs) @ self._head
+        total = torch.zeros((len(grad), self._head.shape[1]), dtype=self.accumulator, device=grad.device)
+        for columns, tile in self._tiles():
+            total.addmm_(self._rounded(grad[:, columns]), tile)
+        return total
+
+    def add_grad_head(self, grad: Tensor, rows: Tensor, total: Tensor, first: bool) -> None:
+        """total (C, H) += grad^T @ rows in the accumulation dtype; total = if it is the `first` term."""
+        beta = 0 if first else 1
+        if self._direct and grad.is_cpu and self.inputs != total.dtype:
+            part = grad.to(self.inputs).t() @ rows
+            total.copy_(part) if first else total.add_(part)
+            return
+        if self._direct:
+            torch.addmm(total, grad.to(self.inputs).t(), rows, beta=beta, out=total, **self._result_of(total.dtype))
+            return
+        for columns in self._columns():
+            part = total[columns]
+            torch.addmm(part, self._rounded(grad[:, columns]).t(), rows, beta=beta, out=part)
+
+    def _result_of(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The keyword of a product whose result has another dtype than its inputs."""
+        return {} if dtype == self.inputs else {"out_dtype": dtype}
+
+    def _rounded(self, grad: Tensor) -> Tensor:
+        """Gradients as a product of the inputs' dtype would read them."""
+        return grad.to(self.inputs).to(self.accumulator)
+
+    def _columns(self) -> Iterator[slice]:
+        C, H = self._head.shape
+        tile = max(TILE_ROWS, TILE_BYTES // (4 * max(H, 1)))
+        return (slice(begin, min(begin + tile, C)) for begin in range(0, C, tile))
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in float32, tile by tile, because all of it would take as much memory again."""
+        for columns in self._columns():
+            yield columns, self._head[columns].to(self.inputs).to(self.accumulator)
