@@ -1,4 +1,4 @@
-"""The loss from hidden states and heads, with both gradients, against other ways and against its products alone.
+"""The loss from hidden states and heads, with both gradients, against other ways and against its matrix products.
 
 T = 1, the soft term only, confidence weights, or one teacher. `share_of_products` is the time of the matrix products
 that are needed, in our chunks, divided by ours: 1 is the limit.
