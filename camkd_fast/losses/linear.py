@@ -128,8 +128,8 @@ def camkd_linear_loss(
     weights = linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
     flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
     call = LinearCall(
-        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula._replace(weighting=weights), inputs, logits_dtype, chunk_rows,
-        float(max_chunk_bytes), num_valid, backend,
+        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula._replace(weighting=weights), inputs,
+        logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, backend,
     )  # fmt: skip
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in flat[0]]
     factor = _factor(call, reduction, num_items, dtype)
