@@ -604,7 +604,7 @@ def test_weights_are_those_of_confidence_weights() -> None:
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"divergence": "jsd"}, ValueError, "needs its parameter"),
     ],
-    ids=lambda value: "" if isinstance(value, type) else str(value)[:40],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_errors_name_both_values(changes: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
