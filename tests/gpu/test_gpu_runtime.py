@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad
+from camkd_fast.losses.formula import Formula
 from tests.support.cases import Case, make_case, on
 from tests.support.evaluate import run, run_value_and_grad
 from tests.support.gpu import CUDA, NO_GPU, Place
@@ -242,9 +243,7 @@ def test_opcheck(place: Place, what: str) -> None:
         "mix": case.mix,
         "weights": torch.rand(3, 6, device=place.device).requires_grad_() if what == "given weights" else None,
         "grad_scale": torch.tensor([0.25], device=place.device) if what == "scaled" else None,
-        "constants": [4.0, 1.0, 1.0],
-        "weighting": "confidence",
-        "ignore_index": -100,
+        **dict(zip(("constants", "weighting", "divergence", "ignore_index"), Formula().constants(), strict=True)),
         "needs_grad": what != "no gradient",
         "backend": place.backend,
     }
