@@ -30,7 +30,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         args.grad_scale = float(inverse * call.scale.on_host());
 
         const bool fill = from[poison] == Py_True, rows = call.divisor.reduction == Reduction::none;
-        const int64_t stats_shape[] = {row_stats::count(args.K, args.formula.entropy), args.N}, grad_shape[] = {args.N, args.C};
+        const int64_t stats_shape[] = {row_stats::count(args.K, args.formula.entropy), args.N},
+                      grad_shape[] = {args.N, args.C};
         void *loss_data = nullptr, *stats_data = nullptr;
         py::object stats = tensors::make(stats_shape, 2, dlpack::kFloat32, fill, stats_data);
         py::object loss =
