@@ -42,9 +42,13 @@ def access_width(itemsize: int, ALIGN: int) -> int:
     return min(ACCESS_BYTES // itemsize, ALIGN)
 
 
-def _register_limit(K: int, num_warps: int, two_labels: bool) -> int | None:
-    """No limit for up to 3 teachers and one label: ptxas uses 70 to 80 registers, and more would avoid no spill."""
-    return None if K <= 3 and not two_labels else min(MOST_REGISTERS, 65536 // (32 * num_warps))
+def _register_limit(K: int, num_warps: int, more: bool) -> int | None:
+    """No limit for up to 3 teachers: ptxas uses 70 to 80 registers, and more would avoid no spill.
+
+    Args:
+        more: two labels, or a formula beyond the paper's, need more registers.
+    """
+    return None if K <= 3 and not more else min(MOST_REGISTERS, 65536 // (32 * num_warps))
 
 
 class RowLaunch(NamedTuple):
@@ -56,18 +60,18 @@ class RowLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> RowLaunch:
+def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int, more: bool = False) -> RowLaunch:
     """Row loss with rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
     BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C > 1024:
         num_warps = BLOCK_C // 256
-        return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps, two_labels))
+        return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps, more))
     # Up to 256 columns a warp owns whole rows, so reductions are shuffles without a barrier. Narrow rows share a warp;
     # a thread works on at most 2 of them, since a row takes 3 registers per teacher.
     BLOCK_N = max(256 // BLOCK_C, min(1024 // BLOCK_C, 4))
     num_warps = min(BLOCK_N * BLOCK_C // (32 * access_width(itemsize, ALIGN)), 4)
     # Rows of up to 128 columns finish before occupancy matters.
-    maxnreg = MOST_REGISTERS if BLOCK_C <= 128 else _register_limit(K, num_warps, two_labels)
+    maxnreg = MOST_REGISTERS if BLOCK_C <= 128 else _register_limit(K, num_warps, more)
     return RowLaunch(BLOCK_N, BLOCK_C, num_warps, maxnreg)
 
 
@@ -81,7 +85,9 @@ class StreamingLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> StreamingLaunch:
+def streaming_launch(
+    K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False, beyond: bool = False
+) -> StreamingLaunch:
     """Row loss with rows in column blocks: one access per thread, tensor and iteration, and one lane of statistics.
 
     A lane holds 3 + 5 GROUP running numbers, and 4 GROUP registers of loads are in flight. 8 teachers fill the 128
@@ -89,12 +95,23 @@ def streaming_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool
     threads and groups of 2, each of which reads the student once; groups of 4 spill. Programs are large rather than
     numerous: with fewer rows in flight, more of a row remains in L2 for the second read. Narrow rows use no more warps
     than they can feed.
+
+    Formulas beyond the paper's have more running numbers and totals: half the threads and groups of 4, and with more
+    than 8 teachers half as wide accesses. 16 teachers with every option at once spill 40 bytes nevertheless.
+
+    Args:
+        beyond: the formula is beyond the paper's.
     """
     # Odd widths are read element by element, 4 per thread; the columns of a lane are then BLOCK_C / 4 elements distant.
     VEC = 4 if ALIGN == 1 else access_width(itemsize, ALIGN)
     GROUP, widest = (8, 16) if K <= 8 else (2, 8)
+    if beyond:
+        GROUP, widest = min(GROUP, 4), 8
+        VEC = max(VEC // 2, 1) if K > 8 else VEC
     num_warps = max(1, min(_power_of_2(C) // (32 * VEC), widest))
-    return StreamingLaunch(32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps, two_labels))
+    return StreamingLaunch(
+        32 * num_warps * VEC, VEC, GROUP, num_warps, _register_limit(K, num_warps, two_labels or beyond)
+    )
 
 
 def confidence_launch(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False) -> RowLaunch:

@@ -15,7 +15,7 @@ from .counters import counter_for
 from .kept import Launcher
 from .launch import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
 from .layout import DEBUG, Layout, alignment, layouts, row_shape, second_of, stride_units, unspecialised
-from .results import kernel_formula, temperature_power, weighting_kind
+from .results import formula_constants, kernel_formula
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
 
@@ -49,7 +49,7 @@ def row_loss(
         }
         rows = row_loss(student, teachers, target, formula, **options)
         return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
-    row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
+    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
     grad_student = None
     if needs_grad:
         grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if out is None else out
@@ -60,7 +60,7 @@ def row_loss(
         formula = formula._replace(weighting="given")
     launch, batch = row_launcher(
         *(layouts([student, *teachers]), (0, 0) if given is None else given.stride(), formula),
-        *(isinstance(scale, Tensor), mean, total_scale is not None, second is not None),
+        *(isinstance(scale, Tensor), mean, total_scale is not None, second is not None, out is not None),
     )
     loss = others = counter = None
     if mean or batch.ADDS_UP:
@@ -92,6 +92,7 @@ def row_launcher(
     mean: bool,
     total: bool,
     two_labels: bool,
+    in_place: bool,
 ) -> tuple[Launcher, BatchLaunch]:
     """The kernel that suits the width: whole rows on chip, or rows in column blocks; and what it does for the means.
 
@@ -99,6 +100,7 @@ def row_launcher(
         tensors: `layouts` of student and teachers.
         formula: with a name for its weighting.
         total: whether sums are wanted without a mean.
+        in_place: whether the gradient may take the student's memory.
     """
     tensors = tuple(Layout(*x) for x in tensors)
     N, S, C = row_shape(tensors[0].shape)
@@ -109,24 +111,24 @@ def row_launcher(
         *(stride_o[0], stride_i[0], unspecialised(stride_o[1:]), unspecialised(stride_i[1:])),
         *given_strides,
         *(N, S, C // ALIGN, formula.ignore_index),
-        kernel_formula(formula),
+        kernel_formula(formula, K),
     )
     flags: dict[str, Any] = {
         "K": K,
-        "WEIGHTING": weighting_kind(formula, K),
-        "T_POWER": temperature_power(formula),
+        **formula_constants(formula, K),
         "SCALE_ON_DEVICE": scale_on_device,
+        "IN_PLACE": in_place,
         "TWO_LEVEL": len(tensors[0].shape) == 3,
         "ALIGN": ALIGN,
         "DEBUG": DEBUG,
     }
-    itemsize = max(x.dtype.itemsize for x in tensors)
+    itemsize, beyond = max(x.dtype.itemsize for x in tensors), not formula.is_basic
     if on_chip(K, C):
-        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels)
+        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels or beyond)
         constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
         kernel, grid = row_loss_onchip_fwd_kernel, -(-N // BLOCK_N)
     else:
-        BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, two_labels)
+        BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, two_labels, beyond)
         constants = {**flags, "BLOCK_C": BLOCK_C, "VEC": VEC, "GROUP": GROUP}
         kernel, grid = row_loss_streaming_fwd_kernel, N
     batch = batch_launch(N, grid, num_warps)

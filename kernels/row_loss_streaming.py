@@ -1,70 +1,64 @@
-"""Row loss for rows of any width: running statistics over column blocks, then a second read for the gradient."""
+"""Row loss for rows of any width: running statistics over column blocks, then a second read for the gradient.
+
+Divergences of a mixture are one read more, because the mixture takes the statistics of the whole row.
+"""
 
 import triton
 import triton.language as tl
 
 from .batch_mean import add_up_as_last, gradient_scale
-from .results import grad_student_terms, store_loss, store_teacher
+from .divergences import column_slopes, infinite_gradient, kl_of_sums, soft_gradient
+from .lanes import in_lanes, mixture_sums, student_step, student_total, teacher_step, teacher_total
+from .logit_map import load_logits, map_gradient, mapped_label_distance
+from .results import grad_student_terms, store_entropy, store_loss, store_teacher
 from .softmax import (
     LOWEST,
     exp_at_one,
     label_shares,
-    lane_max,
-    lane_rescale,
     load_labels,
-    loaded_label_distance,
     row_offset,
+    row_weights,
     stride,
-    weights_from_scores,
 )
 
 
 @triton.jit
-def in_lanes(x, R: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
-    """Columns as fp32 lanes (R, VEC); the columns of a lane were loaded by one thread.
-
-    Aligned rows are loaded in vectors of VEC neighbours, others element by element with a distance of R columns.
-    """
-    x = x.to(tl.float32)
-    if ALIGN == 1:
-        return tl.trans(x.reshape(VEC, R))
+def column_gradient(
+    cols, s_row, s_sums, z_rows, z_top, z_totalT, limit_units, weights, weight_sum, centers, labels, formula,
+    K: tl.constexpr, WEIGHTING: tl.constexpr, T_POWER: tl.constexpr, DIVERGENCE: tl.constexpr,
+    SCALE_BY_T2: tl.constexpr, Z_LOSS: tl.constexpr, MAPS: tl.constexpr, ALIGN: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """d loss / d student of some columns, which are read again."""
+    s_top, s_totalT, s_total1, _ = s_sums
+    exp2_scale = formula.exp2_scale
+    limit = limit_units * ALIGN
+    s = load_logits(s_row + cols, formula.maps, 0, MAPS, mask=cols < limit) - s_top
+    e = tl.exp2(s * exp2_scale)
+    mixed = tl.zeros(cols.shape, tl.float32)
+    for k in tl.static_range(K):
+        wanted, top = limit, z_top[k]
+        coefficient = weights[k] / z_totalT[k] if DIVERGENCE == "forward_kl" else weights[k]
+        if WEIGHTING == "given" or WEIGHTING == "min_ce":
+            # A teacher of weight 0 is not read, so even its NaN has no effect.
+            wanted = tl.where(weights[k] == 0, 0, limit_units) * ALIGN
+            top = tl.where(weights[k] == 0, 0.0, top)
+            coefficient = tl.where(weights[k] == 0, 0.0, coefficient)
+        z = load_logits(z_rows[k] + cols, formula.maps, k + 1, MAPS, mask=cols < wanted) - top
+        if DIVERGENCE == "forward_kl":
+            mixed += tl.exp2(z * exp2_scale) * coefficient
+        else:
+            x = column_slopes(e, s, s_totalT, z, z_totalT[k], formula, DIVERGENCE)
+            mixed += tl.where(weights[k] == 0, 0.0, coefficient * (x - centers[k]))
+    if DIVERGENCE == "forward_kl":
+        soft_part = e * (weight_sum / s_totalT) - mixed
     else:
-        return x.reshape(R, VEC)
-
-
-@triton.jit
-def teacher_step(lanes, z, s, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
-    """A teacher's lanes (R,) updated with its columns z (R, VEC).
-
-    lanes: maximum, sum e^{z/T}, sum e^z, sum e^{z/T} (z - s), sum e^z z, all relative to the maxima of z and s.
-    s: the student's columns minus its running maximum; s_drop: the last change of that maximum.
-    """
-    top, sumT, sum1, cross, plogp = lanes
-    top, drop = lane_max(top, z)
-    z -= top[:, None]
-    e = tl.exp2(z * exp2_scale)
-    e1 = exp_at_one(e, z, T_POWER)
-    decay = tl.exp2(drop * exp2_scale)
-    decay1 = exp_at_one(decay, drop, T_POWER)
-    cross = lane_rescale(cross + sumT * (drop - s_drop), decay) + tl.sum(tl.where(e > 0, e * (z - s), 0.0), axis=1)
-    if WEIGHTING == "entropy":
-        plogp = lane_rescale(plogp + sum1 * drop, decay1) + tl.sum(tl.where(e1 > 0, e1 * z, 0.0), axis=1)
-    return top, sumT * decay + tl.sum(e, axis=1), sum1 * decay1 + tl.sum(e1, axis=1), cross, plogp
-
-
-@triton.jit
-def teacher_total(lanes, s_drop, exp2_scale, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr):
-    """The lanes of `teacher_step` reduced to scalars; s_drop: the student's lane maxima minus their maximum."""
-    top, sumT, sum1, cross, plogp = lanes
-    highest = tl.max(top, axis=0)
-    drop = top - highest
-    decay = tl.exp2(drop * exp2_scale)
-    decay1 = exp_at_one(decay, drop, T_POWER)
-    cross = tl.sum(lane_rescale(cross + sumT * (drop - s_drop), decay), axis=0)
-    total_plogp = 0.0
-    if WEIGHTING == "entropy":
-        total_plogp = tl.sum(lane_rescale(plogp + sum1 * drop, decay1), axis=0)
-    return highest, tl.sum(sumT * decay, axis=0), tl.sum(sum1 * decay1, axis=0), cross, total_plogp
+        infinite = infinite_gradient(centers, weights, K)
+        soft_part = soft_gradient(e * (1.0 / s_totalT), mixed, infinite, formula, DIVERGENCE)
+    softmax = exp_at_one(e, s, T_POWER) * (1.0 / s_total1)
+    shares = label_shares(cols, labels, TWO)
+    lse = s_top + tl.log(s_total1)
+    out = grad_student_terms(softmax, shares, soft_part, lse, formula, SCALE_BY_T2, Z_LOSS)
+    return map_gradient(out, s_row + cols, cols < limit, formula.maps, MAPS)
 
 
 @triton.jit(
@@ -78,8 +72,8 @@ def row_loss_streaming_fwd_kernel(
     teachers,  # K pointers to (N, C)
     target, second_target, mix,  # (N,) int64, and int64 and fp32 or None
     given,  # (K, N) fp32 weights, or None
-    row_stats,  # (3 + 3K, N) fp32
-    grad_student,  # (N, C) contiguous, or None
+    row_stats,  # (3 + 3K, N) fp32, or (4 + 3K, N) with ENTROPY
+    grad_student,  # (N, C) contiguous, or None; may be the student's memory with IN_PLACE
     grad_scale,  # fp32 number, or pointer to one if SCALE_ON_DEVICE
     total_scale,  # fp32 number: the factor of the sums over the rows without a mean
     loss, others, counter,  # () fp32, (3,) fp32, (1,) int32; None without sums
@@ -88,13 +82,10 @@ def row_loss_streaming_fwd_kernel(
     stride_wk, stride_wn,
     N, S, C_units, ignore_index,
     formula,  # KernelFormula
-    K: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    T_POWER: tl.constexpr,
-    SCALE_ON_DEVICE: tl.constexpr,
-    TWO_LEVEL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    DEBUG: tl.constexpr,
+    WEIGHTING: tl.constexpr, T_POWER: tl.constexpr, DIVERGENCE: tl.constexpr, SCALE_BY_T2: tl.constexpr,
+    Z_LOSS: tl.constexpr, ENTROPY: tl.constexpr, MAPS: tl.constexpr,  # formula_constants
+    K: tl.constexpr, TWO_LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr, IN_PLACE: tl.constexpr, DEBUG: tl.constexpr,
     INVERSE: tl.constexpr, ADDS_UP: tl.constexpr, BLOCK_B: tl.constexpr,  # BatchLaunch
     BLOCK_C: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,  # StreamingLaunch
 ):  # fmt: skip
@@ -109,6 +100,7 @@ def row_loss_streaming_fwd_kernel(
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
     TWO: tl.constexpr = second_target is not None
+    MIXTURE: tl.constexpr = DIVERGENCE == "jsd" or DIVERGENCE == "skew"
     labels, kept, inside = load_labels(target, second_target, mix, n, n < N, ignore_index, C, DEBUG)
     limit_units = tl.where(kept, C_units, 0)  # ignored rows are not read
     limit = limit_units * ALIGN
@@ -122,93 +114,91 @@ def row_loss_streaming_fwd_kernel(
     )
 
     # First read: statistics of the student and of a group of teachers
-    z_top, z_totalT, divergence, scores = (), (), (), ()
+    z_top, z_totalT, divergence, scores, ces, centers = (), (), (), (), (), ()
     for first in tl.static_range(0, K, GROUP):
-        s_max = tl.full((R,), LOWEST, tl.float32)
-        s_sumT = tl.zeros((R,), tl.float32)
-        s_sum1 = s_sumT
-        lanes = ()
+        top = tl.full((R,), LOWEST, tl.float32)
+        zeros = tl.zeros((R,), tl.float32)
+        s_lanes, lanes = (top, zeros, zeros, zeros), ()
         for k in tl.static_range(first, first + GROUP):
             if k < K:
-                lanes += ((s_max, s_sumT, s_sumT, s_sumT, s_sumT),)
+                lanes += ((top, zeros, zeros, zeros, zeros),)
         for start in range(0, limit, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
-            s = in_lanes(tl.load(s_row + cols, mask=cols < limit, other=float("-inf")), R, VEC, ALIGN)
-            s_max, s_drop = lane_max(s_max, s)
-            s -= s_max[:, None]
-            e = tl.exp2(s * exp2_scale)
-            decay = tl.exp2(s_drop * exp2_scale)
-            s_sumT = s_sumT * decay + tl.sum(e, axis=1)
-            s_sum1 = s_sum1 * exp_at_one(decay, s_drop, T_POWER) + tl.sum(exp_at_one(e, s, T_POWER), axis=1)
+            s = in_lanes(load_logits(s_row + cols, formula.maps, 0, MAPS, mask=cols < limit), R, VEC, ALIGN)
+            s_sumT = s_lanes[1]
+            s_lanes, s, e, s_drop, s_decay = student_step(s_lanes, s, exp2_scale, T_POWER, ENTROPY)
             updated = ()
             for k in tl.static_range(first, first + GROUP):
                 if k < K:
-                    z = tl.load(z_rows[k] + cols, mask=cols < limit, other=float("-inf"))
+                    z = load_logits(z_rows[k] + cols, formula.maps, k + 1, MAPS, mask=cols < limit)
                     z = in_lanes(z, R, VEC, ALIGN)
-                    updated += (teacher_step(lanes[k - first], z, s, s_drop, exp2_scale, T_POWER, WEIGHTING),)
+                    moved = (s_drop, s_decay, s_sumT)
+                    step = teacher_step(lanes[k - first], z, s, e, moved, exp2_scale, T_POWER, WEIGHTING, DIVERGENCE)
+                    updated += (step,)
             lanes = updated
 
         # Reduce the lanes.
-        s_top = tl.max(s_max, axis=0)
-        s_drop = s_max - s_top
-        decay = tl.exp2(s_drop * exp2_scale)
-        s_totalT = tl.sum(s_sumT * decay, axis=0)
-        s_total1 = tl.sum(s_sum1 * exp_at_one(decay, s_drop, T_POWER), axis=0)
+        s_sums, s_drop, s_decay = student_total(s_lanes, exp2_scale, T_POWER, ENTROPY)
+        s_top, s_totalT, s_total1, s_plogp = s_sums
+        moved = (s_drop, s_decay, s_lanes[1])
         for k in tl.static_range(first, first + GROUP):
             if k < K:
                 top, totalT, total1, cross, plogp = teacher_total(
-                    lanes[k - first], s_drop, exp2_scale, T_POWER, WEIGHTING
+                    lanes[k - first], moved, exp2_scale, T_POWER, WEIGHTING, DIVERGENCE
                 )
                 log_sum = tl.log(total1)
                 z_top += (top,)
                 z_totalT += (totalT,)
-                ce = log_sum - loaded_label_distance(z_rows[k], top, labels, kept & inside, TWO)
-                # One logarithm of the ratio: a difference of two would cancel when student and teacher agree.
-                kl = cross / (totalT * formula.temperature) + tl.log(s_totalT / totalT)
-                store_teacher(row_stats, k, N, n, kl, ce, kept, n < N, K)
-                divergence += (kl,)
+                label = mapped_label_distance(z_rows[k], top, labels, kept & inside, formula.maps, k + 1, MAPS, TWO)
+                ce = log_sum - label
+                ces += (ce,)
+                if DIVERGENCE == "forward_kl":
+                    divergence += (kl_of_sums(cross, totalT, s_totalT, formula.temperature),)
+                elif DIVERGENCE == "reverse_kl":
+                    divergence += (kl_of_sums(cross, s_totalT, totalT, formula.temperature),)
+                    centers += (cross / s_totalT,)
+                if not MIXTURE:
+                    store_teacher(row_stats, k, N, n, divergence[k], ce, kept, n < N, K)
                 if WEIGHTING == "entropy":
                     # Both terms are positive: no cancellation, never below 0.
                     scores += (log_sum - plogp / total1,)
                 else:
                     scores += (ce,)
-    hard = tl.log(s_total1) - loaded_label_distance(s_row, s_top, labels, kept & inside, TWO)
+    s_log_sum = tl.log(s_total1)
+    lse = s_top + s_log_sum
+    hard = s_log_sum - mapped_label_distance(s_row, s_top, labels, kept & inside, formula.maps, 0, MAPS, TWO)
+    if ENTROPY:
+        store_entropy(row_stats, N, n, s_totalT, s_plogp, kept, n < N, formula, K)
+
+    # Another read: divergences of a mixture
+    if MIXTURE:
+        divergence, centers = mixture_sums(
+            s_row, s_top, s_totalT, z_rows, z_top, z_totalT, limit, formula,
+            K, DIVERGENCE, MAPS, ALIGN, BLOCK_C, VEC, GROUP,
+        )  # fmt: skip
+        for k in tl.static_range(K):
+            store_teacher(row_stats, k, N, n, divergence[k], ces[k], kept, n < N, K)
 
     # Weights and row_stats
-    weights = ()
-    if WEIGHTING == "confidence" or WEIGHTING == "entropy":
-        weights = weights_from_scores(scores, K, WEIGHTING)
-    elif WEIGHTING == "given":
-        for k in tl.static_range(K):
-            weights += (tl.load(given + k * stride_wk + n * stride_wn),)
-    else:
-        for _ in tl.static_range(K):
-            weights += (tl.full((), 1.0 / K, tl.float32),)
-    weight_sum = store_loss(row_stats, N, n, hard, divergence, weights, kept, inside, n < N, formula, K)
+    weights = row_weights(scores, given, stride_wk, stride_wn, n, K, WEIGHTING)
+    weight_sum = store_loss(
+        row_stats, N, n, hard, lse, divergence, weights, kept, inside, n < N, formula, K, SCALE_BY_T2, Z_LOSS
+    )
 
-    # Second read: the gradient
+    # Last read: the gradient
     if grad_student is not None:
+        if IN_PLACE:
+            # Threads of this program may not have read the logit at the label.
+            tl.debug_barrier()
         blocks = tl.cdiv(C, BLOCK_C)
         for i in range(blocks):
-            # In reverse: the columns that the first loop read last are the ones in L2.
-            cols = (blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
-            s = tl.load(s_row + cols, mask=cols < limit, other=float("-inf")).to(tl.float32) - s_top
-            e = tl.exp2(s * exp2_scale)
-            mixed = tl.zeros((BLOCK_C,), tl.float32)
-            for k in tl.static_range(K):
-                wanted, top = limit, z_top[k]
-                coefficient = weights[k] / z_totalT[k]
-                if WEIGHTING == "given":
-                    # A teacher of weight 0 is not read, so even its NaN has no effect.
-                    wanted = tl.where(weights[k] == 0, 0, limit_units) * ALIGN
-                    top = tl.where(weights[k] == 0, 0.0, top)
-                    coefficient = tl.where(weights[k] == 0, 0.0, coefficient)
-                z = tl.load(z_rows[k] + cols, mask=cols < wanted, other=float("-inf")).to(tl.float32) - top
-                mixed += tl.exp2(z * exp2_scale) * coefficient
-            soft_part = e * (weight_sum / s_totalT) - mixed
-            hard_part = exp_at_one(e, s, T_POWER) * (1.0 / s_total1) - label_shares(cols, labels, TWO)
-            out = grad_student_terms(hard_part, soft_part, formula) * scale
-            out = tl.where(inside, out, float("nan"))
+            # In the other direction than the last loop: the columns that it read last are the ones in L2.
+            cols = (i if MIXTURE else blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
+            out = column_gradient(
+                cols, s_row, s_sums, z_rows, z_top, z_totalT, limit_units, weights, weight_sum, centers, labels,
+                formula, K, WEIGHTING, T_POWER, DIVERGENCE, SCALE_BY_T2, Z_LOSS, MAPS, ALIGN, TWO,
+            )  # fmt: skip
+            out = tl.where(inside, out * scale, float("nan"))
             out = tl.where(kept, out, 0.0)
             tl.store(grad_student + n * C + cols, out.to(grad_student.dtype.element_ty), mask=cols < C)
     if ADDS_UP:

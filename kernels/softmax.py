@@ -152,3 +152,41 @@ def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
             weight = weight / (K - 1)
         weights += (weight,)
     return weights
+
+
+@triton.jit
+def weights_of_lowest(ce, K: tl.constexpr):
+    """K weights from K cross-entropies: 1 for the first of the lowest, 0 for all if one is NaN."""
+    lowest = ce[0]
+    for k in tl.static_range(1, K):
+        lowest = lower(ce[k], lowest)
+    left = tl.full(lowest.shape, 1.0, tl.float32)
+    weights = ()
+    for k in tl.static_range(K):
+        weight = tl.where(ce[k] == lowest, left, 0.0)
+        left -= weight
+        weights += (weight,)
+    return weights
+
+
+@triton.jit
+def lower(x, lowest):
+    """The minimum, or NaN if either is."""
+    return tl.where((x < lowest) | (x != x), x, lowest)
+
+
+@triton.jit
+def row_weights(scores, given, stride_wk, stride_wn, n, K: tl.constexpr, WEIGHTING: tl.constexpr):
+    """K weights of row n from K scores, or the given ones."""
+    if WEIGHTING == "confidence" or WEIGHTING == "entropy":
+        return weights_from_scores(scores, K, WEIGHTING)
+    elif WEIGHTING == "min_ce":
+        return weights_of_lowest(scores, K)
+    else:
+        weights = ()
+        for k in tl.static_range(K):
+            if WEIGHTING == "given":
+                weights += (tl.load(given + k * stride_wk + n * stride_wn),)
+            else:
+                weights += (tl.full((), 1.0 / K, tl.float32),)
+        return weights

@@ -112,12 +112,21 @@ def test_rows_are_named_in_order():
     assert torch.equal(stacked, result.row_stats)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+FORMULAS = [
+    Formula(),
+    Formula(divergence="reverse_kl", z_loss_weight=0.1),
+    Formula(divergence=("jsd", 0.3), student_softcap=5.0),
+    Formula(divergence=("skew", 0.3), student_logit_scale=0.5, weighting="min_ce"),
+]
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, *(["triton"] if dispatch.interpreting() else [])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("N", "C"), [(9, 40), (3, 5000)])
-def test_a_gradient_in_the_students_memory(name, N, C, dtype):
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: str(formula.divergence))
+def test_a_gradient_in_the_students_memory(formula, name, N, C, dtype):
     case = make_case(N, C, 2, dtype, padded=False, ignored=0.3)
-    arguments = case.teachers, case.target, Formula()
+    arguments = case.teachers, case.target, formula.checked(2)
     expected = module_of(name).row_loss(case.student, *arguments, needs_grad=True, grad_scale=0.5)
     student = case.student.clone()
     ours = module_of(name).row_loss(student, *arguments, needs_grad=True, grad_scale=0.5, out=student)

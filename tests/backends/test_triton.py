@@ -46,21 +46,6 @@ NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(params=["onchip", "streaming"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both paths for the same small rows; streamed rows have several column blocks of one warp."""
-    if request.param == "streaming":
-
-        def narrow(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool) -> launch.StreamingLaunch:
-            return launch.StreamingLaunch(32, 4 if ALIGN == 1 else min(ALIGN, 4), min(K, 2), 1, None)
-
-        monkeypatch.setattr(row_loss, "on_chip", lambda K, C: False)
-        monkeypatch.setattr(row_loss, "streaming_launch", narrow)
-    row_loss.row_launcher.cache_clear()
-    yield str(request.param)
-    row_loss.row_launcher.cache_clear()
-
-
 def check(case: Case, what: str = "", grad_output: torch.Tensor | None = None) -> None:
     actual, R, N = run(case, "triton", grad_output), truth(case, grad_output), naive(case, grad_output)
     dtype = actual.grad.dtype

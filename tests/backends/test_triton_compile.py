@@ -30,6 +30,12 @@ REPRESENTATIVE = [
     Shape("row_loss", 32000, 8, "float32", "entropy", 2.5, N=2049, mean=True),
     Shape("row_loss", 100, 3, "float32", mean=True, two_labels=True),
     Shape("row_loss", 32000, 3, "bfloat16", "entropy", 2.5, mean=True, two_labels=True),
+    Shape("row_loss", 100, 3, "float32", divergence="reverse_kl", mean=True),
+    Shape("row_loss", 1000, 3, "bfloat16", "min_ce", 2.5, divergence="jsd", everything=True, in_place=True),
+    Shape("row_loss", 256, 6, "bfloat16", "entropy", 2.5, divergence="skew", everything=True, two_labels=True),
+    Shape("row_loss", 32000, 8, "bfloat16", "entropy", 2.5, divergence="reverse_kl", everything=True, mean=True),
+    Shape("row_loss", 32000, 3, "float32", divergence="jsd", everything=True, in_place=True, two_labels=True),
+    Shape("row_loss", 128256, 3, "bfloat16", "given", 1.0, divergence="skew", in_place=True),
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
     Shape("confidence_forward", 1000, 3, "float32", two_labels=True),
@@ -52,7 +58,7 @@ def _exhaustive() -> list[Shape]:
 
     The options that cost most registers, a mean, "entropy" and a T that is not 1, 2 or 4, come with 1 and 3 teachers
     and with the most that fit on chip and in one pass; the default options with 3. float16 differs from bfloat16 only
-    in its conversions and gets the default options only.
+    in its conversions and gets the default options only. So it is for what lies beyond the paper's formula.
     """
     shapes = []
     widths = [11, 16, 31, 64, 100, 256, 512, 1000, 2048, 4096, 8192, 32000, 65537]
@@ -64,6 +70,13 @@ def _exhaustive() -> list[Shape]:
                     Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True, two_labels=True) for K in (1, 3, 6, 8)
                 ]
                 shapes += [Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True) for K in (1, 3, 6, 8)]
+                for divergence in ("reverse_kl", "jsd", "skew"):
+                    shapes.append(Shape("row_loss", C, 3, dtype, divergence=divergence))
+                    shapes += [
+                        Shape("row_loss", C, K, dtype, "entropy", 2.5, mean=True, two_labels=True,
+                              divergence=divergence, everything=True)
+                        for K in (1, 3, 6, 8)
+                    ]  # fmt: skip
         for C in (100, 512, 32000):
             for weighting in ("uniform", "given"):
                 shapes += [Shape("row_loss", C, 3, dtype, weighting, T, layout="3d") for T in (1.0, 2.0)]

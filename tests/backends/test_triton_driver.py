@@ -37,7 +37,7 @@ def test_direct_launches_pass_what_triton_passes(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 12
+    assert len(found) == 13
     for name, (by_triton, direct, compiled, again) in found.items():
         assert len(compiled) == len(by_triton) == (2 if name in ("counted", "features") else 1)
         assert not again, f"{name}: Triton launched {again} once more"

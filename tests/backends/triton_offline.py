@@ -37,6 +37,9 @@ class Shape(NamedTuple):
     scale_on_device: bool = False
     mean: bool = False
     two_labels: bool = False
+    divergence: str = "forward_kl"  # "jsd" and "skew" with 0.3
+    everything: bool = False  # z-loss, logit maps, entropies, no T^2
+    in_place: bool = False
 
 
 class Kernel(NamedTuple):
@@ -80,12 +83,19 @@ def _call(shape: Shape) -> None:
     second = SecondLabels(torch.zeros(N, dtype=torch.int64), torch.ones(N)) if shape.two_labels else None
     per_row = torch.zeros(shape.K, N)
     given = torch.ones(shape.K, 1).expand(shape.K, N)
+    softcaps = (5.0,) * shape.K
+    beyond = {"z_loss_weight": 0.1, "entropy": True, "scale_by_t2": False, "student_softcap": 5.0}
+    formula = Formula(
+        shape.temperature,
+        weighting=given if shape.weighting == "given" else shape.weighting,
+        divergence=(shape.divergence, 0.3) if shape.divergence in ("jsd", "skew") else shape.divergence,
+        **({**beyond, "teacher_softcaps": softcaps} if shape.everything else {}),
+    )
     calls: dict[str, Callable[[], object]] = {
         "row_loss": lambda: kernels.row_loss(
-            student, teachers, target,
-            Formula(shape.temperature, weighting=given if shape.weighting == "given" else shape.weighting),
+            student, teachers, target, formula.checked(shape.K),
             needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0, mean=shape.mean,
-            second=second,
+            second=second, out=student if shape.in_place else None,
         ),
         "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100, second=second),
         "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row, second),

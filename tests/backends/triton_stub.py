@@ -112,6 +112,8 @@ def calls() -> dict[str, Callable[[], object]]:
     )
     folded = student.view(8, 8, C), [z.view(8, 8, C) for z in teachers]
     name, given = Formula(), Formula(2.5, weighting=per_row)
+    maps = {"teacher_softcaps": (5.0, None, 3.0), "student_logit_scale": 0.5}
+    extended = Formula(2.0, divergence=("jsd", 0.3), z_loss_weight=0.1, entropy=True, **maps).checked(3)
     rows = kernels.row_loss
     return {
         "mean": lambda: rows(student, teachers, target, name, needs_grad=True, grad_scale=1.5, mean=True),
@@ -121,6 +123,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "shifted": lambda: rows(student[:, 1:], [z[:, 1:] for z in teachers], target, name, needs_grad=True),
         "wide": lambda: rows(wide, [wide], target[:4], name, needs_grad=True, mean=True),
         "counted": lambda: rows(tall, [tall], many, name, needs_grad=True, mean=True),
+        "extended": lambda: rows(student, teachers, target, extended, needs_grad=True, mean=True),
         "scale": lambda: kernels.scale_rows(student, one, student),
         "confidence": lambda: kernels.confidence_forward(teachers, target, -100),
         "its gradient": lambda: kernels.confidence_backward(teachers, target, per_row, per_row),

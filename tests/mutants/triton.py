@@ -12,6 +12,7 @@ EDGES = (
 ONE_OF_TWO = f"{TRITON}::test_rows_of_one_label_among_two"
 INVALID = f"{TRITON}::test_invalid_second_labels_are_nan"
 MEMORY = "tests/backends/test_memory_access.py"
+BEYOND = "tests/backends/test_triton_divergences.py"
 
 CHANGES = (
     *changes(
@@ -39,6 +40,12 @@ CHANGES = (
             "inside = (y >= 0) & (y < C)",
             "inside = (y >= 0) & (y <= C)",
             tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows",
+        ),
+        Change(
+            "every lowest cross-entropy has weight 1",
+            "left -= weight",
+            "left -= 0.0",
+            tests=f"{BEYOND}::test_lowest_cross_entropies",
         ),
         Change("invalid shares", " & (share >= 0) & (share <= 1)", "", tests=INVALID),
         Change("the ignored label as a second one", " & (second != ignore_index)", "", tests=INVALID),
@@ -83,6 +90,22 @@ CHANGES = (
             tests=TRUTH,
         ),
         Change(
+            "the z-loss has no gradient",
+            "        gradient += 2.0 * formula",
+            "        gradient += 0.0 * formula",
+            tests=BEYOND,
+        ),
+        Change(
+            "soft loss always with T^2", "    if SCALE_BY_T2:\n        soft", "    if True:\n        soft", tests=BEYOND
+        ),
+        Change("entropies without T", "plogp / (sumT * formula.temperature)", "plogp / sumT", tests=BEYOND),
+        Change(
+            "scales without a softcap are no map",
+            "any(of.softcap or of.scale != 1.0 for of in maps)",
+            "any(of.softcap for of in maps)",
+            tests=f"{BEYOND}::test_scales_without_a_softcap",
+        ),
+        Change(
             "statistics of ignored rows",
             "tl.where(kept, value, 0.0)",
             "value",
@@ -106,6 +129,13 @@ CHANGES = (
             tests=EDGES,
         ),
         Change(
+            "min_ce mixes the last of equal ones",
+            "(ce < lowest)[:, None]",
+            "(ce <= lowest)[:, None]",
+            tests=f"{BEYOND}::test_lowest_cross_entropies",
+        ),
+        Change("the entropy of teachers", "tl.where(e_s > 0, e_s * s, 0.0)", "e_s * 0.0", tests=BEYOND),
+        Change(
             "row stride of given weights",
             "k * stride_wk + n * stride_wn, mask",
             "k * stride_wk + n, mask",
@@ -113,13 +143,91 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/row_loss_streaming.py",
+        "kernels/lanes.py",
         BOTH,
         Change(
             "cross terms keep the student's old maximum",
             "(drop - s_drop), decay) + tl.sum(tl.where(e > 0",
             "drop, decay) + tl.sum(tl.where(e > 0",
         ),
+        Change(
+            "reverse cross terms keep the teacher's old maximum",
+            "(s_drop - drop), s_decay) + tl.sum(",
+            "s_drop, s_decay) + tl.sum(",
+            tests=f"{BEYOND}::test_every_weighting",
+        ),
+        Change(
+            "reverse cross terms of a block after its own sums",
+            "lane_rescale(cross + s_sumT * (s_drop - drop), s_decay) + tl.sum(",
+            "lane_rescale(cross + (s_sumT * s_decay + tl.sum(e_s, axis=1)) * (s_drop - drop), s_decay) + tl.sum(",
+            tests=f"{BEYOND}::test_every_weighting",
+        ),
+        Change(
+            "lanes of the reverse KL not moved to the row's maxima",
+            "cross = tl.sum(lane_rescale(cross + s_sumT * (s_drop - drop), s_decay), axis=0)",
+            "cross = tl.sum(lane_rescale(cross, s_decay), axis=0)",
+            tests=f"{BEYOND}::test_every_weighting",
+        ),
+        Change(
+            "the second group of teachers mixes with the maxima of the first",
+            "z = in_lanes(z, R, VEC, ALIGN) - z_top[k]",
+            "z = in_lanes(z, R, VEC, ALIGN) - z_top[k - first]",
+            tests=f"{BEYOND}::test_every_weighting",
+        ),
+    ),
+    *changes(
+        "kernels/divergences.py",
+        BEYOND,
+        Change("distances of columns without probability", "return tl.where(e_s > 0, s - z, 0.0)", "return s - z"),
+        Change("the mixture has equal shares", "of_p = formula.share * p", "of_p = formula.other_share * p"),
+        Change("jsd without the student's part", "return of_p * log_p + of_q * log_q, ", "return of_p * log_p, "),
+        Change(
+            "the slope of skew has the other sign", "p * log_p, -formula.other_share", "p * log_p, formula.other_share"
+        ),
+        Change(
+            "a NaN teacher drops out of a mixture",
+            "m = tl.where(m < LEAST, LEAST, m)",
+            "m = tl.where(m >= LEAST, m, LEAST)",
+            tests=f"{BEYOND}::test_teachers_of_nan",
+        ),
+        Change("slopes are not centered", "x - center[:, None], 0.0)", "x, 0.0)"),
+        Change(
+            "an infinite reverse KL spoils all teachers",
+            "(center - center == 0)[:, None]",
+            "(center == center)[:, None]",
+        ),
+        Change("an infinite gradient is finite", "tl.where(weights[k] == 0, 0.0, centers[k] - centers[k])", "0.0"),
+        Change("the reverse KL's gradient without T", "slope = slope * (1.0 / formula.temperature)", "pass"),
+        Change(
+            "soft loss of weight 0 has a gradient",
+            "tl.where(formula.soft_weight == 0, 0.0, q * slope + infinite)",
+            "q * slope + infinite",
+        ),
+    ),
+    *changes(
+        "kernels/logit_map.py",
+        BEYOND,
+        Change("tanh cancels near 0", "large = magnitude > 0.625", "large = magnitude >= 0.0"),
+        Change(
+            "the derivative of tanh cancels",
+            "tl.where(large, 4.0 * t * inverse * inverse, 1.0 - small * small)",
+            "1.0 - tl.where(large, (1.0 - t) * inverse, small) * tl.where(large, (1.0 - t) * inverse, small)",
+        ),
+        Change(
+            "a softcap makes columns beyond the row finite",
+            'return tl.where(mask, z, float("-inf"))',
+            "return z",
+        ),
+        Change(
+            "labels are not mapped",
+            "return mapped(first, maps, k, MAPS), mapped(second, maps, k, MAPS)",
+            "return first, second",
+        ),
+        Change("the gradient by the logits", "return gradient * maps[0].inner\n", "return gradient\n"),
+    ),
+    *changes(
+        "kernels/row_loss_streaming.py",
+        BOTH,
         Change(
             "the last block of columns is not written",
             "blocks = tl.cdiv(C, BLOCK_C)\n        for i in range(blocks)",

@@ -68,6 +68,9 @@ def check(backend: Any, N: int, C: int, K: int, dtypes: Sequence[Any], before: b
         options = {"grad_scale": guarded(torch.ones(1), before), "mean": mean, "second": second}
         result = backend.row_loss(student, teachers, target, formula, needs_grad=True, **options)
         assert result.grad_student.isfinite().all() and result.row_stats.isfinite().all()
+    extended = {"divergence": ("jsd", 0.3), "entropy": True, "student_softcap": 5.0, "teacher_softcaps": (5.0,) * K}
+    result = backend.row_loss(student, teachers, target, formula._replace(**extended).checked(K), needs_grad=True)
+    assert result.grad_student.isfinite().all() and result.row_stats.isfinite().all()
     backend.scale_rows(student, guarded(torch.rand(N), before), student)
     grad = guarded(torch.randn(K, N), before)
     grad[:, N // 2] = 0.0
