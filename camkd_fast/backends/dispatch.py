@@ -50,7 +50,7 @@ CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1, 1282
 
 
 # Backends whose row loss is that of the paper only (`Formula.is_basic`).
-_BASIC_ONLY = ("cuda", "triton")
+_BASIC_ONLY = ("triton",)
 
 
 class Availability(NamedTuple):

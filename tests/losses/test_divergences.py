@@ -123,13 +123,10 @@ def settings_of_a_call(draw: Any) -> Case:
     )
 
 
-@pytest.mark.skipif("cpu" not in USABLE, reason="no compiled module")
-@settings(max_examples=150)
-@given(settings_of_a_call())
-def test_any_settings_agree_with_the_reference(case: Case) -> None:
-    """With the reference in float64, whose own formulas are tested above."""
+def assert_close_to_reference(case: Case, backend: str) -> None:
+    """Close to the reference in float64, whose own formulas are tested above."""
     wide = case.with_(student=case.student.double(), teachers=tuple(z.double() for z in case.teachers))
-    ours = run(case, "cpu")
+    ours = run(case, backend)
     if case.weighting == "min_ce":  # among cross-entropies that differ by rounding only, float32 may take another one
         wide = wide.with_(weighting=ours.weights.double())
     expected = run(wide, "reference")
@@ -142,6 +139,13 @@ def test_any_settings_agree_with_the_reference(case: Case) -> None:
         limit = 200 * eps * size + 1e-5 * (1 + case.temperature**2) + unsure * (1 + size)
         assert (a - b).abs().max() <= limit, f"{name}: {(a - b).abs().max()} > {limit}"
     assert (ours.grad[case.target == case.ignore_index] == 0).all()
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="no compiled module")
+@settings(max_examples=150)
+@given(settings_of_a_call())
+def test_any_settings_agree_with_the_reference(case: Case) -> None:
+    assert_close_to_reference(case, "cpu")
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
