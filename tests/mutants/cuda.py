@@ -408,7 +408,7 @@ CHANGES = (
         Change("the divergence of padding is 0 times infinity", "if (forward && e_z > 0)", "if (forward)"),
         Change("the gradient of skew lacks a factor", "-of_q * ratio", "-ratio"),
         Change("the label has all of the one-hot label", "hard -= at_label * labels.share;", "hard -= at_label;"),
-        Change("the gradient is that by the logits", "x[j] *= curve.slope(from[j]);", ""),
+        Change("the gradient lacks the slope of the softcap", "x[j] *= curve.slope(from[j]);", "x[j] *= curve.scale;"),
         Change(
             "a teacher of weight 0 counts",
             "if (row.coefficients.teacher[k - 1] == 0) continue;",
