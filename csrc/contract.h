@@ -66,6 +66,11 @@ CAMKD_HD bool is_basic(const Formula& f) {
            f.z_loss_weight == 0 && !f.maps && !f.entropy;
 }
 
+// Whether the divergence is of a mixture of student and teacher.
+CAMKD_HD bool mixes(const Formula& f) {
+    return f.divergence == Divergence::jsd || f.divergence == Divergence::skew;
+}
+
 // T if e^x can be computed from e^{x/T} by multiplication, else 0.
 CAMKD_HD int temperature_power(float T) {
     return T == 1 || T == 2 || T == 4 ? int(T) : 0;

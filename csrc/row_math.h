@@ -21,8 +21,9 @@ struct StreamState {
     float max = -INFINITY;
     Real sumT = 0;   // sum e^{(x - max) / T}
     Real sum1 = 0;   // sum e^{x - max}
-    Real cross = 0;  // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s))
-    Real plogp = 0;  // teachers: sum e^{z - max} (z - max)
+    Real cross = 0;  // teachers: sum e^{(z - max_z) / T} ((z - max_z) - (s - max_s)), or for the reverse KL
+                     // sum e^{(s - max_s) / T} ((s - max_s) - (z - max_z))
+    Real plogp = 0;  // teachers: sum e^{z - max} (z - max); student: sum e^{(s - max) / T} (s - max)
 };
 
 // The factor from e^{(x - old_max) * inverseT} to e^{(x - new_max) * inverseT}.
@@ -61,6 +62,29 @@ CAMKD_HD void move_teacher(StreamState<Real>& teacher, float new_max, float old_
     teacher.sumT *= factorT;
     teacher.sum1 *= factor1;
     teacher.max = new_max;
+}
+
+// The student's `plogp`. Must come before move_student.
+template <class Real>
+CAMKD_HD void move_entropy(StreamState<Real>& student, float new_max, Real inverseT) {
+    if (student.max == new_max || student.max == -INFINITY) return;
+    const Real factor = shift_factor(student.max, new_max, inverseT);
+    const Real shift = Real(new_max) - Real(student.max);
+    // As in move_teacher, a shift from the lowest float may overflow
+    student.plogp = factor > 0 ? factor * (student.plogp - shift * student.sumT) : Real(0);
+}
+
+// move_teacher for the reverse KL, whose `cross` depends on the student's old sums.
+template <class Real>
+CAMKD_HD void move_reverse(StreamState<Real>& teacher, float new_max, const StreamState<Real>& old_student,
+                           float new_student, Real inverseT) {
+    const Real own = teacher.max == -INFINITY ? Real(0) : Real(new_max) - Real(teacher.max);
+    const Real students = old_student.max == -INFINITY ? Real(0) : Real(new_student) - Real(old_student.max);
+    const Real factor = shift_factor(old_student.max, new_student, inverseT);
+    const Real cross = factor > 0 ? factor * (teacher.cross + (own - students) * old_student.sumT) : Real(0);
+    teacher.cross = 0;
+    move_teacher(teacher, new_max, new_student, new_student, inverseT);
+    teacher.cross = cross;
 }
 
 // Adds to `a` the sums `b` of other columns of the same row, student first, then K teachers. Moves `b` to the common

@@ -102,7 +102,7 @@ def row_loss(
 ) -> RowLossResult:
     N, C, _ = shape = shape_of(student)
     device = student.device
-    row_stats = torch.empty((row_stats_count(len(teachers)), N), dtype=torch.float32, device=device)
+    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
     grad_student = None
     if needs_grad:
         grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out

@@ -49,10 +49,6 @@ _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 CUDA_PREFERRED: tuple[tuple[tuple[int, int], int, int], ...] = (((9, 0), 1, 128256),)
 
 
-# Backends whose row loss is that of the paper only (`Formula.is_basic`).
-_BASIC_ONLY = ("cuda",)
-
-
 class Availability(NamedTuple):
     """Whether a backend can be loaded in this process; `reason` says why not, or what it is."""
 
@@ -110,12 +106,10 @@ def _device_refusal(name: str, device: torch.device) -> str | None:
     return None
 
 
-def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], basic: bool) -> str | None:
+def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
     """Why backend `name` cannot run these tensors; None if it can."""
     if name == "reference":
         return None
-    if not basic and name in _BASIC_ONLY:
-        return "it has the forward KL only, without min_ce, z-loss, logit scales, softcaps and entropy"
     refusal = _device_refusal(name, tensors[0].device)
     if refusal is not None:
         return refusal
@@ -151,7 +145,7 @@ def _candidates(device: torch.device, C: int, maps: bool) -> tuple[tuple[str, ..
 
 
 def choose(
-    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False, basic: bool = True
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
 ) -> tuple[str, str]:
     """The backend for these tensors and the reason. See `backend_for`.
 
@@ -162,14 +156,14 @@ def choose(
     if requested != "auto":
         if requested not in BACKENDS:
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
-        refusal = _refusal(requested, tensors, others, basic)
+        refusal = _refusal(requested, tensors, others)
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
         return requested, "requested"
     names, why = _candidates(*_place(tensors[0]), maps)
     reasons, missing = [], []
     for name in names:
-        refusal = _refusal(name, tensors, others, basic)
+        refusal = _refusal(name, tensors, others)
         if refusal is None:
             break
         reasons.append(f"{name}: {refusal}")
@@ -196,7 +190,7 @@ def _module(name: str) -> ModuleType:
 
 
 def backend_for(
-    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False, basic: bool = True
+    requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
 ) -> Backend:
     """The module that runs these tensors; raises as `choose` does.
 
@@ -204,11 +198,10 @@ def backend_for(
         tensors: of the dtypes that the backend reads.
         others: labels, weights, factors: every other tensor whose address the backend takes.
         maps: the tensors are feature maps, not logits.
-        basic: the formula is the paper's (`Formula.is_basic`), which every backend has.
     """
     name = _compiled(requested, *_place(tensors[0]), maps)
-    if name is None or not _all_ordinary(tensors, others) or (not basic and name in _BASIC_ONLY):
-        name = choose(requested, tensors, others, maps, basic)[0]
+    if name is None or not _all_ordinary(tensors, others):
+        name = choose(requested, tensors, others, maps)[0]
     return cast(Backend, _module(name))
 
 

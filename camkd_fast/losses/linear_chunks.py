@@ -174,7 +174,7 @@ class LinearChunks:
         student, *others = buffers
         formula = self._formula_of(rows, teachers)
         others_of_call = [x for x in (labels, formula.weighting, factor) if isinstance(x, Tensor)]
-        backend = backend_for(self.call.backend, buffers, others_of_call, basic=formula.is_basic)
+        backend = backend_for(self.call.backend, buffers, others_of_call)
         found = backend.row_loss(
             student, others, labels, formula, needs_grad=any(self.needs), grad_scale=1.0 if per_row else factor,
             out=student,
@@ -192,7 +192,7 @@ class LinearChunks:
         if isinstance(formula.weighting, Tensor):
             weights = formula.weighting[list(teachers)] if len(teachers) < self.K else formula.weighting
             formula = formula._replace(weighting=weights[:, rows])
-        if len(teachers) == self.K or formula.is_basic:
+        if len(teachers) == self.K:
             return formula
         scales, softcaps = formula.teacher_logit_scales, formula.teacher_softcaps
         return formula._replace(

@@ -50,7 +50,7 @@ def run_rows(
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
     given = (call.labels, call.given_weights, grad_scale, *(call.second or ()))
     others = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors, others, basic=call.formula.is_basic).row_loss(
+    return backend_for(call.backend, call.tensors, others).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,

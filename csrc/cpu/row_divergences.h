@@ -10,11 +10,6 @@
 namespace camkd::cpu {
 namespace {
 
-// Whether the divergence is of a mixture of student and teacher.
-inline bool mixes(const Formula& formula) {
-    return formula.divergence == Divergence::jsd || formula.divergence == Divergence::skew;
-}
-
 struct MixedSums {
     double divergence = 0, slope = 0;  // sum of D's terms, sum q g
 
@@ -77,24 +72,6 @@ void product_grad_block(const float* e_s, const float* e1_s, const float* d_s, f
     int i = 0;
     for (; i + W <= n; i += W) store(out + i, value(i));
     if (i < n) store_tail(out + i, value(i), n - i);
-}
-
-// The student's `plogp`, sum e^{d/T} d, relative to a new maximum. Must come before move_student.
-inline void move_entropy(State& student, float new_max, double inverseT) {
-    if (student.max == new_max || student.max == -INFINITY) return;
-    const double factor = shift_factor(student.max, new_max, inverseT);
-    student.plogp = factor * (student.plogp + (double(student.max) - new_max) * student.sumT);
-}
-
-// move_teacher for the reverse KL, whose `cross` is sum e^{d_s/T} (d_s - d_z): the student's old sums decide.
-inline void move_reverse(State& teacher, float new_max, const State& old_student, float new_student, double inverseT) {
-    const double own = teacher.max == -INFINITY ? 0.0 : double(new_max) - teacher.max;
-    const double students = old_student.max == -INFINITY ? 0.0 : double(new_student) - old_student.max;
-    const double factor = shift_factor(old_student.max, new_student, inverseT);
-    const double cross = factor > 0 ? factor * (teacher.cross + (own - students) * old_student.sumT) : 0.0;
-    teacher.cross = 0;
-    move_teacher(teacher, new_max, new_student, new_student, inverseT);
-    teacher.cross = cross;
 }
 
 // Moves the K + 1 states of a row to these maxima.

@@ -21,6 +21,7 @@ struct LaunchOptions {
 };
 
 void row_loss(const RowLossArgs&, const LaunchOptions&);
+void any_formula(const RowLossArgs&, const LaunchOptions&);  // its part for formulas that are not the paper's; N > 0
 void scale_rows(const ScaleRowsArgs&, const LaunchOptions&);
 void confidence_forward(const ConfidenceArgs&, const LaunchOptions&);
 void confidence_backward(const ConfidenceArgs&, const LaunchOptions&);

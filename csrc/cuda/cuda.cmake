@@ -78,7 +78,8 @@ elseif(NOT archs MATCHES "^([0-9]+[af]?(-real|-virtual)?;?)+$")
 endif()
 target_sources(_C PRIVATE cuda/bindings.cpp python/cuda_calls.cpp python/cuda_features.cpp cuda/runtime.cpp
                           cuda/batch_mean.cu cuda/confidence.cu cuda/features.cu cuda/scale_rows.cu
-                          cuda/row_loss/row_loss.cu cuda/row_loss/f32.cu cuda/row_loss/bf16.cu cuda/row_loss/f16.cu)
+                          cuda/any_formula/any_formula.cu cuda/row_loss/row_loss.cu
+                          cuda/row_loss/f32.cu cuda/row_loss/bf16.cu cuda/row_loss/f16.cu)
 set_source_files_properties(cuda/runtime.cpp PROPERTIES INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
 string(REPLACE ";" " " listed "${archs}")
 write_cuda_build(1 "${listed}")

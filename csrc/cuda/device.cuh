@@ -194,7 +194,7 @@ CAMKD_DEVICE Pack load_pack(const void* global) {
         : "l"(global));
     return p;
 }
-// For memory that the same launch writes, because scale_rows may work in place.
+// For memory that the same launch writes, because scale_rows and any_formula may work in place.
 CAMKD_DEVICE Pack load_pack_coherent(const void* global) {
     Pack p;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"

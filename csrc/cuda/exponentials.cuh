@@ -75,6 +75,10 @@ struct Temperature {
     }
 };
 
+inline Temperature temperature_of(float T) {
+    return {float(1.4426950408889634 / T), float(T / 1.4426950408889634), temperature_power(T)};
+}
+
 template <int V>
 CAMKD_DEVICE void exps(const float (&u)[V], float (&e)[V]) {
 #pragma unroll

@@ -64,6 +64,27 @@ inline Matrix dense(const void* data, int64_t C, int64_t S, DType dtype) {
     return {data, S * C, C, dtype};
 }
 
+// How a kernel of the logit loss may access its rows.
+struct RowAccess {
+    bool mixed;     // the dtypes differ
+    bool wide_in;   // all inputs have the same alignment, so rows are read in 16-byte vectors
+    bool wide_out;  // the gradient has that alignment too
+};
+
+inline RowAccess row_access(const RowLossArgs& args) {
+    RowAccess access{};
+    const Matrix& student = args.streams[0];
+    const Matrix* inputs[kMaxStreams];
+    for (int k = 0; k <= args.K; ++k) {
+        inputs[k] = &args.streams[k];
+        access.mixed = access.mixed || args.streams[k].dtype != student.dtype;
+    }
+    access.wide_in = !access.mixed && aligned_alike(inputs, args.K + 1, args.N, args.S);
+    const Matrix grad = dense(args.grad_student, args.C, args.S, student.dtype);
+    access.wide_out = access.wide_in && aligned_alike({&student, &grad}, args.N, args.S);
+    return access;
+}
+
 // Calls f(T{}) with the element type of the kernel for these dtypes; float serves mixed dtypes too.
 template <class F>
 void with_element(DType dtype, bool mixed, F f) {

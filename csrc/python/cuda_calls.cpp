@@ -24,7 +24,6 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
         LogitCall call;
         RowLossArgs& args = call.args;
         if (!call.read(from) || call.logits.device.type != kDevice || args.C > kMostColumns) Py_RETURN_NONE;
-        if (!is_basic(args.formula)) Py_RETURN_NONE;
         const dlpack::Device device = call.logits.device;
         const OnDevice current(device);
         const auto make = [&](const int64_t* shape, int dimensions, dlpack::DataType dtype, auto*& data) {
@@ -34,7 +33,8 @@ PyObject* logit_loss(PyObject*, PyObject* const* from, Py_ssize_t count) {
             return tensor;
         };
         const bool rows = call.divisor.reduction == Reduction::none;
-        const int64_t stats_shape[] = {row_stats::count(args.K), args.N}, grad_shape[] = {args.N, args.C};
+        const int64_t stats_shape[] = {row_stats::count(args.K, args.formula.entropy), args.N},
+                      grad_shape[] = {args.N, args.C};
         const int64_t others_shape[] = {batch_floats(args.N)};
         BatchOutput& batch = args.batch;
         py::object stats = make(stats_shape, 2, dlpack::kFloat32, args.row_stats), grad_student = py::none();

@@ -27,6 +27,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # teachers or any number. One feature_kernel serves all pairs of element types.
 KERNELS = {
     "row_loss_kernel": 36,
+    "any_formula_kernel": 3,
     "batch_count_kernel": 1,
     "batch_sum_kernel": 1,
     "confidence_fwd_kernel": 3,
@@ -77,6 +78,11 @@ def module() -> Path:
     return Path(_C.__file__)
 
 
+def adds_up_rows(name: str) -> bool:
+    """Whether the kernel computes a minibatch of the logit loss, whose blocks meet at counters."""
+    return "row_loss" in name or "any_formula" in name
+
+
 def check_resources(report: str, arch: str) -> None:
     """Check a report of `cuobjdump -res-usage`: per function its registers and bytes of stack and local memory."""
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
@@ -84,7 +90,7 @@ def check_resources(report: str, arch: str) -> None:
         assert sum(kernel in name for name, *_ in usage) == count, f"{arch}: {kernel} is missing"
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
-        if "row_loss" in name:
+        if adds_up_rows(name):
             # Blocks per multiprocessor, as in blocks_per_multiprocessor() of launch_table.h.
             blocks = 3 if re.search(r"Li[123]E", name) else 2
             assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
@@ -119,7 +125,7 @@ def check_accesses(name: str, counts: Counter[str]) -> None:
     assert not {"LDL", "STL"} & set(counts), name
     # A counter finds the last block, and another one adds up the labels of all blocks, which are whole numbers.
     atomics = sum(count for key, count in counts.items() if key.startswith("ATOM"))
-    assert (atomics, counts["RED"]) == ("feature_kernel" in name or "row_loss" in name, "row_loss" in name), name
+    assert (atomics, counts["RED"]) == ("feature_kernel" in name or adds_up_rows(name), adds_up_rows(name)), name
     if "batch_" in name or "sum_kernel" in name:
         return  # a few numbers per row
     assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"

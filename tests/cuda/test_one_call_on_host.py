@@ -50,7 +50,7 @@ def grid(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
 
 def direct(case: Case, loss_scale: Any = None) -> Any:
     options = case.options()
-    formula = Formula(**{name: options[name] for name in Formula._fields})
+    formula = Formula(**{name: options[name] for name in Formula._fields}).checked()
     second = None if case.second_target is None else (case.second_target, case.mix)
     return cuda_backend.logit_loss(
         case.student, case.teachers, case.target, formula, case.reduction, case.num_items, loss_scale, second

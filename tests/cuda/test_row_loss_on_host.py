@@ -1,6 +1,6 @@
 """The CUDA kernels of the logit loss, executed on the host, against the float64 truth and the reference.
 
-tests/cuda/host/ defines the names of csrc/cuda/device.cuh for g++: one std::thread per CUDA thread, barriers of
+tests/cuda/host/ defines the names of csrc/cuda/device.cuh for g++: a fiber per CUDA thread, barriers of
 threads, shared memory full of NaN, asynchronous copies that happen only when they are waited for. The launch table is
 the shipped one. The tests reduce the limits of the emulated device, so that small rows take the paths of large ones.
 

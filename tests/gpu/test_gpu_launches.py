@@ -51,6 +51,19 @@ def test_a_call_of_the_loss(place: Place, N: int, C: int, num_items: int | None)
     assert 1 <= found.launches <= 3 and found.kernels <= 3, found
 
 
+@pytest.mark.parametrize(("N", "C"), [(64, 100), (1024, 1000), (64, 32000)])
+def test_a_mean_of_another_formula_by_cuda(N: int, C: int) -> None:
+    """One launch, like the paper's formula."""
+    case = on(make_case(N, C, 3, torch.bfloat16, ignored=0.2, padded=False, divergence=("jsd", 0.5)), CUDA)
+
+    def call() -> None:
+        camkd_loss_and_grad(case.student, case.teachers, case.target, backend="cuda", **case.options())
+
+    call()
+    found = profiler.profiled(call, CUDA)
+    assert found.kernels == found.launches == 1, found
+
+
 @pytest.mark.parametrize("num_items", [None, 64])
 @pytest.mark.parametrize(("N", "C", "counted"), [(64, 100, 0), (1024, 1000, 0), (64, 32000, 0), (4096, 1000, 1)])
 def test_a_mean_by_triton(N: int, C: int, counted: int, num_items: int | None) -> None:

@@ -11,6 +11,8 @@ BUDGET = "tests/cuda/test_instruction_budget.py"
 OTHERS = "tests/cuda/test_other_ops_on_host.py"
 RACES = "tests/cuda/test_races.py::test_no_races tests/cuda/test_races.py::test_no_races_with_delays"
 TABLE = "tests/cuda/test_launch_table.py"
+DIVERGENCES = "tests/cuda/test_divergences_on_host.py"
+CELLS = f"{DIVERGENCES}::test_every_divergence_temperature_and_weighting"
 
 CHANGES = (
     *changes(
@@ -388,6 +390,73 @@ CHANGES = (
             "while (g.cluster & (g.cluster - 1)) ++g.cluster;",
             "",
             tests=f"{TABLE} {ROWS}::test_means_of_narrow_rows",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/any_formula/passes.cuh",
+        CELLS,
+        Change(
+            "the cross sum of the reverse KL is moved like the forward one's",
+            "if (formula.divergence == Divergence::reverse_kl)\n        move_reverse(",
+            "if (false)\n        move_reverse(",
+        ),
+        Change(
+            "a cross sum stays when only the student's maximum rises",
+            "if (max > teacher.max || student.max != before.max)",
+            "if (max > teacher.max)",
+        ),
+        Change("the divergence of padding is 0 times infinity", "if (forward && e_z > 0)", "if (forward)"),
+        Change("the gradient of skew lacks a factor", "-of_q * ratio", "-ratio"),
+        Change("the label has all of the one-hot label", "hard -= at_label * labels.share;", "hard -= at_label;"),
+        Change("the gradient lacks the slope of the softcap", "x[j] *= curve.slope(from[j]);", "x[j] *= curve.scale;"),
+        Change(
+            "a teacher of weight 0 counts",
+            "if (row.coefficients.teacher[k - 1] == 0) continue;",
+            "",
+            tests=f"{DIVERGENCES}::test_terms_of_weight_0_contribute_nothing",
+        ),
+        Change(
+            "the soft gradient of a column without probability is 0 times infinity",
+            "e[j] == 0 ? 0.0f : studentT * e[j] * x[j]",
+            "studentT * e[j] * x[j]",
+            tests=f"{DIVERGENCES}::test_columns_without_probability",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/any_formula/reader.cuh",
+        CELLS,
+        Change(
+            "padding has a logit under a softcap",
+            "if (!curve.capped() || whole_vector(columns_, v)) return;",
+            "return;",
+        ),
+        Change(
+            "the slope of a softcap lacks the scale", "return scale * inverse * inverse;", "return inverse * inverse;"
+        ),
+    ),
+    *changes(
+        "csrc/cuda/any_formula/kernel.cuh",
+        CELLS,
+        Change("a row has the sums of its first warp", "++w) sum += warps()", "w += kWarp) sum += warps()"),
+        Change(
+            "given weights of the first row",
+            "group_.member * args.weight_stride_k + n * args.weight_stride_n",
+            "group_.member * args.weight_stride_k",
+        ),
+        Change(
+            "a row begins before the one before it has ended",
+            "group_.barrier();  // all have read before the next row overwrites",
+            "",
+            tests=RACES,
+        ),
+    ),
+    *changes(
+        "csrc/row_math.h",
+        f"{DIVERGENCES}::test_entropies",
+        Change(
+            "the student's entropy is moved the wrong way",
+            "factor * (student.plogp - shift * student.sumT)",
+            "factor * (student.plogp + shift * student.sumT)",
         ),
     ),
 )

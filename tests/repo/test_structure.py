@@ -82,7 +82,7 @@ TREE = {
     "camkd_fast/experiments": {"study"},
     "camkd_fast/train": {"strategies", "teachers"},
     "csrc": {"cpu", "cuda", "python"},
-    "csrc/cuda": {"row_loss"},
+    "csrc/cuda": {"any_formula", "row_loss"},
     "tests": {
         *("backends", "benchmarks", "cli", "cuda", "data", "experiments"),
         *("gpu", "losses", "models", "mutants", "repo", "support", "train"),

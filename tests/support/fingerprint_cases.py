@@ -178,7 +178,7 @@ def _for_triton() -> list[Spec]:
 
 
 def _for_cuda_host() -> list[Spec]:
-    """A std::thread for every CUDA thread. Kernels for a known number of teachers (1 to 5) and for any number."""
+    """A fiber for every CUDA thread. Kernels for a known number of teachers (1 to 5) and for any number."""
     sizes = [(0, 5), (1, 1), (2, 10), (5, 17), (3, 100), (7, 129), (4, 1000), (2, 2100)]
     entries = {"entry": LOGIT_ENTRIES}
     teachers = (1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 8, 16)

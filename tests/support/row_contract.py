@@ -20,7 +20,7 @@ RowFunction = Callable[..., RowLossResult]
 
 def options(**changes: Any) -> dict[str, Any]:
     """Keyword arguments of `row_loss`; changes are fields of the formula or arguments."""
-    formula = Formula(**{name: changes.pop(name) for name in Formula._fields if name in changes})
+    formula = Formula(**{name: changes.pop(name) for name in Formula._fields if name in changes}).checked()
     return {"formula": formula, "needs_grad": True, "grad_scale": 1.0, **changes}
 
 
@@ -92,15 +92,20 @@ def assert_invalid_second_labels(backend: Any, label: int) -> None:
 
 
 def assert_means(
-    row_loss: RowFunction, student: Tensor, teachers: list[Tensor], target: Tensor, scale: float | Tensor
+    row_loss: RowFunction,
+    student: Tensor,
+    teachers: list[Tensor],
+    target: Tensor,
+    scale: float | Tensor,
+    **changes: Any,
 ) -> None:
     """With `mean` the backend counts the rows that are not ignored; none, some and all of them are ignored here."""
     some = target.where(torch.arange(len(target)) % 3 > 0, -100)
     for labels in (target, some, torch.full_like(target, -100)):
         divisor = max(int((labels != -100).sum()), 1)
-        given = options(grad_scale=scale, mean=True)
+        given = options(grad_scale=scale, mean=True, **changes)
         mean = row_loss(student, teachers, labels, **given)
-        assert torch.equal(mean.row_stats, row_loss(student, teachers, labels, **options()).row_stats)
+        assert torch.equal(mean.row_stats, row_loss(student, teachers, labels, **options(**changes)).row_stats)
         assert mean.means[0].shape == () and mean.means[1][2] == torch.tensor(1.0) / divisor
         _assert_rule(_result(mean), student, teachers, labels, **given)
         assert not mean.grad_student[labels == -100].any()

@@ -1,4 +1,4 @@
-// Entry point of the logit loss: checks how rows are aligned and picks the element type.
+// Entry point of the logit loss: picks the kernel for the formula and the element type.
 #include "launch.cuh"
 
 namespace camkd::cuda {
@@ -7,10 +7,6 @@ namespace {
 // One for each stream, and one for each launch in a CUDA graph. 2 MB.
 constexpr int kGroupMemories = 16;
 CAMKD_GLOBAL GroupMemory group_memories[kGroupMemories];
-
-Temperature temperature_of(float T) {
-    return {float(1.4426950408889634 / T), float(T / 1.4426950408889634), temperature_power(T)};
-}
 
 }  // namespace
 
@@ -26,21 +22,16 @@ void row_loss(const RowLossArgs& args, const LaunchOptions& options) {
         add_up_rows(args, options);
         return;
     }
+    if (!is_basic(args.formula)) return any_formula(args, options);
     RowLaunch launch{};
     launch.args = args;
     launch.C = int(args.C);
     launch.debug = options.debug;
     launch.temperature = temperature_of(args.formula.temperature);
-    const Matrix* inputs[kMaxStreams];
-    bool mixed = false;
-    for (int k = 0; k <= args.K; ++k) {
-        inputs[k] = &args.streams[k];
-        mixed = mixed || args.streams[k].dtype != args.streams[0].dtype;
-    }
-    launch.wide_in = !mixed && aligned_alike(inputs, args.K + 1, args.N, args.S);
-    const Matrix grad = dense(args.grad_student, args.C, args.S, args.streams[0].dtype);
-    launch.wide_out = launch.wide_in && aligned_alike({&args.streams[0], &grad}, args.N, args.S);
-    with_element(args.streams[0].dtype, mixed,
+    const RowAccess access = row_access(args);
+    launch.wide_in = access.wide_in;
+    launch.wide_out = access.wide_out;
+    with_element(args.streams[0].dtype, access.mixed,
                  [&](auto element) { launch_row_loss<decltype(element)>(launch, options); });
 }
 

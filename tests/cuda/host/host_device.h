@@ -1,5 +1,6 @@
-// The functions of csrc/cuda/device.cuh for a host compiler: one std::thread per CUDA thread, std::barrier for warps,
-// blocks and clusters, shared memory filled with 0xff (NaN), and asynchronous copies that happen only in copies_wait().
+// The functions of csrc/cuda/device.cuh for a host compiler: a thread or fiber per CUDA thread (host_schedule.h),
+// barriers for warps, blocks and clusters, shared memory filled with 0xff (NaN), and asynchronous copies that happen
+// only in copies_wait().
 //
 // It cannot show the weaker memory order of a GPU, lanes of a warp that depend on running in lockstep, the limits of
 // registers and real shared memory, alignment traps other than check_aligned, the approximation error of the hardware's
@@ -137,7 +138,7 @@ CAMKD_SITE void mailbox_wait(Mailbox* box, int phase) {
         if (host::delays.on)
             std::this_thread::sleep_for(std::chrono::microseconds(20));
         else
-            std::this_thread::yield();
+            host::yield();
         if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
     }
     box->missing.load(std::memory_order_acquire);
@@ -202,7 +203,7 @@ inline void max_device(uint32_t* at, uint32_t x) {
     }
 }
 inline void pause() {
-    std::this_thread::yield();
+    host::yield();
 }
 inline void give_up() {
     std::abort();

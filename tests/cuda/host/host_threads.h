@@ -2,8 +2,6 @@
 // how a kernel runs on them.
 #pragma once
 
-#include <atomic>
-#include <barrier>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -14,21 +12,9 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
 
-#ifdef __SANITIZE_THREAD__
-#include <sanitizer/tsan_interface.h>
-extern "C" {
-void AnnotateIgnoreSyncBegin(const char*, int);
-void AnnotateIgnoreSyncEnd(const char*, int);
-void AnnotateIgnoreReadsBegin(const char*, int);
-void AnnotateIgnoreReadsEnd(const char*, int);
-void AnnotateIgnoreWritesBegin(const char*, int);
-void AnnotateIgnoreWritesEnd(const char*, int);
-extern const char __executable_start;  // by the linker
-}
-#endif
+#include "host_schedule.h"
 
 namespace camkd::cuda {
 
@@ -39,54 +25,6 @@ struct alignas(16) Pack {
 };
 
 namespace host {
-
-// Hides the synchronisation inside a scope from ThreadSanitizer. The waiters of a std::barrier share atomics with those
-// of other barriers, which orders more memory accesses than a barrier of the device and would hide a missing one.
-struct Unseen {
-#ifdef __SANITIZE_THREAD__
-    Unseen() {
-        AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
-        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-    }
-    ~Unseen() {
-        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-        AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
-    }
-    static void release(void* at) { __tsan_release(at); }
-    static void acquire(void* at) { __tsan_acquire(at); }
-#else
-    Unseen() {}
-    static void release(void*) {}
-    static void acquire(void*) {}
-#endif
-};
-
-// A std::barrier that orders only the accesses of its own threads.
-class Barrier {
-  public:
-    explicit Barrier(int threads) : barrier_(threads, Advance{this}) {}
-    void arrive_and_wait() {
-        // Two addresses are enough: before anybody arrives two phases later, all threads have left this one.
-        void* const edge = edges_ + phase_.load(std::memory_order_relaxed) % 2;
-        Unseen::release(edge);
-        {
-            const Unseen unseen;
-            barrier_.arrive_and_wait();
-        }
-        Unseen::acquire(edge);
-    }
-
-  private:
-    struct Advance {
-        Barrier* barrier;
-        void operator()() noexcept { barrier->phase_.fetch_add(1, std::memory_order_relaxed); }
-    };
-    std::barrier<Advance> barrier_;
-    std::atomic<int> phase_{0};
-    char edges_[2];
-};
 
 // The values that the lanes of a warp exchange. Two sets of slots alternate, so that one barrier per exchange is
 // enough.
@@ -131,8 +69,6 @@ struct Thread {
     Block& own_block() const { return *cluster->blocks[rank]; }
     Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }
 };
-
-inline thread_local Thread* self = nullptr;
 
 // Delays after every synchronisation: of single threads now and then, of some warps often, and of some blocks always,
 // so that threads meet in orders that an idle machine does not show. The environment variable CAMKD_DELAYS is the seed;
@@ -230,17 +166,16 @@ inline int group_size = 1;     // blocks that lie side by side in the grid
 // Runs a kernel, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
     std::vector<std::unique_ptr<Cluster>> clusters;
-    std::vector<std::thread> running;
+    Crew crew;
     const auto finish = [&] {
-        for (auto& one : running) one.join();
-        running.clear();
+        crew.finish();
         clusters.clear();
     };
     for (int64_t first = 0; first < blocks; first += cluster_size) {
         clusters.push_back(std::make_unique<Cluster>(cluster_size, threads, shared));
         for (int rank = 0; rank < cluster_size; ++rank)
             for (int thread = 0; thread < threads; ++thread)
-                running.emplace_back([&, cluster = clusters.back().get(), rank, thread, first] {
+                crew.add([&, cluster = clusters.back().get(), rank, thread, first] {
                     Thread current{cluster, rank, thread, threads, first + rank, blocks, 0, {}};
                     self = &current;
                     kernel();

@@ -71,9 +71,71 @@ bool same_with_delays(const char* what, std::initializer_list<std::vector<float>
     return true;
 }
 
+// Rows of random logits, all of them with one label or with two, and what row_loss writes about them.
+struct Rows {
+    RowLossArgs args{};
+    std::vector<std::vector<float>> streams;
+    std::vector<int64_t> target, second;
+    std::vector<float> mix, out, grad, loss = {NAN}, means = {NAN, NAN, NAN}, others;
+
+    // With `far`, labels of every other row are far below the maximum.
+    Rows(int64_t N, int C, int K, bool far, bool two)
+        : target(static_cast<size_t>(N), C / 2),
+          second(size_t(N), C / 3),
+          mix(size_t(N), 0.25f),
+          out(size_t((4 + 3 * K) * N), NAN),
+          grad(size_t(N * C), NAN),
+          others(size_t(batch_floats(N, host::limits)), NAN) {
+        args.N = args.S = N;
+        args.C = C;
+        args.K = K;
+        for (int k = 0; k <= K; ++k) {
+            streams.push_back(numbers(size_t(N * C), float(k + 3)));
+            for (int64_t n = 1; far && n < N; n += 2) streams.back()[size_t(n * C + C / 2)] = -300;
+            args.streams[k] = {streams[k].data(), N * C, C, DType::f32};
+        }
+        target[0] = -100;
+        args.target = target.data();
+        if (two) args.second = {second.data(), mix.data()};
+        args.row_stats = out.data();
+        args.grad_student = grad.data();
+        args.grad_scale = 1;
+        args.batch = {nullptr, loss.data(), others.data(), true, 1};
+    }
+
+    // With blocks one after the other, and all at once.
+    bool run(const char* what, const Formula& formula) {
+        args.formula = formula;
+        out.resize(size_t(row_stats::count(args.K, formula.entropy) * args.N));
+        bool fine = true;
+        for (bool together : {false, true}) {
+            host::together = together;
+            fine = same_with_delays(what, {&out, &grad, &loss, &means},
+                                    [&] {
+                                        row_loss(args, {});
+                                        std::copy_n(others.begin(), means.size(), means.begin());
+                                    }) &&
+                   fine;
+        }
+        host::together = false;
+        return fine && all_finite(what, out) && all_finite(what, grad) && all_finite(what, loss) &&
+               all_finite(what, means);
+    }
+};
+
+Formula papers_formula(Weighting weighting) {
+    Formula formula{};
+    formula.temperature = 4;
+    formula.hard_weight = formula.soft_weight = 1;
+    formula.weighting = weighting;
+    formula.ignore_index = -100;
+    formula.scale_by_t2 = true;
+    return formula;
+}
+
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
-// The limits decide between clusters and cooperative groups. With `far`, labels are far below the maximum, so that the
-// fixed-K kernels sum up every other row twice. With `two`, rows have two labels.
+// The limits decide between clusters and cooperative groups. With `far`, the fixed-K kernels sum up every other row
+// twice. With `two`, rows have two labels.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false, bool two = false) {
     host::limits = limits;
@@ -85,41 +147,18 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
         std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
         return false;
     }
-    std::vector<std::vector<float>> streams;
-    RowLossArgs args{};
-    args.N = args.S = N;
-    args.C = C;
-    args.K = K;
-    for (int k = 0; k <= K; ++k) {
-        streams.push_back(numbers(size_t(N * C), float(k + 3)));
-        for (int64_t n = 1; far && n < N; n += 2) streams.back()[size_t(n * C + C / 2)] = -300;
-        args.streams[k] = {streams[k].data(), N * C, C, DType::f32};
-    }
-    std::vector<int64_t> target(static_cast<size_t>(N), C / 2);
-    target[0] = -100;
-    std::vector<float> out(size_t((3 + 3 * K) * N), NAN), grad(size_t(N * C), NAN), loss(1, NAN), means(3, NAN),
-        others(size_t(batch_floats(N, limits)), NAN);
-    const std::vector<int64_t> second(size_t(N), C / 3);
-    const std::vector<float> mix(size_t(N), 0.25f);
-    args.target = target.data();
-    if (two) args.second = {second.data(), mix.data()};
-    args.formula = {4, 1, 1, weighting, -100};
-    args.row_stats = out.data();
-    args.grad_student = grad.data();
-    args.grad_scale = 1;
-    args.batch = {nullptr, loss.data(), others.data(), true, 1};
-    bool fine = true;
-    for (bool together : {false, true}) {
-        host::together = together;
-        fine = same_with_delays(what, {&out, &grad, &loss, &means},
-                                [&] {
-                                    row_loss(args, {});
-                                    std::copy_n(others.begin(), means.size(), means.begin());
-                                }) &&
-               fine;
-    }
-    host::together = false;
-    return fine && all_finite(what, out) && all_finite(what, grad) && all_finite(what, loss) && all_finite(what, means);
+    return Rows(N, C, K, far, two).run(what, papers_formula(weighting));
+}
+
+// The kernel of other formulas, with more rows than groups.
+bool run_formula(const char* what, int64_t N, int C, int K, Divergence divergence) {
+    host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0};
+    Formula formula = papers_formula(Weighting::entropy);
+    formula.divergence = divergence;
+    formula.share = 0.5;
+    formula.z_loss_weight = 0.1f;
+    formula.entropy = true;
+    return Rows(N, C, K, false, true).run(what, formula);
 }
 
 bool run_others(int64_t N, int C, int K) {
@@ -208,6 +247,10 @@ int main() {
                                Weighting::entropy) &
                       run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3,
                                false, Weighting::entropy) &
-                      run_others(5, 70, 2) & run_others(9, 1100, 2);
+                      run_formula("reverse KL, warps", 9, 37, 2, Divergence::reverse_kl) &
+                      run_formula("reverse KL, blocks", 5, 1101, 2, Divergence::reverse_kl) &
+                      run_formula("JSD, warps", 9, 37, 2, Divergence::jsd) &
+                      run_formula("JSD, blocks", 5, 1101, 2, Divergence::jsd) & run_others(5, 70, 2) &
+                      run_others(9, 1100, 2);
     return fine ? 0 : 1;
 }
