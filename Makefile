@@ -59,7 +59,7 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks logit_loss small_batch feature_loss
+	$(BIN)/python -m benchmarks logit_loss small_batch feature_loss linear_loss
 
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks train_step loaders

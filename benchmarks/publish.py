@@ -19,6 +19,7 @@ TITLES = {
     "logit_loss": "Logit loss",
     "small_batch": "Small batches",
     "feature_loss": "Feature loss",
+    "linear_loss": "Loss from hidden states and heads",
     "train_step": "Training step",
     "loaders": "Loaders",
 }
@@ -28,6 +29,8 @@ WORDS = {
     "The fraction of copy bandwidth counts K + 2 passes over N x C, the minimum.",
     "small_batch": "One call at 64 x 100, where launches and Python dominate.",
     "feature_loss": "Confidence weights and weighted feature error, forward and backward.",
+    "linear_loss": "Hidden states and heads of a student and K teachers, forward and backward, T = 1. The products' "
+    "share is the time of nothing but the matrix products divided by that of the whole loss.",
     "train_step": "Three ResNet-32x4 teach a VGG-8 on 3x32x32 images, batch 64, loader included.",
     "loaders": "Augmented training batches of 64.",
 }

@@ -11,7 +11,7 @@ from benchmarks import verdict
 
 Row = dict[str, Any]
 # fashion_mnist.json is not a suite: `python -m benchmarks.fashion_mnist` measures and publishes that example.
-SUITES = ("logit_loss", "small_batch", "feature_loss", "train_step", "loaders")
+SUITES = ("logit_loss", "small_batch", "feature_loss", "linear_loss", "train_step", "loaders")
 
 
 class RefusedError(Exception):

@@ -130,3 +130,63 @@ def features(device: str, which: str) -> list[Features]:
             for channels_last in (False, True) if usual or which == "full" else (False,):
                 found.append(Features(N, channels, side, C, 3, dtype, channels_last))
     return found
+
+
+class Models(NamedTuple):
+    """A student and K teachers before their heads: N tokens, C classes, widths of their hidden states."""
+
+    N: int
+    C: int
+    student: int
+    teacher: int
+    K: int
+    dtype: torch.dtype
+
+    def operations(self) -> int:
+        """Of the products that are needed: three with the student's head and one with each teacher's."""
+        return 2 * self.N * self.C * (3 * self.student + self.K * self.teacher)
+
+    def batch(self, device: torch.device) -> LinearBatch:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(rows: int, width: int, size: float) -> Tensor:
+            return torch.randn(rows, width, generator=generator, device=device).mul_(size).to(self.dtype)
+
+        widths = (self.student, *(self.teacher,) * self.K)
+        hidden = [normal(self.N, width, 1.0) for width in widths]
+        heads = [normal(self.C, width, 3.0 * width**-0.5) for width in widths]  # logits as wide as Shape's
+        target = torch.randint(self.C, (self.N,), generator=generator, device=device)
+        return LinearBatch(hidden[0].requires_grad_(), heads[0].requires_grad_(), hidden[1:], heads[1:], target)
+
+    def __str__(self) -> str:
+        widths = f"{self.student}-{self.teacher}"
+        return f"{self.N}x{self.C}-{widths}-K{self.K}-{str(self.dtype).removeprefix('torch.')}"
+
+
+class LinearBatch(NamedTuple):
+    """The tensors of one evaluation of the linear loss."""
+
+    hidden: Tensor  # (N, H), requires grad
+    head: Tensor  # (C, H), requires grad
+    teacher_hidden: list[Tensor]  # K of (N, H_k)
+    teacher_heads: list[Tensor]  # K of (C, H_k)
+    target: Tensor  # (N,) int64
+
+
+# On a GPU the sizes of language models of 1 to 8 billion parameters.
+_MODELS = {
+    "cpu": [(1024, 32000, 256, 512, 2), (1024, 32000, 256, 512, 1), (2048, 32000, 256, 256, 3)],
+    "cuda": [
+        *((8192, 128256, 2048, 4096, K) for K in (1, 2, 3, 5)),
+        *((8192, 128256, width, width, 2) for width in (1024, 2048)),
+        (8192, 151936, 2048, 4096, 2),
+        (4096, 32000, 2048, 4096, 2),
+    ],
+}
+
+
+def models(device: str, which: str) -> list[Models]:
+    """ "quick" leaves out the dtype that is rarer on the device."""
+    usual = {"cpu": F32, "cuda": BF16}[device]
+    dtypes = (usual,) if which == "quick" else (F32, BF16)
+    return [Models(*sizes, dtype) for sizes in _MODELS[device] for dtype in dtypes]

@@ -134,6 +134,21 @@ def _feature_cells(end: dict[str, Any], ours: dict[str, Any], names: list[str]) 
     return [f"{ours['p50_ms']:.2f}", *ratios, f"{end['share_of_copy']:.0%}"]
 
 
+def linear_loss(result: Result) -> tuple[Table, str]:
+    """Our milliseconds, the share of its products, and the time of the others divided by ours."""
+    others = list(dict.fromkeys(name for row in result["rows"] for name in row["over"]))
+    on_gpu = result["environment"]["device"] == "cuda"
+    header = ["N x C", "widths", "K", "dtype", "ms", "products' share", *(f"over {name}" for name in others)]
+    rows = []
+    for row in result["rows"]:
+        entry = row["times"][row["ours"]]
+        cells = [f"{row['N']} x {row['C']}", " and ".join(map(str, row["H"])), str(row["K"]), row["dtype"]]
+        cells += [f"{entry['p50_ms']:.1f}", f"{row['share_of_products']:.0%}"]
+        cells += [f"{row['over'][name]:.2f}x" if name in row["over"] else "" for name in others]
+        rows.append([*cells, f"{entry['peak_bytes'] / 1e9:.2f}"] if on_gpu else cells)
+    return Table([*header, "peak GB"] if on_gpu else header, rows), ""
+
+
 def train_step(result: Result) -> tuple[Table, str]:
     """Speed of the training step by configuration."""
     header = ["step", "ms", "images/s", "speed-up", "the loss's share", "first two steps, s"]
@@ -165,6 +180,7 @@ TABLES: dict[str, Callable[[Result], tuple[Table, str]]] = {
     "logit_loss": logit_loss,
     "small_batch": small_batch,
     "feature_loss": feature_loss,
+    "linear_loss": linear_loss,
     "train_step": train_step,
     "loaders": loaders,
 }

@@ -19,6 +19,8 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
     """Before a transformers Trainer in the list of bases."""
 
     teacher_column: str | None = None
+    data_collator: Any  # of the trainer
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}

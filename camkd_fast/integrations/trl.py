@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl import DistillationTrainer
 
-from ..losses.linear import CAMKDLinearLoss
+from ..losses.linear import CAMKDLinearLoss, LinearLossOutput
 from .causal_lm import Hidden, OutputHead, at_head, check_logits, hidden_states, is_in_place, linear_loss, whole
 from .signatures import check_signature
 from .teacher_mix import TeacherMix
@@ -146,7 +146,8 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
         }
         taken["input_ids"] = torch.cat([inputs["prompt_ids"], completion], dim=1)
         taken["attention_mask"] = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        length, outputs = target.shape[1], []
+        length = target.shape[1]
+        outputs: list[LinearLossOutput] = []
 
         def compute(states: Tensor, head: OutputHead) -> Tensor:
             settings = {**self.distillation_loss.settings, **weighting}

@@ -175,7 +175,7 @@ _BASIC = Formula()[5:]
 
 
 def _in_one_form(divergence: str | tuple[str, float]) -> str | Divergence:
-    """The divergence as backends take it, by its name alone if it is the paper's, so that formulas can be compared."""
+    """The divergence as backends take it; of the paper's only the name, so that formulas can be compared."""
     found = as_divergence(divergence)
     return found.kind if found == FORWARD_KL else found
 

@@ -118,30 +118,35 @@ def camkd_linear_loss(
     V = linear_checks.checked_vocabulary(sides, vocab_size)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
-    linear_checks.check_chunks(chunk_rows, max_chunk_bytes, num_valid)
-    linear_checks.check_logits_dtype(logits_dtype)
+    linear_checks.check_chunks(chunk_rows, max_chunk_bytes, num_valid, logits_dtype)
     check_choice("backend", backend, ("auto", *BACKENDS))
     formula = formula.checked(len(sides) - 1)
     labels, formula, is_mask = linear_checks.checked_labels(target, sides[0].hidden, formula, shift)
     inputs = _autocast_dtype(student_hidden)
     dtype = accumulation_dtype(inputs or student_hidden.dtype)
     lead, K = labels.shape, len(sides) - 1
-    formula = formula._replace(
-        weighting=linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
-    )
+    weights = linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
     flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
     call = LinearCall(
-        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula, inputs, logits_dtype, chunk_rows,
-        float(max_chunk_bytes), num_valid, backend,
+        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula._replace(weighting=weights), inputs,
+        logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, backend,
     )  # fmt: skip
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in flat[0]]
-    factor: float | Tensor = 1.0
-    if reduction == "mean":
-        host_counts = call.labels.is_cpu and not torch.compiler.is_compiling()
-        valid = checks.count_labels(call.labels, V, formula.ignore_index) if host_counts else None
-        factor = inverse_divisor(num_items, valid, call.labels, formula.ignore_index, dtype)
-    loss, stats = linear_loss_rows(call, needs) if reduction == "none" else linear_loss(call, needs, factor)
-    return _output(loss, stats, call, lead, None if reduction == "none" else factor, is_mask, shift)
+    factor = _factor(call, reduction, num_items, dtype)
+    loss, stats = linear_loss_rows(call, needs) if factor is None else linear_loss(call, needs, factor)
+    return _output(loss, stats, call, lead, factor, is_mask, shift)
+
+
+def _factor(
+    call: LinearCall, reduction: str, num_items: float | Tensor | None, dtype: torch.dtype
+) -> float | Tensor | None:
+    """Of the sums over the rows; None for results per row."""
+    if reduction != "mean":
+        return 1.0 if reduction == "sum" else None
+    labels, ignore_index = call.labels, call.formula.ignore_index
+    counts = labels.is_cpu and not torch.compiler.is_compiling()
+    valid = checks.count_labels(labels, call.vocab_size, ignore_index) if counts else None
+    return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:

@@ -103,7 +103,9 @@ def checked_vocabulary(sides: Sequence[Side], vocab_size: int | None) -> int:
     return V
 
 
-def check_chunks(chunk_rows: int | None, max_chunk_bytes: float, num_valid: int | None) -> None:
+def check_chunks(
+    chunk_rows: int | None, max_chunk_bytes: float, num_valid: int | None, logits_dtype: torch.dtype | None
+) -> None:
     for name, value, least in (("chunk_rows", chunk_rows, 1), ("num_valid", num_valid, 0)):
         if value is None:
             continue
@@ -112,11 +114,8 @@ def check_chunks(chunk_rows: int | None, max_chunk_bytes: float, num_valid: int 
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     check_number("max_chunk_bytes", max_chunk_bytes, positive=True)
-
-
-def check_logits_dtype(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if logits_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
 
 
 def checked_labels(target: Tensor, hidden: Tensor, formula: Formula, shift: bool) -> tuple[Tensor, Formula, bool]:

@@ -1,7 +1,7 @@
 """The matrix products between hidden states and the head of a language model.
 
-The head turns rows of hidden states (m, H) into logits (m, C) in memory of the caller, and the gradient of those logits
-into the gradients of rows and head. Everything else of the linear loss lies between these products.
+From rows of hidden states (m, H) the head makes logits (m, C), in memory of the caller; from the gradient of the logits
+come those of rows and head. Everything else of the linear loss is computed between these products.
 """
 
 from __future__ import annotations

@@ -56,9 +56,10 @@ void mixed_block(const float* e_s, float student, float teacher, float share, in
     sums.slope += slope.sum();
 }
 
-// out = studentT e_s sum_k coefficient_k (x_k - center_k) + student1 e1_s, for n columns; x_k is the term's array, or d_s
-// minus it if there are distances d_s of the student (reverse KL). Centered term by term, because the sums are large
-// where student and teachers agree. Columns of probability 0 have no soft part, although their distances are infinite.
+// out = studentT e_s sum_k coefficient_k (x_k - center_k) + student1 e1_s, for n columns; x_k is the term's array, or
+// d_s minus it if there are distances d_s of the student (reverse KL). Centered term by term, because the sums are
+// large where student and teachers agree. Columns of probability 0 have no soft part, although their distances are
+// infinite.
 template <class T, int Power>
 void product_grad_block(const float* e_s, const float* e1_s, const float* d_s, float studentT, float student1,
                         const Term* terms, int n_terms, T* out, int n) {

@@ -97,7 +97,8 @@ struct GradientBlock {
         }
         float slope = 0;
         for (int k = 0; k < count; ++k)
-            slope += terms[k].coefficient * ((distances ? distances[y] - terms[k].e[y] : terms[k].e[y]) - terms[k].center);
+            slope +=
+                terms[k].coefficient * ((distances ? distances[y] - terms[k].e[y] : terms[k].e[y]) - terms[k].center);
         return e[y] == 0 ? 0.0f : studentT * e[y] * slope;
     }
 };

@@ -23,7 +23,8 @@ inline Tanh tanh(Vec x) {
     const Vec small = Vec::fma(magnitude * square, p, magnitude);
     const Vec is_large = magnitude - Vec::set(0.625f);
     const Vec positive = Vec::where_positive(is_large, (one - t) * inverse, small);
-    const Vec slope = Vec::where_positive(is_large, Vec::set(4.0f) * t * inverse * inverse, Vec::fnma(small, small, one));
+    const Vec slope =
+        Vec::where_positive(is_large, Vec::set(4.0f) * t * inverse * inverse, Vec::fnma(small, small, one));
     return {Vec::where_positive(x, positive, zero - positive), slope};
 }
 

@@ -111,7 +111,8 @@ struct RowPasses {
     void add_block(int64_t b, State* states, const BlockScratch& block) const {
         BlockSums sums[kMaxStreams];
         read_block(b, states, block, sums);
-        move_states(args.formula, states, scratch.references + b * (args.K + 1), args.K, 1.0 / args.formula.temperature);
+        move_states(args.formula, states, scratch.references + b * (args.K + 1), args.K,
+                    1.0 / args.formula.temperature);
         for (int k = 0; k <= args.K; ++k) sums[k].add_to(states[k]);
     }
 

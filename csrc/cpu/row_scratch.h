@@ -34,9 +34,7 @@ struct RowScratch {
   private:
     static int64_t pad(int64_t C) { return (C + 2 * Vec::width + 15) / 16 * 16; }
     static bool keeps_at_one(const RowFunctions& functions) { return functions.power == 0; }
-    static bool keeps_distances(const RowLossArgs& args) {
-        return args.formula.divergence == Divergence::reverse_kl;
-    }
+    static bool keeps_distances(const RowLossArgs& args) { return args.formula.divergence == Divergence::reverse_kl; }
 };
 
 // The scratch of one thread for the block that it works on.

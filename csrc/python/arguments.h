@@ -113,33 +113,33 @@ inline bool read_per_teacher(PyObject* object, float none, float LogitMap::* fie
 }
 
 // Fields of camkd_fast.losses.formula.Formula in order; Python asserts the same names.
-constexpr const char* kFormulaFields[] = {"temperature",          "hard_weight",         "soft_weight",
-                                          "weighting",            "ignore_index",        "divergence",
-                                          "scale_by_t2",          "z_loss_weight",       "student_logit_scale",
-                                          "student_softcap",      "teacher_logit_scales", "teacher_softcaps",
-                                          "entropy"};
+constexpr const char* kFormulaFields[] = {
+    "temperature",          "hard_weight",      "soft_weight",   "weighting",           "ignore_index",
+    "divergence",           "scale_by_t2",      "z_loss_weight", "student_logit_scale", "student_softcap",
+    "teacher_logit_scales", "teacher_softcaps", "entropy"};
 
 // The only place that reads a camkd_fast.losses.formula.Formula, a tuple. False if a field is invalid; no error is set.
 inline bool read_formula(PyObject* from, Formula& out) {
     if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != Py_ssize_t(std::size(kFormulaFields))) return false;
-    enum { temperature, hard, soft, weighting, ignored, divergence, by_t2, z_loss, scale, softcap, scales, softcaps };
-    auto field = [from](int i) { return PyTuple_GET_ITEM(from, i); };
-    auto is_flag = [](PyObject* object) { return object == Py_True || object == Py_False; };
-    double T, hard_weight, soft_weight, z_loss_weight;
-    if (!read_number(field(temperature), T) || T <= 0) return false;
-    if (!read_number(field(hard), hard_weight) || !read_number(field(soft), soft_weight)) return false;
-    out.temperature = float(T), out.hard_weight = float(hard_weight), out.soft_weight = float(soft_weight);
-    if (!read_weighting(field(weighting), out.weighting) || !read_integer(field(ignored), out.ignore_index)) return false;
-    PyObject *const t2 = field(by_t2), *const entropy = field(softcaps + 1);
-    if (!read_divergence(field(divergence), out) || !is_flag(t2) || !is_flag(entropy)) return false;
-    if (!read_number(field(z_loss), z_loss_weight)) return false;
-    out.scale_by_t2 = t2 == Py_True, out.entropy = entropy == Py_True, out.z_loss_weight = float(z_loss_weight);
-    LogitMap& student = out.logit_maps[0];
-    if (!read_positive(field(scale), 1, student.scale) || !read_positive(field(softcap), 0, student.softcap))
+    auto next = [from, i = 0]() mutable { return PyTuple_GET_ITEM(from, i++); };
+    auto read_flag = [](PyObject* object, bool& flag) {
+        flag = object == Py_True;
+        return flag || object == Py_False;
+    };
+    double numbers[3], z_loss_weight;
+    for (double& number : numbers)
+        if (!read_number(next(), number)) return false;
+    out.temperature = float(numbers[0]), out.hard_weight = float(numbers[1]), out.soft_weight = float(numbers[2]);
+    if (!(numbers[0] > 0) || !read_weighting(next(), out.weighting) || !read_integer(next(), out.ignore_index))
         return false;
+    if (!read_divergence(next(), out) || !read_flag(next(), out.scale_by_t2)) return false;
+    if (!read_number(next(), z_loss_weight)) return false;
+    out.z_loss_weight = float(z_loss_weight);
+    LogitMap& student = out.logit_maps[0];
+    if (!read_positive(next(), 1, student.scale) || !read_positive(next(), 0, student.softcap)) return false;
     out.maps = student.scale != 1 || student.softcap != 0, out.teachers_maps = 0;
-    return read_per_teacher(field(scales), 1, &LogitMap::scale, out) &&
-           read_per_teacher(field(softcaps), 0, &LogitMap::softcap, out);
+    return read_per_teacher(next(), 1, &LogitMap::scale, out) && read_per_teacher(next(), 0, &LogitMap::softcap, out) &&
+           read_flag(next(), out.entropy);
 }
 
 // Whether the maps of a Formula are those of K teachers.

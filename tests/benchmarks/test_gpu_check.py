@@ -141,8 +141,8 @@ def test_a_missing_sanitizer_is_not_a_failure(tmp_path: Path, monkeypatch: pytes
     assert outcome == SKIPPED and "not on PATH" in found
 
 
-def test_the_limits_of_all_sections_fit_eight_minutes() -> None:
-    assert sum(limit for limit, _ in SECTIONS.values()) == gpu_check.TOTAL < 8 * 60
+def test_the_limits_of_all_sections_fit_nine_minutes() -> None:
+    assert sum(limit for limit, _ in SECTIONS.values()) == gpu_check.TOTAL < 9 * 60
     assert [*SECTIONS][:2] == ["build", "tests"] and [*SECTIONS][-1] == "plots"  # of what the others measured
 
 

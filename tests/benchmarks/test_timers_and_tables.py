@@ -249,7 +249,10 @@ def test_loss_suites(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_other_suites(tmp_path: Path) -> None:
-    printed = run_suites(tmp_path, "feature_loss", "loaders", "train_step")
+    names = "feature_loss", "linear_loss", "loaders", "train_step"
+    printed = run_suites(tmp_path, *names)
+    linear = check_rows(tmp_path, "linear_loss", ["times", "over", "share_of_products", "tflops", "chunk_rows"])
+    assert all({"eager", "chunked"} <= set(row["over"]) and row["share_of_products"] > 0 for row in linear["rows"])
     features = check_rows(tmp_path, "feature_loss", ["floor_bytes", "times", "over", "share_of_copy", "grad"])
     assert [set(row["over"]) for row in features["rows"]] == [{"eager", "compile"}] * 16
     assert all(row["grad"]["floor_bytes"] < row["floor_bytes"] for row in features["rows"])
@@ -258,7 +261,10 @@ def test_the_other_suites(tmp_path: Path) -> None:
     assert len(check_rows(tmp_path, "loaders", ["images_per_second", "speed_up"])["rows"]) == 5
     steps = check_rows(tmp_path, "train_step", ["p50_ms", "images_per_second", "speed_up", "loss_share"])
     assert statistics.fmean(row["speed_up"] for row in steps["rows"]) > 1
-    assert all(f"written to {tmp_path}/{name}.json" in printed for name in ("feature_loss", "loaders", "train_step"))
+    assert all(
+        f"written to {tmp_path}/{name}.json" in printed
+        for name in ("feature_loss", "linear_loss", "loaders", "train_step")
+    )
 
 
 def test_every_suite_has_a_file_and_a_table() -> None:

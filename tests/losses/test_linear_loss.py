@@ -596,6 +596,7 @@ def test_weights_are_those_of_confidence_weights() -> None:
         ({"target": torch.zeros(40)}, TypeError, "target must be int64 labels or a bool mask, got torch.float32"),
         ({"target": torch.zeros(39, dtype=torch.int64)}, ValueError, r"target has shape \(39,\)"),
         ({"target": torch.full((40,), 30)}, ValueError, "target holds label 30, but there are 30 classes"),
+        ({"target": torch.full((40,), 30), "reduction": "sum"}, ValueError, "target holds label 30, but there are"),
         ({"target": torch.ones(40, dtype=torch.bool)}, ValueError, "'confidence' needs labels, but target"),
         ({"target": torch.ones(40, dtype=torch.bool), "weighting": "uniform", "hard_weight": 0.5}, ValueError,
          "hard_weight 0.5 needs labels"),

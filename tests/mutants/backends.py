@@ -5,8 +5,25 @@ from . import Change, changes
 DISPATCH = "tests/backends/test_dispatch.py"
 FORMULAS = "tests/losses/test_formulas.py"
 FEATURES = "tests/losses/test_feature_loss.py"
+DIVERGENCES = "tests/losses/test_divergences.py"
 
 CHANGES = (
+    *changes(
+        "camkd_fast/backends/divergences.py",
+        f"{DIVERGENCES} {FORMULAS}",
+        Change(
+            "KL the wrong way round", "return _expected_ratio(log_p, log_q)", "return _expected_ratio(log_q, log_p)"
+        ),
+        Change("the reverse KL's slope has the other sign", "g = log_q - log_p", "g = log_p - log_q"),
+        Change("skew without the student's share", "g = -(1.0 - share) * (log_p", "g = -(log_p"),
+        Change("columns without probability", "g = g.masked_fill(dead, 0.0)", "pass"),
+        Change("an infinite reverse KL", 'mean.masked_fill(mean.isinf(), float("nan"))', "mean"),
+        Change(
+            "the mixture's shares exchanged",
+            "log_p + math.log(share), log_q + math.log1p(-share)",
+            "log_q + math.log(share), log_p + math.log1p(-share)",
+        ),
+    ),
     *changes(
         "camkd_fast/backends/feature_maps.py",
         "tests/backends/test_feature_maps.py",
@@ -35,10 +52,10 @@ CHANGES = (
         f"{FORMULAS} tests/losses/test_autograd.py::test_gradcheck_in_float64",
         Change(
             "soft loss without the square of T",
-            "soft = temperature**2 * _weighted_sum",
-            "soft = temperature * _weighted_sum",
+            "soft = temperature**2 * soft",
+            "soft = temperature * soft",
         ),
-        Change("gradient without T", "out = formula.soft_weight * T * (", "out = formula.soft_weight * ("),
+        Change("gradient without T", "out = formula.soft_grad_scale * _soft", "out = formula.soft_weight * _soft"),
         Change("entropy weights of the whole batch", "total = entropy.sum(0, keepdim=True)", "total = entropy.sum()"),
         Change(
             "infinite cross-entropies are not shared",
@@ -65,9 +82,22 @@ CHANGES = (
             tests=FEATURES,
         ),
         Change(
-            "KL the wrong way round",
-            "return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)",
-            "return (log_q.exp() * (log_q - log_p)).masked_fill(p == 0, 0.0).sum(-1)",
+            "z-loss without its gradient",
+            "out = out + 2.0 * formula.z_loss_weight",
+            "out = out + 0.0 * formula.z_loss_weight",
+            tests=DIVERGENCES,
+        ),
+        Change(
+            "the map of the first teacher for all",
+            "formula.teacher_map(k)) / T",
+            "formula.teacher_map(0)) / T",
+            tests=DIVERGENCES,
+        ),
+        Change(
+            "the first of the lowest and all equal ones",
+            "lowest & (lowest.cumsum(0) == 1)",
+            "lowest",
+            tests=DIVERGENCES,
         ),
         Change(
             "weights of bfloat16 students in bfloat16",

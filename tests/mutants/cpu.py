@@ -7,6 +7,7 @@ INFINITIES = "tests/losses/test_infinities.py"
 FEATURES = "tests/losses/test_feature_loss.py"
 MEAN = "tests/losses/test_one_call.py"
 TWO_LABELS = "tests/losses/test_two_labels.py"
+DIVERGENCES = "tests/losses/test_divergences.py"
 CALLS = "tests/losses/test_feature_calls.py tests/losses/test_feature_loss_and_grad.py"
 ROWS = (
     f"{FORMULAS}::test_ignored_rows_are_exactly_zero_where_threads_share_a_row"
@@ -18,11 +19,13 @@ CHANGES = (
     *changes(
         "csrc/row_math.h",
         f"{FORMULAS}::test_every_weighting_and_temperature {INFINITIES} tests/losses/test_logit_loss.py",
-        Change("soft loss without the square of T", "Math::set(T * T) * soft", "Math::set(T) * soft"),
+        Change(
+            "soft loss without the square of T", "scale_by_t2 ? T * T : 1.0f) * soft", "scale_by_t2 ? T : 1.0f) * soft"
+        ),
         Change(
             "gradient of the soft term without T",
-            "formula.soft_weight * T * grad_scale",
-            "formula.soft_weight * grad_scale",
+            "formula.scale_by_t2 ? formula.soft_weight * formula.temperature",
+            "formula.scale_by_t2 ? formula.soft_weight",
         ),
         Change("confidence weights divided by K", "sum * Math::set(float(K - 1))", "sum * Math::set(float(K))"),
         Change(
@@ -47,6 +50,23 @@ CHANGES = (
             "return weight * Math::zero_where_zero(term, weight);",
             "return weight * term;",
         ),
+        Change("the last of the lowest", "zero, left);", "zero, one);", tests=DIVERGENCES),
+        Change(
+            "z-loss without its gradient", "hard_scale = hard_scale + Math::set(2 *", "Math::set(2 *", tests=DIVERGENCES
+        ),
+        Change(
+            "an infinite reverse KL leaves finite gradients",
+            "coefficients.student1 + nan;",
+            "coefficients.student1;",
+            tests=DIVERGENCES,
+        ),
+        Change("no soft term, but its infinity", "no_soft_term ? zero : w[k]", "w[k]", tests=DIVERGENCES),
+        Change(
+            "the reverse KL's gradient without 1 / T",
+            "soft_scale * Math::set(1.0f / T) : soft_scale",
+            "soft_scale : soft_scale",
+            tests=DIVERGENCES,
+        ),
         Change(
             "an invalid label with soft_weight 0 has a loss",
             "formula.soft_weight), result.soft) + label_nan",
@@ -65,7 +85,10 @@ CHANGES = (
         Change("a share of 0 reads the first label", "labels.first = second;", "labels.second = second;"),
         Change("twice the same label is two", "else if (mix != 1 && second != target)", "else if (mix != 1)"),
         Change(
-            "second labels of ignored rows are read", "!second.target || target[n] == ignore_index", "!second.target"
+            "second labels of ignored rows are read",
+            "!second.target || target[n] == ignore_index",
+            "!second.target",
+            equivalent="nothing of an ignored row's labels is used, and their memory is there",
         ),
         Change("shares the wrong way round", "labels.share = mix;", "labels.share = 1.0f - mix;"),
     ),
@@ -74,8 +97,8 @@ CHANGES = (
         ROWS,
         Change(
             "ignored rows not cleared where rows run in parallel",
-            "if (row.ignored())\n                    row.clear_grad();\n                else",
-            "if (!row.ignored())",
+            "row.clear_grad();\n                    continue;",
+            "continue;",
         ),
         Change(
             "ignored rows not cleared where columns run in parallel",
@@ -94,14 +117,14 @@ CHANGES = (
         ),
         Change(
             "one student scratch for all threads",
-            "float* student_d = base + row_floats + thread * (kBlock + 2 * Vec::width);",
-            "float* student_d = base + row_floats;",
+            "block(base + row_floats + thread * block_floats);",
+            "block(base + row_floats);",
             tests=f"{FORMULAS}::test_threads_that_share_a_row_do_not_disturb_each_other",
         ),
         Change(
             "no barrier before the next row",
-            "row.write_block(b, shared, 0, streaming);\n#pragma omp barrier",
-            "row.write_block(b, shared, 0, streaming);",
+            "GradientBlock(row, shared, 0, b).write(block, streaming);\n#pragma omp barrier",
+            "GradientBlock(row, shared, 0, b).write(block, streaming);",
             equivalent="all threads meet once more before one of them changes what they share, for the next row",
         ),
         Change(
@@ -113,11 +136,45 @@ CHANGES = (
     *changes(
         "csrc/cpu/row_passes.h",
         f"{ROWS} {INFINITIES}",
-        Change("a masked block is not read again", "if (sums[k].finite()) continue;", "continue;"),
+        Change("a masked block is not read again", "if (k == 0 || sums[k].finite()) continue;", "continue;"),
+        Change(
+            "inner stride ignored",
+            "offset[k] = outer * m.stride_outer + inner * m.stride_inner;",
+            "offset[k] = outer * m.stride_outer + inner;",
+            tests="tests/losses/test_layout.py",
+        ),
+        Change(
+            "a common offset at the second label",
+            "logit(k, labels.second) - max)",
+            "logit(k, labels.second))",
+            tests=TWO_LABELS,
+        ),
+        Change(
+            "the label's logit is not mapped",
+            "return args.formula.maps ? VecMap(map_of(k)).of(x) : x;",
+            "return x;",
+            tests=DIVERGENCES,
+        ),
+        Change(
+            "a teacher has the student's map",
+            "n, map_of(k), block.mapped);",
+            "n, map_of(0), block.mapped);",
+            tests=DIVERGENCES,
+        ),
+        Change(
+            "the mixture takes another student",
+            "scratch.stream(0) + c, probability(0), probability(k)",
+            "scratch.stream(0) + c, probability(k), probability(k)",
+            tests=DIVERGENCES,
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_gradient.h",
+        f"{ROWS} {INFINITIES}",
         Change(
             "gradient of a block without the shift to the row's maximum",
-            "terms[count++] = {float(coefficient * factor)",
-            "terms[count++] = {float(coefficient)",
+            "term.coefficient *= shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverseT);",
+            ";",
         ),
         Change(
             "label in the first block only",
@@ -126,23 +183,60 @@ CHANGES = (
         ),
         Change("weight 0 reads a teacher of NaN", "if (coefficient == 0) continue;", ""),
         Change(
-            "inner stride ignored",
-            "offset[k] = outer * m.stride_outer + inner * m.stride_inner;",
-            "offset[k] = outer * m.stride_outer + inner;",
-            tests="tests/losses/test_layout.py",
-        ),
-        Change(
             "the second label has the share of the first",
-            "write_label(labels.second, 1.0f - labels.share);",
-            "write_label(labels.second, labels.share);",
+            "write_label(row.labels.second, 1.0f - row.labels.share",
+            "write_label(row.labels.second, row.labels.share",
             tests=TWO_LABELS,
         ),
         Change(
-            "a common offset at the second label",
-            "logit(args.streams[k], k, labels.second) - max)",
-            "logit(args.streams[k], k, labels.second))",
-            tests=TWO_LABELS,
+            "distances of a block without the shift to the row's maximum",
+            "(distances ? shift(k + 1) - shift(0) : 0.0)",
+            "0.0",
+            tests=DIVERGENCES,
         ),
+        Change(
+            "the label's soft part is that of the forward KL",
+            "return e[y] == 0 ? 0.0f : studentT * e[y] * slope;",
+            "return studentT * e[y];",
+            tests=DIVERGENCES,
+        ),
+    ),
+    *changes(
+        "csrc/cpu/row_divergences.h",
+        DIVERGENCES,
+        Change("jsd without the teacher's half", "Vec::fma(of_p * p, log_p, of_q * q * log_q)", "of_q * q * log_q"),
+        Change("the slope of jsd without its factor", "g = of_q * log_q;", "g = log_q;"),
+        Change("skew's mixture the wrong way round", "Vec::fma(of_p, p, of_q * q)", "Vec::fma(of_q, p, of_p * q)"),
+        Change("columns beyond the end are mixed", "first_lanes(n - i)](Vec v)", "first_lanes(W)](Vec v)"),
+        Change("the mean slope is left out", "- Vec::set(terms[k].center), slope);", ", slope);"),
+        Change("columns without probability", "Vec::zero_where_zero(a * e * slope, e)", "a * e * slope"),
+        Change(
+            "the reverse sums do not follow the student",
+            "(own - students) * old_student.sumT",
+            "own * old_student.sumT",
+        ),
+        Change(
+            "entropies do not follow the maximum",
+            "if (formula.entropy) move_entropy(states[0], maxima[0], inverseT);",
+            "",
+        ),
+        Change("sums over mixtures of the first thread", "slope += other.slope;", ""),
+    ),
+    *changes(
+        "csrc/cpu/row_maps.h",
+        DIVERGENCES,
+        Change(
+            "tanh from the exponential at 0 too",
+            "const Vec is_large = magnitude -",
+            "const Vec is_large = Vec::set(2.0f) -",
+        ),
+        Change(
+            "the slope of tanh from the exponential at 0 too",
+            "Vec::where_positive(is_large, Vec::set(4.0f) * t * inverse * inverse, Vec::fnma(small, small, one))",
+            "Vec::fnma(positive, positive, one)",
+            equivalent="it is less accurate far from 0, by less than the tests' tolerance of most inputs",
+        ),
+        Change("the gradient by the logits is that by x", "return scale * value *", "return value *"),
     ),
     *changes(
         "csrc/cpu/row_lanes.h",

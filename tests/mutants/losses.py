@@ -33,14 +33,14 @@ CHANGES = (
         ),
         Change(
             "the module forgets its ignore_index",
-            "self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend",
-            "self.ignore_index, self.reduction, self.backend = -100, reduction, backend",
+            "self.weighting, self.ignore_index = weighting, ignore_index",
+            "self.weighting, self.ignore_index = weighting, -100",
             tests="tests/losses/test_formula.py tests/losses/test_keywords.py",
         ),
         Change(
             "the module forgets its reduction",
-            "self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend",
-            'self.ignore_index, self.reduction, self.backend = ignore_index, "mean", backend',
+            "self.reduction, self.backend = reduction, backend",
+            'self.reduction, self.backend = "mean", backend',
             tests=f"{FORMULAS}::test_module_equals_the_function tests/losses/test_keywords.py",
         ),
         Change(
@@ -55,8 +55,8 @@ CHANGES = (
         "tests/losses/test_formula.py",
         Change(
             "soft scale without the square of T",
-            "return self.soft_weight * self.temperature**2",
-            "return self.soft_weight * self.temperature",
+            "(self.temperature**2 if self.scale_by_t2 else 1.0)",
+            "(self.temperature if self.scale_by_t2 else 1.0)",
             tests="tests/losses/test_formula.py tests/losses/test_autograd.py",
         ),
         Change(

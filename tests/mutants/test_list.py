@@ -91,7 +91,7 @@ def test_the_command_tells_caught_from_survived(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     drop = Change("drop", "optim.drop ** sum", "0.5 ** sum", file="camkd_fast/train/schedule.py")
     docs = Change("docs", "a resumed run needs no scheduler state", "a run", file="camkd_fast/train/schedule.py")
-    compiled = Change("square", "Math::set(T * T) * soft", "Math::set(T) * soft", file="csrc/row_math.h")
+    compiled = Change("square", "scale_by_t2 ? T * T", "scale_by_t2 ? T", file="csrc/row_math.h")
     tree = Tree(tmp_path)
     try:
         rates = ["tests/train/test_options.py::test_the_rate_follows_the_config"]

@@ -16,12 +16,13 @@ PACKAGE = ROOT / "camkd_fast"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-# What each part of the package may import besides itself: parts, or single modules of a part. The formula is a leaf of
-# `losses` that everybody may import; contract and feature maps are leaves of `backends`.
+# What each part of the package may import besides itself: parts, or single modules of a part. The formula and the
+# divergence are leaves of `losses` that everybody may import; contract and feature maps are leaves of `backends`.
 FORMULA, CONTRACT, MAPS = "losses.formula", "backends.contract", "backends.feature_maps"
+DIVERGENCE = "losses.divergence"
 PARTS = {
-    "kernels": {FORMULA, CONTRACT, MAPS},
-    "backends": {FORMULA, "_C", "kernels"},
+    "kernels": {FORMULA, DIVERGENCE, CONTRACT, MAPS},
+    "backends": {FORMULA, DIVERGENCE, "_C", "kernels"},
     "losses": {"backends"},
     "models": set(),
     "data": {"system"},
@@ -30,17 +31,19 @@ PARTS = {
     "train": {"models", "data", "losses", "system", "camkd_fast"},
     "experiments": {"train", "models", "data", "report", "losses", "system", "camkd_fast"},
     "integrations": {"losses", "camkd_fast"},
-    "__init__": {"losses.logit", "losses.feature", "train.distiller"},
+    "__init__": {"losses.logit", "losses.linear", "losses.feature", "train.distiller"},
     "__main__": {"cli"},
 }
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
     "backends": [
-        "contract", "feature_maps", "labels", "reference", "compiled", "cpu", "cuda", "memory", "dispatch", "__init__",
+        "contract", "feature_maps", "labels", "divergences", "reference", "compiled", "cpu", "cuda", "memory",
+        "dispatch", "__init__",
     ],
     "losses": [
-        "__init__", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry", "logit_op",
-        "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
+        "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",
+        "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
+        "projection", "linear_rows", "linear_chunks", "linear_checks", "linear_op", "linear",
     ],
 }  # fmt: skip
 

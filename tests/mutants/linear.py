@@ -1,0 +1,153 @@
+"""Wrong changes of the linear loss: camkd_fast/losses/linear*.py and projection.py."""
+
+from . import Change, changes
+
+LOSS = "tests/losses/test_linear_loss.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/losses/linear_rows.py",
+        LOSS,
+        Change("rows of no teacher are lost", "if code >> k & 1) or (0,)", "if code >> k & 1)"),
+        Change(
+            "groups of given weights without their order", "order = codes.argsort(stable=True)", "order = codes * 0"
+        ),
+        Change("small groups at any cost", "max(n, SMALL_GROUP) * (3 + teachers)", "n * (3 + teachers)"),
+        Change(
+            "groups read from a device",
+            "if weights is None or not may_read or count == 0:",
+            "if weights is None or count == 0:",
+        ),
+        Change("as many valid rows as wanted", "if num_valid >= len(labels):", "if num_valid > 0:"),
+        Change("valid rows last", "return (~kept).to(torch.uint8)", "return kept.to(torch.uint8)"),
+        Change("the caller's limit is forgotten", "if most_rows is None:", "if True:"),
+        Change("the last rows are cut off", "parts = -(-count // most_rows)", "parts = count // most_rows"),
+    ),
+    *changes(
+        "camkd_fast/losses/linear_chunks.py",
+        LOSS,
+        Change("ignored rows let in reach the products", "if self.masks else None", "if False else None"),
+        Change("biases of the whole head", "side.bias[: self.V]", "side.bias"),
+        Change("gradients beyond the vocabulary", "total[written:] = 0.0", "pass"),
+        Change(
+            "gradients of left-out rows", "if self.rows is None else torch.zeros_like", "if True else torch.zeros_like"
+        ),
+        Change("every chunk is the first one", "        self.first = False", "        self.first = True"),
+        Change(
+            "gradients are those of the last rows",
+            "total.hidden.index_copy_(0, rows, found)",
+            "total.hidden[: len(found)] = found",
+        ),
+        Change(
+            "the factors of single rows are those of the first",
+            "_taken(factor, rows), student)",
+            "factor[: len(student)], student)",
+        ),
+        Change(
+            "given weights of the first rows",
+            "weighting=weights[:, rows])",
+            "weighting=weights[:, : len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start])",
+        ),
+        Change("scales of the first teachers", "tuple(scales[k] for k in teachers)", "scales[: len(teachers)]"),
+        Change("softcaps of the first teachers", "tuple(softcaps[k] for k in teachers)", "softcaps[: len(teachers)]"),
+        Change(
+            "the weights of all teachers",
+            "formula.weighting[list(teachers)] if len(teachers) < self.K else formula.weighting",
+            "formula.weighting[: len(teachers)]",
+        ),
+        Change("teachers of weight 0 report a divergence", "per_teacher.masked_fill_(weights == 0, 0.0)", "pass"),
+        Change(
+            "statistics of the first teachers",
+            "per_teacher = [PER_TEACHER + i * self.K + k for i in range(3) for k in teachers]",
+            "per_teacher = [PER_TEACHER + i * self.K + k for i in range(3) for k in range(len(teachers))]",
+        ),
+        Change(
+            "the gradient takes memory of its own",
+            "            out=student,\n",
+            "",
+            tests=f"{LOSS} tests/losses/test_linear_memory.py",
+        ),
+        Change(
+            "products under autocast",
+            "with torch.autocast(stats.device.type, enabled=False):",
+            "with torch.autocast(stats.device.type, torch.bfloat16):",
+        ),
+    ),
+    *changes(
+        "camkd_fast/losses/projection.py",
+        LOSS,
+        Change("sums of the head's gradient begin with memory", "beta = 0 if first else 1", "beta = 1"),
+        Change("the head's gradient is that of the last chunk", "beta = 0 if first else 1", "beta = 0"),
+        Change("autocast rounds only the head", "rounded = hidden.to(self.inputs)", "rounded = hidden"),
+        Change("the bias of the first tile", "part += self._bias[columns]", "part += self._bias[: part.shape[1]]"),
+        Change(
+            "a tile beyond the head", "min(begin + tile, C)", "begin + tile", equivalent="a slice ends with its tensor"
+        ),
+    ),
+    *changes(
+        "camkd_fast/losses/linear_op.py",
+        LOSS,
+        Change(
+            "an incoming gradient is forgotten",
+            "return torch.mul(gradient, factor, out=",
+            "return torch.mul(gradient, 1.0, out=",
+        ),
+        Change(
+            "a retained graph is scaled in place",
+            "gradient.dtype == dtype and not keeps_graph()",
+            "gradient.dtype == dtype",
+        ),
+        Change(
+            "parameters may change before backward",
+            "ctx.save_for_backward(*inputs[:3], *others)",
+            "ctx.save_for_backward(*(x if x is None else x.detach().clone() for x in inputs[:3]), *others)",
+        ),
+        Change(
+            "the loss without its factor", "(stats[LOSS].sum() * factor).reshape(())", "stats[LOSS].sum().reshape(())"
+        ),
+        Change(
+            "labels are not checked",
+            "checks.count_labels(labels, vocab_size, ignore_index)",
+            "pass",
+            tests=f"{LOSS}::test_errors_name_both_values",
+        ),
+    ),
+    *changes(
+        "camkd_fast/losses/linear.py",
+        LOSS,
+        Change(
+            "results of shifted labels keep the last position",
+            "return rows[..., :-1] if shift else rows",
+            "return rows",
+        ),
+        Change(
+            "sums are means", 'return 1.0 if reduction == "sum" else None', 'return 0.5 if reduction == "sum" else None'
+        ),
+        Change(
+            "the divisor is the number of rows",
+            "return inverse_divisor(num_items, valid,",
+            "return inverse_divisor(None, valid,",
+        ),
+        Change("autocast is ignored", "return torch.get_autocast_dtype(device) if enabled else None", "return None"),
+        Change("the module forgets given weights", '{**self.settings, "weighting": weighting}', "self.settings"),
+    ),
+    *changes(
+        "camkd_fast/losses/linear_checks.py",
+        LOSS,
+        Change("labels of the same position", "target[..., 1:], (0, 1)", "target[..., :-1], (0, 1)"),
+        Change(
+            "false of a mask counts",
+            "torch.where(target, 0, formula.ignore_index)",
+            "torch.where(target, formula.ignore_index, 0)",
+        ),
+        Change(
+            "teachers' heads may be narrower", "if side.head.shape[0] < V:", "if i == 0 and side.head.shape[0] < V:"
+        ),
+        Change("teachers may require grad", 'checks.check_frozen(f"{model}\'s {field}", tensor)', "pass"),
+        Change(
+            "weights of shifted labels",
+            "weighting = torch.nn.functional.pad(weighting, (0, 1))",
+            "weighting = torch.nn.functional.pad(weighting, (1, 0))",
+        ),
+    ),
+)
