@@ -132,9 +132,8 @@ def test_a_trainer_in_two_processes(tmp_path: Path) -> None:
     compared = 0
     for ours, theirs in zip(two, one, strict=True):
         for name, value in theirs.items():
-            if name in ("loss", "eval_loss") or name.removeprefix("eval_").startswith(
-                ("hard", "soft", "teacher", "entropy")
-            ):
+            # Not eval_loss, which Trainer averages over batches, whose sizes differ here.
+            if name == "loss" or name.removeprefix("eval_").startswith(("hard", "soft", "teacher", "entropy")):
                 assert abs(ours[name] - value) <= 1e-4 * max(abs(value), 1e-3), name
                 compared += 1
     assert compared == 3 * 8 + 7
