@@ -267,7 +267,11 @@ def at_head(model: Any, states: Tensor, compute: Callable[[Tensor, OutputHead], 
 def linear_loss(
     states: Tensor, head: OutputHead, teachers: Sequence[Hidden], target: Tensor, **settings: Any
 ) -> LinearLossOutput:
-    """`camkd_linear_loss` of models; scales and softcaps are the heads' unless `settings` name others."""
+    """`camkd_linear_loss` of models, on the device of the student's head.
+
+    Args:
+        settings: keywords; scales and softcaps are the heads' unless they are among them.
+    """
     states = states.to(head.weight.device)
     student = OutputHead(*_of_one_dtype(states, head.weight, head.bias), *head[2:])
     others = []
@@ -292,8 +296,12 @@ def linear_loss(
         target.to(states.device),
         student_bias=student.bias,
         teacher_biases=[own.bias for _, own in others],
-        **{**mapped, **settings},
+        **{**mapped, **{name: _beside(states, value) for name, value in settings.items()}},
     )
+
+
+def _beside(states: Tensor, setting: Any) -> Any:
+    return setting.to(states.device) if isinstance(setting, Tensor) else setting
 
 
 def _of_one_dtype(states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

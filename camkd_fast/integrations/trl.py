@@ -76,8 +76,6 @@ def fused_divergence_loss(
             *(teacher_logit_scale, teacher_final_logit_softcapping),
         )
     mask = completion_mask != 0
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     out = linear_loss(
         student_hidden_states, student, [Hidden(teacher_hidden_states.detach(), head)], mask,
         divergence=divergence_of(beta), temperature=temperature, num_items=num_items_in_batch, weighting="uniform",
@@ -126,11 +124,11 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         name = self.teacher_column
+        if name is not None and name not in inputs[0]:
+            raise ValueError(f"the data have no column {name!r}, only {sorted(inputs[0])}")
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if name is not None:
-            if name not in inputs[0]:
-                raise ValueError(f"the data have no column {name!r}, only {sorted(inputs[0])}")
             output[name] = torch.as_tensor([example[name] for example in inputs], device=output["prompt_ids"].device)
         return output
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("trl")
 
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig
 
 from camkd_fast.integrations.trl import MultiTeacherDistillationTrainer
 from tests.support import language_models as lm
-from tests.support.distilled_runs import SETTINGS, prompts, tokenizer
+from tests.support.distilled_runs import LOSS, SETTINGS, MixedSFT, prompts, texts, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,3 +145,21 @@ def test_evaluation(make: Any) -> None:
     trainer = make(lm.teachers(), eval_dataset=prompts().select(range(3)))
     found = trainer.evaluate()
     assert found["eval_loss"] > 0 and "eval_teacher_1_ce" in trainer.state.log_history[-1]
+
+
+def test_a_column_in_the_sft_trainer(tmp_path: Path) -> None:
+    """TRL's collator and data preparation drop what they do not know."""
+    data = texts().add_column("teacher_id", [0, 1, 1, 1] * 10)
+    settings = {**SETTINGS, "max_steps": 10, "logging_steps": 10, "save_strategy": "no", "learning_rate": 0.0}
+    trainer = MixedSFT(
+        lm.causal_lm(), SFTConfig(str(tmp_path), **settings), train_dataset=data, eval_dataset=data,
+        processing_class=tokenizer(), teachers=lm.teachers(), distillation_loss=LOSS, teacher_column="teacher_id",
+    )  # fmt: skip
+    trainer.train()
+    counts = [sum(label != -100 for label in row["labels"][1:]) for row in data]
+    share = sum(counts[::4]) / sum(counts)
+    log = trainer.state.log_history[0]
+    assert abs(log["teacher_0_weight"] - share) < 1e-5 and abs(log["teacher_1_weight"] - 1 + share) < 1e-5
+    found = trainer.evaluate()
+    assert found["eval_loss"] > 0
+    assert abs(trainer.state.log_history[-1]["eval_teacher_0_weight"] - share) < 1e-5
