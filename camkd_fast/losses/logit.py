@@ -266,6 +266,8 @@ class CAMKDLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A `weighting` may be a name, an nn.Parameter, which is learned, or a tensor, which becomes a buffer."""
+        if name in Formula._fields:
+            self.__dict__.pop("_formula", None)
         if name == "weighting":
             for store in (self.__dict__, self._parameters, self._buffers):
                 store.pop(name, None)
@@ -276,7 +278,12 @@ class CAMKDLoss(nn.Module):
     @property
     def formula(self) -> Formula:
         """The constants as they are now: attributes may be changed between calls."""
-        return Formula(*(getattr(self, name) for name in Formula._fields))
+        known: Formula | None = self.__dict__.get("_formula")
+        if known is None:
+            known = Formula(*(getattr(self, name) for name in Formula._fields))
+            if isinstance(known.weighting, str):  # a buffer is replaced without notice, by .to() for example
+                self.__dict__["_formula"] = known
+        return known
 
     def forward(
         self,

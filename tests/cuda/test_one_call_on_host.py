@@ -75,15 +75,24 @@ def gradient(found: Any) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
-    ("N", "C", "multiprocessors"),
-    [(3, 40, 2), pytest.param(90, 40, 3, marks=pytest.mark.slow), (130, 12, 3), (5, WIDE, 2)],
+    ("N", "C", "K", "multiprocessors"),
+    [
+        (3, 40, 2, 2),
+        pytest.param(90, 40, 2, 3, marks=pytest.mark.slow),
+        (130, 12, 2, 3),
+        (5, WIDE, 2, 2),
+        (9, 40, 6, 2),
+    ],
     ids=str,
 )
-def test_every_reduction(emulated: ModuleType, grid: str, N: int, C: int, multiprocessors: int, reduction: str) -> None:
-    """A few rows to a cluster, many to a grid, with fewer and with more rows than blocks."""
+def test_every_reduction(
+    emulated: ModuleType, grid: str, N: int, C: int, K: int, multiprocessors: int, reduction: str
+) -> None:
+    """A few rows to a cluster, many to a grid, with fewer and with more rows than blocks; and more teachers than any
+    kernel is compiled for."""
     limit(emulated, cluster=1, multiprocessors=multiprocessors)
     for ignored, two_labels in ((0.0, False), (0.4, False), (0.4, True)):
-        case = make_case(N, C, 2, ignored=ignored, reduction=reduction, padded=False, two_labels=two_labels)
+        case = make_case(N, C, K, ignored=ignored, reduction=reduction, padded=False, two_labels=two_labels)
         check(case, f"{ignored:g} ignored, two labels: {two_labels}")
 
 

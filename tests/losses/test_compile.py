@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkd_fast  # noqa: F401  # registers the ops
 from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
+from camkd_fast.losses.formula import Formula
 from tests.support.cases import make_case
 from tests.support.evaluate import fields, run
 from tests.support.tolerance import assert_accurate, assert_near
@@ -23,6 +24,8 @@ def _fresh_compiler():
 
 def op_arguments(backend, lead=(6,), **changes):
     case = make_case(6, 10, lead=lead, padded=False, ignored=0.3)
+    formula = Formula(**{name: changes.pop(name) for name in Formula._fields if name in changes and name in EXTENDED})
+    constants, _, divergence, _ = formula.checked(3).constants()
     arguments = {
         "student": case.student.requires_grad_(),
         "teachers": list(case.teachers),
@@ -31,8 +34,9 @@ def op_arguments(backend, lead=(6,), **changes):
         "mix": None,
         "weights": None,
         "grad_scale": None,
-        "constants": [4.0, 1.0, 1.0],
+        "constants": constants,
         "weighting": "confidence",
+        "divergence": divergence,
         "ignore_index": -100,
         "needs_grad": True,
         "backend": backend,
@@ -40,6 +44,7 @@ def op_arguments(backend, lead=(6,), **changes):
     return tuple((arguments | changes).values())
 
 
+EXTENDED = {"divergence", "student_softcap", "teacher_logit_scales", "entropy"}
 TWO_LABELS = {"second_target": torch.arange(6), "mix": torch.linspace(0, 1, 6)}
 ROW_LOSS = {
     "defaults": {},
@@ -51,6 +56,8 @@ ROW_LOSS = {
     "tokens": {"lead": (2, 3)},
     "two labels": TWO_LABELS,
     "two labels of tokens": {"lead": (2, 3)} | {name: value.view(2, 3) for name, value in TWO_LABELS.items()},
+    "another divergence": {"divergence": ("jsd", 0.3), "student_softcap": 5.0, "teacher_logit_scales": (1.0, 2.0, 0.5)},
+    "entropies of the student": {"entropy": True},
     "padded rows": {"student": torch.randn(6, 13)[:, :10].detach().requires_grad_()},
 }
 
@@ -105,6 +112,7 @@ def test_every_registered_op_is_checked():
         "feature_error",
         "feature_error_backward",
         "feature_loss",
+        *("linear_loss", "linear_loss_rows", "linear_loss_rows_backward"),  # checked in test_linear_loss.py
         "min_norm_weights",  # checked in test_min_norm.py; registered when losses.min_norm is imported
     }
     assert registered >= checked - {"min_norm_weights"} and registered <= checked

@@ -520,7 +520,7 @@ def test_compiled(reduction: str) -> None:
         assert_near(a, b)
 
 
-@pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows"])
+@pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows", "linear_loss_rows_backward"])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
 def test_opcheck(name: str, needs: tuple[bool, ...]) -> None:
     case = make_linear_case(12, 9, ignored=0.2, hard_weight=1.0)
@@ -534,6 +534,8 @@ def test_opcheck(name: str, needs: tuple[bool, ...]) -> None:
     ]
     if name == "linear_loss":
         arguments += [0.25, None]
+    elif name == "linear_loss_rows_backward":
+        arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments] + [torch.randn(12)]
     torch.library.opcheck(getattr(torch.ops.camkd_fast, name), tuple(arguments))
 
 
@@ -611,7 +613,7 @@ def test_weights_are_those_of_confidence_weights() -> None:
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"divergence": "jsd"}, ValueError, "needs its parameter"),
     ],
-    ids=lambda value: "" if isinstance(value, type) else str(value)[:40],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_errors_name_both_values(changes: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
