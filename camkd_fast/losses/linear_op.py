@@ -136,15 +136,20 @@ torch.library.register_fake("camkd_fast::linear_loss_rows_backward", _fake_rows_
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _inputs_gradients(found: Sequence[Tensor | None], K: int, others: int) -> tuple[Any, ...]:
-    """Gradients of the arguments of an operator: those of the student, and None for all that follows."""
-    return (*found, [None] * K, [None] * K, *(None,) * (others - 5))
+def _inputs_gradients(found: Sequence[Tensor | None], ctx: Any) -> tuple[Any, ...]:
+    """Gradients of the arguments of an operator: those of the student, and None for all that follows.
+
+    A list of tensors has a list of gradients; biases of which one is None are not such a list to torch.
+    """
+    nothing = [None] * ctx.K
+    return (*found, nothing, nothing, nothing if ctx.all_biased else None, *(None,) * (ctx.count - 6))
 
 
 def _keep_parameters(ctx: Any, inputs: Sequence[Any], *others: Tensor) -> None:
     """Saved, although the gradients are known: autograd then raises if one was changed in place meanwhile."""
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in inputs[:3]]
     ctx.needs, ctx.K, ctx.count = inputs[_NEEDS], len(inputs[3]), len(inputs)
+    ctx.all_biased = all(bias is not None for bias in inputs[5])
     ctx.save_for_backward(*inputs[:3], *others)
 
 
@@ -160,7 +165,7 @@ def _backward_loss(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         _times(gradient, grad_loss, dtype) if needed and dtype is not None else None
         for gradient, needed, dtype in zip(gradients, ctx.needs, ctx.dtypes, strict=True)
     ]
-    return _inputs_gradients(found, ctx.K, ctx.count)
+    return _inputs_gradients(found, ctx)
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,8 +206,7 @@ def _backward_rows(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
             gradient.to(dtype) if needed and dtype is not None else None
             for gradient, needed, dtype in zip(found, ctx.needs, ctx.dtypes, strict=True)
         ],
-        ctx.K,
-        ctx.count,
+        ctx,
     )
 
 

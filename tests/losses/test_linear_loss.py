@@ -558,6 +558,15 @@ def test_a_mask_in_the_place_of_labels(weighting: Any, reduction: str) -> None:
     assert ours.hard is None and ours.teacher_ce is None
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_teacher_may_have_a_bias(reduction: str) -> None:
+    """To torch a list of tensors only is another thing than one with None."""
+    case = make_linear_case(40, 30, reduction=reduction)
+    assert case.teacher_biases is not None
+    case = case.with_(teacher_biases=(case.teacher_biases[0], torch.randn(30)))
+    assert_rule(case, torch.randn(40) if reduction == "none" else None)
+
+
 def test_padded_vocabularies_are_cut() -> None:
     case = make_linear_case(40, 30, biased=False, hard_weight=1.0)
     wider = tuple(torch.cat([w, torch.full((5, w.shape[1]), math.nan)]) for w in case.teacher_heads)

@@ -13,7 +13,7 @@ from importlib import import_module
 
 AREAS = (
     *("cpu", "cuda", "triton", "losses", "linear", "backends"),
-    *("step", "training", "strategies", "teachers", "data", "models", "study", "commands"),
+    *("step", "training", "strategies", "teachers", "data", "models", "study", "commands", "integrations"),
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("digits", "language_model"))
 NEEDS = {"with_lightning": "lightning", "with_accelerate": "accelerate", "with_transformers": "transformers"}
 LEAST = 0.6  # accuracy after these few epochs; 0.1 is chance
 
@@ -21,6 +21,7 @@ def test_every_example_is_listed() -> None:
     text = (ROOT / "docs" / "loops.md").read_text()
     for name in SCRIPTS:
         assert f"examples/{name}.py" in text
+    assert "examples/language_model.py" in (ROOT / "docs" / "language_models.md").read_text()
 
 
 def loaded(name: str) -> ModuleType:
@@ -41,14 +42,31 @@ def shared() -> ModuleType:
     return module
 
 
+def as_a_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    # transformers would take the folder `kernels` at the root for a package of that name.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_trains_a_student(
     name: str, shared: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(NEEDS.get(name, "torch"))
-    monkeypatch.chdir(tmp_path)
-    # As for a script: transformers would take the folder `kernels` at the root for a package of that name.
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+    as_a_script(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "digits", shared)
     assert loaded(name).main() > LEAST
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_language_model_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    as_a_script(tmp_path, monkeypatch)
+    before, after = loaded("language_model").main()
+    assert after < 3.5 < 5 < before
+    printed = capsys.readouterr().out
+    assert "teacher 1: " in printed and "soft_loss" in printed

@@ -30,6 +30,7 @@ PARTS = {
     "report": set(),
     "train": {"models", "data", "losses", "system", "camkd_fast"},
     "experiments": {"train", "models", "data", "report", "losses", "system", "camkd_fast"},
+    "integrations": {"losses", "camkd_fast"},
     "__init__": {"losses.logit", "losses.linear", "losses.feature", "train.distiller"},
     "__main__": {"cli"},
 }

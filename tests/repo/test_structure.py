@@ -78,14 +78,14 @@ def test_the_vocabulary_test_leaves(line):
 
 TREE = {
     ".": {"benchmarks", "camkd_fast", "csrc", "docs", "examples", "kernels", "tests", ".ci", ".github"},
-    "camkd_fast": {"backends", "cli", "data", "experiments", "losses", "models", "report", "train"},
+    "camkd_fast": {"backends", "cli", "data", "experiments", "integrations", "losses", "models", "report", "train"},
     "camkd_fast/experiments": {"study"},
     "camkd_fast/train": {"strategies", "teachers"},
     "csrc": {"cpu", "cuda", "python"},
     "csrc/cuda": {"any_formula", "row_loss"},
     "tests": {
         *("backends", "benchmarks", "cli", "cuda", "data", "experiments"),
-        *("gpu", "losses", "models", "mutants", "repo", "support", "train"),
+        *("gpu", "integrations", "losses", "models", "mutants", "repo", "support", "train"),
     },
 }
 

@@ -1,0 +1,123 @@
+"""Which teachers a batch needs, and their weights: fixed ones, or by a column that routes or mixes per sample."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .causal_lm import Hidden, check_logits, is_in_place, is_sharded, teacher_hidden, unused_hidden
+
+
+def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
+    """(K, B) from teachers' numbers (B,) or weights (B, K).
+
+    Raises:
+        ValueError: another shape, or a teacher that does not exist.
+    """
+    values = torch.as_tensor(column)
+    if values.shape == (B,) and not values.is_floating_point():
+        values = values.long()
+        lowest, highest = (int(values.min()), int(values.max())) if B else (0, 0)
+        if lowest < 0 or highest >= K:
+            raise ValueError(f"column {name!r} holds teacher {lowest if lowest < 0 else highest}, but there are {K}")
+        return torch.nn.functional.one_hot(values, K).t().float()
+    if values.shape == (B, K):
+        return values.t().float()
+    raise ValueError(
+        f"column {name!r} has shape {tuple(values.shape)} and dtype {values.dtype}, but expected are numbers of "
+        f"teachers ({B},) or weights ({B}, {K})"
+    )
+
+
+class TeacherMix:
+    """K teachers and how they are mixed: by the loss, by fixed weights, or by a column of the data."""
+
+    def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> None:
+        """
+        Raises:
+            ValueError: no teachers, both kinds of weights, or a number of weights that is not theirs.
+        """
+        if not teachers:
+            raise ValueError("teachers is empty: give at least one to the trainer")
+        if weights is not None and column is not None:
+            raise ValueError(
+                f"teacher_weights {list(weights)} and teacher_column {column!r} are both given: expected one of them"
+            )
+        if weights is not None and len(weights) != len(teachers):
+            raise ValueError(f"teacher_weights holds {len(weights)} numbers, but there are {len(teachers)} teachers")
+        self.teachers, self.weights, self.column = list(teachers), weights, column
+
+    def is_of(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> bool:
+        same = len(teachers) == len(self.teachers) and all(map(operator.is_, teachers, self.teachers))
+        return same and (weights, column) == (self.weights, self.column)
+
+    def place(self, device: torch.device) -> None:
+        """In eval mode and on the device, unless a teacher is spread over processes or devices.
+
+        Raises:
+            ValueError: a teacher's logits do not follow from its head and config.
+        """
+        for teacher in self.teachers:
+            if isinstance(teacher, nn.Module):
+                teacher.eval()
+                if is_in_place(teacher):
+                    check_logits(teacher.to(device))
+
+    def of_batch(
+        self, batch: Mapping[str, Any], inputs: Mapping[str, Any], positions: int
+    ) -> tuple[list[Hidden], dict[str, Any]]:
+        """Hidden states of the teachers, and the weighting of the loss if it is given.
+
+        Args:
+            batch: with the column.
+            inputs: of the models; "input_ids" has B rows.
+            positions: of the loss in a row.
+        """
+        ids: Tensor = inputs["input_ids"]
+        if self.weights is not None:
+            weighting = torch.tensor(self.weights, device=ids.device)
+            return hidden_of_teachers(self.teachers, inputs, None), {"weighting": weighting}
+        if self.column is None:
+            return hidden_of_teachers(self.teachers, inputs, None), {}
+        if self.column not in batch:
+            raise ValueError(f"the batch has no column {self.column!r}, only {sorted(batch)}")
+        weights = weights_of_column(self.column, batch[self.column], len(self.teachers), len(ids)).to(ids.device)
+        weighting = weights.unsqueeze(-1).expand(-1, -1, positions)
+        return hidden_of_teachers(self.teachers, inputs, weights), {"weighting": weighting}
+
+
+def hidden_of_teachers(teachers: Sequence[Any], inputs: Mapping[str, Any], weights: Tensor | None) -> list[Hidden]:
+    """Of every teacher; a sample is computed by teachers only that have a weight there.
+
+    Args:
+        inputs: of the models; "input_ids" has B rows.
+        weights: (K, B); None if every teacher is needed.
+    """
+    return [
+        teacher_hidden(teacher, inputs) if weights is None else _of_some(teacher, inputs, weights[k] != 0)
+        for k, teacher in enumerate(teachers)
+    ]
+
+
+def _of_some(teacher: Any, inputs: Mapping[str, Any], used: Tensor) -> Hidden:
+    """Of the samples `used` (B,); zeros elsewhere, which the loss does not read."""
+    B = len(used)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    rows = used.nonzero().squeeze(-1)
+    if len(rows) == 0:
+        if not is_sharded(teacher):
+            return unused_hidden(teacher, inputs)
+        rows = rows.new_zeros(1)  # as the other processes' samples may be this teacher's
+    if len(rows) == B or any(value.dim() == 0 or len(value) != B for value in tensors):
+        return teacher_hidden(teacher, inputs)
+    some = {
+        name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+    found = teacher_hidden(teacher, some)
+    states = found.states.new_zeros((B, *found.states.shape[1:]))
+    return found._replace(states=states.index_copy_(0, rows.to(states.device), found.states))

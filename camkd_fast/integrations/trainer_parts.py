@@ -1,0 +1,67 @@
+"""What the trainers of the integrations share: a column of the data that reaches the loss, and logs of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .loss_metrics import LossMetrics
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class TrainerParts(_Trainer):  # type: ignore[misc]
+    """Before a transformers Trainer in the list of bases."""
+
+    teacher_column: str | None = None
+    data_collator: Any  # of the trainer
+    _signature_columns: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher_column is not None and self.teacher_column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, self.teacher_column]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds means over the tokens since the last log: hard_loss, soft_loss, entropy, and of teacher k
+        teacher_k_weight and teacher_k_ce; in evaluation with its prefix."""
+        # Only to logs that every process writes: those have a loss.
+        names = ["loss"] if self._mode == "train" else [name for name in logs if name.endswith("_loss")]
+        if names and names[0] in logs:
+            prefix = names[0].removesuffix("loss")
+            means = self._loss_metrics[self._mode].means(self.accelerator)
+            logs.update({prefix + name: value for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which does not log it."""
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self._loss_metrics["eval"].clear()
+
+
+class CollatorWithColumn:
+    """A collator that passes a column on which the collator inside may not know."""
+
+    def __init__(self, inner: Callable[[Sequence[Any]], dict[str, Any]], name: str) -> None:
+        self.inner, self.name = inner, name
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self.name not in examples[0]:
+            return self.inner(examples)  # an error if a loss is computed, which says so
+        others = [{name: value for name, value in example.items() if name != self.name} for example in examples]
+        return {**self.inner(others), self.name: torch.as_tensor([example[self.name] for example in examples])}

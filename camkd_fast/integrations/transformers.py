@@ -1,0 +1,134 @@
+"""Distillation from several teachers in transformers' Trainer, and in trainers above it such as TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from ..losses.linear import CAMKDLinearLoss
+from .causal_lm import OutputHead, check_logits, is_in_place, linear_loss, student_loss
+from .signatures import check_signature
+from .teacher_mix import TeacherMix
+from .trainer_parts import CollatorWithColumn, TrainerParts
+
+COMPUTE_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
+GIVEN = ("reduction", "shift", "ignore_index")  # settings of the loss that the trainer decides
+
+
+class MultiTeacherDistillationMixin(TrainerParts):
+    """`compute_loss` by `camkd_linear_loss` from K frozen teachers, put before a trainer:
+
+    >>> class MyTrainer(MultiTeacherDistillationMixin, Trainer): ...
+    >>> trainer = MyTrainer(student, arguments, train_dataset=data, teachers=[small, large])
+
+    Attributes, which may be set later too:
+        teachers: K causal language models of transformers, or `camkd_fast.integrations.causal_lm.Teacher`s. Their
+            vocabulary is the student's, their heads may have more rows.
+        distillation_loss: a CAMKDLinearLoss, or its settings by name; labels count with `hard_weight`.
+        teacher_weights: K fixed weights instead of the loss's weighting.
+        teacher_column: a column of the data instead: the number of a sample's teacher, to which it is routed, or its K
+            weights. A teacher does not run for samples where its weight is 0.
+    """
+
+    teachers: Sequence[Any] = ()
+    distillation_loss: CAMKDLinearLoss | Mapping[str, Any] | None = None
+    teacher_weights: Sequence[float] | None = None
+    teacher_column: str | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        teachers: Sequence[Any] | None = None,
+        distillation_loss: CAMKDLinearLoss | Mapping[str, Any] | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args, kwargs: of the trainer.
+
+        Raises:
+            RuntimeError: the trainer's compute_loss takes other arguments than in the version this was written for.
+            ValueError, TypeError: settings of the loss are invalid, both kinds of weights are given, or the logits of a
+                model do not follow from its head and config.
+        """
+        check_signature(super(), "compute_loss", COMPUTE_LOSS, "transformers")
+        given = {
+            "teachers": teachers,
+            "distillation_loss": distillation_loss,
+            "teacher_weights": teacher_weights,
+            "teacher_column": teacher_column,
+        }
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, value)
+        self._mix: TeacherMix | None = None
+        self._loss_settings()
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported, one GPU per process is: start the "
+                "script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        if is_in_place(self.model):
+            check_logits(self.model)
+        if self.teachers:
+            self._teacher_mix()
+        if self.teacher_column is not None:
+            self.data_collator = CollatorWithColumn(self.data_collator, self.teacher_column)
+
+    def _loss_settings(self) -> dict[str, Any]:
+        loss = self.distillation_loss
+        module = loss if isinstance(loss, CAMKDLinearLoss) else CAMKDLinearLoss(**(loss or {}))
+        for name in GIVEN:
+            if name in module.settings:
+                raise ValueError(f"distillation_loss has {name}={module.settings[name]!r}, but the trainer decides it")
+        return module.settings
+
+    def _teacher_mix(self) -> TeacherMix:
+        """Of the attributes, which may have changed."""
+        given = self.teachers, self.teacher_weights, self.teacher_column
+        if self._mix is None or not self._mix.is_of(*given):
+            self._mix = TeacherMix(*given)
+            self._mix.place(self.args.device)
+        return self._mix
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss per label of `num_items_in_batch`, or of this batch without it; with `return_outputs` logits too."""
+        settings, mix = self._loss_settings(), self._teacher_mix()
+        shift = "shift_labels" not in inputs
+        target = inputs.get("labels" if shift else "shift_labels")
+        if target is None:
+            raise ValueError(f"the batch has no labels, only {sorted(inputs)}")
+        taken = {name: value for name, value in inputs.items() if name != mix.column}
+        divisor: Tensor | None = None
+        if num_items_in_batch is not None:  # a batch without labels has the loss 0
+            divisor = torch.as_tensor(num_items_in_batch, device=target.device).clamp(min=1)
+        logits: list[Tensor] = []
+
+        def compute(states: Tensor, head: OutputHead) -> Tensor:
+            out = linear_loss(states, head, hidden, target, shift=shift, num_items=divisor, **{**settings, **weighting})
+            self._loss_metrics[self._mode].add(out, divisor)
+            if return_outputs:
+                with torch.no_grad():
+                    logits.append(head.logits(states))
+            return out.loss
+
+        with self.accelerator.autocast():
+            hidden, weighting = mix.of_batch(inputs, taken, target.shape[1] - shift)
+            loss = student_loss(model, taken, compute)
+        # As Trainer does: the number is that of all processes, whose gradients are averaged.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, CausalLMOutput(logits=logits[0])) if return_outputs else loss

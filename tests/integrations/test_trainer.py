@@ -1,0 +1,260 @@
+"""The mixin in transformers' Trainer: losses, columns, logs, evaluation and prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from camkd_fast import CAMKDLinearLoss
+from camkd_fast.integrations.causal_lm import hidden_states
+from camkd_fast.integrations.transformers import MultiTeacherDistillationMixin
+from tests.support.language_models import (
+    TokenData,
+    assert_gradients,
+    causal_lm,
+    gradients,
+    teacher_logits,
+    teachers,
+    unfused_loss,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOSS = {"temperature": 2.0, "hard_weight": 0.5}
+
+
+class Distilled(MultiTeacherDistillationMixin, Trainer):
+    pass
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    def made(data: TokenData | None = None, settings: dict[str, Any] | None = None, **given: Any) -> Distilled:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            **{
+                "use_cpu": True,
+                "report_to": "none",
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "max_steps": 2,
+                "per_device_train_batch_size": 4,
+                "per_device_eval_batch_size": 4,
+                "logging_steps": 1,
+                "optim": "sgd",
+                "learning_rate": 0.1,
+                "lr_scheduler_type": "constant",
+                "max_grad_norm": 0.0,
+                **(settings or {}),
+            },
+        )
+        data = data or TokenData()
+        model = given.pop("model", None) or causal_lm()
+        given = {"teachers": teachers(), "distillation_loss": LOSS, **given}
+        return Distilled(model, arguments, train_dataset=data, eval_dataset=data, **given)
+
+    return made
+
+
+def batch_of(data: TokenData, rows: range = range(4)) -> dict[str, Tensor]:
+    return default_data_collator([data[i] for i in rows])  # type: ignore[no-any-return]
+
+
+def expected_loss(model: nn.Module, others: list[Any], batch: dict[str, Tensor], **options: Any) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return unfused_loss(logits, teacher_logits(others, batch), batch["labels"], **{**LOSS, **options})
+
+
+def assert_loss(trainer: Distilled, batch: dict[str, Tensor], **options: Any) -> None:
+    model = trainer.model
+    model.zero_grad()
+    expected_loss(model, list(trainer.teachers), batch, **options).backward()
+    wanted = gradients(model)
+    expected = expected_loss(model, list(trainer.teachers), batch, **options).item()
+    model.zero_grad()
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=options.get("num_items"))
+    loss.backward()
+    assert abs(loss.item() - expected) <= 1e-5 * expected
+    assert_gradients(gradients(model), wanted)
+
+
+def test_the_loss_of_a_batch(make: Any) -> None:
+    assert_loss(make(), batch_of(TokenData()))
+    assert_loss(make(distillation_loss=CAMKDLinearLoss("uniform", **LOSS)), batch_of(TokenData()), weighting="uniform")
+    assert_loss(make(), batch_of(TokenData()), num_items=torch.tensor(50))
+    assert_loss(make(teacher_weights=[0.9, 0.3]), batch_of(TokenData()), weighting=torch.tensor([0.9, 0.3]))
+
+
+def test_attributes_may_be_set_later(make: Any) -> None:
+    trainer = make(teachers=None, distillation_loss=None)
+    with pytest.raises(ValueError, match="teachers is empty"):
+        trainer.compute_loss(trainer.model, batch_of(TokenData()))
+    trainer.teachers, trainer.distillation_loss = teachers(), LOSS
+    assert_loss(trainer, batch_of(TokenData()))
+    trainer.teachers = trainer.teachers[:1]
+    assert_loss(trainer, batch_of(TokenData()))
+
+
+def test_shifted_labels_are_taken_as_they_are(make: Any) -> None:
+    trainer, batch = make(), batch_of(TokenData())
+    expected = trainer.compute_loss(trainer.model, dict(batch))
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    found = trainer.compute_loss(trainer.model, {**batch, "shift_labels": shifted})
+    assert found.item() == expected.item()
+
+
+def test_a_batch_without_labels_that_count(make: Any) -> None:
+    trainer, batch = make(), batch_of(TokenData())
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss == 0 and not any(gradient.any() for gradient in gradients(trainer.model).values())
+    with pytest.raises(ValueError, match=r"no labels, only \['attention_mask', 'input_ids'\]"):
+        trainer.compute_loss(trainer.model, {name: batch[name] for name in ("input_ids", "attention_mask")})
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_routed_to_their_teacher(make: Any) -> None:
+    """And a teacher runs for its samples only."""
+    data = TokenData(teacher_id=[0, 1, 0, 0, 0, 0, 0, 0])
+    trainer = make(data, teacher_column="teacher_id")
+    sizes: list[list[int]] = [[], []]
+    for k, teacher in enumerate(trainer.teachers):
+        teacher.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs, k=k: sizes[k].append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+    for rows, ids, expected in ((range(4), [0, 1, 0, 0], [[3], [1]]), (range(4, 8), [0] * 4, [[4], []])):
+        batch = batch_of(data, rows)
+        trainer.compute_loss(trainer.model, dict(batch))
+        assert sizes == expected
+        weights = torch.nn.functional.one_hot(torch.tensor(ids), 2).t().float()
+        assert_loss(trainer, batch, weighting=weights)
+        sizes[0].clear(), sizes[1].clear()
+
+
+def test_samples_mix_their_teachers(make: Any) -> None:
+    weights = torch.rand(8, 2)
+    data = TokenData(mix=weights.tolist())
+    trainer = make(data, teacher_column="mix")
+    assert_loss(trainer, next(iter(trainer.get_train_dataloader())) | batch_of(data), weighting=weights[:4].t())
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (torch.tensor([0, 1, 2, 0]), "column 'teacher_id' holds teacher 2, but there are 2"),
+        (torch.tensor([0, -1, 1, 0]), "holds teacher -1, but there are 2"),
+        (torch.rand(4, 3), r"has shape \(4, 3\) and dtype torch.float32, but expected .* \(4,\) or weights \(4, 2\)"),
+        (None, r"no column 'teacher_id', only \['attention_mask', 'input_ids', 'labels'\]"),
+    ],
+)
+def test_columns_are_checked(make: Any, column: Any, words: str) -> None:
+    trainer, batch = make(teacher_column="teacher_id"), batch_of(TokenData())
+    with pytest.raises(ValueError, match=words):
+        trainer.compute_loss(trainer.model, batch if column is None else {**batch, "teacher_id": column})
+
+
+def test_settings_are_checked(make: Any) -> None:
+    for given, words in (
+        ({"distillation_loss": {"shift": True}}, "shift=True, but the trainer decides it"),
+        ({"distillation_loss": {"temperatur": 2.0}}, "got 'temperatur'"),
+        ({"teacher_weights": [1.0]}, "teacher_weights holds 1 numbers, but there are 2 teachers"),
+        ({"teacher_weights": [1.0, 2.0], "teacher_column": "x"}, r"\[1.0, 2.0\] and teacher_column 'x' are both given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(**given)
+
+
+# --- training and evaluation -----------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_one_large_batch(make: Any) -> None:
+    found = []
+    for batch_size, steps in ((4, 1), (1, 4)):
+        model = causal_lm()
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = make(model=model, settings=settings)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert abs(0.5 * log["hard_loss"] + log["soft_loss"] - log["loss"]) < 1e-5 * log["loss"]
+        found.append((log["loss"], {name: p.detach() for name, p in model.named_parameters()}))
+    assert abs(found[0][0] - found[1][0]) <= 1e-5 * found[0][0]
+    assert_gradients(found[1][1], found[0][1])
+    start = causal_lm().lm_head.weight
+    assert (found[0][1]["lm_head.weight"] - start).norm() > 1e-3
+
+
+def test_logs_are_means_over_tokens(make: Any) -> None:
+    data = TokenData(16)
+    trainer = make(data, {"logging_steps": 2, "learning_rate": 0.0, "gradient_accumulation_steps": 2})
+    trainer.train()
+    first = next(log for log in trainer.state.log_history if "hard_loss" in log)
+    trainer.model.eval()
+    total, tokens, entropy = torch.zeros(2), 0, 0.0
+    for rows in (range(8), range(8, 16)):
+        batch = batch_of(data, rows)
+        kept = batch["labels"][:, 1:] != -100
+        label = batch["labels"][:, 1:].clamp(min=0).unsqueeze(-1)
+        with torch.no_grad():
+            log_q = trainer.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        softened = (log_q / 2).log_softmax(-1)
+        entropy += float(-(softened.exp() * softened).sum(-1)[kept].sum())
+        teacher = teacher_logits(list(trainer.teachers), batch)[0][:, :-1, : log_q.shape[-1]].log_softmax(-1)
+        total += torch.stack([-x.gather(-1, label).squeeze(-1)[kept].sum() for x in (log_q, teacher)])
+        tokens += int(kept.sum())
+    for name, value in (("hard_loss", total[0]), ("teacher_0_ce", total[1]), ("entropy", entropy)):
+        assert abs(first[name] - float(value) / tokens) <= 1e-5 * float(value) / tokens, name
+    assert abs(first["teacher_0_weight"] + first["teacher_1_weight"] - 1) < 1e-5
+    assert "hard_loss" not in trainer.state.log_history[-1]  # of the whole run
+
+
+def test_evaluation_and_prediction(make: Any) -> None:
+    trainer, data = make(), TokenData()
+    predicted = trainer.predict(data)
+    found = trainer.evaluate()
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [
+            expected_loss(trainer.model, list(trainer.teachers), batch_of(data, rows))
+            for rows in (range(4), range(4, 8))
+        ]
+        logits = trainer.model(**{k: v for k, v in batch_of(data, range(8)).items() if k != "labels"}).logits
+    expected = float(sum(losses) / 2)
+    assert abs(found["eval_loss"] - expected) < 1e-5 * expected
+    assert abs(predicted.metrics["test_loss"] - expected) < 1e-5 * expected
+    error = (torch.as_tensor(predicted.predictions) - logits).norm() / logits.norm()
+    assert error < 1e-5 and predicted.label_ids.shape == (8, 9)
+    log = trainer.state.log_history[-1]
+    assert {"eval_hard_loss", "eval_teacher_1_weight", "eval_teacher_1_ce", "eval_entropy"} <= log.keys()
+    assert trainer._loss_metrics["eval"].means(trainer.accelerator) == {}
+
+
+def test_mixed_precision_is_the_trainers(make: Any) -> None:
+    trainer, dtypes = make(settings={"bf16": True}), []
+    trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+    trainer.train()
+    assert set(dtypes) == {torch.bfloat16} and trainer.state.log_history[0]["loss"] > 0
+
+
+def test_the_students_logits_are_never_computed(make: Any) -> None:
+    trainer, batch = make(), batch_of(TokenData())
+    states = hidden_states(trainer.model, batch)
+    shapes: list[tuple[int, ...]] = []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            shapes.extend(tuple(x.shape) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor))
+            return out
+
+    trainer.distillation_loss = {**LOSS, "chunk_rows": 4}
+    with Seen():
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert states.shape in shapes
+    assert not any(shape[-1:] == (60,) and shape[:-1].numel() > 16 for shape in map(torch.Size, shapes))

@@ -1,0 +1,71 @@
+"""Wrong changes of camkd_fast/integrations."""
+
+from . import Change, changes
+
+MODELS = "tests/integrations/test_causal_lm.py"
+TRAINER = "tests/integrations/test_trainer.py"
+TRL = "tests/integrations/test_trl_trainer.py"
+
+CHANGES = (
+    *changes(
+        "camkd_fast/integrations/causal_lm.py",
+        MODELS,
+        Change(
+            "the softcap left out",
+            "return OutputHead(whole(head.weight), whole(getattr(head, \"bias\", None)), logit_scale(text), softcap)",
+            "return OutputHead(whole(head.weight), whole(getattr(head, \"bias\", None)), logit_scale(text), None)",
+        ),
+        Change(
+            "logits multiplied by logits_scaling",
+            'return float(divisor if config.model_type == "hyperclovax" else 1.0 / divisor)',
+            "return float(divisor)",
+        ),
+        Change("the wrapper is passed by", "return wrapper(*arguments)", "return inner(*arguments)"),
+        Change("the instance's forward is lost", 'vars(inner)["forward"] = own', "pass"),
+        Change("a head's adapter is ignored", "if not head.merged:", "if False:"),
+        Change("a bias of a teacher left out", "teacher_biases=[own.bias for _, own in others],", ""),
+    ),
+    *changes(
+        "camkd_fast/integrations/teacher_mix.py",
+        TRAINER,
+        Change("samples of other teachers run too", "if len(rows) == B or any(", "if True or any("),
+        Change("rows in the wrong places", "rows = used.nonzero().squeeze(-1)", "rows = used.nonzero().squeeze(-1).flip(0)",
+               equivalent="the same rows are computed and put back, in another order"),
+        Change("weights of other samples", "weights.unsqueeze(-1).expand", "weights.flip(1).unsqueeze(-1).expand"),
+    ),
+    *changes(
+        "camkd_fast/integrations/transformers.py",
+        TRAINER,
+        Change(
+            "the number of items is not used",
+            "num_items=divisor, **{",
+            "num_items=None, **{",
+        ),
+        Change("labels that were shifted are shifted again", 'shift = "shift_labels" not in inputs', "shift = True"),
+        Change("no autocast", "with self.accelerator.autocast():", "if True:"),
+        Change(
+            "not scaled by the processes",
+            "loss = loss * (self.accelerator.num_processes // self.get_tp_size())",
+            "pass",
+            tests="tests/integrations/test_parallel.py",
+        ),
+    ),
+    *changes(
+        "camkd_fast/integrations/trl.py",
+        TRL,
+        Change("the prompt's mask left out", 'counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)',
+               'counted = inputs["completion_mask"]'),
+        Change("teachers' states one token late", "found.states[:, -length - 1 : -1]", "found.states[:, -length:]"),
+        Change(
+            "T^2 in TRL's loss", "scale_by_t2=False,\n    )", "scale_by_t2=True,\n    )",
+            tests="tests/integrations/test_trl_function.py",
+        ),
+    ),
+    *changes(
+        "camkd_fast/integrations/loss_metrics.py",
+        TRAINER,
+        Change("sums are not kept", "sums += self._sums", "pass"),
+        Change("of one process only", 'accelerator.reduce(self._sums, reduction="sum")', "self._sums",
+               tests="tests/integrations/test_parallel.py"),
+    ),
+)  # fmt: skip
