@@ -102,8 +102,8 @@ def test_attributes_may_be_set_later(make: Any) -> None:
 def test_shifted_labels_are_taken_as_they_are(make: Any) -> None:
     trainer, batch = make(), batch_of(TokenData())
     expected = trainer.compute_loss(trainer.model, dict(batch))
-    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    found = trainer.compute_loss(trainer.model, {**batch, "shift_labels": shifted})
+    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    found = trainer.compute_loss(trainer.model, batch)
     assert found.item() == expected.item()
 
 
