@@ -52,6 +52,12 @@ CHANGES = (
         ),
         Change("the last of the lowest", "zero, left);", "zero, one);", tests=DIVERGENCES),
         Change(
+            "the reverse sums do not follow the student",
+            "(own - students) * old_student.sumT",
+            "own * old_student.sumT",
+            tests=DIVERGENCES,
+        ),
+        Change(
             "z-loss without its gradient", "hard_scale = hard_scale + Math::set(2 *", "Math::set(2 *", tests=DIVERGENCES
         ),
         Change(
@@ -210,11 +216,6 @@ CHANGES = (
         Change("columns beyond the end are mixed", "first_lanes(n - i)](Vec v)", "first_lanes(W)](Vec v)"),
         Change("the mean slope is left out", "- Vec::set(terms[k].center), slope);", ", slope);"),
         Change("columns without probability", "Vec::zero_where_zero(a * e * slope, e)", "a * e * slope"),
-        Change(
-            "the reverse sums do not follow the student",
-            "(own - students) * old_student.sumT",
-            "own * old_student.sumT",
-        ),
         Change(
             "entropies do not follow the maximum",
             "if (formula.entropy) move_entropy(states[0], maxima[0], inverseT);",
