@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MB = 2**20
 
-# Like the script of test_memory.py: the mark of the operating system is reset after the inputs exist and a small call
-# has loaded all libraries and the memory of their threads.
+# Like the script of test_memory.py: the mark of the operating system is reset after the inputs exist and a call of one
+# chunk has loaded all libraries, and the buffers that they keep for products of this size.
 SCRIPT = """
 import json, sys, torch
 from camkd_fast import camkd_linear_loss
@@ -37,7 +37,7 @@ def step(hidden, heads, target):
         student, head, hidden[1:], heads[1:], target, chunk_rows=rows, divergence=kind, logits_dtype=torch.float32
     ).loss.backward()
 
-step(*inputs(8))
+step(*inputs(rows))
 arguments = inputs(N)
 with open("/proc/self/clear_refs", "w") as reset:
     reset.write("5")
