@@ -47,6 +47,7 @@ def check(case: Case, what: str = "") -> None:
     assert_result(actual, case, R, N, what)
 
 
+@pytest.mark.slow  # a second per evaluation; tests/losses/test_divergences.py has a share of them
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("divergence", OTHERS, ids=str)
 def test_every_weighting(regime: str, divergence: Any, weighting: str) -> None:
@@ -76,6 +77,7 @@ def test_lowest_cross_entropies(regime: str) -> None:
         assert_agrees(kernels.row_loss, student, teachers, target, weighting="min_ce", divergence=divergence)
 
 
+@pytest.mark.slow  # a second per evaluation; tests/losses/test_divergences.py has a share of them
 @pytest.mark.parametrize("divergence", ["forward_kl", *OTHERS], ids=str)
 def test_all_options_at_once(regime: str, divergence: Any) -> None:
     """Maps of every sort, z-loss, entropies, no T^2, two labels; rows of odd width."""
