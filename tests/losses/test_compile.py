@@ -112,7 +112,7 @@ def test_every_registered_op_is_checked():
         "feature_error",
         "feature_error_backward",
         "feature_loss",
-        *("linear_loss", "linear_loss_rows", "linear_loss_rows_backward"),  # checked in test_linear_loss.py
+        *("linear_loss", "linear_loss_rows", "linear_loss_rows_backward"),  # checked in test_linear_autograd.py
         "min_norm_weights",  # checked in test_min_norm.py; registered when losses.min_norm is imported
     }
     assert registered >= checked - {"min_norm_weights"} and registered <= checked

@@ -2,7 +2,10 @@
 
 from . import Change, changes
 
-LOSS = "tests/losses/test_linear_loss.py"
+ERRORS = "tests/losses/test_linear_arguments.py"
+LOSS = (
+    f"tests/losses/test_linear_rows.py tests/losses/test_linear_autograd.py {ERRORS} tests/losses/test_linear_loss.py"
+)
 
 CHANGES = (
     *changes(
@@ -109,7 +112,7 @@ CHANGES = (
             "labels are not checked",
             "checks.count_labels(labels, vocab_size, ignore_index)",
             "pass",
-            tests=f"{LOSS}::test_errors_name_both_values",
+            tests=f"{ERRORS}::test_errors_name_both_values",
         ),
     ),
     *changes(

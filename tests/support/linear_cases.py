@@ -11,7 +11,13 @@ from torch import Tensor
 from camkd_fast import camkd_linear_loss
 from camkd_fast.losses.linear import LinearLossOutput
 from tests.support.cases import Case
+from tests.support.tolerance import assert_accurate
 from tests.support.truth import entropy, per_row
+
+MAPS: dict[str, Any] = {
+    "student_logit_scale": 0.5, "student_softcap": 5.0, "teacher_logit_scales": (2.0, 1.0),
+    "teacher_softcaps": (None, 4.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,3 +198,17 @@ def unfused(case: LinearCase, dtype: torch.dtype, grad_output: Tensor | None = N
         found["hard"] = found["teacher_ce"] = None
     values = [found[name] if found[name] is None else found[name].detach() for name in LinearResult._fields[:7]]
     return LinearResult(*values, *grads, *[None] * (3 - len(grads)))
+
+
+def assert_rule(case: LinearCase, grad_output: Tensor | None = None, **keywords: Any) -> LinearResult:
+    """Every number and gradient within the tolerance rule of the formulas in float64."""
+    R, N = (unfused(case, dtype, grad_output) for dtype in (torch.float64, torch.float32))
+    ours = run(case, grad_output, **keywords)
+    for name, a, r, n in zip(LinearResult._fields, ours, R, N, strict=True):
+        if r is None:
+            assert a is None
+            continue
+        # Sums of N products of up to `widest` terms are in another order than N's.
+        floor = 8 * torch.finfo(torch.float32).eps * (1 + float(r.abs().max()) if r.numel() else 0.0)
+        assert_accurate(a, r, n, name, 0.0 if name.startswith("grad") and r.numel() > 100 and r.any() else floor)
+    return ours

@@ -1,0 +1,171 @@
+"""The linear loss under autograd, autocast and torch.compile, and its operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.linear_cases import (
+    LinearResult,
+    evaluate,
+    make_linear_case,
+    run,
+    unfused,
+)
+from tests.support.tolerance import assert_near, unit
+
+
+def test_an_incoming_gradient_multiplies_all_of_them() -> None:
+    case = make_linear_case(60, 30, hard_weight=1.0)
+    once, scaled = run(case), run(case, torch.tensor(0.37))
+    for name in ("grad_hidden", "grad_head", "grad_bias"):
+        assert_near(getattr(scaled, name), 0.37 * getattr(once, name))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_retained_graph_can_be_used_again(reduction: str) -> None:
+    case = make_linear_case(20, 30, hard_weight=1.0, reduction=reduction)
+    parameters = [x.clone().requires_grad_() for x in (case.hidden, case.head, case.bias)]
+    loss = evaluate(case, *parameters).loss.sum()
+    first = [g.clone() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
+    (2 * loss).backward(retain_graph=True)
+    for parameter, gradient in zip(parameters, first, strict=True):
+        assert_near(parameter.grad, 2 * gradient)
+        parameter.grad.zero_()
+    loss.backward()
+    for parameter, gradient in zip(parameters, first, strict=True):
+        assert_near(parameter.grad, gradient)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_parameter_changed_before_backward_raises(reduction: str) -> None:
+    case = make_linear_case(20, 30, hard_weight=1.0, reduction=reduction)
+    for changed in range(3):
+        leaves = [x.clone().requires_grad_() for x in (case.hidden, case.head, case.bias)]
+        parameters = [x * 1.0 for x in leaves]
+        loss = evaluate(case, *parameters).loss.sum()
+        with torch.no_grad():
+            parameters[changed].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_double_backward_raises() -> None:
+    case = make_linear_case(20, 30)
+    hidden = case.hidden.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(evaluate(case, hidden, case.head, case.bias).loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward through the loss is not supported"):
+        grad.sum().backward()
+
+
+def test_inputs_are_not_changed() -> None:
+    case = make_linear_case(60, 30, ignored=0.3, hard_weight=1.0)
+    before = case.to(torch.float64).to(torch.float32)
+    run(case, chunk_rows=7)
+    for name in ("hidden", "head", "bias"):
+        assert torch.equal(getattr(case, name), getattr(before, name))
+    assert all(torch.equal(a, b) for a, b in zip(case.teacher_hidden, before.teacher_hidden, strict=True))
+
+
+def test_a_tied_head_adds_up_both_gradients() -> None:
+    case = make_linear_case(40, 30, biased=False, hard_weight=1.0)
+    embedding = torch.nn.Embedding(30, 8)
+    tokens = torch.randint(30, (40,))
+
+    def gradient(fused: bool) -> Tensor:
+        embedding.zero_grad()
+        hidden = embedding(tokens)
+        if fused:
+            loss = evaluate(case, hidden, embedding.weight, None).loss
+        else:
+            of_all = case.with_(hidden=hidden.detach(), head=embedding.weight.detach())
+            R = unfused(of_all, torch.float32)
+            loss = (hidden * R.grad_hidden).sum() + (embedding.weight * R.grad_head).sum()
+        loss.backward()
+        return embedding.weight.grad.clone()
+
+    assert_near(gradient(True), gradient(False), 1e-5)
+
+
+def test_accumulated_over_parts() -> None:
+    case = make_linear_case(64, 30, hard_weight=1.0, ignored=0.2, num_items=50)
+    whole, total = run(case), [0.0] * 3
+    for part in range(0, 64, 16):
+        rows = slice(part, part + 16)
+        found = run(
+            case.with_(
+                hidden=case.hidden[rows], target=case.target[rows],
+                teacher_hidden=tuple(h[rows] for h in case.teacher_hidden),
+            )
+        )  # fmt: skip
+        total = [t + g for t, g in zip(total, (found.loss, found.grad_head, found.grad_bias), strict=True)]
+    for ours, expected in zip(total, (whole.loss, whole.grad_head, whole.grad_bias), strict=True):
+        assert_near(ours, expected, 1e-6)
+
+
+# --- autocast, torch.compile, operators ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_as_linear_does(dtype: torch.dtype) -> None:
+    case = make_linear_case(60, 200, (32, 48, 16), dtype, hard_weight=1.0)
+    rounded = case.to(torch.bfloat16)
+    expected = run(rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(case.with_(head=case.head.float()) if dtype == torch.bfloat16 else case)
+    for name, a, b in zip(LinearResult._fields, ours, expected, strict=True):
+        assert_near(a.float(), b.float(), 2 * unit(torch.bfloat16), name)
+    assert (
+        ours.grad_head.dtype == torch.float32 and ours.grad_hidden.dtype == dtype and ours.loss.dtype == torch.float32
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction: str) -> None:
+    torch._dynamo.reset()
+    case = make_linear_case(40, 30, ignored=0.2, hard_weight=1.0, reduction=reduction)
+
+    def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out = evaluate(case, hidden, head, bias)
+        return out.loss, out.entropy
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (loss, compiled):
+        parameters = [x.clone().requires_grad_() for x in (case.hidden, case.head, case.bias)]
+        value, entropy = function(*parameters)
+        (0.5 * value).sum().backward()
+        results.append([value.detach(), entropy.detach(), *(x.grad for x in parameters)])
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b)
+
+
+@pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows", "linear_loss_rows_backward"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+def test_opcheck(name: str, needs: tuple[bool, ...]) -> None:
+    case = make_linear_case(12, 9, ignored=0.2, hard_weight=1.0)
+    formula = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    parameters = [
+        x.clone().requires_grad_(wanted) for x, wanted in zip((case.hidden, case.head, case.bias), needs, strict=True)
+    ]
+    arguments: list[Any] = [
+        *(*parameters, list(case.teacher_hidden), list(case.teacher_heads), list(case.teacher_biases), case.target, 9),
+        *(formula, "confidence", "forward_kl", -100, None, None, None, 5, 1e9, None, "auto", list(needs)),
+    ]
+    if name == "linear_loss":
+        arguments += [0.25, None]
+    elif name == "linear_loss_rows_backward":
+        arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments] + [torch.randn(12)]
+    torch.library.opcheck(getattr(torch.ops.camkd_fast, name), tuple(arguments))
+
+
+def test_frozen_models_have_no_graph() -> None:
+    case = make_linear_case(12, 9)
+    assert not evaluate(case, case.hidden, case.head, case.bias).loss.requires_grad
+    with torch.no_grad():
+        assert not evaluate(case, case.hidden.requires_grad_(), case.head, case.bias).loss.requires_grad
