@@ -95,7 +95,7 @@ def camkd_linear_loss(
         shift: position i predicts target i + 1: (B, S, H) and (B, S), of which the first label is not used.
         vocab_size: classes that exist, if heads are padded; C without it. Nothing beyond it gets a gradient.
         chunk_rows: most rows of a chunk; the result depends on it by the order of sums only.
-        max_chunk_bytes: of the logits of a chunk, if there is no `chunk_rows`.
+        max_chunk_bytes: of the logits of a chunk, if there is no `chunk_rows`; 512 rows on a GPU if that is more.
         logits_dtype: of the chunks for bfloat16 inputs: float32, or bfloat16, which halves their memory and rounds
             logits and their gradients to 2^-9. By default float32, but bfloat16 on a CPU with bfloat16 instructions,
             which return nothing else.
