@@ -78,7 +78,9 @@ SETTINGS = {
         Setting("bfloat16, compiled, graph", replace(COMPILED, cuda_graphs="on"), quick=True),
         Setting("float32, teacher cache, graph", replace(FLOAT32, cuda_graphs="on"), cached=True),
         Setting("bfloat16, teacher cache, graph", replace(BFLOAT16, cuda_graphs="on"), cached=True, quick=True),
-        Setting("bfloat16, compiled, teacher cache, graph", replace(COMPILED, cuda_graphs="on"), cached=True),
+        Setting(
+            "bfloat16, compiled, teacher cache, graph", replace(COMPILED, cuda_graphs="on"), cached=True, quick=True
+        ),
     ],
 }
 

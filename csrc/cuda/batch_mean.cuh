@@ -87,6 +87,17 @@ struct alignas(Pack) BatchScalars {
     float grad_scale;  // of the gradient, this factor included
 };
 
+// Writes them, by one warp of the block. The labels have been counted by all blocks (count_share), or by an earlier
+// launch.
+CAMKD_DEVICE void write_batch_scalars(const RowLossArgs& args, const BatchCounters* counters, BatchScalars* scalars) {
+    float factor = args.batch.factor;
+    if (args.batch.counts) factor = counters ? inverse_of(count_of_all(args, counters)) : args.batch.others[2];
+    if (thread_id() % kWarp != 0) return;
+    scalars->factor = factor;
+    scalars->grad_scale = args.grad_scale * (args.batch.counts ? factor : 1.0f) *
+                          (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
+}
+
 // By a whole block, in its last step. `part(p, i)` is the sum of loss, hard or soft over rows of this block, for p <
 // parts. The block's sums become visible to the last block, which writes the numbers of the minibatch.
 template <class Part>

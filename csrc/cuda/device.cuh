@@ -169,6 +169,37 @@ CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 #endif
 }
 
+// --- phases of a block, from sm_90 on ---
+
+// Some threads of a block arrive, others wait, and neither waits for its own kind: a phase is complete when as many have
+// arrived as mailbox_open was told, and the next one begins. Arriving publishes what the thread has written.
+struct Phase {
+    uint64_t barrier;
+};
+
+// By one thread, before a block barrier.
+CAMKD_DEVICE void phase_open(Phase* phase, int arrivals) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(phase)), "r"(arrivals) : "memory");
+#endif
+}
+CAMKD_DEVICE void phase_arrive(Phase* phase) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(phase)) : "memory");
+#endif
+}
+// Waits for the end of this phase, counted from 0; nobody may wait for one before the last.
+CAMKD_DEVICE void phase_wait(Phase* phase, int number) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=; }" ::"r"(shared_address(phase)),
+        "r"(number & 1)
+        : "memory");
+#endif
+}
+
 // --- memory ---
 
 // Copies 16 bytes from global to shared memory, bypassing registers and L1; visible to this thread after copies_wait().

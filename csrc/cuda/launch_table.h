@@ -22,6 +22,7 @@ struct Limits {
     int cluster;                                      // most blocks of a cluster; 1 before sm_90
     int block_threads;                                // kBlockThreads; fewer in the tests on the host
     int least_cooperative;  // kLeastCooperative; 0 for no cooperative groups; fewer in the tests on the host
+    int pipeline_warps;     // most warps that hold rows in a pipelined block; 0 for none
 };
 
 // 256 threads of up to 80 registers: three blocks per multiprocessor, so that one loads while others compute. With more
@@ -72,8 +73,9 @@ struct RowGeometry {
     int64_t blocks;     // of the grid; with fewer groups than rows, groups loop
     int cluster;        // blocks of a cluster, or of a cooperative group
     bool cooperative;   // blocks that share a row exchange through memory
+    bool pipelined;     // by the kernel in pipeline.cuh; blocks have kHelperWarps besides
     bool warp_per_row;  // a group is a warp
-    int rows;           // rows that a group has in flight at once; 1 unless warp_per_row
+    int rows;           // rows that a group has in flight at once; 1 unless warp_per_row or pipelined
     int slots;          // vectors of a row in each thread's buffer
     int chunks;         // times that the buffer is filled for a row; 1 means that global memory is read once
     int shared;         // bytes
@@ -89,7 +91,7 @@ struct RowProblem {
     bool needs_mean;
     // Bytes of shared memory besides the row buffers: per row in flight (two infos, one state), warp and block; per
     // block of a cluster, and there again per rank.
-    int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes;
+    int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes, label_sums_bytes;
     int second_info_bytes, second_state_bytes;  // of the first two: for rows of two labels
     int group_words;                            // of a block's message to its cooperative group
 };
@@ -178,11 +180,65 @@ inline double used_places(const RowGeometry& g, int64_t places) {
     return g.cluster > kPortableCluster ? 0.85 : 1.0;
 }
 
+// The pipelined kernel has one block on a multiprocessor: warps that hold rows, and two that help them. Together they are
+// a multiple of four, for which the compiler divides the registers: 80 of a thread, or 96 with more teachers.
+constexpr int kHelperWarps = 2;
+constexpr int pipeline_warps(int fixed_k) {
+    return (fixed_k <= 3 ? 24 : 20) - kHelperWarps;
+}
+constexpr int pipeline_threads(int fixed_k) {
+    return (pipeline_warps(fixed_k) + kHelperWarps) * kWarpThreads;
+}
+constexpr int kRowsInPipeline = 2;
+constexpr int kRowsAtOnce = 4;                  // that are looked up together
+constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
+constexpr int kPhasesBytes = 128;
+
+inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int blocks) {
+    return row_shared(p, warps * kWarpThreads, slots, kRowsInPipeline, false, blocks) +
+           (kPreparedRows - 2) * int64_t(p.info_bytes) + (kRowsInPipeline - 1) * int64_t(p.state_bytes) +
+           int64_t(kRowsInPipeline) * warps * p.label_sums_bytes + kPhasesBytes;
+}
+
+// The pipelined kernel. Returns false for rows that one block holds, and for fewer rows than fill the pipelines.
+inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& g) {
+    if (p.fixed_k == 0 || limits.pipeline_warps == 0 || limits.least_cooperative == 0) return false;
+    const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
+    const int registers = std::min(limits.pipeline_warps, pipeline_warps(p.fixed_k));
+    double least = INFINITY;
+    for (int slots = 1; slots <= kMaxSlots; ++slots) {
+        int most = registers;
+        const auto blocks_of = [&](int warps) { return ceil_div(per_lane, int64_t(slots) * warps); };
+        while (most > 0 && pipeline_shared(p, most, slots, int(blocks_of(most))) > limits.shared_per_block) --most;
+        if (most == 0) break;
+        const int64_t blocks = blocks_of(most);
+        if (blocks < 2 || blocks > std::min<int64_t>({kLargestCooperative, limits.multiprocessors, group_blocks(p)}))
+            continue;
+        const int warps = int(ceil_div(per_lane, blocks * slots));
+        RowGeometry one{};
+        one.threads = warps * kWarpThreads;
+        one.cluster = int(blocks);
+        one.cooperative = one.pipelined = true;
+        const int64_t groups = limits.multiprocessors / blocks;
+        if (p.N < kRowsInPipeline * groups) continue;
+        const double cost = row_cost(p, warps * int(blocks), slots, 1, warps) / used_places(one, limits.multiprocessors);
+        if (cost >= 0.95 * least) continue;
+        least = cost;
+        g = one;
+        g.blocks = p.N * blocks;
+        g.rows = kRowsInPipeline;
+        g.slots = slots;
+        g.chunks = 1;
+        g.shared = int(pipeline_shared(p, warps, slots, int(blocks)));
+    }
+    return least < INFINITY;
+}
+
 // Picks the cheapest geometry; throws if none fits, as on a device with little shared memory. The grid has one group
 // per set of rows; limit_grid reduces it to the resident blocks.
 inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
     RowGeometry best{};
-    if (warp_geometry(p, limits, best)) return best;
+    if (warp_geometry(p, limits, best) || pipeline_geometry(p, limits, best)) return best;
     double least = INFINITY;
     const auto consider = [&](RowGeometry g, int64_t shared, int64_t slots) {
         if (shared > limits.shared_per_block || g.slots > kMaxSlots) return;

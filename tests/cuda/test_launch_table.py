@@ -13,8 +13,8 @@ pytest.importorskip("pybind11")
 
 # Multiprocessors; shared memory of a block and of a multiprocessor; L2; blocks of a cluster; threads of a block; least
 # blocks of a cooperative group.
-H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256, 12)
-A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256, 0)
+H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256, 12, 22)
+A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
 
 @pytest.mark.parametrize(("K", "vector"), [(1, 8), (5, 8), (5, 4), (16, 8)])
 def test_a_device_with_too_little_shared_memory_is_refused(emulated: ModuleType, K: int, vector: int) -> None:
-    emulated.set_limits(2, 1024, 4096, 1 << 20, 8, 64, 0)
+    emulated.set_limits(2, 1024, 4096, 1 << 20, 8, 64, 0, 0)
     with pytest.raises(RuntimeError, match=f"a row of {K} teachers needs .* more .* than the device's 1024 bytes"):
         emulated.row_geometry(8, 4096, K, vector)
 

@@ -26,7 +26,9 @@ def test_no_races_with_delays(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT", "MAILBOX_WAIT"])
+@pytest.mark.parametrize(
+    "dropped", ["BLOCK_BARRIER", "WARP_BARRIER", "CLUSTER_BARRIER", "COPIES_WAIT", "MAILBOX_WAIT", "PHASE_WAIT"]
+)
 def test_a_missing_barrier_is_detected(dropped: str) -> None:
     """Without one kind of barrier or wait the same run fails: by a reported race, a NaN, or a poisoned address."""
     assert build.race_check(dropped).returncode != 0

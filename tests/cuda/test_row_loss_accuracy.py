@@ -32,13 +32,14 @@ from tests.cuda.host.on_host import cuda_on_the_host, emulated, enter
 __all__ = ["cuda_on_the_host", "emulated"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster).
+# Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster, cooperative, pipelined).
 GEOMETRIES = {
-    "warp": ("table", 200, (True, 1, 1, False)),
-    "block": ("table", 2100, (False, 1, 1, False)),
-    "cluster": ("cluster", 1001, (False, 1, 2, False)),
-    "cooperative": ("cooperative", 1001, (False, 1, 2, True)),
-    "chunks": ("chunks", 1001, (False, 2, 1, False)),
+    "warp": ("table", 200, (True, 1, 1, False, False)),
+    "block": ("table", 2100, (False, 1, 1, False, False)),
+    "cluster": ("cluster", 1001, (False, 1, 2, False, False)),
+    "cooperative": ("cooperative", 1001, (False, 1, 2, True, False)),
+    "pipelined": ("pipelined", 1001, (False, 1, 2, True, True)),
+    "chunks": ("chunks", 1001, (False, 2, 1, False, False)),
 }
 
 
@@ -55,7 +56,7 @@ def test_converged_students(temperature: float, K: int, dtype: torch.dtype) -> N
 def test_converged_students_in_every_geometry(emulated: ModuleType, geometry: str, two_labels: bool) -> None:
     regime, C, expected = GEOMETRIES[geometry]
     enter(emulated, regime, 3)
-    for what, case in all_converged(2, C, 3, BF16, 4.0, two_labels):
+    for what, case in all_converged(4, C, 3, BF16, 4.0, two_labels):
         assert_rounded_once(run_value_and_grad(case, "cuda").grad, case, what)
     assert emulated.last_rows() == expected
 

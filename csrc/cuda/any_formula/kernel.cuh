@@ -50,7 +50,10 @@ class FormulaKernel {
         const RowLossArgs& args = launch_.args;
         if (is_last())
             for (float& sum : row().batch_sums) sum = 0;
-        if (thread_id() / kWarp == 0) write_batch_scalars();
+        if (thread_id() / kWarp == 0) {
+            if (launch_.counters && args.batch.counts) count_share(args, launch_.share, launch_.counters);
+            write_batch_scalars(args, launch_.counters, batch_scalars());
+        }
         block_barrier();
         for (int64_t n = group_.index; n < args.N; n += group_.count) {
             const RowLabels labels = row_labels(args.target, args.second, n, launch_.C, args.formula.ignore_index);
@@ -66,23 +69,6 @@ class FormulaKernel {
     }
 
   private:
-    // The factors of the minibatch's numbers and of the gradient, by one warp of the block. The labels are counted
-    // here, by all blocks together, or by an earlier launch.
-    CAMKD_DEVICE void write_batch_scalars() const {
-        const RowLossArgs& args = launch_.args;
-        float factor = args.batch.factor;
-        if (args.batch.counts && launch_.counters) {
-            count_share(args, launch_.share, launch_.counters);
-            factor = inverse_of(count_of_all(args, launch_.counters));
-        } else if (args.batch.counts) {
-            factor = args.batch.others[2];
-        }
-        if (lane() != 0) return;
-        batch_scalars()->factor = factor;
-        batch_scalars()->grad_scale = args.grad_scale * (args.batch.counts ? factor : 1.0f) *
-                                      (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
-    }
-
     CAMKD_DEVICE void evaluate(int64_t n, const RowLabels& labels) const {
         const RowLossArgs& args = launch_.args;
         const Formula& formula = args.formula;

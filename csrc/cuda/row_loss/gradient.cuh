@@ -17,12 +17,12 @@ class RowGradient {
   public:
     CAMKD_DEVICE RowGradient(const Group& group) : group_(group) {}
 
-    // Writes chunk c of the group's row r, in an iteration of this parity. Chunk c - 1 takes its place in the buffers,
-    // or after chunk 0 the first chunk of the next iteration's row r.
-    CAMKD_DEVICE void write(const Info& info, int r, int c, int parity) const {
+    // Writes chunk c of a row that is in the group's buffers for row r. Chunk c - 1 takes its place there, or after chunk
+    // 0 the first chunk of the row that is `next_row`.
+    CAMKD_DEVICE void write(const Info& info, const Info& next_row, int r, int c) const {
         const RowLossArgs& args = group_.launch.args;
         if (info.row >= args.N) return;
-        const Info& after = c > 0 ? info : group_.infos(parity ^ 1)[r];
+        const Info& after = c > 0 ? info : next_row;
         Chunk next = group_.chunk_of(after, r, c > 0 ? c - 1 : 0);
         if (!after.kept) next.held = 0;
         char* const out =

@@ -27,7 +27,8 @@ struct RowLaunch {
     int members;  // threads of a group
     GroupMemory* memory;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
-    int batch, inbox, outgoing, boxes, infos, rows, states;
+    int batch, inbox, outgoing, boxes, infos, rows, states, label_sums, phases;
+    int label_sums_bytes;  // of a warp
     int second_infos, second_states;  // if rows have two labels
 };
 
@@ -120,6 +121,7 @@ struct RowShared {
             problem.info_bytes = int(sizeof(RowInfo<k.value>)) + problem.second_info_bytes;
             problem.second_state_bytes = two_labels ? int(sizeof(SecondState)) : 0;
             problem.state_bytes = int(sizeof(RowState<k.value>)) + problem.second_state_bytes;
+            problem.label_sums_bytes = int(sizeof(LabelSums<k.value>));
         });
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
         problem.block_bytes = int(sizeof(BatchScalars));
@@ -145,12 +147,19 @@ struct RowShared {
             take(launch.outgoing, streams_bytes(K, problem.fixed_k > 0));
             take(launch.boxes, 2 * int(sizeof(Mailbox)));
         }
-        const int rows = groups * g.rows;
-        take(launch.infos, 2 * rows * (problem.info_bytes - problem.second_info_bytes));
-        take(launch.second_infos, 2 * rows * problem.second_info_bytes);
+        const int rows = groups * g.rows, infos = g.pipelined ? kPreparedRows : 2 * rows;
+        take(launch.infos, infos * (problem.info_bytes - problem.second_info_bytes));
+        take(launch.second_infos, infos * problem.second_info_bytes);
         take(launch.rows, rows * (problem.state_bytes - problem.second_state_bytes));
         take(launch.second_states, rows * problem.second_state_bytes);
-        launch.states = at;
+        take(launch.states, warps * problem.warp_bytes);
+        launch.label_sums = launch.states;  // in their place, but where another row's may be there too
+        launch.label_sums_bytes = problem.warp_bytes;
+        if (g.pipelined) {
+            launch.label_sums_bytes = problem.label_sums_bytes;
+            take(launch.label_sums, g.rows * warps * problem.label_sums_bytes);
+            take(launch.phases, kPhasesBytes);
+        }
     }
 };
 
@@ -165,13 +174,14 @@ struct RowGroup {
 
     CAMKD_DEVICE int lane() const { return thread_id() % kWarp; }
     CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
-    CAMKD_DEVICE int warps() const { return block_threads() / kWarp; }
+    // Those that hold rows.
+    CAMKD_DEVICE int warps() const { return launch.geometry.threads / kWarp; }
     // Blocks per group. With a warp per row the blocks of a cluster share only the end of the whole minibatch.
     CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpPerRow ? launch.geometry.cluster : 1; }
     // Its blocks are no cluster.
     CAMKD_DEVICE bool cooperative() const { return has_clusters() && !WarpPerRow && launch.geometry.cooperative; }
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : launch.members; }
-    CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : group_rank() * block_threads() + thread_id(); }
+    CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : group_rank() * launch.geometry.threads + thread_id(); }
     CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : group_rank() * warps() + warp(); }
     // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }
@@ -184,7 +194,7 @@ struct RowGroup {
     }
 
     CAMKD_DEVICE RowBuffer buffer() const {
-        const int streams = teachers() + 1, of_warp = rows_per_group() * launch.geometry.slots * streams * kWarp;
+        const int streams = teachers() + 1, of_warp = launch.geometry.rows * launch.geometry.slots * streams * kWarp;
         return {reinterpret_cast<Pack*>(shared_memory()) + warp() * of_warp + lane(), streams};
     }
     // `parity` of the iteration: one set is in use while the other one is prepared.
@@ -221,8 +231,11 @@ struct RowGroup {
     CAMKD_DEVICE State* states(int warp, int which) const {
         return reinterpret_cast<State*>(shared_memory() + launch.states) + (2 * warp + which) * (teachers() + 1);
     }
-    // The fast path's sums of a warp take the place of its states.
-    CAMKD_DEVICE float* label_sums(int warp) const { return reinterpret_cast<float*>(states(warp, 0)); }
+    // The fast path's sums of a warp, of row r.
+    CAMKD_DEVICE float* label_sums(int warp, int r) const {
+        return reinterpret_cast<float*>(shared_memory() + launch.label_sums +
+                                        (r * warps() + warp) * launch.label_sums_bytes);
+    }
 
     // Messages between the blocks of a group: those that this block sends about stream k, those from the block of a
     // rank. Exchanges alternate between two inboxes (RowExchange).

@@ -82,10 +82,10 @@ class RowKernel {
             // Write the gradient and load the next rows
             for (int c = group_.launch.args.grad_student ? group_.chunks() - 1 : 0; c >= 0; --c) {
 #pragma unroll 1
-                for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], r, c, parity);
+                for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], group_.infos(parity ^ 1)[r], r, c);
             }
         }
-        exchange_.finish();
+        exchange_.finish(group_.is_merging_warp());
         if (group_.launch.single_cluster)
             add_up_cluster();
         else if (group_.launch.counters)
@@ -128,10 +128,10 @@ class RowKernel {
     // By the merging warp.
     CAMKD_DEVICE void merge(const Info& info, int r) {
         if constexpr (FixedK > 0) {
-            if (!WarpPerRow && info.kept) label_statistics_.merge(exchange_);
+            if (!WarpPerRow && info.kept) label_statistics_.merge(exchange_, r);
             results_.compute_label_weights(info, r);
         } else {
-            if (!WarpPerRow && info.kept) statistics_.merge(exchange_);
+            if (!WarpPerRow && info.kept) statistics_.merge(exchange_, r);
             results_.compute_weights(info, r);
         }
     }
@@ -142,7 +142,7 @@ class RowKernel {
         statistics_.sum_up(info, r);
         group_.barrier();
         if (group_.is_merging_warp()) {
-            if (!WarpPerRow) statistics_.merge(exchange_);
+            if (!WarpPerRow) statistics_.merge(exchange_, r);
             results_.compute_weights(info, r);
         }
         group_.barrier();

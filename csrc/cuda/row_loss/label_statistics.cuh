@@ -35,24 +35,27 @@ class LabelStatistics {
             }
         });
         const float sum = warp_fold(sums, group_.lane());
-        float* const to = WarpPerRow ? group_.rows()[r].label_sums.of : group_.label_sums(group_.warp());
+        float* const to = WarpPerRow ? group_.rows()[r].label_sums.of : group_.label_sums(group_.warp(), r);
         if (group_.lane() % stride == 0 && group_.lane() / stride < count) to[group_.lane() / stride] = sum;
     }
 
-    // Adds the sums of this block's warps, and then those of the cluster's blocks. Every block adds in order of the
-    // ranks, so all get the same bits.
-    CAMKD_DEVICE void merge(RowExchange<Group>& exchange) const {
+    // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order of
+    // the ranks, so all get the same bits.
+    CAMKD_DEVICE void merge(RowExchange<Group>& exchange, int r) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
-        float* const row = group_.rows()[0].label_sums.of;
+        float* const row = group_.rows()[r].label_sums.of;
         float* const of_block = group_.cluster() > 1 ? reinterpret_cast<float*>(group_.outgoing(0)) : row;
         // The other lanes repeat the last number, which takes no branch.
         const bool adds = group_.lane() < count;
         const int mine = adds ? group_.lane() : count - 1;
         float sum = 0;
+#pragma unroll 1
+        for (int first = 0; first < group_.warps(); first += kBlockThreads / kWarp) {
 #pragma unroll
-        for (int warp = 0; warp < kBlockThreads / kWarp; ++warp)
-            if (warp < group_.warps()) sum += group_.label_sums(warp)[mine];
+            for (int warp = first; warp < first + kBlockThreads / kWarp; ++warp)
+                if (warp < group_.warps()) sum += group_.label_sums(warp, r)[mine];
+        }
         if (adds) of_block[mine] = sum;
         if (group_.cluster() > 1) {
             const uint32_t which = exchange.run(packs);

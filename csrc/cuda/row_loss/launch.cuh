@@ -4,6 +4,7 @@
 
 #include "../launch.h"
 #include "kernel.cuh"
+#include "pipeline.cuh"
 
 namespace camkd::cuda {
 
@@ -27,12 +28,20 @@ auto kernel_for(int fixed_k) {
     }
 }
 
+template <class T>
+auto pipelined_kernel_for(int fixed_k) {
+    return with_fixed_k(fixed_k, [](auto k) {
+        constexpr int K = k.value > 0 ? k.value : 1;  // there is none for 0, which row_geometry knows
+        return &pipelined_kernel<T, K>;
+    });
+}
+
 // The memory for a cooperative group's messages, or null if others have taken all.
 GroupMemory* group_memory_for(const LaunchOptions&);
 
 inline LaunchConfig config_of(const RowGeometry& g) {
-    return {g.blocks,     g.threads, g.cooperative ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster,
-            g.cooperative};
+    const int threads = g.threads + (g.pipelined ? kHelperWarps * kWarpThreads : 0);
+    return {g.blocks, threads, g.cooperative ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster, g.cooperative};
 }
 
 template <class T>
@@ -58,7 +67,9 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     for (;;) {
         g = row_geometry(problem, limits);
         launch.memory = g.cooperative ? group_memory_for(options) : nullptr;
-        kernel = g.warp_per_row ? kernel_for<T, true>(problem.fixed_k) : kernel_for<T, false>(problem.fixed_k);
+        kernel = g.pipelined      ? pipelined_kernel_for<T>(problem.fixed_k)
+                 : g.warp_per_row ? kernel_for<T, true>(problem.fixed_k)
+                                  : kernel_for<T, false>(problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, config_of(g));
         // A device may have no room for its largest clusters and cooperative groups: parts of it can be disabled or
         // assigned to others

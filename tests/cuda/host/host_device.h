@@ -146,6 +146,34 @@ CAMKD_SITE void mailbox_wait(Mailbox* box, int phase) {
     host::delays.wait();
 }
 
+struct Phase {
+    std::atomic<int32_t> arrivals, missing, phases;
+};
+inline void phase_open(Phase* phase, int arrivals) {
+    new (phase) Phase{{arrivals}, {arrivals}, {0}};
+}
+inline void phase_arrive(Phase* phase) {
+    host::delays.wait();
+    if (phase->missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    phase->missing.store(phase->arrivals.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    phase->phases.fetch_add(1, std::memory_order_release);
+}
+CAMKD_SITE void phase_wait(Phase* phase, int number) {
+#ifndef CAMKD_DROP_PHASE_WAIT
+    if (!host::runs("PHASE_WAIT", __builtin_return_address(0))) return;
+    const auto start = std::chrono::steady_clock::now();
+    // As on the device, where a waiting thread knows only whether the number of the phase is even
+    while ((phase->phases.load(std::memory_order_acquire) & 1) == (number & 1)) {
+        if (host::delays.on)
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        else
+            host::yield();
+        if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1)) std::abort();
+    }
+#endif
+    host::delays.wait();
+}
+
 inline void check_aligned(const void* p) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof(Pack) != 0) std::abort();
 }

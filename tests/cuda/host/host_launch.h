@@ -5,7 +5,7 @@ namespace camkd::cuda {
 
 namespace host {
 
-inline Limits limits{2, 96 * 1024, 200 * 1024, 1 << 20, 16, 64, 0};
+inline Limits limits{2, 96 * 1024, 200 * 1024, 1 << 20, 16, 64, 0, 0};
 inline RowGeometry last_rows{};  // of the last launch of row_loss
 inline bool separate = false;    // there are no counters, so that launches of their own add up a minibatch
 

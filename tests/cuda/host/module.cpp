@@ -1,7 +1,7 @@
 // The CUDA functions of the Python module, compiled for the host, and access to the launch table.
 #include "../../../csrc/cuda/bindings.h"
 #include "../../../csrc/cuda/launch.h"
-#include "../../../csrc/cuda/row_loss/kernel.cuh"
+#include "../../../csrc/cuda/row_loss/pipeline.cuh"
 #include "../../../csrc/python/tensors.h"
 
 int camkd::cuda::exchange_device(int) {
@@ -17,23 +17,26 @@ PYBIND11_MODULE(emulated_cuda, m) {
         camkd::cuda::host::separate = separate;
     });
     m.def("set_limits", [](int multiprocessors, int shared, int of_all_blocks, int l2, int cluster, int threads,
-                           int least_cooperative) {
-        camkd::cuda::host::limits = {multiprocessors, shared, of_all_blocks, l2, cluster, threads, least_cooperative};
+                           int least_cooperative, int pipeline_warps) {
+        camkd::cuda::host::limits = {multiprocessors, shared,  of_all_blocks,     l2,
+                                     cluster,         threads, least_cooperative, pipeline_warps};
     });
-    // The geometry of the last row_loss: (warp per row, chunks, cluster, cooperative group).
+    // The geometry of the last row_loss: (warp per row, chunks, cluster, cooperative group, pipelined).
     m.def("last_rows", [] {
         const auto& g = camkd::cuda::host::last_rows;
-        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.cooperative);
+        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.cooperative, g.pipelined);
     });
     // The geometry that row_loss would use.
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows whose width is no multiple of a vector do not all begin at a vector boundary
         const int vectors = (C + (C % vector ? 2 * vector - 2 : 0)) / vector;
-        camkd::cuda::RowProblem p{N, C, K, vectors, vector, K <= camkd::cuda::kMaxFixedK ? K : 0, true, 0, 0, 0, 0,
-                                  0, 0, 0, 0,       0};
+        camkd::cuda::RowProblem p{};
+        p.N = N, p.C = C, p.K = K, p.vectors = vectors, p.vector = vector;
+        p.fixed_k = K <= camkd::cuda::kMaxFixedK ? K : 0;
+        p.needs_mean = true;
         camkd::cuda::RowShared::measure(p, false);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
         return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks, g.shared,
-                                    g.cooperative);
+                                    g.cooperative, g.pipelined);
     });
 }

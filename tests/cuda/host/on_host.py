@@ -74,16 +74,32 @@ def limit(
     cluster: int = 8,
     multiprocessors: int = 2,
     least_cooperative: int = 0,
+    pipeline_warps: int = 0,
+    of_all_blocks: int | None = None,
 ) -> None:
-    emulated.set_limits(multiprocessors, shared, 3 * (shared + 1024), 1 << 20, cluster, THREADS, least_cooperative)
+    of_all_blocks = of_all_blocks or 3 * (shared + 1024)
+    emulated.set_limits(
+        multiprocessors, shared, of_all_blocks, 1 << 20, cluster, THREADS, least_cooperative, pipeline_warps
+    )
 
 
 def enter(emulated: ModuleType, regime: str, K: int) -> None:
     """A device where a block has shared memory for one vector per thread and stream, in clusters of up to 8 or of 1, or
-    with cooperative groups."""
+    with cooperative groups; or, for the pipelined kernel, of each of two rows."""
     shared = (K + 1) * THREADS * 16 + 3584
     if regime == "cooperative":
         limit(emulated, shared, cluster=1, multiprocessors=8, least_cooperative=2)
+    elif regime == "pipelined":
+        # Where this kernel is not to be had, cooperative groups
+        limit(
+            emulated,
+            2 * (K + 1) * THREADS * 16 + 6144,
+            cluster=1,
+            multiprocessors=4,
+            least_cooperative=2,
+            pipeline_warps=2,
+            of_all_blocks=shared + 1024,
+        )
     elif regime == "table":
         limit(emulated)  # not that of an example before, whose shared memory may be too small for this K
     else:

@@ -134,16 +134,20 @@ Formula papers_formula(Weighting weighting) {
 }
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
-// The limits decide between clusters and cooperative groups. With `far`, the fixed-K kernels sum up every other row
+// The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum up every other row
 // twice. With `two`, rows have two labels.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false, bool two = false) {
     host::limits = limits;
     const int fixed_k = weighting == Weighting::entropy ? 0 : K;
-    RowProblem problem{N, C, K, (C + 3) / 4, 4, fixed_k, true, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    RowProblem problem{};
+    problem.N = N, problem.C = C, problem.K = K, problem.fixed_k = fixed_k;
+    problem.vector = 4, problem.vectors = (C + 3) / 4;
+    problem.needs_mean = true;
     RowShared::measure(problem, two);
     const RowGeometry g = row_geometry(problem, limits);
-    if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks) {
+    if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks ||
+        g.pipelined != (limits.pipeline_warps > 0)) {
         std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
         return false;
     }
@@ -152,7 +156,7 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
 
 // The kernel of other formulas, with more rows than groups.
 bool run_formula(const char* what, int64_t N, int C, int K, Divergence divergence) {
-    host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0};
+    host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0, 0};
     Formula formula = papers_formula(Weighting::entropy);
     formula.divergence = divergence;
     formula.share = 0.5;
@@ -163,7 +167,7 @@ bool run_formula(const char* what, int64_t N, int C, int K, Divergence divergenc
 
 bool run_others(int64_t N, int C, int K) {
     // One multiprocessor, so that blocks loop over the rows.
-    host::limits = {1, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0};
+    host::limits = {1, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0, 0};
     const std::vector<float> x = numbers(size_t(N * C), 3), y = numbers(size_t(N * C), 5);
     std::vector<float> grads(size_t(K * N * C), NAN), weights(size_t(K * N), NAN),
         ce = weights, lse = weights, error = weights, scaled(size_t(N * C), NAN);
@@ -220,32 +224,37 @@ bool run_others(int64_t N, int C, int K) {
 int main() {
     const int threads = 64;
     // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads, least blocks of a
-    // cooperative group)
+    // cooperative group, warps of a pipelined block)
     const Weighting confidence = Weighting::confidence;
-    const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1, false) &
-                      run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false) &
-                      run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4, false) &
-                      run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1, true) &
-                      run_rows("warps, far labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1,
+    const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false) &
+                      run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false) &
+                      run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false) &
+                      run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true) &
+                      run_rows("warps, far labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1,
                                false, confidence, true) &
-                      run_rows("cluster, far labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
+                      run_rows("cluster, far labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
                                false, confidence, true) &
-                      run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1,
+                      run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1,
                                true, confidence, true) &
-                      run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3, false) &
-                      run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2},
+                      run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false) &
+                      run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0},
                                3, false, confidence, true) &
-                      run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1,
+                      run_rows("pipelined", 37, 300, 2, {4, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
+                      run_rows("pipelined, far labels", 21, 300, 2,
+                               {4, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false, confidence, true) &
+                      run_rows("pipelined, two labels", 21, 300, 2,
+                               {4, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false, confidence, true, true) &
+                      run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1,
                                false, confidence, false, true) &
-                      run_rows("cluster, two labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
+                      run_rows("cluster, two labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
                                false, confidence, true, true) &
-                      run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false,
+                      run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false,
                                Weighting::entropy) &
-                      run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4,
+                      run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
                                false, Weighting::entropy) &
-                      run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1, true,
+                      run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true,
                                Weighting::entropy) &
-                      run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2}, 3,
+                      run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3,
                                false, Weighting::entropy) &
                       run_formula("reverse KL, warps", 9, 37, 2, Divergence::reverse_kl) &
                       run_formula("reverse KL, blocks", 5, 1101, 2, Divergence::reverse_kl) &

@@ -1,0 +1,238 @@
+// The kernel for rows that take several blocks: warps with roles of their own, so that none waits for the exchange
+// between the blocks.
+//
+// Two rows are in flight. Warps that hold rows sum up their part of one row, then write the gradient of the row before
+// it and fetch the next but one into its place. Meanwhile a merging warp adds up the sums of the block and of the group,
+// and computes the weights, for which a row has the time of all work on another row. A recording warp computes losses,
+// and looks up labels far ahead. Rows of a group are numbered 0, 1, 2, ...; numbers of the same parity share their
+// buffers, states and phases.
+#pragma once
+
+#include "../batch_mean.cuh"
+#include "gradient.cuh"
+#include "label_statistics.cuh"
+#include "results.cuh"
+#include "statistics.cuh"
+
+namespace camkd::cuda {
+
+// Phases by which the warps of a block meet, two of each for rows of either parity.
+struct RowPhases {
+    Phase summed[kRowsInPipeline];    // by the warps that hold the row
+    Phase weighted[kRowsInPipeline];  // by the merging warp, which has its coefficients
+    Phase recorded[kRowsInPipeline];  // by the recording warp, which needs its state no more
+    Phase prepared;                   // by the recording warp: kRowsAtOnce rows can be read
+    Phase summed_again, weighted_again;  // rows that are out of range
+};
+static_assert(sizeof(RowPhases) <= kPhasesBytes);
+
+template <class T, int FixedK>
+class PipelinedKernel {
+    using Group = RowGroup<T, false, FixedK>;
+    using Info = typename Group::Info;
+    static constexpr int V = kVector<T>, K = FixedK;
+    static constexpr int kLanes = kWarp / kRowsAtOnce;  // per row that is prepared
+    static_assert(kLanes > K, "a lane per stream");
+
+  public:
+    CAMKD_DEVICE PipelinedKernel(const RowLaunch& launch)
+        : group_{launch},
+          label_statistics_(group_),
+          statistics_(group_),
+          exchange_(group_),
+          results_(group_),
+          gradient_(group_) {}
+
+    CAMKD_DEVICE void run() {
+        const int role = group_.warp() - group_.warps();  // 0 merges, 1 records, others hold rows
+        if (role == 0) {
+            exchange_.start();
+            if (group_.lane() == 0) open_phases();
+            if (group_.launch.counters && args().batch.counts)
+                count_share(args(), group_.launch.share, group_.launch.counters);
+        } else if (role == 1) {
+            prepare(0);
+            if (group_.lane() < row_stats::per_teacher) group_.batch_sums()[group_.lane()] = 0;
+        }
+        block_barrier();
+        if (role == 0)
+            merge_rows();
+        else if (role == 1)
+            record_rows();
+        else
+            hold_rows();
+        exchange_.finish(role == 0);
+        if (group_.launch.counters)
+            add_up_blocks(args(), group_.launch.counters, group_.batch_scalars(), 1,
+                          [&](int, int i) { return group_.batch_sums()[i]; });
+    }
+
+  private:
+    // --- the warps that hold rows ---
+
+    CAMKD_DEVICE void hold_rows() {
+        fetch(0);
+        fetch(1);
+        int again = 0;
+        // Row 0 has none before it
+        for (int n = -1; n < 0 || is_row(n); ++n) {
+            if (is_row(n + 1)) sum_up(n + 1);
+            if (n < 0) continue;
+            phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
+            if (is_out_of_range(n)) {
+                statistics_.sum_up(info(n), parity(n));
+                arrive(&phases()->summed_again);
+                phase_wait(&phases()->weighted_again, again++);
+            }
+            gradient_.write(info(n), info(n + 2), parity(n), 0);
+        }
+    }
+
+    CAMKD_DEVICE void fetch(int n) const {
+        if (is_row(n) && info(n).kept) group_.fetch_chunk(info(n), group_.chunk_of(info(n), parity(n), 0));
+    }
+
+    CAMKD_DEVICE void sum_up(int n) const {
+        if (info(n).kept) label_statistics_.sum_up(info(n), parity(n));
+        arrive(&phases()->summed[parity(n)]);
+    }
+
+    // --- the merging warp ---
+
+    CAMKD_DEVICE void merge_rows() {
+        write_batch_scalars(args(), group_.launch.counters, group_.batch_scalars());
+        int again = 0;
+        for (int n = 0; is_row(n); ++n) {
+            phase_wait(&phases()->summed[parity(n)], n / kRowsInPipeline);
+            // The state of this parity is that of an earlier row
+            if (n >= kRowsInPipeline) phase_wait(&phases()->recorded[parity(n)], n / kRowsInPipeline - 1);
+            if (info(n).kept) label_statistics_.merge(exchange_, parity(n));
+            results_.compute_label_weights(info(n), parity(n));
+            // With the weights of row n the others need row n + 2
+            if ((n + 2) % kRowsAtOnce == 0) phase_wait(&phases()->prepared, (n + 2) / kRowsAtOnce - 1);
+            arrive(&phases()->weighted[parity(n)]);
+            if (is_out_of_range(n)) {
+                phase_wait(&phases()->summed_again, again++);
+                statistics_.merge(exchange_, parity(n));
+                results_.compute_weights(info(n), parity(n));
+                arrive(&phases()->weighted_again);
+            }
+        }
+    }
+
+    // --- the recording warp ---
+
+    CAMKD_DEVICE void record_rows() {
+        prepare(kRowsAtOnce);
+        arrive(&phases()->prepared);
+        int again = 0;
+        for (int n = 0; is_row(n); ++n) {
+            phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
+            if (is_out_of_range(n)) phase_wait(&phases()->weighted_again, again++);
+            // The blocks of a group alternate
+            if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), parity(n));
+            arrive(&phases()->recorded[parity(n)]);
+            if (n % kRowsAtOnce == kRowsAtOnce - 1) {
+                prepare(n + 1 + kRowsAtOnce);
+                arrive(&phases()->prepared);
+            }
+        }
+    }
+
+    // Fills in the infos of rows n, n + 1, ..., with a few lanes for each. Those that they replace are no longer read.
+    CAMKD_DEVICE void prepare(int n) const {
+        const int number = n + group_.lane() / kLanes, lane = group_.lane() % kLanes;
+        const int64_t row = group_id() + int64_t(number) * group_.launch.groups;
+        Info& to = info(number);
+        RowLabels labels{};
+        if (row < args().N)
+            labels = row_labels(args().target, args().second, row, group_.launch.C, args().formula.ignore_index);
+        const bool two = group_.two_labels() && labels.kept && labels.valid && labels.second >= 0;
+        if (lane == 0) {
+            to.row = row;
+            to.kept = labels.kept;
+            to.label_valid = labels.kept && labels.valid;
+            to.label_vector = to.label_element = to.second_vector = -1;
+            if (to.label_valid) {
+                const int phase =
+                    columns_of<T>(group_.launch.C, group_.launch.wide_in, row_address(args().streams[0], args().S, row))
+                        .phase;
+                const int column = int(labels.first) + phase, other = int(labels.second) + phase;
+                to.label_vector = column / V;
+                to.label_element = column % V;
+                if (two) {
+                    SecondInfo<K>& second = group_.second(to);
+                    second.share = labels.share;
+                    second.element = other % V;
+                    to.second_vector = other / V;
+                }
+            }
+        }
+        bool near = true;
+        if (labels.kept && lane <= K) {
+            const Matrix& stream = args().streams[lane];
+            const DType dtype = sizeof(T) == 2 ? Elements<T>::dtype : stream.dtype;
+            const char* const address = row_address(stream, args().S, row);
+            float logit = labels.valid ? load_element(address, labels.first, dtype) : NAN;
+            if (two) {
+                SecondInfo<K>& second = group_.second(to);
+                second.logits[0][lane] = logit;
+                second.logits[1][lane] = load_element(address, labels.second, dtype);
+                logit = fmaxf(logit, second.logits[1][lane]);
+            }
+            const Reference reference(logit, group_.temperature().scale);
+            to.address[lane] = address;
+            to.logits.at[lane] = logit;
+            to.logits.factors[lane] = reference.factor();
+            near = !reference.far();
+        }
+        float far = near ? 0.0f : 1.0f;
+        for (int other = kLanes / 2; other > 0; other /= 2) far = fmaxf(far, shuffle_xor(far, other));
+        if (lane == 0) to.near = far == 0;
+        warp_barrier();
+    }
+
+    // --- all ---
+
+    CAMKD_DEVICE void open_phases() const {
+        RowPhases* const all = phases();
+        for (int r = 0; r < kRowsInPipeline; ++r) {
+            phase_open(&all->summed[r], group_.warps());
+            phase_open(&all->weighted[r], 1);
+            phase_open(&all->recorded[r], 1);
+        }
+        phase_open(&all->prepared, 1);
+        phase_open(&all->summed_again, group_.warps());
+        phase_open(&all->weighted_again, 1);
+    }
+
+    // By a warp.
+    CAMKD_DEVICE void arrive(Phase* phase) const {
+        warp_barrier();
+        if (group_.lane() == 0) phase_arrive(phase);
+    }
+
+    CAMKD_DEVICE const RowLossArgs& args() const { return group_.launch.args; }
+    CAMKD_DEVICE static int parity(int n) { return n % kRowsInPipeline; }
+    CAMKD_DEVICE Info& info(int n) const { return group_.infos(0)[n % kPreparedRows]; }
+    CAMKD_DEVICE bool is_row(int n) const { return info(n).row < args().N; }
+    CAMKD_DEVICE bool is_out_of_range(int n) const { return info(n).kept && group_.rows()[parity(n)].out_of_range; }
+    CAMKD_DEVICE RowPhases* phases() const {
+        return reinterpret_cast<RowPhases*>(shared_memory() + group_.launch.phases);
+    }
+
+    const Group group_;
+    const LabelStatistics<T, false, FixedK> label_statistics_;
+    const RowStatistics<T, false, FixedK> statistics_;
+    RowExchange<Group> exchange_;
+    const RowResults<T, false, FixedK> results_;
+    const RowGradient<T, false, FixedK> gradient_;
+};
+
+template <class T, int FixedK>
+CAMKD_KERNEL(pipeline_threads(FixedK), 1)
+pipelined_kernel(CAMKD_PARAMETER RowLaunch launch) {
+    if constexpr (has_clusters()) PipelinedKernel<T, FixedK>(launch).run();
+}
+
+}  // namespace camkd::cuda
