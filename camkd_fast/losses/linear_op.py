@@ -29,6 +29,8 @@ _CALL = (
 )
 _CALL_LENGTH, _NEEDS = 20, 19
 
+_PART_BYTES = 64 << 20  # of a gradient that is rounded
+
 torch.library.define(
     "camkd_fast::linear_loss",
     f"({_CALL}, float factor, Tensor? factor_on_device)"
@@ -169,13 +171,20 @@ def _backward_loss(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`, in one pass; in place if nobody needs it again."""
+    """gradient * factor in `dtype`; in place if nobody needs it again."""
     if not is_ordinary([gradient, factor]):
         return (gradient * factor).to(dtype)
     in_place = gradient.dtype == dtype and not keeps_graph()
     if is_one(factor):
         return gradient if in_place else gradient.to(dtype, copy=True)
-    return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
+    if gradient.dtype == dtype:
+        return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient))
+    # By parts, because products of another dtype than the result's are stored before they are rounded
+    result = torch.empty_like(gradient, dtype=dtype)
+    rows = max(1, _PART_BYTES * len(gradient) // max(gradient.nbytes, 1))
+    for part, rounded in zip(gradient.split(rows), result.split(rows), strict=True):
+        torch.mul(part, factor, out=rounded)
+    return result
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -171,8 +171,8 @@ CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 
 // --- phases of a block, from sm_90 on ---
 
-// Some threads of a block arrive, others wait, and neither waits for its own kind: a phase is complete when as many have
-// arrived as mailbox_open was told, and the next one begins. Arriving publishes what the thread has written.
+// Some threads of a block arrive, others wait, and neither waits for its own kind: a phase is complete when as many
+// have arrived as mailbox_open was told, and the next one begins. Arriving publishes what the thread has written.
 struct Phase {
     uint64_t barrier;
 };
@@ -191,11 +191,12 @@ CAMKD_DEVICE void phase_arrive(Phase* phase) {
 // Waits for the end of this phase, counted from 0; nobody may wait for one before the last.
 CAMKD_DEVICE void phase_wait(Phase* phase, int number) {
 #if __CUDA_ARCH__ >= 900
+    // A hint of a millisecond: without it the threads look so often that others have less of the processor
     asm volatile(
         "{ .reg .pred done;\n"
-        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
         "@!done bra again_%=; }" ::"r"(shared_address(phase)),
-        "r"(number & 1)
+        "r"(number & 1), "r"(1'000'000)
         : "memory");
 #endif
 }
@@ -276,10 +277,13 @@ CAMKD_DEVICE void give_up() {
     __trap();
 }
 
-// Stops the compiler from computing a pointer anew wherever it is used.
+// Stops the compiler from computing a pointer or a number anew wherever it is used.
 template <class Pointer>
-CAMKD_DEVICE void keep_in_register(Pointer& pointer) {
+CAMKD_DEVICE void keep_in_register(Pointer*& pointer) {
     asm volatile("" : "+l"(pointer));
+}
+CAMKD_DEVICE void keep_in_register(int& number) {
+    asm volatile("" : "+r"(number));
 }
 
 // --- arithmetic ---

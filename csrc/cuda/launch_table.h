@@ -22,7 +22,7 @@ struct Limits {
     int cluster;                                      // most blocks of a cluster; 1 before sm_90
     int block_threads;                                // kBlockThreads; fewer in the tests on the host
     int least_cooperative;  // kLeastCooperative; 0 for no cooperative groups; fewer in the tests on the host
-    int pipeline_warps;     // most warps that hold rows in a pipelined block; 0 for none
+    int pipeline_warps;     // kPipelineWarps; 0 for no pipelined kernels; fewer in the tests on the host
 };
 
 // 256 threads of up to 80 registers: three blocks per multiprocessor, so that one loads while others compute. With more
@@ -180,15 +180,10 @@ inline double used_places(const RowGeometry& g, int64_t places) {
     return g.cluster > kPortableCluster ? 0.85 : 1.0;
 }
 
-// The pipelined kernel has one block on a multiprocessor: warps that hold rows, and two that help them. Together they are
-// a multiple of four, for which the compiler divides the registers: 80 of a thread, or 96 with more teachers.
-constexpr int kHelperWarps = 2;
-constexpr int pipeline_warps(int fixed_k) {
-    return (fixed_k <= 3 ? 24 : 20) - kHelperWarps;
-}
-constexpr int pipeline_threads(int fixed_k) {
-    return (pipeline_warps(fixed_k) + kHelperWarps) * kWarpThreads;
-}
+// The pipelined kernel has one block on a multiprocessor: warps that hold rows, and two that help them. Together they
+// are a multiple of four, for which the compiler divides the registers: 96 of a thread.
+constexpr int kPipelineWarps = 18, kHelperWarps = 2;
+constexpr int kPipelineThreads = (kPipelineWarps + kHelperWarps) * kWarpThreads;
 constexpr int kRowsInPipeline = 2;
 constexpr int kRowsAtOnce = 4;                  // that are looked up together
 constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
@@ -204,10 +199,9 @@ inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int bl
 inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& g) {
     if (p.fixed_k == 0 || limits.pipeline_warps == 0 || limits.least_cooperative == 0) return false;
     const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
-    const int registers = std::min(limits.pipeline_warps, pipeline_warps(p.fixed_k));
     double least = INFINITY;
     for (int slots = 1; slots <= kMaxSlots; ++slots) {
-        int most = registers;
+        int most = limits.pipeline_warps;
         const auto blocks_of = [&](int warps) { return ceil_div(per_lane, int64_t(slots) * warps); };
         while (most > 0 && pipeline_shared(p, most, slots, int(blocks_of(most))) > limits.shared_per_block) --most;
         if (most == 0) break;
@@ -221,7 +215,8 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeom
         one.cooperative = one.pipelined = true;
         const int64_t groups = limits.multiprocessors / blocks;
         if (p.N < kRowsInPipeline * groups) continue;
-        const double cost = row_cost(p, warps * int(blocks), slots, 1, warps) / used_places(one, limits.multiprocessors);
+        const double cost =
+            row_cost(p, warps * int(blocks), slots, 1, warps) / used_places(one, limits.multiprocessors);
         if (cost >= 0.95 * least) continue;
         least = cost;
         g = one;

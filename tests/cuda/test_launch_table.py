@@ -13,7 +13,7 @@ pytest.importorskip("pybind11")
 
 # Multiprocessors; shared memory of a block and of a multiprocessor; L2; blocks of a cluster; threads of a block; least
 # blocks of a cooperative group.
-H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256, 12, 22)
+H100 = (132, 227 * 1024, 228 * 1024, 50 << 20, 16, 256, 12, 18)
 A100 = (108, 163 * 1024, 164 * 1024, 40 << 20, 1, 256, 0, 0)
 
 

@@ -104,7 +104,9 @@ def test_reductions(place: Place, reduction: str, ignored: float, C: int) -> Non
 @pytest.mark.parametrize("C", [100, 1001, 33000])
 def test_two_labels(place: Place, C: int, weighting: str, dtype: torch.dtype) -> None:
     for K in (1, 3, 6):
-        case = make_case(16, C, K, dtype, peaked=K == 3, ignored=0.2, weighting=weighting, two_labels=True)
+        # The entropy of a nearly certain teacher is mostly rounding error in float32
+        peaked = K == 3 and weighting != "entropy"
+        case = make_case(16, C, K, dtype, peaked=peaked, ignored=0.2, weighting=weighting, two_labels=True)
         case = on(case, place.device)
         R, N = truth(case), naive(case)
         assert_result(run(case, place.backend), case, R, N, f"K={K}")

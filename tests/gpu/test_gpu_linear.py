@@ -125,6 +125,8 @@ def test_nothing_waits_for_the_device(gpu: Place) -> None:
 @pytest.mark.parametrize("rows", [1024, 2048])
 def test_memory_of_one_chunk(gpu: Place, rows: int) -> None:
     """llm.md: (K + 1) m C b + C H 4 + N H b + 64 MB beyond the inputs, with bfloat16 logits."""
+    if gpu.backend == "reference":
+        pytest.skip("PyTorch's operations keep more than a chunk")
     N, C, H, H_t, K = 8192, 128256, 2048, 4096, 2
     hidden, head = torch.randn(N, H, device=gpu.device, dtype=BF16), torch.randn(C, H, device=gpu.device, dtype=BF16)
     teachers = [torch.randn(N, H_t, device=gpu.device, dtype=BF16) for _ in range(K)]

@@ -17,8 +17,8 @@ class RowGradient {
   public:
     CAMKD_DEVICE RowGradient(const Group& group) : group_(group) {}
 
-    // Writes chunk c of a row that is in the group's buffers for row r. Chunk c - 1 takes its place there, or after chunk
-    // 0 the first chunk of the row that is `next_row`.
+    // Writes chunk c of a row that is in the group's buffers for row r. Chunk c - 1 takes its place there, or after
+    // chunk 0 the first chunk of the row that is `next_row`.
     CAMKD_DEVICE void write(const Info& info, const Info& next_row, int r, int c) const {
         const RowLossArgs& args = group_.launch.args;
         if (info.row >= args.N) return;
@@ -50,6 +50,26 @@ class RowGradient {
                 store_vector<T>(out, args.streams[0].dtype, columns, v, zeros);
         }
         if (c == 0) group_.fetch_chunk(after, next);
+    }
+
+    // The same for a row on the fast path that is its only chunk, where all rows are even and so is the gradient.
+    // `next_row` has the same chunk.
+    CAMKD_DEVICE void write_even(const Info& info, const Info& next_row, int r, const Chunk& chunk) const {
+        const RowLossArgs& args = group_.launch.args;
+        char* const out = static_cast<char*>(args.grad_student) + info.row * group_.launch.C * int64_t(sizeof(T));
+        const RowState& state = group_.rows()[r];
+        const FixedKRow<FixedK> row(info.logits, group_.temperature().scale, state.coefficients);
+        const SlotRange all{0, chunk.held};
+        with_power(group_.temperature().power, [&](auto power) {
+            constexpr int P = decltype(power)::value;
+            if (next_row.kept)
+                fixed_k_whole_slots<P, true>(row, chunk, all, out, next_row, chunk);
+            else
+                fixed_k_whole_slots<P, false>(row, chunk, all, out, next_row, chunk);
+        });
+        store_at(info.label_vector, info.label_element, chunk, out, state.label_gradient);
+        if (info.second_vector >= 0)
+            store_at(info.second_vector, group_.second(info).element, chunk, out, group_.second_state(state).gradient);
     }
 
   private:

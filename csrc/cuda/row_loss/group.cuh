@@ -28,7 +28,7 @@ struct RowLaunch {
     GroupMemory* memory;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, inbox, outgoing, boxes, infos, rows, states, label_sums, phases;
-    int label_sums_bytes;  // of a warp
+    int label_sums_bytes;             // of a warp
     int second_infos, second_states;  // if rows have two labels
 };
 
@@ -181,7 +181,9 @@ struct RowGroup {
     // Its blocks are no cluster.
     CAMKD_DEVICE bool cooperative() const { return has_clusters() && !WarpPerRow && launch.geometry.cooperative; }
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : launch.members; }
-    CAMKD_DEVICE int member() const { return WarpPerRow ? lane() : group_rank() * launch.geometry.threads + thread_id(); }
+    CAMKD_DEVICE int member() const {
+        return WarpPerRow ? lane() : group_rank() * launch.geometry.threads + thread_id();
+    }
     CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : group_rank() * warps() + warp(); }
     // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }
@@ -262,9 +264,13 @@ struct RowGroup {
 
     // This thread's vectors of chunk c of row r.
     CAMKD_DEVICE Chunk chunk_of(const Info& info, int r, int c) const {
-        const int slots = launch.geometry.slots, C = launch.C;
-        const Columns columns =
-            launch.even ? Columns{C, 0, C / V, 0, C / V} : columns_of<T>(C, launch.wide_in, info.address[0]);
+        const Columns columns = launch.even ? even_columns() : columns_of<T>(launch.C, launch.wide_in, info.address[0]);
+        return chunk_of(columns, r, c);
+    }
+    // Of every row, if rows are even.
+    CAMKD_DEVICE Columns even_columns() const { return {launch.C, 0, launch.C / V, 0, launch.C / V}; }
+    CAMKD_DEVICE Chunk chunk_of(const Columns& columns, int r, int c) const {
+        const int slots = launch.geometry.slots;
         // In units of a vector per lane: the row's end, and the part of this warp. The last warps may have less, as
         // they prepare the next row meanwhile.
         const int row_end = (columns.vectors + kWarp - 1) / kWarp;

@@ -17,30 +17,20 @@ class LabelStatistics {
 
     // Sums row r over this warp's part, for merge(), or into the row's label_sums where a warp has the whole row.
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
-        const float scale = group_.temperature().scale;
-        float at[K + 1], sums[count];
-        label_references<K>(info.logits.at, scale, at);
-#pragma unroll
-        for (int i = 0; i < count; ++i) sums[i] = 0;
-        with_power(group_.temperature().power, [&](auto power) {
-            constexpr int P = decltype(power)::value;
+        sum_chunks(info, r, [&](auto add) {
             for (int c = 0; c < group_.chunks(); ++c) {
-                copies_wait();
-                add_vectors<T, K, P>(group_.buffer(), group_.chunk_of(info, r, c), scale, at, sums);
+                add(group_.chunk_of(info, r, c));
                 if (c + 1 < group_.chunks()) group_.fetch_chunk(info, group_.chunk_of(info, r, c + 1));
             }
-            if (P == 1) {
-#pragma unroll
-                for (int k = 0; k <= K; ++k) sums[label_sum(k, kSum1)] = sums[label_sum(k, kSumT)];
-            }
         });
-        const float sum = warp_fold(sums, group_.lane());
-        float* const to = WarpPerRow ? group_.rows()[r].label_sums.of : group_.label_sums(group_.warp(), r);
-        if (group_.lane() % stride == 0 && group_.lane() / stride < count) to[group_.lane() / stride] = sum;
     }
 
-    // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order of
-    // the ranks, so all get the same bits.
+    // The same where this chunk is the whole part.
+    CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk) const {
+        sum_chunks(info, r, [&](auto add) { add(chunk); });
+    }
+    // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order
+    // of the ranks, so all get the same bits.
     CAMKD_DEVICE void merge(RowExchange<Group>& exchange, int r) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
@@ -69,6 +59,30 @@ class LabelStatistics {
     }
 
   private:
+    // `each` calls its argument with every chunk, in order.
+    template <class Each>
+    CAMKD_DEVICE void sum_chunks(const Info& info, int r, Each each) const {
+        const float scale = group_.temperature().scale;
+        float at[K + 1], sums[count];
+        label_references<K>(info.logits.at, scale, at);
+#pragma unroll
+        for (int i = 0; i < count; ++i) sums[i] = 0;
+        with_power(group_.temperature().power, [&](auto power) {
+            constexpr int P = decltype(power)::value;
+            each([&](const Chunk& chunk) {
+                copies_wait();
+                add_vectors<T, K, P>(group_.buffer(), chunk, scale, at, sums);
+            });
+            if (P == 1) {
+#pragma unroll
+                for (int k = 0; k <= K; ++k) sums[label_sum(k, kSum1)] = sums[label_sum(k, kSumT)];
+            }
+        });
+        const float sum = warp_fold(sums, group_.lane());
+        float* const to = WarpPerRow ? group_.rows()[r].label_sums.of : group_.label_sums(group_.warp(), r);
+        if (group_.lane() % stride == 0 && group_.lane() / stride < count) to[group_.lane() / stride] = sum;
+    }
+
     const Group group_;
 };
 

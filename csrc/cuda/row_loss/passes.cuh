@@ -269,18 +269,26 @@ CAMKD_DEVICE void general_grad_vector(const RowBuffer& buffer, const Chunk& chun
     }
 }
 
-// Merges the states of up to 32 parts of a row, one per lane: calls load(lane, k) and store(k, state) for each stream.
+// Merges the states of the parts of a row, which the lanes share: calls load(part, k) and store(k, state) for each
+// stream.
 template <class Load, class Store>
 CAMKD_DEVICE void general_merge(int lane, int parts, int K, float inverseT, Load load, Store store) {
-    const bool live = lane < parts;
-    State state = live ? load(lane, 0) : State();
-    const float old_student = state.max, student = warp_max(old_student);
-    move_student(state, student, inverseT);
+    float student = -INFINITY;
     for (int k = 0; k <= K; ++k) {
-        if (k > 0) {
-            state = live ? load(lane, k) : State();
-            const float max = warp_max(state.max);
-            move_teacher(state, max, old_student, student, inverseT);
+        State state;
+        for (int part = lane; part < parts; part += kWarp) state.max = fmaxf(load(part, k).max, state.max);
+        state.max = warp_max(state.max);
+        if (k == 0) student = state.max;
+        for (int part = lane; part < parts; part += kWarp) {
+            State one = load(part, k);
+            if (k == 0)
+                move_student(one, student, inverseT);
+            else
+                move_teacher(one, state.max, load(part, 0).max, student, inverseT);
+            state.sumT += one.sumT;
+            state.sum1 += one.sum1;
+            state.cross += one.cross;
+            state.plogp += one.plogp;
         }
         state.sumT = warp_sum(state.sumT);
         state.sum1 = warp_sum(state.sum1);

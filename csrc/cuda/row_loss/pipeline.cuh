@@ -2,10 +2,10 @@
 // between the blocks.
 //
 // Two rows are in flight. Warps that hold rows sum up their part of one row, then write the gradient of the row before
-// it and fetch the next but one into its place. Meanwhile a merging warp adds up the sums of the block and of the group,
-// and computes the weights, for which a row has the time of all work on another row. A recording warp computes losses,
-// and looks up labels far ahead. Rows of a group are numbered 0, 1, 2, ...; numbers of the same parity share their
-// buffers, states and phases.
+// it and fetch the next but one into its place. Meanwhile a merging warp adds up the sums of the block and of the
+// group, and computes the weights, for which a row has the time of all work on another row. A recording warp computes
+// losses, and looks up labels far ahead. Rows of a group are numbered 0, 1, 2, ...; numbers of the same parity share
+// their buffers, states and phases.
 #pragma once
 
 #include "../batch_mean.cuh"
@@ -18,10 +18,10 @@ namespace camkd::cuda {
 
 // Phases by which the warps of a block meet, two of each for rows of either parity.
 struct RowPhases {
-    Phase summed[kRowsInPipeline];    // by the warps that hold the row
-    Phase weighted[kRowsInPipeline];  // by the merging warp, which has its coefficients
-    Phase recorded[kRowsInPipeline];  // by the recording warp, which needs its state no more
-    Phase prepared;                   // by the recording warp: kRowsAtOnce rows can be read
+    Phase summed[kRowsInPipeline];       // by the warps that hold the row
+    Phase weighted[kRowsInPipeline];     // by the merging warp, which has its coefficients
+    Phase recorded[kRowsInPipeline];     // by the recording warp, which needs its state no more
+    Phase prepared;                      // by the recording warp: kRowsAtOnce rows can be read
     Phase summed_again, weighted_again;  // rows that are out of range
 };
 static_assert(sizeof(RowPhases) <= kPhasesBytes);
@@ -71,38 +71,51 @@ class PipelinedKernel {
     // --- the warps that hold rows ---
 
     CAMKD_DEVICE void hold_rows() {
-        fetch(0);
-        fetch(1);
+        const int count = row_count();
+        // The same part of every row, wherever in memory it lies
+        const bool even = group_.launch.even && group_.launch.wide_out && args().grad_student != nullptr;
+        Chunk part = group_.chunk_of(group_.even_columns(), 0, 0);
+        keep_in_register(part.first);
+        keep_in_register(part.held);
         int again = 0;
+        if (count > 0) fetch(0);
+        if (count > 1) fetch(1);
         // Row 0 has none before it
-        for (int n = -1; n < 0 || is_row(n); ++n) {
-            if (is_row(n + 1)) sum_up(n + 1);
+        for (int n = -1; n < count; ++n) {
+            const int r = parity(n);
+            if (n + 1 < count) {
+                const Info& next = info(n + 1);
+                part.begin = (r ^ 1) * part.count;
+                if (next.kept) label_statistics_.sum_up(next, r ^ 1, even ? part : group_.chunk_of(next, r ^ 1, 0));
+                arrive(&phases()->summed[r ^ 1]);
+            }
             if (n < 0) continue;
-            phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
-            if (is_out_of_range(n)) {
-                statistics_.sum_up(info(n), parity(n));
+            const Info& row = info(n);
+            phase_wait(&phases()->weighted[r], n / kRowsInPipeline);
+            if (row.kept && group_.rows()[r].out_of_range) {
+                statistics_.sum_up(row, r);
                 arrive(&phases()->summed_again);
                 phase_wait(&phases()->weighted_again, again++);
+            } else if (even && row.kept) {
+                part.begin = r * part.count;
+                gradient_.write_even(row, info(n + 2), r, part);
+                continue;
             }
-            gradient_.write(info(n), info(n + 2), parity(n), 0);
+            gradient_.write(row, info(n + 2), r, 0);
         }
     }
 
     CAMKD_DEVICE void fetch(int n) const {
-        if (is_row(n) && info(n).kept) group_.fetch_chunk(info(n), group_.chunk_of(info(n), parity(n), 0));
-    }
-
-    CAMKD_DEVICE void sum_up(int n) const {
-        if (info(n).kept) label_statistics_.sum_up(info(n), parity(n));
-        arrive(&phases()->summed[parity(n)]);
+        if (info(n).kept) group_.fetch_chunk(info(n), group_.chunk_of(info(n), parity(n), 0));
     }
 
     // --- the merging warp ---
 
     CAMKD_DEVICE void merge_rows() {
         write_batch_scalars(args(), group_.launch.counters, group_.batch_scalars());
+        const int count = row_count();
         int again = 0;
-        for (int n = 0; is_row(n); ++n) {
+        for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->summed[parity(n)], n / kRowsInPipeline);
             // The state of this parity is that of an earlier row
             if (n >= kRowsInPipeline) phase_wait(&phases()->recorded[parity(n)], n / kRowsInPipeline - 1);
@@ -125,8 +138,9 @@ class PipelinedKernel {
     CAMKD_DEVICE void record_rows() {
         prepare(kRowsAtOnce);
         arrive(&phases()->prepared);
+        const int count = row_count();
         int again = 0;
-        for (int n = 0; is_row(n); ++n) {
+        for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
             if (is_out_of_range(n)) phase_wait(&phases()->weighted_again, again++);
             // The blocks of a group alternate
@@ -213,9 +227,14 @@ class PipelinedKernel {
     }
 
     CAMKD_DEVICE const RowLossArgs& args() const { return group_.launch.args; }
-    CAMKD_DEVICE static int parity(int n) { return n % kRowsInPipeline; }
-    CAMKD_DEVICE Info& info(int n) const { return group_.infos(0)[n % kPreparedRows]; }
-    CAMKD_DEVICE bool is_row(int n) const { return info(n).row < args().N; }
+    // Rows of the group. They are too wide for more than an int counts.
+    CAMKD_DEVICE int row_count() const {
+        const int64_t after = args().N - group_id(), groups = group_.launch.groups;
+        return after > 0 ? int((after + groups - 1) / groups) : 0;
+    }
+    static_assert(kRowsInPipeline == 2 && (kPreparedRows & (kPreparedRows - 1)) == 0);
+    CAMKD_DEVICE static int parity(int n) { return n & 1; }
+    CAMKD_DEVICE Info& info(int n) const { return group_.infos(0)[n & (kPreparedRows - 1)]; }
     CAMKD_DEVICE bool is_out_of_range(int n) const { return info(n).kept && group_.rows()[parity(n)].out_of_range; }
     CAMKD_DEVICE RowPhases* phases() const {
         return reinterpret_cast<RowPhases*>(shared_memory() + group_.launch.phases);
@@ -230,7 +249,7 @@ class PipelinedKernel {
 };
 
 template <class T, int FixedK>
-CAMKD_KERNEL(pipeline_threads(FixedK), 1)
+CAMKD_KERNEL(kPipelineThreads, 1)
 pipelined_kernel(CAMKD_PARAMETER RowLaunch launch) {
     if constexpr (has_clusters()) PipelinedKernel<T, FixedK>(launch).run();
 }

@@ -4,8 +4,8 @@
 namespace camkd::cuda {
 namespace {
 
-// One for each stream, and one for each launch in a CUDA graph. 2 MB.
-constexpr int kGroupMemories = 16;
+// One for each stream, and one for each launch in a CUDA graph. 4 MB.
+constexpr int kGroupMemories = 32;
 CAMKD_GLOBAL GroupMemory group_memories[kGroupMemories];
 
 }  // namespace

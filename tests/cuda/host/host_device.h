@@ -236,8 +236,8 @@ inline void pause() {
 inline void give_up() {
     std::abort();
 }
-template <class Pointer>
-void keep_in_register(Pointer&) {}
+template <class Kept>
+void keep_in_register(Kept&) {}
 inline bool last_block(uint32_t* arrivals) {
     host::Block& block = host::self->own_block();
     block.barrier.arrive_and_wait();
