@@ -31,16 +31,16 @@ def test_shipped_regimes(emulated: ModuleType) -> None:
     emulated.set_limits(*H100)
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]
-    for C, blocks, threads, cooperative in [
+    for C, blocks, threads, pipelined in [
         (4096, 1, 128, False),
-        (32000, 4, 256, False),
-        (65537, 8, 128, False),
+        (32000, 4, 256, True),
+        (65537, 8, 128, True),
         (128256, 16, 256, True),
         (151936, 19, 256, True),
         (262144, 32, 256, True),
     ]:
         warp, _, _, chunks, *found = emulated.row_geometry(8192, C, 3, 8)
-        assert (warp, chunks, *found[:2], found[-1]) == (False, 1, blocks, threads, cooperative)
+        assert (warp, chunks, *found[:2], found[-1]) == (False, 1, blocks, threads, pipelined)
     assert emulated.row_geometry(8192, 2_000_000, 3, 8)[3] > 1
     emulated.set_limits(*A100)
     assert emulated.row_geometry(8192, 128256, 3, 8)[3] > 1
@@ -55,11 +55,13 @@ def test_a_device_with_too_little_shared_memory_is_refused(emulated: ModuleType,
 
 def regime(geometry: tuple[int, ...]) -> str:
     """A geometry in the words of docs/performance.md."""
-    warp, _, _, chunks, cluster, threads, *_, cooperative = geometry
+    warp, _, _, chunks, cluster, threads, *_, cooperative, pipelined = geometry
     if warp:
         return "a warp"
     if chunks > 1:
         return f"{threads} threads, two reads"
+    if pipelined:
+        return f"{cluster} pipelined blocks of {threads}"
     if cooperative:
         return f"{cluster} cooperative blocks of {threads}"
     return f"{cluster} blocks of {threads}" if cluster > 1 else f"{threads} threads"
@@ -82,7 +84,7 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
         for K in (1, 2, 3, 5, 16):
             for N in (1, 7, 24, 40, 289, 4096, 10**6):
                 geometry = emulated.row_geometry(N, C, K, vector)
-                _, rows, slots, chunks, cluster, threads, blocks, shared, cooperative = geometry
+                _, rows, slots, chunks, cluster, threads, blocks, shared, cooperative, _ = geometry
                 assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
                 assert cooperative or cluster & (cluster - 1) == 0, "no cluster size of a device"
                 # The blocks of a launch, before those that cannot be resident are left out, write three sums each.
