@@ -227,7 +227,7 @@ __attribute__((flatten)) void reverse_block(const T* z, int n, float reference, 
 struct Term {
     float coefficient;
     const float* e;
-    float center = 0;
+    float center;
 };
 
 // out = studentT e_s + student1 e1_s - sum of terms, for n columns. `streaming` stores bypass the cache.

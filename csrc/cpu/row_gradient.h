@@ -39,7 +39,7 @@ struct GradientBlock {
             // Weight 0 drops even a teacher whose logits are NaN.
             if (coefficient == 0) continue;
             Term& term = terms[count++];
-            term = {coefficient, row.scratch.stream(k + 1) + c};
+            term = {coefficient, row.scratch.stream(k + 1) + c, 0.0f};
             if (forward)
                 term.coefficient *= shift_factor(references[k + 1], rows.streams[k + 1].max[lane], inverseT);
             else

@@ -60,6 +60,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
         static thread_local Scratch memory;
         float* base = memory.reserve(group * row_floats + BlockScratch::floats(args));
         const BlockScratch block(base + group * row_floats);
+        const RowScratch first(base, args, functions);
         LaneRows rows;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t g = 0; g < groups; ++g) {
@@ -67,8 +68,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
             const int count = int(std::min<int64_t>(group, args.N - begin));
             rows.reset(args.K);
             auto at = [&](int lane) {
-                return RowPasses(args, functions, exps, RowScratch(base + lane * row_floats, args, functions),
-                                 begin + lane);
+                return RowPasses(args, functions, exps, first.moved(lane * row_floats), begin + lane);
             };
             // Read the rows of the group
             for (int lane = 0; lane < count; ++lane) {

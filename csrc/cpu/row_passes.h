@@ -75,7 +75,7 @@ struct RowPasses {
         const bool maxima_first = n * (args.K + 1) <= kMaximaFirst;
         auto find_reference = [&](int k) {
             float max = functions.max[k](data[k], offset[k] + c, n);
-            if (args.formula.maps) max = VecMap(map_of(k)).of(max);
+            if (args.formula.maps) max = mapped(k, max);
             references[k] = states ? std::max(states[k].max, max) : max;
         };
         for (int k = 0; maxima_first && k <= args.K; ++k) find_reference(k);
@@ -119,17 +119,23 @@ struct RowPasses {
     // Columns c .. c + n - 1 of stream k as the passes read them, and the column at which they begin.
     std::pair<const void*, int64_t> logits_of(int k, int64_t c, int n, const BlockScratch& block) const {
         if (!args.formula.maps) return {data[k], offset[k] + c};
+        return mapped_logits(k, c, n, block);
+    }
+    // Out of line, because most calls have no maps and short rows would take the time of their branches.
+    __attribute__((noinline)) std::pair<const void*, int64_t> mapped_logits(int k, int64_t c, int n,
+                                                                            const BlockScratch& block) const {
         with_dtype(args.streams[k].dtype, [&](auto t) {
             map_block(static_cast<const decltype(t)*>(data[k]) + offset[k] + c, n, map_of(k), block.mapped);
         });
         return {block.mapped, 0};
     }
 
+    __attribute__((noinline)) float mapped(int k, float x) const { return VecMap(map_of(k)).of(x); }
     float logit(int k, int64_t c) const {
         const float x = with_dtype(args.streams[k].dtype, [&](auto t) {
             return load_one(static_cast<const decltype(t)*>(data[k]) + offset[k] + c);
         });
-        return args.formula.maps ? VecMap(map_of(k)).of(x) : x;
+        return args.formula.maps ? mapped(k, x) : x;
     }
 
     // The logit of stream k at the label minus this maximum.

@@ -30,6 +30,13 @@ struct RowScratch {
           at_one(keeps_at_one(functions) ? args.K + 1 : -1),
           distances(keeps_distances(args) ? args.K + 1 + keeps_at_one(functions) : -1) {}
     float* stream(int k) const { return numbers + k * padded; }
+    // That of another row of the call, so many floats further on.
+    RowScratch moved(int64_t floats) const {
+        RowScratch other = *this;
+        other.numbers += floats;
+        other.references += floats;
+        return other;
+    }
 
   private:
     static int64_t pad(int64_t C) { return (C + 2 * Vec::width + 15) / 16 * 16; }
