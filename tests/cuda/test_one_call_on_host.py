@@ -116,13 +116,15 @@ def test_divisors_and_scales(grid: str, dtype: torch.dtype, num_items: float | N
 
 
 def test_the_numbers_of_a_batch_do_not_depend_on_how_its_blocks_meet(emulated: ModuleType) -> None:
-    """Bits included, and call after call: the counters are 0 again."""
+    """Bits included, and call after call: the counters are 0 again. Otherwise a later launch of more blocks might take
+    the labels of two launches for its own."""
     limit(emulated, cluster=1, multiprocessors=4)
     case = make_case(300, 40, 3, ignored=0.3, padded=False)
     results = []
     for together in (False, True, True, False):
         emulated.set_grid(together, False)
         results.append(run_value_and_grad(case, "cuda"))
+        assert emulated.counters() == (0, 0)
     emulated.set_grid(False, False)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0][:-1], other[:-1], strict=True))

@@ -87,6 +87,14 @@ def test_two_labels_far_from_the_maximum(emulated: ModuleType, geometry: str, dt
     assert_rows(case, "cuda")
 
 
+def test_cross_entropies_of_two_labels_do_not_cancel() -> None:
+    """Relative to the first label they would: the second one is 24 above it and has nearly all of the share."""
+    case = with_other_labels(labels_at([0.0] * 40, 200, 3, F32, 1.0)).with_(mix=torch.full((40,), 0.02))
+    for z in (case.student, *case.teachers):
+        z.scatter_(1, case.second_target.unsqueeze(1), 24.0)
+    assert_rows(case, "cuda")
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     distances=st.lists(st.floats(-400, 400, width=16), min_size=1, max_size=9),

@@ -146,6 +146,20 @@ def test_long_pipelines(emulated: ModuleType, N: int, two_labels: bool) -> None:
     assert emulated.last_rows() == (False, 1, 2, True, True)
 
 
+@pytest.mark.parametrize(
+    ("regime", "weighting"), [("cooperative", "confidence"), ("cooperative", "entropy"), ("pipelined", "confidence")]
+)
+def test_a_block_that_lags_behind_its_cooperative_group(emulated: ModuleType, regime: str, weighting: str) -> None:
+    """It reads the messages of a row when the other block has long sent that of the next one."""
+    enter(emulated, regime, 3)
+    emulated.set_lagging(1)
+    try:
+        check(make_case(12, 1001, 3, BF16, weighting=weighting))
+    finally:
+        emulated.set_lagging(-1)
+    assert emulated.last_rows() == (False, 1, 2, True, regime == "pipelined")
+
+
 @pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy", "given"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 3.3])
 def test_every_weighting_and_temperature(emulated: ModuleType, regime: str, weighting: str, temperature: float) -> None:
@@ -212,7 +226,8 @@ def test_rows_of_one_label_among_two(emulated: ModuleType, regime: str, temperat
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_masked_label_of_two_is_infinite(emulated: ModuleType, regime: str, which: int) -> None:
-    """In the student and one teacher. Row 4 has labels far below the maximum, which the fast path cannot take."""
+    """In one teacher, in row 2 in the student too. Row 4 has labels far below the maximum, which the fast path cannot
+    take."""
     enter(emulated, regime, 3)
     case = make_case(6, WIDE, 3, padded=False, two_labels=True)
     second = second_of(case)
@@ -224,6 +239,7 @@ def test_a_masked_label_of_two_is_infinite(emulated: ModuleType, regime: str, wh
     for z in (student, teachers[0]):
         z[2, columns[which, 2]] = -INF
         z[4, columns[:, 4]] = -300.0
+    teachers[1][0, columns[which, 0]] = -INF
     agree(student, teachers, case.target, second=second)
 
 
@@ -411,8 +427,10 @@ def test_large_offsets_do_not_cancel(rows: tuple, offset: float) -> None:
     assert_near(moved.grad_student, one.grad_student)
 
 
-def test_student_equal_to_teachers(rows: tuple) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_student_equal_to_teachers(rows: tuple, offset: float) -> None:
     student, _, target = rows
+    student = student + offset
     result = cuda_backend.row_loss(student, [student] * 3, target, **options(hard_weight=0.0))
     assert torch.equal(result.divergence, torch.zeros(3, 4))
     # The terms that cancel are each rounded once.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from camkd_fast.losses.linear_rows import chunks, row_groups, valid_rows
+from tests.support.backends import BACKENDS
 from tests.support.linear_cases import (
     MAPS,
     LinearCase,
@@ -102,6 +103,16 @@ def test_a_teacher_without_weight_may_hold_anything(kind: str, num_valid: int | 
     for name, a, b in zip(LinearResult._fields, ours, expected, strict=True):
         assert_near(a, b, 1e-5, name)
     assert_rule(case.with_(weighting=weights), chunk_rows=9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_no_teacher_have_a_hard_loss(backend: str) -> None:
+    """In a group of their own, which saves the teachers' products."""
+    case = make_linear_case(600, 30, (8, 12, 6), hard_weight=1.0)
+    weights = torch.rand(2, 600) + 0.1
+    weights[:, :300] = 0.0
+    assert [group.size for group in row_groups(None, 600, weights, 2, True)] == [300, 300]
+    assert_rule(case.with_(weighting=weights, backend=backend))
 
 
 def test_groups_of_rows() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -227,6 +230,50 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 def test_unsupported_or_invalid_input_is_declined(name):
     student, teachers, target, options = DECLINED[name]
     assert one_call(student, teachers, target, **options) is None
+
+
+class Exchange(ctypes.Structure):
+    """torch's functions, as in csrc/python/dlpack.h: older ones, allocate, take, give, look, stream."""
+
+    _fields_ = [("version", ctypes.c_uint32 * 2), ("functions", ctypes.c_void_p * 6)]
+
+
+@contextlib.contextmanager
+def on_another_cpu(tensor: Tensor) -> Iterator[None]:
+    """The module sees this tensor on cpu:1, which torch does not have."""
+    name, torchs = b"dlpack_exchange_api", Tensor.__dlpack_c_exchange_api__
+    pointer_of, capsule_of = ctypes.pythonapi.PyCapsule_GetPointer, ctypes.pythonapi.PyCapsule_New
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    capsule_of.restype, capsule_of.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    api = Exchange.from_buffer_copy(Exchange.from_address(pointer_of(torchs, name)))
+    function = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    look = function(api.functions[4])
+
+    def look_elsewhere(address: int, out: int) -> int:
+        found = look(address, out)
+        if address == id(tensor):
+            ctypes.c_int32.from_address(out + 12).value = 1  # after the address of the data and the device's type
+        return found
+
+    replaced = function(look_elsewhere)
+    api.functions[4] = ctypes.cast(replaced, ctypes.c_void_p).value
+    connect = cpu_backend._C.connect_tensors
+    assert connect(capsule_of(ctypes.addressof(api), name, None), Tensor, nn.Parameter)
+    try:
+        yield
+    finally:
+        assert connect(torchs, Tensor, nn.Parameter)
+
+
+@pytest.mark.parametrize("which", ["teacher", "labels", "second labels", "shares", "loss scale"])
+def test_tensors_of_two_devices_are_declined(which: str) -> None:
+    student, teachers, target = batch()
+    second, scale = (target.clone(), torch.rand(5)), torch.tensor([2.0])
+    given = {"teacher": teachers[1], "labels": target, "second labels": second[0], "shares": second[1]}
+    assert one_call(student, teachers, target, scale, second=second) is not None
+    with on_another_cpu(given.get(which, scale)):
+        assert one_call(student, teachers, target, scale, second=second) is None
+    assert one_call(student, teachers, target, scale, second=second) is not None
 
 
 def test_tensors_without_memory_of_their_own_are_declined():

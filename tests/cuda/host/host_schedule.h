@@ -82,7 +82,7 @@ inline void yield() {
 // Threads that run at once.
 class Crew {
   public:
-    void add(std::function<void()> work) { running_.emplace_back(std::move(work)); }
+    void add(std::function<void()> work, bool) { running_.emplace_back(std::move(work)); }
     void finish() {
         for (auto& one : running_) one.join();
         running_.clear();
@@ -97,12 +97,17 @@ class Crew {
 // Fibers, of which one runs at a time.
 class Crew {
   public:
-    void add(std::function<void()> work) { fibers_.push_back(std::make_unique<Fiber>(std::move(work))); }
+    // One that `lags` gets a turn when the others have had many.
+    void add(std::function<void()> work, bool lags) {
+        fibers_.push_back(std::make_unique<Fiber>(std::move(work), lags));
+    }
     // Runs all of them to their end.
     void finish() {
-        for (size_t left = fibers_.size(); left > 0;)
+        constexpr int kLag = 100;  // turns, of which a row takes about 20
+        int turn = 0;
+        for (size_t left = fibers_.size(); left > 0; ++turn)
             for (auto& fiber : fibers_) {
-                if (fiber->finished) continue;
+                if (fiber->finished || (fiber->lags && turn % kLag != 0)) continue;
                 current_ = fiber.get();
                 self = fiber->self;
                 fiber->resume();
@@ -121,7 +126,8 @@ class Crew {
   private:
     struct Fiber {
         static constexpr size_t kStack = 256 * 1024;
-        explicit Fiber(std::function<void()> f) : work(std::move(f)), stack(new char[kStack]) {}
+        Fiber(std::function<void()> f, bool lags_behind)
+            : work(std::move(f)), lags(lags_behind), stack(new char[kStack]) {}
 
         // The first switch makes the stack; later ones are jumps, which need no system call.
         void resume() {
@@ -142,6 +148,7 @@ class Crew {
         }
 
         std::function<void()> work;
+        const bool lags;
         std::unique_ptr<char[]> stack;
         ucontext_t context;
         jmp_buf inside, outside;

@@ -162,6 +162,7 @@ float butterfly(float x, F f) {
 
 inline bool together = false;  // run all clusters at once, and not one after the other
 inline int group_size = 1;     // blocks that lie side by side in the grid
+inline int64_t lagging = -1;   // a block whose fibers lag
 
 // Runs a kernel, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {
@@ -175,11 +176,13 @@ inline void run(int64_t blocks, int cluster_size, int threads, int shared, const
         clusters.push_back(std::make_unique<Cluster>(cluster_size, threads, shared));
         for (int rank = 0; rank < cluster_size; ++rank)
             for (int thread = 0; thread < threads; ++thread)
-                crew.add([&, cluster = clusters.back().get(), rank, thread, first] {
-                    Thread current{cluster, rank, thread, threads, first + rank, blocks, 0, {}};
-                    self = &current;
-                    kernel();
-                });
+                crew.add(
+                    [&, cluster = clusters.back().get(), rank, thread, first] {
+                        Thread current{cluster, rank, thread, threads, first + rank, blocks, 0, {}};
+                        self = &current;
+                        kernel();
+                    },
+                    first + rank == lagging);
         if (!together) finish();
     }
     finish();

@@ -26,6 +26,13 @@ PYBIND11_MODULE(emulated_cuda, m) {
         const auto& g = camkd::cuda::host::last_rows;
         return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.cooperative, g.pipelined);
     });
+    // A block that runs much slower than the others; -1 for none.
+    m.def("set_lagging", [](int64_t block) { camkd::cuda::host::lagging = block; });
+    // The counters of a minibatch (batch_mean.cuh): labels and blocks, and blocks that have ended.
+    m.def("counters", [] {
+        const auto* const counters = camkd::cuda::counters_for({});
+        return pybind11::make_tuple(counters->counted, counters->finished);
+    });
     // The geometry that row_loss would use.
     m.def("row_geometry", [](int64_t N, int C, int K, int vector) {
         // Dense rows whose width is no multiple of a vector do not all begin at a vector boundary
