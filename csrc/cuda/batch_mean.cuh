@@ -1,6 +1,6 @@
 // The loss of a minibatch: the number of rows that are not ignored, and the sums over the rows.
 //
-// If one cluster computes the whole minibatch, its blocks meet at cluster barriers (RowKernel). Otherwise the blocks
+// If one cluster computes the whole minibatch, its blocks meet at cluster barriers (RowMinibatch). Otherwise the blocks
 // meet at a pair of counters in device memory: each adds the number of its labels before its first row and its arrival
 // after its last one. The last block to arrive adds up the sums of all blocks, in their order, and resets the counters.
 #pragma once

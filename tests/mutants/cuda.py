@@ -73,7 +73,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "csrc/cuda/row_loss/kernel.cuh",
+        "csrc/cuda/row_loss/minibatch.cuh",
         SOME,
         Change(
             "the divisor is not counted by one cluster",
@@ -87,6 +87,10 @@ CHANGES = (
             "args.grad_scale * factor *",
             tests=f"{CALL}::test_every_reduction {CALL}::test_divisors_and_scales",
         ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/kernel.cuh",
+        SOME,
         Change(
             "no barrier before the weights are read",
             "if (group_.is_merging_warp()) merge(infos[r], r);\n            group_.barrier();",
