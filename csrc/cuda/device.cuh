@@ -186,6 +186,13 @@ CAMKD_DEVICE void copy_async(float* shared, const float* global) {
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
+// Ends a group of copies. The other function waits for all groups but the last one.
+CAMKD_DEVICE void copies_end_group() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+CAMKD_DEVICE void copies_wait_but_last_group() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
 
 CAMKD_DEVICE Pack load_pack(const void* global) {
     Pack p;
@@ -245,10 +252,13 @@ CAMKD_DEVICE void give_up() {
     __trap();
 }
 
-// Stops the compiler from computing a pointer anew wherever it is used.
+// Stops the compiler from computing a pointer, or a word of bits, anew wherever it is used.
 template <class Pointer>
 CAMKD_DEVICE void keep_in_register(Pointer& pointer) {
     asm volatile("" : "+l"(pointer));
+}
+CAMKD_DEVICE void keep_in_register(uint32_t& bits) {
+    asm volatile("" : "+r"(bits));
 }
 
 // --- arithmetic ---
