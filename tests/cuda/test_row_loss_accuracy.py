@@ -35,6 +35,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster).
 GEOMETRIES = {
     "warp": ("table", 200, (True, 1, 1, False)),
+    "shifted rows": ("table", 201, (True, 1, 1, False)),
     "block": ("table", 2100, (False, 1, 1, False)),
     "cluster": ("cluster", 1001, (False, 1, 2, False)),
     "cooperative": ("cooperative", 1001, (False, 1, 2, True)),

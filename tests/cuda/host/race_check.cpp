@@ -223,6 +223,10 @@ int main() {
     // cooperative group)
     const Weighting confidence = Weighting::confidence;
     const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1, false) &
+                      run_rows("even", 9, 40, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0}, 1, false) &
+                      run_rows("pairs", 29, 40, 2, {1, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false) &
+                      run_rows("pairs, far labels", 29, 40, 2, {1, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1,
+                               false, confidence, true) &
                       run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0}, 1, false) &
                       run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0}, 4, false) &
                       run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0}, 1, true) &
