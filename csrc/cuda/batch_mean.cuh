@@ -1,6 +1,6 @@
 // The loss of a minibatch: the number of rows that are not ignored, and the sums over the rows.
 //
-// If one cluster computes the whole minibatch, its blocks meet at cluster barriers (RowKernel). Otherwise the blocks
+// If one cluster computes the whole minibatch, its blocks meet at cluster barriers (RowMinibatch). Otherwise the blocks
 // meet at a pair of counters in device memory: each adds the number of its labels before its first row and its arrival
 // after its last one. The last block to arrive adds up the sums of all blocks, in their order, and resets the counters.
 #pragma once
@@ -87,11 +87,14 @@ struct alignas(Pack) BatchScalars {
     float grad_scale;  // of the gradient, this factor included
 };
 
-// Writes them, by one warp of the block. The labels have been counted by all blocks (count_share), or by an earlier
-// launch.
-CAMKD_DEVICE void write_batch_scalars(const RowLossArgs& args, const BatchCounters* counters, BatchScalars* scalars) {
-    float factor = args.batch.factor;
-    if (args.batch.counts) factor = counters ? inverse_of(count_of_all(args, counters)) : args.batch.others[2];
+// The factor, by one warp. The labels have been counted by all blocks (count_share), or by an earlier launch.
+CAMKD_DEVICE float batch_factor(const RowLossArgs& args, const BatchCounters* counters) {
+    if (!args.batch.counts) return args.batch.factor;
+    return counters ? inverse_of(count_of_all(args, counters)) : args.batch.others[2];
+}
+
+// By one warp of the block.
+CAMKD_DEVICE void write_batch_scalars(const RowLossArgs& args, float factor, BatchScalars* scalars) {
     if (thread_id() % kWarp != 0) return;
     scalars->factor = factor;
     scalars->grad_scale = args.grad_scale * (args.batch.counts ? factor : 1.0f) *

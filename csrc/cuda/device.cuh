@@ -218,6 +218,13 @@ CAMKD_DEVICE void copy_async(float* shared, const float* global) {
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
+// Ends a group of copies. The other function waits for all groups but the last one.
+CAMKD_DEVICE void copies_end_group() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+CAMKD_DEVICE void copies_wait_but_last_group() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
 
 CAMKD_DEVICE Pack load_pack(const void* global) {
     Pack p;
@@ -284,6 +291,9 @@ CAMKD_DEVICE void keep_in_register(Pointer*& pointer) {
 }
 CAMKD_DEVICE void keep_in_register(int& number) {
     asm volatile("" : "+r"(number));
+}
+CAMKD_DEVICE void keep_in_register(uint32_t& bits) {
+    asm volatile("" : "+r"(bits));
 }
 
 // --- arithmetic ---

@@ -24,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 ARCHS = [f"sm_{number}" for number in ARCHITECTURES]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # Instances of each kernel: one per element type; row_loss_kernel also for a warp and a block per row, and 1 to 5
-# teachers or any number. One feature_kernel serves all pairs of element types.
+# teachers or any number, warp_rows_kernel for 1 to 5 teachers. One feature_kernel serves all pairs of element types.
 KERNELS = {
     "row_loss_kernel": 36,
+    "warp_rows_kernel": 15,
     "any_formula_kernel": 3,
     "batch_count_kernel": 1,
     "batch_sum_kernel": 1,
@@ -78,9 +79,13 @@ def module() -> Path:
     return Path(_C.__file__)
 
 
+def is_row_kernel(name: str) -> bool:
+    return "row_loss" in name or "warp_rows" in name
+
+
 def adds_up_rows(name: str) -> bool:
     """Whether the kernel computes a minibatch of the logit loss, whose blocks meet at counters."""
-    return "row_loss" in name or "any_formula" in name
+    return is_row_kernel(name) or "any_formula" in name
 
 
 def check_resources(report: str, arch: str) -> None:
@@ -128,7 +133,7 @@ def check_accesses(name: str, counts: Counter[str]) -> None:
     assert (atomics, counts["RED"]) == ("feature_kernel" in name or adds_up_rows(name), adds_up_rows(name)), name
     if "batch_" in name or "sum_kernel" in name:
         return  # a few numbers per row
-    assert counts["LDGSTS.128"] if "row_loss" in name else counts["LDG.128"], f"narrow loads: {name}"
+    assert counts["LDGSTS.128"] if is_row_kernel(name) else counts["LDG.128"], f"narrow loads: {name}"
     if "fwd" not in name:
         assert counts["STG.128"], f"narrow stores: {name}"
 

@@ -36,6 +36,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # pipelined).
 GEOMETRIES = {
     "warp": ("table", 200, (True, 1, 1, False, False)),
+    "shifted rows": ("table", 201, (True, 1, 1, False, False)),
     "block": ("table", 2100, (False, 1, 1, False, False)),
     "cluster": ("cluster", 1001, (False, 1, 2, False, False)),
     "cooperative": ("cooperative", 1001, (False, 1, 2, True, False)),

@@ -52,7 +52,7 @@ class FormulaKernel {
             for (float& sum : row().batch_sums) sum = 0;
         if (thread_id() / kWarp == 0) {
             if (launch_.counters && args.batch.counts) count_share(args, launch_.share, launch_.counters);
-            write_batch_scalars(args, launch_.counters, batch_scalars());
+            write_batch_scalars(args, batch_factor(args, launch_.counters), batch_scalars());
         }
         block_barrier();
         for (int64_t n = group_.index; n < args.N; n += group_.count) {

@@ -72,14 +72,7 @@ class RowGradient {
             store_at(info.second_vector, group_.second(info).element, chunk, out, group_.second_state(state).gradient);
     }
 
-  private:
-    // A gradient that is not aligned like the logits is written element by element.
-    CAMKD_DEVICE Columns columns_out(const Chunk& chunk) const {
-        Columns columns = chunk.columns;
-        if (!group_.launch.wide_out) columns.whole = 0;
-        return columns;
-    }
-
+    // By the general passes.
     CAMKD_DEVICE void general_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
                                    const Info& after, const Chunk& next) const {
         const Columns columns = columns_out(chunk);
@@ -97,6 +90,14 @@ class RowGradient {
             }
             group_.fetch_slot(after, next, i);
         }
+    }
+
+  private:
+    // A gradient that is not aligned like the logits is written element by element.
+    CAMKD_DEVICE Columns columns_out(const Chunk& chunk) const {
+        Columns columns = chunk.columns;
+        if (!group_.launch.wide_out) columns.whole = 0;
+        return columns;
     }
 
     CAMKD_DEVICE void fixed_k_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,

@@ -11,9 +11,9 @@
 // ../launch_table.h.
 #pragma once
 
-#include "../batch_mean.cuh"
 #include "gradient.cuh"
 #include "label_statistics.cuh"
+#include "minibatch.cuh"
 #include "results.cuh"
 #include "statistics.cuh"
 
@@ -33,7 +33,8 @@ class RowKernel {
           statistics_(group_),
           exchange_(group_),
           results_(group_),
-          gradient_(group_) {}
+          gradient_(group_),
+          minibatch_(group_) {}
 
     CAMKD_DEVICE void run() {
         start();
@@ -54,7 +55,7 @@ class RowKernel {
             }
             // The other blocks have counted their labels meanwhile
             if (iteration == 0) {
-                if (group_.warp() == 0) write_batch_scalars();
+                if (group_.warp() == 0) minibatch_.write_scalars();
                 block_barrier();
             }
             if (!is_row) break;
@@ -82,15 +83,12 @@ class RowKernel {
             // Write the gradient and load the next rows
             for (int c = group_.launch.args.grad_student ? group_.chunks() - 1 : 0; c >= 0; --c) {
 #pragma unroll 1
-                for (int r = 0; r < group_.rows_per_group(); ++r) gradient_.write(infos[r], group_.infos(parity ^ 1)[r], r, c);
+                for (int r = 0; r < group_.rows_per_group(); ++r)
+                    gradient_.write(infos[r], group_.infos(parity ^ 1)[r], r, c);
             }
         }
         exchange_.finish(group_.is_merging_warp());
-        if (group_.launch.single_cluster)
-            add_up_cluster();
-        else if (group_.launch.counters)
-            add_up_blocks(group_.launch.args, group_.launch.counters, group_.batch_scalars(),
-                          WarpPerRow ? group_.warps() : 1, [&](int p, int i) { return group_.batch_sums(p)[i]; });
+        minibatch_.finish();
     }
 
   private:
@@ -114,8 +112,7 @@ class RowKernel {
         // While they arrive
         if (group_.is_lookahead_warp() && group_.lane() < row_stats::per_teacher)
             group_.batch_sums()[group_.lane()] = 0;
-        if (group_.warp() == 0 && group_.launch.counters && group_.launch.args.batch.counts)
-            count_share(group_.launch.args, group_.launch.share, group_.launch.counters);
+        if (group_.warp() == 0) minibatch_.start();
     }
 
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
@@ -272,40 +269,6 @@ class RowKernel {
         warp_barrier();
     }
 
-    // The factors of the minibatch's numbers and of the gradient, by one warp. The labels are counted here, by all
-    // blocks in start(), or by an earlier launch.
-    CAMKD_DEVICE void write_batch_scalars() const {
-        const RowLossArgs& args = group_.launch.args;
-        float factor = args.batch.factor;
-        if (args.batch.counts) {
-            if (group_.launch.single_cluster)
-                factor = inverse_of(count_labels(args, 0, args.N));
-            else if (group_.launch.counters)
-                factor = inverse_of(count_of_all(args, group_.launch.counters));
-            else
-                factor = args.batch.others[2];
-        }
-        if (group_.lane() == 0) {
-            group_.batch_scalars()->factor = factor;
-            group_.batch_scalars()->grad_scale = args.grad_scale * (args.batch.counts ? factor : 1.0f) *
-                                                 (args.grad_scale_device ? *args.grad_scale_device : 1.0f);
-        }
-    }
-
-    // Writes the numbers of the minibatch, one per warp, after the whole cluster has written row_stats.
-    CAMKD_DEVICE void add_up_cluster() const {
-        const RowLossArgs& args = group_.launch.args;
-        cluster_barrier(true);
-        if (cluster_rank() != 0) return;
-        for (int i = thread_id() / kWarp; i < row_stats::per_teacher; i += block_threads() / kWarp) {
-            float sum = 0;
-            for (int64_t n = group_.lane(); n < args.N; n += kWarp) sum += args.row_stats[i * args.N + n];
-            sum = warp_sum(sum);
-            if (group_.lane() == 0) write_number(args.batch, i, sum * group_.batch_scalars()->factor);
-        }
-        if (thread_id() == 0) args.batch.others[2] = group_.batch_scalars()->factor;
-    }
-
     static constexpr int kIgnored = -2, kInvalid = -1;
 
     const Group group_;
@@ -314,6 +277,7 @@ class RowKernel {
     RowExchange<Group> exchange_;
     const RowResults<T, WarpPerRow, FixedK> results_;
     const RowGradient<T, WarpPerRow, FixedK> gradient_;
+    const RowMinibatch<T, WarpPerRow, FixedK> minibatch_;
     // Of the rows to be prepared next: logits of this lane's stream.
     uint32_t logits_[kRows];
 };

@@ -5,34 +5,20 @@
 #include "../launch.h"
 #include "kernel.cuh"
 #include "pipeline.cuh"
+#include "warp_rows.cuh"
 
 namespace camkd::cuda {
 
 // The kernel for this number of teachers, or the general one (0).
-template <class T, bool WarpPerRow>
-auto kernel_for(int fixed_k) {
-    static_assert(kMaxFixedK == 5);
-    switch (fixed_k) {
-        case 1:
-            return &row_loss_kernel<T, WarpPerRow, 1>;
-        case 2:
-            return &row_loss_kernel<T, WarpPerRow, 2>;
-        case 3:
-            return &row_loss_kernel<T, WarpPerRow, 3>;
-        case 4:
-            return &row_loss_kernel<T, WarpPerRow, 4>;
-        case 5:
-            return &row_loss_kernel<T, WarpPerRow, 5>;
-        default:
-            return &row_loss_kernel<T, WarpPerRow, 0>;
-    }
-}
-
 template <class T>
-auto pipelined_kernel_for(int fixed_k) {
-    return with_fixed_k(fixed_k, [](auto k) {
-        constexpr int K = k.value > 0 ? k.value : 1;  // there is none for 0, which row_geometry knows
-        return &pipelined_kernel<T, K>;
+auto kernel_for(const RowLaunch& launch, int fixed_k) {
+    return with_fixed_k(fixed_k, [&](auto teachers) {
+        constexpr int K = decltype(teachers)::value;
+        if constexpr (K > 0) {
+            if (launch.geometry.pipelined) return &pipelined_kernel<T, K>;
+            if (launch.geometry.warp_per_row && rows_alike(launch)) return &warp_rows_kernel<T, K>;
+        }
+        return launch.geometry.warp_per_row ? &row_loss_kernel<T, true, K> : &row_loss_kernel<T, false, K>;
     });
 }
 
@@ -67,9 +53,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     for (;;) {
         g = row_geometry(problem, limits);
         launch.memory = g.cooperative ? group_memory_for(options) : nullptr;
-        kernel = g.pipelined      ? pipelined_kernel_for<T>(problem.fixed_k)
-                 : g.warp_per_row ? kernel_for<T, true>(problem.fixed_k)
-                                  : kernel_for<T, false>(problem.fixed_k);
+        kernel = kernel_for<T>(launch, problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, config_of(g));
         // A device may have no room for its largest clusters and cooperative groups: parts of it can be disabled or
         // assigned to others

@@ -8,9 +8,9 @@
 // their buffers, states and phases.
 #pragma once
 
-#include "../batch_mean.cuh"
 #include "gradient.cuh"
 #include "label_statistics.cuh"
+#include "minibatch.cuh"
 #include "results.cuh"
 #include "statistics.cuh"
 
@@ -41,15 +41,15 @@ class PipelinedKernel {
           statistics_(group_),
           exchange_(group_),
           results_(group_),
-          gradient_(group_) {}
+          gradient_(group_),
+          minibatch_(group_) {}
 
     CAMKD_DEVICE void run() {
         const int role = group_.warp() - group_.warps();  // 0 merges, 1 records, others hold rows
         if (role == 0) {
             exchange_.start();
             if (group_.lane() == 0) open_phases();
-            if (group_.launch.counters && args().batch.counts)
-                count_share(args(), group_.launch.share, group_.launch.counters);
+            minibatch_.start();
         } else if (role == 1) {
             prepare(0);
             if (group_.lane() < row_stats::per_teacher) group_.batch_sums()[group_.lane()] = 0;
@@ -62,9 +62,7 @@ class PipelinedKernel {
         else
             hold_rows();
         exchange_.finish(role == 0);
-        if (group_.launch.counters)
-            add_up_blocks(args(), group_.launch.counters, group_.batch_scalars(), 1,
-                          [&](int, int i) { return group_.batch_sums()[i]; });
+        minibatch_.finish();
     }
 
   private:
@@ -112,7 +110,7 @@ class PipelinedKernel {
     // --- the merging warp ---
 
     CAMKD_DEVICE void merge_rows() {
-        write_batch_scalars(args(), group_.launch.counters, group_.batch_scalars());
+        minibatch_.write_scalars();
         const int count = row_count();
         int again = 0;
         for (int n = 0; n < count; ++n) {
@@ -246,6 +244,7 @@ class PipelinedKernel {
     RowExchange<Group> exchange_;
     const RowResults<T, false, FixedK> results_;
     const RowGradient<T, false, FixedK> gradient_;
+    const RowMinibatch<T, false, FixedK> minibatch_;
 };
 
 template <class T, int FixedK>

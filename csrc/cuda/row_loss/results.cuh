@@ -35,7 +35,7 @@ class RowResults {
             const float entropy = std::log(sum1) - sums.plogp / sum1, total = sum_over_teachers(entropy);
             weight = 1.0f - ScalarMath::where_positive(total, entropy / total, 1.0f / float(group_.teachers()));
         } else if (args.formula.weighting == Weighting::given) {
-            weight = group_.lane() < group_.teachers() ? given_weight(info, group_.lane()) : 0.0f;
+            weight = group_.lane() < group_.teachers() ? given_weight(info.row, group_.lane()) : 0.0f;
         }
         // Coefficients of the gradient, multiplied by the corrections that the exponentials of their references lack
         const float total = sum_over_teachers(weight), scale = group_.grad_scale();
@@ -61,9 +61,6 @@ class RowResults {
     CAMKD_DEVICE void compute_label_weights(const Info& info, int r) const {
         if (group_.launch.debug) check_label(!info.kept || info.label_valid);
         if (!info.kept) return;
-        // The largest exponent is about the logarithm of the largest sum, and its rounding an error of the largest
-        // exponentials. It shows in float32 first; 16-bit rows must only be far from overflow.
-        constexpr float most = sizeof(T) == 4 ? 1e12f : 1e30f;
         constexpr int K = FixedK;
         const RowLossArgs& args = group_.launch.args;
         const Temperature& temperature = group_.temperature();
@@ -87,7 +84,7 @@ class RowResults {
         } else {
 #pragma unroll
             for (int k = 0; k < K; ++k)
-                weights[k] = args.formula.weighting == Weighting::given ? given_weight(info, k) : 1.0f / float(K);
+                weights[k] = args.formula.weighting == Weighting::given ? given_weight(info.row, k) : 1.0f / float(K);
         }
 #pragma unroll
         for (int k = 0; k < K; ++k) total += weights[k];
@@ -112,7 +109,7 @@ class RowResults {
             if (group_.has_two_labels(info)) write_label_gradients(info, r, sums, logits, weights);
 #pragma unroll
             for (int k = 0; k < K; ++k) state.weights[k] = weights[k];
-            state.out_of_range = !(total_sums < most && total_cross < INFINITY && info.near);
+            state.out_of_range = !(in_range(total_sums, total_cross) && info.near);
         }
         warp_barrier();
     }
@@ -125,6 +122,40 @@ class RowResults {
             if (info.kept && !group_.rows()[r].out_of_range) return write_label_row_stats(info, r);
         }
         write_general_row_stats(info, r);
+    }
+
+    // Whether the sums relative to the label can be used, from the sum of all of them and that of all |cross|. The
+    // largest exponent is about the logarithm of the largest sum, and its rounding an error of the largest
+    // exponentials. It shows in float32 first; 16-bit rows must only be far from overflow.
+    static CAMKD_DEVICE bool in_range(float sums, float cross) {
+        return sums < (sizeof(T) == 4 ? 1e12f : 1e30f) && cross < INFINITY;
+    }
+
+    // The confidence weights of all teachers from numbers proportional to e^CE, in one lane.
+    template <int K>
+    static CAMKD_DEVICE void confidences(const float* masses, float (&weights)[K]) {
+        float total = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) total += masses[k];
+        const float inverse = reciprocal(total * float(K - 1));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            float others = 0;
+#pragma unroll
+            for (int j = 0; j < K; ++j)
+                if (j != k) others += masses[j];
+            weights[k] = others * inverse;
+        }
+    }
+
+    CAMKD_DEVICE float given_weight(int64_t row, int k) const {
+        const RowLossArgs& args = group_.launch.args;
+        return args.weights[k * args.weight_stride_k + row * args.weight_stride_n];
+    }
+
+    CAMKD_DEVICE float soft_scale() const {
+        const Formula& formula = group_.launch.args.formula;
+        return formula.soft_weight * formula.temperature * group_.grad_scale();
     }
 
   private:
@@ -282,11 +313,6 @@ class RowResults {
     // NaN for invalid labels, else 0.
     static CAMKD_DEVICE float label_nan(const Info& info) { return info.label_valid ? 0.0f : NAN; }
 
-    CAMKD_DEVICE float soft_scale() const {
-        const Formula& formula = group_.launch.args.formula;
-        return formula.soft_weight * formula.temperature * group_.grad_scale();
-    }
-
     // The confidence weight of this lane's teacher from numbers proportional to e^CE: the share of the others, because
     // 1 - share would cancel for a teacher that is by far the worst.
     CAMKD_DEVICE float confidence(float mass) const {
@@ -297,28 +323,6 @@ class RowResults {
             if (k != group_.lane()) others += mass_k;
         }
         return others * (1.0f / (total * float(group_.teachers() - 1)));
-    }
-
-    // The same in one lane.
-    template <int K>
-    static CAMKD_DEVICE void confidences(const float* masses, float (&weights)[K]) {
-        float total = 0;
-#pragma unroll
-        for (int k = 0; k < K; ++k) total += masses[k];
-        const float inverse = reciprocal(total * float(K - 1));
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            float others = 0;
-#pragma unroll
-            for (int j = 0; j < K; ++j)
-                if (j != k) others += masses[j];
-            weights[k] = others * inverse;
-        }
-    }
-
-    CAMKD_DEVICE float given_weight(const Info& info, int k) const {
-        const RowLossArgs& args = group_.launch.args;
-        return args.weights[k * args.weight_stride_k + info.row * args.weight_stride_n];
     }
 
     // The sum of one number per teacher, in their order.

@@ -194,8 +194,18 @@ inline void copy_async(float* shared, const float* global) {
 CAMKD_SITE void copies_wait() {
 #ifndef CAMKD_DROP_COPIES_WAIT
     if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;
-    for (const auto& [shared, global, bytes] : host::self->copies) std::memcpy(shared, global, bytes);
-    host::self->copies.clear();
+    host::self->finish_copies(host::self->copies.size());
+#endif
+    host::delays.wait();
+}
+inline void copies_end_group() {
+    host::self->last_group = host::self->group;
+    host::self->group = host::self->copies.size();
+}
+CAMKD_SITE void copies_wait_but_last_group() {
+#ifndef CAMKD_DROP_COPIES_WAIT
+    if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;
+    host::self->finish_copies(host::self->last_group);
 #endif
     host::delays.wait();
 }

@@ -2,6 +2,7 @@
 // how a kernel runs on them.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -65,6 +66,15 @@ struct Thread {
     int64_t block, blocks;
     int parity;  // of the next exchange in the warp
     std::vector<Copy> copies;
+    size_t last_group = 0, group = 0;  // where in `copies` the last group begins that was ended, and the next one
+
+    // The first `count` copies.
+    void finish_copies(size_t count) {
+        for (size_t i = 0; i < count; ++i) std::memcpy(copies[i].shared, copies[i].global, copies[i].bytes);
+        copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(count));
+        last_group -= std::min(count, last_group);
+        group -= std::min(count, group);
+    }
 
     Block& own_block() const { return *cluster->blocks[rank]; }
     Warp& own_warp() const { return *own_block().warps[thread / kWarp]; }

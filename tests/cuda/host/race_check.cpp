@@ -134,8 +134,8 @@ Formula papers_formula(Weighting weighting) {
 }
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
-// The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum up every other row
-// twice. With `two`, rows have two labels.
+// The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum
+// up every other row twice. With `two`, rows have two labels.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false, bool two = false) {
     host::limits = limits;
@@ -226,40 +226,44 @@ int main() {
     // (multiprocessors, shared memory of a block and of a multiprocessor, L2, cluster, threads, least blocks of a
     // cooperative group, warps of a pipelined block)
     const Weighting confidence = Weighting::confidence;
-    const bool fine = run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false) &
-                      run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false) &
-                      run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false) &
-                      run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true) &
-                      run_rows("warps, far labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1,
-                               false, confidence, true) &
-                      run_rows("cluster, far labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
-                               false, confidence, true) &
-                      run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1,
-                               true, confidence, true) &
-                      run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false) &
-                      run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0},
-                               3, false, confidence, true) &
-                      run_rows("pipelined", 19, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
-                      run_rows("pipelined, far labels", 7, 300, 2,
-                               {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false, confidence, true) &
-                      run_rows("pipelined, two labels", 7, 300, 2,
-                               {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false, confidence, true, true) &
-                      run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1,
-                               false, confidence, false, true) &
-                      run_rows("cluster, two labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
-                               false, confidence, true, true) &
-                      run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false,
-                               Weighting::entropy) &
-                      run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4,
-                               false, Weighting::entropy) &
-                      run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true,
-                               Weighting::entropy) &
-                      run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3,
-                               false, Weighting::entropy) &
-                      run_formula("reverse KL, warps", 9, 37, 2, Divergence::reverse_kl) &
-                      run_formula("reverse KL, blocks", 5, 1101, 2, Divergence::reverse_kl) &
-                      run_formula("JSD, warps", 9, 37, 2, Divergence::jsd) &
-                      run_formula("JSD, blocks", 5, 1101, 2, Divergence::jsd) & run_others(5, 70, 2) &
-                      run_others(9, 1100, 2);
+    const bool fine =
+        run_rows("warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false) &
+        run_rows("even", 9, 40, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false) &
+        run_rows("pairs", 29, 40, 2, {1, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false) &
+        run_rows("pairs, far labels", 29, 40, 2, {1, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false,
+                 confidence, true) &
+        run_rows("block", 5, 1301, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false) &
+        run_rows("cluster", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false) &
+        run_rows("chunks", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true) &
+        run_rows("warps, far labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false,
+                 confidence, true) &
+        run_rows("cluster, far labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false,
+                 confidence, true) &
+        run_rows("chunks, far labels", 5, 701, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true,
+                 confidence, true) &
+        run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false) &
+        run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false,
+                 confidence, true) &
+        run_rows("pipelined", 19, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
+        run_rows("pipelined, far labels", 7, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+                 confidence, true) &
+        run_rows("pipelined, two labels", 7, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+                 confidence, true, true) &
+        run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false,
+                 confidence, false, true) &
+        run_rows("cluster, two labels", 9, 1021, 2, {2, 6 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false,
+                 confidence, true, true) &
+        run_rows("general, warps", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 1, threads, 0, 0}, 1, false,
+                 Weighting::entropy) &
+        run_rows("general, cluster", 9, 1021, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 4, threads, 0, 0}, 4, false,
+                 Weighting::entropy) &
+        run_rows("general, chunks", 5, 701, 2, {2, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 0, 0}, 1, true,
+                 Weighting::entropy) &
+        run_rows("general, cooperative", 9, 701, 2, {6, 7 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false,
+                 Weighting::entropy) &
+        run_formula("reverse KL, warps", 9, 37, 2, Divergence::reverse_kl) &
+        run_formula("reverse KL, blocks", 5, 1101, 2, Divergence::reverse_kl) &
+        run_formula("JSD, warps", 9, 37, 2, Divergence::jsd) & run_formula("JSD, blocks", 5, 1101, 2, Divergence::jsd) &
+        run_others(5, 70, 2) & run_others(9, 1100, 2);
     return fine ? 0 : 1;
 }
