@@ -4,6 +4,7 @@ from . import Change, changes
 
 ROWS = "tests/cuda/test_row_loss_on_host.py"
 SOME = f"{ROWS}::test_matches_truth {ROWS}::test_wide_rows"
+WARPS = "tests/cuda/test_warp_rows_on_host.py"
 CALL = "tests/cuda/test_one_call_on_host.py"
 FEATURE_CALLS = "tests/cuda/test_feature_calls_on_host.py"
 ACCURACY = "tests/cuda/test_row_loss_accuracy.py"
@@ -123,6 +124,70 @@ CHANGES = (
         ),
     ),
     *changes(
+        "csrc/cuda/row_loss/warp_rows.cuh",
+        WARPS,
+        Change(
+            "a warp's second row in the buffers of the first",
+            "return buffer_ + (row_ % 2 ? -packs : packs);",
+            "return buffer_;",
+        ),
+        Change("the label of the row that is fetched", "column_ = next_column_;", "column_ = fetched;"),
+        Change("copies of a warp's first row are not waited for", "copies_wait_but_last_group();", ";"),
+        Change("sums of the last row", "batch_sum_ += number;", "batch_sum_ = number;"),
+        Change(
+            "rows of the general passes are left out of the sums",
+            "if (role_.adds_up()) batch_sum_ = group_.batch_sums()[role_.row()];",
+            "",
+        ),
+        Change(
+            "rows out of range keep their sums",
+            "if (far || !Results::in_range(sums.total, sums.total_cross)) return;",
+            "",
+        ),
+        Change("ignored rows keep what was there", "rows_.write_zeros(row_);", ";"),
+        Change(
+            "no barrier before the logits at the label are read",
+            "copies_wait();\n            warp_barrier();",
+            "copies_wait();",
+            tests=RACES,
+        ),
+        Change(
+            "no barrier before the sums are read",
+            "shared[role_.sum()] = mine;\n            warp_barrier();",
+            "shared[role_.sum()] = mine;",
+            tests=RACES,
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/shared_sums.cuh",
+        WARPS,
+        Change("sums at T = 1 with the rounding of their references", "sum * temperature.raise(factor)", "sum"),
+        Change("the label's probability with that rounding", "inverse * reciprocal(factor)", "inverse"),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/even_rows.cuh",
+        WARPS,
+        Change("rows of two dimensions are taken for one", "args.N > args.S || ", ""),
+        Change(
+            "aligned stores into an unaligned gradient",
+            "!launch.even || (args.grad_student && !launch.wide_out)",
+            "!launch.even",
+        ),
+        Change(
+            "second labels are not seen",
+            " || args.second.target) return false;",
+            ") return false;",
+            tests=f"{ROWS}::test_rows_of_one_label_among_two",
+        ),
+        Change("every stream has the student's stride", "uint32_t(stream.stride_inner)", "uint32_t(group_.launch.C)"),
+        Change(
+            "addresses of rows in 64 bits",
+            "return uint64_t(uint32_t(row) * uint32_t(sizeof(T))) * stride;",
+            "return row * int64_t(sizeof(T)) * stride;",
+            tests=BUDGET,
+        ),
+    ),
+    *changes(
         "csrc/cuda/row_loss/group_memory.cuh",
         f"{SOME} {ROWS}::test_wide_rows",
         Change("messages of any exchange", "uint32_t(found[i] >> 32) == exchange", "true"),
@@ -162,13 +227,13 @@ CHANGES = (
         ),
         Change(
             "strides of given weights",
-            "args.weights[k * args.weight_stride_k + info.row * args.weight_stride_n]",
-            "args.weights[k * args.weight_stride_k + info.row]",
+            "args.weights[k * args.weight_stride_k + row * args.weight_stride_n]",
+            "args.weights[k * args.weight_stride_k + row]",
             tests=f"{ROWS}::test_every_weighting_and_temperature {ROWS}::test_given_weights_of_any_strides",
         ),
         Change(
             "fast path with a teacher of infinite sums",
-            "!(total_sums < most && total_cross < INFINITY && info.near)",
+            "!(in_range(total_sums, total_cross) && info.near)",
             "!info.near",
             tests=f"{ROWS}::test_given_weight_of_zero_silences_a_teacher {ACCURACY}",
         ),
