@@ -195,36 +195,46 @@ inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int bl
            int64_t(kRowsInPipeline) * warps * p.label_sums_bytes + kPhasesBytes;
 }
 
-// The pipelined kernel. Returns false for rows that one block holds, and for fewer rows than fill the pipelines.
-inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& g) {
-    if (p.fixed_k == 0 || limits.pipeline_warps == 0 || limits.least_cooperative == 0) return false;
+// What the helping warps of a block cost a row, in the units of row_cost. Fitted to measurements on an H200.
+constexpr double kHelperCost = 3;
+
+// The pipelined kernel: blocks of different sizes, of which several may share a row or a multiprocessor. Returns false
+// for fewer rows than fill the pipelines.
+inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& best) {
     const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
+    const int64_t most_blocks =
+        limits.least_cooperative > 0 ? std::min<int64_t>(kLargestCooperative, group_blocks(p)) : 1;
     double least = INFINITY;
-    for (int slots = 1; slots <= kMaxSlots; ++slots) {
-        int most = limits.pipeline_warps;
-        const auto blocks_of = [&](int warps) { return ceil_div(per_lane, int64_t(slots) * warps); };
-        while (most > 0 && pipeline_shared(p, most, slots, int(blocks_of(most))) > limits.shared_per_block) --most;
-        if (most == 0) break;
-        const int64_t blocks = blocks_of(most);
-        if (blocks < 2 || blocks > std::min<int64_t>({kLargestCooperative, limits.multiprocessors, group_blocks(p)}))
-            continue;
-        const int warps = int(ceil_div(per_lane, blocks * slots));
-        RowGeometry one{};
-        one.threads = warps * kWarpThreads;
-        one.cluster = int(blocks);
-        one.cooperative = one.pipelined = true;
-        const int64_t groups = limits.multiprocessors / blocks;
-        if (p.N < kRowsInPipeline * groups) continue;
-        const double cost =
-            row_cost(p, warps * int(blocks), slots, 1, warps) / used_places(one, limits.multiprocessors);
-        if (cost >= 0.95 * least) continue;
-        least = cost;
-        g = one;
-        g.blocks = p.N * blocks;
-        g.rows = kRowsInPipeline;
-        g.slots = slots;
-        g.chunks = 1;
-        g.shared = int(pipeline_shared(p, warps, slots, int(blocks)));
+    // With fewer warps than four their helpers have too little to do.
+    for (int slots = 1; p.fixed_k > 0 && slots <= std::min<int64_t>(kMaxSlots, per_lane / 4); ++slots) {
+        bool fits = false;
+        for (int most = limits.pipeline_warps; 2 * most > limits.pipeline_warps; --most) {
+            const int64_t blocks = ceil_div(per_lane, int64_t(slots) * most);
+            if (blocks > most_blocks) break;
+            const int warps = most = int(ceil_div(per_lane, blocks * slots));
+            const int64_t shared = pipeline_shared(p, warps, slots, int(blocks));
+            if (shared > limits.shared_per_block) continue;
+            fits = true;
+            const int64_t resident = std::min<int64_t>(limits.shared_per_multiprocessor / (shared + 1024),
+                                                       (limits.pipeline_warps + kHelperWarps) / (warps + kHelperWarps));
+            const int64_t places = limits.multiprocessors * resident, groups = places / blocks;
+            if (groups == 0 || p.N < kRowsInPipeline * groups) continue;
+            const double work = row_cost(p, warps * int(blocks), slots, 1, warps * int(resident));
+            const double cost = (work + kHelperCost * double(blocks)) * double(places) / double(groups * blocks);
+            if (cost >= 0.98 * least) continue;
+            least = cost;
+            best = {};
+            best.threads = warps * kWarpThreads;
+            best.blocks = p.N * blocks;
+            best.cluster = int(blocks);
+            best.cooperative = blocks > 1;
+            best.pipelined = true;
+            best.rows = kRowsInPipeline;
+            best.slots = slots;
+            best.chunks = 1;
+            best.shared = int(shared);
+        }
+        if (!fits && least < INFINITY) break;
     }
     return least < INFINITY;
 }

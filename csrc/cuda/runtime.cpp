@@ -37,7 +37,7 @@ Limits read_limits(int device) {
     limits.cluster = read(cudaDevAttrClusterLaunch) ? largest_cluster(read(cudaDevAttrComputeCapabilityMajor)) : 1;
     limits.block_threads = kBlockThreads;
     limits.least_cooperative = limits.cluster > 1 && read(cudaDevAttrCooperativeLaunch) ? kLeastCooperative : 0;
-    limits.pipeline_warps = kPipelineWarps;
+    limits.pipeline_warps = limits.cluster > 1 ? kPipelineWarps : 0;
     return limits;
 }
 

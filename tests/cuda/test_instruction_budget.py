@@ -117,16 +117,15 @@ def rows_besides_slots(code: dict[int, str]) -> Iterator[int]:
         addresses = [address for address in code if row[0] <= address <= row[1]]
         longest = {row[1]: 1}  # from an address to the end
         for address, following in zip(addresses[-2::-1], addresses[:0:-1], strict=True):
-            around = [span for span in inner if span[0] <= address <= span[1]]
-            counted = [inner[span].kind in BUDGET for span in around]
-            if RARE.search(code[address]) or not all(counted):
+            kinds = [loop.kind for span, loop in inner.items() if span[0] <= address <= span[1]]
+            if RARE.search(code[address]) or None in kinds:
                 continue
             to = {target_of(code[address])}
             if not re.match(r"BRA 0x", code[address]):
                 to.add(following)
-            lengths = [longest[next] for next in to if next is not None and next > address and next in longest]
+            lengths = [longest[after] for after in to if after is not None and after > address and after in longest]
             if lengths:
-                longest[address] = max(lengths) + (0 if counted else 1)
+                longest[address] = max(lengths) + (0 if kinds else 1)
         yield longest[row[0]]
 
 
