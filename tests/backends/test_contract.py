@@ -86,6 +86,12 @@ def test_label_counters_agree_on_second_labels(name, second, mix, expected):
         assert module_of(name).count_labels(target, 5, -7, labels) == expected
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_ignored_class_is_no_second_label(name):
+    second = contract.SecondLabels(torch.tensor([2, 3, 0]), torch.full((3,), 0.5))
+    assert module_of(name).count_labels(torch.tensor([1, 0, 4]), 5, 0, second) == (1, 2)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
 def test_constants_of_the_compiled_module(monkeypatch):
     from camkd_fast import _C

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from camkd_fast import CAMKDLinearLoss, camkd_linear_loss, confidence_weights
+from camkd_fast.losses import projection
 from tests.support.linear_cases import (
     assert_rule,
     make_linear_case,
@@ -43,6 +44,26 @@ def test_padded_vocabularies_are_cut() -> None:
     ours = run(padded)
     assert torch.equal(ours.grad_head[:30], run(case).grad_head) and not ours.grad_head[30:].any()
     assert torch.equal(ours.loss, run(case).loss)
+
+
+def test_biases_are_cut_with_their_heads() -> None:
+    case = make_linear_case(40, 30, hard_weight=1.0)
+    assert case.bias is not None
+    head, bias = (
+        torch.cat([case.head, torch.full((3, 8), math.nan)]),
+        torch.cat([case.bias, torch.full((3,), math.nan)]),
+    )
+    ours, expected = run(case.with_(head=head, bias=bias, vocab_size=30)), run(case)
+    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.grad_bias[:30], expected.grad_bias)
+
+
+def test_the_bias_of_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that is converted tile by tile."""
+    case = make_linear_case(40, 30).to(torch.float16)
+    expected = run(case)
+    monkeypatch.setattr(projection, "TILE_BYTES", 0)
+    monkeypatch.setattr(projection, "TILE_ROWS", 8)
+    assert_near(run(case).loss, expected.loss, 1e-5)
 
 
 def test_weights_are_those_of_confidence_weights() -> None:

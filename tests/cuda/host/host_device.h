@@ -239,7 +239,7 @@ template <class Number>
 void write_device(Number* at, Number x) {
     host::delays.wait();
     std::atomic_ref(*at).store(x, std::memory_order_relaxed);
-    host::yield();
+    if (host::lagging >= 0) host::yield();  // others may read this before the lagging block goes on
 }
 inline void max_device(uint32_t* at, uint32_t x) {
     std::atomic_ref<uint32_t> number(*at);

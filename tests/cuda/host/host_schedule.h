@@ -97,17 +97,17 @@ class Crew {
 // Fibers, of which one runs at a time.
 class Crew {
   public:
-    // One that `lags` gets a turn when the others have had many.
+    // One that `lags` goes on in one round of many.
     void add(std::function<void()> work, bool lags) {
         fibers_.push_back(std::make_unique<Fiber>(std::move(work), lags));
     }
     // Runs all of them to their end.
     void finish() {
-        constexpr int kLag = 100;  // turns, of which a row takes about 20
-        int turn = 0;
-        for (size_t left = fibers_.size(); left > 0; ++turn)
+        constexpr int kLag = 100;  // rounds; a row takes about 20
+        int round = 0;
+        for (size_t left = fibers_.size(); left > 0; ++round)
             for (auto& fiber : fibers_) {
-                if (fiber->finished || (fiber->lags && turn % kLag != 0)) continue;
+                if (fiber->finished || (fiber->lags && round % kLag != 0)) continue;
                 current_ = fiber.get();
                 self = fiber->self;
                 fiber->resume();
