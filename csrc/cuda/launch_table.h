@@ -215,8 +215,9 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeom
             const int64_t shared = pipeline_shared(p, warps, slots, int(blocks));
             if (shared > limits.shared_per_block) continue;
             fits = true;
-            const int64_t resident = std::min<int64_t>(limits.shared_per_multiprocessor / (shared + 1024),
-                                                       (limits.pipeline_warps + kHelperWarps) / (warps + kHelperWarps));
+            const int64_t fitting = std::min<int64_t>(limits.shared_per_multiprocessor / (shared + 1024),
+                                                      (limits.pipeline_warps + kHelperWarps) / (warps + kHelperWarps));
+            const int64_t resident = std::max<int64_t>(fitting, 1);
             const int64_t places = limits.multiprocessors * resident, groups = places / blocks;
             if (groups == 0 || p.N < kRowsInPipeline * groups) continue;
             const double work = row_cost(p, warps * int(blocks), slots, 1, warps * int(resident));
