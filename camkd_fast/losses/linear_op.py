@@ -151,6 +151,7 @@ def _keep_parameters(ctx: Any, inputs: Sequence[Any], *others: Tensor) -> None:
     """Saved, although the gradients are known: autograd then raises if one was changed in place meanwhile."""
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in inputs[:3]]
     ctx.needs, ctx.K, ctx.count = inputs[_NEEDS], len(inputs[3]), len(inputs)
+    ctx.set_materialize_grads(False)  # else the other outputs, as large as head and hidden states, get zeros
     ctx.all_biased = all(bias is not None for bias in inputs[5])
     ctx.save_for_backward(*inputs[:3], *others)
 

@@ -122,10 +122,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
     ctx.soft_scale = Formula.from_constants(constants, weighting, divergence, ignore_index, None).soft_scale
     ctx.mark_non_differentiable(grad_student)
+    ctx.set_materialize_grads(False)  # else it gets (N, C) zeros
 
 
 @first_order
-def _backward(ctx: Any, grad_row_stats: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_row_stats: Tensor, _: None) -> tuple[Any, ...]:
     stored, divergences = ctx.saved_tensors
     factor = grad_row_stats[LOSS]
     grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)

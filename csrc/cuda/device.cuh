@@ -218,21 +218,12 @@ CAMKD_DEVICE void copy_async(float* shared, const float* global) {
 CAMKD_DEVICE void copies_wait() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
-// Ends a group of copies. The other function waits for all groups that were ended but the last few, of which it leaves
-// out kGroupsLeftOut at most.
+// Ends a group of copies. The other function waits for all groups but the last one.
 CAMKD_DEVICE void copies_end_group() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-constexpr int kGroupsLeftOut = 3;
-CAMKD_DEVICE void copies_wait_but(int groups) {
-    if (groups >= 3)
-        asm volatile("cp.async.wait_group 3;" ::: "memory");
-    else if (groups == 2)
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
-    else if (groups == 1)
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-    else
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+CAMKD_DEVICE void copies_wait_but_last_group() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
 }
 
 CAMKD_DEVICE Pack load_pack(const void* global) {

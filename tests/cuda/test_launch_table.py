@@ -25,19 +25,19 @@ def emulated() -> ModuleType:
 def test_shipped_regimes(emulated: ModuleType) -> None:
     """Three teachers in 16 bits.
 
-    The smallest batch runs in one cluster. Rows are read once while more than one block fits on a multiprocessor, and
-    blocks are smaller where that leaves fewer slots idle.
+    The smallest batch runs in one cluster. Wider rows than a warp takes are read once, by pipelined blocks, of as many
+    warps as leave few slots and multiprocessors idle.
     """
     emulated.set_limits(*H100)
     assert emulated.row_geometry(64, 100, 3, 8)[:5] == (True, 1, 1, 1, 8)
     assert emulated.row_geometry(16384, 1000, 3, 8)[0]
     for C, blocks, threads, pipelined in [
-        (4096, 1, 128, False),
-        (32000, 4, 256, True),
-        (65537, 8, 128, True),
-        (128256, 16, 256, True),
-        (151936, 19, 256, True),
-        (262144, 32, 256, True),
+        (4096, 1, 128, True),
+        (32000, 3, 448, True),
+        (65537, 5, 576, True),
+        (128256, 10, 544, True),
+        (151936, 11, 576, True),
+        (262144, 22, 512, True),
     ]:
         warp, _, _, chunks, *found = emulated.row_geometry(8192, C, 3, 8)
         assert (warp, chunks, *found[:2], found[-1]) == (False, 1, blocks, threads, pipelined)
@@ -61,7 +61,7 @@ def regime(geometry: tuple[int, ...]) -> str:
     if chunks > 1:
         return f"{threads} threads, two reads"
     if pipelined:
-        return f"{cluster} pipelined blocks of {threads}"
+        return f"{cluster} pipelined blocks of {threads}" if cluster > 1 else f"a pipelined block of {threads}"
     if cooperative:
         return f"{cluster} cooperative blocks of {threads}"
     return f"{cluster} blocks of {threads}" if cluster > 1 else f"{threads} threads"

@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from camkd_fast import camkd_linear_loss
+from camkd_fast.losses.formula import Formula
 
 ROOT = Path(__file__).parents[2]
 MB = 2**20
@@ -71,3 +76,27 @@ def test_the_chunks_decide() -> None:
     small, large = (measure(2048, 32000, 64, 1, rows, "float32", "forward_kl") for rows in (256, 512))
     chunk = 2 * 256 * 32000 * 4
     assert 0.5 * chunk < large - small < 1.5 * chunk
+
+
+def zeros_in_backward(loss: torch.Tensor) -> int:
+    """Bytes of the tensors of zeros that a backward pass makes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        loss.backward()
+    return sum(max(event.cpu_memory_usage, 0) for event in found.events() if event.name == "aten::zeros")
+
+
+def test_backward_makes_no_zeros_for_other_outputs() -> None:
+    """The operators also return gradients and statistics, for which autograd would make gradients of zeros."""
+    N, C, H = 64, 4000, 32
+    hidden, head = torch.randn(N, H, requires_grad=True), torch.randn(C, H, requires_grad=True)
+    target = torch.arange(N)
+    for reduction in ("mean", "none"):
+        loss = camkd_linear_loss(hidden, head, [torch.randn(N, H)], [torch.randn(C, H)], target, reduction=reduction)
+        assert zeros_in_backward(loss.loss.sum()) < 4 * N * H
+
+    student = torch.randn(N, C, requires_grad=True)
+    formula = Formula(weighting="uniform")
+    row_stats, _ = torch.ops.camkd_fast.row_loss(
+        student, [torch.randn(N, C)], target, *(None,) * 4, *formula.constants(), True, "reference"
+    )
+    assert zeros_in_backward(row_stats[0].sum()) < student.nbytes

@@ -50,18 +50,20 @@ class EvenRows {
         return uint64_t(label) < uint64_t(group_.launch.C) ? int(label) : kInvalid;
     }
 
-    // With a lane per stream, the logit of a row at a column that it has; as bits, because a conversion would wait.
-    CAMKD_DEVICE uint32_t load_logit(int row, int column) const {
-        if (column < 0 || group_.lane() > K) return 0;
-        const Matrix& stream = group_.launch.args.streams[group_.lane()];
-        return load_bits(static_cast<const char*>(stream.data) + row_bytes(row, uint32_t(stream.stride_inner)), column,
-                         kDtype);
+    // Where the buffers of the warp have a column of the student; at() reads it, and that of stream k.
+    CAMKD_DEVICE const T* in_buffer(const Pack* buffer, int column) const {
+        const uint32_t slot = uint32_t(column) / kSlotColumns;
+        return reinterpret_cast<const T*>(buffer - group_.lane()) + slot * (kSlotPacks * V) +
+               uint32_t(column) % kSlotColumns;
+    }
+    static CAMKD_DEVICE float at(const T* place, int k) {
+        return load_element(reinterpret_cast<const char*>(place + k * int(kSlotColumns)), 0, kDtype);
     }
     // Whether this lane has a column.
     CAMKD_DEVICE bool has(int column) const { return uint32_t(column) % kSlotColumns / V == uint32_t(group_.lane()); }
 
-    // Starts the copies of a row, with `by_slot` in a group for each slot.
-    CAMKD_DEVICE void fetch(int row, Pack* buffer, bool by_slot) const {
+    // Starts the copies of a row.
+    CAMKD_DEVICE void fetch(int row, Pack* buffer) const {
         const char* from[K + 1];
 #pragma unroll
         for (int k = 0; k <= K; ++k) from[k] = address_of(k, row);
@@ -70,14 +72,12 @@ class EvenRows {
         for (int i = 0; i < slots; ++i) {
 #pragma unroll
             for (int k = 0; k <= K; ++k) copy_async(buffer + i * kSlotPacks + k * kWarp, from[k] + i * kVectorStride);
-            if (by_slot) copies_end_group();
         }
     }
 
-    // Writes the gradient of a row but for the label's column. With `more`, copies row `next` into the slots as fetch.
+    // Writes the gradient of a row but for the label's column. With `more`, copies row `next` into the slots.
     template <int P, bool more>
-    CAMKD_DEVICE void write_gradient(const FixedKRow<K>& numbers, int row, int next, Pack* slot, int slots,
-                                     bool by_slot) const {
+    CAMKD_DEVICE void write_gradient(const FixedKRow<K>& numbers, int row, int next, Pack* slot, int slots) const {
         const float scale = group_.temperature().scale;
         const char* from[K + 1];
 #pragma unroll
@@ -99,7 +99,6 @@ class EvenRows {
 #pragma unroll
                     for (int k = 0; k <= K; ++k)
                         copy_async(slot + u * kSlotPacks + k * kWarp, from[k] + u * kVectorStride);
-                    if (by_slot) copies_end_group();
                 }
                 fixed_k_grad_vector<T, K, P>(packs, scale, numbers, x);
                 store_pack(to + u * kVectorStride, Elements<T>::pack(x));

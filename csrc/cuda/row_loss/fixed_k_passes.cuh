@@ -108,24 +108,17 @@ CAMKD_DEVICE void add_masked_cross(const RowBuffer& buffer, const Chunk& chunk, 
     }
 }
 
-// Adds the terms of this thread's vectors of a chunk. It waits for all copies but the last `later` groups, and for
-// those after the first slot, which is added up while they arrive. kArrived: the copies have been waited for.
-constexpr int kArrived = -1;
+// Adds the terms of this thread's vectors of a chunk.
 template <class T, int K, int P>
 CAMKD_DEVICE void add_vectors(const RowBuffer& buffer, const Chunk& chunk, float scale, const float (&at)[K + 1],
-                              float (&sums)[kLabelSums<K>], int later) {
+                              float (&sums)[kLabelSums<K>]) {
     constexpr int V = kVector<T>;
     static_assert(kMaxSlots <= 32, "a bit per slot");
     uint32_t marked = 0;  // slots with -inf in student and teacher, outside the row too: (-inf) - (-inf) is NaN
     const Pack* slot = buffer.slot(0, chunk.begin);
-    if (later > 0)
-        copies_wait_but(later);
-    else if (later == 0)
-        copies_wait();
 #pragma unroll 1
     for (int i = 0; i < chunk.held; ++i, slot += buffer.slot_stride()) {
         float s[V], cross[K], check = 0;
-        if (i == 1 && later > 0) copies_wait();
         Elements<T>::unpack(slot[0], s);
         Reference::scale_from(at[0], scale, s);
 #pragma unroll

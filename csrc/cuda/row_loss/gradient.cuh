@@ -53,7 +53,7 @@ class RowGradient {
     }
 
     // The same for a row on the fast path that is its only chunk, where all rows are even and so is the gradient.
-    // `next_row` has the same chunk, and is copied in a group for each slot.
+    // `next_row` has the same chunk.
     CAMKD_DEVICE void write_even(const Info& info, const Info& next_row, int r, const Chunk& chunk) const {
         const RowLossArgs& args = group_.launch.args;
         char* const out = static_cast<char*>(args.grad_student) + info.row * group_.launch.C * int64_t(sizeof(T));
@@ -63,7 +63,7 @@ class RowGradient {
         with_power(group_.temperature().power, [&](auto power) {
             constexpr int P = decltype(power)::value;
             if (next_row.kept)
-                fixed_k_whole_slots<P, true, true>(row, chunk, all, out, next_row, chunk);
+                fixed_k_whole_slots<P, true>(row, chunk, all, out, next_row, chunk);
             else
                 fixed_k_whole_slots<P, false>(row, chunk, all, out, next_row, chunk);
         });
@@ -149,8 +149,8 @@ class RowGradient {
         }
     }
 
-    // With `more`, copies the next row's vectors into the slots, with `by_slot` in a group for each.
-    template <int P, bool more, bool by_slot = false>
+    // With `more`, copies the next row's vectors into the slots.
+    template <int P, bool more>
     CAMKD_DEVICE void fixed_k_whole_slots(const FixedKRow<FixedK>& row, const Chunk& chunk, SlotRange slots, char* out,
                                           const Info& after, const Chunk& next) const {
         constexpr int K = FixedK, vector_stride = kWarp * int(sizeof(Pack)), slot_stride = (K + 1) * kWarp;
@@ -176,7 +176,6 @@ class RowGradient {
 #pragma unroll
                     for (int k = 0; k <= K; ++k)
                         copy_async(slot + u * slot_stride + k * kWarp, from[k] + u * vector_stride);
-                    if (by_slot) copies_end_group();
                 }
                 fixed_k_grad_vector<T, K, P>(packs, scale, row, x);
                 store_pack(to + u * vector_stride, Elements<T>::pack(x));

@@ -19,15 +19,15 @@ class LabelStatistics {
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
         sum_chunks(info, r, [&](auto add) {
             for (int c = 0; c < group_.chunks(); ++c) {
-                add(group_.chunk_of(info, r, c), 0);
+                add(group_.chunk_of(info, r, c));
                 if (c + 1 < group_.chunks()) group_.fetch_chunk(info, group_.chunk_of(info, r, c + 1));
             }
         });
     }
 
-    // The same where this chunk is the whole part, and with `by_slot` was copied in a group for each slot.
-    CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk, bool by_slot) const {
-        sum_chunks(info, r, [&](auto add) { add(chunk, by_slot ? chunk.held - 1 : 0); });
+    // The same where this chunk is the whole part.
+    CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk) const {
+        sum_chunks(info, r, [&](auto add) { add(chunk); });
     }
     // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order
     // of the ranks, so all get the same bits.
@@ -69,8 +69,9 @@ class LabelStatistics {
         for (int i = 0; i < count; ++i) sums[i] = 0;
         with_power(group_.temperature().power, [&](auto power) {
             constexpr int P = decltype(power)::value;
-            each([&](const Chunk& chunk, int later) {
-                add_vectors<T, K, P>(group_.buffer(), chunk, scale, at, sums, later);
+            each([&](const Chunk& chunk) {
+                copies_wait();
+                add_vectors<T, K, P>(group_.buffer(), chunk, scale, at, sums);
             });
             if (P == 1) {
 #pragma unroll

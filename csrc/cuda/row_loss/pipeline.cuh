@@ -76,7 +76,6 @@ class PipelinedKernel {
         keep_in_register(part.first);
         keep_in_register(part.held);
         int again = 0;
-        bool by_slot = false;  // whether the next row was copied in a group for each slot
         if (count > 0) fetch(0);
         if (count > 1) fetch(1);
         // Row 0 has none before it
@@ -85,8 +84,7 @@ class PipelinedKernel {
             if (n + 1 < count) {
                 const Info& next = info(n + 1);
                 part.begin = (r ^ 1) * part.count;
-                if (next.kept)
-                    label_statistics_.sum_up(next, r ^ 1, even ? part : group_.chunk_of(next, r ^ 1, 0), by_slot);
+                if (next.kept) label_statistics_.sum_up(next, r ^ 1, even ? part : group_.chunk_of(next, r ^ 1, 0));
                 arrive(&phases()->summed[r ^ 1]);
             }
             if (n < 0) continue;
@@ -99,11 +97,9 @@ class PipelinedKernel {
             } else if (even && row.kept) {
                 part.begin = r * part.count;
                 gradient_.write_even(row, info(n + 2), r, part);
-                by_slot = info(n + 2).kept;
                 continue;
             }
             gradient_.write(row, info(n + 2), r, 0);
-            by_slot = false;
         }
     }
 

@@ -54,14 +54,10 @@ class WarpRows {
         column_ = rows_.column_of(rows_.label_of(row_));
         next_column_ = two_rows() ? rows_.column_of(rows_.label_of(row_ + 1)) : kIgnored;
         buffer_ = group_.buffer().first;
-        if (column_ != kIgnored) rows_.fetch(row_, buffer_, by_slot());
-        if (two_rows()) {
-            copies_end_group();
-            if (next_column_ != kIgnored) rows_.fetch(row_ + 1, other_buffer(), by_slot());
-            copies_end_group();
-            next_logit_ = rows_.load_logit(row_ + 1, next_column_);
-        }
-        logit_ = rows_.load_logit(row_, column_);
+        if (column_ != kIgnored) rows_.fetch(row_, buffer_);
+        copies_end_group();
+        if (next_column_ != kIgnored) rows_.fetch(row_ + 1, other_buffer());
+        copies_end_group();
         // While they arrive
         if (group_.warp() == 0) minibatch_.start();
     }
@@ -75,16 +71,20 @@ class WarpRows {
         while (row_ < rows_.count() && column_ >= 0) {
             role_.keep();
             const int64_t label = rows_.label_of(row_ + rows_.step());  // long before it is needed
-            if (two_rows()) copies_wait_but(1);
+            if (two_rows())
+                copies_wait_but_last_group();
+            else
+                copies_wait();
+            warp_barrier();
             // Sum up
             const int slots = rows_.held();
-            const float logit = element_from(logit_, Rows::kDtype);
+            const T* const at_label = rows_.in_buffer(buffer_, column_);
             LabelLogits<K> logits;
 #pragma unroll
-            for (int k = 0; k <= K; ++k) logits.at[k] = shuffle(logit, k);
+            for (int k = 0; k <= K; ++k) logits.at[k] = Rows::at(at_label, k);
             const float sum = sum_up<P>(logits, slots);
             // Share the sums
-            const Reference reference(shuffle(logit, role_.stream()), scale);
+            const Reference reference(Rows::at(at_label, role_.stream()), scale);
             const bool far = warp_any(reference.far());
             const SharedSum mine(sum, reference, {scale, 1 / scale, P});
             SharedSum* const shared = shared_sums();
@@ -98,21 +98,19 @@ class WarpRows {
             write_row_stats(mine, sums, shared, weights);
             // Write the gradient, and fetch the row that comes into the buffers
             const int fetched = rows_.column_of(label);
-            const uint32_t fetched_logit = rows_.load_logit(row_ + rows_.step(), fetched);
             if (args.grad_student) {
                 float gradient;
                 const FixedKRow<K> numbers(logits, scale, coefficients_of(sums, weights, gradient));
                 if (fetched == kIgnored)
-                    rows_.template write_gradient<P, false>(numbers, row_, 0, buffer_, slots, false);
+                    rows_.template write_gradient<P, false>(numbers, row_, 0, buffer_, slots);
                 else
-                    rows_.template write_gradient<P, true>(numbers, row_, row_ + rows_.step(), buffer_, slots,
-                                                           by_slot());
+                    rows_.template write_gradient<P, true>(numbers, row_, row_ + rows_.step(), buffer_, slots);
                 // The label's column; its vector was written by this thread too
                 if (rows_.has(column_)) store_element(rows_.gradient_of(row_), column_, Rows::kDtype, gradient);
             } else if (fetched != kIgnored) {
-                rows_.fetch(row_ + rows_.step(), buffer_, by_slot());
+                rows_.fetch(row_ + rows_.step(), buffer_);
             }
-            advance(fetched, fetched_logit);
+            advance(fetched);
         }
     }
 
@@ -124,8 +122,7 @@ class WarpRows {
         label_references<K>(logits.at, scale, at);
 #pragma unroll
         for (int i = 0; i < Role::count; ++i) sums[i] = 0;
-        add_vectors<T, K, P>({buffer_, K + 1}, {{}, 0, 0, slots, slots}, scale, at, sums,
-                             by_slot() ? slots - 1 : kArrived);
+        add_vectors<T, K, P>({buffer_, K + 1}, {{}, 0, 0, slots, slots}, scale, at, sums);
         if (P == 1) {
 #pragma unroll
             for (int k = 0; k <= K; ++k) sums[label_sum(k, kSum1)] = sums[label_sum(k, kSumT)];
@@ -227,25 +224,22 @@ class WarpRows {
             else
                 rows_.write_zeros(row_);
         }
-        if (fetched != kIgnored) rows_.fetch(row_ + rows_.step(), buffer_, by_slot());
+        if (fetched != kIgnored) rows_.fetch(row_ + rows_.step(), buffer_);
         warp_barrier();
         if (role_.adds_up()) batch_sum_ = group_.batch_sums()[role_.row()];
-        advance(fetched, rows_.load_logit(row_ + rows_.step(), fetched));
+        advance(fetched);
     }
 
     // To the next row. The row whose label has the column `fetched` is on its way into the buffers of this one.
-    CAMKD_DEVICE void advance(int fetched, uint32_t fetched_logit) {
+    CAMKD_DEVICE void advance(int fetched) {
+        copies_end_group();
         if (two_rows()) {
-            copies_end_group();
             column_ = next_column_;
             next_column_ = fetched;
-            logit_ = next_logit_;
-            next_logit_ = fetched_logit;
             buffer_ = other_buffer();
             row_ += row_ % 2 ? rows_.step() - 1 : 1;
         } else {
             column_ = fetched;
-            logit_ = fetched_logit;
             row_ += rows_.step();
         }
     }
@@ -267,8 +261,6 @@ class WarpRows {
         static_assert(kRowsPerWarp == 2);
         return group_.rows_per_group() == 2;
     }
-    // A single row is summed up slot by slot, as it arrives.
-    CAMKD_DEVICE bool by_slot() const { return !two_rows(); }
     CAMKD_DEVICE Pack* other_buffer() const {
         const int packs = group_.launch.geometry.slots * Rows::kSlotPacks;
         return buffer_ + (row_ % 2 ? -packs : packs);
@@ -286,10 +278,8 @@ class WarpRows {
     const RowGradient<T, true, FixedK> gradient_;
     const RowMinibatch<T, true, FixedK> minibatch_;
     Role role_;
-    int row_, column_;  // of the next row; `column_` is that of its label
-    uint32_t logit_;    // at the label, of this lane's stream
-    int next_column_;   // of the row after it, if two are in flight
-    uint32_t next_logit_;
+    int row_, column_;     // of the next row; `column_` is that of its label
+    int next_column_;      // of the row after it, if two are in flight
     Pack* buffer_;         // of this lane, for the next row
     float batch_sum_ = 0;  // over this lane's row of row_stats
     bool ready_ = false;

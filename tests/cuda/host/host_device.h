@@ -199,18 +199,13 @@ CAMKD_SITE void copies_wait() {
     host::delays.wait();
 }
 inline void copies_end_group() {
-    host::self->groups.push_back(host::self->copies.size());
+    host::self->last_group = host::self->group;
+    host::self->group = host::self->copies.size();
 }
-constexpr int kGroupsLeftOut = 3;
-CAMKD_SITE void copies_wait_but(int groups) {
+CAMKD_SITE void copies_wait_but_last_group() {
 #ifndef CAMKD_DROP_COPIES_WAIT
     if (!host::runs("COPIES_WAIT", __builtin_return_address(0))) return;
-    auto& ends = host::self->groups;
-    const int waited = int(ends.size()) - (groups < kGroupsLeftOut ? groups : kGroupsLeftOut);
-    if (waited > 0) {
-        host::self->finish_copies(ends[size_t(waited) - 1]);
-        ends.erase(ends.begin(), ends.begin() + waited);
-    }
+    host::self->finish_copies(host::self->last_group);
 #endif
     host::delays.wait();
 }

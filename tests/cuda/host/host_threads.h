@@ -66,13 +66,14 @@ struct Thread {
     int64_t block, blocks;
     int parity;  // of the next exchange in the warp
     std::vector<Copy> copies;
-    std::vector<size_t> groups;  // where in `copies` those that were ended have their end
+    size_t last_group = 0, group = 0;  // where in `copies` the last group begins that was ended, and the next one
 
     // The first `count` copies.
     void finish_copies(size_t count) {
         for (size_t i = 0; i < count; ++i) std::memcpy(copies[i].shared, copies[i].global, copies[i].bytes);
         copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(count));
-        for (size_t& end : groups) end -= std::min(count, end);
+        last_group -= std::min(count, last_group);
+        group -= std::min(count, group);
     }
 
     Block& own_block() const { return *cluster->blocks[rank]; }
