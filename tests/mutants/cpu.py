@@ -157,7 +157,7 @@ CHANGES = (
         ),
         Change(
             "the label's logit is not mapped",
-            "return args.formula.maps ? VecMap(map_of(k)).of(x) : x;",
+            "return args.formula.maps ? mapped(k, x) : x;",
             "return x;",
             tests=DIVERGENCES,
         ),

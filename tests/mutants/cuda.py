@@ -84,15 +84,36 @@ CHANGES = (
         SOME,
         Change(
             "the divisor is not counted by one cluster",
-            "factor = inverse_of(count_labels(args, 0, args.N));",
-            "factor = 1.0f / args.N;",
+            "here ? inverse_of(count_labels(args, 0, args.N)) :",
+            "here ? 1.0f / args.N :",
             tests=f"{ROWS}::test_means_of_narrow_rows",
         ),
+    ),
+    *changes(
+        "csrc/cuda/batch_mean.cuh",
+        SOME,
         Change(
             "the divisor of a number of items is counted",
             "args.grad_scale * (args.batch.counts ? factor : 1.0f) *",
             "args.grad_scale * factor *",
             tests=f"{CALL}::test_every_reduction {CALL}::test_divisors_and_scales",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/pipeline.cuh",
+        f"{ROWS}::test_long_pipelines",
+        Change("every block records a row", "if (n % group_.cluster() == group_rank()) results_", "results_"),
+        Change("a row that is out of range is not summed up again", "statistics_.merge(exchange_, parity(n));", ""),
+        Change(
+            "prepared rows are those of the next group",
+            "group_id() + int64_t(number)",
+            "group_id() + 1 + int64_t(number)",
+        ),
+        Change("the last row of a group is left out", "(after + groups - 1) / groups", "after / groups"),
+        Change(
+            "both labels are the first one",
+            "second.logits[1][lane] = load_element(address, labels.second",
+            "second.logits[1][lane] = load_element(address, labels.first",
         ),
     ),
     *changes(
@@ -265,7 +286,11 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/gradient.cuh",
         f"{ROWS}::test_two_labels",
-        Change("no second label in the gradient", "if (info.second_vector >= 0)", "if (false)"),
+        Change(
+            "no second label in the gradient",
+            "if (info.second_vector >= 0)\n                store_at",
+            "if (false)\n                store_at",
+        ),
         Change(
             "the first label has a share of 1 in the general gradient",
             "group_.has_two_labels(info) ? group_.second(info).share : 1.0f",
