@@ -103,7 +103,11 @@ CHANGES = (
         "csrc/cuda/row_loss/pipeline.cuh",
         f"{ROWS}::test_long_pipelines",
         Change("every block records a row", "if (n % group_.cluster() == group_rank()) results_", "results_"),
-        Change("a row that is out of range is not summed up again", "statistics_.merge(exchange_, parity(n));", ""),
+        Change(
+            "a row that is out of range is not summed up again",
+            "statistics_.merge(exchange_, parity(n));\n                results_.compute_weights",
+            "results_.compute_weights",
+        ),
         Change(
             "prepared rows are those of the next group",
             "group_id() + int64_t(number)",
