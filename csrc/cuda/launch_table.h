@@ -187,7 +187,7 @@ constexpr int kPipelineThreads = (kPipelineWarps + kHelperWarps) * kWarpThreads;
 constexpr int kRowsInPipeline = 2;
 constexpr int kRowsAtOnce = 4;                  // that are looked up together
 constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
-constexpr int kPhasesBytes = 128;
+constexpr int kPhasesBytes = 192;
 
 inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int blocks) {
     return row_shared(p, warps * kWarpThreads, slots, kRowsInPipeline, false, blocks) +

@@ -18,11 +18,12 @@ namespace camkd::cuda {
 
 // Phases by which the warps of a block meet, two of each for rows of either parity.
 struct RowPhases {
-    Phase summed[kRowsInPipeline];       // by the warps that hold the row
-    Phase weighted[kRowsInPipeline];     // by the merging warp, which has its coefficients
-    Phase recorded[kRowsInPipeline];     // by the recording warp, which needs its state no more
-    Phase prepared;                      // by the recording warp: kRowsAtOnce rows can be read
-    Phase summed_again, weighted_again;  // rows that are out of range
+    Phase summed[kRowsInPipeline];    // by the warps that hold the row
+    Phase weighted[kRowsInPipeline];  // by the merging warp, which has its coefficients
+    Phase recorded[kRowsInPipeline];  // by the recording warp, which needs its state no more
+    Phase prepared;                   // by the recording warp: kRowsAtOnce rows can be read
+    // Rows that are out of range
+    Phase summed_again[kRowsInPipeline], weighted_again[kRowsInPipeline];
 };
 static_assert(sizeof(RowPhases) <= kPhasesBytes);
 
@@ -75,7 +76,7 @@ class PipelinedKernel {
         Chunk part = group_.chunk_of(group_.even_columns(), 0, 0);
         keep_in_register(part.first);
         keep_in_register(part.held);
-        int again = 0;
+        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
         if (count > 0) fetch(0);
         if (count > 1) fetch(1);
         // Row 0 has none before it
@@ -92,8 +93,8 @@ class PipelinedKernel {
             phase_wait(&phases()->weighted[r], n / kRowsInPipeline);
             if (row.kept && group_.rows()[r].out_of_range) {
                 statistics_.sum_up(row, r);
-                arrive(&phases()->summed_again);
-                phase_wait(&phases()->weighted_again, again++);
+                arrive(&phases()->summed_again[r]);
+                phase_wait(&phases()->weighted_again[r], again[r]++);
             } else if (even && row.kept) {
                 part.begin = r * part.count;
                 gradient_.write_even(row, info(n + 2), r, part);
@@ -112,7 +113,7 @@ class PipelinedKernel {
     CAMKD_DEVICE void merge_rows() {
         minibatch_.write_scalars();
         const int count = row_count();
-        int again = 0;
+        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
         for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->summed[parity(n)], n / kRowsInPipeline);
             // The state of this parity is that of an earlier row
@@ -123,10 +124,10 @@ class PipelinedKernel {
             if ((n + 2) % kRowsAtOnce == 0) phase_wait(&phases()->prepared, (n + 2) / kRowsAtOnce - 1);
             arrive(&phases()->weighted[parity(n)]);
             if (is_out_of_range(n)) {
-                phase_wait(&phases()->summed_again, again++);
+                phase_wait(&phases()->summed_again[parity(n)], again[parity(n)]++);
                 statistics_.merge(exchange_, parity(n));
                 results_.compute_weights(info(n), parity(n));
-                arrive(&phases()->weighted_again);
+                arrive(&phases()->weighted_again[parity(n)]);
             }
         }
     }
@@ -137,10 +138,10 @@ class PipelinedKernel {
         prepare(kRowsAtOnce);
         arrive(&phases()->prepared);
         const int count = row_count();
-        int again = 0;
+        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
         for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
-            if (is_out_of_range(n)) phase_wait(&phases()->weighted_again, again++);
+            if (is_out_of_range(n)) phase_wait(&phases()->weighted_again[parity(n)], again[parity(n)]++);
             // The blocks of a group alternate
             if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), parity(n));
             arrive(&phases()->recorded[parity(n)]);
@@ -212,10 +213,10 @@ class PipelinedKernel {
             phase_open(&all->summed[r], group_.warps());
             phase_open(&all->weighted[r], 1);
             phase_open(&all->recorded[r], 1);
+            phase_open(&all->summed_again[r], group_.warps());
+            phase_open(&all->weighted_again[r], 1);
         }
         phase_open(&all->prepared, 1);
-        phase_open(&all->summed_again, group_.warps());
-        phase_open(&all->weighted_again, 1);
     }
 
     // By a warp.
