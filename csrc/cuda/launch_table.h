@@ -180,10 +180,15 @@ inline double used_places(const RowGeometry& g, int64_t places) {
     return g.cluster > kPortableCluster ? 0.85 : 1.0;
 }
 
-// The pipelined kernel has one block on a multiprocessor: warps that hold rows, and two that help them. Together they
-// are a multiple of four, for which the compiler divides the registers: 96 of a thread.
+// Blocks of the pipelined kernel: warps that hold rows, and two that help them. The largest are a multiple of four
+// warps, for which the compiler divides the registers: 96 of a thread, or 128 with more teachers.
 constexpr int kPipelineWarps = 18, kHelperWarps = 2;
-constexpr int kPipelineThreads = (kPipelineWarps + kHelperWarps) * kWarpThreads;
+constexpr int pipeline_warps(int fixed_k) {
+    return fixed_k <= 3 ? kPipelineWarps : kPipelineWarps - 4;
+}
+constexpr int pipeline_threads(int fixed_k) {
+    return (pipeline_warps(fixed_k) + kHelperWarps) * kWarpThreads;
+}
 constexpr int kRowsInPipeline = 2;
 constexpr int kRowsAtOnce = 4;                  // that are looked up together
 constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
@@ -202,13 +207,14 @@ constexpr double kHelperCost = 3;
 // for fewer rows than fill the pipelines.
 inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& best) {
     const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
+    const int most_warps = std::min(limits.pipeline_warps, pipeline_warps(p.fixed_k));
     const int64_t most_blocks =
         limits.least_cooperative > 0 ? std::min<int64_t>(kLargestCooperative, group_blocks(p)) : 1;
     double least = INFINITY;
     // With fewer warps than four their helpers have too little to do.
     for (int slots = 1; p.fixed_k > 0 && slots <= std::min<int64_t>(kMaxSlots, per_lane / 4); ++slots) {
         bool fits = false;
-        for (int most = limits.pipeline_warps; 2 * most > limits.pipeline_warps; --most) {
+        for (int most = most_warps; 2 * most > most_warps; --most) {
             const int64_t blocks = ceil_div(per_lane, int64_t(slots) * most);
             if (blocks > most_blocks) break;
             const int warps = most = int(ceil_div(per_lane, blocks * slots));
@@ -216,7 +222,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeom
             if (shared > limits.shared_per_block) continue;
             fits = true;
             const int64_t fitting = std::min<int64_t>(limits.shared_per_multiprocessor / (shared + 1024),
-                                                      (limits.pipeline_warps + kHelperWarps) / (warps + kHelperWarps));
+                                                      (most_warps + kHelperWarps) / (warps + kHelperWarps));
             const int64_t resident = std::max<int64_t>(fitting, 1);
             const int64_t places = limits.multiprocessors * resident, groups = places / blocks;
             if (groups == 0 || p.N < kRowsInPipeline * groups) continue;

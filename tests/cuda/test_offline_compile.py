@@ -24,10 +24,12 @@ ROOT = Path(__file__).parents[2]
 ARCHS = [f"sm_{number}" for number in ARCHITECTURES]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 # Instances of each kernel: one per element type; row_loss_kernel also for a warp and a block per row, and 1 to 5
-# teachers or any number, warp_rows_kernel for 1 to 5 teachers. One feature_kernel serves all pairs of element types.
+# teachers or any number, warp_rows_kernel and pipelined_kernel for 1 to 5 teachers. One feature_kernel serves all pairs
+# of element types.
 KERNELS = {
     "row_loss_kernel": 36,
     "warp_rows_kernel": 15,
+    "pipelined_kernel": 15,
     "any_formula_kernel": 3,
     "batch_count_kernel": 1,
     "batch_sum_kernel": 1,
@@ -80,7 +82,7 @@ def module() -> Path:
 
 
 def is_row_kernel(name: str) -> bool:
-    return "row_loss" in name or "warp_rows" in name
+    return "row_loss" in name or "warp_rows" in name or "pipelined" in name
 
 
 def adds_up_rows(name: str) -> bool:
@@ -96,9 +98,10 @@ def check_resources(report: str, arch: str) -> None:
     for name, registers, stack, local in usage:
         assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
         if adds_up_rows(name):
-            # Blocks per multiprocessor, as in blocks_per_multiprocessor() of launch_table.h.
-            blocks = 3 if re.search(r"Li[123]E", name) else 2
-            assert int(registers) * THREADS * blocks <= 65536, f"{arch} {name}: {registers} registers"
+            # Threads of a multiprocessor, as in blocks_per_multiprocessor() and pipeline_threads() of launch_table.h.
+            few = re.search(r"Li[123]E", name) is not None
+            threads = (640 if few else 512) if "pipelined" in name else THREADS * (3 if few else 2)
+            assert int(registers) * threads <= 65536, f"{arch} {name}: {registers} registers"
 
 
 def built() -> list[str]:

@@ -35,11 +35,15 @@ class RowExchange {
         if (group_.cooperative()) count_ = read_device(&group_.launch.memory->exchanges);
     }
 
-    // After the last one, by all threads; `ran` in the warp that made the exchanges.
-    CAMKD_DEVICE void finish(bool ran) const {
+    // After the last one, by the warp that made them.
+    CAMKD_DEVICE void end() const {
+        if (group_.cooperative() && group_.lane() == 0) max_device(&group_.launch.memory->most, count_);
+    }
+
+    // Then by all threads.
+    CAMKD_DEVICE void finish() const {
         if (!group_.cooperative()) return;
         GroupMemory* const memory = group_.launch.memory;
-        if (ran && group_.lane() == 0) max_device(&memory->most, count_);
         if (last_block(&memory->finished) && thread_id() == 0)
             write_device(&memory->exchanges, read_device(&memory->most));
     }

@@ -87,7 +87,8 @@ class RowKernel {
                     gradient_.write(infos[r], group_.infos(parity ^ 1)[r], r, c);
             }
         }
-        exchange_.finish(group_.is_merging_warp());
+        if (group_.is_merging_warp()) exchange_.end();
+        exchange_.finish();
         minibatch_.finish();
     }
 

@@ -56,13 +56,15 @@ class PipelinedKernel {
             if (group_.lane() < row_stats::per_teacher) group_.batch_sums()[group_.lane()] = 0;
         }
         block_barrier();
-        if (role == 0)
+        if (role == 0) {
             merge_rows();
-        else if (role == 1)
+            exchange_.end();
+        } else if (role == 1) {
             record_rows();
-        else
+        } else {
             hold_rows();
-        exchange_.finish(role == 0);
+        }
+        exchange_.finish();
         minibatch_.finish();
     }
 
@@ -76,7 +78,7 @@ class PipelinedKernel {
         Chunk part = group_.chunk_of(group_.even_columns(), 0, 0);
         keep_in_register(part.first);
         keep_in_register(part.held);
-        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
+        unsigned again = 0;
         if (count > 0) fetch(0);
         if (count > 1) fetch(1);
         // Row 0 has none before it
@@ -94,7 +96,7 @@ class PipelinedKernel {
             if (row.kept && group_.rows()[r].out_of_range) {
                 statistics_.sum_up(row, r);
                 arrive(&phases()->summed_again[r]);
-                phase_wait(&phases()->weighted_again[r], again[r]++);
+                wait_again(phases()->weighted_again, n, again);
             } else if (even && row.kept) {
                 part.begin = r * part.count;
                 gradient_.write_even(row, info(n + 2), r, part);
@@ -113,7 +115,7 @@ class PipelinedKernel {
     CAMKD_DEVICE void merge_rows() {
         minibatch_.write_scalars();
         const int count = row_count();
-        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
+        unsigned again = 0;
         for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->summed[parity(n)], n / kRowsInPipeline);
             // The state of this parity is that of an earlier row
@@ -124,7 +126,7 @@ class PipelinedKernel {
             if ((n + 2) % kRowsAtOnce == 0) phase_wait(&phases()->prepared, (n + 2) / kRowsAtOnce - 1);
             arrive(&phases()->weighted[parity(n)]);
             if (is_out_of_range(n)) {
-                phase_wait(&phases()->summed_again[parity(n)], again[parity(n)]++);
+                wait_again(phases()->summed_again, n, again);
                 statistics_.merge(exchange_, parity(n));
                 results_.compute_weights(info(n), parity(n));
                 arrive(&phases()->weighted_again[parity(n)]);
@@ -138,10 +140,10 @@ class PipelinedKernel {
         prepare(kRowsAtOnce);
         arrive(&phases()->prepared);
         const int count = row_count();
-        int again[kRowsInPipeline] = {};  // rows of either parity that were out of range
+        unsigned again = 0;
         for (int n = 0; n < count; ++n) {
             phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
-            if (is_out_of_range(n)) phase_wait(&phases()->weighted_again[parity(n)], again[parity(n)]++);
+            if (is_out_of_range(n)) wait_again(phases()->weighted_again, n, again);
             // The blocks of a group alternate
             if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), parity(n));
             arrive(&phases()->recorded[parity(n)]);
@@ -225,6 +227,12 @@ class PipelinedKernel {
         if (group_.lane() == 0) phase_arrive(phase);
     }
 
+    // For a row that is out of range. Bit r of `again`: whether an odd number of such rows of this parity came before.
+    CAMKD_DEVICE void wait_again(Phase* phases, int n, unsigned& again) const {
+        phase_wait(&phases[parity(n)], int(again >> parity(n) & 1));
+        again ^= 1u << parity(n);
+    }
+
     CAMKD_DEVICE const RowLossArgs& args() const { return group_.launch.args; }
     // Rows of the group. They are too wide for more than an int counts.
     CAMKD_DEVICE int row_count() const {
@@ -249,7 +257,7 @@ class PipelinedKernel {
 };
 
 template <class T, int FixedK>
-CAMKD_KERNEL(kPipelineThreads, 1)
+CAMKD_KERNEL(pipeline_threads(FixedK), 1)
 pipelined_kernel(CAMKD_PARAMETER RowLaunch launch) {
     if constexpr (has_clusters()) PipelinedKernel<T, FixedK>(launch).run();
 }
