@@ -183,8 +183,9 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # By parts, because products of another dtype than the result's are stored before they are rounded
     result = torch.empty_like(gradient, dtype=dtype)
     rows = max(1, _PART_BYTES * len(gradient) // max(gradient.nbytes, 1))
-    for part, rounded in zip(gradient.split(rows), result.split(rows), strict=True):
-        torch.mul(part, factor, out=rounded)
+    for first in range(0, len(gradient), rows):
+        part = slice(first, first + rows)
+        torch.mul(gradient[part], factor, out=result[part])
     return result
 
 
