@@ -162,7 +162,9 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 @first_order
-def _backward_loss(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward_loss(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return _inputs_gradients((None, None, None), ctx)
     gradients = ctx.saved_tensors[3:]
     found = [
         _times(gradient, grad_loss, dtype) if needed and dtype is not None else None
@@ -201,7 +203,9 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 @first_order
-def _backward_rows(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward_rows(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_losses is None:
+        return _inputs_gradients((None, None, None), ctx)
     hidden, head, bias, labels, *others = ctx.saved_tensors
     hiddens, heads, others = others[: ctx.K], others[ctx.K : 2 * ctx.K], others[2 * ctx.K :]
     rest = list(ctx.rest)

@@ -126,7 +126,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @first_order
-def _backward(ctx: Any, grad_row_stats: Tensor, _: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_row_stats: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_row_stats is None:
+        return (None, [None] * ctx.K, *(None,) * 11)
     stored, divergences = ctx.saved_tensors
     factor = grad_row_stats[LOSS]
     grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)

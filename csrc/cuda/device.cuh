@@ -172,7 +172,7 @@ CAMKD_DEVICE void mailbox_wait(Mailbox* box, int phase) {
 // --- phases of a block, from sm_90 on ---
 
 // Some threads of a block arrive, others wait, and neither waits for its own kind: a phase is complete when as many
-// have arrived as mailbox_open was told, and the next one begins. Arriving publishes what the thread has written.
+// have arrived as phase_open says, and the next one begins. Arriving publishes what the thread has written.
 struct Phase {
     uint64_t barrier;
 };

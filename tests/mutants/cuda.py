@@ -164,18 +164,18 @@ CHANGES = (
         ),
         Change("the label of the row that is fetched", "column_ = next_column_;", "column_ = fetched;"),
         Change("copies of a warp's first row are not waited for", "copies_wait_but_last_group();", ";"),
-        Change("sums of the last row", "batch_sum_ += number;", "batch_sum_ = number;"),
+        Change("sums of the last narrow row", "batch_sum_ += number;", "batch_sum_ = number;"),
         Change(
             "rows of the general passes are left out of the sums",
             "if (role_.adds_up()) batch_sum_ = group_.batch_sums()[role_.row()];",
             "",
         ),
         Change(
-            "rows out of range keep their sums",
+            "narrow rows out of range keep their sums",
             "if (far || !Results::in_range(sums.total, sums.total_cross)) return;",
             "",
         ),
-        Change("ignored rows keep what was there", "rows_.write_zeros(row_);", ";"),
+        Change("ignored narrow rows keep what was there", "rows_.write_zeros(row_);", ";"),
         Change(
             "no barrier before the logits at the label are read",
             "copies_wait();\n            warp_barrier();",
@@ -192,7 +192,11 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/shared_sums.cuh",
         WARPS,
-        Change("sums at T = 1 with the rounding of their references", "sum * temperature.raise(factor)", "sum"),
+        Change(
+            "sums at T = 1 of narrow rows with the rounding of their references",
+            "sum * temperature.raise(factor)",
+            "sum",
+        ),
         Change("the label's probability with that rounding", "inverse * reciprocal(factor)", "inverse"),
     ),
     *changes(
@@ -200,7 +204,7 @@ CHANGES = (
         WARPS,
         Change("rows of two dimensions are taken for one", "args.N > args.S || ", ""),
         Change(
-            "aligned stores into an unaligned gradient",
+            "aligned stores of narrow rows into an unaligned gradient",
             "!launch.even || (args.grad_student && !launch.wide_out)",
             "!launch.even",
         ),
