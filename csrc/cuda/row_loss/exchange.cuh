@@ -8,7 +8,8 @@ namespace camkd::cuda {
 // Every block sends its part of a row to all blocks. Exchanges alternate between two inboxes: a block that sends for
 // the exchange after the next one has received every message of the next one, and each of these was sent after its
 // sender had read this exchange's inbox. Used by one warp.
-template <class Group>
+// `Words`: of a message through memory, those that a lane reads at once; more take more registers.
+template <class Group, int Words = 4>
 class RowExchange {
   public:
     CAMKD_DEVICE RowExchange(const Group& group) : group_(group) {}
@@ -58,7 +59,7 @@ class RowExchange {
         // Whole messages, whatever they have: the words of all blocks then lie side by side
         for (int i = group_.lane(); i < stride; i += kWarp)
             write_device(words + group_rank() * stride + i, group_word(i < packs * of_pack ? mine[i] : 0.0f, number));
-        receive_words(words, blocks * stride, number, reinterpret_cast<float*>(group_.inbox(exchange, 0, 0)));
+        receive_words<Words>(words, blocks * stride, number, reinterpret_cast<float*>(group_.inbox(exchange, 0, 0)));
         warp_barrier();
     }
 

@@ -27,8 +27,8 @@ struct GroupMemory {
 
 // Reads `count` words of one exchange, by a warp, and writes their numbers to shared memory. Blocks that run at once
 // need microseconds; if seconds pass, one of them will never come.
+template <int several>  // words per lane in flight
 CAMKD_DEVICE void receive_words(const GroupWord* words, int count, uint32_t exchange, float* numbers) {
-    constexpr int several = 8;         // words per lane in flight
     constexpr int polls = 10'000'000;  // about a microsecond each
     for (int first = thread_id() % kWarp; first < count; first += several * kWarp) {
         GroupWord found[several];

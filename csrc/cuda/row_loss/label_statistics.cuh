@@ -31,7 +31,8 @@ class LabelStatistics {
     }
     // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order
     // of the ranks, so all get the same bits.
-    CAMKD_DEVICE void merge(RowExchange<Group>& exchange, int r) const {
+    template <class Exchange>
+    CAMKD_DEVICE void merge(Exchange& exchange, int r) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
         float* const row = group_.rows()[r].label_sums.of;

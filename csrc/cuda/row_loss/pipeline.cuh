@@ -250,7 +250,7 @@ class PipelinedKernel {
     const Group group_;
     const LabelStatistics<T, false, FixedK> label_statistics_;
     const RowStatistics<T, false, FixedK> statistics_;
-    RowExchange<Group> exchange_;
+    RowExchange<Group, 8> exchange_;
     const RowResults<T, false, FixedK> results_;
     const RowGradient<T, false, FixedK> gradient_;
     const RowMinibatch<T, false, FixedK> minibatch_;

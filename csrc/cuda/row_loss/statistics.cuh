@@ -37,7 +37,8 @@ class RowStatistics {
 
     // Merges the states of this block's warps, and then those of the cluster's blocks, into the sums of row r. Every
     // block merges in order of the ranks, so all get the same bits.
-    CAMKD_DEVICE void merge(RowExchange<Group>& exchange, int r) const {
+    template <class Exchange>
+    CAMKD_DEVICE void merge(Exchange& exchange, int r) const {
         State* const row = group_.rows()[r].sums;
         const auto store = [&](int k, const State& state) { row[k] = state; };
         const auto of_warp = [&](int lane, int k) { return group_.states(lane, 0)[k]; };
