@@ -85,6 +85,11 @@ def is_row_kernel(name: str) -> bool:
     return "row_loss" in name or "warp_rows" in name or "pipelined" in name
 
 
+def shares_rows(name: str) -> bool:
+    """Whether cooperative groups of its blocks may share rows."""
+    return "pipelined" in name or ("row_loss" in name and "Lb0" in name)
+
+
 def adds_up_rows(name: str) -> bool:
     """Whether the kernel computes a minibatch of the logit loss, whose blocks meet at counters."""
     return is_row_kernel(name) or "any_formula" in name
@@ -124,19 +129,18 @@ def accesses(arch: str) -> dict[str, Counter[str]]:
     for line in run(cuobjdump(), "-sass", "-arch", arch, module()).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             counts = found.setdefault(match[1], Counter())
-        elif match := re.search(r"\s(LDGSTS|LDG|LDS|STG|LDL|STL|ATOM\w*|RED)([.\w]*)", line):
+        elif match := re.search(r"\s(LDGSTS|LDG|LDS|STG|LDL|STL|ATOM\w*|RED[GS]?\b)([.\w]*)", line):
             counts[match[1] + (".128" if ".128" in match[2] else "")] += 1
-            if match[1].startswith(("ATOM", "RED")) and ".F" in match[2]:
-                counts["atomic float"] += 1
     return found
 
 
 def check_accesses(name: str, counts: Counter[str]) -> None:
     assert not {"LDL", "STL"} & set(counts), name
-    # Counters find the last block, and others add up the labels of all blocks, which are whole numbers.
-    atomics = any(key.startswith("ATOM") for key in counts)
-    assert (atomics, counts["RED"] > 0) == ("feature_kernel" in name or adds_up_rows(name), adds_up_rows(name)), name
-    assert not counts["atomic float"], name
+    # A counter finds the last block, and another one adds up the labels of all blocks, which are whole numbers. Where
+    # cooperative groups share rows, their exchanges are counted likewise.
+    atomics, reductions = (sum(n for key, n in counts.items() if key.startswith(kind)) for kind in ("ATOM", "RED"))
+    counters = (1 + shares_rows(name)) if adds_up_rows(name) else 0
+    assert (atomics, reductions) == (counters or int("feature_kernel" in name), counters), name
     if "batch_" in name or "sum_kernel" in name:
         return  # a few numbers per row
     assert counts["LDGSTS.128"] if is_row_kernel(name) else counts["LDG.128"], f"narrow loads: {name}"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from camkd_fast import camkd_loss, camkd_loss_and_grad
+from camkd_fast.losses.formula import Formula
 from tests.support.cases import Case, make_case
 from tests.support.evaluate import fields, run
 from tests.support.tolerance import assert_accurate, assert_near, assert_result, roundoff
@@ -225,3 +226,14 @@ def test_float64_runs_on_the_reference():
     case = make_case(8, 50, dtype=torch.float64)
     R = eager(case, torch.float64)
     assert_near(run(case, "auto").grad, R.grad, rtol=1e-10)
+
+
+def test_undefined_gradients_of_the_operator() -> None:
+    """As gradcheck makes them: no gradient at all, in place of zeros."""
+    student = torch.randn(4, 5, requires_grad=True)
+    row_stats, _ = torch.ops.camkd_fast.row_loss(
+        student, [torch.randn(4, 5)], torch.arange(4), *(None,) * 4, *Formula(weighting="uniform").constants(), True,
+        "reference",
+    )  # fmt: skip
+    undefined = torch._C._functions.UndefinedGrad()(row_stats)
+    assert torch.autograd.grad(undefined.sum(), [student], allow_unused=True) == (None,)

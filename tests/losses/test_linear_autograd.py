@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from camkd_fast.losses import linear_op
 from tests.support.linear_cases import (
     LinearResult,
     evaluate,
@@ -23,6 +24,16 @@ def test_an_incoming_gradient_multiplies_all_of_them() -> None:
     once, scaled = run(case), run(case, torch.tensor(0.37))
     for name in ("grad_hidden", "grad_head", "grad_bias"):
         assert_near(getattr(scaled, name), 0.37 * getattr(once, name))
+
+
+def test_a_gradient_is_rounded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_linear_case(20, 30, hard_weight=1.0, dtype=torch.bfloat16)
+    whole = run(case, torch.tensor(0.37))
+    monkeypatch.setattr(linear_op, "_PART_BYTES", 7 * 4 * case.head.shape[1])  # rows of the head: 7, 7, ..., fewer
+    parts = run(case, torch.tensor(0.37))
+    assert parts.grad_head.dtype == torch.bfloat16 and parts.grad_head.any(dim=1).all()
+    for name in ("grad_hidden", "grad_head", "grad_bias"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -21,7 +21,6 @@ template <class T, int K>
 class EvenRows {
     using Group = RowGroup<T, true, K>;
     static constexpr int V = kVector<T>;
-    static constexpr int kUnrolled = 4;                              // slots
     static constexpr int kVectorStride = kWarp * int(sizeof(Pack));  // from one vector of a lane to the next one
 
   public:
@@ -78,36 +77,11 @@ class EvenRows {
     // Writes the gradient of a row but for the label's column. With `more`, copies row `next` into the slots.
     template <int P, bool more>
     CAMKD_DEVICE void write_gradient(const FixedKRow<K>& numbers, int row, int next, Pack* slot, int slots) const {
-        const float scale = group_.temperature().scale;
         const char* from[K + 1];
 #pragma unroll
-        for (int k = 0; k <= K; ++k) {
-            from[k] = more ? address_of(k, next) : nullptr;
-            keep_in_register(from[k]);
-        }
-        char* to = gradient_of(row) + lane_bytes();
-        keep_in_register(to);
-#pragma unroll 1
-        for (int i = 0; i < slots; i += kUnrolled) {
-#pragma unroll
-            for (int u = 0; u < kUnrolled; ++u) {
-                if (u > 0 && i + u >= slots) break;
-                Pack packs[K + 1];
-                float x[V];
-                read_slot<K>(slot + u * kSlotPacks, packs);
-                if (more) {
-#pragma unroll
-                    for (int k = 0; k <= K; ++k)
-                        copy_async(slot + u * kSlotPacks + k * kWarp, from[k] + u * kVectorStride);
-                }
-                fixed_k_grad_vector<T, K, P>(packs, scale, numbers, x);
-                store_pack(to + u * kVectorStride, Elements<T>::pack(x));
-            }
-            slot += kUnrolled * kSlotPacks;
-            to += kUnrolled * kVectorStride;
-#pragma unroll
-            for (int k = 0; k <= K; ++k) from[k] += kUnrolled * kVectorStride;
-        }
+        for (int k = 0; k <= K; ++k) from[k] = more ? address_of(k, next) : nullptr;
+        write_fixed_k_slots<T, K, P, more>(numbers, group_.temperature().scale, slot, slots, from,
+                                           gradient_of(row) + lane_bytes());
     }
 
     // That of an ignored row.

@@ -203,4 +203,36 @@ CAMKD_DEVICE void fixed_k_grad_vector(const Pack (&packs)[K + 1], float scale, c
     }
 }
 
+// Writes the gradient of `count` slots of whole vectors: those in `slot` and after it, in steps of a warp from `to` on.
+// With `more`, copies the vectors at `from` into the slots.
+template <class T, int K, int P, bool more>
+CAMKD_DEVICE void write_fixed_k_slots(const FixedKRow<K>& row, float scale, Pack* slot, int count,
+                                      const char* (&from)[K + 1], char* to) {
+    constexpr int unrolled = 4, vector_stride = kWarp * int(sizeof(Pack)), slot_stride = (K + 1) * kWarp;
+#pragma unroll
+    for (int k = 0; k <= K; ++k) keep_in_register(from[k]);
+    keep_in_register(to);
+#pragma unroll 1
+    for (int i = 0; i < count; i += unrolled) {
+#pragma unroll
+        for (int u = 0; u < unrolled; ++u) {
+            if (u > 0 && i + u >= count) break;
+            Pack packs[K + 1];
+            float x[kVector<T>];
+            read_slot<K>(slot + u * slot_stride, packs);
+            if (more) {
+#pragma unroll
+                for (int k = 0; k <= K; ++k)
+                    copy_async(slot + u * slot_stride + k * kWarp, from[k] + u * vector_stride);
+            }
+            fixed_k_grad_vector<T, K, P>(packs, scale, row, x);
+            store_pack(to + u * vector_stride, Elements<T>::pack(x));
+        }
+        slot += unrolled * slot_stride;
+        to += unrolled * vector_stride;
+#pragma unroll
+        for (int k = 0; k <= K; ++k) from[k] += unrolled * vector_stride;
+    }
+}
+
 }  // namespace camkd::cuda

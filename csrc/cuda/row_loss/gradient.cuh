@@ -12,7 +12,6 @@ class RowGradient {
     using Info = typename Group::Info;
     using RowState = typename Group::RowState;
     static constexpr int V = kVector<T>;
-    static constexpr int kUnrolled = 4;  // slots
 
   public:
     CAMKD_DEVICE RowGradient(const Group& group) : group_(group) {}
@@ -153,38 +152,15 @@ class RowGradient {
     template <int P, bool more>
     CAMKD_DEVICE void fixed_k_whole_slots(const FixedKRow<FixedK>& row, const Chunk& chunk, SlotRange slots, char* out,
                                           const Info& after, const Chunk& next) const {
-        constexpr int K = FixedK, vector_stride = kWarp * int(sizeof(Pack)), slot_stride = (K + 1) * kWarp;
-        const float scale = group_.temperature().scale;
-        Pack* slot = group_.buffer().slot(0, chunk.begin + slots.begin);
+        constexpr int K = FixedK;
         const char* from[K + 1];
 #pragma unroll
-        for (int k = 0; k <= K; ++k) {
+        for (int k = 0; k <= K; ++k)
             from[k] = more ? vector_address<T>(after.address[k], next.columns, next.vector(slots.begin)) : nullptr;
-            keep_in_register(from[k]);
-        }
-        char* to = const_cast<char*>(vector_address<T>(out, chunk.columns, chunk.vector(slots.begin)));
-        keep_in_register(to);
-#pragma unroll 1
-        for (int i = slots.begin; i < slots.end; i += kUnrolled) {
-#pragma unroll
-            for (int u = 0; u < kUnrolled; ++u) {
-                if (u > 0 && i + u >= slots.end) break;
-                Pack packs[K + 1];
-                float x[V];
-                read_slot<K>(slot + u * slot_stride, packs);
-                if (more) {
-#pragma unroll
-                    for (int k = 0; k <= K; ++k)
-                        copy_async(slot + u * slot_stride + k * kWarp, from[k] + u * vector_stride);
-                }
-                fixed_k_grad_vector<T, K, P>(packs, scale, row, x);
-                store_pack(to + u * vector_stride, Elements<T>::pack(x));
-            }
-            slot += kUnrolled * slot_stride;
-            to += kUnrolled * vector_stride;
-#pragma unroll
-            for (int k = 0; k <= K; ++k) from[k] += kUnrolled * vector_stride;
-        }
+        char* const to = const_cast<char*>(vector_address<T>(out, chunk.columns, chunk.vector(slots.begin)));
+        write_fixed_k_slots<T, K, P, more>(row, group_.temperature().scale,
+                                           group_.buffer().slot(0, chunk.begin + slots.begin), slots.end - slots.begin,
+                                           from, to);
     }
 
     CAMKD_DEVICE DType dtype() const { return group_.launch.args.streams[0].dtype; }

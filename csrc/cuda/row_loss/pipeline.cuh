@@ -1,5 +1,5 @@
-// The kernel for rows that take several blocks: warps with roles of their own, so that none waits for the exchange
-// between the blocks.
+// The kernel for rows wider than a warp takes: warps with roles of their own, so that none waits for the sums of the
+// others or for the exchange between the blocks of a row.
 //
 // Two rows are in flight. Warps that hold rows sum up their part of one row, then write the gradient of the row before
 // it and fetch the next but one into its place. Meanwhile a merging warp adds up the sums of the block and of the

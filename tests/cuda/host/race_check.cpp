@@ -244,10 +244,10 @@ int main() {
         run_rows("cooperative", 9, 701, 2, {4, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false) &
         run_rows("cooperative, far labels", 9, 701, 2, {6, 6 * 1024, 30 * 1024, 1 << 20, 1, threads, 2, 0}, 3, false,
                  confidence, true) &
-        run_rows("pipelined", 19, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
-        run_rows("pipelined, far labels", 7, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+        run_rows("pipelined", 19, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
+        run_rows("pipelined, far labels", 7, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true) &
-        run_rows("pipelined, two labels", 7, 300, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+        run_rows("pipelined, two labels", 7, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true, true) &
         run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false,
                  confidence, false, true) &
