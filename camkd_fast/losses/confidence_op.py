@@ -19,7 +19,7 @@ from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
-from .entry import Way, way_of_call
+from .entry import KERNEL, Way, way_of_call
 from .layout import contiguous_labels, row_view, second_labels, second_pair, second_rows
 from .scale_plan import inverse_divisor
 
@@ -248,7 +248,7 @@ def confidence_in_one_call(
     """Fast path of `confidence_weights`: one C++ call. Returns None for unsupported or invalid input; the general path
     reports the error.
     """
-    if way_of_call() is not Way.KERNEL or isinstance(logits, Tensor):
+    if way_of_call() is not KERNEL or isinstance(logits, Tensor):
         return None
     module = whole_loss_backend(backend, first_of(logits))
     found = None if module is None else module.confidence_weights(logits, target, ignore_index, second)

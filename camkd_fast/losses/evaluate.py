@@ -18,7 +18,7 @@ from ..backends.dispatch import whole_loss_backend
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
-from .entry import Way, computing, enter, way_of_call
+from .entry import KERNEL, Way, computing, enter, way_of_call
 from .formula import Formula, check_choice
 from .layout import contiguous_labels, second_arguments, second_labels, second_rows
 from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
@@ -52,7 +52,7 @@ def evaluate(
 ) -> Evaluation:
     """Checks the arguments and computes the loss. With a `loss_scale`, the gradient is the finished one."""
     way = way_of_call()
-    if way is Way.KERNEL:
+    if way is KERNEL:
         evaluation = _in_one_call(
             student, teacher_logits, target, second, formula, reduction, num_items, backend, loss_scale
         )

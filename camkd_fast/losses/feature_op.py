@@ -20,7 +20,7 @@ from ..backends.feature_maps import gradient_strides
 from ..backends.memory import is_ordinary, observer
 from ..backends.reference import accumulation_dtype, feature_rows
 from .autograd import first_order, is_one, keeps_graph, needs_grad, savable, save, saved
-from .entry import Way, way_of_call
+from .entry import KERNEL, Way, way_of_call
 
 # --- errors of each sample and teacher -------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ def loss_in_one_call(
     """Fast path of the autograd form: one C++ call. Returns None for unsupported or invalid input; the general path
     reports the error.
     """
-    if way_of_call() is not Way.KERNEL:
+    if way_of_call() is not KERNEL:
         return None
     module = whole_loss_backend(backend, first_of(student), maps=True)
     finished = None if module is None else module.whole_feature_loss(student, teachers, weights, reduction, scale)
@@ -241,7 +241,7 @@ def loss_and_grad_in_one_call(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
     """Fast path of `camkd_feature_loss_and_grad` with confidence weights: one C++ call, as above."""
     beta, weighting, reduction, num_items, ignore_index, loss_scale = options
-    if way_of_call() is not Way.KERNEL or logits is None or isinstance(logits, Tensor):
+    if way_of_call() is not KERNEL or logits is None or isinstance(logits, Tensor):
         return None
     if not isinstance(weighting, str) or weighting != "confidence":
         return None
