@@ -33,7 +33,7 @@ _CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", Non
 
 
 are_dense = _C.are_dense  # see `memory`
-_is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # type: ignore[attr-defined]
+_is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
 
 
 def instruction_set() -> str:
@@ -64,7 +64,7 @@ def new_output(N: int, C: int, dtype: torch.dtype) -> Tensor:
 
 def _fills_memory() -> bool:
     """Does torch.empty fill its result with NaN?"""
-    return _is_deterministic() and bool(deterministic.fill_uninitialized_memory)
+    return _is_deterministic() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
 def logit_loss(

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cpu_products import prefers_onednn, product, product_of_transposed
+
 # Bytes of a float32 tile of the head, which stays in a shared cache; at least TILE_ROWS classes, for the products.
-TILE_BYTES, TILE_ROWS = 1 << 22, 512
+TILE_BYTES, TILE_ROWS = 1 << 21, 512
 
 
 @functools.cache
@@ -31,6 +33,13 @@ def default_logits_dtype(head: Tensor) -> torch.dtype:
     return torch.bfloat16 if head.is_cpu and has_bfloat16_products() else torch.float32
 
 
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether a CPU multiplies matrices of this dtype well as a whole."""
+    if dtype == torch.float32:
+        return not prefers_onednn()  # whose results go to memory of its own: by tiles, for less of it
+    return dtype == torch.float64 or (dtype == torch.bfloat16 and has_bfloat16_products())
+
+
 class Projection:
     """The products with one head, without gradients. Sums are in float32, or float64 for a float64 head.
 
@@ -45,9 +54,8 @@ class Projection:
     def __init__(self, head: Tensor, bias: Tensor | None, inputs: torch.dtype, logits: torch.dtype) -> None:
         self.inputs, self.logits_dtype = inputs, logits
         self.accumulator = torch.float64 if inputs == torch.float64 else torch.float32
-        native = head.is_cuda or (inputs != torch.float16 and (inputs != torch.bfloat16 or has_bfloat16_products()))
-        # Results of another dtype than the inputs' are at hand on CUDA only.
-        self._direct = native and (inputs == logits or (head.is_cuda and logits == torch.float32))
+        # Whether one product makes all logits. Results of another dtype than the inputs' are at hand on CUDA only.
+        self._direct = head.is_cuda or (inputs == logits and _has_products(inputs))
         self._head = head.to(inputs) if self._direct else head
         self._bias = None if bias is None else bias.to(logits if self._direct else self.accumulator)
 
@@ -66,34 +74,35 @@ class Projection:
                 torch.addmm(self._bias, rows, head, out=out, **kind)
             return
         for columns, tile in self._tiles():
-            part = rows @ tile.t() if out.dtype != tile.dtype else torch.mm(rows, tile.t(), out=out[:, columns])
+            part = product(rows, tile.t())
             if self._bias is not None:
                 part += self._bias[columns]
-            if out.dtype != tile.dtype:
-                out[:, columns] = part
+            out[:, columns] = part
 
     def grad_rows(self, grad: Tensor) -> Tensor:
         """The gradient of the rows (m, H), from that of the logits (m, C)."""
         if self._direct:
             return grad.to(self.inputs) @ self._head
-        total = torch.zeros((len(grad), self._head.shape[1]), dtype=self.accumulator, device=grad.device)
-        for columns, tile in self._tiles():
-            total.addmm_(self._rounded(grad[:, columns]), tile)
+        parts = (product(self._rounded(grad[:, columns]), tile) for columns, tile in self._tiles())
+        total = next(parts)
+        for part in parts:
+            total += part
         return total
 
     def add_grad_head(self, grad: Tensor, rows: Tensor, total: Tensor, first: bool) -> None:
         """total (C, H) += grad^T @ rows in the accumulation dtype; total = if it is the `first` term."""
-        beta = 0 if first else 1
         if self._direct and grad.is_cpu and self.inputs != total.dtype:
             part = grad.to(self.inputs).t() @ rows
             total.copy_(part) if first else total.add_(part)
             return
         if self._direct:
-            torch.addmm(total, grad.to(self.inputs).t(), rows, beta=beta, out=total, **self._result_of(total.dtype))
+            torch.addmm(
+                total, grad.to(self.inputs).t(), rows, beta=0 if first else 1, out=total, **self._result_of(total.dtype)
+            )
             return
         for columns in self._columns():
-            part = total[columns]
-            torch.addmm(part, self._rounded(grad[:, columns]).t(), rows, beta=beta, out=part)
+            part = product_of_transposed(self._rounded(grad[:, columns]), rows)
+            total[columns].copy_(part) if first else total[columns].add_(part)
 
     def _result_of(self, dtype: torch.dtype) -> dict[str, Any]:
         """The keyword of a product whose result has another dtype than its inputs."""

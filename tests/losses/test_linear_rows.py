@@ -164,9 +164,13 @@ def operations(call: Any) -> int:
     """Multiplications and additions of the matrix products."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         call()
-    first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
-    shapes = [e.input_shapes[first[e.name] : first[e.name] + 2] for e in profile.events() if e.name in first]
-    return sum(2 * rows * inner * columns for (rows, inner), (_, columns) in shapes)
+    first = {"aten::mm": 0, "aten::addmm": 1, "mkldnn::_linear_pointwise": 0}  # where the two matrices are
+    total = 0
+    for event in profile.events():
+        if event.name in first:
+            (rows, inner), other = event.input_shapes[first[event.name] :][:2]
+            total += 2 * rows * inner * (other[0] if event.name.startswith("mkldnn") else other[1])  # it transposes
+    return total
 
 
 def both_ways(case: LinearCase, frozen: tuple[bool, bool] = (False, False), **keywords: Any) -> None:

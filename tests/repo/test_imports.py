@@ -43,7 +43,7 @@ ORDER = {
     "losses": [
         "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",
         "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
-        "projection", "linear_rows", "linear_chunks", "linear_checks", "linear_op", "linear",
+        "cpu_products", "projection", "linear_rows", "linear_chunks", "linear_checks", "linear_op", "linear",
     ],
 }  # fmt: skip
 
