@@ -1,7 +1,8 @@
 """`python -m tests.mutants`: which wrong changes do the tests notice?
 
 Exit status 1 if fewer than 95 % of the changes that are not equivalent were noticed, 2 if the tests fail without any
-change. Logs and results: build/mutants/.
+change. Logs and results: build/mutants/. A pass takes hours, so results may be committed (`--record`), and the next
+pass runs what has changed since (`--resume`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from . import AREAS, Change, load
 from .scratch import HUNG, ROOT, BuildError, Tree, seconds_of
 
 FOLDER = ROOT / "build" / "mutants"
+RESULTS = "results.jsonl"
+RECORD = Path(__file__).parent / RESULTS  # committed
 SHARE = 0.95  # of the changes that must be noticed
 FAILED, INTERRUPTED = 1, 2  # pytest's exit codes of a failed test and of a module that cannot be imported
 
@@ -52,13 +55,17 @@ def key_of(change: Change) -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(listed: Iterable[Change], folder: Path) -> list[Outcome]:
-    """The results in `folder` whose change, file and tests are as they were."""
-    path = folder / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    by_key = {record.get("key"): record for record in records}
+def kept(listed: Iterable[Change], paths: Iterable[Path]) -> list[Outcome]:
+    """The results in these files whose change, file and tests are as they were; the last one of each counts."""
+    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    by_key = {record["key"]: record for record in map(json.loads, lines)}
     found = [(change, by_key[key]) for change in listed if (key := key_of(change)) in by_key]
     return [Outcome(change, record["result"], record["by"], record["seconds"]) for change, record in found]
+
+
+def recorded(outcomes: Iterable[Outcome]) -> str:
+    """Lines of results in the order of the list, in whole seconds."""
+    return "".join(json.dumps({**outcome.record, "seconds": round(outcome.seconds)}) + "\n" for outcome in outcomes)
 
 
 def chosen(every: Iterable[Change], only: Sequence[str]) -> list[Change]:
@@ -102,7 +109,7 @@ def run(listed: Sequence[Change], jobs: int, limit: float, folder: Path) -> list
             except Empty:
                 return
             found[position] = done = outcome(tree, change, limit)
-            with printing, (folder / "results.jsonl").open("a") as file:
+            with printing, (folder / RESULTS).open("a") as file:
                 print(f"{done.result:9} {done.seconds:6.1f} s  {change.title}  {done.by}", flush=True)
                 file.write(json.dumps(done.record) + "\n")
 
@@ -138,6 +145,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="areas, or words of titles")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     parser.add_argument("--resume", action="store_true", help="keep results whose change, file and tests are unchanged")
+    parser.add_argument("--record", action="store_true", help="also write all such results to tests/mutants")
     parser.add_argument("--jobs", type=int, default=1, help="changes at the same time, each in a copy of its own")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run counts as a hang")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for copies, logs and results")
@@ -148,13 +156,17 @@ def main() -> int:
             print(change.title, f"[equivalent: {change.equivalent}]" if change.equivalent else "", change.file)
         return 0
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    results = [RECORD, arguments.folder / RESULTS]
     effective = [change for change in listed if not change.equivalent]
-    before = kept(effective, arguments.folder) if arguments.resume else []
+    before = kept(effective, results) if arguments.resume else []
     known = {outcome.change for outcome in before}
-    found = run([c for c in effective if c not in known], arguments.jobs, arguments.limit, arguments.folder)
+    left = [change for change in effective if change not in known]
+    found = run(left, arguments.jobs, arguments.limit, arguments.folder) if left else []
     if found is None:
         print("the tests fail without any change")
         return 2
+    if arguments.record:
+        RECORD.write_text(recorded(kept((change for change in load() if not change.equivalent), results)))
     outcomes = [*before, *found]
     print(summary(outcomes, len(listed) - len(effective)))
     return int(sum(o.result == "caught" for o in outcomes) < SHARE * len(outcomes))

@@ -76,12 +76,43 @@ def test_results_are_kept_while_change_file_and_tests_are_unchanged(
     one = Change("one", "a", "b", "tests/t.py::test tests/u.py", file="a.h", area="cpu")
     done = Outcome(one, "caught", "FAILED", 2.0)
     (tmp_path / "results.jsonl").write_text(json.dumps(done.record) + "\n")
-    assert kept([one], tmp_path) == [done] and kept([one], tmp_path / "tests") == []
-    assert kept([replace(one, new="c")], tmp_path) == []
+    results = [tmp_path / "results.jsonl"]
+    assert kept([one], results) == [done] and kept([one], [tmp_path / "tests" / "results.jsonl"]) == []
+    assert kept([replace(one, new="c")], results) == []
     for name, file in files.items():
         file.write_text("two")
-        assert (kept([one], tmp_path) == [done]) == (name == "b.h")
+        assert (kept([one], results) == [done]) == (name == "b.h")
         file.write_text("one")
+
+
+def test_results_are_recorded_and_a_later_pass_runs_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.h").write_text("one")
+    one, two = (Change(name, "a", "b", "a.h", file="a.h", area="cpu") for name in ("one", "two"))
+    record, ran = tmp_path / "record.jsonl", []
+
+    def run(listed: list[Change], jobs: int, limit: float, folder: Path) -> list[Outcome]:
+        ran.append(listed)
+        outcomes = [Outcome(change, "caught", "FAILED", 2.4) for change in listed]
+        with (folder / "results.jsonl").open("a") as file:
+            file.writelines(json.dumps(outcome.record) + "\n" for outcome in outcomes)
+        return outcomes
+
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "RECORD", record)
+    monkeypatch.setattr(command, "run", run)
+
+    def a_pass(listed: list[Change], folder: str) -> list[str]:
+        monkeypatch.setattr(command, "load", lambda: listed)
+        monkeypatch.setattr("sys.argv", ["mutants", "--resume", "--record", "--folder", str(tmp_path / folder)])
+        assert command.main() == 0
+        return [json.loads(line)["title"] for line in record.read_text().splitlines()]
+
+    assert a_pass([one], "first") == ["cpu: one"]
+    assert a_pass([one, two], "second") == ["cpu: one", "cpu: two"]
+    assert a_pass([one, two], "third") == ["cpu: one", "cpu: two"]
+    assert ran == [[one], [two]]
+    (tmp_path / "a.h").write_text("two")
+    assert a_pass([two], "fourth") == ["cpu: two"] and ran[-1] == [two]
 
 
 @pytest.mark.slow
