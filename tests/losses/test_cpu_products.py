@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from camkd_fast.losses import cpu_products
+from camkd_fast.losses import cpu_products, projection
 from camkd_fast.losses.cpu_products import prefers_onednn, product, product_of_transposed
+from tests.support.linear_cases import assert_rule, make_linear_case
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -82,6 +83,13 @@ def test_other_dtypes_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: 
     a, b = torch.randn(4, 6).to(dtype), torch.randn(6, 5).to(dtype)
     assert torch.equal(product(a, b), a @ b)
     assert product_of_transposed(a.t(), b).dtype == dtype
+
+
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mkl"])
+def test_the_linear_loss_by_either_library(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
+    for module in (cpu_products, projection):
+        monkeypatch.setattr(module, "prefers_onednn", lambda: onednn)
+    assert_rule(make_linear_case(60, 1500, (32, 48, 16), hard_weight=1.0), chunk_rows=25)
 
 
 @pytest.mark.parametrize(

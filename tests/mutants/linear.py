@@ -74,6 +74,7 @@ CHANGES = (
             "products under autocast",
             "with torch.autocast(stats.device.type, enabled=False):",
             "with torch.autocast(stats.device.type, torch.bfloat16):",
+            tests=f"{LOSS} tests/losses/test_cpu_products.py",
         ),
     ),
     *changes(
