@@ -46,13 +46,11 @@ def test_padded_vocabularies_are_cut() -> None:
     assert torch.equal(ours.loss, run(case).loss)
 
 
-def test_biases_are_cut_with_their_heads() -> None:
-    case = make_linear_case(40, 30, hard_weight=1.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_biases_are_cut_with_their_heads(dtype: torch.dtype) -> None:
+    case = make_linear_case(40, 30, hard_weight=1.0).to(dtype)
     assert case.bias is not None
-    head, bias = (
-        torch.cat([case.head, torch.full((3, 8), math.nan)]),
-        torch.cat([case.bias, torch.full((3,), math.nan)]),
-    )
+    head, bias = (torch.cat([x, torch.full((3, *x.shape[1:]), math.nan, dtype=dtype)]) for x in (case.head, case.bias))
     ours, expected = run(case.with_(head=head, bias=bias, vocab_size=30)), run(case)
     assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.grad_bias[:30], expected.grad_bias)
 
