@@ -10,8 +10,11 @@ liger       a loop over Liger-Kernel's fused linear JSD with beta 0, one teacher
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,9 +111,21 @@ def products(rows: int, logits: torch.dtype) -> Step:
     return step
 
 
+@contextlib.contextmanager
+def _without_root() -> Iterator[None]:
+    """transformers, which both import, would take the folder `kernels` at the root for a package of that name."""
+    before, root = list(sys.path), Path(__file__).parents[1]
+    sys.path[:] = [name for name in before if Path(name or ".").resolve() != root]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def trl() -> Step:
     """Raises ImportError where TRL is missing."""
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    with _without_root():
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def step(batch: LinearBatch) -> Tensor:
         forget(batch)
@@ -126,7 +141,8 @@ def trl() -> Step:
 
 def liger() -> Step:
     """Raises ImportError where Liger-Kernel is missing. Uniform weights: it has none per row."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    with _without_root():
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     def step(batch: LinearBatch) -> Tensor:
         forget(batch)

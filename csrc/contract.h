@@ -62,8 +62,8 @@ struct Formula {
 
 // Whether a formula is the paper's: fields up to `ignore_index` are all that count.
 CAMKD_HD bool is_basic(const Formula& f) {
-    return f.weighting != Weighting::min_ce && f.divergence == Divergence::forward_kl && f.scale_by_t2 &&
-           f.z_loss_weight == 0 && !f.maps && !f.entropy;
+    return f.weighting != Weighting::min_ce && f.divergence == Divergence::forward_kl &&
+           (f.scale_by_t2 || f.temperature == 1) && f.z_loss_weight == 0 && !f.maps && !f.entropy;
 }
 
 // Whether the divergence is of a mixture of student and teacher.

@@ -29,7 +29,8 @@ class LossMetrics:
         K, counted = out.weights.shape[0], out.num_valid.float()
         if divisor is None:
             divisor = counted.clamp(min=1)
-        assert out.hard is not None and out.teacher_ce is not None  # labels are always given here
+        # Trainers always give labels and request entropies.
+        assert out.hard is not None and out.teacher_ce is not None and out.entropy is not None
         has_ce = out.teacher_ce != 0
         parts = [
             *(counted, out.hard * divisor, out.soft * divisor, out.entropy.sum()),

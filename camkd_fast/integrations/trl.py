@@ -81,6 +81,7 @@ def fused_divergence_loss(
         divergence=divergence_of(beta), temperature=temperature, num_items=num_items_in_batch, weighting="uniform",
         scale_by_t2=False,
     )  # fmt: skip
+    assert out.entropy is not None  # requested
     return out.loss, out.entropy.sum(), out.num_valid
 
 
@@ -159,4 +160,5 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
             loss = at_head(unwrapped_student, states, compute)
         (out,) = outputs
         self._loss_metrics[self._mode].add(out, num_items_in_batch)
+        assert out.entropy is not None  # requested
         return loss, out.entropy.sum(), out.num_valid

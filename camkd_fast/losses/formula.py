@@ -105,6 +105,7 @@ class Formula(NamedTuple):
             check_number("student_softcap", self.student_softcap, positive=True)
         return {
             "divergence": _in_one_form(self.divergence),
+            "scale_by_t2": self.scale_by_t2 or self.temperature == 1,  # the same, and kernels may be specialised to it
             "z_loss_weight": float(self.z_loss_weight),
             "student_logit_scale": float(self.student_logit_scale),
             "student_softcap": None if self.student_softcap is None else float(self.student_softcap),

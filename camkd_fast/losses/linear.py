@@ -35,7 +35,7 @@ class LinearLossOutput(NamedTuple):
     weights: Tensor  # (K, ...)
     teacher_ce: Tensor | None  # (K, ...) at temperature 1, 0 where a given weight is 0; None if the target is a mask
     divergence: Tensor  # (K, ...) D_k at temperature T, 0 where a given weight is 0
-    entropy: Tensor  # (...) of the student at temperature T
+    entropy: Tensor | None  # (...) of the student at temperature T; None unless requested
     num_valid: Tensor  # () int64: rows that count
 
 
@@ -68,6 +68,7 @@ def camkd_linear_loss(
     chunk_rows: int | None = None,
     max_chunk_bytes: float = 1.6e9,
     logits_dtype: torch.dtype | None = None,
+    entropy: bool = False,
     backend: str = "auto",
 ) -> LinearLossOutput:
     """The loss of `camkd_loss` for logits z = softcap * tanh(scale * (hidden @ head^T + bias) / softcap), not held.
@@ -99,6 +100,8 @@ def camkd_linear_loss(
         logits_dtype: of the chunks for bfloat16 inputs: float32, or bfloat16, which halves their memory and rounds
             logits and their gradients to 2^-9. By default float32, but bfloat16 on a CPU with bfloat16 instructions,
             which return nothing else.
+        entropy: whether the output has the student's `entropy`. With it, as with any formula but the paper's, a GPU
+            takes the kernel that is not specialised to a number of teachers.
         backend: of the row loss, as in `camkd_loss`.
 
     Returns:
@@ -110,7 +113,7 @@ def camkd_linear_loss(
     """
     formula = Formula(
         temperature, hard_weight, soft_weight, weighting, ignore_index, divergence, scale_by_t2, z_loss_weight,
-        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, entropy=True,
+        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, entropy,
     )  # fmt: skip
     sides = linear_checks.checked_sides(
         student_hidden, student_head, student_bias, teacher_hidden, teacher_heads, teacher_biases, shift
@@ -174,7 +177,6 @@ def _output(
         return of_rows(stats[row]) if factor is None else (stats[row].detach().sum() * factor).reshape(())
 
     rows = RowLossResult(stats, None)
-    assert rows.entropy is not None  # requested
     return LinearLossOutput(
         loss=loss if factor is not None else (loss.view(lead)[..., :-1] if shift else loss.view(lead)),
         hard=None if is_mask else reduced(HARD),
@@ -182,7 +184,7 @@ def _output(
         weights=of_rows(rows.weights),
         teacher_ce=None if is_mask else of_rows(rows.teacher_ce),
         divergence=of_rows(rows.divergence),
-        entropy=of_rows(rows.entropy),
+        entropy=None if rows.entropy is None else of_rows(rows.entropy),
         num_valid=(call.labels != call.formula.ignore_index).sum(),
     )
 

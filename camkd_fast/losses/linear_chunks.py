@@ -36,7 +36,7 @@ class LinearCall(NamedTuple):
     teachers: Sequence[Side]
     labels: Tensor  # (N,) int64
     vocab_size: int  # V: classes of every head from V on do not exist
-    formula: Formula  # a weighting tensor is (K, N); with entropies
+    formula: Formula  # a weighting tensor is (K, N)
     inputs: torch.dtype | None  # what products round to, if autocast says so
     logits: torch.dtype | None  # of bfloat16 inputs; None for `default_logits_dtype`
     chunk_rows: int | None
@@ -86,7 +86,7 @@ class LinearChunks:
         return default_logits_dtype(side.head) if self.call.logits is None else self.call.logits
 
     def run(self, factor: float | Tensor, per_row: bool = False) -> tuple[Tensor, LinearGradients]:
-        """row_stats (4 + 3K, N), ignored rows 0, and the gradients of sum(factor * loss). Outside autocast, which
+        """row_stats, ignored rows 0, and the gradients of sum(factor * loss). Outside autocast, which
         would round the products once more.
 
         Args:
@@ -94,7 +94,7 @@ class LinearChunks:
         """
         call, formula = self.call, self.call.formula
         N, dtype = len(call.labels), accumulation_dtype(self.dtypes[0])
-        stats = torch.zeros((row_stats_count(self.K, True), N), dtype=dtype, device=call.labels.device)
+        stats = torch.zeros((row_stats_count(self.K, formula.entropy), N), dtype=dtype, device=call.labels.device)
         self.gradients = self._new_gradients()
         self.first = True
         weights = formula.weighting if isinstance(formula.weighting, Tensor) else None
@@ -150,9 +150,8 @@ class LinearChunks:
     def _stats_rows(self, teachers: Sequence[int]) -> Tensor:
         """The rows of row_stats that a formula of these teachers only fills, in its order."""
         per_teacher = [PER_TEACHER + i * self.K + k for i in range(3) for k in teachers]
-        return torch.tensor(
-            [*range(PER_TEACHER), *per_teacher, row_stats_count(self.K)], device=self.call.labels.device
-        )
+        entropy = [row_stats_count(self.K)] if self.call.formula.entropy else []
+        return torch.tensor([*range(PER_TEACHER), *per_teacher, *entropy], device=self.call.labels.device)
 
     def _run_chunk(
         self,

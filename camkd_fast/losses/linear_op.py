@@ -100,7 +100,10 @@ torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_bac
 def _fake_stats(call: Sequence[Any]) -> Tensor:
     hidden, hiddens, labels, inputs = call[0], call[3], call[6], call[13]
     dtype = accumulation_dtype(inputs or hidden.dtype)
-    stats: Tensor = labels.new_empty((row_stats_count(len(hiddens), True), len(labels)), dtype=dtype)
+    constants, weighting, divergence, ignore_index = call[8:12]
+    formula = Formula.from_constants(constants, weighting, divergence, ignore_index, None)
+    count = row_stats_count(len(hiddens), formula.entropy)
+    stats: Tensor = labels.new_empty((count, len(labels)), dtype=dtype)
     return stats
 
 

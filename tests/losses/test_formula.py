@@ -36,6 +36,11 @@ def test_a_divergence_has_one_form(given, expected):
     assert formula.is_basic == (expected == "forward_kl")
 
 
+def test_at_temperature_1_the_factor_t2_makes_no_difference():
+    assert Formula(1.0, scale_by_t2=False).checked().is_basic
+    assert not Formula(1.5, scale_by_t2=False).checked().is_basic
+
+
 def test_scales_and_softcaps_of_each_teacher():
     formula = Formula(
         student_logit_scale=2, teacher_logit_scales=[1, np.float32(0.5)], teacher_softcaps=(None, 30)

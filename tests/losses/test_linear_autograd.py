@@ -143,6 +143,7 @@ def test_compiled(reduction: str) -> None:
 
     def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         out = evaluate(case, hidden, head, bias)
+        assert out.entropy is not None
         return out.loss, out.entropy
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)

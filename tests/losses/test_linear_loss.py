@@ -58,12 +58,32 @@ def test_sizes(widths: tuple[int, ...], C: int) -> None:
     assert_rule(make_linear_case(21, C, widths, hard_weight=1.0), chunk_rows=10)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighting", ["confidence", "one-hot"])
+def test_entropies_are_computed_on_request_only(weighting: str, reduction: str, compiled: bool) -> None:
+    case = make_linear_case(40, 30, hard_weight=1.0, reduction=reduction, chunk_rows=16, ignored=0.2)
+    if weighting == "one-hot":
+        case = case.with_(weighting=torch.eye(2)[torch.arange(40) % 2].t().contiguous())
+    given = torch.randn(40) if reduction == "none" else None
+    asked, ours = run(case, given), run(case.with_(entropy=False), given)
+    assert ours.entropy is None and asked.entropy is not None
+    for name, a, b in zip(LinearResult._fields, ours, asked, strict=True):
+        assert name == "entropy" or torch.equal(a, b), name
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(camkd_linear_loss, backend="aot_eager", fullgraph=True)
+        arguments = (case.hidden, case.head, case.teacher_hidden, case.teacher_heads, case.target)
+        out = function(*arguments, student_bias=case.bias, teacher_biases=case.teacher_biases, **case.options)
+        assert out.entropy is None and torch.equal(out.loss, ours.loss)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("lead", [(4, 15), (3, 4, 5), (60,)])
 def test_leading_dimensions(lead: tuple[int, ...], reduction: str) -> None:
     case = make_linear_case(60, 30, lead=lead, ignored=0.3, reduction=reduction, hard_weight=1.0)
     ours = assert_rule(case, torch.randn(lead) if reduction == "none" else None, chunk_rows=7)
-    assert ours.weights.shape == (2, *lead) and ours.entropy.shape == lead
+    assert ours.weights.shape == (2, *lead) and ours.entropy is not None and ours.entropy.shape == lead
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -127,6 +147,7 @@ def test_any_settings(drawn: tuple[LinearCase, int | None]) -> None:
         limit = (2e-5 + unsure) * (1 + float(b.abs().max()))
         assert (a.double() - b.double()).abs().max() <= limit, name
     ignored = case.target == -100
+    assert ours.entropy is not None
     assert not ours.grad_hidden[ignored].any() and not ours.entropy[ignored].any()
 
 

@@ -68,7 +68,7 @@ class LinearResult(NamedTuple):
     weights: Tensor
     teacher_ce: Tensor | None
     divergence: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     grad_hidden: Tensor
     grad_head: Tensor
     grad_bias: Tensor | None
@@ -132,7 +132,7 @@ def evaluate(
         *(hidden, head, case.teacher_hidden, case.teacher_heads, case.target),
         student_bias=bias,
         teacher_biases=case.teacher_biases,
-        **{**case.options, **keywords},
+        **{"entropy": True, **case.options, **keywords},
     )
 
 
