@@ -30,8 +30,8 @@ WORDS = {
     "small_batch": "One call at 64 x 100, where launches and Python dominate.",
     "feature_loss": "Confidence weights and weighted feature error, forward and backward.",
     "linear_loss": "Hidden states and heads of a student and K teachers, forward and backward, T = 1. The products' "
-    "share is the time of the matrix products by themselves, as PyTorch computes them, divided by that of the whole loss: "
-    "over 100 % where a faster library computes ours.",
+    "share is the time of the matrix products by themselves, as PyTorch computes them, divided by that of the whole "
+    "loss: over 100 % where a faster library computes ours.",
     "train_step": "Three ResNet-32x4 teach a VGG-8 on 3x32x32 images, batch 64, loader included.",
     "loaders": "Augmented training batches of 64.",
 }
