@@ -11,6 +11,7 @@ from torch import Tensor
 from camkd_fast.losses import cpu_products, projection
 from camkd_fast.losses.cpu_products import prefers_onednn, product, product_of_transposed
 from tests.support.linear_cases import assert_rule, make_linear_case
+from tests.support.tolerance import assert_accurate
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -43,9 +44,9 @@ def test_every_layout(calls: list[tuple[Tensor, ...]], first: str, second: str, 
     m, k, n = sizes
     torch.manual_seed(0)
     a, b = LAYOUTS[first](torch.randn(m, k)), LAYOUTS[second](torch.randn(k, n))
-    expected = (a.double() @ b.double()).float()
-    torch.testing.assert_close(product(a, b), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(product_of_transposed(a.t(), b), expected, rtol=1e-5, atol=1e-5)
+    R, bound = a.double() @ b.double(), torch.finfo(torch.float32).eps * float((a.abs() @ b.abs()).max())
+    for ours in (product(a, b), product_of_transposed(a.t(), b)):
+        assert_accurate(ours, R, a @ b, floor=bound)
 
 
 def test_a_part_of_a_wider_matrix_is_copied_for_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
