@@ -67,12 +67,12 @@ class RowResults {
         RowState& state = group_.rows()[r];
         const LabelSums<K> sums = state.label_sums;
         const LabelLogits<K> logits = info.logits;
-        // The label's own exponential is not 1 but 1 / factor; sum1 relative to it is e^CE
+        // The label's own exponential is not 1 but 1 / factor; masses are e^CE
         float factors[K + 1], masses[K + 1], total_sums = 0, total_cross = 0;
 #pragma unroll
         for (int k = 0; k <= K; ++k) {
             factors[k] = logits.factors[k];
-            masses[k] = sums.of[label_sum(k, kSum1)] * temperature.raise(factors[k]);
+            masses[k] = temperature.mass(Reference(logits.at[k], temperature.scale), sums.of[label_sum(k, kSum1)]);
             total_sums += sums.of[label_sum(k, kSumT)] + sums.of[label_sum(k, kSum1)];
             if (k > 0) total_cross += fabsf(sums.of[label_sum(k, kCross)]);
         }
@@ -175,8 +175,9 @@ class RowResults {
         const float weight = stream > 0 ? state.weights[k] : 0.0f;
         // One logarithm of the ratio: the difference of two would cancel where student and teacher agree. Divided, so
         // that it is 0 where they are equal.
+        const Temperature& temperature = group_.temperature();
         const float mass = is_divergence ? sums[label_sum(0, kSumT)] / sumT
-                                         : sum1 * group_.temperature().raise(info.logits.factors[stream]);
+                                         : temperature.mass(Reference(info.logits.at[stream], temperature.scale), sum1);
         float number = std::log(mass);
         if (group_.has_two_labels(info) && !is_divergence)
             number += group_.second(info).below(info.logits.at[stream], stream);

@@ -11,13 +11,11 @@ struct alignas(Pack) SharedSum {
     float sum, mass, inverse, probability;
 
     SharedSum() = default;
-    // The label's own exponential is not 1 but 1 / factor; sum1 relative to it is e^CE.
     CAMKD_DEVICE SharedSum(float x, const Reference& reference, const Temperature& temperature) {
-        const float factor = reference.factor();
         sum = x;
-        mass = sum * temperature.raise(factor);
+        mass = temperature.mass(reference, sum);
         inverse = reciprocal(sum);
-        probability = inverse * reciprocal(factor);
+        probability = inverse * reciprocal(reference.factor());  // the label's own exponential is not 1 but 1 / factor
     }
 };
 
