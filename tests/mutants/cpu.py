@@ -113,8 +113,14 @@ CHANGES = (
         ),
         Change(
             "two states of the threads are not merged",
+            "for (int t = 1; !ignored && t < num_threads; ++t)",
+            "for (int t = 2; !ignored && t < num_threads; ++t)",
+        ),
+        Change(
+            "two mixtures of the threads are not added",
             "for (int t = 1; t < num_threads; ++t)",
             "for (int t = 2; t < num_threads; ++t)",
+            tests=DIVERGENCES,
         ),
         Change(
             "a block lost between the threads",
