@@ -194,10 +194,20 @@ CHANGES = (
         WARPS,
         Change(
             "sums at T = 1 of narrow rows with the rounding of their references",
-            "sum * temperature.raise(factor)",
+            "temperature.mass(reference, sum)",
             "sum",
         ),
-        Change("the label's probability with that rounding", "inverse * reciprocal(factor)", "inverse"),
+        Change("the label's probability with that rounding", "inverse * reciprocal(reference.factor())", "inverse"),
+    ),
+    *changes(
+        "csrc/cuda/exponentials.cuh",
+        "tests/cuda/test_row_loss_accuracy.py::test_nearly_certain_rows",
+        Change("nearly certain rows with the rounding of the power", "if (power == 4) own *= own;", "own = 1;"),
+        Change(
+            "nearly certain rows with the rounding of the label's own exponential",
+            "return fmaf(others, raise(reference.factor()), 1.0f);",
+            "return (others + raise(exp2_fast(reference.rest))) * raise(reference.factor());",
+        ),
     ),
     *changes(
         "csrc/cuda/row_loss/even_rows.cuh",
@@ -280,7 +290,7 @@ CHANGES = (
         ),
         Change(
             "sums at T = 1 with the rounding of their references",
-            "masses[k] = sums.of[label_sum(k, kSum1)] * temperature.raise(factors[k]);",
+            "masses[k] = temperature.mass(Reference(logits.at[k], temperature.scale), sums.of[label_sum(k, kSum1)]);",
             "masses[k] = sums.of[label_sum(k, kSum1)];",
             tests=f"{ROWS}::test_large_offsets_do_not_cancel",
         ),
