@@ -15,7 +15,7 @@ the sum over k of w_k times that. A constant in g cancels:
     jsd(beta)     g_c = (1 - beta) log(q_c / M_c), because the derivatives of M_c add up to -(1 - beta), a constant
     skew(alpha)   g_c = -(1 - alpha) p_c / M_c
 
-Edges. A column of probability 0 (logit -inf) contributes 0 to the sum over that probability, and 0 to the gradient if
+Edges. A column of probability 0 (logit -inf, or so low that its exponential is 0) contributes 0 to the sum over that probability, and 0 to the gradient if
 q_c = 0. forward_kl is +inf where p_c > 0 and q_c = 0, reverse_kl where q_c > 0 and p_c = 0; then the gradient of
 reverse_kl is NaN in the whole row, while that of forward_kl is finite. jsd and skew are always finite.
 """
@@ -46,7 +46,7 @@ def divergence_of(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tenso
 def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """T dD / ds (N, C), for every divergence but the forward KL, of which `reference` needs one mixture only."""
     kind, share = divergence
-    q, dead = log_q.exp(), log_q.isneginf()
+    q = log_q.exp()
     if kind == "reverse_kl":
         g = log_q - log_p
     elif kind == "jsd":
@@ -54,7 +54,7 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
     else:
         assert kind == "skew", f"no gradient of {kind}"
         g = -(1.0 - share) * (log_p - _log_mixture(log_p, log_q, share)).exp()
-    g = g.masked_fill(dead, 0.0)
+    g = g.masked_fill(q == 0, 0.0)
     mean = (q * g).sum(-1, keepdim=True)
     return q * (g - mean.masked_fill(mean.isinf(), float("nan")))
 
