@@ -15,9 +15,10 @@ the sum over k of w_k times that. A constant in g cancels:
     jsd(beta)     g_c = (1 - beta) log(q_c / M_c), because the derivatives of M_c add up to -(1 - beta), a constant
     skew(alpha)   g_c = -(1 - alpha) p_c / M_c
 
-Edges. A column of probability 0 (logit -inf, or so low that its exponential is 0) contributes 0 to the sum over that probability, and 0 to the gradient if
-q_c = 0. forward_kl is +inf where p_c > 0 and q_c = 0, reverse_kl where q_c > 0 and p_c = 0; then the gradient of
-reverse_kl is NaN in the whole row, while that of forward_kl is finite. jsd and skew are always finite.
+Edges. A column of probability 0 (logit -inf, or so low that its exponential is 0) contributes 0 to the sum over that
+probability, and 0 to the gradient if q_c = 0. forward_kl is +inf where p_c > 0 and q_c = 0, reverse_kl where q_c > 0
+and p_c = 0; then the gradient of reverse_kl is NaN in the whole row, while that of forward_kl is finite. jsd and skew
+are always finite.
 """
 
 from __future__ import annotations
