@@ -73,14 +73,14 @@ struct Temperature {
     CAMKD_DEVICE float factor1(const Reference& reference, float max, bool exact = false) const {
         return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
     }
-    // sum_c e^{x_c - r} from the sum1 of a row of which the reference r is a logit. The term of r is 1: it is taken out
-    // as it was added (add_raised), with the errors of the hardware's exponential and of its power, beside which the
-    // other terms of a nearly certain row would not be seen.
-    CAMKD_DEVICE float mass(const Reference& reference, float sum1) const {
-        float own = exp2_fast(reference.rest);
+    // sum_c e^{x_c - r} from the sum1 of a row of which r is a logit, and the factor of the reference r. The term of r
+    // is 1: it is taken out as it was added (add_raised), with the errors of the hardware's exponential and of its
+    // power, beside which the other terms of a nearly certain row would not be seen.
+    CAMKD_DEVICE float mass(float r, float factor, float sum1) const {
+        float own = exp2_fast(fmaf(r, scale, -(r * scale)));
         if (power == 4) own *= own;
         const float others = power == 1 ? sum1 - own : fmaf(-own, own, sum1);
-        return fmaf(others, raise(reference.factor()), 1.0f);
+        return fmaf(others, raise(factor), 1.0f);
     }
 };
 

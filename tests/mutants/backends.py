@@ -16,7 +16,7 @@ CHANGES = (
         ),
         Change("the reverse KL's slope has the other sign", "g = log_q - log_p", "g = log_p - log_q"),
         Change("skew without the student's share", "g = -(1.0 - share) * (log_p", "g = -(log_p"),
-        Change("columns without probability", "g = g.masked_fill(dead, 0.0)", "pass"),
+        Change("columns without probability", "g = g.masked_fill(q == 0, 0.0)", "pass"),
         Change("an infinite reverse KL", 'mean.masked_fill(mean.isinf(), float("nan"))', "mean"),
         Change(
             "the mixture's shares exchanged",

@@ -194,10 +194,10 @@ CHANGES = (
         WARPS,
         Change(
             "sums at T = 1 of narrow rows with the rounding of their references",
-            "temperature.mass(reference, sum)",
+            "temperature.mass(label, factor, sum)",
             "sum",
         ),
-        Change("the label's probability with that rounding", "inverse * reciprocal(reference.factor())", "inverse"),
+        Change("the label's probability with that rounding", "inverse * reciprocal(factor)", "inverse"),
     ),
     *changes(
         "csrc/cuda/exponentials.cuh",
@@ -205,8 +205,8 @@ CHANGES = (
         Change("nearly certain rows with the rounding of the power", "if (power == 4) own *= own;", "own = 1;"),
         Change(
             "nearly certain rows with the rounding of the label's own exponential",
-            "return fmaf(others, raise(reference.factor()), 1.0f);",
-            "return (others + raise(exp2_fast(reference.rest))) * raise(reference.factor());",
+            "return fmaf(others, raise(factor), 1.0f);",
+            "return sum1 * raise(factor);",
         ),
     ),
     *changes(
@@ -290,7 +290,7 @@ CHANGES = (
         ),
         Change(
             "sums at T = 1 with the rounding of their references",
-            "masses[k] = temperature.mass(Reference(logits.at[k], temperature.scale), sums.of[label_sum(k, kSum1)]);",
+            "masses[k] = temperature.mass(logits.at[k], factors[k], sums.of[label_sum(k, kSum1)]);",
             "masses[k] = sums.of[label_sum(k, kSum1)];",
             tests=f"{ROWS}::test_large_offsets_do_not_cancel",
         ),

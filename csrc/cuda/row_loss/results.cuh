@@ -72,7 +72,7 @@ class RowResults {
 #pragma unroll
         for (int k = 0; k <= K; ++k) {
             factors[k] = logits.factors[k];
-            masses[k] = temperature.mass(Reference(logits.at[k], temperature.scale), sums.of[label_sum(k, kSum1)]);
+            masses[k] = temperature.mass(logits.at[k], factors[k], sums.of[label_sum(k, kSum1)]);
             total_sums += sums.of[label_sum(k, kSumT)] + sums.of[label_sum(k, kSum1)];
             if (k > 0) total_cross += fabsf(sums.of[label_sum(k, kCross)]);
         }
@@ -177,7 +177,7 @@ class RowResults {
         // that it is 0 where they are equal.
         const Temperature& temperature = group_.temperature();
         const float mass = is_divergence ? sums[label_sum(0, kSumT)] / sumT
-                                         : temperature.mass(Reference(info.logits.at[stream], temperature.scale), sum1);
+                                         : temperature.mass(info.logits.at[stream], info.logits.factors[stream], sum1);
         float number = std::log(mass);
         if (group_.has_two_labels(info) && !is_divergence)
             number += group_.second(info).below(info.logits.at[stream], stream);

@@ -11,11 +11,13 @@ struct alignas(Pack) SharedSum {
     float sum, mass, inverse, probability;
 
     SharedSum() = default;
-    CAMKD_DEVICE SharedSum(float x, const Reference& reference, const Temperature& temperature) {
+    // `label`: the logit there, which is the reference.
+    CAMKD_DEVICE SharedSum(float x, float label, const Reference& reference, const Temperature& temperature) {
+        const float factor = reference.factor();
         sum = x;
-        mass = temperature.mass(reference, sum);
+        mass = temperature.mass(label, factor, sum);
         inverse = reciprocal(sum);
-        probability = inverse * reciprocal(reference.factor());  // the label's own exponential is not 1 but 1 / factor
+        probability = inverse * reciprocal(factor);  // the label's own exponential is not 1 but 1 / factor
     }
 };
 

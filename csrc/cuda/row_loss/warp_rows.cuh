@@ -84,9 +84,10 @@ class WarpRows {
             for (int k = 0; k <= K; ++k) logits.at[k] = Rows::at(at_label, k);
             const float sum = sum_up<P>(logits, slots);
             // Share the sums
-            const Reference reference(Rows::at(at_label, role_.stream()), scale);
+            const float logit = Rows::at(at_label, role_.stream());
+            const Reference reference(logit, scale);
             const bool far = warp_any(reference.far());
-            const SharedSum mine(sum, reference, {scale, 1 / scale, P});
+            const SharedSum mine(sum, logit, reference, {scale, 1 / scale, P});
             SharedSum* const shared = shared_sums();
             if (role_.shares()) shared[role_.sum()] = mine;
             warp_barrier();
