@@ -194,8 +194,8 @@ CHANGES = (
         WARPS,
         Change(
             "sums at T = 1 of narrow rows with the rounding of their references",
-            "temperature.mass(label, factor, sum)",
-            "sum",
+            "mass = sum * temperature.raise(factor);",
+            "mass = sum;",
         ),
         Change("the label's probability with that rounding", "inverse * reciprocal(factor)", "inverse"),
     ),
@@ -290,7 +290,7 @@ CHANGES = (
         ),
         Change(
             "sums at T = 1 with the rounding of their references",
-            "masses[k] = temperature.mass(logits.at[k], factors[k], sums.of[label_sum(k, kSum1)]);",
+            "masses[k] = sums.of[label_sum(k, kSum1)] * temperature.raise(factors[k]);",
             "masses[k] = sums.of[label_sum(k, kSum1)];",
             tests=f"{ROWS}::test_large_offsets_do_not_cancel",
         ),

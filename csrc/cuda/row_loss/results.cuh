@@ -67,12 +67,13 @@ class RowResults {
         RowState& state = group_.rows()[r];
         const LabelSums<K> sums = state.label_sums;
         const LabelLogits<K> logits = info.logits;
-        // The label's own exponential is not 1 but 1 / factor; masses are e^CE
+        // The label's own exponential is not 1 but 1 / factor; sum1 relative to it is e^CE, up to the rounding that
+        // Temperature::mass is without
         float factors[K + 1], masses[K + 1], total_sums = 0, total_cross = 0;
 #pragma unroll
         for (int k = 0; k <= K; ++k) {
             factors[k] = logits.factors[k];
-            masses[k] = temperature.mass(logits.at[k], factors[k], sums.of[label_sum(k, kSum1)]);
+            masses[k] = sums.of[label_sum(k, kSum1)] * temperature.raise(factors[k]);
             total_sums += sums.of[label_sum(k, kSumT)] + sums.of[label_sum(k, kSum1)];
             if (k > 0) total_cross += fabsf(sums.of[label_sum(k, kCross)]);
         }
@@ -105,7 +106,9 @@ class RowResults {
         coefficients.student1 = hard * reciprocal(sums.of[label_sum(0, kSum1)]);
         if (group_.lane() == 0) {
             state.coefficients = coefficients;
-            state.label_gradient = fmaf(soft, difference, hard * ((1.0f - masses[0]) * reciprocal(masses[0])));
+            const float mass =
+                temperature.mass(info.logits.at[0], info.logits.factors[0], state.label_sums.of[label_sum(0, kSum1)]);
+            state.label_gradient = fmaf(soft, difference, hard * ((1.0f - mass) * reciprocal(mass)));
             if (group_.has_two_labels(info)) write_label_gradients(info, r, sums, logits, weights);
 #pragma unroll
             for (int k = 0; k < K; ++k) state.weights[k] = weights[k];

@@ -6,18 +6,19 @@
 
 namespace camkd::cuda {
 
-// `mass` is e^CE for sums at T = 1, `probability` that of the label for sums at T.
+// `mass` is e^CE for sums at T = 1, up to the rounding that Temperature::mass is without; `probability` that of the
+// label for sums at T.
 struct alignas(Pack) SharedSum {
     float sum, mass, inverse, probability;
 
     SharedSum() = default;
-    // `label`: the logit there, which is the reference.
-    CAMKD_DEVICE SharedSum(float x, float label, const Reference& reference, const Temperature& temperature) {
+    // The label's own exponential is not 1 but 1 / factor; sum1 relative to it is e^CE.
+    CAMKD_DEVICE SharedSum(float x, const Reference& reference, const Temperature& temperature) {
         const float factor = reference.factor();
         sum = x;
-        mass = temperature.mass(label, factor, sum);
+        mass = sum * temperature.raise(factor);
         inverse = reciprocal(sum);
-        probability = inverse * reciprocal(factor);  // the label's own exponential is not 1 but 1 / factor
+        probability = inverse * reciprocal(factor);
     }
 };
 

@@ -86,8 +86,10 @@ class WarpRows {
             // Share the sums
             const float logit = Rows::at(at_label, role_.stream());
             const Reference reference(logit, scale);
+            const Temperature temperature{scale, 1 / scale, P};
             const bool far = warp_any(reference.far());
-            const SharedSum mine(sum, logit, reference, {scale, 1 / scale, P});
+            const SharedSum mine(sum, reference, temperature);
+            const float mass = temperature.mass(logit, reference.factor(), sum);
             SharedSum* const shared = shared_sums();
             if (role_.shares()) shared[role_.sum()] = mine;
             warp_barrier();
@@ -96,12 +98,13 @@ class WarpRows {
             if (far || !Results::in_range(sums.total, sums.total_cross)) return;
             float weights[K];
             compute_weights(sums, weights);
-            write_row_stats(mine, sums, shared, weights);
+            write_row_stats(mine, mass, sums, shared, weights);
             // Write the gradient, and fetch the row that comes into the buffers
             const int fetched = rows_.column_of(label);
             if (args.grad_student) {
                 float gradient;
-                const FixedKRow<K> numbers(logits, scale, coefficients_of(sums, weights, gradient));
+                const float of_student = shuffle(mass, Role::lane_of(0, kSum1));
+                const FixedKRow<K> numbers(logits, scale, coefficients_of(sums, of_student, weights, gradient));
                 if (fetched == kIgnored)
                     rows_.template write_gradient<P, false>(numbers, row_, 0, buffer_, slots);
                 else
@@ -145,8 +148,9 @@ class WarpRows {
         }
     }
 
-    // Coefficients of the gradient, and the gradient at the label: as in RowResults::compute_label_weights.
-    CAMKD_DEVICE RowCoefficients<K> coefficients_of(const SharedSums<K>& sums, const float (&weights)[K],
+    // Coefficients of the gradient, and the gradient at the label: as in RowResults::compute_label_weights. `mass` is
+    // the student's e^CE.
+    CAMKD_DEVICE RowCoefficients<K> coefficients_of(const SharedSums<K>& sums, float mass, const float (&weights)[K],
                                                     float& at_label) const {
         const float soft = results_.soft_scale();
         const float hard = label_coefficient(group_.launch.args.formula, group_.grad_scale());
@@ -161,21 +165,20 @@ class WarpRows {
         }
         coefficients.studentT = total * soft * sums.sumT[0].inverse;
         coefficients.student1 = hard * sums.sum1[0].inverse;
-        const float mass = sums.sum1[0].mass;
         at_label = fmaf(soft, difference, hard * ((1.0f - mass) * reciprocal(mass)));
         return coefficients;
     }
 
-    // Each lane computes its row of row_stats, as in RowResults::write_label_row_stats.
-    CAMKD_DEVICE void write_row_stats(const SharedSum& mine, const SharedSums<K>& sums, const SharedSum* shared,
-                                      const float (&weights)[K]) {
+    // Each lane computes its row of row_stats, as in RowResults::write_label_row_stats, from its sum and e^CE.
+    CAMKD_DEVICE void write_row_stats(const SharedSum& mine, float mass, const SharedSums<K>& sums,
+                                      const SharedSum* shared, const float (&weights)[K]) {
         const RowLossArgs& args = group_.launch.args;
         const Formula& formula = args.formula;
         float weight = 0;
 #pragma unroll
         for (int k = 0; k < K; ++k)
             if (role_.stream() == k + 1) weight = weights[k];
-        float number = std::log(role_.is_divergence() ? sums.sumT[0].sum / mine.sum : mine.mass);
+        float number = std::log(role_.is_divergence() ? sums.sumT[0].sum / mine.sum : mass);
         if (role_.is_divergence()) number += shared[role_.sum() + kCross].sum * (1.0f / kLog2E) * mine.inverse;
         const float hard = shuffle(number, Role::lane_of(0, kSum1));
         const float term = product_or_zero<ScalarMath>(weight, number);
