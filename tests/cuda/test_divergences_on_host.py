@@ -243,6 +243,10 @@ def test_columns_without_probability(divergence: Any, C: int, temperature: float
     losses.test_columns_without_probability(divergence, C, temperature, "cuda")
 
 
+def test_softcaps_far_above_the_logits() -> None:
+    losses.test_softcaps_far_above_the_logits("cuda")
+
+
 @pytest.mark.parametrize("divergence", OTHERS, ids=str)
 def test_terms_of_weight_0_contribute_nothing(divergence: Any) -> None:
     losses.test_terms_of_weight_0_contribute_nothing(divergence, "cuda")

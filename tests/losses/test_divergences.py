@@ -226,6 +226,13 @@ def test_a_map_is_the_loss_of_mapped_logits(backend: str) -> None:
     assert_near(ours.grad, student.grad)
 
 
+@pytest.mark.parametrize("backend", TESTED)
+def test_softcaps_far_above_the_logits(backend: str) -> None:
+    """tanh near 0, where one by the exponential function would cancel."""
+    case = make_case(37, 150, 3, student_softcap=1e4, teacher_softcaps=(1e4, None, 3e3), student_logit_scale=0.5)
+    assert_rule(case, backend)
+
+
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
