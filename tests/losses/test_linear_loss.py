@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from torch.autograd import gradcheck
 
 from camkd_fast import camkd_linear_loss
+from camkd_fast.system import available_memory
 from tests.support.linear_cases import (
     MAPS,
     LinearCase,
@@ -23,6 +24,7 @@ from tests.support.linear_cases import (
 )
 from tests.support.tolerance import assert_near, rms, unit
 
+BF16 = torch.bfloat16
 DIVERGENCES = ["forward_kl", "reverse_kl", ("jsd", 0.3), ("skew", 0.2)]
 
 
@@ -56,6 +58,40 @@ def test_divergences_and_constants(divergence: Any, options: dict[str, Any]) -> 
 @pytest.mark.parametrize("widths", [(8, 12), (65, 3, 130), (17, 17, 17, 17, 17, 17)])
 def test_sizes(widths: tuple[int, ...], C: int) -> None:
     assert_rule(make_linear_case(21, C, widths, hard_weight=1.0), chunk_rows=10)
+
+
+@pytest.mark.parametrize("C", [128_256, 151_936, 262_144])
+def test_vocabularies_of_language_models(C: int) -> None:
+    """Rows and widths are multiples of nothing."""
+    assert_rule(make_linear_case(21, C, (65, 3, 130), hard_weight=1.0), chunk_rows=10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available_memory() < 14e9, reason="needs 14 GB")
+def test_a_chunk_beyond_2_to_31_elements() -> None:
+    N, C = 8200, 262_144
+    case = make_linear_case(N, C, (9, 7), BF16, hard_weight=1.0, biased=False)
+    keywords = {"logits_dtype": BF16, "max_chunk_bytes": 1e12, "entropy": False}
+    whole, parts = (run(case, chunk_rows=rows, **keywords) for rows in (N, 1024))
+    assert_near(whole.loss, parts.loss, 1e-6)
+    for name in ("grad_hidden", "grad_head", "weights", "teacher_ce", "divergence"):
+        assert_near(getattr(whole, name), getattr(parts, name), 2 * unit(BF16), name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_equal_weights_are_the_mean_over_calls_of_each_teacher(divergence: Any, reduction: str) -> None:
+    case = make_linear_case(60, 70, ignored=0.2, divergence=divergence, reduction=reduction, weighting="uniform")
+    assert case.teacher_biases is not None
+    each = [
+        case.with_(teacher_hidden=case.teacher_hidden[k : k + 1], teacher_heads=case.teacher_heads[k : k + 1],
+                   teacher_biases=case.teacher_biases[k : k + 1])
+        for k in range(2)
+    ]  # fmt: skip
+    ours, of_each = run(case), [run(one) for one in each]
+    for name in ("loss", "soft", "grad_hidden", "grad_head", "grad_bias"):
+        first, second = (getattr(result, name) for result in of_each)
+        assert_near(getattr(ours, name), (first + second) / 2, 1e-5, name)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
