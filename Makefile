@@ -31,7 +31,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 # Hours: which of the wrong changes in tests/mutants do the tests notice? `python -m tests.mutants --only AREA` for a part,
-# `--resume` to keep the results of unchanged files.
+# `--resume` to keep the results of unchanged files, `--record` to commit them.
 mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants
 

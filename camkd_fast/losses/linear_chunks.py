@@ -202,14 +202,15 @@ class LinearChunks:
     def _add_gradients(self, grad: Tensor, inputs: Tensor, rows: slice | Tensor) -> None:
         """The products of the gradient (m, V) of the student's logits."""
         projection, total = self.projections[0], self.gradients
+        of_products = projection.as_input(grad) if total.hidden is not None or total.head is not None else grad
         if total.hidden is not None:
-            found = projection.grad_rows(grad).to(total.hidden.dtype)
+            found = projection.grad_rows(of_products).to(total.hidden.dtype)
             if isinstance(rows, Tensor):
                 total.hidden.index_copy_(0, rows, found)
             else:
                 total.hidden[rows] = found
         if total.head is not None:
-            projection.add_grad_head(grad, inputs, total.head[: self.V], self.first)
+            projection.add_grad_head(of_products, inputs, total.head[: self.V], self.first)
         if total.bias is not None:
             sums, bias = grad.sum(0, dtype=total.bias.dtype), total.bias[: self.V]
             bias.copy_(sums) if self.first else bias.add_(sums)

@@ -79,10 +79,14 @@ class Projection:
                 part += self._bias[columns]
             out[:, columns] = part
 
+    def as_input(self, grad: Tensor) -> Tensor:
+        """The gradient of the logits (m, C) as both products below take it: rounded once for the two, or by tiles."""
+        return grad.to(self.inputs) if self._direct else grad
+
     def grad_rows(self, grad: Tensor) -> Tensor:
-        """The gradient of the rows (m, H), from that of the logits (m, C)."""
+        """The gradient of the rows (m, H), from that of the logits (m, C) `as_input`."""
         if self._direct:
-            return grad.to(self.inputs) @ self._head
+            return grad @ self._head
         parts = (product(self._rounded(grad[:, columns]), tile) for columns, tile in self._tiles())
         total = next(parts)
         for part in parts:
@@ -90,15 +94,13 @@ class Projection:
         return total
 
     def add_grad_head(self, grad: Tensor, rows: Tensor, total: Tensor, first: bool) -> None:
-        """total (C, H) += grad^T @ rows in the accumulation dtype; total = if it is the `first` term."""
+        """total (C, H) += grad^T @ rows in the accumulation dtype, grad `as_input`; total = if it is the `first` term."""
         if self._direct and grad.is_cpu and self.inputs != total.dtype:
-            part = grad.to(self.inputs).t() @ rows
+            part = grad.t() @ rows
             total.copy_(part) if first else total.add_(part)
             return
         if self._direct:
-            torch.addmm(
-                total, grad.to(self.inputs).t(), rows, beta=0 if first else 1, out=total, **self._result_of(total.dtype)
-            )
+            torch.addmm(total, grad.t(), rows, beta=0 if first else 1, out=total, **self._result_of(total.dtype))
             return
         for columns in self._columns():
             part = product_of_transposed(self._rounded(grad[:, columns]), rows)
