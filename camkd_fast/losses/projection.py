@@ -94,7 +94,7 @@ class Projection:
         return total
 
     def add_grad_head(self, grad: Tensor, rows: Tensor, total: Tensor, first: bool) -> None:
-        """total (C, H) += grad^T @ rows in the accumulation dtype, grad `as_input`; total = if it is the `first` term."""
+        """total (C, H) += grad^T @ rows in the accumulation dtype, of a grad `as_input`; = if it is the `first`."""
         if self._direct and grad.is_cpu and self.inputs != total.dtype:
             part = grad.t() @ rows
             total.copy_(part) if first else total.add_(part)
