@@ -95,7 +95,7 @@ def test_means(scale: float | torch.Tensor) -> None:
     assert_means(cpu.row_loss, student, teachers, torch.randint(50, (20,)), scale)
 
 
-@pytest.mark.parametrize("label", [-1, 40, -100])
+@pytest.mark.parametrize("label", [-1, 40, -100, 7])
 def test_invalid_second_labels_are_nan(label: int) -> None:
     assert_invalid_second_labels(cpu, label)
 

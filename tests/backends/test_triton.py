@@ -120,7 +120,7 @@ def test_rows_of_one_label_among_two(regime: str) -> None:
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("label", [-1, 40, -100])
+@pytest.mark.parametrize("label", [-1, 40, -100, 7])
 def test_invalid_second_labels_are_nan(regime: str, label: int) -> None:
     assert_invalid_second_labels(kernels, label)
 

@@ -243,7 +243,7 @@ def test_a_masked_label_of_two_is_infinite(emulated: ModuleType, regime: str, wh
     agree(student, teachers, case.target, second=second)
 
 
-@pytest.mark.parametrize("label", [-1, 40, -100])
+@pytest.mark.parametrize("label", [-1, 40, -100, 7])
 def test_invalid_second_labels_are_nan(label: int) -> None:
     assert_invalid_second_labels(cuda_backend, label)
 

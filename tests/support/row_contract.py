@@ -73,21 +73,30 @@ def assert_agrees(
 
 
 def assert_invalid_second_labels(backend: Any, label: int) -> None:
-    """A second label or a share out of range makes its row NaN, and no other one, where the host does not check it."""
+    """A second label or a share out of range makes its row NaN, and no other one, where the host does not check it. A
+    class may be the ignored label: as a second one it is invalid.
+    """
+    ignore_index = label if 0 <= label < 40 else -100
     case = make_case(9, 40, 2, two_labels=True)
     second = second_of(case)
     assert second is not None
+    # None of the others has that label
+    case = case.with_(target=case.target.where(case.target != ignore_index, ignore_index + 1))
+    second = second._replace(target=second.target.where(second.target != ignore_index, ignore_index + 1))
     wrong = SecondLabels(second.target.clone(), second.mix.clone())
     wrong.target[2] = label
     wrong.mix[4], wrong.mix[6] = 1.25, float("nan")
     student, teachers = case.student, list(case.teachers)
-    ours, expected = (backend.row_loss(student, teachers, case.target, **options(second=s)) for s in (wrong, second))
+    ours, expected = (
+        backend.row_loss(student, teachers, case.target, **options(second=s, ignore_index=ignore_index))
+        for s in (wrong, second)
+    )
     invalid = torch.isin(torch.arange(9), torch.tensor([2, 4, 6]))
     rows = [*ours.row_stats[:2], *ours.teacher_ce]
     assert all(row[invalid].isnan().all() for row in rows) and ours.grad_student[invalid].isnan().all()
     assert torch.equal(ours.row_stats[:, ~invalid], expected.row_stats[:, ~invalid])
     assert torch.equal(ours.grad_student[~invalid], expected.grad_student[~invalid])
-    weights, ce, _ = backend.confidence_forward(teachers, case.target, -100, second=wrong)
+    weights, ce, _ = backend.confidence_forward(teachers, case.target, ignore_index, second=wrong)
     assert ce[:, invalid].isnan().all() and not ce[:, ~invalid].isnan().any() and not weights[:, ~invalid].isnan().any()
 
 
