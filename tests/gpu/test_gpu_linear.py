@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from camkd_fast import camkd_linear_loss
+from camkd_fast import camkd_linear_loss, confidence_weights
 from tests.support.gpu import Place
 from tests.support.linear_cases import LinearCase, LinearResult, evaluate, make_linear_case, run, unfused
 from tests.support.tolerance import assert_accurate, assert_near, rms, unit
@@ -168,3 +169,99 @@ def test_a_chunk_beyond_2_to_31_elements(gpu: Place) -> None:
     for name in ("loss", "grad_hidden", "grad_head"):
         assert_near(getattr(whole, name), getattr(parts, name), 1e-2, name)
     assert_near(whole.divergence, parts.divergence, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("known", [False, True])
+def test_ignored_rows_may_hold_anything(place: Place, known: bool, reduction: str) -> None:
+    case = make_linear_case(60, 500, (32, 48, 16), ignored=0.5, hard_weight=1.0, reduction=reduction)
+    ignored = case.target == -100
+    spoiled = case.with_(
+        hidden=case.hidden.masked_fill(ignored.unsqueeze(-1), math.nan),
+        teacher_hidden=tuple(h.masked_fill(ignored.unsqueeze(-1), math.nan) for h in case.teacher_hidden),
+    )
+    given = torch.randn(60, device=place.device) if reduction == "none" else None
+    keywords = {"backend": place.backend, "chunk_rows": 16, "num_valid": 60 if known else None}
+    ours, expected = (back(run(on(c, place.device), given, **keywords)) for c in (spoiled, case))
+    assert not ours.grad_hidden[ignored].any() and ours.grad_hidden[~ignored].any()
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    nothing = back(run(on(spoiled.with_(target=torch.full((60,), -100)), place.device), given, **keywords))
+    assert not any(value.any() for value in nothing)
+
+
+def test_heads_and_biases_beyond_the_vocabulary(place: Place) -> None:
+    case = make_linear_case(40, 1000, (24, 16, 8), hard_weight=1.0)
+    assert case.bias is not None and case.teacher_biases is not None
+
+    def padded(x: Tensor | None) -> Tensor | None:  # a model may have no bias
+        return None if x is None else torch.cat([x, torch.full((24, *x.shape[1:]), math.nan)])
+
+    wide = case.with_(
+        head=padded(case.head), bias=padded(case.bias), teacher_heads=tuple(map(padded, case.teacher_heads)),
+        teacher_biases=tuple(map(padded, case.teacher_biases)), vocab_size=1000,
+    )  # fmt: skip
+    ours, expected = (back(run(on(c, place.device), backend=place.backend)) for c in (wide, case))
+    assert ours.grad_bias is not None and expected.grad_bias is not None
+    assert torch.equal(ours.grad_head[:1000], expected.grad_head) and not ours.grad_head[1000:].any()
+    assert torch.equal(ours.grad_bias[:1000], expected.grad_bias) and not ours.grad_bias[1000:].any()
+    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.grad_hidden, expected.grad_hidden)
+    with pytest.raises(ValueError, match="1000 classes, but the vocabulary has 1001"):
+        run(on(case.with_(vocab_size=1001), place.device), backend=place.backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_equal_weights_are_the_mean_over_calls_of_each_teacher(place: Place, divergence: Any) -> None:
+    case = make_linear_case(60, 500, (32, 48, 16), biased=False, divergence=divergence, weighting="uniform")
+    each = [
+        case.with_(teacher_hidden=case.teacher_hidden[k : k + 1], teacher_heads=case.teacher_heads[k : k + 1])
+        for k in range(2)
+    ]
+    ours, *of_each = (back(run(on(c, place.device), backend=place.backend)) for c in (case, *each))
+    for name in ("loss", "soft", "grad_hidden", "grad_head"):
+        first, second = (getattr(result, name) for result in of_each)
+        assert_near(getattr(ours, name), (first + second) / 2, 1e-5, name)
+
+
+def test_confidence_weights_are_those_of_the_logits(place: Place) -> None:
+    case = on(make_linear_case(60, 500, (32, 48, 16), biased=False), place.device)
+    logits = [h @ w.t() for h, w in zip(case.teacher_hidden, case.teacher_heads, strict=True)]
+    assert_near(run(case, backend=place.backend).weights, confidence_weights(logits, case.target)[0], 1e-5)
+
+
+def test_accumulated_and_scaled(place: Place) -> None:
+    """Eight parts with the divisor of the whole batch, and an incoming gradient of 0.37."""
+    case = on(make_linear_case(32, 500, (32, 48, 16), biased=False, hard_weight=1.0), place.device)
+    whole = run(case, torch.tensor(0.37, device=place.device), backend=place.backend)
+    parts = [
+        case.with_(hidden=case.hidden[i : i + 4], teacher_hidden=tuple(h[i : i + 4] for h in case.teacher_hidden),
+                   target=case.target[i : i + 4], num_items=32)
+        for i in range(0, 32, 4)
+    ]  # fmt: skip
+    found = [run(part, backend=place.backend) for part in parts]
+    assert_near(whole.grad_head, 0.37 * torch.stack([part.grad_head for part in found]).sum(0), 1e-6)
+    assert_near(whole.grad_hidden, 0.37 * torch.cat([part.grad_hidden for part in found]), 1e-6)
+
+
+def test_what_is_frozen_gets_no_gradient(place: Place) -> None:
+    case = on(make_linear_case(60, 500, (32, 48, 16), biased=False, hard_weight=1.0), place.device)
+    expected = run(case, backend=place.backend)
+    for frozen in ("hidden", "head"):
+        hidden, head = case.hidden.clone(), case.head.clone()
+        (head if frozen == "hidden" else hidden).requires_grad_()
+        evaluate(case, hidden, head, None, backend=place.backend).loss.backward()
+        assert (hidden.grad is None) == (frozen == "hidden") and (head.grad is None) == (frozen == "head")
+        grad, other = (head.grad, expected.grad_head) if frozen == "hidden" else (hidden.grad, expected.grad_hidden)
+        assert grad is not None and torch.equal(grad, other)
+    with torch.no_grad():
+        out = evaluate(case, case.hidden.clone().requires_grad_(), case.head, None, backend=place.backend)
+    assert not out.loss.requires_grad and torch.equal(out.loss, expected.loss)
+
+
+def test_autocast(place: Place) -> None:
+    case = on(make_linear_case(60, 500, (32, 48, 16), biased=False, hard_weight=1.0), place.device)
+    expected = run(case.to(BF16), backend=place.backend)
+    with torch.autocast(place.device.type, BF16):
+        ours = run(case, backend=place.backend)
+    assert ours.grad_head.dtype == ours.grad_hidden.dtype == F32
+    for name in ("loss", "grad_hidden", "grad_head"):
+        assert_near(getattr(ours, name), getattr(expected, name).float(), 2 * unit(BF16), name)
