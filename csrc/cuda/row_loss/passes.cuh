@@ -136,13 +136,20 @@ CAMKD_DEVICE float add_plogp(const Temperature& temperature, const float (&e)[V]
     return sum;
 }
 
+// A sum of exponentials, corrected for its reference. The maximum's own term is 1, but the hardware's exponential of it
+// is not quite `own`: taken out as it was added, it does not hide the other terms of a nearly certain row.
+CAMKD_DEVICE float corrected_sum(float sum, float own, float factor, float max) {
+    return max == -INFINITY ? 0.0f : fmaf(sum - own, factor, 1.0f);
+}
+
 // Reduces the sums of a thread across the warp, corrects them for their reference, and stores them in lane 0.
 CAMKD_DEVICE void reduce_student(const State& of_thread, const Reference& reference, const Temperature& temperature,
                                  int lane, State& to) {
     const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
     if (lane != 0) return;
-    to.sumT = sumT * reference.factor();
-    to.sum1 = sum1 * temperature.factor1(reference, to.max);
+    const float own = reference.of_max(to.max, temperature.scale);
+    to.sumT = corrected_sum(sumT, own, reference.factor(), to.max);
+    to.sum1 = corrected_sum(sum1, temperature.own1(own, to.max), temperature.factor1(reference, to.max), to.max);
 }
 
 CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& student_reference,
@@ -153,8 +160,9 @@ CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& studen
     const Reference reference(to.max, temperature.scale, entropy);
     const float factor = reference.factor();
     const float factor1 = temperature.factor1(reference, to.max, entropy);
-    to.sumT = sumT * factor;
-    to.sum1 = sum1 * factor1;
+    const float own = reference.of_max(to.max, temperature.scale);
+    to.sumT = corrected_sum(sumT, own, factor, to.max);
+    to.sum1 = corrected_sum(sum1, temperature.own1(own, to.max, entropy), factor1, to.max);
     // From scaled distances to logits
     to.cross =
         (cross - (reference.correction() - student_reference.correction()) * sumT) * (factor * temperature.inverse);
