@@ -11,6 +11,7 @@ Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row strid
 Shape = tuple[int, int, int]  # N, C, rows per outer stride
 Weights = tuple[int, int, int]  # address and strides of (K, N) weights, or zeros
 Second = tuple[int, int]  # addresses of second labels (N,) and of the shares of the first ones, or zeros
+Shard = tuple[int, int]  # code (csrc/ops.h) and address of the sums, or zeros
 Map = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
 MapPair = tuple[tuple[int, int], Map, Map]  # (P, Q), student, teacher
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
@@ -20,6 +21,7 @@ TEMPERATURE_POWERS: tuple[int, ...]  # temperatures T at which e^x is computed a
 FORMULA_FIELDS: tuple[str, ...]  # in order
 DTYPES: tuple[str, ...]  # by dtype code
 WEIGHTINGS: tuple[str, ...]  # by weighting code
+ROW_SUMS: int  # of a stream, where the columns are a shard
 RECYCLED_BYTES: int  # smaller outputs are allocated by torch
 FEATURE_PARTS: int  # numbers of scratch after the errors of cuda_features
 
@@ -127,6 +129,7 @@ def row_loss(
     row_stats: int,
     grad_student: int,
     grad_scale: float,
+    shard: Shard,
     threads: int,
     /,
 ) -> tuple[float, float, float]: ...
@@ -259,6 +262,7 @@ def cuda_row_loss(
     grad_scale: float,
     grad_scale_device: int,
     mean: tuple[int, int],  # loss (), and `others`: hard, soft, 1 / valid rows, then the kernel's own numbers
+    shard: Shard,
     debug: bool,
     stream: int,
     /,

@@ -20,6 +20,8 @@ constexpr int kMaxTeachers = 16;                 // also a multiple of every vec
 constexpr int kMaxStreams = kMaxTeachers + 1;    // rows of logits per sample: the student is stream 0
 constexpr int kTemperaturePowers[] = {1, 2, 4};  // temperatures T at which e^x is computed as (e^{x/T})^T
 
+constexpr int kRowSums = 7;  // of a stream: max, sumT, sum1, cross, plogp, label, slope
+
 constexpr int64_t kFeatureParts = 4096;  // partial errors of samples that several blocks share, on CUDA
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

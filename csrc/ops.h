@@ -19,6 +19,14 @@ struct BatchOutput {
     float factor;
 };
 
+// What a call computes of rows of which it has some of the columns only, as where processes share a vocabulary.
+enum class Shard : int {
+    none = 0,      // all columns are here
+    sums = 1,      // the sums over these columns
+    mixtures = 2,  // of jsd and skew, given the sums of the whole rows: those over the mixtures, of these columns
+    results = 3,   // row_stats, and the gradient of these columns, given all sums of the whole rows
+};
+
 struct RowLossArgs {
     int64_t N, C, S;
     int K;
@@ -33,7 +41,18 @@ struct RowLossArgs {
     float grad_scale;                // multiplies the gradient, and so does ...
     const float* grad_scale_device;  // ... one element in device memory; null for 1, and on a CPU
     BatchOutput batch;
+    Shard shard;  // of a label outside [0, C) the column is elsewhere, unless this is `none`
+    float* sums;  // (K + 1, kRowSums, N): RowSums of row_math.h; of a label that is elsewhere NaN
 };
+
+CAMKD_HD bool writes_sums(const RowLossArgs& args) {
+    return args.shard == Shard::sums || args.shard == Shard::mixtures;
+}
+
+// Sum i of stream k in row n.
+CAMKD_HD float& sum_of(const RowLossArgs& args, int k, int i, int64_t n) {
+    return args.sums[(int64_t(k) * kRowSums + i) * args.N + n];
+}
 
 // out = grad * factor * number, row by row.
 struct ScaleRowsArgs {

@@ -179,6 +179,7 @@ template <class F>
 struct RowSums {
     F max, sumT, sum1, cross, plogp, label, slope;
 };
+static_assert(sizeof(RowSums<float>) == kRowSums * sizeof(float), "contract.h");
 
 template <class F>
 struct RowResult {

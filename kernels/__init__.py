@@ -9,6 +9,7 @@ from .confidence import confidence_backward, confidence_forward
 from .features import feature_backward, feature_forward, feature_loss
 from .min_norm import min_norm
 from .row_loss import row_loss
+from .row_shards import row_results, row_sums
 from .scale import scale_rows
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "feature_loss",
     "min_norm",
     "row_loss",
+    "row_results",
+    "row_sums",
     "scale_rows",
 ]

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .divergences import distances, mixture_terms
 from .logit_map import load_logits
-from .softmax import exp_at_one, lane_max, lane_rescale
+from .softmax import LOWEST, exp_at_one, lane_max, lane_rescale
 
 
 @triton.jit
@@ -103,6 +103,38 @@ def teacher_total(
     if WEIGHTING == "entropy":
         total_plogp = tl.sum(lane_rescale(plogp + sum1 * drop, decay1), axis=0)
     return highest, tl.sum(sumT * decay, axis=0), tl.sum(sum1 * decay1, axis=0), cross, total_plogp
+
+
+@triton.jit
+def group_lanes(
+    s_row, z_rows, limit, formula, first: tl.constexpr,
+    K: tl.constexpr, T_POWER: tl.constexpr, WEIGHTING: tl.constexpr, DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr,
+    MAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The lanes of the student and of teachers first .. first + GROUP - 1 after the whole row."""
+    R: tl.constexpr = BLOCK_C // VEC
+    exp2_scale = formula.exp2_scale
+    top = tl.full((R,), LOWEST, tl.float32)
+    zeros = tl.zeros((R,), tl.float32)
+    s_lanes, lanes = (top, zeros, zeros, zeros), ()
+    for k in tl.static_range(first, first + GROUP):
+        if k < K:
+            lanes += ((top, zeros, zeros, zeros, zeros),)
+    for start in range(0, limit, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)
+        s = in_lanes(load_logits(s_row + cols, formula.maps, 0, MAPS, mask=cols < limit), R, VEC, ALIGN)
+        s_sumT = s_lanes[1]
+        s_lanes, s, e, s_drop, s_decay = student_step(s_lanes, s, exp2_scale, T_POWER, ENTROPY)
+        updated = ()
+        for k in tl.static_range(first, first + GROUP):
+            if k < K:
+                z = load_logits(z_rows[k] + cols, formula.maps, k + 1, MAPS, mask=cols < limit)
+                z = in_lanes(z, R, VEC, ALIGN)
+                moved = (s_drop, s_decay, s_sumT)
+                step = teacher_step(lanes[k - first], z, s, e, moved, exp2_scale, T_POWER, WEIGHTING, DIVERGENCE)
+                updated += (step,)
+        lanes = updated
+    return s_lanes, lanes
 
 
 @triton.jit

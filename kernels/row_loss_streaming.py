@@ -8,11 +8,10 @@ import triton.language as tl
 
 from .batch_mean import add_up_as_last, gradient_scale
 from .divergences import column_slopes, infinite_gradient, kl_of_sums, soft_gradient
-from .lanes import in_lanes, mixture_sums, student_step, student_total, teacher_step, teacher_total
+from .lanes import group_lanes, mixture_sums, student_total, teacher_total
 from .logit_map import load_logits, map_gradient, mapped_label_distance
 from .results import grad_student_terms, store_entropy, store_loss, store_teacher
 from .softmax import (
-    LOWEST,
     exp_at_one,
     label_shares,
     load_labels,
@@ -96,7 +95,6 @@ def row_loss_streaming_fwd_kernel(
     limit registers.
     """
     exp2_scale = formula.exp2_scale
-    R: tl.constexpr = BLOCK_C // VEC
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
     TWO: tl.constexpr = second_target is not None
@@ -116,28 +114,10 @@ def row_loss_streaming_fwd_kernel(
     # First read: statistics of the student and of a group of teachers
     z_top, z_totalT, divergence, scores, ces, centers = (), (), (), (), (), ()
     for first in tl.static_range(0, K, GROUP):
-        top = tl.full((R,), LOWEST, tl.float32)
-        zeros = tl.zeros((R,), tl.float32)
-        s_lanes, lanes = (top, zeros, zeros, zeros), ()
-        for k in tl.static_range(first, first + GROUP):
-            if k < K:
-                lanes += ((top, zeros, zeros, zeros, zeros),)
-        for start in range(0, limit, BLOCK_C):
-            cols = start + tl.arange(0, BLOCK_C)
-            s = in_lanes(load_logits(s_row + cols, formula.maps, 0, MAPS, mask=cols < limit), R, VEC, ALIGN)
-            s_sumT = s_lanes[1]
-            s_lanes, s, e, s_drop, s_decay = student_step(s_lanes, s, exp2_scale, T_POWER, ENTROPY)
-            updated = ()
-            for k in tl.static_range(first, first + GROUP):
-                if k < K:
-                    z = load_logits(z_rows[k] + cols, formula.maps, k + 1, MAPS, mask=cols < limit)
-                    z = in_lanes(z, R, VEC, ALIGN)
-                    moved = (s_drop, s_decay, s_sumT)
-                    step = teacher_step(lanes[k - first], z, s, e, moved, exp2_scale, T_POWER, WEIGHTING, DIVERGENCE)
-                    updated += (step,)
-            lanes = updated
-
-        # Reduce the lanes.
+        s_lanes, lanes = group_lanes(
+            s_row, z_rows, limit, formula, first, K, T_POWER, WEIGHTING, DIVERGENCE, ENTROPY, MAPS,
+            ALIGN, BLOCK_C, VEC, GROUP,
+        )  # fmt: skip
         s_sums, s_drop, s_decay = student_total(s_lanes, exp2_scale, T_POWER, ENTROPY)
         s_top, s_totalT, s_total1, s_plogp = s_sums
         moved = (s_drop, s_decay, s_lanes[1])

@@ -1,4 +1,4 @@
-"""What every backend provides: seven functions with these signatures, and types for what the losses return.
+"""What every backend provides: nine functions with these signatures, and types for what the losses return.
 
 Formulas, edge conventions and layouts are specified in `reference`; `dispatch` holds the list of backends.
 """
@@ -20,6 +20,11 @@ TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as
 # Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them.
 # csrc/contract.h and kernels/results.py name the same rows.
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
+
+# The sums of a row of one model, (7, N), which processes that share its classes exchange: `row_sums` says of what.
+# csrc/row_math.h (RowSums) and kernels/shards.py name the same ones.
+MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, SLOPE = range(7)
+ROW_SUMS = 7
 
 
 def row_stats_count(K: int, entropy: bool = False) -> int:
@@ -185,6 +190,48 @@ class Backend(Protocol):
         self, student: Sequence[Tensor], teachers: Sequence[Tensor], grad_error: Tensor
     ) -> list[Tensor]:
         """d loss / d r_k = grad_error_k * 2 (r_k - F_k) / M_k for samples of M_k values; 0 where grad_error is 0."""
+        ...
+
+
+class ShardBackend(Protocol):
+    """A backend also computes rows of which it is given some of the columns; the others are in other processes.
+
+    Logits, target and formula are as in `Backend`, but a label outside [0, C) is not here. Every backend has these
+    functions, the reference's are in `row_sums`.
+    """
+
+    def row_sums(
+        self,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        target: Tensor,
+        formula: Formula,
+        whole: Tensor | None = None,
+    ) -> Tensor:
+        """Sums over these columns, (K + 1, 7, N) in the accumulation dtype, as `row_sums` says. Ignored rows: any.
+
+        Args:
+            whole: the sums of whole rows. Then those over the mixtures of jsd and skew are computed, `cross` and
+                `slope` of the teachers; the other ones are those of `whole`.
+        """
+        ...
+
+    def row_results(
+        self,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        target: Tensor,
+        formula: Formula,
+        sums: Tensor,
+        *,
+        needs_grad: bool,
+        grad_scale: float | Tensor = 1.0,
+        out: Tensor | None = None,
+    ) -> RowLossResult:
+        """`Backend.row_loss` given the sums of whole rows: their numbers, and the gradient of these columns.
+
+        A row that is not ignored and has no label (NaN) in the sums is invalid.
+        """
         ...
 
 

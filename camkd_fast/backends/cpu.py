@@ -13,13 +13,17 @@ from ..losses.formula import Formula
 from . import reference
 from .compiled import (
     DTYPE_CODES,
+    NO_SHARD,
     NO_WEIGHTS,
+    Shard,
     address_of,
     given_weights,
     map_pairs,
     matrix,
+    new_sums,
     second_of,
     shape_of,
+    shard_of,
     weights_of,
 )
 from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
@@ -108,28 +112,72 @@ def row_loss(
     second: SecondLabels | None = None,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape = shape_of(student)
+    N, C, _ = shape_of(student)
     row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
     grad_student = (new_output(N, C, student.dtype) if out is None else out) if needs_grad else None
     inverse = 1.0 / max(count_labels(target, C, formula.ignore_index)[0], 1) if mean else 1.0
-    sums = _C.row_loss(
-        shape,
-        [matrix(logits) for logits in (student, *teachers)],
-        target.data_ptr(),
-        second_of(second),
-        formula,
-        weights_of(formula),
-        row_stats.data_ptr(),
-        address_of(grad_student),
-        float(grad_scale) * inverse,
-        torch.get_num_threads(),
-    )
+    scale = float(grad_scale) * inverse
+    sums = _row_loss(student, teachers, target, formula, row_stats, grad_student, scale, second)
     means = None
     if mean:
         loss, hard, soft = (value * inverse for value in sums)
         numbers = torch.tensor([loss, hard, soft, inverse], dtype=torch.float32, device=_DEVICE)
         means = numbers[0].clone(), numbers[1:]
     return RowLossResult(row_stats, grad_student, sums, means)
+
+
+def _row_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    row_stats: Tensor | None,
+    grad_student: Tensor | None,
+    grad_scale: float = 1.0,
+    second: SecondLabels | None = None,
+    shard: Shard = NO_SHARD,
+) -> tuple[float, float, float]:
+    return _C.row_loss(
+        shape_of(student),
+        [matrix(logits) for logits in (student, *teachers)],
+        target.data_ptr(),
+        second_of(second),
+        formula,
+        weights_of(formula),
+        address_of(row_stats),
+        address_of(grad_student),
+        grad_scale,
+        shard,
+        torch.get_num_threads(),
+    )
+
+
+def row_sums(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula, whole: Tensor | None = None
+) -> Tensor:
+    """See `contract.ShardBackend`."""
+    sums, shard = new_sums(whole, len(teachers), target)
+    _row_loss(student, teachers, target, formula, None, None, shard=shard)
+    return sums
+
+
+def row_results(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    sums: Tensor,
+    *,
+    needs_grad: bool,
+    grad_scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+) -> RowLossResult:
+    N, C, _ = shape_of(student)
+    row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
+    grad_student = (new_output(N, C, student.dtype) if out is None else out) if needs_grad else None
+    shard = shard_of(sums := sums.contiguous())
+    _row_loss(student, teachers, target, formula, row_stats, grad_student, float(grad_scale), shard=shard)
+    return RowLossResult(row_stats, grad_student)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

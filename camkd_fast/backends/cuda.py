@@ -18,13 +18,17 @@ from .. import _C
 from ..losses.formula import Formula
 from .compiled import (
     DTYPE_CODES,
+    NO_SHARD,
     NO_WEIGHTS,
+    Shard,
     address_of,
     given_weights,
     map_pairs,
     matrix,
+    new_sums,
     second_of,
     shape_of,
+    shard_of,
     weights_of,
 )
 from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
@@ -100,33 +104,84 @@ def row_loss(
     second: SecondLabels | None = None,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape = shape_of(student)
+    N, C, _ = shape_of(student)
     device = student.device
     row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
     grad_student = None
     if needs_grad:
         grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
-    on_device = grad_scale if isinstance(grad_scale, Tensor) else None
     with _device_of(student):
         # The loss has memory of its own, since a caller may write to it.
         sizes = [(), (_C.cuda_batch_floats(N),)] if mean else []
         means = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
-        _C.cuda_row_loss(
-            shape,
-            [matrix(logits) for logits in (student, *teachers)],
-            target.data_ptr(),
-            second_of(second),
-            formula,
-            weights_of(formula),
-            row_stats.data_ptr(),
-            address_of(grad_student),
-            1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
-            address_of(on_device),
-            (means[0].data_ptr(), means[1].data_ptr()) if mean else (0, 0),
-            DEBUG,
-            _stream_of(student),
-        )
+        addresses = (means[0].data_ptr(), means[1].data_ptr()) if mean else (0, 0)
+        _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, second, addresses)
     return RowLossResult(row_stats, grad_student, None, (means[0], means[1][:3]) if mean else None)
+
+
+def _row_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    row_stats: Tensor | None,
+    grad_student: Tensor | None,
+    grad_scale: float | Tensor = 1.0,
+    second: SecondLabels | None = None,
+    means: tuple[int, int] = (0, 0),
+    shard: Shard = NO_SHARD,
+) -> None:
+    """On the current device, which is the tensors'."""
+    on_device = grad_scale if isinstance(grad_scale, Tensor) else None
+    _C.cuda_row_loss(
+        shape_of(student),
+        [matrix(logits) for logits in (student, *teachers)],
+        target.data_ptr(),
+        second_of(second),
+        formula,
+        weights_of(formula),
+        address_of(row_stats),
+        address_of(grad_student),
+        1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
+        address_of(on_device),
+        means,
+        shard,
+        DEBUG,
+        _stream_of(student),
+    )
+
+
+def row_sums(
+    student: Tensor, teachers: Sequence[Tensor], target: Tensor, formula: Formula, whole: Tensor | None = None
+) -> Tensor:
+    """See `contract.ShardBackend`."""
+    with _device_of(student):
+        sums, shard = new_sums(whole, len(teachers), target)
+        _row_loss(student, teachers, target, formula, None, None, shard=shard)
+    return sums
+
+
+def row_results(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    target: Tensor,
+    formula: Formula,
+    sums: Tensor,
+    *,
+    needs_grad: bool,
+    grad_scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+) -> RowLossResult:
+    N, C, _ = shape_of(student)
+    device = student.device
+    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
+    grad_student = None
+    if needs_grad:
+        grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
+    with _device_of(student):
+        shard = shard_of(sums := sums.contiguous())
+        _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, shard=shard)
+    return RowLossResult(row_stats, grad_student)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

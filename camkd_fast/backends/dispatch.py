@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .contract import COMPILED_DTYPES, Backend, LabelCounter, MinNormSolver, WholeLossBackend
+from .contract import COMPILED_DTYPES, Backend, LabelCounter, MinNormSolver, ShardBackend, WholeLossBackend
 
 if TYPE_CHECKING:  # holds every backend to the contract
     from .. import kernels
-    from . import cpu, cuda, reference
+    from . import cpu, cuda, reference, row_sums
 
     _backends: tuple[Backend, ...] = (cpu, cuda, kernels, reference)
+    _shards: tuple[ShardBackend, ...] = (cpu, cuda, kernels, row_sums)
     _label_counters: tuple[LabelCounter, ...] = (cpu, reference)
     _whole_loss: tuple[WholeLossBackend, ...] = (cpu, cuda)
     _min_norm: MinNormSolver = kernels
@@ -39,6 +40,7 @@ _MODULES = {
     "triton": "camkd_fast.kernels",
     "cuda": "camkd_fast.backends.cuda",
 }
+_OF_SHARDS = {**_MODULES, "reference": "camkd_fast.backends.row_sums"}
 _CPU = torch.device("cpu")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
@@ -199,10 +201,20 @@ def backend_for(
         others: labels, weights, factors: every other tensor whose address the backend takes.
         maps: the tensors are feature maps, not logits.
     """
+    return cast(Backend, _module(_name_for(requested, tensors, others, maps)))
+
+
+def shard_backend_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> ShardBackend:
+    """The same for logits of some of the classes."""
+    name = _name_for(requested, tensors, others)
+    return cast(ShardBackend, importlib.import_module(_OF_SHARDS[name]))
+
+
+def _name_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor], maps: bool = False) -> str:
     name = _compiled(requested, *_place(tensors[0]), maps)
     if name is None or not _all_ordinary(tensors, others):
         name = choose(requested, tensors, others, maps)[0]
-    return cast(Backend, _module(name))
+    return name
 
 
 def _place(tensor: Tensor) -> tuple[torch.device, int]:

@@ -44,8 +44,19 @@ def divergence_of(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tenso
     return share * _expected_ratio(log_p, log_m) + (1.0 - share) * _expected_ratio(log_q, log_m)
 
 
-def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """T dD / ds (N, C), for every divergence but the forward KL, of which `reference` needs one mixture only."""
+def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence, center: Tensor | None = None) -> Tensor:
+    """T dD / ds (N, C), for every divergence but the forward KL, of which `reference` needs one mixture only.
+
+    Args:
+        center: sum_j q_j g_j (N, 1) of whole rows, if these columns are some of theirs.
+    """
+    q, g = divergence_slopes(log_p, log_q, divergence)
+    mean = (q * g).sum(-1, keepdim=True) if center is None else center
+    return q * (g - mean.masked_fill(mean.isinf(), float("nan")))
+
+
+def divergence_slopes(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """q and g (N, C), the latter 0 where q is."""
     kind, share = divergence
     q = log_q.exp()
     if kind == "reverse_kl":
@@ -55,9 +66,7 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
     else:
         assert kind == "skew", f"no gradient of {kind}"
         g = -(1.0 - share) * (log_p - _log_mixture(log_p, log_q, share)).exp()
-    g = g.masked_fill(q == 0, 0.0)
-    mean = (q * g).sum(-1, keepdim=True)
-    return q * (g - mean.masked_fill(mean.isinf(), float("nan")))
+    return q, g.masked_fill(q == 0, 0.0)
 
 
 def _expected_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ against this file in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +80,19 @@ def _rows(logits: Tensor) -> Tensor:
     return flat.to(accumulation_dtype(logits.dtype))
 
 
+def logits_of(tensor: Tensor, logit_map: LogitMap, dtype: torch.dtype | None = None) -> Tensor:
+    """Logits (N, C) from what a head has computed, in the accumulation dtype or the student's."""
+    rows = _rows(tensor)
+    return _mapped(rows if dtype is None else rows.to(dtype), logit_map)
+
+
 def _mapped(rows: Tensor, logit_map: LogitMap) -> Tensor:
-    """Logits from what a head has computed."""
     scale, softcap = logit_map
     rows = rows if scale == 1.0 else scale * rows
     return rows if softcap == 0.0 else softcap * (rows / softcap).tanh()
 
 
-def _map_gradient(logits: Tensor, logit_map: LogitMap, gradient: Tensor) -> Tensor:
+def map_gradient(logits: Tensor, logit_map: LogitMap, gradient: Tensor) -> Tensor:
     """The gradient by what a head has computed, from that by the logits."""
     scale, softcap = logit_map
     gradient = gradient if scale == 1.0 else scale * gradient
@@ -136,7 +142,7 @@ def loss_terms(
     second: SecondLabels | None = None,
 ) -> RowLossResult:
     """The formulas above as a differentiable expression, without the closed-form gradient. Ignored rows give 0."""
-    temperature, weighting = formula.temperature, formula.weighting
+    temperature = formula.temperature
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
     ignored = labels.ignored
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
@@ -151,32 +157,60 @@ def loss_terms(
     divergence = torch.stack([divergence_of(F.log_softmax(z / temperature, dim=-1), log_q, kind) for z in zs])
     teacher_log_prob = [F.log_softmax(z, dim=-1) for z in zs]
     teacher_ce = torch.stack([-labels.pick(log_prob) for log_prob in teacher_log_prob])
+    hard = -labels.pick(F.log_softmax(s, dim=-1))
+    teacher_entropy = lse = entropy = None
+    if formula.weighting_name == "entropy":
+        teacher_entropy = torch.stack([torch.special.entr(lp.exp()).sum(-1) for lp in teacher_log_prob])
+    if formula.z_loss_weight != 0.0:
+        lse = s.logsumexp(-1)
+    if formula.entropy:
+        entropy = torch.special.entr(log_q.exp()).sum(-1).detach()
+    terms = RowTerms(divergence, teacher_ce, teacher_entropy, hard, lse, entropy)
+    return RowLossResult(row_stats_of(terms, formula, labels.valid, ignored), None)
+
+
+class RowTerms(NamedTuple):
+    """What the numbers of a row are made of."""
+
+    divergence: Tensor  # (K, N)
+    teacher_ce: Tensor  # (K, N)
+    teacher_entropy: Tensor | None  # (K, N), for the weights "entropy"
+    hard: Tensor  # (N,)
+    lse: Tensor | None  # (N,): the student's at T = 1, for the z-loss
+    entropy: Tensor | None  # (N,): the student's at T, if the formula asks for it
+
+
+def row_stats_of(terms: RowTerms, formula: Formula, valid: Tensor, ignored: Tensor) -> Tensor:
+    """`RowLossResult.row_stats`, given which rows have valid labels and which are ignored. Differentiable."""
+    divergence, teacher_ce, teacher_entropy, hard, lse, entropy = terms
+    temperature, weighting = formula.temperature, formula.weighting
     if isinstance(weighting, Tensor):
-        weights = weighting.to(s.dtype)
+        weights = weighting.to(hard.dtype)
     elif weighting == "confidence":
         weights = weights_from_ce(teacher_ce)
     elif weighting == "entropy":
-        weights = weights_from_entropy(torch.stack([torch.special.entr(lp.exp()).sum(-1) for lp in teacher_log_prob]))
+        assert teacher_entropy is not None, "weights by entropies without them"
+        weights = weights_from_entropy(teacher_entropy)
     elif weighting == "min_ce":
         weights = weights_of_lowest(teacher_ce)
     else:
-        weights = torch.full_like(teacher_ce, 1.0 / len(zs))
+        weights = torch.full_like(teacher_ce, 1.0 / len(teacher_ce))
 
-    hard = -labels.pick(F.log_softmax(s, dim=-1))
     soft = _weighted_sum(weights, divergence)
     soft = temperature**2 * soft if formula.scale_by_t2 else soft
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
     coefficients = torch.stack([torch.full_like(hard, weight) for weight in (formula.hard_weight, formula.soft_weight)])
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     if formula.z_loss_weight != 0.0:
-        loss = loss + formula.z_loss_weight * s.logsumexp(-1).square()
+        assert lse is not None, "a z-loss without log-sum-exps"
+        loss = loss + formula.z_loss_weight * lse.square()
     # A label outside [0, C) has no loss at all, not even where its coefficient is 0.
-    loss = loss.masked_fill(~labels.valid, float("nan"))
+    loss = loss.masked_fill(~valid, float("nan"))
     rows = [torch.stack([loss, hard, soft]), divergence, teacher_ce, weights]
     if formula.entropy:
-        rows.append(torch.special.entr(log_q.exp()).sum(-1, keepdim=True).detach().t())
-    row_stats = torch.cat(rows)
-    return RowLossResult(row_stats.masked_fill(ignored, 0.0), None)
+        assert entropy is not None, "no entropies"
+        rows.append(entropy.unsqueeze(0))
+    return torch.cat(rows).masked_fill(ignored, 0.0)
 
 
 def grad_student(
@@ -189,12 +223,12 @@ def grad_student(
 ) -> Tensor:
     """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
-    s = _mapped(_rows(student), formula.student_map)
+    s = logits_of(student, formula.student_map)
     out = formula.soft_grad_scale * _soft_gradient(s, teachers, formula, weights.to(s.dtype).unsqueeze(-1))
     out = out + formula.hard_weight * (s.softmax(-1) - labels.onehot(s))
     if formula.z_loss_weight != 0.0:
         out = out + 2.0 * formula.z_loss_weight * s.logsumexp(-1, keepdim=True) * s.softmax(-1)
-    out = _map_gradient(s, formula.student_map, out)
+    out = map_gradient(s, formula.student_map, out)
     out = out.masked_fill(~labels.valid.unsqueeze(-1), float("nan"))
     return out.masked_fill(labels.ignored.unsqueeze(-1), 0.0)
 
@@ -202,17 +236,19 @@ def grad_student(
 def _soft_gradient(s: Tensor, teachers: Sequence[Tensor], formula: Formula, w: Tensor) -> Tensor:
     """T d/ds of sum_k w_k D_k for logits s (N, C) and weights (K, N, 1); 0 if nobody asks for it."""
     T, kind = formula.temperature, formula.divergence_kind
-    total = torch.zeros_like(s)
     if formula.soft_weight == 0.0 and kind != FORWARD_KL:  # whose gradient may not be finite
-        return total
-    for k, z in enumerate(teachers):
-        z = _mapped(_rows(z).to(s.dtype), formula.teacher_map(k)) / T
-        if kind == FORWARD_KL:
-            term = z.softmax(-1)
-        else:
-            term = divergence_gradient(z.log_softmax(-1), (s / T).log_softmax(-1), kind)
-        total = total + (w[k] * term).masked_fill(w[k] == 0, 0.0)
-    return w.sum(0) * (s / T).softmax(-1) - total if kind == FORWARD_KL else total
+        return torch.zeros_like(s)
+    zs = (logits_of(z, formula.teacher_map(k), s.dtype) / T for k, z in enumerate(teachers))
+    if kind == FORWARD_KL:
+        return w.sum(0) * (s / T).softmax(-1) - weighted_sum_of(w, (z.softmax(-1) for z in zs))
+    log_q = (s / T).log_softmax(-1)
+    return weighted_sum_of(w, (divergence_gradient(z.log_softmax(-1), log_q, kind) for z in zs))
+
+
+def weighted_sum_of(weights: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    """sum_k w_k term_k of K terms (N, C) and weights (K, N, 1); a term of weight 0 is 0 even where it is not finite."""
+    first, *others = ((w * term).masked_fill(w == 0, 0.0) for w, term in zip(weights.unbind(), terms, strict=True))
+    return sum(others, start=first)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends.contract import HARD, SOFT, RowLossResult
-from ..backends.dispatch import BACKENDS
 from ..backends.reference import accumulation_dtype
 from . import checks, linear_checks
 from .formula import Formula, check_choice
@@ -69,6 +69,9 @@ def camkd_linear_loss(
     max_chunk_bytes: float = 1.6e9,
     logits_dtype: torch.dtype | None = None,
     entropy: bool = False,
+    group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    reduce_input_grad: bool = True,
     backend: str = "auto",
 ) -> LinearLossOutput:
     """The loss of `camkd_loss` for logits z = softcap * tanh(scale * (hidden @ head^T + bias) / softcap), not held.
@@ -102,6 +105,13 @@ def camkd_linear_loss(
             which return nothing else.
         entropy: whether the output has the student's `entropy`. With it, as with any formula but the paper's, a GPU
             takes the kernel that is not specialised to a number of teachers.
+        group: the processes that share the classes, each with its rows of every head and bias. All of them pass the
+            same hidden states, target, weights and settings, and get the same numbers. Gradients of head and bias are
+            those of the own rows. A chunk has `chunk_rows`, or 2048 to 4096 rows on a GPU and 256 on a CPU.
+        vocab_range: (start, stop), the classes of this process; heads may have more rows, which do not exist then.
+            Without it every process has as many classes as its head, in the order of the ranks.
+        reduce_input_grad: with a group, whether the gradient of the hidden states is added up over its processes;
+            else it is that of the own classes, which the caller adds up (sequence parallelism).
         backend: of the row loss, as in `camkd_loss`.
 
     Returns:
@@ -118,11 +128,8 @@ def camkd_linear_loss(
     sides = linear_checks.checked_sides(
         student_hidden, student_head, student_bias, teacher_hidden, teacher_heads, teacher_biases, shift
     )
-    V = linear_checks.checked_vocabulary(sides, vocab_size)
-    check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_num_items(num_items, reduction)
-    linear_checks.check_chunks(chunk_rows, max_chunk_bytes, num_valid, logits_dtype)
-    check_choice("backend", backend, ("auto", *BACKENDS))
+    V, shard = linear_checks.checked_vocabulary(sides, vocab_size, group, vocab_range, reduce_input_grad)
+    linear_checks.check_settings(reduction, num_items, chunk_rows, max_chunk_bytes, num_valid, logits_dtype, backend)
     formula = formula.checked(len(sides) - 1)
     labels, formula, is_mask = linear_checks.checked_labels(target, sides[0].hidden, formula, shift)
     inputs = _autocast_dtype(student_hidden)
@@ -132,11 +139,10 @@ def camkd_linear_loss(
     flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
     call = LinearCall(
         flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula._replace(weighting=weights), inputs,
-        logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, backend,
+        logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, shard, backend,
     )  # fmt: skip
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in flat[0]]
     factor = _factor(call, reduction, num_items, dtype)
-    loss, stats = linear_loss_rows(call, needs) if factor is None else linear_loss(call, needs, factor)
+    loss, stats = linear_loss_rows(call) if factor is None else linear_loss(call, factor)
     return _output(loss, stats, call, lead, factor, is_mask, shift)
 
 
@@ -148,7 +154,7 @@ def _factor(
         return 1.0 if reduction == "sum" else None
     labels, ignore_index = call.labels, call.formula.ignore_index
     counts = labels.is_cpu and not torch.compiler.is_compiling()
-    valid = checks.count_labels(labels, call.vocab_size, ignore_index) if counts else None
+    valid = checks.count_labels(labels, call.classes, ignore_index) if counts else None
     return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 
 
@@ -197,7 +203,7 @@ class CAMKDLinearLoss(nn.Module):
     """
 
     # Tensors and what belongs to one batch; everything else is a setting.
-    _OF_A_BATCH = ("student_bias", "teacher_biases", "weighting", "num_items", "num_valid")
+    _OF_A_BATCH = ("student_bias", "teacher_biases", "weighting", "num_items", "num_valid", "group", "vocab_range")
 
     def __init__(self, weighting: str = "confidence", **settings: Any) -> None:
         """
@@ -227,6 +233,8 @@ class CAMKDLinearLoss(nn.Module):
         weighting: Tensor | None = None,
         num_items: float | Tensor | None = None,
         num_valid: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        vocab_range: tuple[int, int] | None = None,
     ) -> LinearLossOutput:
         """See `camkd_linear_loss`."""
         settings = self.settings if weighting is None else {**self.settings, "weighting": weighting}
@@ -236,6 +244,8 @@ class CAMKDLinearLoss(nn.Module):
             teacher_biases=teacher_biases,
             num_items=num_items,
             num_valid=num_valid,
+            group=group,
+            vocab_range=vocab_range,
             **settings,
         )
 

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import memory
 from ..backends.contract import MAX_TEACHERS
+from ..backends.dispatch import BACKENDS
 from . import checks
-from .formula import Formula, check_number
+from .formula import Formula, check_choice, check_flag, check_number
 from .linear_chunks import Side
+from .vocabulary import VocabularyShard
 
 
 def checked_sides(
@@ -88,9 +91,17 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
     )
 
 
-def checked_vocabulary(sides: Sequence[Side], vocab_size: int | None) -> int:
-    """The classes that exist."""
+def checked_vocabulary(
+    sides: Sequence[Side],
+    vocab_size: int | None,
+    group: Any,
+    vocab_range: tuple[int, int] | None,
+    reduce_input_grad: bool,
+) -> tuple[int, VocabularyShard | None]:
+    """How many classes exist here, and which ones they are if a group shares them."""
     own = sides[0].head.shape[0]
+    shard = _checked_shard(own, vocab_size, group, vocab_range, reduce_input_grad)
+    vocab_size = vocab_size if shard is None else shard.stop - shard.start
     if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral)):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
     V = own if vocab_size is None else int(vocab_size)
@@ -100,12 +111,47 @@ def checked_vocabulary(sides: Sequence[Side], vocab_size: int | None) -> int:
         if side.head.shape[0] < V:
             model = "student's" if i == 0 else f"teacher[{i - 1}]'s"
             raise ValueError(f"{model} head has {side.head.shape[0]} classes, but the vocabulary has {V}")
-    return V
+    return V, shard
 
 
-def check_chunks(
-    chunk_rows: int | None, max_chunk_bytes: float, num_valid: int | None, logits_dtype: torch.dtype | None
+def _checked_shard(
+    rows: int, vocab_size: int | None, group: Any, vocab_range: tuple[int, int] | None, reduce_input_grad: bool
+) -> VocabularyShard | None:
+    """The classes of this process, if a group shares them; `rows` are those of the student's head."""
+    check_flag("reduce_input_grad", reduce_input_grad)
+    if group is None:
+        if vocab_range is not None:
+            raise ValueError(f"vocab_range {vocab_range!r} needs the group that shares the classes, got group=None")
+        return None
+    if vocab_size is not None:
+        raise ValueError(f"vocab_size {vocab_size} and a group exclude each other: vocab_range names the classes here")
+    name = getattr(group, "group_name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if vocab_range is None:
+        start = dist.get_rank(group) * rows
+        return VocabularyShard(name, start, start + rows, reduce_input_grad)
+    integers = isinstance(vocab_range, (tuple, list)) and all(isinstance(x, numbers.Integral) for x in vocab_range)
+    if not integers or len(vocab_range) != 2:
+        raise TypeError(f"vocab_range must be two ints, (start, stop), got {vocab_range!r}")
+    start, stop = map(int, vocab_range)
+    if not 0 <= start < stop:
+        raise ValueError(f"vocab_range must be (start, stop) with 0 <= start < stop, got ({start}, {stop})")
+    return VocabularyShard(name, start, stop, reduce_input_grad)
+
+
+def check_settings(
+    reduction: str,
+    num_items: float | Tensor | None,
+    chunk_rows: int | None,
+    max_chunk_bytes: float,
+    num_valid: int | None,
+    logits_dtype: torch.dtype | None,
+    backend: str,
 ) -> None:
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.check_num_items(num_items, reduction)
+    check_choice("backend", backend, ("auto", *BACKENDS))
     for name, value, least in (("chunk_rows", chunk_rows, 1), ("num_valid", num_valid, 0)):
         if value is None:
             continue

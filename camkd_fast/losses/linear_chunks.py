@@ -7,6 +7,8 @@ done: logits once, and the gradients of hidden states and head from them.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import PER_TEACHER, row_stats_count
-from ..backends.dispatch import backend_for
+from ..backends.dispatch import backend_for, shard_backend_for
 from ..backends.reference import accumulation_dtype
 from .formula import Formula
 from .linear_rows import RowGroup, chunks, row_groups, valid_rows
 from .projection import Projection, default_logits_dtype
+from .vocabulary import VocabularyShard
 
 
 class Side(NamedTuple):
@@ -42,7 +45,13 @@ class LinearCall(NamedTuple):
     chunk_rows: int | None
     max_chunk_bytes: float
     num_valid: int | None
+    shard: VocabularyShard | None  # if the heads have some of the classes; then V of them
     backend: str
+
+    @property
+    def classes(self) -> int:
+        """Labels are below it; of a shard nobody here knows the number."""
+        return self.vocab_size if self.shard is None else torch.iinfo(torch.int64).max
 
 
 class LinearGradients(NamedTuple):
@@ -102,6 +111,9 @@ class LinearChunks:
         with torch.autocast(stats.device.type, enabled=False):
             for group in groups:
                 self._run_group(group, stats, factor, per_row)
+        of_hidden = self.gradients.hidden
+        if call.shard is not None and call.shard.reduce_input_grad and of_hidden is not None:
+            call.shard.all_reduce(of_hidden)
         if weights is not None:
             # A teacher of weight 0 is not part of the row, computed or not.
             per_teacher = stats[PER_TEACHER : PER_TEACHER + 2 * self.K].view(2, self.K, N)
@@ -128,10 +140,11 @@ class LinearChunks:
     def _run_group(self, group: RowGroup, stats: Tensor, factor: float | Tensor, per_row: bool) -> None:
         used = [0, *(k + 1 for k in group.teachers)]
         sizes = [self.dtypes[i].itemsize * self.V for i in used]
+        # Processes that share the classes need the same chunks, whatever the sizes of their shards are.
+        most_bytes = self.call.max_chunk_bytes if self.call.shard is None else math.inf
         parts = chunks(
-            group.size, sum(sizes), self.call.max_chunk_bytes, self.call.chunk_rows,
-            self.call.student.hidden.shape[1], self.on_gpu,
-        )  # fmt: skip
+            group.size, sum(sizes), most_bytes, self.call.chunk_rows, self.call.student.hidden.shape[1], self.on_gpu
+        )
         most = max((part.stop - part.start for part in parts), default=0)
         memory = [torch.empty((most, self.V), dtype=self.dtypes[i], device=stats.device) for i in used]
         own = self._stats_rows(group.teachers) if len(group.teachers) < self.K else None
@@ -174,7 +187,11 @@ class LinearChunks:
         formula = self._formula_of(rows, teachers)
         others_of_call = [x for x in (labels, formula.weighting, factor) if isinstance(x, Tensor)]
         backend = backend_for(self.call.backend, buffers, others_of_call)
-        found = backend.row_loss(
+        row_loss = backend.row_loss
+        if self.call.shard is not None:
+            of_shard = shard_backend_for(self.call.backend, buffers, others_of_call)
+            row_loss = functools.partial(self.call.shard.row_loss, of_shard)
+        found = row_loss(
             student, others, labels, formula, needs_grad=any(self.needs), grad_scale=1.0 if per_row else factor,
             out=student,
         )  # fmt: skip

@@ -19,15 +19,17 @@ from . import checks
 from .autograd import first_order, is_one, keeps_graph
 from .formula import Formula
 from .linear_chunks import LinearCall, LinearChunks, LinearGradients, Side
+from .vocabulary import VocabularyShard
 
 # A LinearCall in types that a schema has.
 _CALL = (
     "Tensor hidden, Tensor head, Tensor? bias, Tensor[] teacher_hidden, Tensor[] teacher_heads, "
     "Tensor?[] teacher_biases, Tensor labels, int vocab_size, float[] constants, str weighting, str divergence, "
     "int ignore_index, Tensor? weights, ScalarType? inputs, ScalarType? logits, int? chunk_rows, "
-    "float max_chunk_bytes, int? num_valid, str backend, bool[] needs"
+    "float max_chunk_bytes, int? num_valid, str? group, int first_class, bool reduce_input_grad, str backend, "
+    "bool[] needs"
 )
-_CALL_LENGTH, _NEEDS = 20, 19
+_CALL_LENGTH, _NEEDS = 23, 22
 
 _PART_BYTES = 64 << 20  # of a gradient that is rounded
 
@@ -43,29 +45,34 @@ torch.library.define(
 )
 
 
-def _arguments(call: LinearCall, needs: Sequence[bool]) -> tuple[Any, ...]:
-    weighting = call.formula.weighting
+def _arguments(call: LinearCall) -> tuple[Any, ...]:
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in call.student]
+    weighting, shard = call.formula.weighting, call.shard
     return (
         *call.student,
         *([getattr(side, name) for side in call.teachers] for name in Side._fields),
         *(call.labels, call.vocab_size, *call.formula.constants()),
         weighting if isinstance(weighting, Tensor) else None,
-        *(call.inputs, call.logits, call.chunk_rows, call.max_chunk_bytes, call.num_valid, call.backend, list(needs)),
+        *(call.inputs, call.logits, call.chunk_rows, call.max_chunk_bytes, call.num_valid),
+        *((None, 0, False) if shard is None else (shard.group_name, shard.start, shard.reduce_input_grad)),
+        *(call.backend, needs),
     )
 
 
 def _call_of(arguments: Sequence[Any]) -> LinearChunks:
     hidden, head, bias, hiddens, heads, biases, labels, vocab_size = arguments[:8]
     constants, weighting, divergence, ignore_index = arguments[8:12]
-    weights, inputs, logits, chunk_rows, max_chunk_bytes, num_valid, backend, needs = arguments[12:]
-    if not labels.is_cuda:
-        checks.count_labels(labels, vocab_size, ignore_index)
+    weights, inputs, logits, chunk_rows, max_chunk_bytes, num_valid, *of_shard, backend, needs = arguments[12:]
+    group, start, reduces = of_shard
+    shard = None if group is None else VocabularyShard(group, start, start + vocab_size, reduces)
     teachers = [Side(*of) for of in zip(hiddens, heads, biases, strict=True)]
     formula = Formula.from_constants(constants, weighting, divergence, ignore_index, weights)
     call = LinearCall(
         Side(hidden, head, bias), teachers, labels, vocab_size, formula, inputs, logits, chunk_rows, max_chunk_bytes,
-        num_valid, backend,
+        num_valid, shard, backend,
     )  # fmt: skip
+    if not labels.is_cuda:
+        checks.count_labels(labels, call.classes, ignore_index)
     return LinearChunks(call, tuple(needs))
 
 
@@ -232,14 +239,14 @@ torch.library.register_autograd("camkd_fast::linear_loss", _backward_loss, setup
 torch.library.register_autograd("camkd_fast::linear_loss_rows", _backward_rows, setup_context=_setup_rows)
 
 
-def linear_loss(call: LinearCall, needs: Sequence[bool], factor: float | Tensor) -> tuple[Tensor, Tensor]:
+def linear_loss(call: LinearCall, factor: float | Tensor) -> tuple[Tensor, Tensor]:
     """factor * the sum of the rows' losses, differentiable by the student, and row_stats (4 + 3K, N)."""
     number, on_device = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
-    loss, stats, *_ = torch.ops.camkd_fast.linear_loss(*_arguments(call, needs), number, on_device)
+    loss, stats, *_ = torch.ops.camkd_fast.linear_loss(*_arguments(call), number, on_device)
     return loss, stats
 
 
-def linear_loss_rows(call: LinearCall, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def linear_loss_rows(call: LinearCall) -> tuple[Tensor, Tensor]:
     """The losses (N,) of single rows, differentiable likewise, and row_stats."""
-    losses, stats = torch.ops.camkd_fast.linear_loss_rows(*_arguments(call, needs))
+    losses, stats = torch.ops.camkd_fast.linear_loss_rows(*_arguments(call))
     return losses, stats

@@ -85,7 +85,8 @@ def chunks(count: int, row_bytes: int, most_bytes: float, most_rows: int | None,
     """
     if most_rows is None:
         most_rows = (GPU_ROWS if H > NARROW else 2 * GPU_ROWS) if on_gpu else CPU_ROWS
-        most_rows = min(most_rows, max(int(most_bytes) // max(row_bytes, 1), LEAST_ROWS if on_gpu else 1))
+        if most_bytes < most_rows * row_bytes:
+            most_rows = min(most_rows, max(int(most_bytes) // row_bytes, LEAST_ROWS if on_gpu else 1))
     parts = -(-count // most_rows)
     bounds = [count * i // parts for i in range(parts + 1)] if parts else []
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]

@@ -11,11 +11,13 @@ namespace {
 
 // The sums and coefficients of up to Vec::width consecutive rows, one row per lane. Lanes of ignored rows hold harmless
 // numbers, and their row_stats become 0.
-struct LaneRows {
+class LaneRows {
+  public:
     static constexpr int W = Vec::width;
     struct Stream {
         float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W], slope[W];
     };
+    static_assert(sizeof(Stream) == kRowSums * W * sizeof(float), "in the order of RowSums");
     alignas(64) Stream streams[kMaxStreams];
     float label_nan[W];
     int32_t kept[W];
@@ -31,6 +33,23 @@ struct LaneRows {
             for (float* ones : {stream.sumT, stream.sum1}) std::fill_n(ones, W, 1.0f);
         }
     }
+
+    // The sums of row n, of which the columns here are a shard, in place of those over these columns.
+    void read_sums(const RowLossArgs& args, int64_t n, int lane) {
+        for (int k = 0; k <= args.K; ++k)
+            for (int i = 0; i < kRowSums; ++i) numbers(k, i)[lane] = sum_of(args, k, i, n);
+        label_nan[lane] = std::isnan(streams[0].label[lane]) ? NAN : 0.0f;
+    }
+
+    // Writes what the call is for, of rows begin .. begin + count - 1.
+    void write(const RowLossArgs& args, int64_t begin, int count) {
+        if (!writes_sums(args)) return write_row_stats(args, begin, count);
+        for (int k = 0; k <= args.K; ++k)
+            for (int i = 0; i < kRowSums; ++i) std::copy_n(numbers(k, i), count, &sum_of(args, k, i, begin));
+    }
+
+  private:
+    float* numbers(int k, int i) { return reinterpret_cast<float*>(streams + k) + i * W; }
 
     // Writes row_stats of rows begin .. begin + count - 1 and keeps their gradient coefficients.
     void write_row_stats(const RowLossArgs& args, int64_t begin, int count) {

@@ -78,7 +78,7 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
                 row.read(blocks, block, rows, lane);
             }
             // Compute weights and losses
-            rows.write_row_stats(args, begin, count);
+            rows.write(args, begin, count);
             // Write the gradient
             for (int lane = 0; args.grad_student && lane < count; ++lane) {
                 RowPasses row = at(lane);
@@ -103,7 +103,8 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
     float* base = memory.reserve(row_floats + threads * block_floats);
     const double inverseT = 1.0 / args.formula.temperature;
     std::unique_ptr<State[]> partial(new State[threads * kMaxStreams]);
-    std::unique_ptr<MixedSums[]> mixed(mixes(args.formula) ? new MixedSums[threads * kMaxTeachers] : nullptr);
+    std::unique_ptr<MixedSums[]> mixed(
+        mixes(args.formula) && args.shard != Shard::sums ? new MixedSums[threads * kMaxTeachers] : nullptr);
     LaneRows shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -143,7 +144,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                         for (int k = 0; k < args.K; ++k) mixed[k].add(mixed[t * kMaxTeachers + k]);
                     row.store_mixed(mixed.get(), shared, 0);
                 }
-                shared.write_row_stats(args, n, 1);
+                shared.write(args, n, 1);
                 if (ignored && args.grad_student) row.clear_grad();
             }
             // Write the gradient

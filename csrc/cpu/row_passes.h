@@ -35,6 +35,9 @@ struct RowPasses {
           labels(row_labels(a.target, a.second, n, a.C, a.formula.ignore_index)) {}
 
     bool ignored() const { return !labels.kept; }
+    // Whether sums of the whole row are given, and whether there is a pass over the mixtures.
+    bool uses_sums() const { return args.shard == Shard::mixtures || args.shard == Shard::results; }
+    bool reads_mixtures() const { return mixes(args.formula) && args.shard != Shard::sums; }
 
     // Finds the row's logits; must come before read_block and store_sums.
     void locate() {
@@ -140,6 +143,7 @@ struct RowPasses {
 
     // The logit of stream k at the label minus this maximum.
     float label_distance(int k, float max) const {
+        if (max == -INFINITY) max = 0;  // -inf there, not NaN: a shard may have no finite logit
         const float first = logit(k, labels.first) - max;
         return labels.second < 0 ? first : mixed(labels.share, first, logit(k, labels.second) - max);
     }
@@ -158,6 +162,7 @@ struct RowPasses {
             stream.plogp[lane] = float(sums[k].plogp);
             stream.label[lane] = labels.valid ? label_distance(k, sums[k].max) : NAN;
         }
+        if (uses_sums()) rows.read_sums(args, index, lane);
     }
 
     // Reads the whole row and stores its sums in one lane of `rows`.
@@ -171,7 +176,7 @@ struct RowPasses {
             for (int64_t b = 0; b < blocks; ++b) add_block(b, states, block);
             store_sums(states, rows, lane);
         }
-        if (!mixes(args.formula)) return;
+        if (!reads_mixtures()) return;
         MixedSums sums[kMaxTeachers];
         for (int64_t b = 0; b < blocks; ++b) mix_block(b, rows, lane, sums);
         store_mixed(sums, rows, lane);
@@ -194,6 +199,7 @@ struct RowPasses {
     }
 
     void store_mixed(const MixedSums* sums, LaneRows& rows, int lane) const {
+        if (args.shard == Shard::results) return;  // those of the whole row are given
         for (int k = 0; k < args.K; ++k) {
             rows.streams[k + 1].cross[lane] = float(sums[k].divergence);
             rows.streams[k + 1].slope[lane] = float(sums[k].slope);

@@ -24,10 +24,10 @@ LaunchOptions options_of(uintptr_t stream, bool debug = false) {
 
 void py_row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target, const Second& second,
                  const pybind11::object& formula, const Weights& weights, uintptr_t row_stats, uintptr_t grad_student,
-                 float grad_scale, uintptr_t grad_scale_device, std::tuple<uintptr_t, uintptr_t> mean, bool debug,
-                 uintptr_t stream) {
+                 float grad_scale, uintptr_t grad_scale_device, std::tuple<uintptr_t, uintptr_t> mean,
+                 const ShardTuple& shard, bool debug, uintptr_t stream) {
     RowLossArgs args =
-        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale);
+        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale, shard);
     check_columns(args.C);
     args.grad_scale_device = pointer<const float>(grad_scale_device);
     const auto [loss, others] = mean;

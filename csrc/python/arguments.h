@@ -21,6 +21,7 @@ using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;  // address, o
 using Shape = std::tuple<int64_t, int64_t, int64_t>;               // N, C, S of Matrix
 using Weights = std::tuple<uintptr_t, int64_t, int64_t>;           // address and strides of (K, N) weights, or zeros
 using Second = std::tuple<uintptr_t, uintptr_t>;                   // addresses of SecondLabels, or zeros
+using ShardTuple = std::tuple<int, uintptr_t>;                     // code of Shard, address of the sums or 0
 using MapTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int>;  // address, strides of n, p and q, dtype code
 using MapPair = std::tuple<std::tuple<int64_t, int64_t>, MapTuple, MapTuple>;  // (P, Q), student, teacher
 
@@ -153,7 +154,8 @@ inline SecondLabels second_labels(const Second& second) {
 
 inline RowLossArgs row_loss_args(const Shape& shape, const std::vector<MatrixTuple>& streams, uintptr_t target,
                                  const Second& second, const pybind11::object& formula, const Weights& weights,
-                                 uintptr_t row_stats, uintptr_t grad_student, float grad_scale) {
+                                 uintptr_t row_stats, uintptr_t grad_student, float grad_scale,
+                                 const ShardTuple& shard) {
     RowLossArgs args{};
     std::tie(args.N, args.C, args.S) = shape;
     args.K = fill(streams, args.streams, kMaxStreams) - 1;
@@ -167,6 +169,8 @@ inline RowLossArgs row_loss_args(const Shape& shape, const std::vector<MatrixTup
     args.row_stats = pointer<float>(row_stats);
     args.grad_student = pointer<void>(grad_student);
     args.grad_scale = grad_scale;
+    args.shard = static_cast<Shard>(std::get<0>(shard));
+    args.sums = pointer<float>(std::get<1>(shard));
     return args;
 }
 

@@ -19,9 +19,9 @@ namespace {
 std::tuple<double, double, double> row_loss(const Shape& shape, const std::vector<MatrixTuple>& streams,
                                             uintptr_t target, const Second& second, const py::object& formula,
                                             const Weights& weights, uintptr_t row_stats, uintptr_t grad_student,
-                                            float grad_scale, int threads) {
+                                            float grad_scale, const ShardTuple& shard, int threads) {
     const RowLossArgs args =
-        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale);
+        row_loss_args(shape, streams, target, second, formula, weights, row_stats, grad_student, grad_scale, shard);
     py::gil_scoped_release release;
     const auto sums = run_row_loss(args, threads);
     return {sums[0], sums[1], sums[2]};
@@ -89,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("FORMULA_FIELDS") = exported(kFormulaFields);
     m.attr("DTYPES") = exported(kDTypeNames);
     m.attr("WEIGHTINGS") = exported(kWeightingNames);
+    m.attr("ROW_SUMS") = kRowSums;
     m.attr("RECYCLED_BYTES") = kRecycledBytes;
     m.attr("FEATURE_PARTS") = kFeatureParts;
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())

@@ -18,6 +18,8 @@ from tests.support.gpu import ARCHITECTURES  # noqa: E402
 # Without 120, to save time: Triton generates for it what it generates for 100.
 ARCHS = [number for number in ARCHITECTURES if number != 120]
 
+ROWS = ("row_loss", "row_sums", "mixture_sums", "row_results")  # these read student and teachers
+
 # One launch of every kernel, each kind of weighting, temperature, layout and scale once, and both regimes at the K that
 # sets their register budgets. A minute on 2 cores; the whole table takes ten times as long.
 REPRESENTATIVE = [
@@ -36,6 +38,11 @@ REPRESENTATIVE = [
     Shape("row_loss", 32000, 8, "bfloat16", "entropy", 2.5, divergence="reverse_kl", everything=True, mean=True),
     Shape("row_loss", 32000, 3, "float32", divergence="jsd", everything=True, in_place=True, two_labels=True),
     Shape("row_loss", 128256, 3, "bfloat16", "given", 1.0, divergence="skew", in_place=True),
+    Shape("row_sums", 16032, 2, "bfloat16", temperature=1.0),
+    Shape("row_sums", 16032, 3, "float32", "entropy", 2.5, divergence="reverse_kl", everything=True),
+    Shape("mixture_sums", 16032, 3, "bfloat16", divergence="jsd", everything=True),
+    Shape("row_results", 16032, 2, "bfloat16", temperature=1.0, scale_on_device=True),
+    Shape("row_results", 16032, 3, "float32", "entropy", 2.5, divergence="jsd", everything=True),
     Shape("confidence_forward", 1000, 3, "bfloat16"),
     Shape("confidence_backward", 1000, 3, "bfloat16"),
     Shape("confidence_forward", 1000, 3, "float32", two_labels=True),
@@ -84,6 +91,13 @@ def _exhaustive() -> list[Shape]:
             shapes.append(Shape("row_loss", C, 3, dtype, teacher_dtype="float32"))
             shapes.append(Shape("row_loss", C, 3, dtype, layout="shifted"))
             shapes.append(Shape("row_loss", C, 16, dtype, "entropy", 2.5, mean=True))
+            for divergence in ("forward_kl", "reverse_kl", "jsd"):
+                last = ("entropy", 2.5)
+                shapes += [
+                    Shape(op, C, K, dtype, *last, divergence=divergence, everything=True)
+                    for op in ("row_sums", "row_results", *(("mixture_sums",) if divergence == "jsd" else ()))
+                    for K in (1, 3, 8)
+                ]
             for op in ("confidence_forward", "confidence_backward"):
                 shapes += [Shape(op, C, K, dtype, two_labels=two) for K in (1, 3, 16) for two in (False, True)]
             shapes += [Shape(op, C, K, dtype) for op in ("feature_forward", "feature_loss") for K in (1, 3, 16)]
@@ -102,7 +116,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
     # The widest access that the width allows: C = 100 is 4 elements, so 64 bits in 16-bit types.
     aligned = 1 if shape.layout == "shifted" else min(shape.C & -shape.C, 8)
     expected = min(128, aligned * bits)
-    tensors = shape.K + 1 if shape.op == "row_loss" else shape.K if shape.op.startswith("confidence") else 1
+    tensors = shape.K + 1 if shape.op in ROWS else shape.K if shape.op.startswith("confidence") else 1
     if shape.op.startswith("feature"):
         tensors = 2 * shape.K
     if shape.op == "scale_all" or (shape.op == "scale_rows" and shape.N == 1):
@@ -113,7 +127,7 @@ def _check(shape: Shape, arch: int, kernel: Kernel) -> None:
             # The rest are labels, logits at the label and row statistics: a few per row and thread.
             narrow = sum(count for width, count in kernel.loads.items() if int(width) < 128)
             assert narrow <= 8 * (tensors + 1) * (1 + shape.two_labels), f"narrow loads: {what}"
-    if shape.needs_grad and not shape.teacher_dtype and "forward" not in shape.op:
+    if shape.needs_grad and not shape.teacher_dtype and "forward" not in shape.op and not shape.op.endswith("_sums"):
         assert kernel.stores.get(str(expected), 0) >= 1, f"narrow stores: {what}"
 
 

@@ -73,7 +73,7 @@ def _call(shape: Shape) -> None:
     import torch
     from camkd_fast.kernels import batch_mean
 
-    from camkd_fast.backends.contract import SecondLabels
+    from camkd_fast.backends.contract import ROW_SUMS, SecondLabels
     from camkd_fast.losses.formula import Formula
 
     student = _logits(shape, shape.dtype)
@@ -81,6 +81,7 @@ def _call(shape: Shape) -> None:
     N = student.numel() // shape.C
     target = torch.zeros(N, dtype=torch.int64)
     second = SecondLabels(torch.zeros(N, dtype=torch.int64), torch.ones(N)) if shape.two_labels else None
+    sums = torch.ones(shape.K + 1, ROW_SUMS, N)
     per_row = torch.zeros(shape.K, N)
     given = torch.ones(shape.K, 1).expand(shape.K, N)
     softcaps = (5.0,) * shape.K
@@ -96,6 +97,12 @@ def _call(shape: Shape) -> None:
             student, teachers, target, formula.checked(shape.K),
             needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0, mean=shape.mean,
             second=second, out=student if shape.in_place else None,
+        ),
+        "row_sums": lambda: kernels.row_sums(student, teachers, target, formula.checked(shape.K)),
+        "mixture_sums": lambda: kernels.row_sums(student, teachers, target, formula.checked(shape.K), sums),
+        "row_results": lambda: kernels.row_results(
+            student, teachers, target, formula.checked(shape.K), sums,
+            needs_grad=shape.needs_grad, grad_scale=torch.ones(1) if shape.scale_on_device else 1.0, out=student,
         ),
         "confidence_forward": lambda: kernels.confidence_forward(teachers, target, -100, second=second),
         "confidence_backward": lambda: kernels.confidence_backward(teachers, target, per_row, per_row, second),

@@ -160,6 +160,11 @@ def test_compiled(reduction: str) -> None:
 @pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows", "linear_loss_rows_backward"])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
 def test_opcheck(name: str, needs: tuple[bool, ...]) -> None:
+    check_operator(name, needs)
+
+
+def check_operator(name: str, needs: tuple[bool, ...], shard: tuple[Any, ...] = (None, 0, False)) -> None:
+    """`shard`: group, first class, and whether the gradient of the hidden states is added up."""
     case = make_linear_case(12, 9, ignored=0.2, hard_weight=1.0)
     formula = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
     parameters = [
@@ -167,7 +172,7 @@ def test_opcheck(name: str, needs: tuple[bool, ...]) -> None:
     ]
     arguments: list[Any] = [
         *(*parameters, list(case.teacher_hidden), list(case.teacher_heads), list(case.teacher_biases), case.target, 9),
-        *(formula, "confidence", "forward_kl", -100, None, None, None, 5, 1e9, None, "auto", list(needs)),
+        *(formula, "confidence", "forward_kl", -100, None, None, None, 5, 1e9, None, *shard, "auto", list(needs)),
     ]
     if name == "linear_loss":
         arguments += [0.25, None]

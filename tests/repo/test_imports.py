@@ -37,13 +37,14 @@ PARTS = {
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
     "backends": [
-        "contract", "feature_maps", "labels", "divergences", "reference", "compiled", "cpu", "cuda", "memory",
-        "dispatch", "__init__",
+        "contract", "feature_maps", "labels", "divergences", "reference", "row_sums", "compiled", "cpu", "cuda",
+        "memory", "dispatch", "__init__",
     ],
     "losses": [
         "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",
         "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
-        "cpu_products", "projection", "linear_rows", "linear_chunks", "linear_checks", "linear_op", "linear",
+        "cpu_products", "projection", "linear_rows", "vocabulary", "linear_chunks", "linear_checks", "linear_op",
+        "linear",
     ],
 }  # fmt: skip
 

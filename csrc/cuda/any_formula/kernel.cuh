@@ -57,7 +57,7 @@ class FormulaKernel {
         block_barrier();
         for (int64_t n = group_.index; n < args.N; n += group_.count) {
             const RowLabels labels = row_labels(args.target, args.second, n, launch_.C, args.formula.ignore_index);
-            if (launch_.debug) check_label(!labels.kept || labels.valid);
+            if (launch_.debug && args.shard == Shard::none) check_label(!labels.kept || labels.valid);
             if (labels.kept)
                 evaluate(n, labels);
             else
@@ -81,15 +81,24 @@ class FormulaKernel {
                 args.weights[group_.member * args.weight_stride_k + n * args.weight_stride_n];
         group_.barrier();
         // Sum up
-        State student;
-        sum_up<T>(launch_, group_, reader(), own_sums(), inverseT(), student);
-        merge(labels, student);
-        if (mixes(formula)) {
+        if (args.shard == Shard::none || args.shard == Shard::sums) {
+            State student;
+            sum_up<T>(launch_, group_, reader(), own_sums(), inverseT(), student);
+            merge(labels, student);
+        } else {
+            read_sums(n);
+        }
+        if (mixes(formula) && (args.shard == Shard::none || args.shard == Shard::mixtures)) {
             mix<T>(launch_, group_, reader(), own_sums(), numbers);
             merge_mixtures();
         }
+        if (writes_sums(args)) {
+            write_sums(n);
+            return;
+        }
         // Compute the weights and the coefficients of the gradient
-        const float label_nan = labels.valid ? 0.0f : NAN, grad_scale = batch_scalars()->grad_scale;
+        const bool valid = args.shard == Shard::none ? labels.valid : !std::isnan(numbers.sums[0].label);
+        const float label_nan = valid ? 0.0f : NAN, grad_scale = batch_scalars()->grad_scale;
         if (group_.member == 0)
             compute_weights<ScalarMath>(formula, args.K, numbers.sums[0], numbers.sums + 1, label_nan, grad_scale,
                                         row.result, numbers.coefficients);
@@ -155,6 +164,28 @@ class FormulaKernel {
         group_.barrier();
     }
 
+    // The sums of a row of which the columns here are a shard.
+    CAMKD_DEVICE void read_sums(int64_t n) const {
+        if (group_.member <= launch_.args.K) {
+            const int k = group_.member;
+            const auto of = [&](int i) { return sum_of(launch_.args, k, i, n); };
+            row().numbers.sums[k] = {of(0), of(1), of(2), of(3), of(4), of(5), of(6)};
+            row().numbers.inverse[k] = 1.0f / row().numbers.sums[k].sumT;
+        }
+        group_.barrier();
+    }
+
+    CAMKD_DEVICE void write_sums(int64_t n) const {
+        if (group_.member <= launch_.args.K) {
+            const int k = group_.member;
+            const RowSums<float>& sums = row().numbers.sums[k];
+            const float of[kRowSums] = {sums.max, sums.sumT, sums.sum1, sums.cross, sums.plogp, sums.label, sums.slope};
+#pragma unroll
+            for (int i = 0; i < kRowSums; ++i) sum_of(launch_.args, k, i, n) = of[i];
+        }
+        group_.barrier();  // all have read before the next row overwrites
+    }
+
     // Adds number i of stream k over the warp, for sum_of_row.
     CAMKD_DEVICE void send(int k, int i, float number) const {
         const float sum = warp_sum(number);
@@ -188,6 +219,11 @@ class FormulaKernel {
     // An ignored row: every output is 0.
     CAMKD_DEVICE void clear(int64_t n) const {
         const RowLossArgs& args = launch_.args;
+        if (writes_sums(args)) {
+            if (group_.member <= args.K)
+                for (int i = 0; i < kRowSums; ++i) sum_of(args, group_.member, i, n) = 0;
+            return;
+        }
         if (is_last()) {
             for (int i = 0; i < row_stats::count(args.K, args.formula.entropy); ++i) args.row_stats[i * args.N + n] = 0;
             if (args.batch.losses) args.batch.losses[n] = 0;

@@ -22,7 +22,7 @@ void row_loss(const RowLossArgs& args, const LaunchOptions& options) {
         add_up_rows(args, options);
         return;
     }
-    if (!is_basic(args.formula)) return any_formula(args, options);
+    if (args.shard != Shard::none || !is_basic(args.formula)) return any_formula(args, options);
     RowLaunch launch{};
     launch.args = args;
     launch.C = int(args.C);

@@ -1,0 +1,81 @@
+"""The classes of a vocabulary spread over processes: the row loss of a process's own columns of the logits.
+
+Every process has the same rows and the columns of its own classes. It sums up over these, all processes exchange their
+sums, and each computes the numbers of whole rows, the same bits everywhere, and the gradient of its own columns. One
+collective of 7 (K + 1) numbers a row, and for jsd and skew another one of 2 K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.contract import CROSS, SLOPE, RowLossResult, ShardBackend
+from ..backends.row_sums import is_mixture, merged
+from .formula import Formula
+
+_IGNORED, _ELSEWHERE = -1, -2  # labels that are no class of this process
+
+
+class VocabularyShard(NamedTuple):
+    """The classes `start` .. `stop` - 1 of this process."""
+
+    group_name: str  # the name of the process group that shares the vocabulary
+    start: int
+    stop: int
+    reduce_input_grad: bool  # whether the gradient of the hidden states is that of all classes
+
+    def row_loss(
+        self,
+        backend: ShardBackend,
+        student: Tensor,
+        teachers: Sequence[Tensor],
+        labels: Tensor,
+        formula: Formula,
+        *,
+        needs_grad: bool,
+        grad_scale: float | Tensor,
+        out: Tensor,
+    ) -> RowLossResult:
+        """`Backend.row_loss` of whole rows, and the gradient of the logits (N, stop - start) that are here.
+
+        Raises:
+            ValueError: on a CPU, for a label that is in no process's range, or in several.
+        """
+        ignored = labels == formula.ignore_index
+        formula = formula._replace(ignore_index=_IGNORED)
+        here = (labels >= self.start) & (labels < self.stop)
+        local = torch.where(here, labels - self.start, _ELSEWHERE).masked_fill(ignored, _IGNORED)
+        sums, owners = merged(self._gathered(backend.row_sums(student, teachers, local, formula)), formula)
+        if labels.is_cpu and (wrong := (owners != 1) & ~ignored).any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"label {int(labels[row])} is in the vocab_range of {int(owners[row])} processes, but exactly one must "
+                f"have it; that of this process is ({self.start}, {self.stop})"
+            )
+        if is_mixture(formula):
+            of_mixtures = backend.row_sums(student, teachers, local, formula, sums)[1:, [CROSS, SLOPE]].contiguous()
+            self.all_reduce(of_mixtures)
+            sums[1:, [CROSS, SLOPE]] = of_mixtures
+        return backend.row_results(
+            student, teachers, local, formula, sums, needs_grad=needs_grad, grad_scale=grad_scale, out=out
+        )
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Adds up over the processes, in place."""
+        dist.all_reduce(tensor, group=self._group)
+
+    def _gathered(self, sums: Tensor) -> Tensor:
+        """(R, ...) of all processes, in the order of their ranks."""
+        every = sums.new_empty((dist.get_world_size(self._group), *sums.shape))
+        dist.all_gather(list(every.unbind()), sums, group=self._group)
+        return every
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        found = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[attr-defined, arg-type]
+        return found
