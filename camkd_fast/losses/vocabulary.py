@@ -48,8 +48,8 @@ class VocabularyShard(NamedTuple):
         """
         ignored = labels == formula.ignore_index
         formula = formula._replace(ignore_index=_IGNORED)
-        here = (labels >= self.start) & (labels < self.stop)
-        local = torch.where(here, labels - self.start, _ELSEWHERE).masked_fill(ignored, _IGNORED)
+        own = (labels >= self.start) & (labels < self.stop)
+        local = torch.where(own, labels - self.start, _ELSEWHERE).masked_fill(ignored, _IGNORED)
         sums, owners = merged(self._gathered(backend.row_sums(student, teachers, local, formula)), formula)
         if labels.is_cpu and (wrong := (owners != 1) & ~ignored).any():
             row = int(wrong.nonzero()[0])
@@ -58,9 +58,11 @@ class VocabularyShard(NamedTuple):
                 f"have it; that of this process is ({self.start}, {self.stop})"
             )
         if is_mixture(formula):
-            of_mixtures = backend.row_sums(student, teachers, local, formula, sums)[1:, [CROSS, SLOPE]].contiguous()
+            here = backend.row_sums(student, teachers, local, formula, sums)
+            # One by one: a list of indices would be copied to the device, which waits.
+            of_mixtures = torch.stack([here[1:, CROSS], here[1:, SLOPE]])
             self.all_reduce(of_mixtures)
-            sums[1:, [CROSS, SLOPE]] = of_mixtures
+            sums[1:, CROSS], sums[1:, SLOPE] = of_mixtures.unbind()
         return backend.row_results(
             student, teachers, local, formula, sums, needs_grad=needs_grad, grad_scale=grad_scale, out=out
         )
