@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 AREAS = (
-    *("cpu", "cuda", "triton", "losses", "linear", "backends"),
+    *("cpu", "cuda", "triton", "losses", "linear", "shards", "backends"),
     *("step", "training", "strategies", "teachers", "data", "models", "study", "commands", "integrations"),
 )
 

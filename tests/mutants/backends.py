@@ -16,7 +16,7 @@ CHANGES = (
         ),
         Change("the reverse KL's slope has the other sign", "g = log_q - log_p", "g = log_p - log_q"),
         Change("skew without the student's share", "g = -(1.0 - share) * (log_p", "g = -(log_p"),
-        Change("columns without probability", "g = g.masked_fill(q == 0, 0.0)", "pass"),
+        Change("columns without probability", "return q, g.masked_fill(q == 0, 0.0)", "return q, g"),
         Change("an infinite reverse KL", 'mean.masked_fill(mean.isinf(), float("nan"))', "mean"),
         Change(
             "the mixture's shares exchanged",
@@ -89,8 +89,8 @@ CHANGES = (
         ),
         Change(
             "the map of the first teacher for all",
-            "formula.teacher_map(k)) / T",
-            "formula.teacher_map(0)) / T",
+            "formula.teacher_map(k), s.dtype) / T",
+            "formula.teacher_map(0), s.dtype) / T",
             tests=DIVERGENCES,
         ),
         Change(
@@ -140,8 +140,8 @@ CHANGES = (
         ),
         Change(
             "grad scale dropped",
-            "float(grad_scale) * inverse,",
-            "inverse,",
+            "scale = float(grad_scale) * inverse",
+            "scale = inverse",
             tests=f"{FORMULAS}::test_loss_scale_multiplies_only_the_gradient {FORMULAS}::test_num_items_is_the_divisor",
         ),
     ),

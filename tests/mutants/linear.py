@@ -126,7 +126,7 @@ CHANGES = (
         ),
         Change(
             "labels are not checked",
-            "checks.count_labels(labels, vocab_size, ignore_index)",
+            "checks.count_labels(labels, call.classes, ignore_index)",
             "pass",
             tests=f"{ERRORS}::test_errors_name_both_values",
         ),

@@ -183,7 +183,7 @@ class FormulaKernel {
 #pragma unroll
             for (int i = 0; i < kRowSums; ++i) sum_of(launch_.args, k, i, n) = of[i];
         }
-        group_.barrier();  // all have read before the next row overwrites
+        group_.barrier();  // before another row's sums take their place
     }
 
     // Adds number i of stream k over the warp, for sum_of_row.
