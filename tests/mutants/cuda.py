@@ -8,6 +8,7 @@ WARPS = "tests/cuda/test_warp_rows_on_host.py"
 CALL = "tests/cuda/test_one_call_on_host.py"
 FEATURE_CALLS = "tests/cuda/test_feature_calls_on_host.py"
 ACCURACY = "tests/cuda/test_row_loss_accuracy.py"
+SUMS = "tests/cuda/test_batch_sums_on_host.py"
 BUDGET = "tests/cuda/test_instruction_budget.py"
 OTHERS = "tests/cuda/test_other_ops_on_host.py"
 RACES = "tests/cuda/test_races.py::test_no_races tests/cuda/test_races.py::test_no_races_with_delays"
@@ -102,7 +103,12 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/pipeline.cuh",
         f"{ROWS}::test_long_pipelines",
-        Change("every block records a row", "if (n % group_.cluster() == group_rank()) results_", "results_"),
+        Change(
+            "every block records a row",
+            "if (n % group_.cluster() == group_rank()) results_",
+            "results_",
+            tests=f"{SUMS}::test_long_pipelines",
+        ),
         Change(
             "a row that is out of range is not summed up again",
             "statistics_.merge(exchange_, parity(n));\n                results_.compute_weights",
@@ -164,11 +170,12 @@ CHANGES = (
         ),
         Change("the label of the row that is fetched", "column_ = next_column_;", "column_ = fetched;"),
         Change("copies of a warp's first row are not waited for", "copies_wait_but_last_group();", ";"),
-        Change("sums of the last narrow row", "batch_sum_ += number;", "batch_sum_ = number;"),
+        Change("sums of the last narrow row", "batch_sum_ += number;", "batch_sum_ = number;", tests=SUMS),
         Change(
             "rows of the general passes are left out of the sums",
             "if (role_.adds_up()) batch_sum_ = group_.batch_sums()[role_.row()];",
             "",
+            tests=SUMS,
         ),
         Change(
             "narrow rows out of range keep their sums",
