@@ -19,6 +19,10 @@ from .linear_chunks import Side
 from .vocabulary import VocabularyShard
 
 
+# Of a DTensor.
+_WAYS_OUT = "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"
+
+
 def checked_sides(
     hidden: Tensor,
     head: Tensor,
@@ -86,9 +90,7 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
         tensor = memory.resolved(tensor)
     if sort is None or sort.fake:
         return tensor
-    raise TypeError(
-        f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or 'call .full_tensor() of a DTensor'}"
-    )
+    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or _WAYS_OUT}")
 
 
 def checked_vocabulary(

@@ -148,6 +148,29 @@ def two_collectives_of_a_few_numbers_a_row() -> None:
             sizes.clear()
 
 
+def heads_that_are_sharded_tensors() -> None:
+    """The parameter gets a sharded gradient; torch's shards are of equal sizes but for the last ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    case = make_linear_case(21, C, hard_weight=1.0, biased=False)
+    whole = run(case)
+    head = torch.nn.Parameter(distribute_tensor(case.head, mesh, [Shard(0)]))
+    local = head.to_local()
+    begin = -(-C // dist.get_world_size()) * dist.get_rank()
+    part = shard(case, begin, begin + len(local))
+    hidden = case.hidden.clone().requires_grad_()
+    loss = camkd_linear_loss(
+        hidden, local, case.teacher_hidden, part.teacher_heads, case.target, hard_weight=1.0,
+        group=mesh.get_group("tp"), vocab_range=(begin, begin + len(local)),
+    ).loss  # fmt: skip
+    loss.backward()
+    assert_near(loss.detach(), whole.loss, 1e-5)
+    assert_near(hidden.grad, whole.grad_hidden, 1e-5)
+    assert_near(head.grad.full_tensor(), whole.grad_head, 1e-5)
+
+
 def labels_that_nobody_has() -> None:
     """Refused by all processes, so that none is left waiting; likewise ranges that overlap or leave a gap."""
     case, (begin, end) = make_linear_case(21, C), own_range()
@@ -164,7 +187,7 @@ def labels_that_nobody_has() -> None:
 
 CHECKS = (
     every_formula, other_arguments, bfloat16_models, equal_shards_by_rank, same_bits_everywhere,
-    gradients_that_the_caller_adds_up, two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has,
+    heads_that_are_sharded_tensors, gradients_that_the_caller_adds_up, two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has,
 )  # fmt: skip
 
 
