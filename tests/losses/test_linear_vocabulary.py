@@ -187,7 +187,8 @@ def labels_that_nobody_has() -> None:
 
 CHECKS = (
     every_formula, other_arguments, bfloat16_models, equal_shards_by_rank, same_bits_everywhere,
-    heads_that_are_sharded_tensors, gradients_that_the_caller_adds_up, two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has,
+    heads_that_are_sharded_tensors, gradients_that_the_caller_adds_up,
+    two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has,
 )  # fmt: skip
 
 
