@@ -18,9 +18,8 @@ from .formula import Formula, check_choice, check_flag, check_number
 from .linear_chunks import Side
 from .vocabulary import VocabularyShard
 
-
 # Of a DTensor.
-_WAYS_OUT = "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"
+_OF_DTENSORS = "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"
 
 
 def checked_sides(
@@ -90,7 +89,7 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
         tensor = memory.resolved(tensor)
     if sort is None or sort.fake:
         return tensor
-    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or _WAYS_OUT}")
+    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or _OF_DTENSORS}")
 
 
 def checked_vocabulary(
