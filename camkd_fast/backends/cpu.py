@@ -112,10 +112,8 @@ def row_loss(
     second: SecondLabels | None = None,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape_of(student)
-    row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
-    grad_student = (new_output(N, C, student.dtype) if out is None else out) if needs_grad else None
-    inverse = 1.0 / max(count_labels(target, C, formula.ignore_index)[0], 1) if mean else 1.0
+    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
+    inverse = 1.0 / max(count_labels(target, student.shape[-1], formula.ignore_index)[0], 1) if mean else 1.0
     scale = float(grad_scale) * inverse
     sums = _row_loss(student, teachers, target, formula, row_stats, grad_student, scale, second)
     means = None
@@ -124,6 +122,17 @@ def row_loss(
         numbers = torch.tensor([loss, hard, soft, inverse], dtype=torch.float32, device=_DEVICE)
         means = numbers[0].clone(), numbers[1:]
     return RowLossResult(row_stats, grad_student, sums, means)
+
+
+def _outputs(
+    student: Tensor, K: int, formula: Formula, needs_grad: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for row_stats and the gradient."""
+    N, C, _ = shape_of(student)
+    row_stats = torch.empty(row_stats_count(K, formula.entropy), N, dtype=torch.float32, device=_DEVICE)
+    if not needs_grad:
+        return row_stats, None
+    return row_stats, new_output(N, C, student.dtype) if out is None else out
 
 
 def _row_loss(
@@ -172,9 +181,7 @@ def row_results(
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape_of(student)
-    row_stats = torch.empty(row_stats_count(len(teachers), formula.entropy), N, dtype=torch.float32, device=_DEVICE)
-    grad_student = (new_output(N, C, student.dtype) if out is None else out) if needs_grad else None
+    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
     shard = shard_of(sums := sums.contiguous())
     _row_loss(student, teachers, target, formula, row_stats, grad_student, float(grad_scale), shard=shard)
     return RowLossResult(row_stats, grad_student)

@@ -104,19 +104,25 @@ def row_loss(
     second: SecondLabels | None = None,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape_of(student)
-    device = student.device
-    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
-    grad_student = None
-    if needs_grad:
-        grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
+    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
     with _device_of(student):
         # The loss has memory of its own, since a caller may write to it.
-        sizes = [(), (_C.cuda_batch_floats(N),)] if mean else []
-        means = [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
+        sizes = [(), (_C.cuda_batch_floats(row_stats.shape[1]),)] if mean else []
+        means = [torch.empty(size, dtype=torch.float32, device=student.device) for size in sizes]
         addresses = (means[0].data_ptr(), means[1].data_ptr()) if mean else (0, 0)
         _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, second, addresses)
     return RowLossResult(row_stats, grad_student, None, (means[0], means[1][:3]) if mean else None)
+
+
+def _outputs(
+    student: Tensor, K: int, formula: Formula, needs_grad: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for row_stats and the gradient."""
+    N, C, _ = shape_of(student)
+    row_stats = torch.empty((row_stats_count(K, formula.entropy), N), dtype=torch.float32, device=student.device)
+    if not needs_grad:
+        return row_stats, None
+    return row_stats, torch.empty((N, C), dtype=student.dtype, device=student.device) if out is None else out
 
 
 def _row_loss(
@@ -172,12 +178,7 @@ def row_results(
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    N, C, _ = shape_of(student)
-    device = student.device
-    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
-    grad_student = None
-    if needs_grad:
-        grad_student = torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
+    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
     with _device_of(student):
         shard = shard_of(sums := sums.contiguous())
         _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, shard=shard)
