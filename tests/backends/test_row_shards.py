@@ -13,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from camkd_fast.backends import dispatch
-from camkd_fast.backends.contract import ShardBackend
+from camkd_fast.backends.contract import LABEL, ShardBackend
+from camkd_fast.backends.row_sums import merged
+from camkd_fast.backends.row_sums import row_sums as reference_sums
+from camkd_fast.losses.formula import Formula
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
 from tests.support.row_contract import assert_agrees
 from tests.support.shards import in_shards
+from tests.support.tolerance import assert_near
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INF, NAN = float("inf"), float("nan")
@@ -60,7 +64,7 @@ def test_every_divergence_weighting_and_temperature(
     name: str, divergence: Any, weighting: str, temperature: float
 ) -> None:
     i = WEIGHTINGS.index(weighting)
-    peaked, dtype, K = i % 2 == 0 and weighting != "entropy", (F32, BF16, F16, F32, F32)[i], (3, 2, 1, 5, 3)[i]
+    peaked, dtype, K = i % 2 == 0 and weighting != "entropy", (F32, BF16, F16, F32, F32)[i], (3, 2, 4, 5, 3)[i]
     case = make_case(12, 40, K, dtype, peaked=peaked, ignored=0.2)
     options: dict[str, Any] = {
         "temperature": temperature, "divergence": divergence, "weighting": weighting, "hard_weight": 0.5,
@@ -92,6 +96,8 @@ def test_masked_shards(name: str, divergence: Any) -> None:
     student[0, 13:26], teachers[0][1, :13], teachers[1][2, 13:26] = -INF, -INF, -INF
     for z in (student, *teachers):
         z[3, 26:39], z[4, :39], z[5, :13] = -INF, -INF, -1e30
+    # A shard of probability 0, where the student has none at all
+    teachers[0][7, 13:26], student[7, 14] = -1e5, -INF
     target = torch.tensor([14, 3, 20, 27, 39, 4, -100, 39])
     assert_agrees(
         in_shards(backend_of(name), BOUNDS[40][2]), student, teachers, target, divergence=divergence, temperature=2.0
@@ -107,6 +113,27 @@ def test_labels_of_no_shard(name: str) -> None:
         target = torch.tensor([40, ignore_index, 7, -5, 39])
         shards = in_shards(backend_of(name), BOUNDS[40][1])
         assert_agrees(shards, student, teachers, target, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entropies_of_the_student(name: str) -> None:
+    """At T; row_stats end with them."""
+    case = make_case(12, 40, 2, padded=False)
+    formula = Formula(temperature=2.5, entropy=True).checked(2)
+    found = in_shards(backend_of(name), BOUNDS[40][1])(
+        case.student, list(case.teachers), case.target, formula, needs_grad=False
+    )
+    log_q = (case.student.double() / 2.5).log_softmax(-1)
+    assert found.entropy is not None
+    assert_near(found.entropy, -(log_q.exp() * log_q).sum(-1).float(), 1e-6)
+
+
+def test_a_label_in_several_shards_is_no_label() -> None:
+    formula, student = Formula().checked(1), torch.randn(3, 40)
+    of_one = reference_sums(student, [student], torch.tensor([1, 5, 39]), formula)
+    elsewhere = reference_sums(student, [student], torch.tensor([-1, 5, -1]), formula)
+    sums, owners = merged(torch.stack([of_one, elsewhere]), formula)
+    assert owners.tolist() == [1, 2, 1] and sums[:, LABEL].isnan().all(0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -37,6 +37,17 @@ def test_narrow_rows(emulated: ModuleType, C: int, dtype: torch.dtype) -> None:
         assert_means(cuda_backend.row_loss, student, teachers, target, 0.7)
 
 
+def test_launches_of_their_own(emulated: ModuleType) -> None:
+    """Where there are no counters, one block counts the labels before the rows and adds up after them."""
+    limit(emulated)
+    emulated.set_grid(False, True)
+    try:
+        student, *teachers = torch.randn(4, 300, 40, generator=torch.Generator().manual_seed(0)).unbind()
+        assert_means(cuda_backend.row_loss, student, teachers, torch.arange(300) % 40, 0.7)
+    finally:
+        emulated.set_grid(False, False)
+
+
 @pytest.mark.parametrize("N", [4, 37, 71])
 def test_long_pipelines(emulated: ModuleType, N: int) -> None:
     enter(emulated, "pipelined", 3)

@@ -29,7 +29,7 @@ __all__ = ["cuda_on_the_host", "emulated"]
 def test_every_divergence_weighting_and_temperature(divergence: Any, weighting: str, temperature: float) -> None:
     """A warp per row, and a block per row; both with maps and without."""
     i = WEIGHTINGS.index(weighting)
-    peaked, dtype, K = i % 2 == 0 and weighting != "entropy", (F32, BF16, F16, F32, F32)[i], (3, 2, 1, 6, 3)[i]
+    peaked, dtype, K = i % 2 == 0 and weighting != "entropy", (F32, BF16, F16, F32, F32)[i], (3, 2, 4, 6, 3)[i]
     for C, bounds in ((40, BOUNDS[40][1]), (5003, (0, 2400, 5003))):
         case = make_case(12 if peaked or C == 40 else 3, C, K, dtype, peaked=peaked, ignored=0.2)
         options: dict[str, Any] = {

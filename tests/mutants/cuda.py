@@ -482,9 +482,7 @@ CHANGES = (
         Change(
             "errors of parts stay with the parts", "if (launch.parts > 1) args.error[item] = error;", "", tests=OTHERS
         ),
-        Change(
-            "every block adds up", "launch.arrivals && last_block(launch.arrivals)", "launch.arrivals", tests=OTHERS
-        ),
+        Change("every block adds up", "launch.arrivals && last_block(launch.arrivals)", "launch.arrivals", tests=RACES),
     ),
     *changes(
         "csrc/cuda/scale_rows.cuh",
@@ -515,7 +513,7 @@ CHANGES = (
     ),
     *changes(
         "csrc/cuda/batch_mean.cuh",
-        f"{ROWS}::test_means_of_narrow_rows",
+        SUMS,
         Change(
             "sum of the first warp",
             "warp < block_threads() / kWarp; ++warp) sum += of_warps[warp];",

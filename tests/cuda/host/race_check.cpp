@@ -206,12 +206,14 @@ bool run_others(int64_t N, int C, int K) {
     features.weight_stride_k = N;
     features.weight_stride_n = 1;
     features.scale = features.grad_scale = 1;
-    for (bool separate : {false, true}) {
-        host::separate = separate;
+    enum class Grid { one_after_the_other, together, launches_of_their_own };
+    for (Grid grid : {Grid::one_after_the_other, Grid::together, Grid::launches_of_their_own}) {
+        host::together = grid == Grid::together;
+        host::separate = grid == Grid::launches_of_their_own;
         fine = same_with_delays("features", {&grads, &error, &loss}, [&] { camkd::cuda::features(features, {}); }) &&
                fine && all_finite("feature loss", loss);
     }
-    host::separate = false;
+    host::together = host::separate = false;
     fine =
         same_with_delays("scale_rows", {&scaled},
                          [&] { scale_rows({N, C, grads.data(), scaled.data(), DType::f32, error.data(), 1}, {}); }) &&
