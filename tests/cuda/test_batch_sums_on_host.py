@@ -30,7 +30,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 def test_narrow_rows(emulated: ModuleType, C: int, dtype: torch.dtype) -> None:
     """Two at a time or one; C = 41: of the kernel of any rows."""
     for width in (C, C + 1):
-        limit(emulated, multiprocessors=1, cluster=1)
+        limit(emulated, multiprocessors=2, cluster=1)  # a single block would add up row_stats
         student, teachers, target = rows_of_all_kinds(width, 3, dtype)
         target = target.where((target >= -100) & (target != -1) & (target < width), 0)
         student = student.masked_fill(student.isneginf(), -50.0)  # at a label it would be an infinite loss
@@ -39,7 +39,7 @@ def test_narrow_rows(emulated: ModuleType, C: int, dtype: torch.dtype) -> None:
 
 def test_launches_of_their_own(emulated: ModuleType) -> None:
     """Where there are no counters, one block counts the labels before the rows and adds up after them."""
-    limit(emulated)
+    limit(emulated, multiprocessors=2, cluster=1)
     emulated.set_grid(False, True)
     try:
         student, *teachers = torch.randn(4, 300, 40, generator=torch.Generator().manual_seed(0)).unbind()
