@@ -2,7 +2,12 @@
 
 from . import Change, changes
 
-ROWS = "tests/backends/test_row_shards.py"
+SHARDS = "tests/backends/test_row_shards.py"
+ROWS = (  # the quick ones first
+    f"{SHARDS}::test_masked_shards {SHARDS}::test_labels_of_no_shard {SHARDS}::test_entropies_of_the_student"
+    f" {SHARDS}::test_a_label_in_several_shards_is_no_label {SHARDS}::test_gradient_in_place_and_its_scale"
+    f" {SHARDS}::test_any_shards {SHARDS}::test_every_divergence_weighting_and_temperature"
+)
 CUDA = "tests/cuda/test_row_shards_on_host.py"
 LINEAR = "tests/losses/test_linear_vocabulary.py"
 
