@@ -92,13 +92,13 @@ def test_wide_rows(name: str, bounds: tuple[int, ...], divergence: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_shards(name: str, divergence: Any) -> None:
     """Shards without a finite logit of the student, of a teacher or of both; labels there, too."""
-    student, *teachers = (torch.randn(8, 40, generator=torch.Generator().manual_seed(k)) for k in range(3))
-    student[0, 13:26], teachers[0][1, :13], teachers[1][2, 13:26] = -INF, -INF, -INF
+    student, *teachers = (torch.randn(9, 40, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    student[0, 13:26], teachers[0][1, :13], teachers[1][2, 13:26], teachers[1][8, :13] = -INF, -INF, -INF, -INF
     for z in (student, *teachers):
         z[3, 26:39], z[4, :39], z[5, :13] = -INF, -INF, -1e30
     # A shard of probability 0, where the student has none at all
     teachers[0][7, 13:26], student[7, 14] = -1e5, -INF
-    target = torch.tensor([14, 3, 20, 27, 39, 4, -100, 39])
+    target = torch.tensor([14, 3, 20, 27, 39, 4, -100, 39, 30])
     assert_agrees(
         in_shards(backend_of(name), BOUNDS[40][2]), student, teachers, target, divergence=divergence, temperature=2.0
     )
@@ -112,7 +112,8 @@ def test_labels_of_no_shard(name: str) -> None:
     for ignore_index in (-100, 3, -1):
         target = torch.tensor([40, ignore_index, 7, -5, 39])
         shards = in_shards(backend_of(name), BOUNDS[40][1])
-        assert_agrees(shards, student, teachers, target, ignore_index=ignore_index)
+        for weighting in ("confidence", "uniform"):
+            assert_agrees(shards, student, teachers, target, ignore_index=ignore_index, weighting=weighting)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,11 +46,11 @@ def test_every_divergence_weighting_and_temperature(divergence: Any, weighting: 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_masked_shards(divergence: Any) -> None:
     """Shards without a finite logit of the student, of a teacher or of both; labels there, too."""
-    student, *teachers = (torch.randn(8, 40, generator=torch.Generator().manual_seed(k)) for k in range(3))
-    student[0, 13:26], teachers[0][1, :13], teachers[1][2, 13:26] = -INF, -INF, -INF
+    student, *teachers = (torch.randn(9, 40, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    student[0, 13:26], teachers[0][1, :13], teachers[1][2, 13:26], teachers[1][8, :13] = -INF, -INF, -INF, -INF
     for z in (student, *teachers):
         z[3, 26:39], z[4, :39], z[5, :13] = -INF, -INF, -1e30
-    target = torch.tensor([14, 3, 20, 27, 39, 4, -100, 39])
+    target = torch.tensor([14, 3, 20, 27, 39, 4, -100, 39, 30])
     shards = in_shards(cuda_backend, BOUNDS[40][2])
     assert_agrees(shards, student, teachers, target, divergence=divergence, temperature=2.0)
 
@@ -62,7 +62,9 @@ def test_labels_of_no_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     student[1], teachers[0][1] = NAN, INF
     for ignore_index in (-100, 3, -1):
         target = torch.tensor([40, ignore_index, 7, -5, 39])
-        assert_agrees(in_shards(cuda_backend, BOUNDS[40][1]), student, teachers, target, ignore_index=ignore_index)
+        shards = in_shards(cuda_backend, BOUNDS[40][1])
+        for weighting in ("confidence", "uniform"):
+            assert_agrees(shards, student, teachers, target, ignore_index=ignore_index, weighting=weighting)
 
 
 def test_gradient_in_place_and_its_scale() -> None:

@@ -58,6 +58,7 @@ CHANGES = (
             "a pass over mixtures before their rows are known",
             "return mixes(args.formula) && args.shard != Shard::sums;",
             "return mixes(args.formula);",
+            equivalent="slower: the next step replaces what it writes",
         ),
         Change(
             "results of the mixtures of these columns",
@@ -97,8 +98,8 @@ CHANGES = (
         Change("results are written with the sums", "write_sums(n);\n            return;", "write_sums(n);"),
         Change(
             "CUDA: labels that are elsewhere are invalid",
-            "args.shard == Shard::none ? labels.valid :",
-            "labels.valid ? true :",
+            "args.shard == Shard::none ? labels.valid : !std::isnan(numbers.sums[0].label)",
+            "labels.valid",
         ),
         Change(
             "assertions on labels of shards", "if (launch_.debug && args.shard == Shard::none)", "if (launch_.debug)"
