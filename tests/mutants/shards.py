@@ -151,7 +151,12 @@ CHANGES = (
         "camkd_fast/losses/vocabulary.py",
         LINEAR,
         Change("labels from 0", "labels - self.start, _ELSEWHERE", "labels, _ELSEWHERE"),
-        Change("labels of the classes after these", "(labels < self.stop)", "(labels <= self.stop)"),
+        Change(
+            "labels of the classes after these",
+            "(labels < self.stop)",
+            "(labels <= self.stop)",
+            equivalent="the row op finds them outside its columns",
+        ),
         Change("the caller's ignored label", "formula._replace(ignore_index=_IGNORED)", "formula"),
         Change("labels of no process", "if labels.is_cpu and (wrong", "if labels.is_cuda and (wrong"),
         Change("mixtures of these classes", "            self.all_reduce(of_mixtures)\n", ""),
