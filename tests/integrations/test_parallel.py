@@ -88,6 +88,8 @@ trainer = runs.Mixed(
 trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
 trainer.train()
 Path(sys.argv[3]).write_text(json.dumps(trainer.state.log_history))
+if torch.distributed.is_initialized():  # threads of gloo would end with the interpreter, which may abort
+    torch.distributed.destroy_process_group()
 """
 
 
