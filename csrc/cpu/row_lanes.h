@@ -43,12 +43,16 @@ class LaneRows {
 
     // Writes what the call is for, of rows begin .. begin + count - 1.
     void write(const RowLossArgs& args, int64_t begin, int count) {
-        if (!writes_sums(args)) return write_row_stats(args, begin, count);
+        if (args.shard != Shard::none && writes_sums(args)) return write_sums(args, begin, count);
+        write_row_stats(args, begin, count);
+    }
+
+  private:
+    __attribute__((noinline)) void write_sums(const RowLossArgs& args, int64_t begin, int count) {
         for (int k = 0; k <= args.K; ++k)
             for (int i = 0; i < kRowSums; ++i) std::copy_n(numbers(k, i), count, &sum_of(args, k, i, begin));
     }
 
-  private:
     float* numbers(int k, int i) { return reinterpret_cast<float*>(streams + k) + i * W; }
 
     // Writes row_stats of rows begin .. begin + count - 1 and keeps their gradient coefficients.

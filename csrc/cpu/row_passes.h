@@ -35,9 +35,6 @@ struct RowPasses {
           labels(row_labels(a.target, a.second, n, a.C, a.formula.ignore_index)) {}
 
     bool ignored() const { return !labels.kept; }
-    // Whether sums of the whole row are given, and whether there is a pass over the mixtures.
-    bool uses_sums() const { return args.shard == Shard::mixtures || args.shard == Shard::results; }
-    bool reads_mixtures() const { return mixes(args.formula) && args.shard != Shard::sums; }
 
     // Finds the row's logits; must come before read_block and store_sums.
     void locate() {
@@ -143,7 +140,6 @@ struct RowPasses {
 
     // The logit of stream k at the label minus this maximum.
     float label_distance(int k, float max) const {
-        if (max == -INFINITY) max = 0;  // -inf there, not NaN: a shard may have no finite logit
         const float first = logit(k, labels.first) - max;
         return labels.second < 0 ? first : mixed(labels.share, first, logit(k, labels.second) - max);
     }
@@ -162,7 +158,17 @@ struct RowPasses {
             stream.plogp[lane] = float(sums[k].plogp);
             stream.label[lane] = labels.valid ? label_distance(k, sums[k].max) : NAN;
         }
-        if (uses_sums()) rows.read_sums(args, index, lane);
+        if (args.shard != Shard::none) finish_shard(rows, lane);
+    }
+
+    // Takes the sums of the whole row if they are given. Out of line: most calls have whole rows.
+    __attribute__((noinline)) void finish_shard(LaneRows& rows, int lane) const {
+        if (args.shard != Shard::sums) return rows.read_sums(args, index, lane);
+        for (int k = 0; labels.valid && k <= args.K; ++k) {
+            LaneRows::Stream& stream = rows.streams[k];
+            // Without a finite logit here the label's is -inf, which minus the maximum is NaN
+            if (stream.max[lane] == -INFINITY) stream.label[lane] = logit(k, labels.first);
+        }
     }
 
     // Reads the whole row and stores its sums in one lane of `rows`.
@@ -176,7 +182,7 @@ struct RowPasses {
             for (int64_t b = 0; b < blocks; ++b) add_block(b, states, block);
             store_sums(states, rows, lane);
         }
-        if (!reads_mixtures()) return;
+        if (!mixes(args.formula) || args.shard == Shard::sums) return;
         MixedSums sums[kMaxTeachers];
         for (int64_t b = 0; b < blocks; ++b) mix_block(b, rows, lane, sums);
         store_mixed(sums, rows, lane);
