@@ -53,7 +53,11 @@ CHANGES = (
     *changes(
         "csrc/cpu/row_passes.h",
         ROWS,
-        Change("results of the sums over these columns", "if (args.shard != Shard::sums) return rows.read_sums(args, index, lane);", ""),
+        Change(
+            "results of the sums over these columns",
+            "if (args.shard != Shard::sums) return rows.read_sums(args, index, lane);",
+            "",
+        ),
         Change(
             "a pass over mixtures before their rows are known",
             "if (!mixes(args.formula) || args.shard == Shard::sums) return;",
@@ -65,7 +69,11 @@ CHANGES = (
             "if (args.shard == Shard::results) return;  // those of the whole row are given",
             "",
         ),
-        Change("no finite logit at the label's shard", "if (stream.max[lane] == -INFINITY) stream.label[lane] = logit(k, labels.first);", ""),
+        Change(
+            "no finite logit at the label's shard",
+            "if (stream.max[lane] == -INFINITY) stream.label[lane] = logit(k, labels.first);",
+            "",
+        ),
     ),
     *changes(
         "csrc/cpu/row_lanes.h",
