@@ -76,19 +76,17 @@ def test_labels_far_from_the_maximum(
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("height", [6.0, 10.0, 16.0, 20.0])
-@pytest.mark.parametrize("K", [3, 6])
 @pytest.mark.parametrize("geometry", ["warp", "block", "pipelined"])
 def test_nearly_certain_rows(
-    emulated: ModuleType, geometry: str, K: int, height: float, temperature: float, dtype: torch.dtype
+    emulated: ModuleType, geometry: str, height: float, temperature: float, dtype: torch.dtype
 ) -> None:
-    """Cross-entropies of 1e-6 to 0.5, beside which the rounding of the label's own exponential would be seen. Six
-    teachers take the general passes, where the maximum is the reference."""
+    """Cross-entropies of 1e-6 to 0.5, beside which the rounding of the label's own exponential would be seen."""
     regime, C, _ = GEOMETRIES[geometry]
-    enter(emulated, regime, K)
+    enter(emulated, regime, 3)
     heights = (height + torch.rand(40, generator=torch.Generator().manual_seed(0))).tolist()
-    assert_rows(labels_at(heights, C, K, dtype, temperature), "cuda")
+    assert_rows(labels_at(heights, C, 3, dtype, temperature), "cuda")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])

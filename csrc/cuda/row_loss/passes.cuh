@@ -136,26 +136,13 @@ CAMKD_DEVICE float add_plogp(const Temperature& temperature, const float (&e)[V]
     return sum;
 }
 
-// A sum of exponentials, corrected for its reference. The maximum's own term is 1, but the hardware's exponential of it
-// is not quite `own`: taken out as it was added, it does not hide the other terms of a nearly certain row.
-CAMKD_DEVICE float corrected_sum(float sum, float own, float factor, float max) {
-    return max == -INFINITY ? 0.0f : fmaf(sum - own, factor, 1.0f);
-}
-
-// The same for both sums of a stream, which are relative to the reference of its maximum.
-CAMKD_DEVICE void correct_sums(const Temperature& temperature, bool exact, State& state) {
-    const Reference reference(state.max, temperature.scale, exact);
-    const float own = reference.of_max(state.max, temperature.scale);
-    state.sumT = corrected_sum(state.sumT, own, reference.factor(), state.max);
-    state.sum1 = corrected_sum(state.sum1, temperature.own1(own, state.max, exact),
-                               temperature.factor1(reference, state.max, exact), state.max);
-}
-
-// Reduces the sums of a thread across the warp, and stores them in lane 0; sumT and sum1 are to be corrected.
-CAMKD_DEVICE void reduce_student(const State& of_thread, int lane, State& to) {
+// Reduces the sums of a thread across the warp, corrects them for their reference, and stores them in lane 0.
+CAMKD_DEVICE void reduce_student(const State& of_thread, const Reference& reference, const Temperature& temperature,
+                                 int lane, State& to) {
     const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
     if (lane != 0) return;
-    to.sumT = sumT, to.sum1 = sum1;
+    to.sumT = sumT * reference.factor();
+    to.sum1 = sum1 * temperature.factor1(reference, to.max);
 }
 
 CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& student_reference,
@@ -166,11 +153,12 @@ CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& studen
     const Reference reference(to.max, temperature.scale, entropy);
     const float factor = reference.factor();
     const float factor1 = temperature.factor1(reference, to.max, entropy);
+    to.sumT = sumT * factor;
+    to.sum1 = sum1 * factor1;
     // From scaled distances to logits
     to.cross =
         (cross - (reference.correction() - student_reference.correction()) * sumT) * (factor * temperature.inverse);
     to.plogp = (plogp - reference.correction() * sum1) * (factor1 * temperature.inverse);
-    to.sumT = sumT, to.sum1 = sum1;
 }
 
 // The warp's sums relative to the maxima in `states`, where they are stored. Entropies use exact distances from the
@@ -228,16 +216,13 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
             }
         }
         // Reduce across the warp
-        if (first == 1) reduce_student(student, lane, states[0]);
+        if (first == 1) reduce_student(student, student_reference, temperature, lane, states[0]);
 #pragma unroll
         for (int g = 0; g < kTeacherGroup; ++g) {
             if (first + g > K) continue;
             reduce_teacher(teachers[g], student_reference, temperature, entropy, lane, states[first + g]);
         }
     }
-    // Last, because between the sums there are no registers left for it
-    if (lane == 0)
-        for (int k = 0; k <= K; ++k) correct_sums(temperature, k > 0 && entropy, states[k]);
 }
 
 // Vector(i) of the gradient. `label` is the element of the label's column, outside 0 .. V - 1 if it lies elsewhere. The
