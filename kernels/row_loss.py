@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import RowLossResult, SecondLabels, row_stats_count
+from ..backends.contract import RowLossResult, SecondLabels, new_row_outputs
 from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
 from .counters import counter_for
 from .kept import Launcher
@@ -49,10 +49,7 @@ def row_loss(
         }
         rows = row_loss(student, teachers, target, formula, **options)
         return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
-    row_stats = torch.empty((row_stats_count(len(teachers), formula.entropy), N), dtype=torch.float32, device=device)
-    grad_student = None
-    if needs_grad:
-        grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if out is None else out
+    row_stats, grad_student = new_row_outputs(student, len(teachers), formula, needs_grad, out)
     if N == 0:
         return RowLossResult(row_stats, grad_student)
     given = formula.weighting if isinstance(formula.weighting, Tensor) else None

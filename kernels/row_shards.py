@@ -5,6 +5,7 @@ Contracts: `camkd_fast.backends.contract.ShardBackend`; what is summed up: `camk
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import contract
-from ..backends.contract import RowLossResult, row_stats_count
+from ..backends.contract import RowLossResult, new_row_outputs
 from .divergences import kl_of_sums
 from .kept import Launcher
 from .lanes import group_lanes, mixture_sums, student_total, teacher_total
@@ -44,9 +45,8 @@ def row_sums(
     else:
         sums = whole.clone(memory_format=torch.contiguous_format)
     if N > 0:
-        numbers, constants, options = _launch(student, teachers, formula)
-        constants = {**constants, "OF_MIXTURES": whole is not None}
-        Launcher(row_sums_kernel, N, numbers, constants, **options)(student, tuple(teachers), target, sums)
+        launch = shard_launcher(layouts([student, *teachers]), None, _named(formula), whole is not None)
+        launch(student, tuple(teachers), target, sums)
     return sums
 
 
@@ -62,50 +62,60 @@ def row_results(
     out: Tensor | None = None,
 ) -> RowLossResult:
     """See `contract.ShardBackend`."""
-    K, N, device = len(teachers), target.shape[0], student.device
-    row_stats = torch.empty((row_stats_count(K, formula.entropy), N), dtype=torch.float32, device=device)
-    grad_student = None
-    if needs_grad:
-        grad_student = torch.empty((N, student.shape[-1]), dtype=student.dtype, device=device) if out is None else out
-    if N > 0:
+    row_stats, grad_student = new_row_outputs(student, len(teachers), formula, needs_grad, out)
+    if target.shape[0] > 0:
         given = formula.weighting if isinstance(formula.weighting, Tensor) else None
         scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
-        numbers, constants, options = _launch(student, teachers, formula, (0, 0) if given is None else given.stride())
-        constants = {**constants, "SCALE_ON_DEVICE": isinstance(scale, Tensor)}
-        Launcher(row_results_kernel, N, numbers, constants, **options)(
-            student, tuple(teachers), target, given, sums.contiguous(), row_stats, grad_student, scale
-        )
+        strides = (0, 0) if given is None else given.stride()
+        launch = shard_launcher(layouts([student, *teachers]), strides, _named(formula), isinstance(scale, Tensor))
+        launch(student, tuple(teachers), target, given, sums.contiguous(), row_stats, grad_student, scale)
     return RowLossResult(row_stats, grad_student)
 
 
-def _launch(
-    student: Tensor, teachers: Sequence[Tensor], formula: Formula, given_strides: tuple[int, ...] = ()
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Numbers, constants and options of a Launcher, a program per row."""
-    tensors = [Layout(*x) for x in layouts([student, *teachers])]
+def _named(formula: Formula) -> Formula:
+    """With a name for its weighting."""
+    return formula._replace(weighting=formula.weighting_name)
+
+
+@functools.lru_cache(maxsize=1024)
+def shard_launcher(
+    tensors: tuple[Any, ...], given_strides: tuple[int, ...] | None, formula: Formula, flag: bool
+) -> Launcher:
+    """A program per row, of the sums or of the results.
+
+    Args:
+        tensors: `layouts` of student and teachers.
+        given_strides: of given weights, or zeros, for the results; None for the sums.
+        formula: with a name for its weighting.
+        flag: for the results whether the gradient's factor is on the device, for the sums whether they are those over
+            the mixtures.
+    """
+    tensors = tuple(Layout(*x) for x in tensors)
     N, S, C = row_shape(tensors[0].shape)
-    K, ALIGN = len(teachers), alignment(tensors)
+    K, ALIGN = len(tensors) - 1, alignment(tensors)
     outer, inner = stride_units(tensors, ALIGN)
-    if isinstance(formula.weighting, Tensor):
-        formula = formula._replace(weighting="given")
     numbers = (
         *(outer[0], inner[0], unspecialised(outer[1:]), unspecialised(inner[1:])),
-        *given_strides,
+        *(() if given_strides is None else given_strides),
         *(N, S, C // ALIGN, formula.ignore_index),
         kernel_formula(formula, K),
     )
     itemsize = max(x.dtype.itemsize for x in tensors)
     BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, beyond=True)
+    kernel, name = (
+        (row_sums_kernel, "OF_MIXTURES") if given_strides is None else (row_results_kernel, "SCALE_ON_DEVICE")
+    )
     constants = {
         "K": K,
         **formula_constants(formula, K),
-        "TWO_LEVEL": student.dim() == 3,
+        "TWO_LEVEL": len(tensors[0].shape) == 3,
         "ALIGN": ALIGN,
         "BLOCK_C": BLOCK_C,
         "VEC": VEC,
         "GROUP": GROUP,
+        name: flag,
     }
-    return numbers, constants, {"num_warps": num_warps, "maxnreg": maxnreg}
+    return Launcher(kernel, N, numbers, constants, num_warps=num_warps, maxnreg=maxnreg)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
 
 # The sums of a row of one model, (7, N), which processes that share its classes exchange: `row_sums` says of what.
-# csrc/row_math.h (RowSums) and kernels/shards.py name the same ones.
+# csrc/row_math.h (RowSums) and kernels/row_shards.py name the same ones.
 MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, SLOPE = range(7)
 ROW_SUMS = 7
 
@@ -30,6 +30,17 @@ ROW_SUMS = 7
 def row_stats_count(K: int, entropy: bool = False) -> int:
     """Rows of `row_stats` for K teachers."""
     return PER_TEACHER + 3 * K + entropy
+
+
+def new_row_outputs(
+    student: Tensor, K: int, formula: Formula, needs_grad: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for the float32 row_stats and the gradient (N, C), which is `out` if there is one."""
+    N, C, device = student.shape[:-1].numel(), student.shape[-1], student.device
+    row_stats = torch.empty((row_stats_count(K, formula.entropy), N), dtype=torch.float32, device=device)
+    if not needs_grad:
+        return row_stats, None
+    return row_stats, torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
 
 
 class RowLossResult(NamedTuple):

@@ -26,7 +26,7 @@ from .compiled import (
     shard_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, new_row_outputs
 from .feature_maps import new_gradients
 
 # Named in every allocation, because a default device may be set.
@@ -127,12 +127,10 @@ def row_loss(
 def _outputs(
     student: Tensor, K: int, formula: Formula, needs_grad: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Memory for row_stats and the gradient."""
-    N, C, _ = shape_of(student)
-    row_stats = torch.empty(row_stats_count(K, formula.entropy), N, dtype=torch.float32, device=_DEVICE)
-    if not needs_grad:
-        return row_stats, None
-    return row_stats, new_output(N, C, student.dtype) if out is None else out
+    """`new_row_outputs` whose gradient is a `new_output`."""
+    if needs_grad and out is None:
+        out = new_output(student.shape[:-1].numel(), student.shape[-1], student.dtype)
+    return new_row_outputs(student, K, formula, needs_grad, out)
 
 
 def _row_loss(

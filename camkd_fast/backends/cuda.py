@@ -31,7 +31,7 @@ from .compiled import (
     shard_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, row_stats_count
+from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, new_row_outputs
 from .feature_maps import new_gradients
 
 # Device-side assertions on labels; they stop the context.
@@ -104,7 +104,7 @@ def row_loss(
     second: SecondLabels | None = None,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
+    row_stats, grad_student = new_row_outputs(student, len(teachers), formula, needs_grad, out)
     with _device_of(student):
         # The loss has memory of its own, since a caller may write to it.
         sizes = [(), (_C.cuda_batch_floats(row_stats.shape[1]),)] if mean else []
@@ -112,17 +112,6 @@ def row_loss(
         addresses = (means[0].data_ptr(), means[1].data_ptr()) if mean else (0, 0)
         _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, second, addresses)
     return RowLossResult(row_stats, grad_student, None, (means[0], means[1][:3]) if mean else None)
-
-
-def _outputs(
-    student: Tensor, K: int, formula: Formula, needs_grad: bool, out: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Memory for row_stats and the gradient."""
-    N, C, _ = shape_of(student)
-    row_stats = torch.empty((row_stats_count(K, formula.entropy), N), dtype=torch.float32, device=student.device)
-    if not needs_grad:
-        return row_stats, None
-    return row_stats, torch.empty((N, C), dtype=student.dtype, device=student.device) if out is None else out
 
 
 def _row_loss(
@@ -178,7 +167,7 @@ def row_results(
     grad_scale: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> RowLossResult:
-    row_stats, grad_student = _outputs(student, len(teachers), formula, needs_grad, out)
+    row_stats, grad_student = new_row_outputs(student, len(teachers), formula, needs_grad, out)
     with _device_of(student):
         shard = shard_of(sums := sums.contiguous())
         _row_loss(student, teachers, target, formula, row_stats, grad_student, grad_scale, shard=shard)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from camkd_fast.backends import contract, dispatch, reference
-from camkd_fast.backends.contract import Backend
+from camkd_fast.backends.contract import Backend, ShardBackend
 from camkd_fast.losses.formula import WEIGHTINGS, Formula
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
@@ -17,28 +17,31 @@ from tests.support.row_contract import assert_agrees, assert_means
 from tests.support.tolerance import assert_near
 
 INF = float("inf")
-FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
+FUNCTIONS, OF_SHARDS = (
+    [name for name in vars(protocol) if not name.startswith("_")] for protocol in (Backend, ShardBackend)
+)
 
 
-def module_of(name: str):
+def module_of(name: str, modules=dispatch._MODULES):
     """A backend's module, which need not be able to run here. Only a build that is meant to lack it is skipped."""
     if name == "triton":
         pytest.importorskip("triton")
     if name in ("cpu", "cuda") and "cpu" not in BACKENDS:
         pytest.skip("a build without the compiled module")
-    return importlib.import_module(dispatch._MODULES[name])
+    return importlib.import_module(modules[name])
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, *OF_SHARDS])
 @pytest.mark.parametrize("name", dispatch.BACKENDS)
 def test_signatures(name, function):
-    wanted = list(inspect.signature(getattr(Backend, function)).parameters.values())[1:]
-    given = list(inspect.signature(getattr(module_of(name), function)).parameters.values())
+    protocol, modules = (Backend, dispatch._MODULES) if function in FUNCTIONS else (ShardBackend, dispatch._OF_SHARDS)
+    wanted = list(inspect.signature(getattr(protocol, function)).parameters.values())[1:]
+    given = list(inspect.signature(getattr(module_of(name, modules), function)).parameters.values())
     assert [(p.name, p.kind, p.default) for p in given] == [(p.name, p.kind, p.default) for p in wanted]
 
 
-def test_seven_functions():
-    assert len(FUNCTIONS) == 7
+def test_nine_functions():
+    assert len(FUNCTIONS) == 7 and len(OF_SHARDS) == 2
 
 
 @pytest.mark.parametrize("name", BACKENDS)

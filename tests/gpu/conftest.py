@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -22,6 +24,15 @@ def gpu(request: pytest.FixtureRequest) -> Place:
 def device() -> torch.device:
     """For tests that do not depend on a backend."""
     return CUDA if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture
+def products_in_float32() -> Iterator[None]:
+    """TF32 would round the inputs of float32 products to 10 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tests.support.tolerance import assert_accurate, assert_near, rms, unit
 
 F32, BF16 = torch.float32, torch.bfloat16
 DIVERGENCES = ["forward_kl", "reverse_kl", ("jsd", 0.3), ("skew", 0.2)]
+pytestmark = pytest.mark.usefixtures("products_in_float32")
 
 
 def on(case: LinearCase, device: torch.device) -> LinearCase:
@@ -32,15 +33,6 @@ def on(case: LinearCase, device: torch.device) -> LinearCase:
 
 def back(result: LinearResult) -> LinearResult:
     return LinearResult(*(x if x is None else x.cpu() for x in result))
-
-
-@pytest.fixture(autouse=True)
-def _products_in_float32() -> Any:
-    """TF32 would round the inputs of float32 products to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)

@@ -22,6 +22,7 @@ from tests.support.tolerance import assert_accurate, assert_near
 
 F32, BF16 = torch.float32, torch.bfloat16
 DIVERGENCES: list[Any] = ["forward_kl", "reverse_kl", ("jsd", 0.3), ("skew", 0.2)]
+pytestmark = pytest.mark.usefixtures("products_in_float32")
 
 
 def need(*packages: str) -> None:
@@ -30,15 +31,6 @@ def need(*packages: str) -> None:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     importlib.import_module("tests.support.language_models")
-
-
-@pytest.fixture(autouse=True)
-def _products_in_float32() -> Any:
-    """TF32 would round the inputs of float32 products to 10 bits."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("C", [128_256, 151_936, 262_144])

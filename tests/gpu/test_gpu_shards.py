@@ -21,6 +21,7 @@ from tests.support.tolerance import assert_near
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DIVERGENCES: list[Any] = ["forward_kl", "reverse_kl", ("jsd", 0.3), ("skew", 0.2)]
 WIDTHS = {400: (0, 13, 250, 400), 32000: (0, 16000, 32000), 128256: (0, 100001, 128256)}
+pytestmark = pytest.mark.usefixtures("products_in_float32")
 
 
 @pytest.fixture
