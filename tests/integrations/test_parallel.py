@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from camkd_fast.integrations.causal_lm import linear_loss, student_loss, teacher_hidden
+from tests.support.processes import leave_group
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -67,7 +68,7 @@ for kind in ("llama", "qwen2"):
                 loss_of(model, part, teachers, items / 2).backward()
         lm.assert_gradients(gradients(model), expected)
         print(kind, way)
-dist.destroy_process_group()
+leave_group()
 """
 
 TRAINER = """
@@ -75,6 +76,7 @@ import json, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from tests.support import distilled_runs as runs, language_models as lm
+from tests.support.processes import leave_group
 from transformers import TrainingArguments
 
 settings = {**runs.SETTINGS, "max_steps": 3, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
@@ -88,8 +90,8 @@ trainer = runs.Mixed(
 trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
 trainer.train()
 Path(sys.argv[3]).write_text(json.dumps(trainer.state.log_history))
-if torch.distributed.is_initialized():  # threads of gloo would end with the interpreter, which may abort
-    torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():
+    leave_group()
 """
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from camkd_fast import camkd_linear_loss
 from tests.support.linear_cases import LinearCase, make_linear_case
+from tests.support.processes import leave_group
 from tests.support.tolerance import assert_near
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def in_a_process(rank: int, store: str) -> None:
     # DDP averages over the processes.
     student(case, parts(WORLD)[rank], float((case.target != -100).sum()) / WORLD).backward()
     assert_equal(gradients(student), of_the_whole_batch())
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_accumulated_over_eight_parts() -> None:

@@ -20,6 +20,7 @@ from camkd_fast import CAMKDLinearLoss, camkd_linear_loss
 from camkd_fast.losses import vocabulary
 from tests.losses.test_linear_autograd import check_operator
 from tests.support.linear_cases import MAPS, LinearCase, LinearResult, make_linear_case, run
+from tests.support.processes import leave_group
 from tests.support.tolerance import assert_near
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +198,7 @@ def in_a_process(rank: int, size: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for each in CHECKS:
         each()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from camkd_fast import Distiller
+from tests.support.processes import leave_group
 from tests.support.training import SmallNet, batch
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -71,7 +72,7 @@ for strategy in ("ca-mkd-logits", "ca-mkd"):
                         loss = module(data.images[part], data.target[part], num_items=24 / 2).loss
                     loss.backward()
             check(gradients(module), expected, tolerance, (strategy, precise, way))
-dist.destroy_process_group()
+leave_group()
 """
 
 

@@ -14,6 +14,7 @@ from camkd_fast.losses.min_norm import min_norm_weights
 from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.teachers.live import LiveTeachers
+from tests.support.processes import leave_group
 from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
 
 T = 4.0
@@ -154,7 +155,7 @@ def _weights_of_a_rank(rank: int, folder: str) -> None:
     outputs = [Prediction(t.features[part], t.logits[part]) for t in batch.outputs]
     strategy = strategies.create("aekd", batch.teachers, FEATURES)
     torch.save(strategy.weighting(batch.student.logits[part], outputs, batch.target[part]), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_agreement_does_not_depend_on_how_a_batch_is_spread_over_ranks(tmp_path: Path) -> None:
