@@ -31,20 +31,23 @@ def distances(e_s, s, z):
 
 @triton.jit
 def mixture_terms(q, p, formula, DIVERGENCE: tl.constexpr):
-    """The term of D and g of every column, for M = share p + (1 - share) q."""
-    of_p = formula.share * p
-    of_q = formula.other_share * q
-    m = of_p + of_q
+    """The term of D that does not cancel, and g, of every column, for M = share p + (1 - share) q."""
+    m = formula.share * p + formula.other_share * q
     # Comparisons rather than maxima, which would drop a NaN.
-    m = tl.where(m < LEAST, LEAST, m)
-    ratio = p / m
-    log_p = tl.log(tl.where(ratio < LEAST, LEAST, ratio))
+    inverse = 1.0 / tl.where(m < LEAST, LEAST, m)
+    p_excess, _ = excess(p * inverse)
     if DIVERGENCE == "jsd":
-        ratio = q / m
-        log_q = tl.log(tl.where(ratio < LEAST, LEAST, ratio))
-        return of_p * log_p + of_q * log_q, formula.other_share * log_q
+        q_excess, log_q = excess(q * inverse)
+        return m * (formula.share * p_excess + formula.other_share * q_excess), formula.other_share * log_q
     else:
-        return p * log_p, -formula.other_share * ratio
+        return m * p_excess, -formula.other_share * (p * inverse)
+
+
+@triton.jit
+def excess(x):
+    """x log x - x + 1, and log x."""
+    log_x = tl.log(tl.where(x < LEAST, LEAST, x))
+    return x * log_x + (1.0 - x), log_x
 
 
 @triton.jit

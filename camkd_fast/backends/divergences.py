@@ -7,6 +7,12 @@ Notation of one row: q = softmax(s / T) of the student, p of a teacher, M the mi
     jsd(beta)     D = beta sum_c p_c log(p_c / M_c) + (1 - beta) sum_c q_c log(q_c / M_c),  M = beta p + (1 - beta) q
     skew(alpha)   D = sum_c p_c log(p_c / M_c),                                             M = alpha p + (1 - alpha) q
 
+Where p_c and q_c are nearly equal, as at the label of a nearly certain row, the terms of jsd and skew above round to
+more than they add up to. The kernels add terms that do not cancel, with the same sum because p, q and M add up to 1:
+
+    jsd(beta)     M_c (beta h(p_c / M_c) + (1 - beta) h(q_c / M_c)),  h(x) = x log x - x + 1 >= 0
+    skew(alpha)   M_c h(p_c / M_c)
+
 Gradient. Let g_c = dD / dq_c. Through the softmax, T dD / ds_c = q_c (g_c - sum_j q_j g_j), and with several teachers
 the sum over k of w_k times that. A constant in g cancels:
 

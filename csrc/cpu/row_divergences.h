@@ -19,28 +19,29 @@ struct MixedSums {
     }
 };
 
-// D's terms and g of n columns (camkd_fast/backends/divergences.py) of q = student e_s and p = teacher e_z; g takes the
-// place of e_z. Probabilities of 0 give terms of 0: the logarithm is that of the least float.
+// D's terms and g of n columns (camkd_fast/backends/divergences.py, with the terms that do not cancel) of q = student
+// e_s and p = teacher e_z; g takes the place of e_z. A probability of 0 gets the logarithm of the least float.
 template <bool Jsd>
 void mixed_block(const float* e_s, float student, float teacher, float share, int n, float* e_z, MixedSums& sums) {
     constexpr int W = Vec::width;
-    const Vec of_p = Vec::set(share), of_q = Vec::set(1.0f - share), least = Vec::set(FLT_MIN);
+    const Vec of_p = Vec::set(share), of_q = Vec::set(1.0f - share), least = Vec::set(FLT_MIN), one = Vec::set(1.0f);
     Vec divergence = Vec::zero(), slope = Vec::zero();
+    auto log_of = [&](Vec ratio) { return LaneMath::log(Vec::max(least, ratio)); };
+    // x log x - x + 1
+    auto excess = [&](Vec ratio, Vec log) { return Vec::fma(ratio, log, one - ratio); };
     auto step = [&](int i, auto counts) {
         const Vec q = Vec::set(student) * Vec::load(e_s + i), p = Vec::set(teacher) * Vec::load(e_z + i);
-        const Vec inverse = Vec::set(1.0f) / Vec::max(least, Vec::fma(of_p, p, of_q * q));
-        const Vec ratio = p * inverse, log_p = LaneMath::log(Vec::max(least, ratio));
-        Vec term, g;
+        const Vec m = Vec::fma(of_p, p, of_q * q), inverse = one / Vec::max(least, m), p_ratio = p * inverse;
+        Vec term = excess(p_ratio, log_of(p_ratio)), g;
         if constexpr (Jsd) {
-            const Vec log_q = LaneMath::log(Vec::max(least, q * inverse));
-            term = Vec::fma(of_p * p, log_p, of_q * q * log_q);
+            const Vec q_ratio = q * inverse, log_q = log_of(q_ratio);
+            term = Vec::fma(of_p, term, of_q * excess(q_ratio, log_q));
             g = of_q * log_q;
         } else {
-            term = p * log_p;
-            g = Vec::zero() - of_q * ratio;
+            g = Vec::zero() - of_q * p_ratio;
         }
         g.store(e_z + i);
-        divergence = divergence + counts(term);
+        divergence = divergence + counts(m * term);
         slope = slope + counts(q * g);
     };
     int i = 0;

@@ -49,6 +49,8 @@ struct Reference {
 #pragma unroll
         for (int j = 0; j < V; ++j) x[j] = (x[j] - finite(max)) * scale;
     }
+    // What apply() and the hardware's exponential make of the maximum: nearly 1.
+    CAMKD_DEVICE float of_max(float max, float scale) const { return far() ? 1.0f : exp2_fast(fmaf(max, scale, -at)); }
     CAMKD_DEVICE float correction() const { return far() ? 0.0f : rest; }
     // 2^-correction(), by which sums of exponentials must be multiplied. The hardware's exponential has an error of 2
     // ulp, this series has not.
@@ -72,6 +74,10 @@ struct Temperature {
     // factor() for the exponentials at T = 1.
     CAMKD_DEVICE float factor1(const Reference& reference, float max, bool exact = false) const {
         return power ? raise(reference.factor()) : Reference(max, kLog2E, exact).factor();
+    }
+    // of_max() at T = 1, from that at T.
+    CAMKD_DEVICE float of_max1(float of_max, float max, bool exact) const {
+        return power ? raise(of_max) : Reference(max, kLog2E, exact).of_max(max, kLog2E);
     }
     // sum_c e^{x_c - r} from the sum1 of a row of which r is a logit, and the factor of the reference r. The term of r
     // is 1: it is taken out as it was added (add_raised), with the errors of the hardware's exponential and of its

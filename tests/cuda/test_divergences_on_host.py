@@ -21,6 +21,7 @@ from camkd_fast.backends.contract import PER_TEACHER
 from tests.losses import test_divergences as losses
 from tests.losses.test_divergences import DIVERGENCES, OTHERS, maps_of
 from tests.support.cases import Case, make_case
+from tests.support.converged import assert_rows, nearly_certain
 from tests.support.evaluate import run, run_value_and_grad
 from tests.support.row_contract import assert_agrees, assert_means, options
 from tests.support.tolerance import assert_accurate, assert_result
@@ -88,6 +89,14 @@ def test_every_divergence_temperature_and_weighting(i: int) -> None:
             **(maps_of(K) if maps else {}),
         )
         check(case, f"maps: {maps}")
+
+
+@pytest.mark.parametrize("C", [200, 2101])
+@pytest.mark.parametrize("height", [10.0, 20.0, 24.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("divergence", OTHERS, ids=str)
+def test_nearly_certain_rows(divergence: Any, temperature: float, height: float, C: int) -> None:
+    assert_rows(nearly_certain(height, C, 3, F32, temperature).with_(divergence=divergence), "cuda")
 
 
 @settings(max_examples=60)

@@ -21,9 +21,12 @@ from tests.support.converged import (
     assert_rounded_once,
     assert_rows,
     labels_at,
+    nearly_certain,
     with_other_labels,
 )
 from tests.support.evaluate import run_value_and_grad
+from tests.support.tolerance import assert_accurate
+from tests.support.truth import naive, truth
 
 pytest.importorskip("camkd_fast._C")
 pytest.importorskip("pybind11")
@@ -85,8 +88,24 @@ def test_nearly_certain_rows(
     """Cross-entropies of 1e-6 to 0.5, beside which the rounding of the label's own exponential would be seen."""
     regime, C, _ = GEOMETRIES[geometry]
     enter(emulated, regime, 3)
-    heights = (height + torch.rand(40, generator=torch.Generator().manual_seed(0))).tolist()
-    assert_rows(labels_at(heights, C, 3, dtype, temperature), "cuda")
+    assert_rows(nearly_certain(height, C, 3, dtype, temperature), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("K", "temperature"), [(6, 1.0), (6, 4.0), (3, 3.3)])
+@pytest.mark.parametrize("height", [10.0, 20.0, 24.0])
+@pytest.mark.parametrize("geometry", ["warp", "block", "cluster", "chunks"])
+def test_nearly_certain_rows_in_the_general_passes(
+    emulated: ModuleType, geometry: str, height: float, K: int, temperature: float, dtype: torch.dtype
+) -> None:
+    """The same of the maximum's own exponential."""
+    regime, C, _ = GEOMETRIES[geometry]
+    enter(emulated, regime, K)
+    case = nearly_certain(height, C, K, dtype, temperature)
+    assert_rows(case, "cuda")
+    by_entropy = case.with_(weighting="entropy")  # down to 1e-9
+    weights = run_value_and_grad(by_entropy, "cuda").weights
+    assert_accurate(weights, truth(by_entropy).weights, naive(by_entropy).weights)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])

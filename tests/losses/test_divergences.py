@@ -16,6 +16,7 @@ from camkd_fast import CAMKDLoss, camkd_loss, camkd_loss_and_grad
 from camkd_fast.backends.dispatch import availability, interpreting
 from tests.support.backends import BACKENDS as USABLE
 from tests.support.cases import Case, make_case
+from tests.support.converged import assert_rows, nearly_certain
 from tests.support.evaluate import fields, run, run_value_and_grad
 from tests.support.tolerance import assert_accurate, assert_near, assert_result, truncated
 from tests.support.truth import entropy, naive, truth
@@ -191,6 +192,14 @@ def test_a_student_equal_to_its_teachers_has_no_divergence(divergence: Any, back
     case = Case(logits, (logits, logits), torch.zeros(6, dtype=torch.int64), hard_weight=0.0, divergence=divergence)
     ours = run(case, backend)
     assert ours.divergence.abs().max() < 2e-7 and ours.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "height", "backend"), with_backends(DIVERGENCES, [1.0, 4.0], [10.0, 20.0, 24.0])
+)
+def test_nearly_certain_rows(divergence: Any, temperature: float, height: float, backend: str) -> None:
+    """At the label the logarithms of two nearly equal probabilities would round to more than a divergence of 1e-9."""
+    assert_rows(nearly_certain(height, 200, 3, torch.float32, temperature).with_(divergence=divergence), backend)
 
 
 @pytest.mark.parametrize("backend", TESTED)

@@ -216,7 +216,13 @@ CHANGES = (
     *changes(
         "csrc/cpu/row_divergences.h",
         DIVERGENCES,
-        Change("jsd without the teacher's half", "Vec::fma(of_p * p, log_p, of_q * q * log_q)", "of_q * q * log_q"),
+        Change("jsd without the teacher's half", "Vec::fma(of_p, term, of_q * excess(", "(of_q * excess("),
+        Change(
+            "terms of jsd and skew that cancel",
+            "Vec::fma(ratio, log, one - ratio)",
+            "ratio * log",
+            tests=f"{DIVERGENCES}::test_nearly_certain_rows",
+        ),
         Change("the slope of jsd without its factor", "g = of_q * log_q;", "g = log_q;"),
         Change("skew's mixture the wrong way round", "Vec::fma(of_p, p, of_q * q)", "Vec::fma(of_q, p, of_p * q)"),
         Change("columns beyond the end are mixed", "first_lanes(n - i)](Vec v)", "first_lanes(W)](Vec v)"),

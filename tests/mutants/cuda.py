@@ -215,6 +215,23 @@ CHANGES = (
             "return fmaf(others, raise(factor), 1.0f);",
             "return sum1 * raise(factor);",
         ),
+        Change(
+            "nearly certain rows of the general passes with the rounding of the power",
+            "return power ? raise(of_max)",
+            "return power ? 1.0f",
+        ),
+    ),
+    *changes(
+        "csrc/cuda/row_loss/passes.cuh",
+        "tests/cuda/test_row_loss_accuracy.py::test_nearly_certain_rows_in_the_general_passes",
+        Change(
+            "nearly certain rows with the rounding of the maximum's own exponential",
+            "if (AnyRow && state.max != -INFINITY)",
+            "if (false)",
+        ),
+        Change(
+            "rows without a finite logit have a sum", "if (AnyRow && state.max != -INFINITY)", "if (AnyRow)", tests=ROWS
+        ),
     ),
     *changes(
         "csrc/cuda/row_loss/even_rows.cuh",
@@ -544,7 +561,13 @@ CHANGES = (
             "if (max > teacher.max)",
         ),
         Change("the divergence of padding is 0 times infinity", "if (forward && e_z > 0)", "if (forward)"),
-        Change("the gradient of skew lacks a factor", "-of_q * ratio", "-ratio"),
+        Change("the gradient of skew lacks a factor", "-of_q * p_ratio", "-p_ratio"),
+        Change(
+            "terms of jsd and skew that cancel",
+            "fmaf(ratio, log, 1.0f - ratio)",
+            "ratio * log",
+            tests=f"{DIVERGENCES}::test_nearly_certain_rows",
+        ),
         Change("the label has all of the one-hot label", "hard -= at_label * labels.share;", "hard -= at_label;"),
         Change("the gradient lacks the slope of the softcap", "x[j] *= curve.slope(from[j]);", "x[j] *= curve.scale;"),
         Change(

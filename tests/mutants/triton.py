@@ -184,16 +184,22 @@ CHANGES = (
         "kernels/divergences.py",
         BEYOND,
         Change("distances of columns without probability", "return tl.where(e_s > 0, s - z, 0.0)", "return s - z"),
-        Change("the mixture has equal shares", "of_p = formula.share * p", "of_p = formula.other_share * p"),
-        Change("jsd without the student's part", "return of_p * log_p + of_q * log_q, ", "return of_p * log_p, "),
+        Change("the mixture has equal shares", "m = formula.share * p", "m = formula.other_share * p"),
+        Change("jsd without the student's part", "p_excess + formula.other_share * q_excess", "p_excess"),
         Change(
-            "the slope of skew has the other sign", "p * log_p, -formula.other_share", "p * log_p, formula.other_share"
+            "the slope of skew has the other sign", "p_excess, -formula.other_share", "p_excess, formula.other_share"
         ),
         Change(
             "a NaN teacher drops out of a mixture",
-            "m = tl.where(m < LEAST, LEAST, m)",
-            "m = tl.where(m >= LEAST, m, LEAST)",
+            "tl.where(m < LEAST, LEAST, m)",
+            "tl.where(m >= LEAST, m, LEAST)",
             tests=f"{BEYOND}::test_teachers_of_nan",
+        ),
+        Change(
+            "terms of jsd and skew that cancel",
+            "x * log_x + (1.0 - x)",
+            "x * log_x",
+            tests="tests/losses/test_divergences.py::test_nearly_certain_rows",
         ),
         Change("slopes are not centered", "x - center[:, None], 0.0)", "x, 0.0)"),
         Change(

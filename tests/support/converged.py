@@ -104,6 +104,12 @@ def labels_at(
     return Case(student, tuple(teachers), target, temperature=temperature, reduction="sum")
 
 
+def nearly_certain(height: float, C: int, K: int, dtype: torch.dtype, temperature: float) -> Case:
+    """Forty rows whose label is `height` to `height` + 1 above 0 in every stream."""
+    heights = height + torch.rand(40, generator=torch.Generator().manual_seed(0))
+    return labels_at(heights.tolist(), C, K, dtype, temperature)
+
+
 def assert_rows(case: Case, backend: str) -> None:
     """The tolerance rule for the statistics of all rows, and for the gradient of each row by itself.
 

@@ -135,18 +135,21 @@ CAMKD_DEVICE void sum_up(const FormulaLaunch& launch, const ThreadGroup& group, 
     }
 }
 
-// Of one column: the term of D and g, for probabilities q of the student and p of a teacher. Probabilities of 0 give
-// terms of 0: the logarithm is that of the least float.
+// Of one column: the term of D that does not cancel (camkd_fast/backends/divergences.py) and g, for probabilities q of
+// the student and p of a teacher. A probability of 0 gets the logarithm of the least float.
 struct MixedTerm {
     float divergence, g;
 };
 CAMKD_DEVICE MixedTerm mixed_term(const Formula& formula, float q, float p) {
-    const float of_p = formula.share, of_q = 1.0f - formula.share;
-    const float inverse = reciprocal(ScalarMath::max(FLT_MIN, fmaf(of_p, p, of_q * q))), ratio = p * inverse;
-    const float log_p = std::log(ScalarMath::max(FLT_MIN, ratio));
-    if (formula.divergence == Divergence::skew) return {p * log_p, -of_q * ratio};
-    const float log_q = std::log(ScalarMath::max(FLT_MIN, q * inverse));
-    return {fmaf(of_p * p, log_p, of_q * q * log_q), of_q * log_q};
+    const auto log_of = [](float ratio) { return std::log(ScalarMath::max(FLT_MIN, ratio)); };
+    // x log x - x + 1
+    const auto excess = [](float ratio, float log) { return fmaf(ratio, log, 1.0f - ratio); };
+    const float of_p = formula.share, of_q = 1.0f - formula.share, m = fmaf(of_p, p, of_q * q);
+    const float inverse = reciprocal(ScalarMath::max(FLT_MIN, m)), p_ratio = p * inverse;
+    const float p_excess = excess(p_ratio, log_of(p_ratio));
+    if (formula.divergence == Divergence::skew) return {m * p_excess, -of_q * p_ratio};
+    const float q_ratio = q * inverse, log_q = log_of(q_ratio);
+    return {m * fmaf(of_p, p_excess, of_q * excess(q_ratio, log_q)), of_q * log_q};
 }
 
 // The sums and coefficients of a row, which its passes after the first one need.

@@ -136,15 +136,33 @@ CAMKD_DEVICE float add_plogp(const Temperature& temperature, const float (&e)[V]
     return sum;
 }
 
+// Corrects the sums of a row, or of a part of it, for their reference, whose maximum is state.max. The maximum's own term
+// is 1. With AnyRow it is taken out as it was added, with the error of the hardware's exponential, beside which the other
+// terms of a nearly certain row would not be seen. Kernels of a fixed K pass only rows here whose label is far from the
+// maximum, and would spill.
+template <bool AnyRow>
+CAMKD_DEVICE void correct_sums(float sumT, float sum1, const Reference& reference, const Temperature& temperature,
+                               bool exact, State& state) {
+    const float factor = reference.factor(), factor1 = temperature.factor1(reference, state.max, exact);
+    if (AnyRow && state.max != -INFINITY) {
+        const float own = reference.of_max(state.max, temperature.scale);
+        state.sumT = fmaf(sumT - own, factor, 1.0f);
+        state.sum1 = fmaf(sum1 - temperature.of_max1(own, state.max, exact), factor1, 1.0f);
+    } else {
+        state.sumT = sumT * factor;
+        state.sum1 = sum1 * factor1;
+    }
+}
+
 // Reduces the sums of a thread across the warp, corrects them for their reference, and stores them in lane 0.
+template <bool AnyRow>
 CAMKD_DEVICE void reduce_student(const State& of_thread, const Reference& reference, const Temperature& temperature,
                                  int lane, State& to) {
     const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
-    if (lane != 0) return;
-    to.sumT = sumT * reference.factor();
-    to.sum1 = sum1 * temperature.factor1(reference, to.max);
+    if (lane == 0) correct_sums<AnyRow>(sumT, sum1, reference, temperature, false, to);
 }
 
+template <bool AnyRow>
 CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& student_reference,
                                  const Temperature& temperature, bool entropy, int lane, State& to) {
     const float sumT = warp_sum(of_thread.sumT), sum1 = warp_sum(of_thread.sum1);
@@ -153,8 +171,7 @@ CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& studen
     const Reference reference(to.max, temperature.scale, entropy);
     const float factor = reference.factor();
     const float factor1 = temperature.factor1(reference, to.max, entropy);
-    to.sumT = sumT * factor;
-    to.sum1 = sum1 * factor1;
+    correct_sums<AnyRow>(sumT, sum1, reference, temperature, entropy, to);
     // From scaled distances to logits
     to.cross =
         (cross - (reference.correction() - student_reference.correction()) * sumT) * (factor * temperature.inverse);
@@ -164,7 +181,7 @@ CAMKD_DEVICE void reduce_teacher(const State& of_thread, const Reference& studen
 // The warp's sums relative to the maxima in `states`, where they are stored. Entropies use exact distances from the
 // maximum, because a nearly certain teacher's entropy is close to 0 and would show the error of `rest`. V columns at a
 // time, because a general kernel would need more registers than there are for eight columns of four streams.
-template <class T, int V>
+template <class T, int V, bool AnyRow>
 CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int K, bool entropy,
                                Temperature temperature, int lane, State* states) {
     const float scale = temperature.scale;
@@ -216,11 +233,11 @@ CAMKD_DEVICE void general_sums(const RowBuffer& buffer, const Chunk& chunk, int 
             }
         }
         // Reduce across the warp
-        if (first == 1) reduce_student(student, student_reference, temperature, lane, states[0]);
+        if (first == 1) reduce_student<AnyRow>(student, student_reference, temperature, lane, states[0]);
 #pragma unroll
         for (int g = 0; g < kTeacherGroup; ++g) {
             if (first + g > K) continue;
-            reduce_teacher(teachers[g], student_reference, temperature, entropy, lane, states[first + g]);
+            reduce_teacher<AnyRow>(teachers[g], student_reference, temperature, entropy, lane, states[first + g]);
         }
     }
 }

@@ -63,7 +63,9 @@ class RowStatistics {
             if (group_.lane() == 0) states[k].max = max;
         }
         warp_barrier();
-        general_sums<T, 4>(group_.buffer(), chunk, K, group_.entropy(), group_.temperature(), group_.lane(), states);
+        constexpr bool any_row = FixedK == 0;
+        general_sums<T, 4, any_row>(group_.buffer(), chunk, K, group_.entropy(), group_.temperature(), group_.lane(),
+                                    states);
         warp_barrier();
     }
 
