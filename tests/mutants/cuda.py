@@ -208,7 +208,7 @@ CHANGES = (
     ),
     *changes(
         "csrc/cuda/exponentials.cuh",
-        "tests/cuda/test_row_loss_accuracy.py::test_nearly_certain_rows",
+        f"{ACCURACY}::test_nearly_certain_rows",
         Change("nearly certain rows with the rounding of the power", "if (power == 4) own *= own;", "own = 1;"),
         Change(
             "nearly certain rows with the rounding of the label's own exponential",
@@ -219,11 +219,12 @@ CHANGES = (
             "nearly certain rows of the general passes with the rounding of the power",
             "return power ? raise(of_max)",
             "return power ? 1.0f",
+            tests=f"{ACCURACY}::test_nearly_certain_rows_in_the_general_passes",
         ),
     ),
     *changes(
         "csrc/cuda/row_loss/passes.cuh",
-        "tests/cuda/test_row_loss_accuracy.py::test_nearly_certain_rows_in_the_general_passes",
+        f"{ACCURACY}::test_nearly_certain_rows_in_the_general_passes",
         Change(
             "nearly certain rows with the rounding of the maximum's own exponential",
             "if (AnyRow && state.max != -INFINITY)",
