@@ -377,6 +377,14 @@ def test_infinite_cross_entropies(rows: tuple) -> None:
     agree(student, teachers, target)
 
 
+@pytest.mark.parametrize("temperature", [4.0, 0.7])
+@pytest.mark.parametrize("which", [0, 2], ids=["student", "teacher"])
+def test_rows_without_a_finite_logit(rows: tuple, which: int, temperature: float) -> None:
+    student, teachers, target = rows
+    (student, *teachers)[which][1] = -INF
+    agree(student, teachers, target, temperature=temperature)
+
+
 def test_certain_teachers() -> None:
     """Entropies of exactly 0, in all teachers and in all but the last."""
     target = torch.tensor([1, 2])

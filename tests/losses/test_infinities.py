@@ -215,6 +215,18 @@ def test_shift_of_a_row_changes_nothing(backend):
     assert_near(ours.loss, run(case, backend).loss, rtol=1e-4)
 
 
+@pytest.mark.parametrize("K", [2, 6])
+@pytest.mark.parametrize("of_student", [True, False])
+def test_a_row_without_a_finite_logit_is_nan(of_student, K, backend):
+    case = make_case(4, 70, K, reduction="none", padded=False)
+    (case.student if of_student else case.teachers[1])[2] = -INF
+    for result in (run(case, backend, torch.ones(4)), run_value_and_grad(case, backend)):
+        assert result.loss.isnan().tolist() == [False, False, True, False]
+        assert (
+            result.grad.isnan().all(1).tolist() == result.grad.isnan().any(1).tolist() == result.loss.isnan().tolist()
+        )
+
+
 def test_nan_stays_in_its_row(backend):
     case = make_case(9, 33, reduction="none")
     student = case.student.clone()
