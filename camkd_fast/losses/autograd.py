@@ -26,13 +26,13 @@ def savable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def save(ctx: Any, *tensors: Tensor) -> None:
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward` that takes tensors made under torch.inference_mode as well; see `saved`."""
-    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor.is_inference()}
+    ctx.inference = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()}
     ctx.save_for_backward(*(None if i in ctx.inference else tensor for i, tensor in enumerate(tensors)))
 
 
-def saved(ctx: Any) -> list[Tensor]:
+def saved(ctx: Any) -> list[Any]:
     """The tensors of `save`."""
     return [ctx.inference.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
 

@@ -53,7 +53,7 @@ def _confidence_and_divisor(
     second = second_rows(second, dtype)
     rows = [row_view(z) for z in logits]
     inverse: float | Tensor = 1.0
-    if not target.is_cuda:
+    if target.is_cpu:
         valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index, second)
         if valid is not None:
             inverse, counted = 1.0 / max(valid, 1), False

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends.contract import HARD, SOFT, RowLossResult
+from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks, linear_checks
+from .entry import KERNEL, way_of_call
 from .formula import Formula, check_choice
+from .linear_checks import autocast_enabled
 from .linear_chunks import LinearCall, Side
 from .linear_op import linear_loss, linear_loss_rows
 from .scale_plan import inverse_divisor
@@ -153,15 +156,14 @@ def _factor(
     if reduction != "mean":
         return 1.0 if reduction == "sum" else None
     labels, ignore_index = call.labels, call.formula.ignore_index
-    counts = labels.is_cpu and not torch.compiler.is_compiling()
+    counts = labels.is_cpu and way_of_call() is KERNEL and are_dense([labels])  # a trace would keep the number
     valid = checks.count_labels(labels, call.classes, ignore_index) if counts else None
     return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    device = hidden.device.type
-    enabled = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if enabled else None
+    enabled = autocast_enabled(hidden) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(hidden.device.type) if enabled else None
 
 
 def _output(

@@ -65,7 +65,7 @@ def _checked_side(model: str, side: Side, student: Tensor | None) -> Side:
         if student is not None:
             checks.check_frozen(f"{model}'s {field}", tensor)
         checks.check_device(f"{model}'s {field}", tensor, "student's hidden", hidden if student is None else student)
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if tensor.dtype != hidden.dtype and not autocast_enabled(hidden):
             raise TypeError(f"{model}'s {field} is {tensor.dtype}, but its hidden states are {hidden.dtype}")
     if hidden.dim() == 0 or head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.shape[0] == 0:
         raise ValueError(
@@ -79,6 +79,12 @@ def _checked_side(model: str, side: Side, student: Tensor | None) -> Side:
             f"{model}'s hidden states have shape {tuple(hidden.shape)}, but the student's have {tuple(student.shape)}"
         )
     return Side(hidden, head, bias)
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """For the device of `tensor`; meta tensors have none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _dense(name: str, tensor: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class LinearCall(NamedTuple):
 class LinearGradients(NamedTuple):
     """What of the student gets a gradient, or such gradients."""
 
-    hidden: Tensor | None  # (N, H) in the accumulation dtype of the hidden states, as are the others
-    head: Tensor | None  # (C, H)
+    hidden: Tensor | None  # (N, H) in the dtype of the hidden states
+    head: Tensor | None  # (C, H), as the bias in the accumulation dtype
     bias: Tensor | None  # (C,)
 
 

@@ -1,7 +1,9 @@
 """The linear loss as registered operators with their gradients: one path in eager mode and under torch.compile.
 
 Gradients of "mean" and "sum" are computed with the loss, because the logits exist only then; backward multiplies them
-by its own. For a loss per row the factors are not known before backward, which computes the chunks a second time.
+by its own, for float16 products also by the factor of the sum: gradients of the logits that are divided by the number
+of tokens already would underflow, whatever a GradScaler multiplies by afterwards. For a loss per row the factors are
+not known before backward, which computes the chunks a second time.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LOSS, row_stats_count
+from ..backends.dispatch import backend_for
 from ..backends.memory import is_ordinary
 from ..backends.reference import accumulation_dtype
 from . import checks
-from .autograd import first_order, is_one, keeps_graph
+from .autograd import first_order, is_one, keeps_graph, save, saved
 from .formula import Formula
 from .linear_chunks import LinearCall, LinearChunks, LinearGradients, Side
+from .scale_plan import can_divide_in_kernel
 from .vocabulary import VocabularyShard
 
 # A LinearCall in types that a schema has.
@@ -71,7 +75,7 @@ def _call_of(arguments: Sequence[Any]) -> LinearChunks:
         Side(hidden, head, bias), teachers, labels, vocab_size, formula, inputs, logits, chunk_rows, max_chunk_bytes,
         num_valid, shard, backend,
     )  # fmt: skip
-    if not labels.is_cuda:
+    if labels.is_cpu:
         checks.count_labels(labels, call.classes, ignore_index)
     return LinearChunks(call, tuple(needs))
 
@@ -84,8 +88,18 @@ def _results(gradients: LinearGradients, like: Tensor) -> tuple[Tensor, ...]:
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     *call, number, on_device = arguments
     factor = number if on_device is None else on_device
-    stats, gradients = _call_of(call).run(factor)
+    stats, gradients = _call_of(call).run(1.0 if _scales_in_backward(call) else factor)
     return ((stats[LOSS].sum() * factor).reshape(()), stats, *_results(gradients, stats))
+
+
+def _scales_in_backward(call: Sequence[Any]) -> bool:
+    """Whether backward multiplies the gradients by the factor of the sum."""
+    return not can_divide_in_kernel(_product_dtype(call))
+
+
+def _product_dtype(call: Sequence[Any]) -> torch.dtype:
+    hidden, inputs = call[0], call[13]
+    return inputs or hidden.dtype
 
 
 def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -105,8 +119,7 @@ torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_bac
 
 
 def _fake_stats(call: Sequence[Any]) -> Tensor:
-    hidden, hiddens, labels, inputs = call[0], call[3], call[6], call[13]
-    dtype = accumulation_dtype(inputs or hidden.dtype)
+    hiddens, labels, dtype = call[3], call[6], accumulation_dtype(_product_dtype(call))
     constants, weighting, divergence, ignore_index = call[8:12]
     formula = Formula.from_constants(constants, weighting, divergence, ignore_index, None)
     count = row_stats_count(len(hiddens), formula.entropy)
@@ -163,11 +176,14 @@ def _keep_parameters(ctx: Any, inputs: Sequence[Any], *others: Tensor) -> None:
     ctx.needs, ctx.K, ctx.count = inputs[_NEEDS], len(inputs[3]), len(inputs)
     ctx.set_materialize_grads(False)  # else the other outputs, as large as head and hidden states, get zeros
     ctx.all_biased = all(bias is not None for bias in inputs[5])
-    ctx.save_for_backward(*inputs[:3], *others)
+    save(ctx, *inputs[:3], *others)
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_parameters(ctx, inputs, *output[2:])
+    *call, number, on_device = inputs
+    late = _scales_in_backward(call)
+    ctx.factor, ctx.backend = number if late and on_device is None else 1.0, call[_NEEDS - 1]
+    _keep_parameters(ctx, inputs, *output[2:], on_device if late else None)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -175,23 +191,28 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_loss(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_loss is None:
         return _inputs_gradients((None, None, None), ctx)
-    gradients = ctx.saved_tensors[3:]
+    *gradients, on_device = saved(ctx)[3:]
+    if ctx.factor != 1.0 or on_device is not None:
+        grad_loss = grad_loss * (ctx.factor if on_device is None else on_device.reshape(()))
     found = [
-        _times(gradient, grad_loss, dtype) if needed and dtype is not None else None
+        _times(gradient, grad_loss, dtype, ctx.backend) if needed and dtype is not None else None
         for gradient, needed, dtype in zip(gradients, ctx.needs, ctx.dtypes, strict=True)
     ]
     return _inputs_gradients(found, ctx)
 
 
-def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * factor in `dtype`; in place if nobody needs it again."""
     if not is_ordinary([gradient, factor]):
-        return (gradient * factor).to(dtype)
+        return (gradient.to(factor.dtype) * factor).to(dtype)
     in_place = gradient.dtype == dtype and not keeps_graph()
     if is_one(factor):
         return gradient if in_place else gradient.to(dtype, copy=True)
     if gradient.dtype == dtype:
-        return torch.mul(gradient, factor, out=gradient if in_place else torch.empty_like(gradient))
+        # Not torch.mul, which on a GPU rounds the factor to the gradient's dtype: 65536 is infinite in float16
+        rows = gradient.reshape(len(gradient), -1)
+        out = rows if in_place else torch.empty_like(rows)
+        return backend_for(backend, [rows]).scale_rows(rows, factor.reshape(1), out).view(gradient.shape)
     # By parts, because products of another dtype than the result's are stored before they are rounded
     result = torch.empty_like(gradient, dtype=dtype)
     rows = max(1, _PART_BYTES * len(gradient) // max(gradient.nbytes, 1))
@@ -216,7 +237,7 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_rows(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_losses is None:
         return _inputs_gradients((None, None, None), ctx)
-    hidden, head, bias, labels, *others = ctx.saved_tensors
+    hidden, head, bias, labels, *others = saved(ctx)
     hiddens, heads, others = others[: ctx.K], others[ctx.K : 2 * ctx.K], others[2 * ctx.K :]
     rest = list(ctx.rest)
     if ctx.has_weights:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from camkd_fast.losses import linear_op
 from tests.support.linear_cases import (
@@ -186,3 +188,52 @@ def test_frozen_models_have_no_graph() -> None:
     assert not evaluate(case, case.hidden, case.head, case.bias).loss.requires_grad
     with torch.no_grad():
         assert not evaluate(case, case.hidden.requires_grad_(), case.head, case.bias).loss.requires_grad
+
+
+# --- calls without numbers, and calls that are recorded ---------------------------------------------------------------
+
+
+def test_tensors_with_shapes_only() -> None:
+    case = make_linear_case(8, 10)
+    parameters = [x.clone().requires_grad_() for x in (case.hidden, case.head, case.bias)]
+    with FakeTensorMode() as mode:
+        student = [mode.from_tensor(x) for x in parameters]
+        fake = {
+            name: tuple(x if x is None else mode.from_tensor(x) for x in getattr(case, name))
+            for name in ("teacher_hidden", "teacher_heads", "teacher_biases")
+        }
+        loss = evaluate(case.with_(target=mode.from_tensor(case.target), **fake), *student).loss
+        gradients = torch.autograd.grad(loss, student)
+    assert loss.shape == () and [g.shape for g in gradients] == [x.shape for x in student]
+    meta = case.with_(
+        target=case.target.to("meta"),
+        **{name: tuple(x if x is None else x.to("meta") for x in getattr(case, name)) for name in fake},
+    )
+    assert evaluate(meta, *(x.to("meta") for x in (case.hidden, case.head, case.bias))).loss.is_meta
+
+
+@pytest.mark.parametrize("num_items", [None, torch.tensor(5.0)], ids=["rows", "num_items"])
+def test_a_trace_counts_the_labels_of_each_call(num_items: Tensor | None) -> None:
+    case = make_linear_case(8, 10, num_items=num_items)
+
+    def loss_of(target: Tensor) -> Tensor:
+        return evaluate(case.with_(target=target), case.hidden, case.head, case.bias).loss
+
+    traced = make_fx(loss_of)(case.target)
+    other = case.target.clone()
+    other[:4] = -100
+    assert_near(traced(other), loss_of(other))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_teachers_of_inference_mode(reduction: str) -> None:
+    case = make_linear_case(20, 30, hard_weight=1.0, reduction=reduction)
+    grad_output = torch.rand(20) if reduction == "none" else None
+    with torch.inference_mode():
+        hiddens = tuple(hidden.clone() for hidden in case.teacher_hidden)
+        weights = torch.rand(2, 20)
+    for weighting in ("confidence", weights):
+        inference = case.with_(teacher_hidden=hiddens, weighting=weighting)
+        expected = case.with_(weighting=weighting if isinstance(weighting, str) else weighting.clone())
+        for ours, theirs in zip(run(inference, grad_output), run(expected, grad_output), strict=True):
+            assert ours is None or torch.equal(ours, theirs)
