@@ -72,8 +72,8 @@ def _inside(model: Any) -> nn.Module | None:
 
 def call_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) as the forward of `inner`, called through `wrapper`, so that the hooks of both run."""
-    while "_orig_mod" in wrapper._modules:  # compiled code would not see the other forward
-        wrapper = wrapper._modules["_orig_mod"]  # type: ignore[assignment]
+    # Compiled code would not see the other forward
+    wrapper, inner = (_before_compilation(module) for module in (wrapper, inner))
     own = vars(inner).get("forward")  # accelerate and TRL set one at the instance
 
     def restore() -> None:
@@ -90,6 +90,12 @@ def call_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., An
         return wrapper(*arguments)
     finally:
         restore()
+
+
+def _before_compilation(module: nn.Module) -> nn.Module:
+    while "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return module
 
 
 def backbone(model: Any) -> nn.Module:
@@ -191,7 +197,7 @@ def check_logits(model: Any) -> None:
         ValueError: they differ, as where a model does something of its own between backbone and head.
     """
     inner = unwrapped(model)
-    was_training = inner.training
+    training = [module for module in inner.modules() if module.training]
     inner.eval()
     try:
         head = output_head(inner)
@@ -199,7 +205,8 @@ def check_logits(model: Any) -> None:
         found = head.logits(hidden_states(inner, inputs)).float()
         expected = inner(**inputs, use_cache=False).logits.float()
     finally:
-        inner.train(was_training)
+        for module in training:
+            module.training = True
     error, size = float((found - expected).norm()), float(expected.norm())
     if not error <= 0.05 * size:  # half precision rounds
         raise ValueError(

@@ -35,15 +35,14 @@ class Labels(NamedTuple):
     def cross_entropy(self, logits: Tensor, smoothing: float, num_items: float | Tensor | None) -> Tensor:
         """Scalar, differentiable: the sum over rows divided by `num_items`, or by the rows that count if it is None."""
         if self.second_target is None or self.mix is None:
-            rows = "mean" if num_items is None else "sum"
-            loss = F.cross_entropy(logits, self.target, reduction=rows, label_smoothing=smoothing)
-            return loss / (1 if num_items is None else num_items)
+            total = F.cross_entropy(logits, self.target, reduction="sum", label_smoothing=smoothing)
+            return total / self._divisor(num_items)
         kept, mix = self.target != IGNORED, self.mix.to(logits.dtype)
         total = logits.new_zeros(())
         for target, share in ((self.target, mix), (self.second_target, 1 - mix)):
             each = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
             total = total + torch.where(kept & (share != 0), share * each, 0.0).sum()
-        return total / (kept.sum() if num_items is None else num_items)
+        return total / self._divisor(num_items)
 
     def smoothing_slope(self, logits: Tensor) -> Tensor:
         """d/d logits (N, C) of what label smoothing adds to the summed cross-entropy, per unit of smoothing.
@@ -63,4 +62,8 @@ class Labels(NamedTuple):
         """Scalar, differentiable: the sum that `smoothing_slope` describes, divided as in `cross_entropy`."""
         slope = self.smoothing_slope(logits)
         total = torch.where(slope != 0, slope * logits, 0.0).sum()
-        return total / ((self.target != IGNORED).sum() if num_items is None else num_items)
+        return total / self._divisor(num_items)
+
+    def _divisor(self, num_items: float | Tensor | None) -> float | Tensor:
+        """`num_items`, or how many rows count, at least 1."""
+        return (self.target != IGNORED).sum().clamp(min=1) if num_items is None else num_items

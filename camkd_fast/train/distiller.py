@@ -205,10 +205,10 @@ class Distiller(nn.Module):
             weights = out.weights.sum(1)
             roots, gradients = [student.logits], [gradient]
         else:
-            root = labels.cross_entropy(student.logits.float(), self.label_smoothing, num_items)
+            root = labels.cross_entropy(_wide(student.logits), self.label_smoothing, num_items)
             loss = hard = root.detach()
             soft = torch.zeros_like(hard)
-            roots, gradients = [root], [scale.reshape(())]
+            roots, gradients = [root], [scale.reshape(()).to(root.dtype)]
         if term is not None:
             roots += term.roots or [term.loss]
             gradients += term.gradients or [scale.reshape(()).to(term.loss.dtype)]

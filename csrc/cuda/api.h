@@ -7,6 +7,8 @@ namespace camkd::cuda {
 
 // Makes a device the current one, and returns the one before.
 int exchange_device(int index);
+// Makes it the current one again. For destructors: an error of the device has been reported by what failed.
+void return_to_device(int index) noexcept;
 
 // Numbers that a launch for N rows may write to BatchOutput::others, on the current device.
 int64_t batch_floats(int64_t N);

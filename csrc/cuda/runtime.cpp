@@ -72,6 +72,11 @@ int exchange_device(int index) {
     return before;
 }
 
+void return_to_device(int index) noexcept {
+    int now = index;
+    if (cudaGetDevice(&now) == cudaSuccess && now != index) cudaSetDevice(index);
+}
+
 const Limits& device_limits() {
     static std::mutex mutex;
     static std::map<int, Limits> cache;
@@ -117,6 +122,7 @@ int64_t resident_blocks_of(const void* kernel, const LaunchConfig& config) {
 }
 
 void launch_address(const void* kernel, const LaunchConfig& config, void* launch, const LaunchOptions& options) {
+    if (config.blocks < 1) throw std::logic_error("launch of " + std::to_string(config.blocks) + " blocks");
     cudaLaunchAttribute attribute{};
     const cudaLaunchConfig_t native = native_config(config, options.stream, &attribute);
     void* arguments[] = {launch};

@@ -6,7 +6,7 @@
 namespace camkd::cuda {
 
 void scale_rows(const ScaleRowsArgs& args, const LaunchOptions& options) {
-    if (args.N == 0) return;
+    if (args.N * args.C == 0) return;
     ScaleLaunch launch{args, false};
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Pack) == 0; };
     launch.wide = aligned(args.grad) && aligned(args.out);

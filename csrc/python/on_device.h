@@ -17,7 +17,7 @@ class OnDevice {
   public:
     explicit OnDevice(const dlpack::Device& device) : before_(exchange_device(device.index)) {}
     OnDevice(const OnDevice&) = delete;
-    ~OnDevice() { exchange_device(before_); }
+    ~OnDevice() { return_to_device(before_); }
 
   private:
     int before_;

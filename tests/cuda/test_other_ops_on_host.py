@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from camkd_fast import weighted_feature_loss
 from tests.support.cases import poisoned_slice
 from tests.support.op_contract import (
     LAYOUT_PAIRS,
@@ -82,6 +83,9 @@ def test_feature_loss(emulated: ModuleType, multiprocessors: int, separate: bool
 
 
 def test_no_samples() -> None:
+    maps, weights = torch.ones(0, 5, requires_grad=True), torch.ones(1, 0)
+    weighted_feature_loss([maps], [torch.ones(0, 5)], weights, backend="cuda").backward()
+    assert maps.grad is not None and maps.grad.shape == (0, 5)
     result = cuda_backend.feature_loss([torch.ones(0, 5)], [torch.ones(0, 5)], torch.ones(1, 0), needs_grad=True)
     assert result.loss == 0 and result.error.shape == (1, 0) and result.grads[0].shape == (0, 5)
 

@@ -218,6 +218,13 @@ def test_a_compiled_model_is_looked_into(two: list[Any]) -> None:
     assert fused(torch.compile(model), batch, two).item() == expected
 
 
+def test_a_compiled_head_is_looked_into(two: list[Any]) -> None:
+    model, batch = causal_lm(), token_batch()
+    expected = fused(model, batch, two).item()
+    model.lm_head = torch.compile(model.lm_head)
+    assert fused(model, batch, two).item() == expected
+
+
 # --- teachers, heads, errors -----------------------------------------------------------------------------------------
 
 
@@ -270,8 +277,9 @@ def test_other_models_are_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_head_and_config(kind: str) -> None:
     model = causal_lm(kind)
+    frozen = next(module for module in model.modules() if isinstance(module, nn.Embedding)).eval()
     check_logits(model)
-    assert model.training and is_in_place(model)
+    assert model.training and not frozen.training and is_in_place(model)
 
 
 def test_a_model_with_logits_of_its_own_is_refused() -> None:

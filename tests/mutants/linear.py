@@ -108,8 +108,8 @@ CHANGES = (
         LOSS,
         Change(
             "an incoming gradient is forgotten",
-            "return torch.mul(gradient, factor, out=",
-            "return torch.mul(gradient, 1.0, out=",
+            "scale_rows(rows, factor.reshape(1), out)",
+            "scale_rows(rows, torch.ones(1), out)",
         ),
         Change(
             "a retained graph is scaled in place",
@@ -118,8 +118,20 @@ CHANGES = (
         ),
         Change(
             "parameters may change before backward",
-            "ctx.save_for_backward(*inputs[:3], *others)",
-            "ctx.save_for_backward(*(x if x is None else x.detach().clone() for x in inputs[:3]), *others)",
+            "save(ctx, *inputs[:3], *others)",
+            "save(ctx, *(x if x is None else x.detach().clone() for x in inputs[:3]), *others)",
+        ),
+        Change(
+            "float16 is divided before it is scaled",
+            "return not can_divide_in_kernel(_product_dtype(call))",
+            "return False",
+            tests="tests/losses/test_linear_float16.py",
+        ),
+        Change(
+            "a factor on the device is rounded with the gradient",
+            "rows = gradient.reshape(len(gradient), -1)",
+            "return gradient * factor.to(dtype)\n        rows = gradient.reshape(len(gradient), -1)",
+            tests="tests/losses/test_linear_float16.py",
         ),
         Change(
             "the loss without its factor", "(stats[LOSS].sum() * factor).reshape(())", "stats[LOSS].sum().reshape(())"
@@ -147,7 +159,17 @@ CHANGES = (
             "return inverse_divisor(num_items, valid,",
             "return inverse_divisor(None, valid,",
         ),
-        Change("autocast is ignored", "return torch.get_autocast_dtype(device) if enabled else None", "return None"),
+        Change(
+            "autocast is ignored",
+            "return torch.get_autocast_dtype(hidden.device.type) if enabled else None",
+            "return None",
+        ),
+        Change(
+            "a trace keeps the number of labels",
+            "labels.is_cpu and way_of_call() is KERNEL and",
+            "labels.is_cpu and",
+            tests="tests/losses/test_linear_autograd.py",
+        ),
         Change("the module forgets given weights", '{**self.settings, "weighting": weighting}', "self.settings"),
     ),
     *changes(

@@ -125,6 +125,15 @@ def test_images_without_a_label_do_not_count(name: str, part: str) -> None:
     assert some.loss.item() == pytest.approx(first.loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("part", PARTS)
+def test_a_batch_without_labels_has_a_loss_of_zero(name: str, part: str) -> None:
+    made = distiller(name, 0.3)
+    out = made(DATA.images.double(), torch.full_like(DATA.target, -100), **PARTS[part])
+    out.loss.backward()
+    assert out.loss == 0 and out.hard == 0 and not gradients(made.student).any()
+
+
 def test_accuracy_counts_the_label_with_the_larger_share() -> None:
     labels = Labels(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([0.4, 0.5, 1.0]))
     assert labels.largest.tolist() == [4, 2, 3] and Labels(labels.target).largest is labels.target

@@ -71,8 +71,9 @@ class AEKD(Strategy):
     """Weights of the min-norm combination of the K gradients of the soft loss (Du et al. 2020).
 
     One weight per teacher and batch, at most `cap`, from the gradients with respect to the student's (N, C) logits.
-    The Gram matrix is summed over all ranks, so weights do not depend on how a batch is split. (The official code
-    averages each gradient over the batch before it takes inner products.)
+    In training mode the Gram matrix is summed over all ranks, so weights do not depend on how a batch is split; in
+    evaluation it is not, since one rank may evaluate alone. (The official code averages each gradient over the batch
+    before it takes inner products.)
     """
 
     name, label, color = "aekd", "AEKD", "#cc79a7"
@@ -91,6 +92,6 @@ class AEKD(Strategy):
             ]
             stacked = torch.stack(gradients)
             gram = stacked @ stacked.T
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gram)
         return min_norm_weights(gram, self.cap)

@@ -4,6 +4,8 @@
 #include "../../../csrc/cuda/row_loss/pipeline.cuh"
 #include "../../../csrc/python/tensors.h"
 
+void camkd::cuda::return_to_device(int) noexcept {}
+
 int camkd::cuda::exchange_device(int) {
     return 0;
 }
