@@ -22,6 +22,8 @@ FORMULA_FIELDS: tuple[str, ...]  # in order
 DTYPES: tuple[str, ...]  # by dtype code
 WEIGHTINGS: tuple[str, ...]  # by weighting code
 ROW_SUMS: int  # of a stream, where the columns are a shard
+SHARDS: tuple[str, ...]  # what to do with a shard, by code
+DIVERGENCES: tuple[str, ...]  # by divergence code
 RECYCLED_BYTES: int  # smaller outputs are allocated by torch
 FEATURE_PARTS: int  # numbers of scratch after the errors of cuda_features
 

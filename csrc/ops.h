@@ -26,6 +26,7 @@ enum class Shard : int {
     mixtures = 2,  // of jsd and skew, given the sums of the whole rows: those over the mixtures, of these columns
     results = 3,   // row_stats, and the gradient of these columns, given all sums of the whole rows
 };
+constexpr const char* kShardNames[] = {"none", "sums", "mixtures", "results"};
 
 struct RowLossArgs {
     int64_t N, C, S;

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,10 +39,7 @@ def row_sums(
 ) -> Tensor:
     """See `contract.ShardBackend`."""
     K, N = len(teachers), target.shape[0]
-    if whole is None:
-        sums = torch.empty((K + 1, contract.ROW_SUMS, N), dtype=torch.float32, device=student.device)
-    else:
-        sums = whole.clone(memory_format=torch.contiguous_format)
+    sums = contract.new_row_sums(whole, K, target)
     if N > 0:
         launch = shard_launcher(layouts([student, *teachers]), None, _named(formula), whole is not None)
         launch(student, tuple(teachers), target, sums)

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _C  # after torch, whose OpenMP runtime it shares
+from ..losses.divergence import DIVERGENCES
 from ..losses.formula import WEIGHTINGS, Formula
-from .contract import COMPILED_DTYPES, MAX_TEACHERS, ROW_SUMS, TEMPERATURE_POWERS, SecondLabels
+from .contract import COMPILED_DTYPES, MAX_TEACHERS, ROW_SUMS, TEMPERATURE_POWERS, SecondLabels, new_row_sums
 from .feature_maps import map_pair
+
+# What a kernel does with rows of which some of the columns are here, by code (csrc/ops.h).
+_SHARDS = ("none", "sums", "mixtures", "results")
 
 # Constants that C++ and Python both spell. A difference would be a wrong result, so it is refused on import.
 for _name, _ours, _theirs in (
     ("most teachers", MAX_TEACHERS, _C.MAX_TEACHERS),
     ("temperature powers", TEMPERATURE_POWERS, _C.TEMPERATURE_POWERS),
     ("weightings", WEIGHTINGS, _C.WEIGHTINGS),
+    ("divergences", DIVERGENCES, _C.DIVERGENCES),
     ("sums of a row", ROW_SUMS, _C.ROW_SUMS),
+    ("parts of a shard", _SHARDS, _C.SHARDS),
     ("dtypes", tuple(str(dtype).removeprefix("torch.") for dtype in COMPILED_DTYPES), _C.DTYPES),
     ("fields of Formula", Formula._fields, _C.FORMULA_FIELDS),
 ):
@@ -30,12 +35,11 @@ for _name, _ours, _theirs in (
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(COMPILED_DTYPES)}
 
 Matrix = tuple[int, int, int, int]
-Shard = tuple[int, int]  # what to do with rows of which some columns are here (csrc/ops.h), address of the sums
+Shard = tuple[int, int]  # code of _SHARDS, address of the sums
 CompiledMap = tuple[int, int, int, int, int]  # address, strides of n, p and q, dtype code
 CompiledPair = tuple[tuple[int, int], CompiledMap, CompiledMap]  # (P, Q), student, teacher
 NO_WEIGHTS = (0, 0, 0)
 NO_SHARD: Shard = (0, 0)
-_SUMS, _MIXTURES, _RESULTS = 1, 2, 3
 
 
 def matrix(logits: Tensor) -> Matrix:
@@ -55,18 +59,15 @@ def weights_of(formula: Formula) -> tuple[int, int, int]:
     return given_weights(formula.weighting) if isinstance(formula.weighting, Tensor) else NO_WEIGHTS
 
 
-def new_sums(whole: Tensor | None, K: int, like: Tensor) -> tuple[Tensor, Shard]:
-    """Memory for the sums over some of the columns, and what a kernel is to write there; see `contract`."""
-    if whole is not None:
-        sums = whole.clone(memory_format=torch.contiguous_format)
-        return sums, (_MIXTURES, sums.data_ptr())
-    sums = torch.empty((K + 1, ROW_SUMS, *like.shape[:1]), dtype=torch.float32, device=like.device)
-    return sums, (_SUMS, sums.data_ptr())
+def new_sums(whole: Tensor | None, K: int, target: Tensor) -> tuple[Tensor, Shard]:
+    """`new_row_sums`, and what a kernel is to write there."""
+    sums = new_row_sums(whole, K, target)
+    return sums, (_SHARDS.index("sums" if whole is None else "mixtures"), sums.data_ptr())
 
 
 def shard_of(sums: Tensor) -> Shard:
     """For the results of rows with these sums, contiguous."""
-    return _RESULTS, sums.data_ptr()
+    return _SHARDS.index("results"), sums.data_ptr()
 
 
 def second_of(second: SecondLabels | None) -> tuple[int, int]:

@@ -43,6 +43,13 @@ def new_row_outputs(
     return row_stats, torch.empty((N, C), dtype=student.dtype, device=device) if out is None else out
 
 
+def new_row_sums(whole: Tensor | None, K: int, target: Tensor) -> Tensor:
+    """Memory (K + 1, ROW_SUMS, N) float32 for the sums over a shard, which begins as a copy of `whole` if given."""
+    if whole is not None:
+        return whole.clone(memory_format=torch.contiguous_format)
+    return torch.empty((K + 1, ROW_SUMS, target.shape[0]), dtype=torch.float32, device=target.device)
+
+
 class RowLossResult(NamedTuple):
     """The numbers of N rows and K teachers before any reduction."""
 

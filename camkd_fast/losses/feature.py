@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.contract import MAX_TEACHERS, SecondLabels
+from ..backends.dispatch import BACKENDS
 from ..backends.reference import accumulation_dtype, feature_rows
 from . import checks
 from .confidence_op import confidence_in_one_call, confidence_rows
@@ -260,6 +261,8 @@ class CAMKDFeatureLoss(nn.Module):
         super().__init__()
         if not 1 <= len(teacher_channels) <= MAX_TEACHERS:
             raise ValueError(f"teacher_channels must hold 1 to {MAX_TEACHERS}, got {len(teacher_channels)}")
+        check_ignore_index(ignore_index)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.detach_weights, self.ignore_index, self.backend = detach_weights, ignore_index, backend
         self.regressors = nn.ModuleList(
             nn.Sequential(

@@ -197,6 +197,9 @@ def _output(
     )
 
 
+_CHECKED = inspect.signature(linear_checks.check_settings).parameters
+
+
 class CAMKDLinearLoss(nn.Module):
     """`camkd_linear_loss` as a module without parameters: its settings at construction, tensors in the call.
 
@@ -218,9 +221,12 @@ class CAMKDLinearLoss(nn.Module):
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self._OF_A_BATCH]
         for name in settings:
             check_choice("a setting of CAMKDLinearLoss", name, known)
+        if not isinstance(weighting, str):
+            raise TypeError(f"weighting must be a name, got {type(weighting).__name__}: a tensor is given in the call")
         self.settings: dict[str, Any] = {"weighting": weighting, **settings}
         fields = {name: value for name, value in self.settings.items() if name in Formula._fields}
         Formula(**fields).checked()
+        linear_checks.check_settings(**{name: value for name, value in settings.items() if name in _CHECKED})
 
     def forward(
         self,

@@ -148,13 +148,13 @@ def _checked_shard(
 
 
 def check_settings(
-    reduction: str,
-    num_items: float | Tensor | None,
-    chunk_rows: int | None,
-    max_chunk_bytes: float,
-    num_valid: int | None,
-    logits_dtype: torch.dtype | None,
-    backend: str,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    chunk_rows: int | None = None,
+    max_chunk_bytes: float = 1.0,
+    num_valid: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> None:
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)

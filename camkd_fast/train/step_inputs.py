@@ -40,7 +40,10 @@ class StepInputs:
         self._number = 0
 
     def fill(self, given: Sequence[Tensor]) -> None:
-        """Copy the inputs of a step, in the order of the current stream; the caller may change them afterwards."""
+        """Copy the inputs of a step, in the order of the current stream.
+
+        The caller may change them afterwards, but for pinned tensors, which the device reads later.
+        """
         slot = self._slots[self._number % SLOTS]
         self._number += 1
         slot.pack([tensor for tensor, packed in zip(given, self._packed, strict=True) if packed])

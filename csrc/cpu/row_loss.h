@@ -32,6 +32,8 @@ class Scratch {
   private:
     void release() {
         if (data_) ::operator delete(data_, std::align_val_t(64));
+        data_ = nullptr;
+        capacity_ = 0;
     }
     float* data_ = nullptr;
     int64_t capacity_ = 0;

@@ -90,6 +90,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("DTYPES") = exported(kDTypeNames);
     m.attr("WEIGHTINGS") = exported(kWeightingNames);
     m.attr("ROW_SUMS") = kRowSums;
+    m.attr("SHARDS") = exported(kShardNames);
+    m.attr("DIVERGENCES") = exported(kDivergenceNames);
     m.attr("RECYCLED_BYTES") = kRecycledBytes;
     m.attr("FEATURE_PARTS") = kFeatureParts;
     py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())

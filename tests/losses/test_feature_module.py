@@ -160,3 +160,10 @@ def test_a_few_steps_reduce_the_loss_and_do_not_change_the_heads(backend):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(head.classifier.weight, old) for head, old in zip(heads, before, strict=True))
+
+
+def test_settings_are_checked_at_construction() -> None:
+    with pytest.raises(ValueError, match="backend must be one of .*, got 'tpu'"):
+        CAMKDFeatureLoss(4, [8], backend="tpu")
+    with pytest.raises(TypeError, match="ignore_index must be an int, got str"):
+        CAMKDFeatureLoss(4, [8], ignore_index="none")  # type: ignore[arg-type]

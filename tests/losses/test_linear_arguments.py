@@ -128,5 +128,13 @@ def test_the_module() -> None:
     assert "divergence=('jsd', 0.5)" in repr(module) and not list(module.parameters())
     with pytest.raises(ValueError, match="got 'num_valid'"):
         CAMKDLinearLoss(num_valid=3)
-    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
-        CAMKDLinearLoss(temperature=0)
+    for wrong, words in (
+        ({"temperature": 0}, "temperature must be finite and > 0, got 0"),
+        ({"reduction": "max"}, "reduction must be one of .*, got 'max'"),
+        ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
+        ({"backend": ["cpu"]}, r"backend must be one of .*, got \['cpu'\]"),
+        ({"ignore_index": 2**70}, "ignore_index must be an int64, got 1180591620717411303424"),
+        ({"weighting": weights}, "weighting must be a name, got Tensor: a tensor is given in the call"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            CAMKDLinearLoss(**wrong)
