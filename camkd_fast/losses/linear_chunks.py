@@ -65,7 +65,7 @@ class LinearGradients(NamedTuple):
 class LinearChunks:
     """One evaluation of a call."""
 
-    def __init__(self, call: LinearCall, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(self, call: LinearCall, needs: Sequence[bool]) -> None:
         """
         Args:
             needs: whether hidden states, head and bias of the student get a gradient.

@@ -9,7 +9,7 @@ not known before backward, which computes the chunks a second time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +25,58 @@ from .linear_chunks import LinearCall, LinearChunks, LinearGradients, Side
 from .scale_plan import can_divide_in_kernel
 from .vocabulary import VocabularyShard
 
-# A LinearCall in types that a schema has.
+
+class _Call(NamedTuple):
+    """A LinearCall, in types that a schema has: the arguments of an operator, in its order."""
+
+    hidden: Tensor
+    head: Tensor
+    bias: Tensor | None
+    teacher_hidden: Sequence[Tensor]
+    teacher_heads: Sequence[Tensor]
+    teacher_biases: Sequence[Tensor | None]
+    labels: Tensor
+    vocab_size: int
+    constants: Sequence[float]
+    weighting: str
+    divergence: str
+    ignore_index: int
+    weights: Tensor | None  # given ones
+    inputs: torch.dtype | None
+    logits: torch.dtype | None
+    chunk_rows: int | None
+    max_chunk_bytes: float
+    num_valid: int | None
+    group_name: str | None
+    first_class: int
+    reduce_input_grad: bool
+    backend: str
+    needs: Sequence[bool]  # whether hidden states, head and bias get a gradient
+
+    @property
+    def student(self) -> Side:
+        return Side(self.hidden, self.head, self.bias)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the student's products round to."""
+        return self.inputs or self.hidden.dtype
+
+    @property
+    def scales_in_backward(self) -> bool:
+        """Whether backward multiplies the gradients by the factor of the sum."""
+        return not can_divide_in_kernel(self.product_dtype)
+
+
+_LENGTH = len(_Call._fields)
+# The types of these fields.
 _CALL = (
     "Tensor hidden, Tensor head, Tensor? bias, Tensor[] teacher_hidden, Tensor[] teacher_heads, "
     "Tensor?[] teacher_biases, Tensor labels, int vocab_size, float[] constants, str weighting, str divergence, "
     "int ignore_index, Tensor? weights, ScalarType? inputs, ScalarType? logits, int? chunk_rows, "
-    "float max_chunk_bytes, int? num_valid, str? group, int first_class, bool reduce_input_grad, str backend, "
+    "float max_chunk_bytes, int? num_valid, str? group_name, int first_class, bool reduce_input_grad, str backend, "
     "bool[] needs"
 )
-_CALL_LENGTH, _NEEDS = 23, 22
 
 _PART_BYTES = 64 << 20  # of a gradient that is rounded
 
@@ -49,35 +92,53 @@ torch.library.define(
 )
 
 
-def _arguments(call: LinearCall) -> tuple[Any, ...]:
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in call.student]
-    weighting, shard = call.formula.weighting, call.shard
-    return (
-        *call.student,
-        *([getattr(side, name) for side in call.teachers] for name in Side._fields),
-        *(call.labels, call.vocab_size, *call.formula.constants()),
-        weighting if isinstance(weighting, Tensor) else None,
-        *(call.inputs, call.logits, call.chunk_rows, call.max_chunk_bytes, call.num_valid),
-        *((None, 0, False) if shard is None else (shard.group_name, shard.start, shard.reduce_input_grad)),
-        *(call.backend, needs),
+def _arguments(call: LinearCall) -> _Call:
+    student, shard = call.student, call.shard
+    weights = call.formula.weighting
+    constants, weighting, divergence, ignore_index = call.formula.constants()
+    return _Call(
+        hidden=student.hidden,
+        head=student.head,
+        bias=student.bias,
+        teacher_hidden=[side.hidden for side in call.teachers],
+        teacher_heads=[side.head for side in call.teachers],
+        teacher_biases=[side.bias for side in call.teachers],
+        labels=call.labels,
+        vocab_size=call.vocab_size,
+        constants=constants,
+        weighting=weighting,
+        divergence=divergence,
+        ignore_index=ignore_index,
+        weights=weights if isinstance(weights, Tensor) else None,
+        inputs=call.inputs,
+        logits=call.logits,
+        chunk_rows=call.chunk_rows,
+        max_chunk_bytes=call.max_chunk_bytes,
+        num_valid=call.num_valid,
+        group_name=None if shard is None else shard.group_name,
+        first_class=0 if shard is None else shard.start,
+        reduce_input_grad=shard is not None and shard.reduce_input_grad,
+        backend=call.backend,
+        needs=tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student),
     )
 
 
-def _call_of(arguments: Sequence[Any]) -> LinearChunks:
-    hidden, head, bias, hiddens, heads, biases, labels, vocab_size = arguments[:8]
-    constants, weighting, divergence, ignore_index = arguments[8:12]
-    weights, inputs, logits, chunk_rows, max_chunk_bytes, num_valid, *of_shard, backend, needs = arguments[12:]
-    group, start, reduces = of_shard
-    shard = None if group is None else VocabularyShard(group, start, start + vocab_size, reduces)
-    teachers = [Side(*of) for of in zip(hiddens, heads, biases, strict=True)]
-    formula = Formula.from_constants(constants, weighting, divergence, ignore_index, weights)
+def _formula_of(of: _Call, weights: Tensor | None) -> Formula:
+    return Formula.from_constants(of.constants, of.weighting, of.divergence, of.ignore_index, weights)
+
+
+def _chunks_of(of: _Call) -> LinearChunks:
+    shard = None
+    if of.group_name is not None:
+        shard = VocabularyShard(of.group_name, of.first_class, of.first_class + of.vocab_size, of.reduce_input_grad)
+    teachers = [Side(*side) for side in zip(of.teacher_hidden, of.teacher_heads, of.teacher_biases, strict=True)]
     call = LinearCall(
-        Side(hidden, head, bias), teachers, labels, vocab_size, formula, inputs, logits, chunk_rows, max_chunk_bytes,
-        num_valid, shard, backend,
+        of.student, teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.inputs, of.logits,
+        of.chunk_rows, of.max_chunk_bytes, of.num_valid, shard, of.backend,
     )  # fmt: skip
-    if labels.is_cpu:
-        checks.count_labels(labels, call.classes, ignore_index)
-    return LinearChunks(call, tuple(needs))
+    if of.labels.is_cpu:
+        checks.count_labels(of.labels, call.classes, of.ignore_index)
+    return LinearChunks(call, of.needs)
 
 
 def _results(gradients: LinearGradients, like: Tensor) -> tuple[Tensor, ...]:
@@ -86,30 +147,20 @@ def _results(gradients: LinearGradients, like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    *call, number, on_device = arguments
-    factor = number if on_device is None else on_device
-    stats, gradients = _call_of(call).run(1.0 if _scales_in_backward(call) else factor)
+    *rest, number, on_device = arguments
+    call, factor = _Call(*rest), number if on_device is None else on_device
+    stats, gradients = _chunks_of(call).run(1.0 if call.scales_in_backward else factor)
     return ((stats[LOSS].sum() * factor).reshape(()), stats, *_results(gradients, stats))
 
 
-def _scales_in_backward(call: Sequence[Any]) -> bool:
-    """Whether backward multiplies the gradients by the factor of the sum."""
-    return not can_divide_in_kernel(_product_dtype(call))
-
-
-def _product_dtype(call: Sequence[Any]) -> torch.dtype:
-    hidden, inputs = call[0], call[13]
-    return inputs or hidden.dtype
-
-
 def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
-    stats, _ = _call_of([*arguments[:_NEEDS], [False] * 3]).run(1.0)
+    stats, _ = _chunks_of(_Call(*arguments)._replace(needs=(False, False, False))).run(1.0)
     return stats[LOSS].clone(), stats
 
 
 def _rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *call, factors = arguments
-    stats, gradients = _call_of(call).run(factors.contiguous(), per_row=True)
+    *rest, factors = arguments
+    stats, gradients = _chunks_of(_Call(*rest)).run(factors.contiguous(), per_row=True)
     return _results(gradients, stats)
 
 
@@ -118,39 +169,35 @@ torch.library.impl("camkd_fast::linear_loss_rows", "default", _rows)
 torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_backward)
 
 
-def _fake_stats(call: Sequence[Any]) -> Tensor:
-    hiddens, labels, dtype = call[3], call[6], accumulation_dtype(_product_dtype(call))
-    constants, weighting, divergence, ignore_index = call[8:12]
-    formula = Formula.from_constants(constants, weighting, divergence, ignore_index, None)
-    count = row_stats_count(len(hiddens), formula.entropy)
-    stats: Tensor = labels.new_empty((count, len(labels)), dtype=dtype)
-    return stats
+def _fake_stats(call: _Call) -> Tensor:
+    count = row_stats_count(len(call.teacher_hidden), _formula_of(call, None).entropy)
+    return call.labels.new_empty((count, len(call.labels)), dtype=accumulation_dtype(call.product_dtype))
 
 
-def _fake_gradients(call: Sequence[Any]) -> tuple[Tensor, ...]:
-    stats, parameters = _fake_stats(call), call[:3]
-    dtypes = call[0].dtype, stats.dtype, stats.dtype
+def _fake_gradients(call: _Call) -> tuple[Tensor, ...]:
+    stats = _fake_stats(call)
+    dtypes = call.hidden.dtype, stats.dtype, stats.dtype
     return tuple(
         parameter.new_empty(parameter.shape if needed else (0,), dtype=dtype if needed else stats.dtype)
         if parameter is not None
         else stats.new_empty(0)
-        for parameter, needed, dtype in zip(parameters, call[_NEEDS], dtypes, strict=True)
+        for parameter, needed, dtype in zip(call.student, call.needs, dtypes, strict=True)
     )
 
 
 def _fake_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    call = arguments[:_CALL_LENGTH]
+    call = _Call(*arguments[:_LENGTH])
     stats = _fake_stats(call)
     return (stats.new_empty(()), stats, *_fake_gradients(call))
 
 
 def _fake_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
-    stats = _fake_stats(arguments)
+    stats = _fake_stats(_Call(*arguments))
     return stats.new_empty(stats.shape[1]), stats
 
 
 def _fake_rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(arguments[:_CALL_LENGTH])
+    return _fake_gradients(_Call(*arguments[:_LENGTH]))
 
 
 torch.library.register_fake("camkd_fast::linear_loss", _fake_loss)
@@ -167,23 +214,28 @@ def _inputs_gradients(found: Sequence[Tensor | None], ctx: Any) -> tuple[Any, ..
     A list of tensors has a list of gradients; biases of which one is None are not such a list to torch.
     """
     nothing = [None] * ctx.K
-    return (*found, nothing, nothing, nothing if ctx.all_biased else None, *(None,) * (ctx.count - 6))
+    after = ctx.count - len(found) - len(Side._fields)
+    return (*found, nothing, nothing, nothing if ctx.all_biased else None, *(None,) * after)
 
 
-def _keep_parameters(ctx: Any, inputs: Sequence[Any], *others: Tensor) -> None:
-    """Saved, although the gradients are known: autograd then raises if one was changed in place meanwhile."""
-    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in inputs[:3]]
-    ctx.needs, ctx.K, ctx.count = inputs[_NEEDS], len(inputs[3]), len(inputs)
+def _keep_parameters(ctx: Any, call: _Call, count: int, *others: Tensor | None) -> None:
+    """Saved, although the gradients are known: autograd then raises if one was changed in place meanwhile.
+
+    `count`: arguments of the operator.
+    """
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in call.student]
+    ctx.needs, ctx.K, ctx.count, ctx.backend = call.needs, len(call.teacher_hidden), count, call.backend
     ctx.set_materialize_grads(False)  # else the other outputs, as large as head and hidden states, get zeros
-    ctx.all_biased = all(bias is not None for bias in inputs[5])
-    save(ctx, *inputs[:3], *others)
+    ctx.all_biased = all(bias is not None for bias in call.teacher_biases)
+    save(ctx, *call.student, *others)
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *call, number, on_device = inputs
-    late = _scales_in_backward(call)
-    ctx.factor, ctx.backend = number if late and on_device is None else 1.0, call[_NEEDS - 1]
-    _keep_parameters(ctx, inputs, *output[2:], on_device if late else None)
+    *rest, number, on_device = inputs
+    call = _Call(*rest)
+    late = call.scales_in_backward
+    ctx.factor = number if late and on_device is None else 1.0
+    _keep_parameters(ctx, call, len(inputs), *output[2:], on_device if late else None)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -215,21 +267,24 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -
         return backend_for(backend, [rows]).scale_rows(rows, factor.reshape(1), out).view(gradient.shape)
     # By parts, because products of another dtype than the result's are stored before they are rounded
     result = torch.empty_like(gradient, dtype=dtype)
-    rows = max(1, _PART_BYTES * len(gradient) // max(gradient.nbytes, 1))
-    for first in range(0, len(gradient), rows):
-        part = slice(first, first + rows)
+    size = max(1, _PART_BYTES * len(gradient) // max(gradient.nbytes, 1))
+    for first in range(0, len(gradient), size):
+        part = slice(first, first + size)
         torch.mul(gradient[part], factor, out=result[part])
     return result
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hiddens, heads, biases, labels, *rest = inputs[3:]
-    ctx.biases = [bias is not None for bias in biases]
-    given = [bias for bias in biases if bias is not None]
-    weights = rest[5]
-    ctx.has_weights, ctx.rest = weights is not None, rest
-    rest[5] = None
-    _keep_parameters(ctx, inputs, labels, *hiddens, *heads, *given, *([weights] if ctx.has_weights else []))
+    call = _Call(*inputs)
+    _keep_parameters(
+        ctx, call, len(inputs), call.labels, call.weights, *call.teacher_hidden, *call.teacher_heads,
+        *call.teacher_biases,
+    )  # fmt: skip
+    nothing: Any = None
+    ctx.call = call._replace(
+        hidden=nothing, head=nothing, bias=None, labels=nothing, weights=None, teacher_hidden=[], teacher_heads=[],
+        teacher_biases=[],
+    )  # fmt: skip
     ctx.mark_non_differentiable(output[1])
 
 
@@ -237,16 +292,13 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_rows(ctx: Any, grad_losses: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_losses is None:
         return _inputs_gradients((None, None, None), ctx)
-    hidden, head, bias, labels, *others = saved(ctx)
-    hiddens, heads, others = others[: ctx.K], others[ctx.K : 2 * ctx.K], others[2 * ctx.K :]
-    rest = list(ctx.rest)
-    if ctx.has_weights:
-        rest[5] = others.pop()
-    given = iter(others)
-    biases = [next(given) if has else None for has in ctx.biases]
-    found = torch.ops.camkd_fast.linear_loss_rows_backward(
-        hidden, head, bias, hiddens, heads, biases, labels, *rest, grad_losses
-    )
+    K = ctx.K
+    hidden, head, bias, labels, weights, *others = saved(ctx)
+    call = ctx.call._replace(
+        hidden=hidden, head=head, bias=bias, labels=labels, weights=weights, teacher_hidden=others[:K],
+        teacher_heads=others[K : 2 * K], teacher_biases=others[2 * K :],
+    )  # fmt: skip
+    found = torch.ops.camkd_fast.linear_loss_rows_backward(*call, grad_losses)
     return _inputs_gradients(
         [
             gradient.to(dtype) if needed and dtype is not None else None

@@ -163,7 +163,7 @@ def test_a_few_steps_reduce_the_loss_and_do_not_change_the_heads(backend):
 
 
 def test_settings_are_checked_at_construction() -> None:
-    with pytest.raises(ValueError, match="backend must be one of .*, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'tpu'"):
         CAMKDFeatureLoss(4, [8], backend="tpu")
     with pytest.raises(TypeError, match="ignore_index must be an int, got str"):
         CAMKDFeatureLoss(4, [8], ignore_index="none")  # type: ignore[arg-type]

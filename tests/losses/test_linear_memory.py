@@ -73,7 +73,11 @@ def test_one_chunk_both_gradients_and_32_mb(dtype: str, divergence: str) -> None
 
 def test_the_chunks_decide() -> None:
     """Twice the rows take a chunk more; so the measurement would see logits that are held for longer."""
-    small, large = (measure(2048, 32000, 64, 1, rows, "float32", "forward_kl") for rows in (256, 512))
+
+    def least(rows: int) -> int:  # of a few, since the allocator of a library keeps more at times
+        return min(measure(2048, 32000, 64, 1, rows, "float32", "forward_kl") for _ in range(3))
+
+    small, large = least(256), least(512)
     chunk = 2 * 256 * 32000 * 4
     assert 0.5 * chunk < large - small < 1.5 * chunk
 

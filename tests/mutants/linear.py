@@ -118,12 +118,12 @@ CHANGES = (
         ),
         Change(
             "parameters may change before backward",
-            "save(ctx, *inputs[:3], *others)",
-            "save(ctx, *(x if x is None else x.detach().clone() for x in inputs[:3]), *others)",
+            "save(ctx, *call.student, *others)",
+            "save(ctx, *(x if x is None else x.detach().clone() for x in call.student), *others)",
         ),
         Change(
             "float16 is divided before it is scaled",
-            "return not can_divide_in_kernel(_product_dtype(call))",
+            "return not can_divide_in_kernel(self.product_dtype)",
             "return False",
             tests="tests/losses/test_linear_float16.py",
         ),
@@ -138,7 +138,7 @@ CHANGES = (
         ),
         Change(
             "labels are not checked",
-            "checks.count_labels(labels, call.classes, ignore_index)",
+            "checks.count_labels(of.labels, call.classes, of.ignore_index)",
             "pass",
             tests=f"{ERRORS}::test_errors_name_both_values",
         ),

@@ -71,9 +71,9 @@ class AEKD(Strategy):
     """Weights of the min-norm combination of the K gradients of the soft loss (Du et al. 2020).
 
     One weight per teacher and batch, at most `cap`, from the gradients with respect to the student's (N, C) logits.
-    In training mode the Gram matrix is summed over all ranks, so weights do not depend on how a batch is split; in
-    evaluation it is not, since one rank may evaluate alone. (The official code averages each gradient over the batch
-    before it takes inner products.)
+    In training mode the Gram matrix is summed over all ranks, so weights do not depend on how a batch is split. In
+    evaluation mode it is that of this rank, which may evaluate by itself. (The official code averages each gradient
+    over the batch before it takes inner products.)
     """
 
     name, label, color = "aekd", "AEKD", "#cc79a7"
