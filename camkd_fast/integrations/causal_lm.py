@@ -105,8 +105,7 @@ def backbone(model: Any) -> nn.Module:
         ValueError: the model has no such part, or adapters outside of it.
     """
     inner = _without_adapters_outside(model)
-    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
-        raise ValueError(f"{type(inner).__name__} has no output head: expected a causal language model")
+    _own_head(inner)
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is an encoder and a decoder: expected a causal language model")
     # `base_model` of a model of text and images takes both; `get_decoder()` would be its text part only.
@@ -141,13 +140,20 @@ def hidden_states(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return states
 
 
+def _own_head(model: Any) -> Any:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output head: expected a causal language model")
+    return head
+
+
 def output_head(model: Any) -> OutputHead:
     """The head of an unwrapped model as its parameters, which may be tied, frozen or a copy that PEFT trains.
 
     Raises:
-        ValueError: an adapter changes what the head computes.
+        ValueError: there is none, or an adapter changes what the head computes.
     """
-    head = model.get_output_embeddings()
+    head = _own_head(model)
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # loaded wherever there is such a head
     if tuners is not None and isinstance(head, tuners.BaseTunerLayer):
         if not head.merged:

@@ -21,20 +21,22 @@ class LossMetrics:
         self._K = 0
 
     @torch.no_grad()
-    def add(self, out: LinearLossOutput, divisor: float | Tensor | None) -> None:
+    def add(self, out: LinearLossOutput, divisor: float | Tensor | None, weighting: Any = None) -> None:
         """
         Args:
             divisor: that of out.hard and out.soft; None for the number of rows that count.
+            weighting: of the loss; a teacher is not computed where a tensor has weight 0.
         """
         K, counted = out.weights.shape[0], out.num_valid.float()
         if divisor is None:
             divisor = counted.clamp(min=1)
         # Trainers always give labels and request entropies.
         assert out.hard is not None and out.teacher_ce is not None and out.entropy is not None
-        has_ce = out.teacher_ce != 0
+        given = isinstance(weighting, Tensor)
+        computed = (out.weights != 0).reshape(K, -1).sum(1) if given else counted.expand(K)
         parts = [
             *(counted, out.hard * divisor, out.soft * divisor, out.entropy.sum()),
-            *(out.weights.reshape(K, -1).sum(1), out.teacher_ce.reshape(K, -1).sum(1), has_ce.reshape(K, -1).sum(1)),
+            *(out.weights.reshape(K, -1).sum(1), out.teacher_ce.reshape(K, -1).sum(1), computed),
         ]
         sums = torch.cat([torch.as_tensor(part, device=counted.device).float().reshape(-1) for part in parts])
         if self._sums is not None and self._K == K:
@@ -44,7 +46,7 @@ class LossMetrics:
     def means(self, accelerator: Any) -> dict[str, float]:
         """Means by name, and forget them. Empty if nothing was added; otherwise every process must call this.
 
-        Cross-entropies of teachers are over the tokens where they were computed.
+        Cross-entropies of teachers are over the tokens where they were computed; a teacher without any has none.
         """
         if self._sums is None:
             return {}
@@ -54,5 +56,6 @@ class LossMetrics:
         found = {"hard_loss": hard / tokens, "soft_loss": soft / tokens, "entropy": entropy / tokens}
         for k in range(K):
             found[f"teacher_{k}_weight"] = rest[k] / tokens
-            found[f"teacher_{k}_ce"] = rest[K + k] / max(rest[2 * K + k], 1.0)
+            if rest[2 * K + k]:
+                found[f"teacher_{k}_ce"] = rest[K + k] / rest[2 * K + k]
         return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import Hidden, check_logits, is_in_place, is_sharded, teacher_hidden, unused_hidden
+from .causal_lm import Hidden, Teacher, check_logits, is_in_place, is_sharded, teacher_hidden, unused_hidden
 
 
 def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
@@ -39,6 +39,7 @@ class TeacherMix:
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> None:
         """
         Raises:
+            TypeError: teachers that are no models.
             ValueError: no teachers, both kinds of weights, or a number of weights that is not theirs.
         """
         if not teachers:
@@ -49,11 +50,20 @@ class TeacherMix:
             )
         if weights is not None and len(weights) != len(teachers):
             raise ValueError(f"teacher_weights holds {len(weights)} numbers, but there are {len(teachers)} teachers")
-        self.teachers, self.weights, self.column = list(teachers), weights, column
+        if isinstance(teachers, (str, nn.Module)) and not isinstance(teachers, nn.ModuleList):
+            raise TypeError(f"teachers must be a list of models, got {type(teachers).__name__}")
+        for teacher in teachers:
+            if not isinstance(teacher, (nn.Module, Teacher)):
+                raise TypeError(f"a teacher must be a model or a `Teacher`, got {type(teacher).__name__}")
+        self.teachers, self.column = list(teachers), column
+        self.weights = None if weights is None else [float(weight) for weight in weights]
 
     def is_of(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> bool:
         same = len(teachers) == len(self.teachers) and all(map(operator.is_, teachers, self.teachers))
-        return same and (weights, column) == (self.weights, self.column)
+        return same and (None if weights is None else [float(w) for w in weights], column) == (
+            self.weights,
+            self.column,
+        )
 
     def place(self, device: torch.device) -> None:
         """In eval mode and on the device, unless a teacher is spread over processes or devices.

@@ -70,6 +70,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
         self._mix: TeacherMix | None = None
         self._loss_settings()
         super().__init__(*args, **kwargs)
+        self._refuse_other_losses()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported, one GPU per process is: start the "
@@ -82,13 +83,28 @@ class MultiTeacherDistillationMixin(TrainerParts):
         if self.teacher_column is not None:
             self.data_collator = CollatorWithColumn(self.data_collator, self.teacher_column)
 
-    def _loss_settings(self) -> dict[str, Any]:
-        loss = self.distillation_loss
-        module = loss if isinstance(loss, CAMKDLinearLoss) else CAMKDLinearLoss(**(loss or {}))
+    def _refuse_other_losses(self) -> None:
+        """
+        Raises:
+            ValueError: a setting of the trainer asks for a loss that this one would replace.
+        """
+        smoothing = getattr(self.args, "label_smoothing_factor", 0.0)
+        others = {
+            "compute_loss_func": getattr(self, "compute_loss_func", None),
+            "label_smoothing_factor": smoothing or None,
+            "loss_type": None if (kind := getattr(self.args, "loss_type", "nll")) == "nll" else kind,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} is {value!r}, but the loss is that of `distillation_loss`: leave it out")
+
+    def _loss_settings(self) -> Mapping[str, Any]:
+        loss = self.distillation_loss or {}
+        settings = loss.settings if isinstance(loss, CAMKDLinearLoss) else loss
         for name in GIVEN:
-            if name in module.settings:
-                raise ValueError(f"distillation_loss has {name}={module.settings[name]!r}, but the trainer decides it")
-        return module.settings
+            if name in settings:
+                raise ValueError(f"distillation_loss has {name}={settings[name]!r}, but the trainer decides it")
+        return settings if isinstance(loss, CAMKDLinearLoss) else CAMKDLinearLoss(**loss).settings
 
     def _teacher_mix(self) -> TeacherMix:
         """Of the attributes, which may have changed."""
@@ -119,7 +135,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
 
         def compute(states: Tensor, head: OutputHead) -> Tensor:
             out = linear_loss(states, head, hidden, target, shift=shift, num_items=divisor, **{**settings, **weighting})
-            self._loss_metrics[self._mode].add(out, divisor)
+            self._loss_metrics[self._mode].add(out, divisor, weighting.get("weighting"))
             if return_outputs:
                 with torch.no_grad():
                     logits.append(head.logits(states))

@@ -159,6 +159,6 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
             states = hidden_states(unwrapped_student, taken)[:, -length - 1 : -1]
             loss = at_head(unwrapped_student, states, compute)
         (out,) = outputs
-        self._loss_metrics[self._mode].add(out, num_items_in_batch)
+        self._loss_metrics[self._mode].add(out, num_items_in_batch, weighting.get("weighting"))
         assert out.entropy is not None  # requested
         return loss, out.entropy.sum(), out.num_valid

@@ -6,6 +6,7 @@ multiplied back into the gradients of hidden states and head (`linear_chunks`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def camkd_linear_loss(
         reduction: "mean" over the rows that count, "sum", or "none", whose backward computes the logits again.
         num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
         num_valid: at least the number of rows that count, if known. Then nothing is read from a GPU, which would
-            synchronise, and teachers of weight 0 are computed.
+            synchronise, and teachers of weight 0 are computed. Of more rows than that, some would be left out.
         shift: position i predicts target i + 1: (B, S, H) and (B, S), of which the first label is not used.
         vocab_size: classes that exist, if heads are padded; C without it. Nothing beyond it gets a gradient.
         chunk_rows: most rows of a chunk; the result depends on it by the order of sums only.
@@ -122,12 +123,14 @@ def camkd_linear_loss(
 
     Raises:
         ValueError, TypeError: an argument is invalid; both offending values are named.
-        NotImplementedError: `backend` names a backend that cannot run these logits.
+        NotImplementedError: `backend` names a backend that cannot run these logits; or the call is in a torch.func
+            transform, forward-mode differentiation or torch.jit.trace.
     """
     formula = Formula(
         temperature, hard_weight, soft_weight, weighting, ignore_index, divergence, scale_by_t2, z_loss_weight,
         student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, entropy,
     )  # fmt: skip
+    linear_checks.check_mode()
     sides = linear_checks.checked_sides(
         student_hidden, student_head, student_bias, teacher_hidden, teacher_heads, teacher_biases, shift
     )
@@ -198,17 +201,24 @@ def _output(
 
 
 _CHECKED = inspect.signature(linear_checks.check_settings).parameters
+_OF_A_BATCH = ("student_bias", "teacher_biases", "num_items", "num_valid", "group", "vocab_range")
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Of the settings, which are the keywords that do not belong to one batch."""
+    parameters = inspect.signature(camkd_linear_loss).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _OF_A_BATCH}
 
 
 class CAMKDLinearLoss(nn.Module):
     """`camkd_linear_loss` as a module without parameters: its settings at construction, tensors in the call.
 
+    Settings are attributes, which may be changed.
+
     >>> criterion = CAMKDLinearLoss(temperature=2.0, weighting="uniform")
     >>> criterion(student_hidden, student_head, teacher_hidden, teacher_heads, target).loss.backward()
     """
-
-    # Tensors and what belongs to one batch; everything else is a setting.
-    _OF_A_BATCH = ("student_bias", "teacher_biases", "weighting", "num_items", "num_valid", "group", "vocab_range")
 
     def __init__(self, weighting: str = "confidence", **settings: Any) -> None:
         """
@@ -217,16 +227,14 @@ class CAMKDLinearLoss(nn.Module):
             settings: other keywords of `camkd_linear_loss` but those of a batch.
         """
         super().__init__()
-        parameters = inspect.signature(camkd_linear_loss).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self._OF_A_BATCH]
         for name in settings:
-            check_choice("a setting of CAMKDLinearLoss", name, known)
+            check_choice("a setting of CAMKDLinearLoss", name, tuple(_defaults()))
         if not isinstance(weighting, str):
             raise TypeError(f"weighting must be a name, got {type(weighting).__name__}: a tensor is given in the call")
-        self.settings: dict[str, Any] = {"weighting": weighting, **settings}
-        fields = {name: value for name, value in self.settings.items() if name in Formula._fields}
-        Formula(**fields).checked()
-        linear_checks.check_settings(**{name: value for name, value in settings.items() if name in _CHECKED})
+        Formula(weighting=weighting, **{name: settings[name] for name in settings if name in Formula._fields}).checked()
+        linear_checks.check_settings(**{name: settings[name] for name in settings if name in _CHECKED})
+        for name, value in (_defaults() | {"weighting": weighting, **settings}).items():
+            setattr(self, name, value)
 
     def forward(
         self,
@@ -256,6 +264,11 @@ class CAMKDLinearLoss(nn.Module):
             vocab_range=vocab_range,
             **settings,
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that differ from the defaults of `camkd_linear_loss`."""
+        return {name: value for name, default in _defaults().items() if (value := getattr(self, name)) != default}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())

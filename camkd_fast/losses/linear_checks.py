@@ -14,6 +14,7 @@ from ..backends import memory
 from ..backends.contract import MAX_TEACHERS
 from ..backends.dispatch import BACKENDS
 from . import checks
+from .entry import Way, way_of_call
 from .formula import Formula, check_choice, check_flag, check_number
 from .linear_chunks import Side
 from .vocabulary import VocabularyShard
@@ -32,6 +33,7 @@ def checked_sides(
     shift: bool,
 ) -> list[Side]:
     """Student and K teachers as dense tensors."""
+    check_flag("shift", shift)
     K = _count("teacher_hidden", teacher_hidden)
     biases = [None] * K if teacher_biases is None else teacher_biases
     for name, values in (("teacher_heads", teacher_heads), ("teacher_biases", biases)):
@@ -145,6 +147,16 @@ def _checked_shard(
     if not 0 <= start < stop:
         raise ValueError(f"vocab_range must be (start, stop) with 0 <= start < stop, got ({start}, {stop})")
     return VocabularyShard(name, start, stop, reduce_input_grad)
+
+
+def check_mode() -> None:
+    """
+    Raises:
+        NotImplementedError: a mode or transform has to see every operation, where only the logits themselves serve.
+    """
+    if way_of_call() is Way.EXPRESSION:
+        mode = "a torch.func transform" if torch.compiler.is_compiling() else memory.observer()
+        raise NotImplementedError(f"camkd_linear_loss cannot run in {mode}: make the logits and call camkd_loss")
 
 
 def check_settings(

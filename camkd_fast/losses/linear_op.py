@@ -137,7 +137,9 @@ def _chunks_of(of: _Call) -> LinearChunks:
         of.chunk_rows, of.max_chunk_bytes, of.num_valid, shard, of.backend,
     )  # fmt: skip
     if of.labels.is_cpu:
-        checks.count_labels(of.labels, call.classes, of.ignore_index)
+        valid = checks.count_labels(of.labels, call.classes, of.ignore_index)
+        if of.num_valid is not None and valid is not None and valid > of.num_valid:
+            raise ValueError(f"num_valid is {of.num_valid}, but {valid} rows count")
     return LinearChunks(call, of.needs)
 
 
@@ -150,7 +152,9 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, number, on_device = arguments
     call, factor = _Call(*rest), number if on_device is None else on_device
     stats, gradients = _chunks_of(call).run(1.0 if call.scales_in_backward else factor)
-    return ((stats[LOSS].sum() * factor).reshape(()), stats, *_results(gradients, stats))
+    # Not a view, which may not be changed in place as part of a graph
+    loss = stats[LOSS].sum() * (number if on_device is None else on_device.reshape(()))
+    return (loss, stats, *_results(gradients, stats))
 
 
 def _rows(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -262,7 +266,7 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -
         return gradient if in_place else gradient.to(dtype, copy=True)
     if gradient.dtype == dtype:
         # Not torch.mul, which on a GPU rounds the factor to the gradient's dtype: 65536 is infinite in float16
-        rows = gradient.reshape(len(gradient), -1)
+        rows = gradient.reshape(gradient.shape[0], gradient.shape[1:].numel())
         out = rows if in_place else torch.empty_like(rows)
         return backend_for(backend, [rows]).scale_rows(rows, factor.reshape(1), out).view(gradient.shape)
     # By parts, because products of another dtype than the result's are stored before they are rounded

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from camkd_fast import CAMKDLinearLoss
-from camkd_fast.integrations.causal_lm import hidden_states
+from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states
 from camkd_fast.integrations.transformers import MultiTeacherDistillationMixin
 from tests.support.language_models import (
     TokenData,
@@ -86,7 +86,11 @@ def test_the_loss_of_a_batch(make: Any) -> None:
     assert_loss(make(), batch_of(TokenData()))
     assert_loss(make(distillation_loss=CAMKDLinearLoss("uniform", **LOSS)), batch_of(TokenData()), weighting="uniform")
     assert_loss(make(), batch_of(TokenData()), num_items=torch.tensor(50))
-    assert_loss(make(teacher_weights=[0.9, 0.3]), batch_of(TokenData()), weighting=torch.tensor([0.9, 0.3]))
+    for given in ([0.9, 0.3], [1, 0], torch.tensor([0.2, 0.7])):
+        weights = torch.as_tensor(given, dtype=torch.float32)
+        trainer = make(teacher_weights=given)
+        for _ in range(2):
+            assert_loss(trainer, batch_of(TokenData()), weighting=weights)
 
 
 def test_attributes_may_be_set_later(make: Any) -> None:
@@ -166,8 +170,13 @@ def test_settings_are_checked(make: Any) -> None:
         ({"distillation_loss": {"temperatur": 2.0}}, "got 'temperatur'"),
         ({"teacher_weights": [1.0]}, "teacher_weights holds 1 numbers, but there are 2 teachers"),
         ({"teacher_weights": [1.0, 2.0], "teacher_column": "x"}, r"\[1.0, 2.0\] and teacher_column 'x' are both given"),
+        ({"teachers": ["gpt2"]}, "a teacher must be a model or a `Teacher`, got str"),
+        ({"teachers": teachers()[0]}, "teachers must be a list of models, got LlamaForCausalLM"),
+        ({"teachers": [teachers()[0].model]}, "LlamaModel has no output head"),
+        ({"settings": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is 0.1, but the loss is that of"),
+        ({"compute_loss_func": print}, "compute_loss_func is .*, but the loss is that of"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             make(**given)
 
 
@@ -212,6 +221,32 @@ def test_logs_are_means_over_tokens(make: Any) -> None:
         assert abs(first[name] - float(value) / tokens) <= 1e-5 * float(value) / tokens, name
     assert abs(first["teacher_0_weight"] + first["teacher_1_weight"] - 1) < 1e-5
     assert "hard_loss" not in trainer.state.log_history[-1]  # of the whole run
+
+
+def test_a_certain_teacher_counts_in_the_logs(make: Any) -> None:
+    """Its cross-entropies are 0 where it is right; elsewhere it knows nothing."""
+    model = causal_lm()
+    C = model.config.vocab_size
+
+    def hidden(input_ids: Tensor, **_: Any) -> Tensor:
+        states = torch.nn.functional.one_hot(input_ids.roll(-1, 1), C).float()
+        states[:, 1::2] = 0
+        return states
+
+    trainer = make(model=model, teachers=[Teacher(hidden, OutputHead(60 * torch.eye(C)))])
+    batch = batch_of(TokenData())
+    trainer.compute_loss(trainer.model, dict(batch))
+    logits = 60 * hidden(batch["input_ids"])[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).item()
+    found = trainer._loss_metrics["train"].means(trainer.accelerator)
+    assert found["teacher_0_ce"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_that_nothing_was_routed_to_has_no_cross_entropy(make: Any) -> None:
+    trainer = make(teacher_column="teacher_id")
+    trainer.compute_loss(trainer.model, {**batch_of(TokenData()), "teacher_id": torch.ones(4, dtype=torch.int64)})
+    found = trainer._loss_metrics["train"].means(trainer.accelerator)
+    assert found["teacher_0_weight"] == 0 and "teacher_0_ce" not in found and found["teacher_1_ce"] > 0
 
 
 def test_evaluation_and_prediction(make: Any) -> None:

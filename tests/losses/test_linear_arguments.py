@@ -99,6 +99,8 @@ def test_weights_are_those_of_confidence_weights() -> None:
         ({"shift": True, "hidden": torch.zeros(8)}, ValueError, r"shift needs hidden states \(..., S, H\), got"),
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"divergence": "jsd"}, ValueError, "needs its parameter"),
+        ({"num_valid": 39}, ValueError, "num_valid is 39, but 40 rows count"),
+        ({"shift": "no"}, TypeError, "shift must be True or False, got str"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -126,6 +128,9 @@ def test_the_module() -> None:
     expected = camkd_linear_loss(*tensors, weighting=weights, **settings)
     assert torch.equal(module(*tensors, weighting=weights).loss, expected.loss)
     assert "divergence=('jsd', 0.5)" in repr(module) and not list(module.parameters())
+    module.divergence, module.weighting = "reverse_kl", "confidence"
+    changed = camkd_linear_loss(*tensors, **{**settings, "divergence": "reverse_kl"})
+    assert torch.equal(module(*tensors).loss, changed.loss)
     with pytest.raises(ValueError, match="got 'num_valid'"):
         CAMKDLinearLoss(num_valid=3)
     for wrong, words in (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from camkd_fast.losses import linear_op
@@ -237,3 +238,31 @@ def test_teachers_of_inference_mode(reduction: str) -> None:
         expected = case.with_(weighting=weighting if isinstance(weighting, str) else weighting.clone())
         for ours, theirs in zip(run(inference, grad_output), run(expected, grad_output), strict=True):
             assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("num_items", [None, 3.0, torch.tensor(3.0)], ids=["rows", "number", "tensor"])
+def test_the_loss_may_be_changed_in_place(num_items: float | Tensor | None) -> None:
+    case = make_linear_case(20, 30, num_items=num_items)
+    parameters = [x.clone().requires_grad_() for x in (case.hidden, case.head, case.bias)]
+    loss = evaluate(case, *parameters).loss
+    loss *= 2
+    for g, expected in zip(torch.autograd.grad(loss, parameters), run(case, torch.tensor(2.0))[-3:], strict=True):
+        assert torch.equal(g, expected)
+
+
+def test_an_empty_batch_takes_a_factor() -> None:
+    case = make_linear_case(0, 30)
+    found = run(case, torch.tensor(0.25))
+    assert found.loss == 0 and found.grad_hidden.shape == case.hidden.shape and not found.grad_head.any()
+
+
+def test_transforms_are_refused() -> None:
+    case = make_linear_case(8, 10)
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        return evaluate(case, hidden, case.head, case.bias).loss
+
+    with pytest.raises(NotImplementedError, match=r"in a torch.func transform: make the logits and call camkd_loss"):
+        torch.func.grad(loss_of)(case.hidden)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="in forward-mode differentiation"):
+        loss_of(forward_ad.make_dual(case.hidden, case.hidden))

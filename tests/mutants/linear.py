@@ -129,13 +129,11 @@ CHANGES = (
         ),
         Change(
             "a factor on the device is rounded with the gradient",
-            "rows = gradient.reshape(len(gradient), -1)",
-            "return gradient * factor.to(dtype)\n        rows = gradient.reshape(len(gradient), -1)",
+            "rows = gradient.reshape(gradient.shape[0], ",
+            "return gradient * factor.to(dtype)\n        rows = gradient.reshape(gradient.shape[0], ",
             tests="tests/losses/test_linear_float16.py",
         ),
-        Change(
-            "the loss without its factor", "(stats[LOSS].sum() * factor).reshape(())", "stats[LOSS].sum().reshape(())"
-        ),
+        Change("the loss without its factor", "* (number if on_device is None else on_device.reshape(()))", ""),
         Change(
             "labels are not checked",
             "checks.count_labels(of.labels, call.classes, of.ignore_index)",
