@@ -1,4 +1,4 @@
-"""Build camkd_fast._C with CMake and Ninja, and install kernels/ as camkd_fast.kernels.
+"""Build camkd_fast._C with CMake and Ninja.
 
 The module is optional. If it cannot be built, the package installs without it, and `camkd-fast info` reports the
 reason from camkd_fast/_build_failure.txt. CAMKD_FAST_CPU=1 makes a failed build an error. The module's CUDA part is
@@ -106,7 +106,6 @@ def simple_path(path: Path, link: Path) -> Path:
 
 if __name__ == "__main__":
     setup(
-        package_dir={"camkd_fast.kernels": "kernels"},
         ext_modules=[Extension("camkd_fast._C", sources=[], optional=True)],
         cmdclass={"build_ext": CMakeBuild},
     )

@@ -18,11 +18,11 @@ MAX_TEACHERS = 16
 TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as (e^{x/T})^T
 
 # Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them.
-# csrc/contract.h and kernels/results.py name the same rows.
+# csrc/contract.h and camkd_fast/kernels/results.py name the same rows.
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
 
 # The sums of a row of one model, (7, N), which processes that share its classes exchange: `row_sums` says of what.
-# csrc/row_math.h (RowSums) and kernels/row_shards.py name the same ones.
+# csrc/row_math.h (RowSums) and camkd_fast/kernels/row_shards.py name the same ones.
 MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, SLOPE = range(7)
 ROW_SUMS = 7
 

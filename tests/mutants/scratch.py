@@ -40,7 +40,6 @@ class Tree:
             if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.root / name)
-        (self.root / "camkd_fast" / "kernels").symlink_to("../kernels")
         self.module = Module(self.root, folder / "objects")
         self.module.build()
         self._server = subprocess.Popen(

@@ -126,7 +126,7 @@ CHANGES = (
         Change("shards of the paper's formula are whole rows", "args.shard != Shard::none || !is_basic", "!is_basic"),
     ),
     *changes(
-        "kernels/row_shards.py",
+        "camkd_fast/kernels/row_shards.py",
         ROWS,
         Change(
             "Triton: labels that are elsewhere are invalid",

@@ -18,7 +18,7 @@ MAPS = f"{BEYOND}::test_a_softcap_near_0_and_far_beyond_it {BEYOND}::test_scales
 
 CHANGES = (
     *changes(
-        "kernels/softmax.py",
+        "camkd_fast/kernels/softmax.py",
         EDGES,
         Change(
             "rows beyond the last are kept",
@@ -75,7 +75,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/results.py",
+        "camkd_fast/kernels/results.py",
         BOTH,
         Change(
             "soft loss without the square of T", "(formula.temperature * formula.temperature)", "formula.temperature"
@@ -118,7 +118,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/row_loss_onchip.py",
+        "camkd_fast/kernels/row_loss_onchip.py",
         BOTH,
         Change("mixture not rescaled to the new top", "mixed = mixed * decay[:, None] +", "mixed = mixed +"),
         Change(
@@ -148,7 +148,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/lanes.py",
+        "camkd_fast/kernels/lanes.py",
         BOTH,
         Change(
             "cross terms keep the student's old maximum",
@@ -181,7 +181,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/divergences.py",
+        "camkd_fast/kernels/divergences.py",
         BEYOND,
         Change("distances of columns without probability", "return tl.where(e_s > 0, s - z, 0.0)", "return s - z"),
         Change("the mixture has equal shares", "m = formula.share * p", "m = formula.other_share * p"),
@@ -223,7 +223,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/logit_map.py",
+        "camkd_fast/kernels/logit_map.py",
         MAPS,
         Change("tanh cancels near 0", "large = magnitude > 0.625", "large = magnitude >= 0.0"),
         Change(
@@ -244,7 +244,7 @@ CHANGES = (
         Change("the gradient by the logits", "return gradient * maps[0].inner\n", "return gradient\n"),
     ),
     *changes(
-        "kernels/row_loss_streaming.py",
+        "camkd_fast/kernels/row_loss_streaming.py",
         BOTH,
         Change(
             "the last block of columns is not written",
@@ -259,7 +259,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/kept.py",
+        "camkd_fast/kernels/kept.py",
         "tests/backends/test_triton_launch.py",
         Change("one kernel for all dtypes", "            kinds.append(pointer.dtype)\n", ""),
         Change("one kernel for all alignments", "address % 16 == 0 if", "True if"),
@@ -279,7 +279,7 @@ CHANGES = (
         Change("no guard for another device", "elif device == current_device():", "elif device >= 0:"),
     ),
     *changes(
-        "kernels/confidence.py",
+        "camkd_fast/kernels/confidence.py",
         f"{TRITON}::test_confidence {TRITON}::test_confidence_edges",
         Change("lanes not rescaled", "sums = sums * tl.exp2(drop * LOG2E) + tl.sum", "sums = sums + tl.sum"),
         Change("log-sum-exp without its maximum", "tl.where(kept, log_sum + top, 0.0)", "tl.where(kept, log_sum, 0.0)"),
@@ -292,7 +292,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/features.py",
+        "camkd_fast/kernels/features.py",
         f"{TRITON}::test_features {TRITON}::test_feature_layouts {TRITON}::test_feature_loss_module",
         Change("one stride for both", "teacher[k] + n * stride(stride_tn[k])", "teacher[k] + n * stride(stride_sn[k])"),
         Change("the student's order for both", "p * stride_tp + q * stride_tq", "p * stride_sp + q * stride_sq"),
@@ -304,7 +304,7 @@ CHANGES = (
         Change("all samples count", "total += tl.where(weight == 0, 0.0, weight * mean)", "total += mean"),
     ),
     *changes(
-        "kernels/batch_mean.py",
+        "camkd_fast/kernels/batch_mean.py",
         f"{TRITON}::test_means {TRITON}::test_launches_of_a_mean",
         Change("all rows counted", "(n < N) & (y != ignore_index)", "n < N"),
         Change("no row at all divides by 0", "tl.maximum(tl.sum(kept, axis=0), 1)", "tl.sum(kept, axis=0)"),
@@ -323,13 +323,13 @@ CHANGES = (
         Change("soft is hard", "row_stats + 2 * tl.cast(N, tl.int64)", "row_stats + tl.cast(N, tl.int64)"),
     ),
     *changes(
-        "kernels/row_loss.py",
+        "camkd_fast/kernels/row_loss.py",
         f"{TRITON}::test_sums_of_rows {TRITON}::test_sums_in_the_launch_of_the_rows",
         Change("sums are left to the caller", "ADDS_UP=total and batch.ADDS_UP", "ADDS_UP=False"),
         Change("sums are not scaled", "float(total_scale)", "1.0"),
     ),
     *changes(
-        "kernels/counters.py",
+        "camkd_fast/kernels/counters.py",
         "tests/backends/test_triton_launch.py",
         Change("streams share a counter", "stream = current_stream(device) if device >= 0 else 0", "stream = 0"),
         Change(
@@ -340,7 +340,7 @@ CHANGES = (
         Change("another device's stream is asked", "device != current_device()", "device < 0"),
     ),
     *changes(
-        "kernels/min_norm.py",
+        "camkd_fast/kernels/min_norm.py",
         "tests/train/test_min_norm.py::test_the_kernel_agrees_with_the_operations",
         Change("the cap is ignored", "high = CAP - low", "high = one - low"),
         Change(
@@ -353,14 +353,14 @@ CHANGES = (
         ),
     ),
     *changes(
-        "kernels/scale.py",
+        "camkd_fast/kernels/scale.py",
         f"{TRITON}::test_scale_rows {TRITON}::test_a_factor_of_1_writes_nothing",
         Change("a factor of 1 writes", "if tl.load(factor) == 1.0:", "if tl.load(factor) != tl.load(factor):"),
         Change("nothing is written elsewhere", "one_factor and in_place)", "one_factor)"),
         Change("first factor for all rows", "tl.load(factor + n * stride_fn", "tl.load(factor + n * 0"),
     ),
     *changes(
-        "kernels/layout.py",
+        "camkd_fast/kernels/layout.py",
         f"{TRITON}::test_alignments {TRITON}::test_two_row_strides {TRITON}::test_matches_truth",
         Change(
             "row strides do not count for the alignment",

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "camkd_fast"
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+KERNELS = sorted((PACKAGE / "kernels").rglob("*.py"))
+MODULES = sorted({*PACKAGE.rglob("*.py")} - {*KERNELS})
 
 # What each part of the package may import besides itself: parts, or single modules of a part. The formula and the
 # divergence are leaves of `losses` that everybody may import; contract and feature maps are leaves of `backends`.
@@ -52,8 +52,6 @@ ORDER = {
 def imported(path: Path) -> set[str]:
     """Absolute dotted names of everything that a file imports, from anywhere in it."""
     package = list(path.relative_to(ROOT).with_suffix("").parts)
-    if path.is_relative_to(ROOT / "kernels"):
-        package.insert(0, "camkd_fast")
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -67,8 +65,7 @@ def imported(path: Path) -> set[str]:
 
 def is_module(name: str) -> bool:
     path = PACKAGE / name.replace(".", "/")
-    in_kernels = ROOT / "kernels" / name.removeprefix("kernels.").replace(".", "/")
-    return path.is_dir() or path.with_suffix(".py").exists() or in_kernels.with_suffix(".py").exists()
+    return path.is_dir() or path.with_suffix(".py").exists()
 
 
 def ours(path: Path) -> set[str]:
@@ -78,14 +75,14 @@ def ours(path: Path) -> set[str]:
         head, _, rest = name.partition(".")
         if head != "camkd_fast":
             continue
-        while rest and rest not in ("_C", "kernels") and not is_module(rest):
+        while rest and rest != "_C" and not is_module(rest):
             rest = rest.rpartition(".")[0]
         found.add(rest or "camkd_fast")
     return found
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0] if path.is_relative_to(PACKAGE) else "kernels"
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 @pytest.mark.parametrize("path", [*MODULES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
@@ -121,7 +118,7 @@ def test_nothing_imports_the_command_line():
 
 @pytest.mark.parametrize("path", [*MODULES, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_package_never_imports_tests_or_benchmarks(path):
-    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks", "kernels"}
+    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -132,7 +132,7 @@ def test_the_sdist_holds_what_a_build_needs_and_the_tests(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    wanted = ("csrc/", "kernels/", "camkd_fast/", "tests/", "docs/", "benchmarks/")
+    wanted = ("csrc/", "camkd_fast/", "tests/", "docs/", "benchmarks/")
     missing = {name for name in tracked if name.startswith(wanted)} - names
     assert not missing
     assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py", "Makefile", "mkdocs.yml"} <= names
