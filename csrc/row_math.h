@@ -259,14 +259,17 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
         hard_scale = hard_scale + Math::set(2 * formula.z_loss_weight * grad_scale) * log_sum<Math>(student);
     coefficients.student1 = hard_scale / student.sum1;
     const F soft_scale = Math::set(soft_grad_scale(formula) * grad_scale);
+    const bool no_soft_term = formula.soft_weight == 0;  // whatever the teachers are
+    const F zero = Math::set(0.0f);
     if (formula.divergence == Divergence::forward_kl) {
-        coefficients.studentT = soft_scale * total / student.sumT + label_nan;
+        coefficients.studentT = (no_soft_term ? zero : soft_scale * total / student.sumT) + label_nan;
         for (int k = 0; k < K; ++k)
-            coefficients.teacher[k] = product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
+            coefficients.teacher[k] =
+                no_soft_term ? zero : product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
         return;
     }
-    const bool reverse = formula.divergence == Divergence::reverse_kl, no_soft_term = formula.soft_weight == 0;
-    const F inverse_sum = Math::set(1.0f) / student.sumT, zero = Math::set(0.0f);
+    const bool reverse = formula.divergence == Divergence::reverse_kl;
+    const F inverse_sum = Math::set(1.0f) / student.sumT;
     F nan = label_nan;
     for (int k = 0; k < K; ++k) {
         const F used = no_soft_term ? zero : w[k];

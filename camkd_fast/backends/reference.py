@@ -236,7 +236,7 @@ def grad_student(
 def _soft_gradient(s: Tensor, teachers: Sequence[Tensor], formula: Formula, w: Tensor) -> Tensor:
     """T d/ds of sum_k w_k D_k for logits s (N, C) and weights (K, N, 1); 0 if nobody asks for it."""
     T, kind = formula.temperature, formula.divergence_kind
-    if formula.soft_weight == 0.0 and kind != FORWARD_KL:  # whose gradient may not be finite
+    if formula.soft_weight == 0.0:  # whatever the teachers are
         return torch.zeros_like(s)
     zs = (logits_of(z, formula.teacher_map(k), s.dtype) / T for k, z in enumerate(teachers))
     if kind == FORWARD_KL:

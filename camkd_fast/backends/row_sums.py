@@ -133,14 +133,16 @@ def row_results(
     weights, soft = result.weights.unsqueeze(-1), torch.zeros_like(distances[0])
     # From distances where that is possible: logarithms of probabilities have the rounding of large numbers
     q, *ps = ((d / T).exp() / sumT.unsqueeze(-1) for d, sumT in zip(distances, sums[:, SUM_T], strict=True))
-    if kind == FORWARD_KL:
+    if formula.soft_weight == 0.0:
+        pass  # whatever the teachers are
+    elif kind == FORWARD_KL:
         soft = weights.sum(0) * q - weighted_sum_of(weights, ps)
-    elif kind == REVERSE_KL and formula.soft_weight != 0.0:
+    elif kind == REVERSE_KL:
         centers = (sums[1:, CROSS] / (sums[0, SUM_T] * T)).unsqueeze(-1)
         centers = centers.masked_fill(centers.isinf(), torch.nan)
         ratios = (((distances[0] - d) / T).masked_fill(q == 0, 0.0) for d in distances[1:])
         soft = weighted_sum_of(weights, [q * (g - center) for g, center in zip(ratios, centers, strict=True)])
-    elif formula.soft_weight != 0.0:
+    else:
         log_q, *log_ps = _log_probabilities(streams, sums, T)
         pairs = zip(log_ps, sums[1:, SLOPE].unsqueeze(-1), strict=True)
         soft = weighted_sum_of(weights, [divergence_gradient(log_p, log_q, kind, center) for log_p, center in pairs])

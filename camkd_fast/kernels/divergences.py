@@ -93,5 +93,4 @@ def soft_gradient(q, slope, infinite, formula, DIVERGENCE: tl.constexpr):
     """The part of the gradient that `grad_student_terms` scales, from q and sum_k w_k (x_k - center_k)."""
     if DIVERGENCE == "reverse_kl":
         slope = slope * (1.0 / formula.temperature)
-    # Nobody asks for it if the soft loss has weight 0, and it may not be finite.
-    return tl.where(formula.soft_weight == 0, 0.0, q * slope + infinite)
+    return q * slope + infinite

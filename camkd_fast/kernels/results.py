@@ -97,6 +97,8 @@ def grad_student_terms(
 ):  # fmt: skip
     """d loss / d student from softmax(s), the one-hot label and T d (sum_k w_k D_k) / d student; lse: log-sum-exps."""
     hard_part = softmax - shares
+    # Nobody asks for it if the soft loss has weight 0, and it may not be finite.
+    soft_part = tl.where(formula.soft_weight == 0, 0.0, soft_part)
     if SCALE_BY_T2:
         gradient = formula.soft_weight * formula.temperature * soft_part + formula.hard_weight * hard_part
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.contract import MAX_TEACHERS, SecondLabels
 from ..backends.dispatch import label_counter
+from ..backends.memory import is_ordinary
 from .formula import check_number
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -203,6 +204,11 @@ def check_scale(name: str, scale: float | Tensor) -> None:
             raise ValueError(f"{name} must have one element, got shape {_shape(scale)}")
     else:
         check_number(name, scale, positive=False)
+
+
+def can_count(target: Tensor) -> bool:
+    """Whether the host reads these labels: in an ordinary call, in main memory."""
+    return not torch.compiler.is_compiling() and target.is_cpu and is_ordinary([target])
 
 
 def count_labels(target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None) -> int:

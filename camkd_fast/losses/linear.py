@@ -16,10 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends.contract import HARD, SOFT, RowLossResult
-from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks, linear_checks
-from .entry import KERNEL, way_of_call
 from .formula import Formula, check_choice
 from .linear_checks import autocast_enabled
 from .linear_chunks import LinearCall, Side
@@ -159,8 +157,8 @@ def _factor(
     if reduction != "mean":
         return 1.0 if reduction == "sum" else None
     labels, ignore_index = call.labels, call.formula.ignore_index
-    counts = labels.is_cpu and way_of_call() is KERNEL and are_dense([labels])  # a trace would keep the number
-    valid = checks.count_labels(labels, call.classes, ignore_index) if counts else None
+    # A trace would keep the number
+    valid = checks.count_labels(labels, call.classes, ignore_index) if checks.can_count(labels) else None
     return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 
 

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses import checks
+from ..losses.layout import contiguous_labels, second_labels, second_rows
+from ..losses.scale_plan import divisor_of
+
 IGNORED = -100  # label of rows that do not count
 
 
@@ -40,7 +44,8 @@ class Labels(NamedTuple):
         kept, mix = self.target != IGNORED, self.mix.to(logits.dtype)
         total = logits.new_zeros(())
         for target, share in ((self.target, mix), (self.second_target, 1 - mix)):
-            each = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+            read = torch.where(kept & (share != 0), target, IGNORED)  # others may be any
+            each = F.cross_entropy(logits, read, reduction="none", label_smoothing=smoothing)
             total = total + torch.where(kept & (share != 0), share * each, 0.0).sum()
         return total / self._divisor(num_items)
 
@@ -65,5 +70,21 @@ class Labels(NamedTuple):
         return total / self._divisor(num_items)
 
     def _divisor(self, num_items: float | Tensor | None) -> float | Tensor:
-        """`num_items`, or how many rows count, at least 1."""
-        return (self.target != IGNORED).sum().clamp(min=1) if num_items is None else num_items
+        """`num_items`, or how many rows count; 1 if none does, as in the losses."""
+        if num_items is None:
+            return (self.target != IGNORED).sum().clamp(min=1)
+        if not isinstance(num_items, Tensor):
+            return num_items
+        return divisor_of(num_items.reshape(()), (self.target != IGNORED).any())
+
+    def check(self, logits: Tensor, num_items: float | Tensor | None) -> None:
+        """
+        Raises:
+            ValueError, TypeError: as `camkd_loss`.
+        """
+        second = second_labels(self.second_target, self.mix)
+        checks.check_target(self.target, second, logits, "the student's logits")
+        checks.check_num_items(num_items, "mean")
+        if checks.can_count(self.target):
+            labels = contiguous_labels(self.target)
+            checks.count_labels(labels, logits.shape[-1], IGNORED, second_rows(second, torch.float32))

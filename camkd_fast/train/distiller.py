@@ -161,6 +161,7 @@ class Distiller(nn.Module):
         student = self._observe(self.student, images)
         logits = student.logits
         labels = Labels(target, second_target, mix)
+        labels.check(logits, num_items)
         zero = torch.zeros((), device=logits.device)
         if not outputs:
             loss = labels.cross_entropy(_wide(logits), self.label_smoothing, num_items)

@@ -99,6 +99,13 @@ def test_nearly_certain_rows(divergence: Any, temperature: float, height: float,
     assert_rows(nearly_certain(height, C, 3, F32, temperature).with_(divergence=divergence), "cuda")
 
 
+@pytest.mark.parametrize("K", [2, 6])
+@pytest.mark.parametrize("weighting", ["confidence", "entropy"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_a_soft_loss_of_weight_0_reads_no_teacher(divergence: Any, weighting: str, K: int) -> None:
+    losses.test_a_soft_loss_of_weight_0_reads_no_teacher(divergence, weighting, K, "cuda")
+
+
 @settings(max_examples=60)
 @given(losses.settings_of_a_call())
 def test_any_settings_agree_with_the_reference(case: Case) -> None:

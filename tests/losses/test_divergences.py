@@ -303,6 +303,18 @@ def test_terms_of_weight_0_contribute_nothing(divergence: Any, backend: str) -> 
     assert run(infinite, backend).grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("divergence", "weighting", "K", "backend"), with_backends(DIVERGENCES, ["confidence", "entropy"], [2, 6])
+)
+def test_a_soft_loss_of_weight_0_reads_no_teacher(divergence: Any, weighting: str, K: int, backend: str) -> None:
+    case = make_case(6, 300, K, divergence=divergence, weighting=weighting, soft_weight=0.0)
+    spoiled = case.with_(teachers=(torch.full((6, 300), math.nan), *case.teachers[1:]))
+    for evaluate in (run, run_value_and_grad):
+        ours, expected = evaluate(spoiled, backend), evaluate(case, backend)
+        assert_near(ours.loss, expected.loss)
+        assert_near(ours.grad, expected.grad)
+
+
 @pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("divergence", DIVERGENCES[:5], ids=str)
 def test_ignored_rows_are_zero_even_if_nan(divergence: Any, backend: str) -> None:

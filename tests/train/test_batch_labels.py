@@ -134,6 +134,41 @@ def test_a_batch_without_labels_has_a_loss_of_zero(name: str, part: str) -> None
     assert out.loss == 0 and out.hard == 0 and not gradients(made.student).any()
 
 
+@pytest.mark.parametrize("name", ["ce", "aver", "fitnet-mkd", "ca-mkd"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_device_number_of_no_items(name: str, smoothing: float) -> None:
+    """A part of a batch without labels, of a step that has none elsewhere either."""
+    made = distiller(name, smoothing)
+    out = made(DATA.images.double(), torch.full_like(DATA.target, -100), torch.zeros(1))
+    out.loss.backward()
+    assert out.loss.shape == () and out.loss == 0 and not gradients(made.student).any()
+
+
+@pytest.mark.parametrize("name", ["ce", "aver", "ca-mkd"])
+def test_labels_are_checked(name: str) -> None:
+    made, images, y = distiller(name), DATA.images.double(), DATA.target
+    for arguments, words in (
+        ({"second_target": SECOND}, "mix is None, but second_target is a Tensor; give both or neither"),
+        ({"mix": MIX}, "second_target is None, but mix is a Tensor"),
+        ({"second_target": SECOND, "mix": MIX[:, None]}, r"mix has shape \(17, 1\), but target has \(17,\)"),
+        ({"second_target": SECOND, "mix": 3 * MIX}, "mix holds"),
+        ({"second_target": torch.full_like(y, 999), "mix": MIX}, "second_target holds label 999"),
+        ({"target": F.one_hot(y, CLASSES).double()}, "target must be int64, got float64"),
+        ({"target": y + CLASSES}, "target holds label"),
+        ({"num_items": 0}, "num_items must be finite and > 0, got 0"),
+        ({"num_items": torch.ones(2)}, r"num_items must have one element, got shape \(2,\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            made(images, **{"target": y, **arguments})
+
+
+def test_second_labels_of_ignored_rows_are_not_read() -> None:
+    target, second = DATA.target.clone(), SECOND.clone()
+    target[3], second[3] = -100, 999
+    losses = [distiller("ce")(DATA.images.double(), target, second_target=x, mix=MIX).loss for x in (second, SECOND)]
+    assert losses[0] == losses[1]
+
+
 def test_accuracy_counts_the_label_with_the_larger_share() -> None:
     labels = Labels(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([0.4, 0.5, 1.0]))
     assert labels.largest.tolist() == [4, 2, 3] and Labels(labels.target).largest is labels.target

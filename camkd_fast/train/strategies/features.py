@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...losses.feature import CAMKDFeatureLoss, weighted_feature_loss
+from ...losses.scale_plan import divisor_of
 from ...models.protocol import Prediction
 from .base import FeatureTerm, Setup, Strategy
 from .registry import register
@@ -94,6 +95,8 @@ class FeatureStrategy(Strategy):
         kept = target != self.formula.ignore_index
         weights = (kept / len(teachers)).expand(len(teachers), -1)
         total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
+        if isinstance(num_items, Tensor):
+            num_items = divisor_of(num_items.reshape(()), kept.any())
         return FeatureTerm(self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items), None)
 
 
