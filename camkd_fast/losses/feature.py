@@ -286,7 +286,7 @@ class CAMKDFeatureLoss(nn.Module):
     def _logits(self, regressed: Sequence[Tensor], heads: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
         """head_k(r_k), with a graph only if the weights are to have one."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_weights):
-            return [head(r) for head, r in zip(heads, regressed, strict=True)]
+            return [_unchanged(k, r, head) for k, (head, r) in enumerate(zip(heads, regressed, strict=True))]
 
     def regress(self, student_feature: Tensor, teacher_features: Sequence[Tensor]) -> list[Tensor]:
         """r_k(F_s) for every teacher, each resized from the original map (N, D, H, W) to (N, D_k, H_k, W_k)."""
@@ -315,7 +315,8 @@ class CAMKDFeatureLoss(nn.Module):
             second_target, mix: second labels (N,) of the rows, as in `camkd_loss`.
 
         Raises:
-            ValueError: the number of teachers differs from construction; and as `weighted_feature_loss`.
+            ValueError: the number of teachers differs from construction, or a head changes its input in place; and as
+                `weighted_feature_loss`.
         """
         self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
         checks.check_num_items(num_items, "mean")
@@ -354,6 +355,17 @@ class CAMKDFeatureLoss(nn.Module):
         options |= {"ignore_index": self.ignore_index, "backend": self.backend}
         output, grads = camkd_feature_loss_and_grad(regressed, teacher_features, logits, target, **options)
         return output, regressed, grads
+
+
+def _unchanged(k: int, regressed: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """head(regressed); the map is compared with the teacher's afterwards."""
+    if torch.compiler.is_compiling() or regressed.is_inference():
+        return head(regressed)
+    version = regressed._version
+    logits = head(regressed)
+    if regressed._version != version:
+        raise ValueError(f"teacher_heads[{k}] changes its input in place: expected modules with inplace=False")
+    return logits
 
 
 def _resize(feature: Tensor, size: torch.Size) -> Tensor:

@@ -37,6 +37,9 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
         channels_last: store convolution weights in that memory format.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in frozen.modules():
+        if getattr(module, "inplace", False) is True:  # a head would change the map that it is given
+            module.inplace = False  # type: ignore[assignment]
     for conv, norm in _foldable(frozen):
         _fold(frozen, conv, norm)
     if dtype is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .preprocessing import floating_dtype
 from .protocol import FeatureModel, Prediction, logits_of, predict
 
 
@@ -30,6 +31,7 @@ class Observer:
         self.layer = layer
         self.num_features = model.num_features if layer is None and isinstance(model, FeatureModel) else 0
         self._seen: list[Any] | None = None  # outputs of the module in the call that runs
+        self._copies = False  # whether what comes after the module changes its output in place
         if layer is not None:
             modules = dict(model.named_modules(remove_duplicate=False))
             if layer not in modules or not layer:
@@ -39,7 +41,7 @@ class Observer:
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._seen is not None:
-            self._seen.append(output)
+            self._seen.append(output.clone() if self._copies and isinstance(output, Tensor) else output)
 
     def __call__(self, model: nn.Module, images: Tensor) -> Prediction:
         """
@@ -65,10 +67,14 @@ class Observer:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, images: Tensor) -> int:
-        """Set and return `num_features`, the map's channels, from a pass over a batch in evaluation mode."""
+        """Set and return `num_features`, the map's channels, from passes over a batch in evaluation mode."""
+        images = images.to(floating_dtype(model))
         training = [module for module in model.modules() if module.training]
         try:
-            self.num_features = self(model.eval(), images).features.shape[1]
+            changed = self(model.eval(), images).features
+            self._copies = True
+            self._copies = not torch.equal(changed, self(model, images).features)
+            self.num_features = changed.shape[1]
         finally:
             for module in training:
                 module.training = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -67,9 +69,28 @@ def feature_model(module: nn.Module) -> FeatureModel:
 
 
 def predict(model: FeatureModel, images: Tensor) -> Prediction:
-    """Features and logits in one pass; images (N, channels, height, width)."""
+    """Features and logits in one pass; images (N, channels, height, width).
+
+    Raises:
+        ValueError: the head changes the feature map in place.
+    """
     features = model.forward_features(images)
-    return Prediction(features, model.forward_head(features))
+    return Prediction(features, unchanged(features, model.forward_head, type(model).__name__))
+
+
+def unchanged(features: Tensor, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    """head(features).
+
+    Raises:
+        ValueError: the head changes its input, which is compared afterwards.
+    """
+    if torch.compiler.is_compiling() or not isinstance(features, Tensor) or features.is_inference():
+        return head(features)
+    version = features._version
+    logits = head(features)
+    if features._version != version:
+        raise ValueError(f"the head of {name} changes the feature map in place: expected modules with inplace=False")
+    return logits
 
 
 def logits_of(output: object) -> Tensor:
@@ -81,6 +102,6 @@ def logits_of(output: object) -> Tensor:
     if isinstance(output, (Tensor, fx.Proxy)):  # a proxy: `freeze` traces the model
         return cast(Tensor, output)
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, (Tensor, fx.Proxy)):
         raise TypeError(f"a model must return logits or an object with logits, got {type(output).__name__}")
-    return logits
+    return cast(Tensor, logits)

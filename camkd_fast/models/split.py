@@ -7,6 +7,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, fx, nn
 
+from .preprocessing import floating_dtype
 from .protocol import logits_of
 
 
@@ -66,7 +67,7 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
     The model's code is traced by torch.fx down to the module's parents; other modules are opaque.
 
     Args:
-        model: (N, channels, H, W) -> logits (N, C), in evaluation mode.
+        model: (N, channels, H, W) -> logits (N, C) or an object whose `logits` they are, in evaluation mode.
         layer: name of the module, such as "layer4"; its output is a map (N, D, h, w) and all that the logits depend on.
         images: (1, channels, H, W) for a check of both parts.
 
@@ -79,19 +80,24 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
     if layer not in modules:
         nearest = get_close_matches(layer, modules, n=5) or [name for name, _ in model.named_children()]
         raise ValueError(f"{owner} has no module {layer!r}; nearest: {', '.join(nearest)}")
+    refusal = f"{owner} cannot be split at {layer!r}"
+    wrapped, layer = _Logits(model), f"model.{layer}"
     try:
-        graph = _Tracer(layer).trace(model)
+        graph = _Tracer(layer).trace(wrapped)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{owner} cannot be split at {layer!r}, torch.fx cannot trace it: {reason}") from error
+        raise ValueError(f"{refusal}, torch.fx cannot trace it: {reason}") from error
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
     if len(calls) != 1:
-        raise ValueError(f"{owner} cannot be split at {layer!r}: it calls that module {len(calls)} times, not once")
-    refusal = f"{owner} cannot be split at {layer!r}"
-    features = fx.GraphModule(model, _until(graph, calls[0]))
-    head = fx.GraphModule(model, _from(graph, calls[0], refusal))
+        raise ValueError(f"{refusal}: it calls that module {len(calls)} times, not once")
+    for node in graph.nodes:
+        if node.op == "call_function" and node.kwargs.get("inplace") is True:  # of functional.relu and the like
+            node.update_kwarg("inplace", False)
+    features = fx.GraphModule(wrapped, _until(graph, calls[0]))
+    head = fx.GraphModule(wrapped, _from(graph, calls[0], refusal))
+    images = images.to(floating_dtype(model))
     try:
-        maps, logits = features(images), model(images)
+        maps, logits = features(images), wrapped(images)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{owner} cannot run an image of shape {tuple(images.shape)}: {reason}") from error
@@ -101,6 +107,17 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not torch.equal(head(maps), logits):
         raise ValueError(f"{refusal}: the two parts give other logits than the model")
     return Split(features, head, maps.shape[1], logits.shape[1]).eval()
+
+
+class _Logits(nn.Module):
+    """The logits of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))
 
 
 class _Tracer(fx.Tracer):

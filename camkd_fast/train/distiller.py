@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teachers: Teachers | Sequence[nn.Module | Source | str] | None,
+        teachers: Teachers | Iterable[nn.Module | Source | str] | None,
         strategy: str | Strategy = "ca-mkd",
         *,
         temperature: float = 4.0,
@@ -107,7 +107,10 @@ class Distiller(nn.Module):
         self._observe = Observer(student, student_layer)
         if student_layer is not None:
             self._observe.measure(student, needed(example, "student_layer", student_layer))
-        if isinstance(teachers, Sequence):
+        if isinstance(teachers, str) or (isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)):
+            raise TypeError(f"teachers must be a list, got {type(teachers).__name__}: [teacher] for a single one")
+        if isinstance(teachers, Iterable):
+            teachers = list(teachers)
             images = Images(example, preprocessing, class_names)
             frozen = frozen_teachers(teachers, teacher_layers, images, teacher_dtype, channels_last)
             teachers = LiveTeachers(frozen, getattr(student, "num_classes", None)) if frozen else None
@@ -122,6 +125,7 @@ class Distiller(nn.Module):
                 )
             given = {"temperature": temperature, "alpha": alpha, "beta": beta, **options}
             strategy = strategies.create(strategy, teachers, channels, **given)
+        strategy.formula.checked()
         self.strategy = strategy
         self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
         self._channels_last = channels_last

@@ -162,6 +162,16 @@ def test_a_few_steps_reduce_the_loss_and_do_not_change_the_heads(backend):
     assert all(torch.equal(head.classifier.weight, old) for head, old in zip(heads, before, strict=True))
 
 
+def test_a_head_that_works_in_place_is_refused() -> None:
+    loss, maps = CAMKDFeatureLoss(4, [8]), torch.randn(3, 4, 2, 2)
+    heads = [nn.Sequential(nn.SiLU(inplace=inplace), nn.Flatten()) for inplace in (False, True)]
+    labels = torch.zeros(3, dtype=torch.int64)
+    loss(maps, [torch.randn(3, 8, 2, 2)], heads[:1], labels)
+    for call in (loss, loss.loss_and_grad):
+        with pytest.raises(ValueError, match=r"teacher_heads\[0\] changes its input in place"):
+            call(maps, [torch.randn(3, 8, 2, 2)], heads[1:], labels)
+
+
 def test_settings_are_checked_at_construction() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'tpu'"):
         CAMKDFeatureLoss(4, [8], backend="tpu")

@@ -186,6 +186,16 @@ def test_logits_are_enough_for_strategies_without_feature_maps() -> None:
     assert torch.equal(made(DATA.images, DATA.target).loss, twin(DATA.images, DATA.target).loss)
 
 
+def test_any_sequence_of_teachers() -> None:
+    for teachers in (nn.ModuleList([SmallNet(), SmallNet()]), (SmallNet() for _ in range(2))):
+        assert len(Distiller(SmallNet(), teachers, "aver").teachers.num_features) == 2
+    for single in (SmallNet(), "runs/t0"):
+        with pytest.raises(TypeError, match="teachers must be a list, got"):
+            Distiller(SmallNet(), single, "aver")
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
+        Distiller(SmallNet(), [SmallNet()], "aver", temperature=0)
+
+
 def test_teachers_split_at_a_layer() -> None:
     given = [Bare(6, seed=1), SmallNet(7, seed=2)]
     torch.manual_seed(0)

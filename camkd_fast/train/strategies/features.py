@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -49,9 +49,18 @@ class FeatureStrategy(Strategy):
         loss_scale: Tensor | None = None,
         **second: Tensor,
     ) -> FeatureTerm:
+        self._check_maps(student.features, [teacher.features for teacher in teacher_outputs])
         with torch.autocast(student.features.device.type, enabled=False):
             maps = student.features.to(self.maps.dtype), [t.features for t in teacher_outputs]
             return self._term(*maps, target, num_items, loss_scale, second)
+
+    def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
+        """Transformers have tokens in their place, and some models channels last."""
+        for name, features in (("the student", student), *((f"teacher {k}", f) for k, f in enumerate(teachers))):
+            if features.dim() != 4:
+                raise ValueError(
+                    f"{self.name} needs feature maps (N, D, h, w), but that of {name} has shape {tuple(features.shape)}"
+                )
 
     def _term(
         self,

@@ -71,17 +71,25 @@ class AEKD(Strategy):
     """Weights of the min-norm combination of the K gradients of the soft loss (Du et al. 2020).
 
     One weight per teacher and batch, at most `cap`, from the gradients with respect to the student's (N, C) logits.
-    In training mode the Gram matrix is summed over all ranks, so weights do not depend on how a batch is split. In
-    evaluation mode it is that of this rank, which may evaluate by itself. (The official code averages each gradient
-    over the batch before it takes inner products.)
+    The Gram matrix is summed over all ranks, so weights do not depend on how a batch is split; without gradients it is
+    that of this rank, which may evaluate by itself. (The official code averages each gradient over the batch before it
+    takes inner products.)
     """
 
     name, label, color = "aekd", "AEKD", "#cc79a7"
     cap = 0.6
 
-    @torch.no_grad()
     def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
         """(K,) float64."""
+        learns = torch.is_grad_enabled()
+        with torch.no_grad():
+            gram = self._gram(student_logits, teacher_outputs, target)
+            if learns and torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(gram)
+            return min_norm_weights(gram, self.cap)
+
+    def _gram(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
+        """Inner products (K, K) of the gradients."""
         T = self.formula.temperature
         kept = (target != self.formula.ignore_index).unsqueeze(-1)
         q = (student_logits.float() / T).softmax(-1)
@@ -91,7 +99,4 @@ class AEKD(Strategy):
                 torch.where(kept, q - (t.logits.float() / T).softmax(-1), 0.0).flatten() for t in teacher_outputs
             ]
             stacked = torch.stack(gradients)
-            gram = stacked @ stacked.T
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gram)
-        return min_norm_weights(gram, self.cap)
+            return stacked @ stacked.T
