@@ -29,12 +29,13 @@ def student_table(rows: Sequence[Row]) -> Table:
         cells = [
             find(row.strategy).label,
             f"{100 * row.mean:.2f} %",
-            f"{100 * row.spread:.2f}",
+            f"{100 * row.spread:.2f}" if len(row.test_accuracy) > 1 else "",
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row.test_accuracy),
         ]
         if aver is not None:
             gains = [100 * gain for gain in row.gains(aver)]
-            cells.append("" if row is aver else f"{mean(gains):+.2f} ± {spread(gains):.2f}")
+            gain = f"{mean(gains):+.2f}" + (f" ± {spread(gains):.2f}" if len(gains) > 1 else "")
+            cells.append("" if row is aver else gain)
         lines.append((*cells, f"{row.images_per_second:,.0f}"))
     difference = [] if aver is None else [f"over {find(BASELINE).label}, paired"]
     return Table(("student", "test accuracy", "deviation", "each seed", *difference, "images/s"), lines)
