@@ -264,8 +264,7 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
     if (formula.divergence == Divergence::forward_kl) {
         coefficients.studentT = (no_soft_term ? zero : soft_scale * total / student.sumT) + label_nan;
         for (int k = 0; k < K; ++k)
-            coefficients.teacher[k] =
-                no_soft_term ? zero : product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
+            coefficients.teacher[k] = no_soft_term ? zero : product_or_zero<Math>(w[k], soft_scale / teachers[k].sumT);
         return;
     }
     const bool reverse = formula.divergence == Divergence::reverse_kl;

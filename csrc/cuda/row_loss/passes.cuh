@@ -136,10 +136,10 @@ CAMKD_DEVICE float add_plogp(const Temperature& temperature, const float (&e)[V]
     return sum;
 }
 
-// Corrects the sums of a row, or of a part of it, for their reference, whose maximum is state.max. The maximum's own term
-// is 1. With AnyRow it is taken out as it was added, with the error of the hardware's exponential, beside which the other
-// terms of a nearly certain row would not be seen. Kernels of a fixed K pass only rows here whose label is far from the
-// maximum, and would spill.
+// Corrects the sums of a row, or of a part of it, for their reference, whose maximum is state.max. The maximum's own
+// term is 1. With AnyRow it is taken out as it was added, with the error of the hardware's exponential, beside which
+// the other terms of a nearly certain row would not be seen. Kernels of a fixed K pass only rows here whose label is
+// far from the maximum, and would spill.
 template <bool AnyRow>
 CAMKD_DEVICE void correct_sums(float sumT, float sum1, const Reference& reference, const Temperature& temperature,
                                bool exact, State& state) {
