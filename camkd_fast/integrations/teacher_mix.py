@@ -60,10 +60,8 @@ class TeacherMix:
 
     def is_of(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> bool:
         same = len(teachers) == len(self.teachers) and all(map(operator.is_, teachers, self.teachers))
-        return same and (None if weights is None else [float(w) for w in weights], column) == (
-            self.weights,
-            self.column,
-        )
+        numbers = None if weights is None else [float(weight) for weight in weights]
+        return same and (numbers, column) == (self.weights, self.column)
 
     def place(self, device: torch.device) -> None:
         """In eval mode and on the device, unless a teacher is spread over processes or devices.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
@@ -75,22 +74,14 @@ def predict(model: FeatureModel, images: Tensor) -> Prediction:
         ValueError: the head changes the feature map in place.
     """
     features = model.forward_features(images)
-    return Prediction(features, unchanged(features, model.forward_head, type(model).__name__))
-
-
-def unchanged(features: Tensor, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
-    """head(features).
-
-    Raises:
-        ValueError: the head changes its input, which is compared afterwards.
-    """
     if torch.compiler.is_compiling() or not isinstance(features, Tensor) or features.is_inference():
-        return head(features)
+        return Prediction(features, model.forward_head(features))
     version = features._version
-    logits = head(features)
+    logits = model.forward_head(features)
     if features._version != version:
+        name = type(model).__name__
         raise ValueError(f"the head of {name} changes the feature map in place: expected modules with inplace=False")
-    return logits
+    return Prediction(features, logits)
 
 
 def logits_of(output: object) -> Tensor:
