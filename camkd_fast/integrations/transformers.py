@@ -92,7 +92,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
         others = {
             "compute_loss_func": getattr(self, "compute_loss_func", None),
             "label_smoothing_factor": smoothing or None,
-            "loss_type": None if (kind := getattr(self.args, "loss_type", "nll")) == "nll" else kind,
+            "loss_type": None if (kind := getattr(self.args, "loss_type", "nll")) in ("nll", "chunked_nll") else kind,
         }
         for name, value in others.items():
             if value is not None:
