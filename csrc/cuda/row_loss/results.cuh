@@ -38,17 +38,16 @@ class RowResults {
             weight = group_.lane() < group_.teachers() ? given_weight(info.row, group_.lane()) : 0.0f;
         }
         // Coefficients of the gradient, multiplied by the corrections that the exponentials of their references lack
-        const float scale = group_.grad_scale();
-        const float used = args.formula.soft_weight == 0 ? 0.0f : weight;  // a soft loss of weight 0 reads no teacher
-        const float total = sum_over_teachers(used);
+        const float total = sum_over_teachers(weight), scale = group_.grad_scale();
         const Reference reference(max, group_.temperature().scale);
         if (group_.lane() < group_.teachers()) {
-            // Weight 0 drops even a teacher whose logits are NaN.
-            state.coefficients.teacher[group_.lane()] =
-                product_or_zero<ScalarMath>(used, soft_scale() / sumT) * reference.factor();
+            // Weight 0 drops even a teacher whose logits are NaN, and that of the soft loss all of them.
+            const float coefficient = product_or_zero<ScalarMath>(weight, soft_scale() / sumT) * reference.factor();
+            state.coefficients.teacher[group_.lane()] = args.formula.soft_weight == 0 ? 0.0f : coefficient;
             state.weights[group_.lane()] = weight;
         } else if (group_.lane() == group_.teachers()) {
-            state.coefficients.studentT = (soft_scale() * total / sumT + label_nan(info)) * reference.factor();
+            const float soft = args.formula.soft_weight == 0 ? 0.0f : soft_scale() * total / sumT;
+            state.coefficients.studentT = (soft + label_nan(info)) * reference.factor();
             state.coefficients.student1 =
                 label_coefficient(args.formula, scale) / sum1 * group_.temperature().factor1(reference, max);
         }
