@@ -137,7 +137,7 @@ CHANGES = (
         Change(
             "labels are not checked",
             "checks.count_labels(of.labels, call.classes, of.ignore_index)",
-            "pass",
+            "None",
             tests=f"{ERRORS}::test_errors_name_both_values",
         ),
     ),
