@@ -25,7 +25,7 @@ for _name, _ours, _theirs in (
     ("weightings", WEIGHTINGS, _C.WEIGHTINGS),
     ("divergences", DIVERGENCES, _C.DIVERGENCES),
     ("sums of a row", ROW_SUMS, _C.ROW_SUMS),
-    ("parts of a shard", _SHARDS, _C.SHARDS),
+    ("steps of a shard", _SHARDS, _C.SHARDS),
     ("dtypes", tuple(str(dtype).removeprefix("torch.") for dtype in COMPILED_DTYPES), _C.DTYPES),
     ("fields of Formula", Formula._fields, _C.FORMULA_FIELDS),
 ):

@@ -200,6 +200,8 @@ def row_stats_of(terms: RowTerms, formula: Formula, valid: Tensor, ignored: Tens
     soft = temperature**2 * soft if formula.scale_by_t2 else soft
     # Filled on the device: a copy of host numbers would wait for it, and could not be captured in a CUDA graph.
     coefficients = torch.stack([torch.full_like(hard, weight) for weight in (formula.hard_weight, formula.soft_weight)])
+    if formula.soft_weight == 0.0:  # or the derivatives of teachers that are NaN would be 0 times NaN
+        soft, divergence = soft.detach(), divergence.detach()
     loss = _weighted_sum(coefficients, torch.stack([hard, soft]))
     if formula.z_loss_weight != 0.0:
         assert lse is not None, "a z-loss without log-sum-exps"

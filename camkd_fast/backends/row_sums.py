@@ -130,22 +130,7 @@ def row_results(
         return result
     streams = _streams(student, teachers, formula)
     distances = [x - top.unsqueeze(-1) for x, top in zip(streams, _finite(sums[:, MAX]), strict=True)]
-    weights, soft = result.weights.unsqueeze(-1), torch.zeros_like(distances[0])
-    # From distances where that is possible: logarithms of probabilities have the rounding of large numbers
-    q, *ps = ((d / T).exp() / sumT.unsqueeze(-1) for d, sumT in zip(distances, sums[:, SUM_T], strict=True))
-    if formula.soft_weight == 0.0:
-        pass  # whatever the teachers are
-    elif kind == FORWARD_KL:
-        soft = weights.sum(0) * q - weighted_sum_of(weights, ps)
-    elif kind == REVERSE_KL:
-        centers = (sums[1:, CROSS] / (sums[0, SUM_T] * T)).unsqueeze(-1)
-        centers = centers.masked_fill(centers.isinf(), torch.nan)
-        ratios = (((distances[0] - d) / T).masked_fill(q == 0, 0.0) for d in distances[1:])
-        soft = weighted_sum_of(weights, [q * (g - center) for g, center in zip(ratios, centers, strict=True)])
-    else:
-        log_q, *log_ps = _log_probabilities(streams, sums, T)
-        pairs = zip(log_ps, sums[1:, SLOPE].unsqueeze(-1), strict=True)
-        soft = weighted_sum_of(weights, [divergence_gradient(log_p, log_q, kind, center) for log_p, center in pairs])
+    soft = _soft_gradient(streams, distances, sums, formula, result.weights.unsqueeze(-1))
     p = distances[0].exp() / sums[0, SUM_1].unsqueeze(-1)
     here = (target >= 0) & (target < student.shape[-1]) & ~ignored
     column = target.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
@@ -156,6 +141,32 @@ def row_results(
     gradient = map_gradient(streams[0], formula.student_map, gradient) * grad_scale
     gradient = gradient.masked_fill(~valid.unsqueeze(-1), torch.nan).masked_fill(ignored.unsqueeze(-1), 0.0)
     return result._replace(grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
+
+
+def _soft_gradient(
+    streams: Sequence[Tensor], distances: Sequence[Tensor], sums: Tensor, formula: Formula, weights: Tensor
+) -> Tensor:
+    """T d/ds of sum_k w_k D_k for weights (K, N, 1); 0 if nobody asks for it, whatever the teachers are.
+
+    Args:
+        distances: of the streams from the maxima of whole rows, (N, C) each.
+    """
+    T, kind = formula.temperature, formula.divergence_kind
+    if formula.soft_weight == 0.0:
+        return torch.zeros_like(distances[0])
+    # From distances where that is possible: logarithms of probabilities have the rounding of large numbers
+    q, *ps = ((d / T).exp() / sumT.unsqueeze(-1) for d, sumT in zip(distances, sums[:, SUM_T], strict=True))
+    if kind == FORWARD_KL:
+        gradient: Tensor = weights.sum(0) * q - weighted_sum_of(weights, ps)
+        return gradient
+    if kind == REVERSE_KL:
+        centers = (sums[1:, CROSS] / (sums[0, SUM_T] * T)).unsqueeze(-1)
+        centers = centers.masked_fill(centers.isinf(), torch.nan)
+        ratios = (((distances[0] - d) / T).masked_fill(q == 0, 0.0) for d in distances[1:])
+        return weighted_sum_of(weights, [q * (g - center) for g, center in zip(ratios, centers, strict=True)])
+    log_q, *log_ps = _log_probabilities(streams, sums, T)
+    pairs = zip(log_ps, sums[1:, SLOPE].unsqueeze(-1), strict=True)
+    return weighted_sum_of(weights, [divergence_gradient(log_p, log_q, kind, center) for log_p, center in pairs])
 
 
 def _streams(student: Tensor, teachers: Sequence[Tensor], formula: Formula) -> list[Tensor]:

@@ -315,6 +315,17 @@ def test_a_soft_loss_of_weight_0_reads_no_teacher(divergence: Any, weighting: st
         assert_near(ours.grad, expected.grad)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_a_soft_loss_of_weight_0_reads_no_teacher_in_a_transform(divergence: Any) -> None:
+    case = make_case(6, 30, 2, divergence=divergence, soft_weight=0.0)
+    spoiled = (torch.full((6, 30), math.nan), case.teachers[1])
+
+    def loss_of(student: torch.Tensor) -> torch.Tensor:
+        return camkd_loss(student, spoiled, case.target, **case.options()).loss
+
+    assert_near(torch.func.grad(loss_of)(case.student), run(case, "reference").grad)
+
+
 @pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("divergence", DIVERGENCES[:5], ids=str)
 def test_ignored_rows_are_zero_even_if_nan(divergence: Any, backend: str) -> None:
