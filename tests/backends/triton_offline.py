@@ -69,11 +69,11 @@ def _logits(shape: Shape, dtype: str) -> Any:
 
 
 def _call(shape: Shape) -> None:
-    import camkd_fast.kernels as kernels
     import torch
-    from camkd_fast.kernels import batch_mean
 
+    import camkd_fast.kernels as kernels
     from camkd_fast.backends.contract import ROW_SUMS, SecondLabels
+    from camkd_fast.kernels import batch_mean
     from camkd_fast.losses.formula import Formula
 
     student = _logits(shape, shape.dtype)
