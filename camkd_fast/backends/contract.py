@@ -6,6 +6,7 @@ Formulas, edge conventions and layouts are specified in `reference`; `dispatch` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -50,7 +51,8 @@ def new_row_sums(whole: Tensor | None, K: int, target: Tensor) -> Tensor:
     return torch.empty((K + 1, ROW_SUMS, target.shape[0]), dtype=torch.float32, device=target.device)
 
 
-class RowLossResult(NamedTuple):
+@dataclass
+class RowLossResult:
     """The numbers of N rows and K teachers before any reduction."""
 
     row_stats: Tensor  # (3 + 3K or 4 + 3K, N) in the accumulation dtype; the properties below are its rows

@@ -56,6 +56,7 @@ against this file in float64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -146,20 +147,20 @@ def loss_terms(
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
     ignored = labels.ignored
     # Ignored rows are replaced before any arithmetic, so that their NaN cannot reach a sum or a gradient.
-    s = _mapped(_rows(student).masked_fill(ignored.unsqueeze(-1), 0.0), formula.student_map)
+    s = _mapped(_rows(student).masked_fill(ignored.unsqueeze(-1), 0.0), formula.student_map())
     zs = [
         _mapped(_rows(z).to(s.dtype).masked_fill(ignored.unsqueeze(-1), 0.0), formula.teacher_map(k))
         for k, z in enumerate(teachers)
     ]
 
     log_q = F.log_softmax(s / temperature, dim=-1)
-    kind = formula.divergence_kind
+    kind = formula.divergence_kind()
     divergence = torch.stack([divergence_of(F.log_softmax(z / temperature, dim=-1), log_q, kind) for z in zs])
     teacher_log_prob = [F.log_softmax(z, dim=-1) for z in zs]
     teacher_ce = torch.stack([-labels.pick(log_prob) for log_prob in teacher_log_prob])
     hard = -labels.pick(F.log_softmax(s, dim=-1))
     teacher_entropy = lse = entropy = None
-    if formula.weighting_name == "entropy":
+    if formula.weighting_name() == "entropy":
         teacher_entropy = torch.stack([torch.special.entr(lp.exp()).sum(-1) for lp in teacher_log_prob])
     if formula.z_loss_weight != 0.0:
         lse = s.logsumexp(-1)
@@ -225,19 +226,19 @@ def grad_student(
 ) -> Tensor:
     """d loss / d student in closed form, (N, C) in the accumulation dtype, given weights (K, N)."""
     labels = labels_of(target, second, student.shape[-1], formula.ignore_index)
-    s = logits_of(student, formula.student_map)
-    out = formula.soft_grad_scale * _soft_gradient(s, teachers, formula, weights.to(s.dtype).unsqueeze(-1))
+    s = logits_of(student, formula.student_map())
+    out = formula.soft_grad_scale() * _soft_gradient(s, teachers, formula, weights.to(s.dtype).unsqueeze(-1))
     out = out + formula.hard_weight * (s.softmax(-1) - labels.onehot(s))
     if formula.z_loss_weight != 0.0:
         out = out + 2.0 * formula.z_loss_weight * s.logsumexp(-1, keepdim=True) * s.softmax(-1)
-    out = map_gradient(s, formula.student_map, out)
+    out = map_gradient(s, formula.student_map(), out)
     out = out.masked_fill(~labels.valid.unsqueeze(-1), float("nan"))
     return out.masked_fill(labels.ignored.unsqueeze(-1), 0.0)
 
 
 def _soft_gradient(s: Tensor, teachers: Sequence[Tensor], formula: Formula, w: Tensor) -> Tensor:
     """T d/ds of sum_k w_k D_k for logits s (N, C) and weights (K, N, 1); 0 if nobody asks for it."""
-    T, kind = formula.temperature, formula.divergence_kind
+    T, kind = formula.temperature, formula.divergence_kind()
     if formula.soft_weight == 0.0:  # whatever the teachers are
         return torch.zeros_like(s)
     zs = (logits_of(z, formula.teacher_map(k), s.dtype) / T for k, z in enumerate(teachers))
@@ -274,14 +275,14 @@ def row_loss(
         valid = (target != formula.ignore_index).sum().clamp(min=1)
         inverse = valid.to(result.row_stats.dtype).reciprocal().reshape(1)
         loss, hard, soft = (result.row_stats[:PER_TEACHER].sum(1) * inverse).unbind()
-        result = result._replace(means=(loss.clone(), torch.stack([hard, soft, inverse[0]])))
+        result = replace(result, means=(loss.clone(), torch.stack([hard, soft, inverse[0]])))
         scales.append(inverse)
     if not needs_grad:
         return result
     gradient = grad_student(student, teachers, target, formula, result.weights, second)
     for scale in scales:
         gradient = gradient * scale
-    return result._replace(grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
+    return replace(result, grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ With d = x - max and exponentials e = e^{d / T}, of student s and teacher k:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from .reference import RowTerms, logits_of, map_gradient, row_stats_of, weighted
 
 def is_mixture(formula: Formula) -> bool:
     """Whether there are sums over mixtures, a step of their own."""
-    return formula.divergence_kind.kind in ("jsd", "skew")
+    return formula.divergence_kind().kind in ("jsd", "skew")
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def row_sums(
     streams = _streams(student, teachers, formula)
     if whole is not None:
         log_q, *log_ps = _log_probabilities(streams, whole, T)
-        kind, result = formula.divergence_kind, whole.clone()
+        kind, result = formula.divergence_kind(), whole.clone()
         for k, log_p in enumerate(log_ps, 1):
             q, g = divergence_slopes(log_p, log_q, kind)
             result[k, CROSS], result[k, SLOPE] = divergence_of(log_p, log_q, kind), (q * g).sum(-1)
@@ -61,9 +62,9 @@ def row_sums(
             result[k, i] = numbers
     s = distances[0]
     for k, z in enumerate(distances[1:], 1):
-        if formula.divergence_kind == FORWARD_KL:
+        if formula.divergence_kind() == FORWARD_KL:
             result[k, CROSS] = _expected((z / T).exp(), z - s)
-        elif formula.divergence_kind == REVERSE_KL:
+        elif formula.divergence_kind() == REVERSE_KL:
             result[k, CROSS] = _expected((s / T).exp(), s - z)
     return result
 
@@ -82,7 +83,7 @@ def merged(parts: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
     factorT, factor1 = ((drop / t).exp().masked_fill(empty, 0.0) for t in (T, 1.0))
     # From distances to the part's maxima to those to the row's; a part that has become 0 is 0, infinite or not
     of_student, of_teachers = slice(0, 1), slice(1, None)
-    if formula.divergence_kind == REVERSE_KL:
+    if formula.divergence_kind() == REVERSE_KL:
         by, base, change = factorT[:, of_student], sumT[:, of_student], drop[:, of_student] - drop[:, of_teachers]
     else:
         by, base, change = factorT[:, of_teachers], sumT[:, of_teachers], drop[:, of_teachers] - drop[:, of_student]
@@ -112,7 +113,7 @@ def row_results(
     out: Tensor | None = None,
 ) -> RowLossResult:
     """See `contract.ShardBackend`."""
-    T, kind = formula.temperature, formula.divergence_kind
+    T, kind = formula.temperature, formula.divergence_kind()
     ignored = target == formula.ignore_index
     valid = ignored | ~sums[0, LABEL].isnan()
     log_sumT, log_sum1 = sums[:, SUM_T].log(), sums[:, SUM_1].log()
@@ -135,12 +136,12 @@ def row_results(
     here = (target >= 0) & (target < student.shape[-1]) & ~ignored
     column = target.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
     onehot = torch.zeros_like(p).scatter(-1, column, here.to(p.dtype).unsqueeze(-1))
-    gradient = formula.soft_grad_scale * soft + formula.hard_weight * (p - onehot)
+    gradient = formula.soft_grad_scale() * soft + formula.hard_weight * (p - onehot)
     if formula.z_loss_weight != 0.0:
         gradient = gradient + 2.0 * formula.z_loss_weight * lse[0].unsqueeze(-1) * p
-    gradient = map_gradient(streams[0], formula.student_map, gradient) * grad_scale
+    gradient = map_gradient(streams[0], formula.student_map(), gradient) * grad_scale
     gradient = gradient.masked_fill(~valid.unsqueeze(-1), torch.nan).masked_fill(ignored.unsqueeze(-1), 0.0)
-    return result._replace(grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
+    return replace(result, grad_student=gradient.to(student.dtype) if out is None else out.copy_(gradient))
 
 
 def _soft_gradient(
@@ -151,7 +152,7 @@ def _soft_gradient(
     Args:
         distances: of the streams from the maxima of whole rows, (N, C) each.
     """
-    T, kind = formula.temperature, formula.divergence_kind
+    T, kind = formula.temperature, formula.divergence_kind()
     if formula.soft_weight == 0.0:
         return torch.zeros_like(distances[0])
     # From distances where that is possible: logarithms of probabilities have the rounding of large numbers
@@ -171,7 +172,7 @@ def _soft_gradient(
 
 def _streams(student: Tensor, teachers: Sequence[Tensor], formula: Formula) -> list[Tensor]:
     """The logits of student and teachers, (N, C) each in the accumulation dtype."""
-    s = logits_of(student, formula.student_map)
+    s = logits_of(student, formula.student_map())
     return [s, *(logits_of(z, formula.teacher_map(k), s.dtype) for k, z in enumerate(teachers))]
 
 

@@ -40,7 +40,7 @@ class KernelFormula(NamedTuple):
 
 def kernel_formula(formula: Formula, K: int) -> KernelFormula:
     T, hard_weight, soft_weight = map(float, formula[:3])
-    share, z_loss_weight = float(formula.divergence_kind.parameter), float(formula.z_loss_weight)
+    share, z_loss_weight = float(formula.divergence_kind().parameter), float(formula.z_loss_weight)
     maps = tuple(_kernel_map(of) for of in _logit_maps(formula, K))
     return KernelFormula(T, math.log2(math.e) / T, hard_weight, soft_weight, share, 1.0 - share, z_loss_weight, maps)
 
@@ -50,7 +50,7 @@ def formula_constants(formula: Formula, K: int) -> dict[str, Any]:
     return {
         "WEIGHTING": _weighting_kind(formula, K),
         "T_POWER": _temperature_power(formula),
-        "DIVERGENCE": formula.divergence_kind.kind,
+        "DIVERGENCE": formula.divergence_kind().kind,
         "SCALE_BY_T2": formula.scale_by_t2,
         "Z_LOSS": formula.z_loss_weight != 0.0,
         "ENTROPY": formula.entropy,
@@ -61,7 +61,7 @@ def formula_constants(formula: Formula, K: int) -> dict[str, Any]:
 
 def _logit_maps(formula: Formula, K: int) -> list[LogitMap]:
     """Of the student and K teachers; none if all leave their logits as they are."""
-    maps = [formula.student_map, *(formula.teacher_map(k) for k in range(K))]
+    maps = [formula.student_map(), *(formula.teacher_map(k) for k in range(K))]
     return maps if any(of.softcap or of.scale != 1.0 for of in maps) else []
 
 
@@ -76,7 +76,7 @@ def _temperature_power(formula: Formula) -> int:
 
 def _weighting_kind(formula: Formula, K: int) -> str:
     """The kernels' WEIGHTING: a single teacher weighs 1 under every rule."""
-    name = formula.weighting_name
+    name = formula.weighting_name()
     return "uniform" if K == 1 and name in ("confidence", "entropy") else name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,13 +49,13 @@ def row_loss(
             "out": out,
         }
         rows = row_loss(student, teachers, target, formula, **options)
-        return rows._replace(means=add_up_by_torch(rows.row_stats, inverse))
+        return replace(rows, means=add_up_by_torch(rows.row_stats, inverse))
     row_stats, grad_student = new_row_outputs(student, len(teachers), formula, needs_grad, out)
     if N == 0:
         return RowLossResult(row_stats, grad_student)
     given = formula.weighting if isinstance(formula.weighting, Tensor) else None
     if given is not None:
-        formula = formula._replace(weighting="given")
+        formula = formula.replaced(weighting="given")
     launch, batch = row_launcher(
         *(layouts([student, *teachers]), (0, 0) if given is None else given.stride(), formula),
         *(isinstance(scale, Tensor), mean, total_scale is not None, second is not None, out is not None),
@@ -119,7 +120,7 @@ def row_launcher(
         "ALIGN": ALIGN,
         "DEBUG": DEBUG,
     }
-    itemsize, beyond = max(x.dtype.itemsize for x in tensors), not formula.is_basic
+    itemsize, beyond = max(x.dtype.itemsize for x in tensors), not formula.is_basic()
     if on_chip(K, C):
         BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels or beyond)
         constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}

@@ -70,7 +70,7 @@ def row_results(
 
 def _named(formula: Formula) -> Formula:
     """With a name for its weighting."""
-    return formula._replace(weighting=formula.weighting_name)
+    return formula.replaced(weighting=formula.weighting_name())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -69,7 +69,7 @@ def evaluate(
         num_items=num_items,
         loss_scale=loss_scale,
     )
-    formula = formula._replace(weighting=weighting)
+    formula = formula.replaced(weighting=weighting)
     second = second_labels(second_target, mix)
     call = _checked_call(student, teacher_logits, target, second, formula, backend, with_grad=loss_scale is not None)
     if loss_scale is not None:
@@ -121,14 +121,14 @@ def _checked_call(
         # Detached rather than under no_grad, where a teacher that requires grad would pass the checks.
         student = student.detach() if isinstance(student, Tensor) else student
         if isinstance(formula.weighting, Tensor):
-            formula = formula._replace(weighting=formula.weighting.detach())
+            formula = formula.replaced(weighting=formula.weighting.detach())
     teachers = checks.check_logits(student, teacher_logits, target, second)
     formula = formula.checked(len(teachers))
     labels, dtype = contiguous_labels(target), accumulation_dtype(student.dtype)
     if isinstance(formula.weighting, Tensor):
         checks.check_weighting(formula.weighting, len(teachers), student)
         rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), dtype)
-        formula = formula._replace(weighting=rows)
+        formula = formula.replaced(weighting=rows)
     needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
     return RowLossCall(student, teachers, labels, second_rows(second, dtype), formula, needs_grad, backend)
 
@@ -165,7 +165,7 @@ def _mean_on_device(
     assert rows.means is not None  # they were requested
     loss, others = rows.means
     output = CAMKDOutput(loss, rows.row_stats, None, rows.means, None, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights, plan._replace(inverse_divisor=others[2:]))
+    return Evaluation(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
 
 
 def _rows(
@@ -180,7 +180,7 @@ def _rows(
         rows = expression_rows(call, plan.in_kernel, with_grad)
     loss = reduce_rows(rows.row_stats, 0, rows.sums, rows.means, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, rows.means, inverse, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights, plan, in_graph=way is not Way.KERNEL)
+    return Evaluation(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
 
 
 def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:

@@ -231,7 +231,7 @@ def _with_constant_weights(
     call: FeatureCall, constant: ConstantWeights, beta: float, loss_scale: float | Tensor, reduction: str, way: Way
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
     dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
-    call = call._replace(weights=call.weights.to(dtype))
+    call = FeatureCall(call.student, call.teachers, call.weights.to(dtype), call.backend)
     scale = as_scale(constant.inverse, dtype) * beta
     loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
     loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss

@@ -39,9 +39,8 @@ class Divisor(NamedTuple):
         check_choice("reduction", self.reduction, checks.REDUCTIONS)
         checks.check_num_items(self.num_items, self.reduction)
         check_ignore_index(self.ignore_index)
-        return self._replace(ignore_index=int(self.ignore_index))
+        return Divisor(self.reduction, self.num_items, int(self.ignore_index))
 
-    @property
     def counts(self) -> bool:
         """Whether it is the number of valid samples."""
         return self.reduction == "mean" and self.num_items is None
@@ -85,9 +84,9 @@ def weights_of_logits(
         second = second_labels(*others)
     with computing(way, logits=logits, target=target, **second_arguments(second)):
         weights, ce, inverse = confidence_and_divisor(
-            logits, target, second, divisor.ignore_index, backend, way, divisor.counts
+            logits, target, second, divisor.ignore_index, backend, way, divisor.counts()
         )
-        return ConstantWeights(weights, ce, inverse if divisor.counts else divisor.inverse(target, weights.dtype))
+        return ConstantWeights(weights, ce, inverse if divisor.counts() else divisor.inverse(target, weights.dtype))
 
 
 def constant_weights(

@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .divergence import FORWARD_KL, Divergence, as_divergence
@@ -85,18 +86,26 @@ class Formula(NamedTuple):
         check_ignore_index(self.ignore_index)
         if not isinstance(self.weighting, Tensor):
             check_choice("weighting", self.weighting, WEIGHTINGS)
-        basic = self._replace(
+        basic = self.replaced(
             temperature=float(self.temperature),
             hard_weight=float(self.hard_weight),
             soft_weight=float(self.soft_weight),
             ignore_index=int(self.ignore_index),
         )
-        return basic if self[5:] == _BASIC else basic._replace(**self._checked_extensions(K))
+        return basic if self._has_basic_rest() else basic.replaced(**self._checked_extensions(K))
 
-    @property
+    def replaced(self, **changes: Any) -> Formula:
+        """`_replace`, which torch.compile cannot trace before torch 2.11."""
+        if not torch.compiler.is_compiling():
+            return self._replace(**changes)
+        return Formula(**{**self.options(), **changes})
+
     def is_basic(self) -> bool:
         """Whether it is the paper's formula: nothing of what follows `ignore_index`, and not "min_ce"."""
-        return self[5:] == _BASIC and self.weighting_name != "min_ce"
+        return self._has_basic_rest() and self.weighting_name() != "min_ce"
+
+    def _has_basic_rest(self) -> bool:
+        return tuple(self)[5:] == _BASIC
 
     def _checked_extensions(self, K: int | None) -> dict[str, Any]:
         check_flag("scale_by_t2", self.scale_by_t2)
@@ -117,19 +126,16 @@ class Formula(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `camkd_loss`."""
-        return self._asdict()
+        return dict(zip(Formula._fields, tuple(self), strict=True))
 
-    @property
     def weighting_name(self) -> str:
         """The weighting's name; "given" for a tensor."""
         return "given" if isinstance(self.weighting, Tensor) else self.weighting
 
-    @property
     def divergence_kind(self) -> Divergence:
         """The divergence as backends take it."""
         return as_divergence(self.divergence)
 
-    @property
     def student_map(self) -> LogitMap:
         """From the student's tensor to its logits."""
         return LogitMap(self.student_logit_scale, self.student_softcap or 0.0)
@@ -139,26 +145,25 @@ class Formula(NamedTuple):
         scale = 1.0 if self.teacher_logit_scales is None else self.teacher_logit_scales[k]
         return LogitMap(scale, (None if self.teacher_softcaps is None else self.teacher_softcaps[k]) or 0.0)
 
-    @property
     def soft_scale(self) -> float:
         """d loss / d w_k divided by D_k: soft_weight * T^2, or soft_weight."""
         return self.soft_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
 
-    @property
     def soft_grad_scale(self) -> float:
         """soft_scale / T, which multiplies gradients by s / T."""
         return self.soft_weight * self.temperature if self.scale_by_t2 else self.soft_weight / self.temperature
 
     def constants(self) -> tuple[list[float], str, str, int]:
         """Everything but a weighting tensor, in types that an operator's schema has. See `from_constants`."""
-        kind, parameter = self.divergence_kind
+        kind, parameter = self.divergence_kind()
         flags = [float(self.scale_by_t2), float(self.entropy)]
-        student = [float(x) for x in self.student_map]
+        student = [float(x) for x in self.student_map()]
         scales, softcaps = self.teacher_logit_scales, self.teacher_softcaps
         K = len(scales or softcaps or ())
         teachers = [float(x) for k in range(K) for x in self.teacher_map(k)]
-        values = [*self[:3], parameter, self.z_loss_weight, *flags, *student, *teachers]
-        return values, self.weighting_name, kind, self.ignore_index
+        weights = [self.hard_weight, self.soft_weight, parameter, self.z_loss_weight]
+        values = [self.temperature, *weights, *flags, *student, *teachers]
+        return values, self.weighting_name(), kind, self.ignore_index
 
     @classmethod
     def from_constants(

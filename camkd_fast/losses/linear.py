@@ -142,7 +142,7 @@ def camkd_linear_loss(
     weights = linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
     flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
     call = LinearCall(
-        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula._replace(weighting=weights), inputs,
+        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula.replaced(weighting=weights), inputs,
         logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, shard, backend,
     )  # fmt: skip
     factor = _factor(call, reduction, num_items, dtype)
@@ -158,7 +158,7 @@ def _factor(
         return 1.0 if reduction == "sum" else None
     labels, ignore_index = call.labels, call.formula.ignore_index
     # A trace would keep the number
-    valid = checks.count_labels(labels, call.classes, ignore_index) if checks.can_count(labels) else None
+    valid = checks.count_labels(labels, call.classes(), ignore_index) if checks.can_count(labels) else None
     return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 
 

@@ -86,7 +86,9 @@ def _checked_side(model: str, side: Side, student: Tensor | None) -> Side:
 def autocast_enabled(tensor: Tensor) -> bool:
     """For the device of `tensor`; meta tensors have none."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The second is not traced by torch.compile before torch 2.11.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def _dense(name: str, tensor: Tensor) -> Tensor:
@@ -198,11 +200,11 @@ def checked_labels(target: Tensor, hidden: Tensor, formula: Formula, shift: bool
         )
     checks.check_device("target", target, "student's hidden", hidden)
     if is_mask:
-        if formula.weighting_name in ("confidence", "min_ce"):
-            raise ValueError(f"weighting {formula.weighting_name!r} needs labels, but target is a bool mask")
+        if formula.weighting_name() in ("confidence", "min_ce"):
+            raise ValueError(f"weighting {formula.weighting_name()!r} needs labels, but target is a bool mask")
         if formula.hard_weight != 0.0:
             raise ValueError(f"hard_weight {formula.hard_weight} needs labels, but target is a bool mask")
-        formula = formula._replace(ignore_index=-100)
+        formula = formula.replaced(ignore_index=-100)
         target = torch.where(target, 0, formula.ignore_index)
     if shift:
         target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=formula.ignore_index)

@@ -48,7 +48,6 @@ class LinearCall(NamedTuple):
     shard: VocabularyShard | None  # if the heads have some of the classes; then V of them
     backend: str
 
-    @property
     def classes(self) -> int:
         """Labels are below it; of a shard nobody here knows the number."""
         return self.vocab_size if self.shard is None else torch.iinfo(torch.int64).max
@@ -207,11 +206,11 @@ class LinearChunks:
         formula = self.call.formula
         if isinstance(formula.weighting, Tensor):
             weights = formula.weighting[list(teachers)] if len(teachers) < self.K else formula.weighting
-            formula = formula._replace(weighting=weights[:, rows])
+            formula = formula.replaced(weighting=weights[:, rows])
         if len(teachers) == self.K:
             return formula
         scales, softcaps = formula.teacher_logit_scales, formula.teacher_softcaps
-        return formula._replace(
+        return formula.replaced(
             teacher_logit_scales=None if scales is None else tuple(scales[k] for k in teachers),
             teacher_softcaps=None if softcaps is None else tuple(softcaps[k] for k in teachers),
         )

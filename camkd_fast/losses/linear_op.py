@@ -53,19 +53,16 @@ class _Call(NamedTuple):
     backend: str
     needs: Sequence[bool]  # whether hidden states, head and bias get a gradient
 
-    @property
     def student(self) -> Side:
         return Side(self.hidden, self.head, self.bias)
 
-    @property
     def product_dtype(self) -> torch.dtype:
         """What the student's products round to."""
         return self.inputs or self.hidden.dtype
 
-    @property
     def scales_in_backward(self) -> bool:
         """Whether backward multiplies the gradients by the factor of the sum."""
-        return not can_divide_in_kernel(self.product_dtype)
+        return not can_divide_in_kernel(self.product_dtype())
 
 
 _LENGTH = len(_Call._fields)
@@ -133,11 +130,11 @@ def _chunks_of(of: _Call) -> LinearChunks:
         shard = VocabularyShard(of.group_name, of.first_class, of.first_class + of.vocab_size, of.reduce_input_grad)
     teachers = [Side(*side) for side in zip(of.teacher_hidden, of.teacher_heads, of.teacher_biases, strict=True)]
     call = LinearCall(
-        of.student, teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.inputs, of.logits,
+        of.student(), teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.inputs, of.logits,
         of.chunk_rows, of.max_chunk_bytes, of.num_valid, shard, of.backend,
     )  # fmt: skip
     if of.labels.is_cpu:
-        valid = checks.count_labels(of.labels, call.classes, of.ignore_index)
+        valid = checks.count_labels(of.labels, call.classes(), of.ignore_index)
         if of.num_valid is not None and valid is not None and valid > of.num_valid:
             raise ValueError(f"num_valid is {of.num_valid}, but {valid} rows count")
     return LinearChunks(call, of.needs)
@@ -151,7 +148,7 @@ def _results(gradients: LinearGradients, like: Tensor) -> tuple[Tensor, ...]:
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, number, on_device = arguments
     call, factor = _Call(*rest), number if on_device is None else on_device
-    stats, gradients = _chunks_of(call).run(1.0 if call.scales_in_backward else factor)
+    stats, gradients = _chunks_of(call).run(1.0 if call.scales_in_backward() else factor)
     # Not a view, which may not be changed in place as part of a graph
     loss = stats[LOSS].sum() * (number if on_device is None else on_device.reshape(()))
     return (loss, stats, *_results(gradients, stats))
@@ -175,7 +172,7 @@ torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_bac
 
 def _fake_stats(call: _Call) -> Tensor:
     count = row_stats_count(len(call.teacher_hidden), _formula_of(call, None).entropy)
-    return call.labels.new_empty((count, len(call.labels)), dtype=accumulation_dtype(call.product_dtype))
+    return call.labels.new_empty((count, len(call.labels)), dtype=accumulation_dtype(call.product_dtype()))
 
 
 def _fake_gradients(call: _Call) -> tuple[Tensor, ...]:
@@ -185,7 +182,7 @@ def _fake_gradients(call: _Call) -> tuple[Tensor, ...]:
         parameter.new_empty(parameter.shape if needed else (0,), dtype=dtype if needed else stats.dtype)
         if parameter is not None
         else stats.new_empty(0)
-        for parameter, needed, dtype in zip(call.student, call.needs, dtypes, strict=True)
+        for parameter, needed, dtype in zip(call.student(), call.needs, dtypes, strict=True)
     )
 
 
@@ -227,17 +224,17 @@ def _keep_parameters(ctx: Any, call: _Call, count: int, *others: Tensor | None) 
 
     `count`: arguments of the operator.
     """
-    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in call.student]
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in call.student()]
     ctx.needs, ctx.K, ctx.count, ctx.backend = call.needs, len(call.teacher_hidden), count, call.backend
     ctx.set_materialize_grads(False)  # else the other outputs, as large as head and hidden states, get zeros
     ctx.all_biased = all(bias is not None for bias in call.teacher_biases)
-    save(ctx, *call.student, *others)
+    save(ctx, *call.student(), *others)
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *rest, number, on_device = inputs
     call = _Call(*rest)
-    late = call.scales_in_backward
+    late = call.scales_in_backward()
     ctx.factor = number if late and on_device is None else 1.0
     _keep_parameters(ctx, call, len(inputs), *output[2:], on_device if late else None)
     ctx.mark_non_differentiable(*output[1:])

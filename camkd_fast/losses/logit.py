@@ -38,7 +38,7 @@ class _LogitLoss(torch.autograd.Function):
         ctx.shape, ctx.in_backward, ctx.backend = student.shape, plan.in_backward, backend
         if weights is not None:
             assert plan.inverse_divisor is not None  # `evaluate` fills it in
-            ctx.divergence_scale = plan.inverse_divisor * formula.soft_scale
+            ctx.divergence_scale = plan.inverse_divisor * formula.soft_scale()
         return output.loss
 
     @staticmethod
@@ -309,6 +309,6 @@ class CAMKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        values = self.formula._replace(weighting=self.formula.weighting_name)._asdict()
+        values = self.formula.replaced(weighting=self.formula.weighting_name()).options()
         values |= {"reduction": self.reduction, "backend": self.backend}
         return ", ".join(f"{name}={value}" for name, value in values.items())

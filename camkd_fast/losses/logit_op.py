@@ -34,11 +34,9 @@ class RowLossCall(NamedTuple):
     needs_grad: bool
     backend: str
 
-    @property
     def tensors(self) -> list[Tensor]:
         return [self.student, *self.teachers]
 
-    @property
     def given_weights(self) -> Tensor | None:
         weighting = self.formula.weighting
         return weighting if isinstance(weighting, Tensor) else None
@@ -48,9 +46,9 @@ def run_rows(
     call: RowLossCall, grad_scale: float | Tensor, mean: bool = False, total_scale: float | None = None
 ) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
-    given = (call.labels, call.given_weights, grad_scale, *(call.second or ()))
+    given = (call.labels, call.given_weights(), grad_scale, *(call.second or ()))
     others = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors, others).row_loss(
+    return backend_for(call.backend, call.tensors(), others).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,
@@ -120,7 +118,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     K = len(teachers)
     ctx.save_for_backward(grad_student, row_stats[PER_TEACHER : PER_TEACHER + K])
     ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
-    ctx.soft_scale = Formula.from_constants(constants, weighting, divergence, ignore_index, None).soft_scale
+    ctx.soft_scale = Formula.from_constants(constants, weighting, divergence, ignore_index, None).soft_scale()
     ctx.mark_non_differentiable(grad_student)
     ctx.set_materialize_grads(False)  # else it gets (N, C) zeros
 
@@ -146,7 +144,7 @@ def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
         list(call.teachers),
         call.labels,
         *second_pair(call.second),
-        call.given_weights,
+        call.given_weights(),
         _scale_tensor(grad_scale, call.student),
         *call.formula.constants(),
         call.needs_grad,

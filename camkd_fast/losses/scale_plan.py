@@ -15,8 +15,8 @@ class ScalePlan(NamedTuple):
 
         in_kernel * in_backward == loss_scale / divisor
 
-    If only the device knows the divisor (`mean_in_kernel`), the kernel counts the rows and divides by their number
-    itself; then in_kernel * in_backward == loss_scale.
+    If only the device knows the divisor (`inverse_divisor` is None), the kernel counts the rows and divides by their
+    number itself; then in_kernel * in_backward == loss_scale.
 
     Scales are numbers where the host knows them, else one-element tensors in the accumulation dtype.
     """
@@ -24,10 +24,6 @@ class ScalePlan(NamedTuple):
     in_kernel: float | Tensor
     in_backward: float | Tensor
     inverse_divisor: float | Tensor | None  # None: the kernel returns it
-
-    @property
-    def mean_in_kernel(self) -> bool:
-        return self.inverse_divisor is None
 
 
 def plan_scales(

@@ -47,7 +47,7 @@ class VocabularyShard(NamedTuple):
             ValueError: on a CPU, for a label that is in no process's range, or in several.
         """
         ignored = labels == formula.ignore_index
-        formula = formula._replace(ignore_index=_IGNORED)
+        formula = formula.replaced(ignore_index=_IGNORED)
         own = (labels >= self.start) & (labels < self.stop)
         local = torch.where(own, labels - self.start, _ELSEWHERE).masked_fill(ignored, _IGNORED)
         sums, owners = merged(self._gathered(backend.row_sums(student, teachers, local, formula)), formula)
@@ -69,15 +69,14 @@ class VocabularyShard(NamedTuple):
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Adds up over the processes, in place."""
-        dist.all_reduce(tensor, group=self._group)
+        dist.all_reduce(tensor, group=self._group())
 
     def _gathered(self, sums: Tensor) -> Tensor:
         """(R, ...) of all processes, in the order of their ranks."""
-        every = sums.new_empty((dist.get_world_size(self._group), *sums.shape))
-        dist.all_gather(list(every.unbind()), sums, group=self._group)
+        every = sums.new_empty((dist.get_world_size(self._group()), *sums.shape))
+        dist.all_gather(list(every.unbind()), sums, group=self._group())
         return every
 
-    @property
     def _group(self) -> dist.ProcessGroup:
         found = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[attr-defined, arg-type]
         return found

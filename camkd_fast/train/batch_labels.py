@@ -22,14 +22,12 @@ class Labels(NamedTuple):
     second_target: Tensor | None = None  # (N,) int64; None: rows have one label
     mix: Tensor | None = None  # (N,) float32 in [0, 1], the share of `target`
 
-    @property
     def second(self) -> dict[str, Tensor]:
         """The second labels as keywords of a loss; empty for rows of one label."""
         if self.second_target is None or self.mix is None:
             return {}
         return {"second_target": self.second_target, "mix": self.mix}
 
-    @property
     def largest(self) -> Tensor:
         """(N,) the label with the larger share."""
         if self.second_target is None or self.mix is None:

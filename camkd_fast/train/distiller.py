@@ -176,7 +176,7 @@ class Distiller(nn.Module):
         if self.label_smoothing:
             smoothing = self.label_smoothing * labels.smoothed(_wide(logits), num_items)
             loss, hard = loss + self.strategy.formula.hard_weight * smoothing, hard + smoothing.detach()
-        term = self.strategy.feature_term(student, outputs, target, num_items, **labels.second)
+        term = self.strategy.feature_term(student, outputs, target, num_items, **labels.second())
         feature = zero if term is None else term.loss
         return DistillerOutput(loss + feature, logits, hard, out.soft, feature.detach(), out.weights)
 
@@ -204,7 +204,7 @@ class Distiller(nn.Module):
         weights = feature_weights = term = None
         feature = torch.zeros((), device=images.device)
         if teacher_outputs:
-            term = self.strategy.feature_term(student, teacher_outputs, target, num_items, scale, **labels.second)
+            term = self.strategy.feature_term(student, teacher_outputs, target, num_items, scale, **labels.second())
             out, gradient = self._distillation(student.logits.detach(), teacher_outputs, labels, num_items, scale)
             loss, hard, soft = out.loss, out.hard, out.soft
             weights = out.weights.sum(1)
@@ -220,7 +220,7 @@ class Distiller(nn.Module):
             feature = term.loss.detach()
             feature_weights = None if term.weights is None else term.weights.sum(1)
         losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
-        correct = (student.logits.detach().argmax(1) == labels.largest).sum().float()
+        correct = (student.logits.detach().argmax(1) == labels.largest()).sum().float()
         return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
 
     def _distillation(
@@ -241,7 +241,7 @@ class Distiller(nn.Module):
             wide = _wide(logits)
             smoothing = self.label_smoothing * labels.smoothed(wide, num_items)
             weight = self.strategy.formula.hard_weight
-            losses = losses._replace(loss=losses.loss + weight * smoothing, hard=losses.hard + smoothing)
+            losses = _Losses(losses.loss + weight * smoothing, losses.hard + smoothing, losses.soft, losses.weights)
             slope = labels.smoothing_slope(wide) * (scale * (weight * self.label_smoothing / num_items))
             gradient.add_(slope.to(gradient.dtype))
         return losses, gradient
@@ -249,7 +249,7 @@ class Distiller(nn.Module):
     def _options(self, logits: Tensor, teacher_outputs: list[Prediction], labels: Labels) -> dict[str, Any]:
         """Keywords of the loss for one batch; logits (N, C) of the student, detached."""
         weighting = self.strategy.weighting(logits, teacher_outputs, labels.target)
-        return {**self.strategy.formula._replace(weighting=weighting).options(), **labels.second}
+        return {**self.strategy.formula.replaced(weighting=weighting).options(), **labels.second()}
 
 
 class _Losses(NamedTuple):

@@ -31,7 +31,6 @@ class StudentBatch(NamedTuple):
     teacher_outputs: list[Prediction]  # K; empty without teachers
     second: tuple[Tensor, ...] = ()  # second labels (n,) int64 and shares of the first ones (n,) of mixed images
 
-    @property
     def tensors(self) -> list[Tensor]:
         outputs = [tensor for output in self.teacher_outputs for tensor in output]
         return [self.images, self.target, *outputs, *self.second]
@@ -99,7 +98,7 @@ class TeacherAhead:
 
 
 def _copy(source: StudentBatch, target: StudentBatch) -> None:
-    torch._foreach_copy_(target.tensors, source.tensors)
+    torch._foreach_copy_(target.tensors(), source.tensors())
 
 
 def ahead_for(

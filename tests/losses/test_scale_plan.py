@@ -19,7 +19,7 @@ def test_the_invariant(inverse, loss_scale, dtype, tracing):
     plan = plan_scales(inverse, loss_scale, dtype, F32, tracing)
     expected = float(inverse) * (1.0 if loss_scale is None else float(loss_scale))
     assert float(plan.in_kernel) * float(plan.in_backward) == expected
-    assert plan.inverse_divisor is inverse and not plan.mean_in_kernel
+    assert plan.inverse_divisor is inverse
     if loss_scale is not None:
         assert plan.in_backward == 1.0  # the kernel writes the finished gradient
     if isinstance(plan.in_kernel, torch.Tensor):
@@ -29,7 +29,7 @@ def test_the_invariant(inverse, loss_scale, dtype, tracing):
 @pytest.mark.parametrize("loss_scale", SCALES, ids=["none", "number", "scalar", "vector"])
 def test_the_invariant_if_the_kernel_counts(loss_scale):
     plan = plan_scales(None, loss_scale, F32, F32)
-    assert plan.mean_in_kernel
+    assert plan.inverse_divisor is None
     assert float(plan.in_kernel) * float(plan.in_backward) == (1.0 if loss_scale is None else float(loss_scale))
 
 

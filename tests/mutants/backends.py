@@ -55,7 +55,7 @@ CHANGES = (
             "soft = temperature**2 * soft",
             "soft = temperature * soft",
         ),
-        Change("gradient without T", "out = formula.soft_grad_scale * _soft", "out = formula.soft_weight * _soft"),
+        Change("gradient without T", "out = formula.soft_grad_scale() * _soft", "out = formula.soft_weight * _soft"),
         Change("entropy weights of the whole batch", "total = entropy.sum(0, keepdim=True)", "total = entropy.sum()"),
         Change(
             "infinite cross-entropies are not shared",

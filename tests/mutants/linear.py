@@ -118,12 +118,12 @@ CHANGES = (
         ),
         Change(
             "parameters may change before backward",
-            "save(ctx, *call.student, *others)",
-            "save(ctx, *(x if x is None else x.detach().clone() for x in call.student), *others)",
+            "save(ctx, *call.student(), *others)",
+            "save(ctx, *(x if x is None else x.detach().clone() for x in call.student()), *others)",
         ),
         Change(
             "float16 is divided before it is scaled",
-            "return not can_divide_in_kernel(self.product_dtype)",
+            "return not can_divide_in_kernel(self.product_dtype())",
             "return False",
             tests="tests/losses/test_linear_float16.py",
         ),
@@ -136,7 +136,7 @@ CHANGES = (
         Change("the loss without its factor", "* (number if on_device is None else on_device.reshape(()))", ""),
         Change(
             "labels are not checked",
-            "checks.count_labels(of.labels, call.classes, of.ignore_index)",
+            "checks.count_labels(of.labels, call.classes(), of.ignore_index)",
             "None",
             tests=f"{ERRORS}::test_errors_name_both_values",
         ),

@@ -94,7 +94,7 @@ CHANGES = (
         ),
         Change(
             "learned weights have a graph in the value and gradient",
-            "formula = formula._replace(weighting=formula.weighting.detach())",
+            "formula = formula.replaced(weighting=formula.weighting.detach())",
             "pass",
             tests=f"{FORMULAS} {COMPILE}::test_loss_and_grad_records_no_graph_for_learned_weights",
         ),

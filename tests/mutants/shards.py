@@ -169,7 +169,7 @@ CHANGES = (
             "(labels <= self.stop)",
             equivalent="the row op finds them outside its columns",
         ),
-        Change("the caller's ignored label", "formula._replace(ignore_index=_IGNORED)", "formula"),
+        Change("the caller's ignored label", "formula.replaced(ignore_index=_IGNORED)", "formula"),
         Change("labels of no process", "if labels.is_cpu and (wrong", "if labels.is_cuda and (wrong"),
         Change("mixtures of these classes", "            self.all_reduce(of_mixtures)\n", ""),
         Change(

@@ -176,11 +176,11 @@ CHANGES = (
         "camkd_fast/train/distiller.py",
         LABELS,
         Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
-        Change("smoothing is not logged", "hard=losses.hard + smoothing)", "hard=losses.hard)"),
+        Change("smoothing is not logged", "losses.hard + smoothing, losses.soft", "losses.hard, losses.soft"),
         Change(
             "second labels do not reach the weights",
-            "formula._replace(weighting=weighting).options(), **labels.second}",
-            "formula._replace(weighting=weighting).options()}",
+            "formula.replaced(weighting=weighting).options(), **labels.second()}",
+            "formula.replaced(weighting=weighting).options()}",
         ),
     ),
     *changes(
@@ -270,8 +270,8 @@ CHANGES = (
         ),
         Change(
             "gradient of the feature loss not scaled",
-            "target, num_items, scale, **labels.second)",
-            "target, num_items, torch.ones_like(scale), **labels.second)",
+            "target, num_items, scale, **labels.second())",
+            "target, num_items, torch.ones_like(scale), **labels.second())",
             tests=f"{STEP} {RANKS}::test_two_processes_have_the_gradient_and_the_sums_of_one",
         ),
         Change("teachers do not move", "teachers.move(fn)", "pass", tests=DISTILLER),

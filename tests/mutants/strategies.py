@@ -80,7 +80,7 @@ CHANGES = (
             "return FeatureTerm(self.beta * out.loss, out.weights.detach())",
             "return FeatureTerm(out.loss, out.weights.detach())",
         ),
-        Change("uniform logits ignored", 'self.formula = self.formula._replace(weighting="uniform")', "pass"),
+        Change("uniform logits ignored", 'self.formula = self.formula.replaced(weighting="uniform")', "pass"),
         Change("num_items dropped", "self.heads, target, num_items, **second)", "self.heads, target, None, **second)"),
     ),
 )

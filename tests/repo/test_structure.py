@@ -154,6 +154,23 @@ def test_functions_are_short():
     assert not long, "\n".join(long)
 
 
+def test_named_tuples_have_methods_rather_than_properties():
+    """torch.compile before torch 2.11 does not evaluate the properties of a named tuple."""
+    found, properties = 0, []
+    for path in files("camkd_fast"):
+        for node in ast.walk(ast.parse(path.read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+                found += 1
+                decorated = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.decorator_list]
+                properties += [
+                    f"{path.relative_to(ROOT)}:{part.lineno}: {node.name}.{part.name}"
+                    for part in decorated
+                    if any("property" in ast.unparse(decorator) for decorator in part.decorator_list)
+                ]
+    assert found > 40  # the search finds them
+    assert not properties, "\n".join(properties)
+
+
 # --- one carrier of the formula --------------------------------------------------------------------------------------
 
 NUMBERS = ("temperature", "hard_weight", "soft_weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,7 +119,7 @@ def test_row_contract_rejects_a_wrong_gradient(C, dtype, fault):
 
     def wrong(*args: Any, **kwargs: Any) -> RowLossResult:
         result = reference.row_loss(*args, **kwargs)
-        return result._replace(grad_student=fault(result.grad_student))
+        return replace(result, grad_student=fault(result.grad_student))
 
     for contract in (assert_agrees, functools.partial(assert_means, scale=8.0)):
         contract(reference.row_loss, student, teachers, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def in_shards(backend: ShardBackend, bounds: Sequence[int]) -> RowFunction:
             torch.testing.assert_close(one.row_stats, found[0].row_stats, rtol=0, atol=0, equal_nan=True)
         if not options["needs_grad"]:
             return found[0]
-        return found[0]._replace(grad_student=torch.cat([one.grad_student for one in found], dim=-1))
+        return replace(found[0], grad_student=torch.cat([one.grad_student for one in found], dim=-1))
 
     return row_loss
 

@@ -171,7 +171,7 @@ def test_second_labels_of_ignored_rows_are_not_read() -> None:
 
 def test_accuracy_counts_the_label_with_the_larger_share() -> None:
     labels = Labels(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([0.4, 0.5, 1.0]))
-    assert labels.largest.tolist() == [4, 2, 3] and Labels(labels.target).largest is labels.target
+    assert labels.largest().tolist() == [4, 2, 3] and Labels(labels.target).largest() is labels.target
     made = distiller("ce", dtype=torch.float32)
     right = made.student(DATA.images).argmax(1)
     out = made.objective(DATA.images, DATA.target, [], 17, torch.ones(1), right, torch.full((17,), 0.3))

@@ -178,7 +178,7 @@ def test_every_strategy_compiles_into_one_graph(name: str) -> None:
 
     def step(student: Prediction, outputs: list[Prediction], target: Tensor) -> tuple[Tensor, Tensor]:
         logits = student.logits.detach()
-        formula = strategy.formula._replace(weighting=strategy.weighting(logits, outputs, target))
+        formula = strategy.formula.replaced(weighting=strategy.weighting(logits, outputs, target))
         out, grad = camkd_loss_and_grad(logits, [t.logits for t in outputs], target, **formula.options())
         term = strategy.feature_term(student, outputs, target, num_items=7)
         return out.loss if term is None else out.loss + term.loss, grad

@@ -114,9 +114,9 @@ def test_the_recorded_memory_stays() -> None:
     step, _ = both()
     take(step, WARM_UP + 1)
     assert step._ahead is not None and step._ahead._ready is not None
-    before = [tensor.data_ptr() for tensor in step._ahead._ready.tensors]
+    before = [tensor.data_ptr() for tensor in step._ahead._ready.tensors()]
     take(step, 3, first=20)
-    assert [tensor.data_ptr() for tensor in step._ahead._ready.tensors] == before
+    assert [tensor.data_ptr() for tensor in step._ahead._ready.tensors()] == before
 
 
 def test_the_branches_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:

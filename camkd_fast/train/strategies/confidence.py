@@ -46,7 +46,7 @@ class CAMKD(FeatureStrategy):
         super().__init__(setup)
         self.uniform = setup.options["uniform"]
         if self.uniform == "logits":
-            self.formula = self.formula._replace(weighting="uniform")
+            self.formula = self.formula.replaced(weighting="uniform")
 
     def _term(
         self,
