@@ -302,10 +302,12 @@ CHANGES = (
         DISTILLER,
         Change(
             "outputs of other calls are kept",
-            "            self._seen = None\n        (features",
+            "            self._outputs.seen = None\n        (features",
             "            pass\n        (features",
         ),
         Change("modules stay in evaluation mode", "module.training = True", "pass"),
+        Change("the hook stays", "weakref.finalize(self, self._handle.remove).atexit = False", "pass"),
+        Change("the hook of a copy stays", "(state)\n        self._remove_hook_at_the_end()", "(state)"),
         Change("an output of any shape", "features.dim() != 4", "False"),
         Change("the module may run twice", "if more or", "if"),
     ),

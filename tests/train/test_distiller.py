@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -141,10 +143,14 @@ def test_given_teachers_stay_as_they_are() -> None:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def copied(made: Distiller) -> Distiller:
+    return pickle.loads(pickle.dumps(made))
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_compute_the_same(way: str) -> None:
     made = Distiller(Bare(), teachers(), student_layer="stage", example=DATA.images[:1]).eval()
-    other = copy.deepcopy(made) if way == "deepcopy" else pickle.loads(pickle.dumps(made))
+    other = copy.deepcopy(made) if way == "deepcopy" else copied(made)
     expected = made(DATA.images, DATA.target).loss
     with torch.no_grad():
         for p in made.parameters():
@@ -153,6 +159,41 @@ def test_copies_compute_the_same(way: str) -> None:
             for p in model.parameters():
                 p.zero_()
     assert torch.equal(other(DATA.images, DATA.target).loss, expected)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+OBSERVED: dict[str, Any] = {"student_layer": "stage", "example": DATA.images[:1]}
+
+
+@pytest.mark.parametrize("way", ["itself", "deepcopy", "pickle"])
+def test_the_hook_on_a_student_goes_with_its_distiller(way: str) -> None:
+    student = Bare()
+    one, two = Distiller(student, teachers(), **OBSERVED), Distiller(student, teachers(), "fitnet-mkd", **OBSERVED)
+    made = one if way == "itself" else copy.deepcopy(one) if way == "deepcopy" else copied(one)
+    own, before = made.student, hooks(made.student)
+    made(DATA.images, DATA.target)
+    del one, made
+    gc.collect()
+    assert before == 2 and hooks(own) == 1  # that of the other one, which a copy does not remove
+    two(DATA.images, DATA.target)
+    del two
+    gc.collect()
+    assert hooks(student) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"student_layer": "fc"}, {"student_layer": "stage", "temperature": -1.0}, {"student_layer": "stage", "beta": "x"}],
+)
+def test_a_distiller_that_fails_leaves_no_hook(options: dict[str, Any]) -> None:
+    student = Bare()
+    with pytest.raises((ValueError, TypeError)):
+        Distiller(student, teachers(), **{**OBSERVED, **options})
+    gc.collect()
+    assert hooks(student) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -177,7 +218,7 @@ def test_a_student_without_the_protocol(wrapped: bool) -> None:
     out = made(DATA.images, DATA.target)
     assert torch.equal(out.loss, twin(DATA.images, DATA.target).loss) and out.feature > 0
     bare(DATA.images)  # elsewhere, as in an evaluation
-    assert made._observe._seen is None
+    assert made._observe._outputs.seen is None
 
 
 def test_logits_are_enough_for_strategies_without_feature_maps() -> None:
