@@ -12,6 +12,8 @@ With d = x - max and exponentials e = e^{d / T}, of student s and teacher k:
     plogp    of a teacher sum_c e^{d_c} d_c, of the student sum_c e_c d_c
     label    d at the label, NaN where that is not here
     slope    of a mixture sum_c q_c g_c, see `divergences`
+
+A student has neither cross nor slope; `losses.vocabulary` uses their places.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def camkd_linear_loss(
             same hidden states, target, weights and settings, and get the same numbers. Gradients of head and bias are
             those of the own rows. A chunk has `chunk_rows`, or 2048 to 4096 rows on a GPU and 256 on a CPU.
         vocab_range: (start, stop), the classes of this process; heads may have more rows, which do not exist then.
-            Without it every process has as many classes as its head, in the order of the ranks.
+            The ranges of the group are all classes from 0 on, each once. Without it every process has as many classes
+            as its head, in the order of the ranks.
         reduce_input_grad: with a group, whether the gradient of the hidden states is added up over its processes;
             else it is that of the own classes, which the caller adds up (sequence parallelism).
         backend: of the row loss, as in `camkd_loss`.

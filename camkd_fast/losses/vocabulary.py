@@ -7,8 +7,10 @@ collective of 7 (K + 1) numbers a row, and for jsd and skew another one of 2 K.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from ..backends.row_sums import is_mixture, merged
 from .formula import Formula
 
 _IGNORED, _ELSEWHERE = -1, -2  # labels that are no class of this process
+# Ranges of this process that fitted those of the others, by group: on a GPU they are read once, which waits for it.
+_fitting: WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
 
 
 class VocabularyShard(NamedTuple):
@@ -44,13 +48,15 @@ class VocabularyShard(NamedTuple):
         """`Backend.row_loss` of whole rows, and the gradient of the logits (N, stop - start) that are here.
 
         Raises:
-            ValueError: on a CPU, for a label that is in no process's range, or in several.
+            ValueError: the ranges of the processes overlap or leave a gap; on a CPU, for a label that is in none.
         """
         ignored = labels == formula.ignore_index
         formula = formula.replaced(ignore_index=_IGNORED)
         own = (labels >= self.start) & (labels < self.stop)
         local = torch.where(own, labels - self.start, _ELSEWHERE).masked_fill(ignored, _IGNORED)
-        sums, owners = merged(self._gathered(backend.row_sums(student, teachers, local, formula)), formula)
+        parts = self._gathered(backend.row_sums(student, teachers, local, formula))
+        self._check_ranges(parts)
+        sums, owners = merged(parts, formula)
         if labels.is_cpu and (wrong := (owners != 1) & ~ignored).any():
             row = int(wrong.nonzero()[0])
             raise ValueError(
@@ -72,11 +78,48 @@ class VocabularyShard(NamedTuple):
         dist.all_reduce(tensor, group=self._group())
 
     def _gathered(self, sums: Tensor) -> Tensor:
-        """(R, ...) of all processes, in the order of their ranks."""
+        """(R, K + 1, 7, N) of all processes, in the order of their ranks.
+
+        Their ranges come along in the first row, in two sums that a student has no use for. A collective of their own
+        would have to be in the same call on all processes, but a range may change on a few of them.
+        """
+        sums[0, CROSS, :1].fill_(self.start)
+        sums[0, SLOPE, :1].fill_(self.stop)
         every = sums.new_empty((dist.get_world_size(self._group()), *sums.shape))
         dist.all_gather(list(every.unbind()), sums, group=self._group())
         return every
 
+    def _check_ranges(self, parts: Tensor) -> None:
+        """
+        Raises:
+            ValueError: as `check_ranges`. On a GPU in the first call with this group and range only.
+        """
+        fitting = _fitting.setdefault(self._group(), set())
+        if parts.is_cuda and ((self.start, self.stop) in fitting or torch.cuda.is_current_stream_capturing()):
+            return
+        check_ranges([(int(start), int(stop)) for start, stop in parts[:, 0, [CROSS, SLOPE], 0].tolist()])
+        fitting.add((self.start, self.stop))
+
     def _group(self) -> dist.ProcessGroup:
         found = dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[attr-defined, arg-type]
         return found
+
+
+def check_ranges(ranges: Sequence[tuple[int, int]]) -> None:
+    """
+    Args:
+        ranges: (start, stop) of every process.
+
+    Raises:
+        ValueError: the ranges are not the classes from 0 on, each of them once.
+    """
+    order = sorted(range(len(ranges)), key=ranges.__getitem__)
+    if ranges[order[0]][0] != 0:
+        raise ValueError(f"vocab_range {ranges[order[0]]} of process {order[0]} is the first one and must begin at 0")
+    for i, j in itertools.pairwise(order):
+        if ranges[i][1] != ranges[j][0]:
+            fault = "overlap" if ranges[i][1] > ranges[j][0] else "leave a gap"
+            raise ValueError(
+                f"vocab_range {ranges[i]} of process {i} and {ranges[j]} of process {j} {fault}: every class must be "
+                "in exactly one"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,23 +174,45 @@ def heads_that_are_sharded_tensors() -> None:
 
 
 def labels_that_nobody_has() -> None:
-    """Refused by all processes, so that none is left waiting; likewise ranges that overlap or leave a gap."""
+    """Refused by all processes, so that none is left waiting."""
     case, (begin, end) = make_linear_case(21, C), own_range()
     for label in (C, C + 1000):
         wrong = case.with_(target=case.target.index_fill(0, torch.tensor([5]), label))
         with pytest.raises(ValueError, match=f"label {label} is in the vocab_range of 0 processes"):
             run(shard(wrong, begin, end), vocab_range=(begin, end))
-    if dist.get_world_size() > 1:
-        with pytest.raises(ValueError, match=r"is in the vocab_range of \d processes, but exactly one"):
-            run(shard(case, begin, end), vocab_range=(0, end - begin))
     with pytest.raises(ValueError, match="label -3"):
         run(shard(case.with_(target=case.target.clamp(max=0) - 3), begin, end), vocab_range=(begin, end))
+
+
+def ranges_that_do_not_fit() -> None:
+    """Refused by all processes, also if no label is in the classes concerned, and after calls whose ranges fitted."""
+    size, rank, (begin, end) = dist.get_world_size(), dist.get_rank(), own_range()
+    first, second = itertools.pairwise(BOUNDS[size][:3])
+    case = make_linear_case(21, C + 9)
+    case = case.with_(target=case.target.clamp(second[0] + 1, second[1] - 1))
+    mask = make_linear_case(21, C + 9, weighting="uniform").with_(target=torch.ones(21, dtype=torch.bool))
+    changes: dict[str, dict[int, tuple[int, int]]] = {
+        f"vocab_range {first} of process 0 and {(second[0] + 1, second[1])} of process 1 leave a gap": {
+            1: (second[0] + 1, second[1])
+        },
+        f"vocab_range {(0, first[1] + 1)} of process 0 and {second} of process 1 overlap": {0: (0, first[1] + 1)},
+        f"vocab_range {first} of process 0 and {first} of process 1 overlap": {1: first},
+        f"vocab_range {(1, first[1] + 1)} of process 0 is the first one and must begin at 0": {0: (1, first[1] + 1)},
+    }
+    for given in (case, mask):
+        run(shard(given, begin, end), vocab_range=(begin, end))
+        for words, changed in changes.items():
+            own = changed.get(rank, (begin, end))
+            for reduction in ("mean", "none"):
+                with pytest.raises(ValueError, match=re.escape(words)):
+                    run(shard(given, *own), vocab_range=own, reduction=reduction)
+    run(shard(case, begin, end), vocab_range=(begin, end))
 
 
 CHECKS = (
     every_formula, other_arguments, bfloat16_models, equal_shards_by_rank, same_bits_everywhere,
     heads_that_are_sharded_tensors, gradients_that_the_caller_adds_up,
-    two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has,
+    two_collectives_of_a_few_numbers_a_row, labels_that_nobody_has, ranges_that_do_not_fit,
 )  # fmt: skip
 
 
@@ -271,6 +294,25 @@ def test_compiled(world: Any, reduction: str) -> None:
         results.append([out.loss, *torch.autograd.grad(out.loss, parameters, grad_output)])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("ranges", [[(0, 9)], [(5, 9), (0, 5)], [(7, 8), (0, 3), (3, 7)]])
+def test_ranges_in_any_order(ranges: list[tuple[int, int]]) -> None:
+    vocabulary.check_ranges(ranges)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "words"),
+    [
+        ([(3, 9)], "vocab_range (3, 9) of process 0 is the first one and must begin at 0"),
+        ([(5, 9), (0, 4)], "vocab_range (0, 4) of process 1 and (5, 9) of process 0 leave a gap"),
+        ([(7, 8), (0, 3), (3, 8)], "vocab_range (3, 8) of process 2 and (7, 8) of process 0 overlap"),
+        ([(0, 9), (2, 3), (9, 10)], "vocab_range (0, 9) of process 0 and (2, 3) of process 1 overlap"),
+    ],
+)
+def test_gaps_and_overlaps(ranges: list[tuple[int, int]], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        vocabulary.check_ranges(ranges)
 
 
 @pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows", "linear_loss_rows_backward"])

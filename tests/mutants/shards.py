@@ -172,6 +172,10 @@ CHANGES = (
         Change("the caller's ignored label", "formula.replaced(ignore_index=_IGNORED)", "formula"),
         Change("labels of no process", "if labels.is_cpu and (wrong", "if labels.is_cuda and (wrong"),
         Change("mixtures of these classes", "            self.all_reduce(of_mixtures)\n", ""),
+        Change("ranges are not compared", "        self._check_ranges(parts)\n", ""),
+        Change("ranges are compared once on a CPU", "if parts.is_cuda and (", "if ("),
+        Change("a gap between ranges", "if ranges[i][1] != ranges[j][0]:", "if ranges[i][1] > ranges[j][0]:"),
+        Change("the first class is any", "if ranges[order[0]][0] != 0:", "if False:"),
         Change(
             "divergences of these classes",
             "sums[1:, CROSS], sums[1:, SLOPE] = of_mixtures.unbind()",
