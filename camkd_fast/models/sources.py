@@ -197,21 +197,38 @@ def _python(rest: str) -> Source:
     sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(path), name, None)
-        if not callable(function):
-            raise ValueError(f"source {PYTHON}{rest}: {path} has no function {name!r}")
-        model = function()
+        model = function() if callable(function) else None
     except ModuleNotFoundError as error:
         raise ValueError(f"source {PYTHON}{rest}: {error}") from error
+    except (Exception, SystemExit) as error:  # of any kind, it is the caller's code
+        raise ValueError(f"source {PYTHON}{rest} raised {_named(error)}") from error
     finally:
         sys.path.remove(here)
+    if not callable(function):
+        raise ValueError(f"source {PYTHON}{rest}: {path} has no function {name!r}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"source {PYTHON}{rest} must return an nn.Module, got {type(model).__name__}")
-    known = {key: getattr(model, key, None) for key in ("mean", "std", "size", "classes")}
-    known = {key: value for key, value in known.items() if isinstance(value, (int, float, str, tuple, list))}
-    readers: dict[str, Callable[[Any], Any]] = {"mean": _numbers, "std": _numbers, "size": _pair, "classes": tuple}
-    options = {key: readers[key](value) for key, value in known.items()}
+    options = _attributes(PYTHON + rest, model)
     _check(PYTHON + rest, options)
     return Source(model, **options, architecture=type(model).__name__)
+
+
+def _attributes(spec: str, model: nn.Module) -> dict[str, Any]:
+    """What the user's model says of its images and classes."""
+    readers: dict[str, Callable[[Any], Any]] = {"mean": _numbers, "std": _numbers, "size": _pair, "classes": tuple}
+    options: dict[str, Any] = {}
+    for key, read in readers.items():
+        value = getattr(model, key, None)
+        if isinstance(value, (int, float, str, tuple, list)):
+            try:
+                options[key] = read(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"source {spec}: {key} of its model is {value!r}: {error}") from error
+    return options
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -29,6 +29,9 @@ def crashing():
 
 def wrong_class():
     return torch.nn.Conv3d
+
+def raising():
+    raise RuntimeError("no weights\\nthere")
 """
 
 
@@ -128,6 +131,7 @@ FILES = [
     ("resnet8x4@good.pth", "good.pth does not fit resnet8x4: "),
     ("resnet9@good.pth", "the zoo has no model 'resnet9'; nearest: resnet8"),
     ("py:bad_models:nothing", "bad_models has no function 'nothing'"),
+    ("py:bad_models:raising", "source py:bad_models:raising raised RuntimeError: no weights there\n"),
     ("py:bad_models:wrong_class", "must return an nn.Module, got type"),
 ]
 

@@ -203,6 +203,39 @@ def protocol():
 
 def late():
     import no_such_module_either
+
+def runtime_error():
+    raise RuntimeError("no weights\\nthere")
+
+def key_error():
+    return {}["net"]
+
+def missing_file():
+    return open("nowhere.pth")
+
+def exiting():
+    raise SystemExit
+
+def arguments(path):
+    return Net()
+
+def odd(**attributes):
+    net = Net()
+    for name, value in attributes.items():
+        setattr(net, name, value)
+    return net
+
+def odd_mean():
+    return odd(mean=("a",), std=(1,))
+
+def odd_std():
+    return odd(mean=(1,), std=[None])
+
+def odd_size():
+    return odd(size=(1, 2, 3))
+
+def odd_classes():
+    return odd(classes=4)
 """
 
 
@@ -249,6 +282,34 @@ def test_attributes_and_options_of_a_function(own: str) -> None:
         sources.load(own + "wrong_std")
     with pytest.raises(ValueError, match=r"late: No module named 'no_such_module_either'$"):
         sources.load(own + "late")
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "cause"),
+    [
+        ("runtime_error", r"runtime_error raised RuntimeError: no weights\nthere$", RuntimeError),
+        ("key_error", r"key_error raised KeyError: 'net'$", KeyError),
+        ("missing_file", r"missing_file raised FileNotFoundError: .*nowhere.pth'$", FileNotFoundError),
+        ("exiting", r"exiting raised SystemExit$", SystemExit),
+        ("arguments", r"arguments raised TypeError: arguments\(\) missing 1 required positional argument", TypeError),
+        ("odd_mean", r"odd_mean: mean of its model is \('a',\): could not convert", ValueError),
+        ("odd_std", r"odd_std: std of its model is \[None\]: float\(\) argument", TypeError),
+        ("odd_size", r"odd_size: size of its model is \(1, 2, 3\): too many values", ValueError),
+        ("odd_classes", r"odd_classes: classes of its model is 4: 'int' object is not iterable", TypeError),
+    ],
+)
+def test_errors_of_a_function_name_the_source(own: str, function: str, words: str, cause: type[Exception]) -> None:
+    with pytest.raises(ValueError, match=rf"^source {own}{words}") as error:
+        sources.load(own + function)
+    assert isinstance(error.value.__cause__, cause)
+
+
+@pytest.mark.parametrize(("line", "error"), [("1 +", "SyntaxError"), ("1 / 0", "ZeroDivisionError: division by zero")])
+def test_errors_of_a_module_name_the_source(own: str, line: str, error: str) -> None:
+    name = f"{own.split(':')[1]}_{error[:4]}"
+    Path(f"{name}.py").write_text(line)
+    with pytest.raises(ValueError, match=f"^source py:{name}:net raised {error}"):
+        sources.load(f"py:{name}:net")
 
 
 def test_maps_of_a_function(own: str) -> None:

@@ -212,9 +212,15 @@ CHANGES = (
         ),
         Change("mean of one length, std of another", "if len(mean) != len(std):", "if False:"),
         Change("another number of classes", "known is not None and known != num_classes:", "False:"),
+        Change(
+            "errors of the caller's function", "except (Exception, SystemExit) as error:", "except OSError as error:"
+        ),
+        Change(
+            "errors of the caller's attributes", "except (TypeError, ValueError) as error:", "except OSError as error:"
+        ),
         Change("the current folder stays on the path", "        sys.path.remove(here)", "        pass"),
         Change(
-            "buffers are preparation", "if isinstance(value, (int, float, str, tuple, list))}", "if value is not None}"
+            "buffers are preparation", "if isinstance(value, (int, float, str, tuple, list)):", "if value is not None:"
         ),
     ),
     *changes(
