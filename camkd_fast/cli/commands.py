@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ..experiments import compare, run_report
 from ..train import run as jobs
-from ..train.config import DataConfig, DistillConfig
+from ..train.config import DistillConfig
 from ..train.run import RunResult
 from ..train.run_lock import locked
 from . import study
@@ -101,10 +101,9 @@ def _evaluate(command: Evaluate) -> None:
 def _teachers(command: Teachers) -> None:
     from ..experiments import teacher_table
 
-    data = DataConfig(**{f.name: getattr(command, f.name) for f in fields(DataConfig) if hasattr(command, f.name)})
     found = teacher_table.compare_teachers(
         command.sources,
-        data,
+        command.data_config(),
         command.split,
         class_map=command.class_map,
         device=command.device,
@@ -178,11 +177,7 @@ def _bench(command: Bench) -> None:
 
     names = ["eager", *(["torch.compile"] if command.compiled else [])]
     rows, note = [], ""
-    for shape in command.shapes:
-        sizes = shape.split("x")
-        if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
-            raise ValueError(f"shapes must be IMAGESxCLASSESxTEACHERS, got {shape!r}")
-        images, classes, teachers = map(int, sizes)
+    for images, classes, teachers in command.sizes():
         speed = measure_loss_speed(images, classes, teachers, command.rounds, command.compiled)
         times = speed.milliseconds
         cells = [
@@ -190,7 +185,7 @@ def _bench(command: Bench) -> None:
             for name in names
             for cell in ((f"{times[name]:.2f} ms", f"{speed.speedup(name):.1f}x") if name in times else ("", ""))
         ]
-        rows.append((shape.replace("x", " x "), f"{times['fused']:.2f} ms", *cells))
+        rows.append((f"{images} x {classes} x {teachers}", f"{times['fused']:.2f} ms", *cells))
         note = speed.note or note
     header = ("images x classes x teachers", "fused", *(cell for name in names for cell in (name, "slower")))
     _print(f"{Table(header, rows).text()}\n{note}".rstrip())

@@ -6,7 +6,10 @@ Options have no prefixes (`--epochs`, not `--settings.optim.epochs`), so field n
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -18,9 +21,10 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ..experiments.compare import check_different
 from ..system import expand_path
 from ..train import config_file, strategies
-from ..train.config import JOBS, DistillConfig, TeachConfig
+from ..train.config import JOBS, DataConfig, DistillConfig, TeachConfig, at_least
 from ..train.source_strings import SourceString
 
 
@@ -97,6 +101,14 @@ class Teachers:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU if torch sees one."""
 
+    def __post_init__(self) -> None:
+        self.data_config()
+        at_least("batch_size", self.batch_size, 1)
+
+    def data_config(self) -> DataConfig:
+        """The settings of the images, checked."""
+        return DataConfig(**{f.name: getattr(self, f.name) for f in fields(DataConfig) if hasattr(self, f.name)})
+
 
 @dataclass(frozen=True)
 class ComparedStudent(DistillConfig):
@@ -142,6 +154,11 @@ class Compare:
     check: int = 0
     """Train this many finished cells of a study again, chosen at random, and compare their accuracies exactly."""
 
+    def __post_init__(self) -> None:
+        check_different("seeds", self.seeds)
+        at_least("jobs", self.jobs, 1)
+        at_least("check", self.check, 0)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -186,6 +203,20 @@ class Bench:
     compiled: bool = True
     """Also time torch.compile; takes some seconds of compilation per shape."""
 
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        self.sizes()
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Images, classes and teachers of each measurement."""
+        result = []
+        for shape in self.shapes:
+            sizes = shape.split("x")
+            if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+                raise ValueError(f"shapes must be IMAGESxCLASSESxTEACHERS, got {shape!r}")
+            result.append((int(sizes[0]), int(sizes[1]), int(sizes[2])))
+        return result
+
 
 @dataclass(frozen=True)
 class Info:
@@ -218,6 +249,7 @@ _SETTINGS: dict[str, Any] = {"teach": TeachConfig, "distill": DistillConfig, "co
 
 
 _PATHS = ConstructorRegistry()
+_PACKAGE = __name__.partition(".")[0]
 _refused: list[str] = []  # why sources of the command line could not be expanded
 
 
@@ -261,17 +293,13 @@ def parse(argv: Sequence[str]) -> Command:
     """Parse a command line.
 
     Raises:
-        SystemExit: with status 2 for an invalid command line, 0 after --help.
+        SystemExit: with status 2 for an invalid command line, 0 after --help. If one of the values is refused, the
+            reason is one line on stderr.
         ValueError, OSError: the file of --config cannot be read, or has another job or invalid settings.
     """
     _refused.clear()
-    try:
-        with _PATHS:
-            return _parse(argv)
-    except SystemExit:
-        if _refused:
-            print(f"camkd-fast: {_refused[0]}", file=sys.stderr)
-        raise
+    with _PATHS:
+        return _parse(argv)
 
 
 def _parse(argv: Sequence[str]) -> Command:
@@ -280,15 +308,38 @@ def _parse(argv: Sequence[str]) -> Command:
         # Without a valid command tyro prints the list of commands, as help or with an error.
         every: Any = reduce(or_, (Annotated[kind, subcommand(name)] for name, kind in _COMMANDS.items()))
         description = "Fast multi-teacher knowledge distillation (CA-MKD) for PyTorch."
-        return cast(Command, tyro.cli(every, prog="camkd-fast", description=description, args=list(argv)))
-    command = tyro.cli(
+        return _cli(every, prog="camkd-fast", description=description, args=list(argv))
+    return _cli(
         _COMMANDS[name],
         prog=f"camkd-fast {name}",
         args=options,
         default=_configured(name, options),
         config=(OmitArgPrefixes, OmitSubcommandPrefixes),
     )
-    return cast(Command, command)
+
+
+def _cli(command: Any, **options: Any) -> Command:
+    """`tyro.cli`, which frames the errors of some settings, names their class, and raises those of others."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return cast(Command, tyro.cli(command, **options))
+    except (SystemExit, ValueError) as error:
+        if reason := _refused[0] if _refused else _reason_of_ours(error):
+            print(f"camkd-fast: {reason}", file=sys.stderr)
+            raise SystemExit(2) from error
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
+def _reason_of_ours(error: BaseException | None) -> str | None:
+    """The message, on one line, of the ValueError of this package that led to `error`."""
+    while error is not None:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and frames and frames[-1].f_globals["__name__"].startswith(f"{_PACKAGE}."):
+            return " ".join(str(error).split())
+        error = error.__context__
+    return None
 
 
 def _configured(name: str, options: Sequence[str]) -> Command | None:

@@ -66,8 +66,6 @@ def _jobs(jobs: int | None) -> int:
         return 1
     if jobs is None:
         return max(processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
     return jobs
 
 

@@ -17,6 +17,11 @@ from ..train.teachers.runs import load_source
 BASELINE = strategies.AVER.name  # reference of the paired differences
 
 
+def check_different(name: str, values: Sequence[object]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be one or more different ones, got {' '.join(map(str, values))}")
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """Train the same student with every strategy from every seed."""
@@ -29,9 +34,8 @@ class CompareConfig:
     """All other settings; its strategy and seed are ignored, its `out` is the comparison's folder."""
 
     def __post_init__(self) -> None:
-        for name, values in (("strategies", self.strategies), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be one or more different ones, got {' '.join(map(str, values))}")
+        check_different("strategies", self.strategies)
+        check_different("seeds", self.seeds)
         for name in self.strategies:
             strategies.find(name)
 

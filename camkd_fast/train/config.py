@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
+from ..data.augment import Augmentation
 from .source_strings import SourceString
 from .strategies import STRATEGIES, names, taking
 
@@ -60,10 +61,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         _fraction("validation", self.validation)
         for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
-            _at_least(name, getattr(self, name), low)
+            at_least(name, getattr(self, name), low)
         _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
         if len(self.rand_augment) not in (0, 2):
             raise ValueError(f"rand_augment must be two numbers, got {' '.join(map(str, self.rand_augment))}")
+        if self.rand_augment:
+            Augmentation(padding=0, rand_augment=(self.rand_augment[0], self.rand_augment[1]))  # which checks them
         if not 0.0 <= self.random_erasing <= 1.0:
             raise ValueError(f"random_erasing must lie in [0, 1], got {self.random_erasing}")
         _one_of("augmentation", self.augmentation, ("auto", "none", "crop", "resized-crop"))
@@ -110,7 +113,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         _one_of("schedule", self.schedule, ("step", "cosine", "constant"))
@@ -125,10 +128,10 @@ class OptimConfig:
         if not 0.0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
         _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
-        _at_least("clip_grad", self.clip_grad, 0)
+        at_least("clip_grad", self.clip_grad, 0)
         _fraction("label_smoothing", self.label_smoothing)
-        _at_least("mixup", self.mixup, 0)
-        _at_least("cutmix", self.cutmix, 0)
+        at_least("mixup", self.mixup, 0)
+        at_least("cutmix", self.cutmix, 0)
         if self.ema is not None:
             _fraction("ema", self.ema)
         for value in self.betas:
@@ -202,7 +205,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("log_every", 1), ("validate_every", 1), ("checkpoint_every", 0), ("checkpoint_minutes", 0)):
-            _at_least(name, getattr(self, name), low)
+            at_least(name, getattr(self, name), low)
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ class DistillConfig:
         object.__setattr__(self, "teachers", tuple(map(SourceString, self.teachers)))
         _source(self, "init")
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
-            _at_least(name, getattr(self, name), low)
+            at_least(name, getattr(self, name), low)
         _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
         _one_of("uniform", self.uniform, ("none", "logits", "features"))
         if not 0.0 < self.temperature < math.inf:
@@ -316,7 +319,7 @@ def _source(config: object, name: str) -> None:
         object.__setattr__(config, name, SourceString(getattr(config, name)))
 
 
-def _at_least(name: str, value: float | None, low: float) -> None:
+def at_least(name: str, value: float | None, low: float) -> None:
     if value is not None and not low <= value < math.inf:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 

@@ -312,7 +312,6 @@ def test_checked_cells_are_random_ones_that_are_finished() -> None:
     [
         ("--temperature 2", "with --study only --out, --jobs, --results, --check are allowed"),
         ("--seeds 1", "with --study only"),
-        ("--jobs 0", "jobs must be at least 1, got 0"),
         ("--check 2", "holds no finished cell"),
     ],
 )

@@ -59,6 +59,15 @@ CHANGES = (
         Change("config file ignored", "default=_configured(name, options),", "default=None,"),
     ),
     *changes(
+        "camkd_fast/cli/options.py",
+        f"{CLI}::test_a_bad_value_exits_2_with_one_line {CLI}::test_bad_command_line_exits_2",
+        Change("some values have status 1", "except (SystemExit, ValueError) as error:", "except SystemExit as error:"),
+        Change("a frame with the names of classes", "_refused[0] if _refused else _reason_of_ours(error)", "None"),
+        Change("errors of others are ours", '.startswith(f"{_PACKAGE}.")', ""),
+        Change("images of `teachers` are not checked", "        self.data_config()\n", ""),
+        Change("shapes are not checked", "        self.sizes()\n", ""),
+    ),
+    *changes(
         "camkd_fast/cli/study.py",
         OPTIONS,
         Change("one job", "jobs=jobs", "jobs=1"),
