@@ -164,7 +164,7 @@ def _data_sets() -> str:
             where = "any class-per-folder tree of image files at --root"
         else:
             folders = [fetch.default_folder(name), *([fashion_mnist.DEBIAN] if name == "fashion-mnist" else [])]
-            found = next((folder for folder in folders if folder.is_dir() and any(folder.iterdir())), None)
+            found = next((folder for folder in folders if any(folder.glob("[!.]*"))), None)
             way = f"camkd-fast data fetch {name}" if name in fetch.SOURCES else "extract the published files there"
             where = f"nothing in {folders[0]}: {way}" if found is None else str(found)
         lines.append(f"{name:<14} {where}")

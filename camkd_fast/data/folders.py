@@ -114,7 +114,10 @@ def class_folders(root: Path, minimum: int = 2) -> list[Path]:
         raise FileNotFoundError(f"there is no folder {root}")
     folders = _visible_folders(root)
     if len(folders) < minimum:
-        raise ValueError(f"{root} has {len(folders)} class folders, at least {minimum} are required")
+        hidden = sum(path.is_dir() for path in root.glob(".*"))
+        besides = f" (and {hidden} hidden, which {'are no classes' if hidden > 1 else 'is no class'})" if hidden else ""
+        number = f"{len(folders)} class folder{'s' * (len(folders) != 1)}"
+        raise ValueError(f"{root} has {number}{besides}, at least {minimum} are required")
     return folders
 
 

@@ -38,14 +38,17 @@ def image_names(folder: Path, left_out: Counter[str]) -> list[str]:
 
 
 def count_files(root: Path, classes: Sequence[Path], left_out: Counter[str]) -> None:
-    """Count the files of `root` that are in no class folder: in the root itself, or in hidden folders."""
+    """Count the files of `root` that are in no class folder: in the root itself, or in hidden folders.
+
+    Hidden folders need not be readable: they belong to other programs.
+    """
     read = {folder.name for folder in classes}
     with os.scandir(root) as entries:
         for entry in entries:
             if not entry.is_dir():
                 left_out[_ending(entry.name)] += 1
             elif entry.name not in read:
-                left_out["in hidden folders"] += sum(len(names) for _, names in _walk(entry.path))
+                left_out["in hidden folders"] += sum(len(names) for _, names in _walk(entry.path, strict=False))
 
 
 def warn_left_out(root: Path, left_out: Counter[str]) -> None:
@@ -61,11 +64,16 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
     )
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder from `folder` downwards with its files. Links are followed, except to a folder that holds them."""
+def _walk(folder: str, strict: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `folder` downwards with its files. Links are followed, except to a folder that holds them.
+
+    Args:
+        strict: whether a folder that cannot be read is an error.
+    """
 
     def fail(error: OSError) -> None:
-        raise error
+        if strict:
+            raise error
 
     for inside, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         yield inside, names

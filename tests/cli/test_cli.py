@@ -183,6 +183,7 @@ def test_data_sets_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path))
+    (tmp_path / "cifar10" / ".cache").mkdir(parents=True)
     (tmp_path / "cifar100").mkdir()
     (tmp_path / "cifar100" / "cifar-100-python.tar.gz").touch()
     lines = dict(line.split(maxsplit=1) for line in call("data list", capsys).splitlines())

@@ -132,6 +132,39 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
         load_folder(tmp_path, 32)
 
 
+@pytest.mark.parametrize("hidden", [".cache", ".Trash-0", ".cache/deep"])
+def test_a_hidden_folder_need_not_be_readable(tmp_path: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = split(tmp_path, "a", "b")
+    put(train / hidden / "1.jpg")
+    put(train / ".ipynb_checkpoints" / "1.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith(hidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.warns(UserWarning, match=r"1 file is left out \(1 in hidden folders\)"):
+        assert loaded(tmp_path).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        ([], "has 0 class folders, at least 2"),
+        (["a"], "has 1 class folder, at least 2"),
+        (["a", ".cache"], r"has 1 class folder \(and 1 hidden, which is no class\), at least 2"),
+        ([".cache", ".ipynb_checkpoints"], r"has 0 class folders \(and 2 hidden, which are no classes\), at least 2"),
+    ],
+)
+def test_hidden_folders_are_named_where_classes_are_missing(tmp_path: Path, folders: list[str], said: str) -> None:
+    for name in folders:
+        put(tmp_path / name / "1.jpg")
+    with pytest.raises(ValueError, match=said):
+        load_folder(tmp_path, 32)
+
+
 def test_a_class_with_no_image_is_refused(tmp_path: Path) -> None:
     train = split(tmp_path, "a", "b")
     put(train / "c" / "x.gif")

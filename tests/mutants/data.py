@@ -249,6 +249,11 @@ CHANGES = (
         ),
     ),
     *changes(
+        "camkd_fast/data/walk.py",
+        "tests/data/test_walk.py",
+        Change("hidden folders must be readable", ", strict=False)", ")"),
+    ),
+    *changes(
         "camkd_fast/data/cifar.py",
         "tests/data/test_cifar.py",
         Change(
