@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..experiments import compare, run_report
+from ..report.page import rate
 from ..train import run as jobs
 from ..train.config import DistillConfig
 from ..train.run import RunResult
@@ -84,9 +85,10 @@ def _finish(result: RunResult) -> None:
         return
     page = run_report.write(result.out, environment())
     averaged = "" if result.averaged is None else f" ({100 * result.averaged.accuracy:.2f} % of the average)"
+    speed = rate(result.images_per_second)
     print(
         f"test accuracy {100 * result.test.accuracy:.2f} %{averaged} on {result.test.images:,} images, "
-        f"{result.images_per_second:,.0f} images/s, {run_report.duration(result.seconds)}\n{page}"
+        f"{f'{speed} images/s, ' if speed else ''}{run_report.duration(result.seconds)}\n{page}"
     )
 
 

@@ -62,7 +62,7 @@ class Row:
 
     strategy: str
     test_accuracy: Sequence[float]
-    images_per_second: float  # mean over runs
+    images_per_second: float  # mean over the runs that have one; 0 if none has
     epochs: Sequence[Sequence[Mapping[str, Any]]]  # the "epoch" records of each run
 
     @property
@@ -122,7 +122,8 @@ def collect(config: CompareConfig) -> list[Row]:
             records = read_metrics(cell.out / METRICS)
             tests.append(next(record for record in records if record["kind"] == "test"))
             epochs.append([record for record in records if record["kind"] == "epoch"])
-        speed = mean(test["images_per_second"] for test in tests)
+        speeds = [test["images_per_second"] for test in tests if test["images_per_second"]]  # 0 of too few steps
+        speed = mean(speeds) if speeds else 0.0
         rows.append(Row(name, [test["test_accuracy"] for test in tests], speed, epochs))
     return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from ..report.page import Part, Picture, Section, Table, write_page
+from ..report.page import Part, Picture, Section, Table, rate, write_page
 from ..report.plots import Curve, Panel, Sample, accuracy_bars, curves, differences
 from ..train.atomic import write_atomically
 from ..train.journal import METRICS, read_metrics
@@ -36,7 +36,7 @@ def student_table(rows: Sequence[Row]) -> Table:
             gains = [100 * gain for gain in row.gains(aver)]
             gain = f"{mean(gains):+.2f}" + (f" ± {spread(gains):.2f}" if len(gains) > 1 else "")
             cells.append("" if row is aver else gain)
-        lines.append((*cells, f"{row.images_per_second:,.0f}"))
+        lines.append((*cells, rate(row.images_per_second)))
     difference = [] if aver is None else [f"over {find(BASELINE).label}, paired"]
     return Table(("student", "test accuracy", "deviation", "each seed", *difference, "images/s"), lines)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from ..report.page import Section, Table, write_page
+from ..report.page import Section, Table, rate, write_page
 from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
 from ..train.strategies import AVER, CAMKD, find
 from .compare import Row, spread
@@ -29,7 +29,7 @@ def teacher_table(results: DemoResults) -> Table:
                 f"{100 * spec.wrong_labels:.0f} %",
                 f"{100 * teacher.test_accuracy:.1f} %",
                 f"{weights.mean().item():.3f}",
-                f"{teacher.images_per_second:,.0f}",
+                rate(teacher.images_per_second),
             )
         )
     return Table(("teacher", "trained on", "wrong labels", "test accuracy", "mean weight", "images/s"), rows)

@@ -15,7 +15,7 @@ from .. import models
 from ..data.files import ImageSet
 from ..models import sources
 from ..models.model_file import MODEL
-from ..report.page import Figures, Folded, Part, Section, Table, write_page
+from ..report.page import Figures, Folded, Part, Section, Table, rate, write_page
 from ..report.plots import (
     BLUE,
     GREY,
@@ -168,7 +168,8 @@ def _result(config: JobConfig, epochs: Sequence[Record], test: Record | None, ev
     if validated:
         numbers["validation accuracy"] = f"{100 * validated[-1]['validation_accuracy']:.2f} %"
     if test is not None:
-        numbers["images per second"] = f"{test['images_per_second']:,.0f}"
+        if speed := rate(test["images_per_second"]):
+            numbers["images per second"] = speed
         numbers["total time"] = duration(test["seconds"])
         text = (
             "Results of the model after the last epoch: no epoch is selected, and the test images are used only once, "

@@ -19,7 +19,7 @@ from ..data.files import ImageSet
 from ..models import sources
 from ..models.protocol import Source
 from ..models.split import LogitsOnly
-from ..report.page import Table
+from ..report.page import Table, rate
 from ..train.class_map import ClassMap
 from ..train.config import DataConfig, PrecisionConfig, TeachConfig
 from ..train.distributed import World, processes
@@ -135,7 +135,7 @@ def table(comparison: Comparison) -> Table:
                 *(teacher.name, source.architecture, f"{teacher.parameters:,}", f"{teacher.classes:,}"),
                 "unknown" if source.size is None else "{}x{}".format(*source.size),
                 *(_numbers(source.mean), _numbers(source.std), _channels(source)),
-                *(f"{100 * teacher.accuracy:.2f} %", f"{teacher.images_per_second:,.0f}"),
+                *(f"{100 * teacher.accuracy:.2f} %", rate(teacher.images_per_second)),
             )
         )
     header = (

@@ -17,6 +17,13 @@ class Part(Protocol):
     def html(self) -> str: ...
 
 
+def rate(per_second: float) -> str:
+    """A rate with two digits at least; empty for 0, that of a run whose few steps were not timed."""
+    if not per_second:
+        return ""
+    return f"{per_second:,.0f}" if per_second >= 9.5 else f"{per_second:.2g}"
+
+
 @dataclass(frozen=True)
 class Table:
     header: Sequence[str]

@@ -75,7 +75,10 @@ class Journal:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             shown = ("loss", "validation_accuracy", "images_per_second")
-            self._bar.set_postfix({name: f"{record[name]:,.4g}" for name in shown if name in record})
+            values = {name: record[name] for name in shown if name in record}
+            if not values.get("images_per_second", 1.0):  # too few steps to time
+                del values["images_per_second"]
+            self._bar.set_postfix({name: f"{value:,.4g}" for name, value in values.items()})
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -124,7 +124,9 @@ def test_runs_leave_their_files(here: Path) -> None:
 
 def test_a_config_repeats_a_run_byte_by_byte(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = call("distill --config runs/s0/config.yaml --out runs/again", capsys)
-    assert re.match(r"test accuracy \d+\.\d\d % on 597 images, [\d,]+ images/s, ", printed)
+    assert re.match(r"test accuracy \d+\.\d\d % on 597 images, [\d.]+ s\n", printed)  # one step, which is not timed
+    longer = call("distill --config runs/s0/config.yaml --out runs/longer --epochs 9", capsys)
+    assert re.match(r"test accuracy .* images, [\d,.]*[1-9][\d,.]* images/s, [\d.]+ s\n", longer)
     assert printed.splitlines()[1] == "runs/again/report.html"
     first, again = (here / "runs" / run / "model.safetensors" for run in ("s0", "again"))
     assert first.read_bytes() == again.read_bytes()

@@ -122,6 +122,18 @@ def test_differences_are_paired_by_seed() -> None:
     assert (single.mean, single.spread) == (0.5, 0.0)
 
 
+def test_rates_are_of_the_runs_that_were_timed(tmp_path: Path) -> None:
+    both = config((), tmp_path, strategies=("ce", "aver"), seeds=(0, 1, 2))
+    for cell, speed in zip(both.cells(), (0.0, 0.0, 0.3, 0.0, 0.5, 0.0), strict=True):
+        cell.out.mkdir(parents=True)
+        record = {"kind": "test", "step": 1, "epoch": 1, "test_accuracy": 0.5, "images_per_second": speed}
+        (cell.out / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (cell.out / "model.safetensors").touch()
+    rows = compare.collect(both)
+    assert [row.images_per_second for row in rows] == [0.4, 0.0]
+    assert [row[-1] for row in compare_report.student_table(rows).rows] == ["0.4", ""]
+
+
 def test_report_and_json(teachers: tuple[Path, ...], tmp_path: Path) -> None:
     three = config(teachers, tmp_path, strategies=("ce", "aver", "ca-mkd"), seeds=(0, 1, 2))
     page = compare_report.write(three, rows(), {"torch": torch.__version__}).read_text()

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from camkd_fast.data import LabelledImages
 from camkd_fast.experiments import run_report
-from camkd_fast.report.page import Figures, Folded, Picture, Section, Table, write_page
+from camkd_fast.report.page import Figures, Folded, Picture, Section, Table, rate, write_page
 from camkd_fast.report.plots import ClassMatrix, Curve, Panel, class_accuracies, confusions, curves
 from camkd_fast.train import run, run_images
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
@@ -82,6 +83,23 @@ def test_a_students_page_has_everything(runs: Path) -> None:
     assert "processor a &lt;fast&gt; one" in page
 
 
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [(0.0, ""), (0.0421, "0.042"), (0.4, "0.4"), (9.44, "9.4"), (9.7, "10"), (12.3, "12"), (54321.0, "54,321")],
+)
+def test_rates_have_digits(per_second: float, text: str) -> None:
+    assert rate(per_second) == text
+
+
+def test_a_run_that_was_not_timed_has_no_rate(runs: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(runs / "s0", tmp_path / "s0")
+    lines = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["images_per_second"] = 0.0
+    (short / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "images per second</dt>" in page_of(runs / "s0")
+    assert "images per second</dt>" not in page_of(short)
+
+
 def test_numbers_are_those_of_the_run(runs: Path) -> None:
     page = page_of(runs / "s0")
     records = [json.loads(line) for line in (runs / "s0/metrics.jsonl").read_text().splitlines()]
@@ -90,7 +108,7 @@ def test_numbers_are_those_of_the_run(runs: Path) -> None:
     figures = dict(re.findall("<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", page))
     assert figures["test accuracy"] == f"{100 * test['test_accuracy']:.2f} %"
     assert figures["validation accuracy"] == f"{100 * epoch['validation_accuracy']:.2f} %"
-    assert figures["images per second"] == f"{test['images_per_second']:,.0f}"
+    assert figures["images per second"] == rate(test["images_per_second"]) != ""
     rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(<td>.*?)</tr>", page)]
     # The report evaluates the student again, with other code than the loop.
     assert ["student", "resnet8", "77,754", figures["validation accuracy"], ""] in rows

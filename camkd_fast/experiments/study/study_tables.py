@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from ...report.page import Table
+from ...report.page import Table, rate
 from .findings import Findings, Place, bad_teachers_by_class, badness_of, difference, interval, label, mean_over
 from .spec import Student, Variant
 from .work import Record
@@ -146,7 +146,7 @@ def cost(findings: Findings) -> Table:
             speeds = [record["images_per_second"] for record in records]
             speeds = [speed for speed in speeds if speed > 0]
             images = study.data.images
-            cells.append(f"{median(speeds):,.0f}" if speeds else NOTHING)
+            cells.append(rate(median(speeds)) if speeds else NOTHING)
             cells.append(f"{images / median(speeds):.1f}" if speeds and images else NOTHING)
         rows.append((label(variant), *cells))
     return Table(header, rows)
