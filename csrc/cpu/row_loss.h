@@ -13,8 +13,9 @@
 namespace camkd::cpu {
 namespace {
 
-constexpr int64_t kRowScratch = 4 * 1024 * 1024;  // bytes; all threads share a wider row
-constexpr int64_t kGroupScratch = 128 * 1024;     // bytes of the rows of a group, which stay in L2
+constexpr int64_t kRowScratch = 4 * 1024 * 1024;   // bytes; all threads share a wider row
+constexpr int64_t kKeptScratch = 2 * kRowScratch;  // bytes that a thread keeps after a call
+constexpr int64_t kGroupScratch = 128 * 1024;      // bytes of the rows of a group, which stay in L2
 
 // Scratch floats that are kept from call to call, so that a step does not fault in fresh pages.
 class Scratch {
@@ -59,8 +60,10 @@ inline void rows_in_parallel(const RowLossArgs& args, const RowFunctions& functi
     const int64_t chunk = std::max<int64_t>(1, groups / (threads * 8));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        static thread_local Scratch memory;
-        float* base = memory.reserve(group * row_floats + BlockScratch::floats(args));
+        static thread_local Scratch kept;
+        Scratch wide;  // released after the call, for at most a quarter of its time: fresh pages
+        const int64_t floats = group * row_floats + BlockScratch::floats(args);
+        float* base = (floats * int64_t(sizeof(float)) <= kKeptScratch ? kept : wide).reserve(floats);
         const BlockScratch block(base + group * row_floats);
         const RowScratch first(base, args, functions);
         LaneRows rows;

@@ -376,6 +376,38 @@ print(resident() - before)
     assert int(done.stdout) < 40  # 500 steps of 0.8 MB and more
 
 
+@pytest.mark.parametrize("options", ["", "temperature=3.3, divergence='reverse_kl'", "divergence=('jsd', 0.5)"])
+def test_scratch_of_a_wide_row_is_released(options):
+    """128 MiB and more of one thread. A gradient of 32 MiB may be kept for the next call."""
+    script = f"""
+import resource, torch
+from camkd_fast import camkd_loss_and_grad
+
+torch.set_num_threads(1)
+def resident():
+    with open("/proc/self/statm") as numbers:
+        return int(numbers.read().split()[1]) * 4 // 1024
+
+def call(C):
+    teachers = torch.randn(1, C).expand(3, 1, C).unbind()
+    student, target = torch.randn(1, C), torch.zeros(1, dtype=torch.int64)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    camkd_loss_and_grad(student, teachers, target, {options})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+
+call(1000)
+before = resident()
+call(2**23)
+print(resident() - before)
+call(2**17)
+print(call(2**17))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    kept, faults = map(int, done.stdout.split())
+    assert kept < 90
+    assert faults < 2**17 * 16 // 4096  # the 2 MB of an ordinary row are kept
+
+
 def test_from_many_threads():
     cases = [make_case(8 + i, 50, padded=False, seed=i) for i in range(4)]
     expected = [run_value_and_grad(case, "cpu") for case in cases]

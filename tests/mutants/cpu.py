@@ -107,6 +107,12 @@ CHANGES = (
             "continue;",
         ),
         Change(
+            "scratch of any size is kept",
+            "(floats * int64_t(sizeof(float)) <= kKeptScratch ? kept : wide)",
+            "kept",
+            tests="tests/losses/test_one_call.py::test_scratch_of_a_wide_row_is_released",
+        ),
+        Change(
             "ignored rows not cleared where columns run in parallel",
             "if (ignored && args.grad_student) row.clear_grad();",
             "",
