@@ -19,17 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast import camkd_feature_loss_and_grad, confidence_weights, weighted_feature_loss
 from camkd_fast.losses.feature import _weighted
-from tests.losses.test_one_call import Wrapped, strided
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
 from tests.support.feature_cases import Maps, make
 from tests.support.op_contract import LAYOUT_PAIRS, MAP_LAYOUTS
+from tests.support.torch_version import HAS_C_FUNCTIONS, OLD_TORCH
 
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
+if not HAS_C_FUNCTIONS:
+    pytest.skip(OLD_TORCH, allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
 from camkd_fast.backends.feature_maps import gradient_strides, map_pair
+from tests.losses.test_one_call import Wrapped, strided
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -21,9 +21,12 @@ from camkd_fast import camkd_loss, camkd_loss_and_grad
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
 from tests.support.evaluate import fields, run, run_value_and_grad
+from tests.support.torch_version import HAS_C_FUNCTIONS, OLD_TORCH
 
 if "cpu" not in BACKENDS:
     pytest.skip("a build without the compiled module", allow_module_level=True)
+if not HAS_C_FUNCTIONS:
+    pytest.skip(OLD_TORCH, allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
 from camkd_fast.backends.contract import WholeLoss

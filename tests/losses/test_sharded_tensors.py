@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.torch_version import needs_dtensor_rules
+
 ROOT = Path(__file__).parents[2]
 
 RANK = """
@@ -63,6 +65,7 @@ leave_group()
 """
 
 
+@needs_dtensor_rules
 def test_two_processes(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [

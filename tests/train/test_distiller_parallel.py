@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.torch_version import needs_fsdp_accumulation
+
 ROOT = Path(__file__).parents[2]
 
 RANK = """
@@ -76,6 +78,7 @@ leave_group()
 """
 
 
+@needs_fsdp_accumulation
 def test_two_processes(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [

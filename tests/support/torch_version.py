@@ -1,0 +1,23 @@
+"""What older releases of torch lack, and the tests that need it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# Without them one call into C++ is not taken, and results are the same.
+HAS_C_FUNCTIONS = hasattr(Tensor, "__dlpack_c_exchange_api__")
+OLD_TORCH = "torch has C functions for tensors from 2.10 on"
+HAS_MUON = hasattr(torch.optim, "Muon")
+needs_muon = pytest.mark.skipif(not HAS_MUON, reason="torch.optim.Muon came with torch 2.9")
+needs_dtensor_rules = pytest.mark.skipif(TORCH < (2, 11), reason="DTensor lacks operators of the losses before 2.11")
+needs_fsdp_accumulation = pytest.mark.skipif(TORCH < (2, 9), reason="FSDP2 of several modules accumulated wrongly")
+
+
+def skip_before_triton(*version: int) -> None:
+    """For a module of tests."""
+    if tuple(int(part) for part in pytest.importorskip("triton").__version__.split(".")[:2]) < version:
+        pytest.skip(f"of Triton {'.'.join(map(str, version))} and later", allow_module_level=True)
