@@ -25,7 +25,7 @@ Pointer = Tensor | tuple[Tensor, ...] | float | None
 
 # Releases whose sources were read: `CompiledKernel.run` takes grid, stream, function, metadata, hooks and then every
 # parameter of the kernel, constants included, and an address in the place of a tensor. Others launch by Triton itself.
-_SUPPORTED = ("3.6", "3.7", "3.8")
+_SUPPORTED = ("3.6", "3.7", "3.8", "3.9")
 _DIRECT = ".".join(triton.__version__.split(".")[:2]) in _SUPPORTED and torch.version.hip is None
 
 # Bound once: they are on the path of every launch. A build of torch without CUDA lacks some.
