@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc tests/cuda/host -name '*.cpp' -o -name '*.h' -o -na
 TORCH := 2.13.0
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install demo test test-all mutants fingerprint lint docs format bench bench-train bench-report gpu-check study \
+.PHONY: install demo test test-all test-torch mutants fingerprint lint docs format bench bench-train bench-report gpu-check study \
   study-quick study-report study-check clean
 
 install: $(STAMP)
@@ -29,6 +29,15 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
+
+# What depends on torch, with another release of it (several GB): `make test-torch OTHER=2.8.0`. The interpreter of Triton
+# before 3.7 needs an older numpy.
+OTHER_BIN = build/torch-$(OTHER)/bin
+test-torch: $(STAMP)
+	$(PYTHON) -m venv build/torch-$(OTHER)
+	CAMKD_FAST_CUDA=0 $(OTHER_BIN)/python -m pip install -q torch==$(OTHER) 'numpy<2.4' '.[test]'
+	$(OTHER_BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile \
+	  $(addprefix tests/,losses backends models data train cli experiments integrations)
 
 # Hours: which of the wrong changes in tests/mutants do the tests notice? `python -m tests.mutants --only AREA` for a part,
 # `--resume` to keep the results of unchanged files, `--record` to commit them.

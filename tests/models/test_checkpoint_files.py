@@ -265,7 +265,7 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes, reason: str) -> No
     assert refusal(tmp_path / "a.pth").startswith(reason)
 
 
-@pytest.mark.filterwarnings("error", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("error", "ignore:`torch.jit")
 def test_archives_of_other_kinds(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "text")

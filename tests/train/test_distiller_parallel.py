@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.torch_version import needs_fsdp_accumulation
+from tests.support.torch_version import needs_fsdp_over_gloo
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ leave_group()
 """
 
 
-@needs_fsdp_accumulation
+@needs_fsdp_over_gloo
 def test_two_processes(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [

@@ -111,7 +111,8 @@ def test_files_that_differ_are_refused_and_removed(
 ) -> None:
     run = trained(tmp_path, "resnet8")
     monkeypatch.setattr(exporting.models, "freeze", lambda model: Off(model, factor, last))
-    with pytest.raises(ExportError, match=r"student\.onnx differs from the model of .* more than 1e-04"):
+    # torch 2.8 cannot export a model of NaNs.
+    with pytest.raises(ExportError, match=r"\.onnx differs from the model of .* more than 1e-04|cannot be exported"):
         export(run)
     assert not list(run.glob("export/*"))
 
