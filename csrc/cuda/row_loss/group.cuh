@@ -184,6 +184,11 @@ struct RowGroup {
     CAMKD_DEVICE int member() const {
         return WarpPerRow ? lane() : group_rank() * launch.geometry.threads + thread_id();
     }
+    // Of the groups of the grid. Warps are numbered across the blocks, so that the rows that are left for a last round
+    // are spread over all multiprocessors.
+    CAMKD_DEVICE int index() const {
+        return WarpPerRow ? warp() * int(launch.geometry.blocks) + int(block_id()) : group_id();
+    }
     CAMKD_DEVICE int warp_of_group() const { return WarpPerRow ? 0 : group_rank() * warps() + warp(); }
     // The last warp prepares the next rows, the first one merges: two different warps where the block has two.
     CAMKD_DEVICE bool is_lookahead_warp() const { return WarpPerRow || warp() == warps() - 1; }

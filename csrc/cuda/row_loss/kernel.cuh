@@ -96,8 +96,7 @@ class RowKernel {
     // Fetches the first rows, and counts this block's share of the labels.
     CAMKD_DEVICE void start() {
         if (group_.is_lookahead_warp()) {
-            const int group = WarpPerRow ? int(block_id()) * group_.warps() + group_.warp() : group_id();
-            const int64_t first = int64_t(group) * group_.rows_per_group();
+            const int64_t first = int64_t(group_.index()) * group_.rows_per_group();
             fetch_labels(first);
             copies_wait();
             load_logits(first);

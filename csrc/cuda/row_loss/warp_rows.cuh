@@ -50,7 +50,7 @@ class WarpRows {
 
   private:
     CAMKD_DEVICE void start() {
-        row_ = (int(block_id()) * group_.warps() + group_.warp()) * group_.rows_per_group();
+        row_ = group_.index() * group_.rows_per_group();
         column_ = rows_.column_of(rows_.label_of(row_));
         next_column_ = two_rows() ? rows_.column_of(rows_.label_of(row_ + 1)) : kIgnored;
         buffer_ = group_.buffer().first;
