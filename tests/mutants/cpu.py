@@ -52,6 +52,12 @@ CHANGES = (
         ),
         Change("the last of the lowest", "zero, left);", "zero, one);", tests=DIVERGENCES),
         Change(
+            "a soft loss of weight 0 reads the teachers",
+            "no_soft_term = formula.soft_weight == 0;",
+            "no_soft_term = false;",
+            tests=DIVERGENCES,
+        ),
+        Change(
             "the reverse sums do not follow the student",
             "(own - students) * old_student.sumT",
             "own * old_student.sumT",

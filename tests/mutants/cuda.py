@@ -284,6 +284,18 @@ CHANGES = (
         "csrc/cuda/row_loss/results.cuh",
         SOME,
         Change(
+            "a soft loss of weight 0 reads the teachers",
+            "args.formula.soft_weight == 0 ? 0.0f : coefficient",
+            "coefficient",
+            tests="tests/cuda/test_divergences_on_host.py::test_a_soft_loss_of_weight_0_reads_no_teacher",
+        ),
+        Change(
+            "its student reads them too",
+            "args.formula.soft_weight == 0 ? 0.0f : soft_scale() * total / sumT",
+            "soft_scale() * total / sumT",
+            tests="tests/cuda/test_divergences_on_host.py::test_a_soft_loss_of_weight_0_reads_no_teacher",
+        ),
+        Change(
             "weights by the reference instead of both labels",
             "masses[k] *= std::exp(second.below(logits.at[k], k));",
             "",

@@ -116,6 +116,12 @@ CHANGES = (
         "camkd_fast/models/frozen.py",
         FROZEN,
         Change(
+            "modules work in place",
+            "            module.inplace = False",
+            "            pass",
+            tests="tests/train/test_distiller_maps.py",
+        ),
+        Change(
             "hooked modules are folded",
             "return None if module._forward_hooks or module._forward_pre_hooks else module",
             "return module",
@@ -186,6 +192,12 @@ CHANGES = (
     *changes(
         "camkd_fast/models/split.py",
         SPLIT,
+        Change(
+            "functions work in place",
+            'node.update_kwarg("inplace", False)',
+            "pass",
+            tests="tests/train/test_distiller_maps.py",
+        ),
         Change(
             "other paths from the images are kept",
             'if any(other.op == "placeholder" for other in needed):',
