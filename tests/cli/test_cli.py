@@ -300,6 +300,13 @@ def test_a_bad_value_exits_2_with_one_line(line: str, reason: str, capsys: pytes
     assert (stopped.value.code, capsys.readouterr().err) == (2, f"camkd-fast: {reason}\n")
 
 
+def test_a_word_in_place_of_a_number_is_the_parsers_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["distill", "--epochs", "many"])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--epochs" in printed and "many" in printed
+
+
 def numeric_options(kind: type) -> Iterator[tuple[str, int]]:
     """Name and number of values of each option that is a number or several."""
     for name, hint in get_type_hints(kind).items():

@@ -38,6 +38,14 @@ class Net(nn.Module):
         return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class InPlace(Net):
+    """A function that changes the output of the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.layers["one"](self.stem(x))), inplace=True)
+        return self.head(x.mean((2, 3)))
+
+
 class Skips(Net):
     """The input is used beside the second block's output."""
 
@@ -114,6 +122,7 @@ def image(side: int = 8) -> Tensor:
         (Net, "norm", 6),
         (Net, "stem", 6),
         (Skips, "stem", 6),
+        (InPlace, "norm", 6),
         (OpaqueInside, "layers.two", 6),
     ],
 )

@@ -60,7 +60,7 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/cli/options.py",
-        f"{CLI}::test_a_bad_value_exits_2_with_one_line {CLI}::test_bad_command_line_exits_2",
+        f"{CLI}::test_a_bad_value_exits_2_with_one_line {CLI}::test_a_word_in_place_of_a_number_is_the_parsers_error",
         Change("some values have status 1", "except (SystemExit, ValueError) as error:", "except SystemExit as error:"),
         Change("a frame with the names of classes", "_refused[0] if _refused else _reason_of_ours(error)", "None"),
         Change("errors of others are ours", '.startswith(f"{_PACKAGE}.")', ""),

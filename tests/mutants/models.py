@@ -196,7 +196,6 @@ CHANGES = (
             "functions work in place",
             'node.update_kwarg("inplace", False)',
             "pass",
-            tests="tests/train/test_distiller_maps.py",
         ),
         Change(
             "other paths from the images are kept",
