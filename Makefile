@@ -34,6 +34,7 @@ test-all: $(STAMP)
 # before 3.7 needs an older numpy.
 OTHER_BIN = build/torch-$(OTHER)/bin
 test-torch: $(STAMP)
+	test -n '$(OTHER)' || { echo 'give a release: make test-torch OTHER=2.8.0' >&2; exit 2; }
 	$(PYTHON) -m venv build/torch-$(OTHER)
 	CAMKD_FAST_CUDA=0 $(OTHER_BIN)/python -m pip install -q torch==$(OTHER) 'numpy<2.4' '.[test]'
 	$(OTHER_BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile \

@@ -323,13 +323,15 @@ def _cli(command: Any, **options: Any) -> Command:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return cast(Command, tyro.cli(command, **options))
+            found = cast(Command, tyro.cli(command, **options))
     except (SystemExit, ValueError) as error:
         if reason := _refused[0] if _refused else _reason_of_ours(error):
             print(f"camkd-fast: {reason}", file=sys.stderr)
             raise SystemExit(2) from error
         sys.stderr.write(printed.getvalue())
         raise
+    sys.stderr.write(printed.getvalue())  # warnings
+    return found
 
 
 def _reason_of_ours(error: BaseException | None) -> str | None:

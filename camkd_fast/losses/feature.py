@@ -223,7 +223,8 @@ def _loss_and_grad(
     named = second_arguments(second) | {"logits": logits, "target": target}
     with computing(way, student_features=student, teacher_features=teachers, **named):
         constant = constant_weights(weighting, logits, target, second, len(student), divisor, backend, way)
-        call = FeatureCall([r.detach() for r in student], teachers, constant.weights, backend)
+        weights = constant.weights.to(accumulation_dtype(student[0].dtype))
+        call = FeatureCall([r.detach() for r in student], teachers, weights, backend)
         return _with_constant_weights(call, constant, float(beta), loss_scale, reduction, way)
 
 
@@ -231,7 +232,6 @@ def _with_constant_weights(
     call: FeatureCall, constant: ConstantWeights, beta: float, loss_scale: float | Tensor, reduction: str, way: Way
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
     dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
-    call = FeatureCall(call.student, call.teachers, call.weights.to(dtype), call.backend)
     scale = as_scale(constant.inverse, dtype) * beta
     loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
     loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss

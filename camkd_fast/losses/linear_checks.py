@@ -86,7 +86,7 @@ def _checked_side(model: str, side: Side, student: Tensor | None) -> Side:
 def autocast_enabled(tensor: Tensor) -> bool:
     """For the device of `tensor`; meta tensors have none."""
     device = tensor.device.type
-    # The second is not traced by torch.compile before torch 2.11.
+    # torch.compile before torch 2.11 does not trace is_autocast_available.
     available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
 

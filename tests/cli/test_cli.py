@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from camkd_fast import __version__, cli, models
 from camkd_fast.backends.dispatch import BACKENDS, availability
+from camkd_fast.cli import options
 from camkd_fast.cli.options import Bench, Compare, Teach, Teachers, parse
 from camkd_fast.models.model_file import model_bytes
 from camkd_fast.train.run_lock import locked
@@ -305,6 +306,20 @@ def test_a_word_in_place_of_a_number_is_the_parsers_error(capsys: pytest.Capture
         cli.main(["distill", "--epochs", "many"])
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and "--epochs" in printed and "many" in printed
+
+
+def test_what_the_parser_prints_besides_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tyros = options.tyro.cli
+
+    def warns(*arguments: Any, **keywords: Any) -> Any:
+        print("a warning", file=sys.stderr)
+        return tyros(*arguments, **keywords)
+
+    monkeypatch.setattr(options.tyro, "cli", warns)
+    assert isinstance(parse(["bench"]), Bench)
+    assert capsys.readouterr().err == "a warning\n"
 
 
 def numeric_options(kind: type) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import math
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from camkd_fast import camkd_loss, camkd_loss_and_grad
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
 from tests.support.evaluate import fields, run, run_value_and_grad
+from tests.support.tensors import Wrapped, strided
 from tests.support.torch_version import HAS_C_FUNCTIONS, OLD_TORCH
 
 if "cpu" not in BACKENDS:
@@ -146,14 +146,6 @@ def test_losses_of_rows_have_memory_of_their_own():
     hard, weights = out.hard, out.weights
     out.loss.zero_()
     assert torch.equal(out.hard, hard) and torch.equal(out.weights, weights)
-
-
-class Wrapped(Tensor):
-    """A tensor subclass."""
-
-
-def strided(z: Tensor) -> Tensor:
-    return torch.stack([z, z], -1).flatten(-2)[..., ::2]
 
 
 S, Z, Y = batch()
@@ -355,60 +347,6 @@ def test_reference_counts_are_restored():
         one_call(student, teachers, target.int())
         one_call(student, teachers, target, temperature=torch.ones(()))
     assert [sys.getrefcount(x) for x in objects] == before
-
-
-def test_memory_does_not_grow():
-    script = """
-import torch
-from camkd_fast import camkd_loss, camkd_loss_and_grad
-
-def resident():
-    with open("/proc/self/statm") as numbers:
-        return int(numbers.read().split()[1]) * 4 // 1024
-
-student, teacher, target = torch.randn(512, 400), torch.randn(512, 400), torch.randint(400, (512,))
-learning = student.clone().requires_grad_()
-for step in range(600):
-    camkd_loss_and_grad(student, [teacher], target)
-    camkd_loss(learning, [teacher], target).loss.backward()
-    if step == 100:
-        before = resident()
-print(resident() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert int(done.stdout) < 40  # 500 steps of 0.8 MB and more
-
-
-@pytest.mark.parametrize("options", ["", "temperature=3.3, divergence='reverse_kl'", "divergence=('jsd', 0.5)"])
-def test_scratch_of_a_wide_row_is_released(options):
-    """128 MiB and more of one thread. A gradient of 32 MiB may be kept for the next call."""
-    script = f"""
-import resource, torch
-from camkd_fast import camkd_loss_and_grad
-
-torch.set_num_threads(1)
-def resident():
-    with open("/proc/self/statm") as numbers:
-        return int(numbers.read().split()[1]) * 4 // 1024
-
-def call(C):
-    teachers = torch.randn(1, C).expand(3, 1, C).unbind()
-    student, target = torch.randn(1, C), torch.zeros(1, dtype=torch.int64)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    camkd_loss_and_grad(student, teachers, target, {options})
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-
-call(1000)
-before = resident()
-call(2**23)
-print(resident() - before)
-call(2**17)
-print(call(2**17))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    kept, faults = map(int, done.stdout.split())
-    assert kept < 90
-    assert faults < 2**17 * 16 // 4096  # the 2 MB of an ordinary row are kept
 
 
 def test_from_many_threads():

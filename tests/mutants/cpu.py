@@ -5,10 +5,10 @@ from . import Change, changes
 FORMULAS = "tests/losses/test_formulas.py"
 INFINITIES = "tests/losses/test_infinities.py"
 FEATURES = "tests/losses/test_feature_loss.py"
-MEAN = "tests/losses/test_one_call.py"
+MEAN = "tests/losses/test_one_call.py tests/losses/test_call_memory.py"
 TWO_LABELS = "tests/losses/test_two_labels.py"
 DIVERGENCES = "tests/losses/test_divergences.py"
-CALLS = "tests/losses/test_feature_calls.py tests/losses/test_feature_loss_and_grad.py"
+CALLS = "tests/losses/test_feature_calls.py tests/losses/test_call_memory.py tests/losses/test_feature_loss_and_grad.py"
 ROWS = (
     f"{FORMULAS}::test_ignored_rows_are_exactly_zero_where_threads_share_a_row"
     f" {FORMULAS}::test_ignored_rows_are_exactly_zero_even_if_nan {FORMULAS}::test_mixed_dtypes"
@@ -116,7 +116,7 @@ CHANGES = (
             "scratch of any size is kept",
             "(floats * int64_t(sizeof(float)) <= kKeptScratch ? kept : wide)",
             "kept",
-            tests="tests/losses/test_one_call.py::test_scratch_of_a_wide_row_is_released",
+            tests="tests/losses/test_call_memory.py::test_scratch_of_a_wide_row_is_released",
         ),
         Change(
             "ignored rows not cleared where columns run in parallel",
