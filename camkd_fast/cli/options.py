@@ -158,6 +158,8 @@ class Compare:
         check_different("seeds", self.seeds)
         at_least("jobs", self.jobs, 1)
         at_least("check", self.check, 0)
+        if self.study is None and (of_studies := [x for x in ("jobs", "results", "check") if getattr(self, x)]):
+            raise ValueError(f"--{', --'.join(of_studies)}: only for studies, with --study FILE")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _fraction("validation", self.validation)
+        _seed("split_seed", self.split_seed)
+        _seed("view_seed", self.view_seed)
         for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
             at_least(name, getattr(self, name), low)
         _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
@@ -231,6 +233,7 @@ class TeachConfig:
 
     def __post_init__(self) -> None:
         _source(self, "init")
+        _seed("seed", self.seed)
         _fraction("wrong_labels", self.wrong_labels)
         if self.swapped and (len(self.swapped) != 2 or len(set(self.swapped)) != 2 or min(self.swapped) < 0):
             raise ValueError(f"swapped must name two different classes, got {' '.join(map(str, self.swapped))}")
@@ -291,6 +294,7 @@ class DistillConfig:
             raise ValueError(f"teachers must be several sources, got only {str(self.teachers)!r}")
         object.__setattr__(self, "teachers", tuple(map(SourceString, self.teachers)))
         _source(self, "init")
+        _seed("seed", self.seed)
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
             at_least(name, getattr(self, name), low)
         _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
@@ -322,6 +326,12 @@ def _source(config: object, name: str) -> None:
 def at_least(name: str, value: float | None, low: float) -> None:
     if value is not None and not low <= value < math.inf:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _seed(name: str, value: int | None) -> None:
+    """torch's generators take negative seeds too."""
+    if value is not None and not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must lie in [-2**63, 2**64), got {value}")
 
 
 def _fraction(name: str, value: float) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "launch_table.h"
 
 namespace camkd::cuda {
 
@@ -23,6 +24,9 @@ struct LaunchOptions {
 };
 
 void row_loss(const RowLossArgs&, const LaunchOptions&);
+// What row_loss tries from now on, and the geometry of its last launch since then. For measurements by one thread.
+void try_geometry(const RowTrial&);
+RowGeometry tried_geometry();
 void any_formula(const RowLossArgs&, const LaunchOptions&);  // its part for formulas that are not the paper's; N > 0
 void scale_rows(const ScaleRowsArgs&, const LaunchOptions&);
 void confidence_forward(const ConfidenceArgs&, const LaunchOptions&);

@@ -81,6 +81,17 @@ struct RowGeometry {
     int shared;         // bytes
 };
 
+// A geometry to try instead of the cheapest one, where it fits a kernel whose warps hold rows: warps of a block, and
+// vectors in each thread's buffer. 0: as the table says.
+struct RowTrial {
+    int warps, slots;
+
+    bool any() const { return warps > 0 || slots > 0; }
+    bool admits(int of_block, int of_thread) const {
+        return (warps == 0 || warps == of_block) && (slots == 0 || slots == of_thread);
+    }
+};
+
 // What the geometry depends on: the shape, and the sizes that RowShared::measure fills in.
 struct RowProblem {
     int64_t N;
@@ -132,7 +143,7 @@ inline double row_cost(const RowProblem& p, int warps, int64_t slots, int chunks
 }
 
 // A warp per row, in blocks of the size at which most warps are resident. Returns false if rows are too wide for that.
-inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry& g) {
+inline bool warp_geometry(const RowProblem& p, const Limits& limits, const RowTrial& trial, RowGeometry& g) {
     const int per_lane = int(ceil_div(p.vectors, kWarpThreads));
     const int64_t warp_buffer = int64_t(p.K + 1) * per_lane * kWarpThreads * 16;
     if (per_lane > kWarpVectors || warp_buffer > kWarpBufferBytes) return false;
@@ -144,8 +155,10 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, RowGeometry
     const int64_t warps =
         int64_t(limits.multiprocessors) * blocks_per_multiprocessor(p.fixed_k) * limits.block_threads / kWarpThreads;
     g.rows = int(std::max<int64_t>(1, std::min(rows, p.N / warps)));
+    const int largest =
+        trial.warps > 0 ? std::min(trial.warps * kWarpThreads, limits.block_threads) : limits.block_threads;
     int most = 0;
-    for (int threads = limits.block_threads; threads >= kWarpThreads; threads /= 2) {
+    for (int threads = largest; threads >= kWarpThreads; threads /= 2) {
         const int64_t shared = row_shared(p, threads, g.slots, g.rows, true, 1);
         if (shared > limits.shared_per_block) continue;
         const int resident = resident_warps(p, limits, threads, shared);
@@ -205,7 +218,7 @@ constexpr double kHelperCost = 3;
 
 // The pipelined kernel: blocks of different sizes, of which several may share a row or a multiprocessor. Returns false
 // for fewer rows than fill the pipelines.
-inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeometry& best) {
+inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const RowTrial& trial, RowGeometry& best) {
     const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
     const int most_warps = std::min(limits.pipeline_warps, pipeline_warps(p.fixed_k));
     const int64_t most_blocks =
@@ -221,6 +234,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeom
             const int64_t shared = pipeline_shared(p, warps, slots, int(blocks));
             if (shared > limits.shared_per_block) continue;
             fits = true;
+            if (!trial.admits(warps, slots)) continue;
             const int64_t fitting = std::min<int64_t>(limits.shared_per_multiprocessor / (shared + 1024),
                                                       (most_warps + kHelperWarps) / (warps + kHelperWarps));
             const int64_t resident = std::max<int64_t>(fitting, 1);
@@ -248,9 +262,9 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, RowGeom
 
 // Picks the cheapest geometry; throws if none fits, as on a device with little shared memory. The grid has one group
 // per set of rows; limit_grid reduces it to the resident blocks.
-inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits) {
+inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const RowTrial& trial = {}) {
     RowGeometry best{};
-    if (warp_geometry(p, limits, best) || pipeline_geometry(p, limits, best)) return best;
+    if (warp_geometry(p, limits, trial, best) || pipeline_geometry(p, limits, trial, best)) return best;
     double least = INFINITY;
     const auto consider = [&](RowGeometry g, int64_t shared, int64_t slots) {
         if (shared > limits.shared_per_block || g.slots > kMaxSlots) return;

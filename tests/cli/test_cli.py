@@ -283,6 +283,13 @@ def test_bad_command_line_exits_2(line: str, capsys: pytest.CaptureFixture[str])
         ("compare --seeds 1 1", "seeds must be one or more different ones, got 1 1"),
         ("compare --jobs 0", "jobs must be at least 1, got 0"),
         ("compare --check -1", "check must be at least 0, got -1"),
+        ("compare --check 3 --jobs 2", "--jobs, --check: only for studies, with --study FILE"),
+        ("compare --results r.jsonl", "--results: only for studies, with --study FILE"),
+        ("teach --seed 99999999999999999999", "seed must lie in [-2**63, 2**64), got 99999999999999999999"),
+        (
+            "distill --view-seed -99999999999999999999",
+            "view_seed must lie in [-2**63, 2**64), got -99999999999999999999",
+        ),
         ("teach --epochs 0", "epochs must be at least 1, got 0"),
         ("teach --learning-rate inf", "learning_rate must be positive and finite, got inf"),
         ("teach --wrong-labels 1", "wrong_labels must lie in [0, 1), got 1.0"),

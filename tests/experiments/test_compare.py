@@ -63,6 +63,12 @@ def test_invalid_comparisons_are_refused(changes: dict[str, object], words: str)
         config((), Path("out"), **changes)
 
 
+def test_missing_teachers_are_refused_before_the_first_cell_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kd, ca-mkd learn from teachers, but none were given"):
+        compare.check_teachers(config((), tmp_path, strategies=("ce", "kd", "ca-mkd")))
+    compare.check_teachers(config((), tmp_path, strategies=("ce",)))
+
+
 def test_finished_cells_are_kept_and_an_interrupted_comparison_goes_on(
     teachers: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

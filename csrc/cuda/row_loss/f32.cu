@@ -2,6 +2,6 @@
 
 namespace camkd::cuda {
 
-template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);
+template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&, const RowTrial&);
 
 }  // namespace camkd::cuda

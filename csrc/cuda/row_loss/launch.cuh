@@ -31,7 +31,7 @@ inline LaunchConfig config_of(const RowGeometry& g) {
 }
 
 template <class T>
-void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
+void launch_row_loss(RowLaunch& launch, const LaunchOptions& options, const RowTrial& trial) {
     const RowLossArgs& args = launch.args;
     RowProblem problem{};
     problem.N = args.N;
@@ -51,7 +51,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     RowGeometry& g = launch.geometry;
     void (*kernel)(RowLaunch) = nullptr;
     for (;;) {
-        g = row_geometry(problem, limits);
+        g = row_geometry(problem, limits, trial);
         launch.memory = g.cooperative ? group_memory_for(options) : nullptr;
         kernel = kernel_for<T>(launch, problem.fixed_k);
         const int64_t resident = resident_blocks(kernel, config_of(g));
@@ -76,8 +76,8 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options) {
     if (separate_kernels) add_up_rows(args, options);
 }
 
-extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&);
-extern template void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&);
-extern template void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&);
+extern template void launch_row_loss<float>(RowLaunch&, const LaunchOptions&, const RowTrial&);
+extern template void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&, const RowTrial&);
+extern template void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&, const RowTrial&);
 
 }  // namespace camkd::cuda

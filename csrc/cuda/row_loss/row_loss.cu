@@ -8,7 +8,18 @@ namespace {
 constexpr int kGroupMemories = 32;
 CAMKD_GLOBAL GroupMemory group_memories[kGroupMemories];
 
+RowTrial trial{};
+RowGeometry tried{};
+
 }  // namespace
+
+void try_geometry(const RowTrial& next) {
+    trial = next;
+}
+
+RowGeometry tried_geometry() {
+    return tried;
+}
 
 GroupMemory* group_memory_for(const LaunchOptions& options) {
     const int slot = launch_slot(options, SlotPool::memories, kGroupMemories);
@@ -32,7 +43,8 @@ void row_loss(const RowLossArgs& args, const LaunchOptions& options) {
     launch.wide_in = access.wide_in;
     launch.wide_out = access.wide_out;
     with_element(args.streams[0].dtype, access.mixed,
-                 [&](auto element) { launch_row_loss<decltype(element)>(launch, options); });
+                 [&](auto element) { launch_row_loss<decltype(element)>(launch, options, trial); });
+    if (trial.any()) tried = launch.geometry;
 }
 
 }  // namespace camkd::cuda

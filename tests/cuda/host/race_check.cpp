@@ -12,13 +12,13 @@ namespace camkd::cuda {
 
 // The 16-bit instantiations of the row kernel have the same barriers, and compile as long.
 template <class T>
-void launch_row_loss(RowLaunch&, const LaunchOptions&);
+void launch_row_loss(RowLaunch&, const LaunchOptions&, const RowTrial&);
 template <>
-void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&) {
+void launch_row_loss<bf16>(RowLaunch&, const LaunchOptions&, const RowTrial&) {
     std::abort();
 }
 template <>
-void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&) {
+void launch_row_loss<f16>(RowLaunch&, const LaunchOptions&, const RowTrial&) {
     std::abort();
 }
 

@@ -1,0 +1,91 @@
+"""`python -m benchmarks.row_kernel --sweep` on the emulated CUDA device: the geometries it finds and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("camkd_fast._C")
+pytest.importorskip("pybind11")
+from benchmarks import row_kernel
+from benchmarks.row_kernel import Geometry
+from camkd_fast import camkd_loss_and_grad
+from tests.cuda.host.on_host import cuda_on_the_host, emulated, limit
+from tests.support.cases import Case, make_case
+from tests.support.evaluate import run_value_and_grad
+from tests.support.tolerance import assert_result
+from tests.support.truth import naive, truth
+
+__all__ = ["cuda_on_the_host", "emulated"]
+
+# Rows of 4096 columns are 16 vectors for each lane of a warp, shared out among blocks of three or four warps at most.
+WIDE = [(2, 4, 2), (3, 2, 3), (3, 3, 2), (4, 1, 4), (4, 2, 2), (4, 4, 1)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_kernel, "_C", emulated)
+
+
+def call_of(case: Case) -> Callable[[], object]:
+    return lambda: camkd_loss_and_grad(case.student, case.teachers, case.target, backend="cuda")
+
+
+def assert_right(case: Case) -> None:
+    assert_result(run_value_and_grad(case, "cuda"), case, truth(case), naive(case))
+
+
+def test_every_geometry_of_wide_rows_gives_the_right_result(emulated: ModuleType) -> None:
+    limit(emulated, cluster=1, multiprocessors=4, least_cooperative=2, pipeline_warps=4)
+    case = make_case(16, 4096, 3, torch.bfloat16, padded=False, ignored=0.2)
+    found = row_kernel.geometries(call_of(case))
+    assert found == [Geometry(False, True, *sizes) for sizes in WIDE]
+    for geometry in found:
+        with row_kernel.trial(geometry.warps, geometry.slots):
+            assert_right(case)
+            assert Geometry(*emulated.cuda_tried_geometry()) == geometry
+
+
+def test_every_geometry_of_narrow_rows_gives_the_right_result(emulated: ModuleType) -> None:
+    """A block has one warp or two on this device, and a row always as many slots as it needs."""
+    limit(emulated, multiprocessors=1)
+    case = make_case(37, 1000, 3, torch.bfloat16, padded=False, ignored=0.2)
+    found = row_kernel.geometries(call_of(case))
+    assert found == [Geometry(True, False, warps, 4, 1) for warps in (1, 2)]
+    for geometry in found:
+        with row_kernel.trial(geometry.warps, geometry.slots):
+            assert_right(case)
+
+
+def test_a_trial_ends_with_its_block(emulated: ModuleType) -> None:
+    limit(emulated, multiprocessors=1)
+    call = call_of(make_case(37, 1000, 3, torch.bfloat16, padded=False))
+    with pytest.raises(KeyError), row_kernel.trial(1, 0):
+        raise KeyError
+    call()
+    emulated.cuda_try_geometry(2, 0)
+    call()
+    before = emulated.cuda_tried_geometry()
+    emulated.cuda_try_geometry(0, 0)
+    call()
+    assert emulated.cuda_tried_geometry() == before == (True, False, 2, 4, 1)
+
+
+def test_rounds_time_every_geometry(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of the rounds, each of which times all in the same order."""
+    limit(emulated, cluster=1, multiprocessors=4, least_cooperative=2, pipeline_warps=4)
+    calls: list[Geometry | None] = []
+
+    def seconds(call: Callable[[], object], count: int) -> float:
+        call()
+        calls.append(Geometry(*emulated.cuda_tried_geometry()))
+        return float(len(calls))
+
+    monkeypatch.setattr(row_kernel, "seconds", seconds)
+    wanted = [Geometry(False, True, *sizes) for sizes in WIDE[:2]]
+    case = make_case(16, 4096, 3, torch.bfloat16, padded=False)
+    assert row_kernel.medians(call_of(case), 1, wanted) == [7.0, 8.0]
+    assert calls == wanted * row_kernel.ROUNDS
