@@ -56,28 +56,16 @@ def is_one(grad_output: Tensor, in_backward: float | Tensor = 1.0) -> bool:
 
 
 def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Wraps a backward function so that differentiating its gradients again raises. Entries may be lists of gradients.
+    """Wraps a backward function so that it raises if its gradients are to have a graph.
 
-    torch's `once_differentiable` raises only if grad_output has a graph. Our gradients also depend on the inputs, so
-    under create_graph=True a gradient penalty would silently lose its term.
+    torch's `once_differentiable` raises where they are differentiated, and only if grad_output has a graph. Our gradients
+    depend on the inputs too, whose graph it does not know: a gradient penalty would silently lose its term.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():  # create_graph=False
-            return backward(ctx, *grad_outputs)
-        with torch.no_grad():
-            grads = backward(ctx, *grad_outputs)
-        return tuple(_refusing(grad) for grad in grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("camkd_fast: double backward through the loss is not supported, got create_graph=True")
+        return backward(ctx, *grad_outputs)
 
     return wrapper
-
-
-def _refusing(grad: Any) -> Any:
-    """`grad` with a graph that raises when it is differentiated."""
-    if isinstance(grad, list):
-        return [_refusing(entry) for entry in grad]
-    if grad is None:
-        return None
-    refusal = torch._C._functions.DelayedError("camkd_fast: double backward through the loss is not supported", 1)
-    return refusal(grad.detach().requires_grad_())

@@ -158,7 +158,9 @@ def _factor(
     if reduction != "mean":
         return 1.0 if reduction == "sum" else None
     labels, ignore_index = call.labels, call.formula.ignore_index
-    # A trace would keep the number
+    # A trace would keep the numbers, and be compiled again for each num_items
+    if torch.compiler.is_compiling() and isinstance(num_items, (int, float)):
+        num_items = torch.full((), num_items, dtype=dtype, device=labels.device)
     valid = checks.count_labels(labels, call.classes(), ignore_index) if checks.can_count(labels) else None
     return inverse_divisor(num_items, valid, labels, ignore_index, dtype)
 

@@ -71,7 +71,7 @@ _CALL = (
     "Tensor hidden, Tensor head, Tensor? bias, Tensor[] teacher_hidden, Tensor[] teacher_heads, "
     "Tensor?[] teacher_biases, Tensor labels, int vocab_size, float[] constants, str weighting, str divergence, "
     "int ignore_index, Tensor? weights, ScalarType? inputs, ScalarType? logits, int? chunk_rows, "
-    "float max_chunk_bytes, int? num_valid, str? group_name, int first_class, bool reduce_input_grad, str backend, "
+    "float max_chunk_bytes, SymInt? num_valid, str? group_name, int first_class, bool reduce_input_grad, str backend, "
     "bool[] needs"
 )
 
@@ -172,7 +172,7 @@ torch.library.impl("camkd_fast::linear_loss_rows_backward", "default", _rows_bac
 
 def _fake_stats(call: _Call) -> Tensor:
     count = row_stats_count(len(call.teacher_hidden), _formula_of(call, None).entropy)
-    return call.labels.new_empty((count, len(call.labels)), dtype=accumulation_dtype(call.product_dtype()))
+    return call.labels.new_empty((count, call.labels.shape[0]), dtype=accumulation_dtype(call.product_dtype()))
 
 
 def _fake_gradients(call: _Call) -> tuple[Tensor, ...]:
@@ -314,7 +314,7 @@ torch.library.register_autograd("camkd_fast::linear_loss_rows", _backward_rows, 
 
 
 def linear_loss(call: LinearCall, factor: float | Tensor) -> tuple[Tensor, Tensor]:
-    """factor * the sum of the rows' losses, differentiable by the student, and row_stats (4 + 3K, N)."""
+    """factor * the sum of the rows' losses, differentiable by the student, and row_stats (`row_stats_count`, N)."""
     number, on_device = (1.0, factor) if isinstance(factor, Tensor) else (factor, None)
     loss, stats, *_ = torch.ops.camkd_fast.linear_loss(*_arguments(call), number, on_device)
     return loss, stats

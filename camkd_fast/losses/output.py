@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..backends.contract import HARD, LOSS, SOFT, RowLossResult
 
 
+@dataclass(eq=False, repr=False)
 class CAMKDOutput:
     """The result of the logit loss, in the accumulation dtype. Only `loss` is differentiable.
 
     Everything but the loss is computed from the kernel's numbers when it is read. Results have memory of their own, so
-    they may be changed in place.
+    they may be changed in place. DDP finds the loss in a dataclass, FSDP2 in a pytree: a module may return the result.
     """
 
-    def __init__(
-        self,
-        loss: Tensor,
-        row_stats: Tensor,
-        sums: tuple[float, float, float] | None,
-        means: tuple[Tensor, Tensor] | None,
-        inverse_divisor: float | Tensor | None,
-        lead: torch.Size,
-    ) -> None:
-        self.loss = loss  # hard_weight * hard + soft_weight * soft (+ z-loss): a scalar, or (...) for reduction="none"
-        self._row_stats, self._sums, self._means = row_stats, sums, means
-        self._inverse_divisor, self._lead = inverse_divisor, lead
+    loss: Tensor  # hard_weight * hard + soft_weight * soft (+ z-loss): a scalar, or (...) for reduction="none"
+    _row_stats: Tensor
+    _sums: tuple[float, float, float] | None
+    _means: tuple[Tensor, Tensor] | None
+    _inverse_divisor: float | Tensor | None
+    _lead: torch.Size
 
     @property
     def hard(self) -> Tensor:
@@ -68,6 +65,9 @@ class CAMKDOutput:
 
     def _per_teacher(self, rows: Tensor) -> Tensor:
         return rows.detach().view(rows.shape[0], *self._lead).clone()
+
+
+torch.export.register_dataclass(CAMKDOutput)
 
 
 def reduce_rows(

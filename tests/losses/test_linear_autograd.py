@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from camkd_fast import camkd_linear_loss
 from camkd_fast.losses import linear_op
 from tests.support.linear_cases import (
     LinearResult,
@@ -72,9 +74,9 @@ def test_a_parameter_changed_before_backward_raises(reduction: str) -> None:
 def test_double_backward_raises() -> None:
     case = make_linear_case(20, 30)
     hidden = case.hidden.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(evaluate(case, hidden, case.head, case.bias).loss, hidden, create_graph=True)
+    loss = evaluate(case, hidden, case.head, case.bias).loss
     with pytest.raises(RuntimeError, match="double backward through the loss is not supported"):
-        grad.sum().backward()
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_inputs_are_not_changed() -> None:
@@ -158,6 +160,34 @@ def test_compiled(reduction: str) -> None:
         results.append([value.detach(), entropy.detach(), *(x.grad for x in parameters)])
     for a, b in zip(*results, strict=True):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reduction"),
+    [("rows", "mean"), ("rows", "none"), ("num_items", "mean"), ("num_valid", "mean"), ("num_valid", "none")],
+)
+def test_few_recompilations(changes: str, reduction: str) -> None:
+    """Sentences have lengths of their own, and batches a number of tokens, which Trainer counts."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden: Tensor, head: Tensor, teachers: list[Tensor], target: Tensor, number: int) -> Tensor:
+        settings: dict[str, Any] = {} if changes == "rows" else {changes: number}
+        return camkd_linear_loss(hidden, head, teachers, heads, target, reduction=reduction, **settings).loss
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    heads = [torch.randn(30, 4), torch.randn(30, 4)]
+    for number in range(24, 36):
+        rows = number if changes == "rows" else 24
+        parameters = [torch.randn(rows, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)]
+        others = ([torch.randn(rows, 4), torch.randn(rows, 4)], torch.randint(30, (rows,)), number)
+        found = []
+        for function in (compiled, loss):
+            value = function(*parameters, *others)
+            found.append((value.detach(), *torch.autograd.grad(value.sum(), parameters)))
+        for ours, expected in zip(*found, strict=True):
+            assert_near(ours, expected)
+    assert counter.frame_count <= 2, f"compiled {counter.frame_count} times"
 
 
 @pytest.mark.parametrize("name", ["linear_loss", "linear_loss_rows", "linear_loss_rows_backward"])
