@@ -2,7 +2,8 @@
 
 A model may be wrapped. DDP and FSDP2 prepare gradients and parameters in hooks of the wrapper's forward, so all work
 with a student's tensors is done inside one (`call_inside`). PEFT's adapters lie in the backbone. A model that was
-compiled as a whole computes logits, so its code is not used: compile the backbone instead.
+compiled as a whole computes logits, so its code is not used: compile the backbone instead, as the mixin does for
+`torch_compile`.
 """
 
 from __future__ import annotations
@@ -145,6 +146,12 @@ def _own_head(model: Any) -> Any:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head: expected a causal language model")
     return head
+
+
+def classes_of_head(model: Any) -> int:
+    """Of a `Teacher` or a causal language model, which may be wrapped."""
+    head = model.head if isinstance(model, Teacher) else _own_head(unwrapped(model))
+    return int(head.weight.shape[0])
 
 
 def output_head(model: Any) -> OutputHead:

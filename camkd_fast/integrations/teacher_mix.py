@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import Hidden, Teacher, check_logits, is_in_place, is_sharded, teacher_hidden, unused_hidden
+from .causal_lm import (
+    Hidden,
+    Teacher,
+    check_logits,
+    classes_of_head,
+    is_in_place,
+    is_sharded,
+    teacher_hidden,
+    unused_hidden,
+)
+
+MOST_PADDING = 1024  # classes by which heads of one tokenizer differ
 
 
 def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
@@ -63,14 +75,34 @@ class TeacherMix:
         numbers = None if weights is None else [float(weight) for weight in weights]
         return same and (numbers, column) == (self.weights, self.column)
 
-    def place(self, device: torch.device) -> None:
+    def place(self, device: torch.device, student: nn.Module, vocab_size: int | None = None) -> None:
         """In eval mode and on the device, unless a teacher is spread over processes or devices.
 
+        Args:
+            vocab_size: number of classes, if it is not that of the student's head.
+
         Raises:
-            ValueError: a teacher's logits do not follow from its head and config.
+            ValueError: a teacher's logits do not follow from its head and config, it has fewer classes than there are,
+                or it has no parameters but the student's.
+
+        Warns:
+            UserWarning: a teacher has more classes than padding would add.
         """
-        for teacher in self.teachers:
+        classes = vocab_size or classes_of_head(student)
+        own = set(map(id, student.parameters()))
+        for k, teacher in enumerate(self.teachers):
+            found = classes_of_head(teacher)
+            words = f"teacher {k}'s head has {found} classes, but the vocabulary has {classes}"
+            if 0 < found < classes:  # 0 in a part of DeepSpeed's
+                raise ValueError(words)
+            if found > max(1.05 * classes, classes + MOST_PADDING):
+                warnings.warn(f"{words}: do both models have the same tokenizer?", stacklevel=2)
             if isinstance(teacher, nn.Module):
+                if own.issuperset(map(id, teacher.parameters())):
+                    raise ValueError(
+                        f"teacher {k} has the student's own parameters, as has a model after get_peft_model(model): "
+                        "give a copy made before"
+                    )
                 teacher.eval()
                 if is_in_place(teacher):
                     check_logits(teacher.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..losses.linear import CAMKDLinearLoss
-from .causal_lm import OutputHead, check_logits, is_in_place, linear_loss, student_loss
+from .causal_lm import OutputHead, backbone, check_logits, is_in_place, linear_loss, student_loss, unwrapped
 from .signatures import check_signature
 from .teacher_mix import TeacherMix
 from .trainer_parts import CollatorWithColumn, TrainerParts
@@ -54,8 +55,8 @@ class MultiTeacherDistillationMixin(TrainerParts):
 
         Raises:
             RuntimeError: the trainer's compute_loss takes other arguments than in the version this was written for.
-            ValueError, TypeError: settings of the loss are invalid, both kinds of weights are given, or the logits of a
-                model do not follow from its head and config.
+            ValueError, TypeError: settings of the loss are invalid, both kinds of weights are given, the logits of a
+                model do not follow from its head and config, or as `TeacherMix.place`.
         """
         check_signature(super(), "compute_loss", COMPUTE_LOSS, "transformers")
         given = {
@@ -71,6 +72,9 @@ class MultiTeacherDistillationMixin(TrainerParts):
         self._loss_settings()
         super().__init__(*args, **kwargs)
         self._refuse_other_losses()
+        # The trainer counts the labels of an update by what the model's class says of its own loss: this one takes
+        # their number, and shifts them
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported, one GPU per process is: start the "
@@ -78,6 +82,9 @@ class MultiTeacherDistillationMixin(TrainerParts):
             )
         if is_in_place(self.model):
             check_logits(self.model)
+        if self.args.torch_compile:  # the trainer compiles the whole model, of which only the parts run
+            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            backbone(unwrapped(self.model)).compile(**options)
         if self.teachers:
             self._teacher_mix()
         if self.teacher_column is not None:
@@ -87,16 +94,28 @@ class MultiTeacherDistillationMixin(TrainerParts):
         """
         Raises:
             ValueError: a setting of the trainer asks for a loss that this one would replace.
+
+        Warns:
+            UserWarning: a mixture of experts would add its router's loss by default.
         """
         smoothing = getattr(self.args, "label_smoothing_factor", 0.0)
         others = {
             "compute_loss_func": getattr(self, "compute_loss_func", None),
             "label_smoothing_factor": smoothing or None,
             "loss_type": None if (kind := getattr(self.args, "loss_type", "nll")) in ("nll", "chunked_nll") else kind,
+            "router_aux_loss_coef": getattr(self.args, "router_aux_loss_coef", None) or None,
         }
         for name, value in others.items():
             if value is not None:
                 raise ValueError(f"{name} is {value!r}, but the loss is that of `distillation_loss`: leave it out")
+        text = self.model.config.get_text_config()
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+        if getattr(text, "output_router_logits", False) and coefficient:
+            warnings.warn(
+                f"the router's loss of {type(self.model).__name__} is no part of the loss: set router_aux_loss_coef to "
+                f"0, got {coefficient:g}",
+                stacklevel=3,
+            )
 
     def _loss_settings(self) -> Mapping[str, Any]:
         loss = self.distillation_loss or {}
@@ -111,7 +130,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
         given = self.teachers, self.teacher_weights, self.teacher_column
         if self._mix is None or not self._mix.is_of(*given):
             self._mix = TeacherMix(*given)
-            self._mix.place(self.args.device)
+            self._mix.place(self.args.device, self.model, self._loss_settings().get("vocab_size"))
         return self._mix
 
     def compute_loss(

@@ -111,7 +111,8 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
 
         Raises:
             RuntimeError: TRL's methods take other arguments than in the version that this was written for.
-            ValueError: no teachers, both kinds of weights, or a model's logits do not follow from its head and config.
+            ValueError: no teachers, both kinds of weights, a model's logits do not follow from its head and config, or
+                as `TeacherMix.place`.
         """
         for method, expected in METHODS.items():
             check_signature(DistillationTrainer, method, expected, "trl")
@@ -119,7 +120,7 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
         super().__init__(model, None, *args, **kwargs)
         if is_in_place(self.model):
             check_logits(self.model)
-        self._mix.place(self.accelerator.device)
+        self._mix.place(self.accelerator.device, self.model)
         self.distillation_loss = CAMKDLinearLoss(
             weighting, divergence=divergence_of(self.beta), temperature=self.temperature, scale_by_t2=False
         )

@@ -58,8 +58,8 @@ def is_one(grad_output: Tensor, in_backward: float | Tensor = 1.0) -> bool:
 def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Wraps a backward function so that it raises if its gradients are to have a graph.
 
-    torch's `once_differentiable` raises where they are differentiated, and only if grad_output has a graph. Our gradients
-    depend on the inputs too, whose graph it does not know: a gradient penalty would silently lose its term.
+    torch's `once_differentiable` raises where they are differentiated, and only if grad_output has a graph. Our
+    gradients depend on the inputs too, whose graph it does not know: a gradient penalty would lose its term in silence.
     """
 
     @functools.wraps(backward)

@@ -19,8 +19,9 @@ from .formula import Formula, check_choice, check_flag, check_number
 from .linear_chunks import Side
 from .vocabulary import VocabularyShard
 
-# Of a DTensor.
-_OF_DTENSORS = "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"
+# Ways out for subclasses of Tensor with operations of their own, by name: importing DTensor takes long.
+_WAYS_OUT = {"a DTensor": "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"}
+_WAY_OUT = "convert it, such as by .dequantize()"
 
 
 def checked_sides(
@@ -99,7 +100,8 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
         tensor = memory.resolved(tensor)
     if sort is None or sort.fake:
         return tensor
-    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out or _OF_DTENSORS}")
+    way_out = sort.way_out or _WAYS_OUT.get(sort.name, _WAY_OUT)
+    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {way_out}")
 
 
 def checked_vocabulary(

@@ -35,8 +35,17 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
         model: follows the protocol; it is not modified.
         dtype: of the copy's parameters and input images; None keeps the model's.
         channels_last: store convolution weights in that memory format.
+
+    Raises:
+        TypeError: the model cannot be copied and changed.
     """
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # PyTorch's, of any type, or the model's own
+        raise TypeError(
+            f"{type(model).__name__} cannot be copied and frozen: expected a module that is not scripted, after "
+            f"prune.remove and remove_weight_norm where they apply; PyTorch says: {_first_line(error)}"
+        ) from error
     for module in frozen.modules():
         if getattr(module, "inplace", False) is True:  # a head would change the map that it is given
             module.inplace = False  # type: ignore[assignment]
@@ -47,6 +56,10 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     if channels_last:
         frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return frozen.eval()  # includes the modules that replace batch norms
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Passes(nn.Module):
@@ -78,8 +91,10 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     try:
         graph = _Tracer().trace(passes)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"{type(model).__name__} keeps its batch norms, torch.fx cannot trace it: {reason}", stacklevel=3)
+        warnings.warn(
+            f"{type(model).__name__} keeps its batch norms, torch.fx cannot trace it: {_first_line(error)}",
+            stacklevel=3,
+        )
         return []
     # A weight read directly (get_attr) is a use of its module as well.
     uses = Counter(

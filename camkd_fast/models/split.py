@@ -171,4 +171,5 @@ def _copied(
     for node in graph.nodes:
         if node in nodes:
             copies[node] = part.node_copy(node, copies.__getitem__)
+            copies[node].type = None  # the annotation in its source, a string that cannot be pickled
     return copies

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from camkd_fast import CAMKDLinearLoss
 from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states
@@ -175,18 +184,63 @@ def test_settings_are_checked(make: Any) -> None:
         ({"teachers": [teachers()[0].model]}, "LlamaModel has no output head"),
         ({"settings": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is 0.1, but the loss is that of"),
         ({"compute_loss_func": print}, "compute_loss_func is .*, but the loss is that of"),
+        ({"teachers": [causal_lm(classes=40)]}, "teacher 0's head has 40 classes, but the vocabulary has 60"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             make(**given)
+    make(teachers=[causal_lm(classes=40)], distillation_loss={"vocab_size": 40})
+    with pytest.warns(UserWarning, match="teacher 1's head has 2000 classes, but the vocabulary has 60: do both"):
+        make(teachers=[causal_lm(classes=64), causal_lm(classes=2000)])
+
+
+def test_a_teacher_of_the_students_parameters_is_refused(make: Any) -> None:
+    """PEFT puts its adapters into the model that it is given."""
+    peft = pytest.importorskip("peft")
+    base = causal_lm()
+    before = copy.deepcopy(base)
+    student = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    for teacher in (base, student):
+        with pytest.raises(ValueError, match="teacher 1 has the student's own parameters"):
+            make(model=student, teachers=[before, teacher])
+    make(model=student, teachers=[before])
+
+
+def mixture_of_experts(coefficient: float) -> Any:
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    config = MixtralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        output_router_logits=True, router_aux_loss_coef=coefficient, **settings,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def test_a_routers_loss_is_not_lost_in_silence(make: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="router's loss of MixtralForCausalLM .* router_aux_loss_coef to 0, got 0.5"):
+        make(model=mixture_of_experts(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(model=mixture_of_experts(0.0))
+    trainer = make()
+    trainer.args.router_aux_loss_coef = 0.1  # of SFTConfig
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0.1, but the loss is that of"):
+        trainer._refuse_other_losses()
 
 
 # --- training and evaluation -----------------------------------------------------------------------------------------
 
 
-def test_accumulation_is_one_large_batch(make: Any) -> None:
+class Undeclared(LlamaForCausalLM):
+    """A name from which the trainer does not see that the loss shifts its labels."""
+
+    accepts_loss_kwargs = False  # as classes of models of text and images say
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Undeclared])
+def test_accumulation_is_one_large_batch(make: Any, kind: type) -> None:
     found = []
     for batch_size, steps in ((4, 1), (1, 4)):
         model = causal_lm()
+        model.__class__ = kind
         settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps, "max_steps": 1}
         trainer = make(model=model, settings=settings)
         trainer.train()
@@ -275,6 +329,19 @@ def test_mixed_precision_is_the_trainers(make: Any) -> None:
     trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
     trainer.train()
     assert set(dtypes) == {torch.bfloat16} and trainer.state.log_history[0]["loss"] > 0
+
+
+def test_compilation_is_that_of_the_backbone(make: Any) -> None:
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        settings = {"torch_compile": compiled, "torch_compile_backend": "aot_eager" if compiled else None}
+        trainer = make(settings=settings)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_the_students_logits_are_never_computed(make: Any) -> None:

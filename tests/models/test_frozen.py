@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from camkd_fast import models
+from camkd_fast.models.frozen import freeze
 from camkd_fast.models.protocol import Prediction, feature_model, predict
 from tests.support.models import with_random_norms
 
@@ -290,6 +293,27 @@ class Untraceable(TwoConvolutions):
         if x.mean() > 100:
             return x
         return super().forward_features(x)
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(torch.randn(1, 3, 8, 8))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (pruned, "Sequential"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), "RecursiveScriptModule"),
+        (lambda: torch.jit.freeze(torch.jit.script(nn.Linear(2, 2).eval())), "RecursiveScriptModule"),
+    ],
+    ids=["pruned", "scripted", "frozen script"],
+)
+def test_a_model_that_cannot_be_copied_is_refused_by_name(kind: Callable[[], nn.Module], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} cannot be copied and frozen: .* prune.remove .*; PyTorch says: \w+"):
+        freeze(kind())  # type: ignore[arg-type]
 
 
 def test_a_model_that_cannot_be_traced_is_frozen_with_its_norms() -> None:

@@ -32,6 +32,9 @@ CHANGES = (
         Change("rows in the wrong places", "rows = used.nonzero().squeeze(-1)", "rows = used.nonzero().squeeze(-1).flip(0)",
                equivalent="the same rows are computed and put back, in another order"),
         Change("weights of other samples", "weights.unsqueeze(-1).expand", "weights.flip(1).unsqueeze(-1).expand"),
+        Change("a shared parameter is none of the teacher's own", "own.issuperset(", "own.isdisjoint("),
+        Change("vocab_size is not asked", "classes = vocab_size or classes_of_head(student)",
+               "classes = classes_of_head(student)"),
     ),
     *changes(
         "camkd_fast/integrations/transformers.py",
@@ -42,6 +45,11 @@ CHANGES = (
             "num_items=None, **{",
         ),
         Change("labels that were shifted are shifted again", 'shift = "shift_labels" not in inputs', "shift = True"),
+        Change("labels are counted as the model's class says",
+               "self.model_accepts_loss_kwargs = self._loss_shifts_labels = True", "pass"),
+        Change("the model is compiled, which does not run", "backbone(unwrapped(self.model)).compile(**options)", "pass"),
+        Change("a router's loss of the config is lost", 'getattr(text, "output_router_logits", False) and coefficient',
+               "False"),
         Change("no autocast", "with self.accelerator.autocast():", "if True:"),
         Change(
             "not scaled by the processes",

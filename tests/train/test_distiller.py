@@ -147,9 +147,12 @@ def copied(made: Distiller) -> Distiller:
     return pickle.loads(pickle.dumps(made))
 
 
+@pytest.mark.parametrize("split", ["student", "teacher"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_compute_the_same(way: str) -> None:
-    made = Distiller(Bare(), teachers(), student_layer="stage", example=DATA.images[:1]).eval()
+def test_copies_compute_the_same(way: str, split: str) -> None:
+    student, given = (Bare(), teachers()) if split == "student" else (SmallNet(), [Bare(6, seed=1)])
+    layers: dict[str, Any] = {"student_layer": "stage"} if split == "student" else {"teacher_layers": ["stage"]}
+    made = Distiller(student, given, example=DATA.images[:1], **layers).eval()
     other = copy.deepcopy(made) if way == "deepcopy" else copied(made)
     expected = made(DATA.images, DATA.target).loss
     with torch.no_grad():
@@ -204,6 +207,17 @@ def test_teachers_follow_to(dtype: torch.dtype) -> None:
     assert {p.dtype for model in made.teachers._modules for p in model.parameters()} == {dtype}
     assert found.item() == pytest.approx(expected.item(), rel=1e-6 if dtype == torch.float64 else 0.05)
     assert made.to("meta").teachers._modules[0].conv1.weight.device.type == "meta"
+
+
+def test_teachers_stay_when_the_student_is_emptied() -> None:
+    """A student on meta gets memory, and then its weights from a state dict, in which the teachers are not."""
+    made = distiller().eval()
+    weights, expected = made.state_dict(), made(DATA.images, DATA.target).loss
+    assert made.to_empty(device="cpu") is made
+    assert not torch.equal(made.student.conv1.weight, weights["student.conv1.weight"].clone().fill_(torch.nan))
+    made.load_state_dict(weights)
+    assert torch.equal(made(DATA.images, DATA.target).loss, expected)
+    assert made.to_empty(device="meta").teachers._modules[0].conv1.weight.is_meta
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
