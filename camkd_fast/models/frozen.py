@@ -91,10 +91,8 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     try:
         graph = _Tracer().trace(passes)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
-        warnings.warn(
-            f"{type(model).__name__} keeps its batch norms, torch.fx cannot trace it: {_first_line(error)}",
-            stacklevel=3,
-        )
+        kept = f"{type(model).__name__} keeps its batch norms"
+        warnings.warn(f"{kept}, torch.fx cannot trace it: {_first_line(error)}", stacklevel=3)
         return []
     # A weight read directly (get_attr) is a use of its module as well.
     uses = Counter(

@@ -143,7 +143,7 @@ class Distiller(nn.Module):
         return self
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Distiller:
-        """As `nn.Module.to_empty`, but for the teachers, which no state dict would bring back: they keep their weights."""
+        """As `nn.Module.to_empty`, but teachers keep their weights, which are in no state dict."""
         super()._apply(lambda tensor: torch.empty_like(tensor, device=device), recurse)  # type: ignore[no-untyped-call]
         for teachers in self._teachers:
             teachers.move(lambda tensor: tensor.to(device))

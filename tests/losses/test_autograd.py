@@ -127,7 +127,7 @@ def test_double_backward_is_refused(backend):
         student = torch.randn(4, 10, requires_grad=True)
         teachers = [torch.randn(4, 10) for _ in range(3)]
         out = camkd_loss(student, teachers, torch.zeros(4, dtype=torch.int64), weighting=weighting, backend=backend)
-        with pytest.raises(RuntimeError, match="camkd_fast: double backward .* got create_graph=True"):
+        with pytest.raises(RuntimeError, match=r"camkd_fast: double backward .* got create_graph=True"):
             torch.autograd.grad(out.loss, student, create_graph=True)
         with pytest.raises(RuntimeError, match="camkd_fast: double backward"):
             out.loss.backward(create_graph=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from camkd_fast import CAMKDLinearLoss, camkd_linear_loss, confidence_weights
 from camkd_fast.losses import projection
@@ -115,6 +116,11 @@ def test_teachers_must_be_frozen_and_dense() -> None:
         run(case.with_(teacher_heads=(case.teacher_heads[0], case.teacher_heads[1].clone().requires_grad_())))
     with pytest.raises(TypeError, match=r"teacher\[0\]'s hidden must be a dense tensor, got a tensor of layout sparse"):
         run(case.with_(teacher_hidden=(case.teacher_hidden[0].to_sparse(), case.teacher_hidden[1])))
+    quantised = TwoTensor(case.teacher_heads[0], case.teacher_heads[0])  # as torchao's weights
+    with pytest.raises(
+        TypeError, match=r"teacher\[0\]'s head must be a dense tensor, got a TwoTensor: .* .dequantize\(\)"
+    ):
+        run(case.with_(teacher_heads=(quantised, case.teacher_heads[1])))
 
 
 def test_the_module() -> None:
