@@ -3,7 +3,7 @@
 Calls follow each other without a wait, so that the kernel's time counts and the host's does not. The share of copy is
 the time in which a copy moves as many bytes as the loss must read and write, over the time of a call. K = 3, T = 4.
 
-`--sweep` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer) beside the
+`--geometries` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer) beside the
 one that csrc/cuda/launch_table.h chooses, whose costs were fitted on an H200.
 """
 
@@ -30,8 +30,8 @@ SIZES = (
     (16384, 4096, BF16), (8192, 10000, BF16), (16384, 1000, F32), (4096, 32000, F32), (4096, 128256, F32),
 )  # fmt: skip
 ROUNDS = 7
-MOST_WARPS, MOST_SLOTS = 18, 8  # that a sweep tries
-BEST = 5  # geometries of a sweep that are printed
+MOST_WARPS, MOST_SLOTS = 18, 8  # that are tried
+BEST = 5  # geometries that are printed
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def medians(call: Callable[[], object], count: int, wanted: Sequence[Geometry | 
     return [statistics.median(of) for of in times]
 
 
-def measure(N: int, C: int, dtype: torch.dtype, copy: float, sweep: bool) -> dict[str, Any]:
+def measure(N: int, C: int, dtype: torch.dtype, copy: float, every: bool) -> dict[str, Any]:
     """A row of the results; `copy` is in bytes per second."""
     device = torch.device("cuda")
     shape = Shape(N, C, 3, dtype)
@@ -106,14 +106,14 @@ def measure(N: int, C: int, dtype: torch.dtype, copy: float, sweep: bool) -> dic
 
     for _ in range(5):
         call()
-    others = geometries(call) if sweep else []
+    others = geometries(call) if every else []
     took, *rest = medians(call, max(5, min(60, int(8e-3 * copy / bytes_moved))), [None, *others])
     row: dict[str, Any] = {"N": N, "C": C, "dtype": str(dtype), "us": 1e6 * took}
     row["share_of_copy"] = bytes_moved / took / copy
     print(f"{shape}: {1e6 * took:.0f} us, {row['share_of_copy']:.1%} of copy", flush=True)
-    if sweep:
+    if every:
         ranked = sorted(zip(rest, others, strict=True), key=lambda pair: pair[0])
-        row["sweep"] = [{**vars(geometry), "us": 1e6 * time} for time, geometry in ranked]
+        row["geometries"] = [{**vars(geometry), "us": 1e6 * time} for time, geometry in ranked]
         for time, geometry in ranked[:BEST]:
             print(f"    {geometry}: {1e6 * time:.0f} us, {took / time:.3f}x", flush=True)
     return row
@@ -122,12 +122,12 @@ def measure(N: int, C: int, dtype: torch.dtype, copy: float, sweep: bool) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="a JSON file")
-    parser.add_argument("--sweep", action="store_true", help="measure every geometry that fits a row")
+    parser.add_argument("--geometries", action="store_true", help="measure every geometry that fits a row")
     parser.add_argument("--only", nargs="+", metavar="NxC", help="sizes, such as 16384x1000 (default: all)")
     arguments = parser.parse_args()
     copy = 1e9 * timer.copy_bandwidth(torch.device("cuda"))
     rows = [
-        measure(N, C, dtype, copy, arguments.sweep)
+        measure(N, C, dtype, copy, arguments.geometries)
         for N, C, dtype in SIZES
         if arguments.only is None or f"{N}x{C}" in arguments.only
     ]

@@ -74,8 +74,10 @@ CAMKD_HD bool mixes(const Formula& f) {
 }
 
 // T if e^x can be computed from e^{x/T} by multiplication, else 0.
-CAMKD_HD int temperature_power(float T) {
-    return T == 1 || T == 2 || T == 4 ? int(T) : 0;
+inline int temperature_power(float T) {
+    for (const int power : kTemperaturePowers)
+        if (T == float(power)) return power;
+    return 0;
 }
 
 // Rows of the tensor `row_stats`: (3 + 3K, N), and one more for the entropies if the formula asks for them.

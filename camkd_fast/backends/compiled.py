@@ -70,7 +70,7 @@ def shard_of(sums: Tensor) -> Shard:
     return _SHARDS.index("results"), sums.data_ptr()
 
 
-def second_of(second: SecondLabels | None) -> tuple[int, int]:
+def second_addresses(second: SecondLabels | None) -> tuple[int, int]:
     """Addresses of second labels; zeros for rows of one label."""
     return (0, 0) if second is None else (second.target.data_ptr(), second.mix.data_ptr())
 

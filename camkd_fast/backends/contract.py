@@ -5,6 +5,7 @@ Formulas, edge conventions and layouts are specified in `reference`; `dispatch` 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
@@ -17,6 +18,8 @@ from ..losses.formula import Formula
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every backend but the reference
 MAX_TEACHERS = 16
 TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as (e^{x/T})^T
+# Device-side assertions on labels. One that fails stops the CUDA context, and they cost registers.
+DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
 # Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them.
 # csrc/contract.h and camkd_fast/kernels/results.py name the same rows.
@@ -93,6 +96,11 @@ class SecondLabels(NamedTuple):
 
     target: Tensor  # (N,) int64, contiguous
     mix: Tensor  # (N,) in [0, 1], contiguous, in the accumulation dtype: the share of the first label
+
+
+def second_pair(second: SecondLabels | None) -> tuple[Tensor | None, Tensor | None]:
+    """As two arguments."""
+    return (None, None) if second is None else (second.target, second.mix)
 
 
 class FeatureLossResult(NamedTuple):

@@ -21,7 +21,7 @@ from .compiled import (
     map_pairs,
     matrix,
     new_sums,
-    second_of,
+    second_addresses,
     shape_of,
     shard_of,
     weights_of,
@@ -51,7 +51,7 @@ def count_labels(
     """See `contract.LabelCounter`."""
     if second is not None and second.mix.dtype != torch.float32:  # of float64 logits
         return reference.count_labels(target, C, ignore_index, second)
-    valid, row = _C.count_labels(target.data_ptr(), second_of(second), target.numel(), C, ignore_index)
+    valid, row = _C.count_labels(target.data_ptr(), second_addresses(second), target.numel(), C, ignore_index)
     return valid, None if row < 0 else row
 
 
@@ -148,7 +148,7 @@ def _row_loss(
         shape_of(student),
         [matrix(logits) for logits in (student, *teachers)],
         target.data_ptr(),
-        second_of(second),
+        second_addresses(second),
         formula,
         weights_of(formula),
         address_of(row_stats),
@@ -216,7 +216,7 @@ def confidence_forward(
         shape,
         [matrix(z) for z in logits],
         target.data_ptr(),
-        second_of(second),
+        second_addresses(second),
         ignore_index,
         weights.data_ptr(),
         ce.data_ptr(),
@@ -240,7 +240,7 @@ def confidence_backward(
         shape,
         [matrix(z) for z in logits],
         target.data_ptr(),
-        second_of(second),
+        second_addresses(second),
         lse.data_ptr(),
         grad_ce.data_ptr(),
         [grad.data_ptr() for grad in grads],

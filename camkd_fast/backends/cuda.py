@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -26,16 +25,21 @@ from .compiled import (
     map_pairs,
     matrix,
     new_sums,
-    second_of,
+    second_addresses,
     shape_of,
     shard_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, new_row_outputs
+from .contract import (
+    DEBUG,
+    FeatureLossResult,
+    RowLossResult,
+    SecondLabels,
+    WholeFeatureLoss,
+    WholeLoss,
+    new_row_outputs,
+)
 from .feature_maps import new_gradients
-
-# Device-side assertions on labels; they stop the context.
-DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
 _FEATURE_PARTS = _C.FEATURE_PARTS
 
@@ -132,7 +136,7 @@ def _row_loss(
         shape_of(student),
         [matrix(logits) for logits in (student, *teachers)],
         target.data_ptr(),
-        second_of(second),
+        second_addresses(second),
         formula,
         weights_of(formula),
         address_of(row_stats),
@@ -209,7 +213,7 @@ def confidence_forward(
             shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
-            second_of(second),
+            second_addresses(second),
             ignore_index,
             weights.data_ptr(),
             ce.data_ptr(),
@@ -236,7 +240,7 @@ def confidence_backward(
             shape,
             [matrix(z) for z in logits],
             target.data_ptr(),
-            second_of(second),
+            second_addresses(second),
             lse.data_ptr(),
             grad_ce.data_ptr(),
             [grad.data_ptr() for grad in grads],

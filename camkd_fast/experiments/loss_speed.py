@@ -11,8 +11,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..losses.eager import compiled_loss, eager_loss
+from ..losses.eager import eager_loss
 from ..losses.logit import camkd_loss
+from ..models.protocol import first_line
 from ..system import load_average
 
 
@@ -60,13 +61,13 @@ def measure_loss_speed(rows: int, classes: int, teachers: int, rounds: int = 25,
         seconds(loss)
     compile_seconds, notes = None, [_busy()]
     if compiled:
-        loss = compiled_loss()
+        loss = torch.compile(eager_loss)  # the first call compiles, forward and backward
         try:
             compile_seconds = seconds(loss)
             losses["torch.compile"] = loss
         except RuntimeError as error:
             # torch.compile needs a C++ compiler; without one the other two are reported.
-            notes.append(f"torch.compile does not work here: {str(error).splitlines()[0]}")
+            notes.append(f"torch.compile does not work here: {first_line(error)}")
     times: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(rounds):
         for name, loss in losses.items():

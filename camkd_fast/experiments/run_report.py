@@ -310,16 +310,9 @@ def settings(config: JobConfig, text: str) -> Section:
         for name, (value, default) in usual.items()
         if not name.startswith(("out", "log."))
     ]
-    everything = [(name, _shown(value)) for name, value in _flat(dataclasses.asdict(config))]
+    everything = [(name, _shown(value)) for name, value in config_file.flat(dataclasses.asdict(config)).items()]
     folded = Folded("All settings", Table(("setting", "value"), everything))
     return Section("Settings", text, [Table(("setting", "value", "default"), changed), folded])
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        out += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return out
 
 
 def _shown(value: object) -> str:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.contract import SecondLabels
+from ..backends.contract import DEBUG, SecondLabels, second_pair
 from .batch_mean import count_by_torch, count_rows
 from .kept import Launcher
 from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
-from .layout import DEBUG, Layout, alignment, layouts, row_shape, second_of, stride_units, unspecialised
+from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .softmax import (
     LOG2E,
     LOWEST,
@@ -136,7 +136,7 @@ def confidence_forward(
     weights, ce, lse = (torch.empty((K, N), dtype=torch.float32, device=target.device) for _ in range(3))
     if N > 0:
         launch = _forward_launcher(layouts(logits), ignore_index, second is not None)
-        launch(tuple(logits), target, *second_of(second), weights, ce, lse)
+        launch(tuple(logits), target, *second_pair(second), weights, ce, lse)
     return weights, ce, lse
 
 
@@ -152,7 +152,7 @@ def confidence_backward(
     grads = [torch.empty((N, C), dtype=z.dtype, device=z.device) for z in logits]
     if N > 0:
         launch = _backward_launcher(layouts(logits), grad_ce.stride())
-        launch(tuple(logits), target, *second_of(second), lse.contiguous(), grad_ce, tuple(grads))
+        launch(tuple(logits), target, *second_pair(second), lse.contiguous(), grad_ce, tuple(grads))
     return grads
 
 

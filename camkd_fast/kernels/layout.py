@@ -1,19 +1,13 @@
-"""Host side of every launch: layouts, strides, alignment, the device guard and the debug switch."""
+"""Host side of every launch: layouts, strides, alignment and the device guard."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..backends.contract import SecondLabels
-
-# Device-side assertions on labels; a failure stops the CUDA context, and they cost registers.
-DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
 # 8 elements are 16 bytes in the narrowest dtype; alignment beyond one access gains nothing.
 _MAX_ALIGN = 8
@@ -33,18 +27,10 @@ def layouts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
 
 
-class Rows(NamedTuple):
-    """Row addressing of (N, C) or (B, S, C) tensors: row n starts at (n // S) * outer + (n % S) * inner."""
-
-    N: int
-    S: int
-    C: int
-
-
-def row_shape(shape: tuple[int, ...]) -> Rows:
-    """Of logits of that shape."""
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(N, S, C) of logits of that shape: row n starts at (n // S) * outer + (n % S) * inner."""
     S = shape[1] if len(shape) == 3 else 1
-    return Rows(shape[0] * S, S, shape[-1])
+    return shape[0] * S, S, shape[-1]
 
 
 def _row_strides(logits: Layout) -> tuple[int, int]:
@@ -90,11 +76,6 @@ def unspecialised(strides: Sequence[int]) -> tuple[int, ...]:
     a new batch size would change strides from one kind to the other. 2 * stride + 3 is never either.
     """
     return tuple(2 * stride + 3 for stride in strides)
-
-
-def second_of(second: SecondLabels | None) -> tuple[Tensor | None, Tensor | None]:
-    """Second labels as pointers of a launch."""
-    return (None, None) if second is None else (second.target, second.mix)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

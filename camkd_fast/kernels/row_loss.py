@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import RowLossResult, SecondLabels, new_row_outputs
+from ..backends.contract import DEBUG, RowLossResult, SecondLabels, new_row_outputs, second_pair
 from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
 from .counters import counter_for
 from .kept import Launcher
 from .launch import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
-from .layout import DEBUG, Layout, alignment, layouts, row_shape, second_of, stride_units, unspecialised
+from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .results import formula_constants, kernel_formula
 from .row_loss_onchip import row_loss_onchip_fwd_kernel
 from .row_loss_streaming import row_loss_streaming_fwd_kernel
@@ -71,7 +71,7 @@ def row_loss(
             counter = counter_for(student)
     factor = 1.0 if total_scale is None else float(total_scale)
     launch(
-        *(student, tuple(teachers), target, *second_of(second), given, row_stats, grad_student),
+        *(student, tuple(teachers), target, *second_pair(second), given, row_stats, grad_student),
         *(scale, factor, loss, others, counter),
     )
     if loss is None or others is None:

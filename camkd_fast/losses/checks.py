@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import MAX_TEACHERS, SecondLabels
+from ..backends.contract import MAX_TEACHERS as MAX_TEACHERS
+from ..backends.contract import SecondLabels
 from ..backends.dispatch import label_counter
 from ..backends.memory import is_ordinary
 from .formula import check_number

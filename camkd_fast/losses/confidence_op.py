@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import SecondLabels
+from ..backends.contract import SecondLabels, second_pair
 from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
 from .entry import KERNEL, Way, way_of_call
-from .layout import contiguous_labels, row_view, second_labels, second_pair, second_rows
+from .layout import contiguous_labels, row_view, second_labels, second_rows
 from .scale_plan import inverse_divisor
 
 
@@ -112,12 +112,12 @@ class _Confidence(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_weights: Tensor | None, grad_ce: Tensor | None) -> tuple[Any, ...]:
         (*labelled, kept), K = saved(ctx), ctx.K
-        logits, target, second = labelled[:K], labelled[K], _second_of(labelled[K + 1 :])
+        logits, target, second = labelled[:K], labelled[K], _saved_labels(labelled[K + 1 :])
         grads = _gradients(logits, target, second, ctx.ignore_index, kept, grad_weights, grad_ce, ctx.backend)
         return (*(None,) * 6, *grads)
 
 
-def _second_of(saved: Sequence[Tensor]) -> SecondLabels | None:
+def _saved_labels(saved: Sequence[Tensor]) -> SecondLabels | None:
     return SecondLabels(*saved) if saved else None
 
 
@@ -191,7 +191,7 @@ def _confidence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 @first_order
 def _confidence_op_backward(ctx: Any, grad_weights: Tensor, grad_ce: Tensor, _: Tensor) -> tuple[Any, ...]:
     (*labelled, weights, lse), K = saved(ctx), ctx.K
-    logits, target, second = labelled[:K], labelled[K], _second_of(labelled[K + 1 :])
+    logits, target, second = labelled[:K], labelled[K], _saved_labels(labelled[K + 1 :])
     total = _grad_ce(target, ctx.ignore_index, weights, grad_weights, grad_ce)
     grads = _confidence_backward_op(logits, target, *second_pair(second), lse, total, ctx.backend)
     return grads, *(None,) * 5

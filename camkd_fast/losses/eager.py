@@ -5,7 +5,7 @@ The formulas of `backends.reference`, without its handling of infinite logits an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,3 @@ def eager_loss(
         log_p = F.log_softmax(z / temperature, dim=-1)
         soft = soft + weight * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return hard_weight * F.cross_entropy(student, target) + soft_weight * temperature**2 * soft.mean()
-
-
-def compiled_loss() -> Callable[..., Tensor]:
-    """`eager_loss` under torch.compile; the first call with new shapes compiles, forward and backward."""
-    return torch.compile(eager_loss)

@@ -233,9 +233,9 @@ def _with_constant_weights(
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
     dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
     scale = as_scale(constant.inverse, dtype) * beta
-    loss, error, grads = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
-    loss = feature_rows(call.weights, error) * scale if reduction == "none" else loss
-    return FeatureLossOutput(loss, constant.weights, constant.teacher_ce), list(grads)
+    found = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
+    loss = feature_rows(call.weights, found.error) * scale if reduction == "none" else found.loss
+    return FeatureLossOutput(loss, constant.weights, constant.teacher_ce), found.grads
 
 
 class CAMKDFeatureLoss(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import SecondLabels, WholeFeatureLoss
+from ..backends.contract import FeatureLossResult, SecondLabels, WholeFeatureLoss
 from ..backends.dispatch import backend_for, first_of, whole_loss_backend
 from ..backends.feature_maps import gradient_strides
 from ..backends.memory import is_ordinary, observer
@@ -253,14 +253,6 @@ def loss_and_grad_in_one_call(
     )
 
 
-class FeatureLoss(NamedTuple):
-    """The loss with its gradient, and no graph."""
-
-    loss: Tensor  # ()
-    error: Tensor  # (K, N)
-    grads: Sequence[Tensor]  # K tensors like the student's maps
-
-
 @torch.library.custom_op("camkd_fast::feature_loss", mutates_args=())
 def _feature_loss_op(
     student: Sequence[Tensor],
@@ -291,16 +283,15 @@ def _(
     return [error.new_empty(()), error, *_new_gradients(student)]
 
 
-def _loss_and_grad(call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor) -> FeatureLoss:
+def _loss_and_grad(call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor) -> FeatureLossResult:
     factors = [factor for factor in (scale, grad_scale) if isinstance(factor, Tensor)]
     backend = backend_for(call.backend, [*call.student, *call.teachers], [call.weights, *factors], maps=True)
-    result = backend.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
-    return FeatureLoss(result.loss, result.error, result.grads)
+    return backend.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
 
 
 def feature_loss_and_grad(
     call: FeatureCall, scale: float | Tensor, grad_scale: float | Tensor, way: Way
-) -> FeatureLoss:
+) -> FeatureLossResult:
     """The loss of `feature_loss_sum` and d(grad_scale * loss) / d student in one pass; records no graph.
 
     Args:
@@ -309,11 +300,10 @@ def feature_loss_and_grad(
     if way is Way.KERNEL:
         return _loss_and_grad(call, scale, grad_scale)
     if way is Way.EXPRESSION:
-        result = reference.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
-        return FeatureLoss(result.loss, result.error, result.grads)
+        return reference.feature_loss(*call[:3], needs_grad=True, scale=scale, grad_scale=grad_scale)
     tensors = [factor if isinstance(factor, Tensor) else None for factor in (scale, grad_scale)]
     numbers = [1.0 if isinstance(factor, Tensor) else float(factor) for factor in (scale, grad_scale)]
     loss, error, *grads = _feature_loss_op(
         list(call.student), list(call.teachers), call.weights, *tensors, numbers, call.backend
     )
-    return FeatureLoss(loss, error, grads)
+    return FeatureLossResult(loss, error, grads, None)

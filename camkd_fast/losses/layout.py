@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import SecondLabels
+from ..backends.contract import SecondLabels, second_pair
 
 
 def row_view(logits: Tensor) -> Tensor:
@@ -32,11 +32,6 @@ def contiguous_labels(target: Tensor) -> Tensor:
 def second_labels(second_target: Any, mix: Any) -> SecondLabels | None:
     """The public arguments together, unchecked; None for rows of one label."""
     return None if second_target is None and mix is None else SecondLabels(second_target, mix)
-
-
-def second_pair(second: SecondLabels | None) -> tuple[Tensor | None, Tensor | None]:
-    """The public arguments again, and those of the operators."""
-    return (None, None) if second is None else (second.target, second.mix)
 
 
 def second_arguments(second: SecondLabels | None) -> dict[str, Tensor | None]:

@@ -135,7 +135,7 @@ def _chunks_of(of: _Call) -> LinearChunks:
     )  # fmt: skip
     if of.labels.is_cpu:
         valid = checks.count_labels(of.labels, call.classes(), of.ignore_index)
-        if of.num_valid is not None and valid is not None and valid > of.num_valid:
+        if of.num_valid is not None and valid > of.num_valid:
             raise ValueError(f"num_valid is {of.num_valid}, but {valid} rows count")
     return LinearChunks(call, of.needs)
 

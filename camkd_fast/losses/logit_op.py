@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, SecondLabels, row_stats_count
+from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, SecondLabels, row_stats_count, second_pair
 from ..backends.dispatch import backend_for
 from ..backends.reference import accumulation_dtype, loss_terms
 from ..backends.reference import row_loss as reference_row_loss
 from . import checks
 from .autograd import first_order, savable
 from .formula import Formula
-from .layout import contiguous_labels, row_view, second_labels, second_pair, second_rows
+from .layout import contiguous_labels, row_view, second_labels, second_rows
 
 
 class RowLossCall(NamedTuple):
@@ -34,9 +34,6 @@ class RowLossCall(NamedTuple):
     needs_grad: bool
     backend: str
 
-    def tensors(self) -> list[Tensor]:
-        return [self.student, *self.teachers]
-
     def given_weights(self) -> Tensor | None:
         weighting = self.formula.weighting
         return weighting if isinstance(weighting, Tensor) else None
@@ -48,7 +45,7 @@ def run_rows(
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
     given = (call.labels, call.given_weights(), grad_scale, *(call.second or ()))
     others = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    return backend_for(call.backend, call.tensors(), others).row_loss(
+    return backend_for(call.backend, [call.student, *call.teachers], others).row_loss(
         row_view(call.student),
         [row_view(teacher) for teacher in call.teachers],
         call.labels,

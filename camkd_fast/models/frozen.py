@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .protocol import FeatureModel
+from .protocol import FeatureModel, first_line
 
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -44,7 +44,7 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     except Exception as error:  # PyTorch's, of any type, or the model's own
         raise TypeError(
             f"{type(model).__name__} cannot be copied and frozen: expected a module that is not scripted, after "
-            f"prune.remove and remove_weight_norm where they apply; PyTorch says: {_first_line(error)}"
+            f"prune.remove and remove_weight_norm where they apply; PyTorch says: {first_line(error)}"
         ) from error
     for module in frozen.modules():
         if getattr(module, "inplace", False) is True:  # a head would change the map that it is given
@@ -56,10 +56,6 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     if channels_last:
         frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return frozen.eval()  # includes the modules that replace batch norms
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Passes(nn.Module):
@@ -92,7 +88,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
         graph = _Tracer().trace(passes)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
         kept = f"{type(model).__name__} keeps its batch norms"
-        warnings.warn(f"{kept}, torch.fx cannot trace it: {_first_line(error)}", stacklevel=3)
+        warnings.warn(f"{kept}, torch.fx cannot trace it: {first_line(error)}", stacklevel=3)
         return []
     # A weight read directly (get_attr) is a use of its module as well.
     uses = Counter(

@@ -78,8 +78,8 @@ def adapted(model: nn.Module, own: Preprocessing, given: Preprocessing) -> nn.Mo
     resizes = own.size is not None and own.size != given.size
     if affine is None and not resizes and repeats is None:
         return model
-    place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return Adapted(model, affine, own.size if resizes else None, repeats).to(place).train(model.training)
+    made = Adapted(model, affine, own.size if resizes else None, repeats)
+    return made.to(device_of(model)).train(model.training)
 
 
 def input_channels(model: nn.Module) -> int | None:
@@ -182,6 +182,11 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Of the module's first parameter or buffer; the CPU without any."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype:

@@ -96,3 +96,8 @@ def logits_of(output: object) -> Tensor:
     if not isinstance(logits, (Tensor, fx.Proxy)):
         raise TypeError(f"a model must return logits or an object with logits, got {type(output).__name__}")
     return cast(Tensor, logits)
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, which for many of PyTorch's goes on for pages."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

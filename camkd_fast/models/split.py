@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .preprocessing import floating_dtype
-from .protocol import logits_of
+from .protocol import first_line, logits_of
 
 
 class LogitsOnly(nn.Module):
@@ -85,8 +85,7 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
     try:
         graph = _Tracer(layer).trace(wrapped)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{refusal}, torch.fx cannot trace it: {reason}") from error
+        raise ValueError(f"{refusal}, torch.fx cannot trace it: {first_line(error)}") from error
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
     if len(calls) != 1:
         raise ValueError(f"{refusal}: it calls that module {len(calls)} times, not once")
@@ -99,8 +98,8 @@ def split(model: nn.Module, layer: str, images: Tensor) -> Split:
     try:
         maps, logits = features(images), wrapped(images)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{owner} cannot run an image of shape {tuple(images.shape)}: {reason}") from error
+        shape = tuple(images.shape)
+        raise ValueError(f"{owner} cannot run an image of shape {shape}: {first_line(error)}") from error
     if not isinstance(maps, Tensor) or maps.dim() != 4:
         what = f"shape {tuple(maps.shape)}" if isinstance(maps, Tensor) else f"type {type(maps).__name__}"
         raise ValueError(f"{refusal}: its output has {what}, not that of a map (N, D, h, w)")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models.model_file import MODEL, CheckpointError, parse_model
+from ..models.protocol import first_line
 from ..system import replace, sync_folder
 from .atomic import write_synced
 
@@ -53,8 +54,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path / STATE} needs more than weights_only=True and is refused: {reason}") from error
+        refusal = f"{path / STATE} needs more than weights_only=True and is refused: {first_line(error)}"
+        raise CheckpointError(refusal) from error
     return Checkpoint(path, state["step"], model, state)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.files import ImageSet
 from ..models import imagenet_names
+from ..models.preprocessing import device_of
 from ..models.protocol import FeatureModel, feature_model
 
 _EXAMPLES = 2  # names of each side in an error
@@ -103,7 +104,8 @@ class Renumbered(nn.Module):
         self.model: FeatureModel = feature_model(model)
         self.num_features, self.num_classes = self.model.num_features, len(order)
         # Part of the state, and so of the hash by which a teacher cache knows its teachers.
-        self.register_buffer("order", torch.tensor(order))
+        self.register_buffer("order", torch.tensor(order, device=device_of(model)))
+        self.train(model.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.model.forward_features(x)
@@ -122,4 +124,4 @@ def renumbered(model: nn.Module, owner: str, metadata: dict[str, Any], images: I
         ValueError: as `class_order`.
     """
     order = class_order(owner, metadata.get("class_names"), images.class_names)
-    return model if order is None else Renumbered(model, order).to(next(model.parameters()).device).eval()
+    return model if order is None else Renumbered(model, order).eval()

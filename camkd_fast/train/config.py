@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typing_extensions import Doc
 
@@ -59,19 +59,18 @@ class DataConfig:
     """Number of image files that may be unreadable, over all parts; one more stops the run before training."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         _fraction("validation", self.validation)
         _seed("split_seed", self.split_seed)
         _seed("view_seed", self.view_seed)
         for name, low in (("size", 1), ("images", 1), ("workers", 0), ("padding", 0), ("views", 1), ("skip_bad", 0)):
             at_least(name, getattr(self, name), low)
-        _one_of("loader", self.loader, ("auto", "resident", "dali", "torch"))
         if len(self.rand_augment) not in (0, 2):
             raise ValueError(f"rand_augment must be two numbers, got {' '.join(map(str, self.rand_augment))}")
         if self.rand_augment:
             Augmentation(padding=0, rand_augment=(self.rand_augment[0], self.rand_augment[1]))  # which checks them
         if not 0.0 <= self.random_erasing <= 1.0:
             raise ValueError(f"random_erasing must lie in [0, 1], got {self.random_erasing}")
-        _one_of("augmentation", self.augmentation, ("auto", "none", "crop", "resized-crop"))
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,11 @@ class OptimConfig:
     """Alpha of CutMix, of which 1 is usual; 0: none."""
 
     def __post_init__(self) -> None:
+        _choices(self)
         for name in ("epochs", "batch_size"):
             at_least(name, getattr(self, name), 1)
         if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        _one_of("schedule", self.schedule, ("step", "cosine", "constant"))
         fractions = [0.0 < milestone < 1.0 for milestone in self.milestones]
         epochs = [1.0 <= milestone < math.inf for milestone in self.milestones]
         if list(self.milestones) != sorted(self.milestones) or not (all(fractions) or all(epochs)):
@@ -129,7 +128,6 @@ class OptimConfig:
             raise ValueError(f"drop must lie in (0, 1], got {self.drop}")
         if not 0.0 <= self.warmup < self.epochs:
             raise ValueError(f"warmup must lie in [0, epochs), got {self.warmup} of {self.epochs} epochs")
-        _one_of("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
         at_least("clip_grad", self.clip_grad, 0)
         _fraction("label_smoothing", self.label_smoothing)
         at_least("mixup", self.mixup, 0)
@@ -166,12 +164,7 @@ class PrecisionConfig:
     """Use only deterministic algorithms; auto: on a CPU, where they cost nothing."""
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _one_of("compile", self.compile, ("auto", "on", "teachers", "off"))
-        _one_of("cuda_graphs", self.cuda_graphs, ("auto", "on", "off"))
-        _one_of("teacher_ahead", self.teacher_ahead, ("auto", "on", "off"))
-        _one_of("deterministic", self.deterministic, ("auto", "on", "off"))
+        _choices(self)
 
     def for_run(self, device: str, steps: int) -> PrecisionConfig:
         """These settings for a run of `steps` steps: "auto" compiles only where that gains more time than it takes."""
@@ -290,6 +283,7 @@ class DistillConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        _choices(self)
         if isinstance(self.teachers, (str, Path)):
             raise ValueError(f"teachers must be several sources, got only {str(self.teachers)!r}")
         object.__setattr__(self, "teachers", tuple(map(SourceString, self.teachers)))
@@ -297,8 +291,6 @@ class DistillConfig:
         _seed("seed", self.seed)
         for name, low in (("alpha", 0), ("beta", 0), ("teacher_index", 0), ("cache_top_k", 1)):
             at_least(name, getattr(self, name), low)
-        _one_of("cache_dtype", self.cache_dtype, ("float32", "bfloat16"))
-        _one_of("uniform", self.uniform, ("none", "logits", "features"))
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.teacher_cache is not None and self.data.views is None:
@@ -339,6 +331,9 @@ def _fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def _choices(config: Any) -> None:
+    """Fields that are annotated as a Literal hold one of its values."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")

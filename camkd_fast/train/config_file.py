@@ -54,7 +54,7 @@ def load(path: Path) -> JobConfig:
 
 def differences(first: JobConfig, second: JobConfig) -> dict[str, tuple[object, object]]:
     """Map the dotted name of each differing field to its two values."""
-    one, two = _flat(serializable(first)), _flat(serializable(second))
+    one, two = flat(serializable(first)), flat(serializable(second))
     return {name: (one.get(name), two.get(name)) for name in {**one, **two} if one.get(name) != two.get(name)}
 
 
@@ -71,10 +71,11 @@ def serializable(value: Any, text: Callable[[Path | SourceString], str] = str) -
     return text(value) if isinstance(value, (Path, SourceString)) else value
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
     out: dict[str, Any] = {}
     for name, value in content.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return out
 
 

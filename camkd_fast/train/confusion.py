@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data import choose
 from ..data.batch import LoaderConfig
 from ..data.files import ImageSet
+from ..models.preprocessing import device_of
 
 _BATCH = 256
 
@@ -40,7 +41,7 @@ def confusion(models: Sequence[nn.Module], images: ImageSet, loader: str = "auto
         loader: kind of loader, see `choose.loader`.
         skip_bad: unreadable files to skip before the loader raises.
     """
-    device = next(models[0].parameters()).device
+    device = device_of(models[0])
     C = images.num_classes
     counts = torch.zeros(len(models), C * C, dtype=torch.int64, device=device)
     right = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)

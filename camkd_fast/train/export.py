@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..models.protocol import first_line
 from ..system import replace
 from .run_folder import folder_of, load_model, model_metadata
 from .run_lock import check_free, locked
@@ -76,8 +77,7 @@ def export(run: Path, out: Path | None = None, folded: bool = True) -> Exported:
         except OSError:
             raise
         except Exception as error:  # tracing runs the model's own Python on symbols: anything can come out of it
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ExportError(f"the model of {run} cannot be exported: {reason}") from error
+            raise ExportError(f"the model of {run} cannot be exported: {first_line(error)}") from error
         worst = {}
         for file, call in ((onnx_file, _onnx_call(onnx_file)), (program_file, _program_call(program_file))):
             found = [_difference(call, model, (n, channels, H, W)) for n in BATCH_SIZES]

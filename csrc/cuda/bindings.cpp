@@ -1,9 +1,7 @@
 // The CUDA functions of the Python module. Launching takes microseconds, so the GIL is kept.
-#include "bindings.h"
 
 #include "../python/arguments.h"
-#include "../python/cuda_calls.h"
-#include "../python/cuda_features.h"
+#include "../python/module.h"
 #include "api.h"
 
 namespace camkd::cuda {

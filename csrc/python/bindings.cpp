@@ -1,12 +1,10 @@
 // The Python module. Takes addresses and sizes, and calls the kernels without the GIL. No maths and no torch headers.
-#include "../cuda/bindings.h"
 #include "../cpu/api.h"
 #include "../cpu/output_memory.h"
 #include "../cpu/row_call.h"
 #include "arguments.h"
 #include "cuda_build.h"  // made by cuda/cuda.cmake
-#include "feature_loss.h"
-#include "logit_loss.h"
+#include "module.h"
 
 namespace py = pybind11;
 using namespace camkd;

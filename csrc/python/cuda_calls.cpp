@@ -1,7 +1,7 @@
 // The CUDA functions that take tensors themselves: each is one crossing from Python, with its checks, its outputs and
 // the current stream. Input that they do not take, or that is invalid, is declined with None; the general path, in
 // Python, then handles it or raises.
-#include "cuda_calls.h"
+#include "module.h"
 
 #include "arguments.h"
 #include "fast_function.h"

@@ -1,5 +1,5 @@
 // The feature loss and the confidence weights of CUDA tensors, in one crossing each from Python, on the current stream.
-#include "cuda_features.h"
+#include "module.h"
 
 #include "feature_functions.h"
 #include "on_device.h"

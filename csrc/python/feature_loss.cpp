@@ -1,5 +1,5 @@
 // The feature loss and the confidence weights of CPU tensors, in one crossing each from Python.
-#include "feature_loss.h"
+#include "module.h"
 
 #include "../cpu/row_call.h"
 #include "feature_functions.h"

@@ -1,5 +1,5 @@
 // The logit loss of CPU tensors in one crossing from Python.
-#include "logit_loss.h"
+#include "module.h"
 
 #include "../cpu/row_call.h"
 #include "arguments.h"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.row_kernel --sweep` on the emulated CUDA device: the geometries it finds and times."""
+"""`python -m benchmarks.row_kernel --geometries` on the emulated CUDA device: the geometries it finds and times."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...data.files import ImageSet
-from ...models.preprocessing import Preprocessing, adapted, floating_dtype
-from ...models.protocol import Source, feature_model, predict
+from ...models.preprocessing import Preprocessing, adapted, device_of, floating_dtype
+from ...models.protocol import Source, feature_model, first_line, predict
 from ..class_map import Classes, ClassMap
 from ..class_names import ADVICE, Renumbered, class_order
 
@@ -41,13 +41,12 @@ def fitted(name: str, model: nn.Module, source: Source, images: ImageSet, class_
     try:
         count = _classes(adapted(model, own, given), images)
     except Exception as error:  # the user's and other libraries' code
-        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
         raise ValueError(
-            f"teacher {name} cannot take the student's images of shape {images.shape}: {reason}"
+            f"teacher {name} cannot take the student's images of shape {images.shape}: {first_line(error)}"
         ) from error
     order, compared = _order(name, count, source, images, class_map)
     if order is not None:
-        model = Renumbered(model, order).to(_device(model)).eval()
+        model = Renumbered(model, order).eval()
     return Fitted(adapted(model, own, given), count, order is not None, compared)
 
 
@@ -58,10 +57,6 @@ def preprocessing(images: ImageSet) -> Preprocessing:
     return Preprocessing(mean, std, (height, width), images.channels)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 @torch.no_grad()
 def _classes(model: nn.Module, images: ImageSet) -> int:
     """Number of logits of one image.
@@ -70,7 +65,7 @@ def _classes(model: nn.Module, images: ImageSet) -> int:
         ValueError: the logits are no (N, C) tensor.
         Any error of the model.
     """
-    one = torch.zeros(1, *images.shape, dtype=floating_dtype(model), device=_device(model))
+    one = torch.zeros(1, *images.shape, dtype=floating_dtype(model), device=device_of(model))
     logits = predict(feature_model(model), one).logits
     if logits.dim() != 2:
         raise ValueError(f"its logits have shape {tuple(logits.shape)}, not (N, C)")

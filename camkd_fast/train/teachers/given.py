@@ -71,7 +71,7 @@ def _fitted(name: str, source: Source, images: Images) -> nn.Module:
     model = source.model
     order = class_order(name, source.classes, images.class_names)
     if order is not None:
-        model = Renumbered(model, order).to(next(model.parameters()).device)
+        model = Renumbered(model, order)
     if images.preprocessing is None:
         return model
     return adapted(model, Preprocessing(source.mean, source.std, source.size), images.preprocessing)

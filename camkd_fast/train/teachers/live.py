@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...losses.checks import MAX_TEACHERS
 from ...models.preprocessing import Adapted, floating_dtype
 from ...models.protocol import Prediction, feature_model, predict
 
@@ -71,13 +72,11 @@ class LiveTeachers(Teachers):
         TypeError: a model does not follow the protocol of `camkd_fast.models.protocol`.
     """
 
-    MAX = 16  # limit of the loss
-
     def __init__(
         self, models: Sequence[nn.Module], num_classes: int | None, autocast: torch.dtype | None = None
     ) -> None:
-        if not 1 <= len(models) <= self.MAX:
-            raise ValueError(f"a student learns from 1 to {self.MAX} teachers, got {len(models)}")
+        if not 1 <= len(models) <= MAX_TEACHERS:
+            raise ValueError(f"a student learns from 1 to {MAX_TEACHERS} teachers, got {len(models)}")
         for k, model in enumerate(models):
             classes = getattr(model, "num_classes", num_classes)
             num_classes = classes if num_classes is None else num_classes

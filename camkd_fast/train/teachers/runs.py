@@ -118,7 +118,21 @@ def _cached(
             cache = TeacherCache.build(
                 folder, live, loader, key, storage, world=world, unreadable=config.data.skip_bad, progress=progress
             )
+    if world.is_main:
+        _report_rounding(cache)
     return CachedTeachers(cache, live.heads)
+
+
+def _report_rounding(cache: TeacherCache) -> None:
+    """Say what a cache that does not keep all of the logits costs."""
+    students = [error[name] for error in cache.errors for name in ("untrained", "half way")]
+    loss, gradient = (max(student[f"{what} max"] for student in students) for what in ("loss", "gradient"))
+    if loss > 0:
+        rows = sum(error["rows"] for error in cache.errors)
+        log.warning(
+            "the cached logits change CA-MKD's loss by up to %.2g %% and its gradient by up to %.2g %% (%d images)",
+            *(100 * loss, 100 * gradient, rows),
+        )
 
 
 @contextmanager
