@@ -3,8 +3,8 @@
 Calls follow each other without a wait, so that the kernel's time counts and the host's does not. The share of copy is
 the time in which a copy moves as many bytes as the loss must read and write, over the time of a call. K = 3, T = 4.
 
-`--geometries` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer) beside the
-one that csrc/cuda/launch_table.h chooses, whose costs were fitted on an H200.
+`--geometries` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer) beside
+the one that csrc/cuda/launch_table.h chooses, whose costs were fitted on an H200.
 """
 
 from __future__ import annotations

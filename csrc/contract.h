@@ -69,7 +69,7 @@ CAMKD_HD bool is_basic(const Formula& f) {
 }
 
 // Whether the divergence is of a mixture of student and teacher.
-CAMKD_HD bool mixes(const Formula& f) {
+CAMKD_HD bool is_mixture(const Formula& f) {
     return f.divergence == Divergence::jsd || f.divergence == Divergence::skew;
 }
 

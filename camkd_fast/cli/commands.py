@@ -12,8 +12,8 @@ from ..experiments import compare, run_report
 from ..report.page import rate
 from ..train import run as jobs
 from ..train.config import DistillConfig
+from ..train.folder_lock import locked
 from ..train.run import RunResult
-from ..train.run_lock import locked
 from . import study
 from .info import environment, info
 from .options import (

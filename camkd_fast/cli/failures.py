@@ -11,8 +11,8 @@ from ..models.model_file import CheckpointError
 from ..system import Stopped
 from ..train.checkpoint import Checkpoints
 from ..train.export import ExportError
+from ..train.folder_lock import FolderLockedError
 from ..train.run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished
-from ..train.run_lock import FolderLockedError
 from ..train.sums import NonFiniteLossError
 from .options import Command, Compare, Data, Demo, Distill, Fetch, Teach
 

@@ -12,7 +12,7 @@ import torch
 
 from ..experiments.study import cells, check, conductor, records, spec, study_report, work
 from ..system import processors
-from ..train import run_lock
+from ..train import folder_lock
 from ..train.config_file import differences
 from ..train.provenance import commit
 from .info import environment
@@ -40,7 +40,7 @@ def run(command: Compare, path: Path) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def merged() -> records.Results:
-        with run_lock.shared(out, work.PIECE_LOCK):  # every rank merges; the last one to finish has all results
+        with folder_lock.shared(out, work.PIECE_LOCK):  # every rank merges; the last one to finish has all results
             done = records.collect(study, out, records.read(study, file))
             done.write(file)
         return done

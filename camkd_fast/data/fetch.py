@@ -25,22 +25,22 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class Published:
     base_url: str
     files: tuple[RemoteFile, ...]
 
 
 SOURCES = {
-    "cifar10": Source(
+    "cifar10": Published(
         "https://www.cs.toronto.edu/~kriz/",
         (RemoteFile("cifar-10-python.tar.gz", 170498071, "c58f30108f718f92721af3b95e74349a"),),
     ),
-    "cifar100": Source(
+    "cifar100": Published(
         "https://www.cs.toronto.edu/~kriz/",
         (RemoteFile("cifar-100-python.tar.gz", 169001437, "eb9058c3a382ffc7106e4002c42a8d85"),),
     ),
     # The authors' repository: the same bytes as their website, which has no https.
-    "fashion-mnist": Source(
+    "fashion-mnist": Published(
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         (
             RemoteFile("train-images-idx3-ubyte.gz", 26421880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),

@@ -30,7 +30,7 @@ STUDENTS = (CE.name, AVER.name, CAMKD.name)
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
+class DemoTeacher:
     name: str
     model: str
     epochs: int
@@ -45,10 +45,10 @@ class DemoConfig:
 
     # The poor teacher has memorised few images, most of them with a wrong label. They include the students' images, so
     # it is confidently right on some of these and wrong on most: the case for per-sample weights.
-    teachers: tuple[TeacherSpec, ...] = (
-        TeacherSpec("teacher A", "resnet20", epochs=8),
-        TeacherSpec("teacher B", "resnet8x4", epochs=5),
-        TeacherSpec("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, augmentation="none"),
+    teachers: tuple[DemoTeacher, ...] = (
+        DemoTeacher("teacher A", "resnet20", epochs=8),
+        DemoTeacher("teacher B", "resnet8x4", epochs=5),
+        DemoTeacher("poor teacher", "resnet20", epochs=30, images=300, wrong_labels=0.65, augmentation="none"),
     )
     student: str = "resnet8"
     # With more images, cross-entropy is already so good on digits that distillation gains nothing.
@@ -94,7 +94,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class TeacherResult:
-    spec: TeacherSpec
+    spec: DemoTeacher
     test_accuracy: float
     images_per_second: float
     epochs: list[dict[str, Any]]  # the "epoch" records of the run
@@ -152,7 +152,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResults:
     return DemoResults(config, sizes, teachers, compare.collect(comparison), weights, speed)
 
 
-def _teacher_result(spec: TeacherSpec, folder: Path) -> TeacherResult:
+def _teacher_result(spec: DemoTeacher, folder: Path) -> TeacherResult:
     records = read_metrics(folder / METRICS)
     (test,) = (record for record in records if record["kind"] == "test")
     epochs: list[dict[str, Any]] = [record for record in records if record["kind"] == "epoch"]

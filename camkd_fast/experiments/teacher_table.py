@@ -29,7 +29,7 @@ from ..train.teachers.fitted import fitted
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherRow:
     """A source, and its model on the images."""
 
     name: str
@@ -41,7 +41,7 @@ class Teacher:
 
 
 class Comparison(NamedTuple):
-    teachers: list[Teacher]
+    teachers: list[TeacherRow]
     agreement: list[list[float]]  # (K, K) shares of images on which two teachers predict the same class
     split: str
     images: int
@@ -85,9 +85,10 @@ def compare_teachers(
         settings = loader_config(config, world, batch_size, None)
         with closing(choose.loader(images, settings, data.loader)) as loader:
             count, right, same, speed = _measure([teacher.model for teacher in ready], loader, world)
+    sizes = [sum(p.numel() for p in source.model.parameters()) for source in found]
     teachers = [
-        Teacher(name, source, sum(p.numel() for p in source.model.parameters()), fit.classes, int(r) / count, float(s))
-        for name, source, fit, r, s in zip(labels(names), found, ready, right, speed, strict=True)
+        TeacherRow(name, source, size, fit.classes, int(r) / count, float(s))
+        for name, source, size, fit, r, s in zip(labels(names), found, sizes, ready, right, speed, strict=True)
     ]
     return Comparison(teachers, (same / count).tolist(), split, count)
 

@@ -51,7 +51,7 @@ def confidence_fwd_kernel(
     in_range = n < N
     C = C_units * ALIGN
     TWO: tl.constexpr = second_target is not None
-    labels, kept, inside = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
+    labels, kept, valid = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
     scores = ()
     for k in tl.static_range(K):
         row = logits[k] + row_offset(n, S, stride(stride_zo[k]), stride(stride_zi[k]), ALIGN, TWO_LEVEL)
@@ -66,7 +66,7 @@ def confidence_fwd_kernel(
             sums = sums * tl.exp2(drop * LOG2E) + tl.sum(tl.exp2((z - lane[:, :, None]) * LOG2E), axis=2)
         top = tl.max(lane, axis=1)
         log_sum = tl.log(tl.sum(sums * tl.exp2((lane - top[:, None]) * LOG2E), axis=1))
-        score = log_sum - loaded_label_distance(row, top, labels, kept & inside, TWO)
+        score = log_sum - loaded_label_distance(row, top, labels, kept & valid, TWO)
         tl.store(ce + k * tl.cast(N, tl.int64) + n, tl.where(kept, score, 0.0), mask=in_range)
         tl.store(lse + k * tl.cast(N, tl.int64) + n, tl.where(kept, log_sum + top, 0.0), mask=in_range)
         scores += (score,)

@@ -131,7 +131,7 @@ def store_entropy(row_stats, N, n, sumT, plogp, kept, in_range, formula, K: tl.c
 
 @triton.jit
 def store_loss(
-    row_stats, N, n, hard, lse, divergence, weights, kept, inside, in_range, formula,
+    row_stats, N, n, hard, lse, divergence, weights, kept, valid, in_range, formula,
     K: tl.constexpr, SCALE_BY_T2: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
     """w_k, loss, hard and soft of rows n. Returns W = sum_k w_k."""
@@ -144,7 +144,7 @@ def store_loss(
     loss, soft = loss_terms(hard, weighted_divergence, formula, SCALE_BY_T2)
     if Z_LOSS:
         loss += formula.z_loss_weight * lse * lse
-    store_stat(row_stats, LOSS, N, n, tl.where(inside, loss, float("nan")), kept, in_range)
+    store_stat(row_stats, LOSS, N, n, tl.where(valid, loss, float("nan")), kept, in_range)
     store_stat(row_stats, HARD, N, n, hard, kept, in_range)
     store_stat(row_stats, SOFT, N, n, soft, kept, in_range)
     return weight_sum

@@ -118,7 +118,7 @@ def row_loss_onchip_fwd_kernel(
     C = C_units * ALIGN
     tile = in_range[:, None] & (cols < C)[None, :]
     TWO: tl.constexpr = second_target is not None
-    labels, kept, inside = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
+    labels, kept, valid = load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG)
 
     # Student: load, statistics
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
@@ -128,7 +128,7 @@ def row_loss_onchip_fwd_kernel(
         grad_scale, total_scale, others, target, N, ignore_index, SCALE_ON_DEVICE, INVERSE, BLOCK_B
     )
     s = masked(mapped(s.to(tl.float32), formula.maps, 0, MAPS), tile, 0, MAPS)
-    s_label = mapped_labels(s_row, labels, kept & inside, formula.maps, 0, MAPS, TWO)
+    s_label = mapped_labels(s_row, labels, kept & valid, formula.maps, 0, MAPS, TWO)
     s_max = finite_max(s)
     s -= s_max[:, None]
     e_s = tl.exp2(s * exp2_scale)
@@ -150,7 +150,7 @@ def row_loss_onchip_fwd_kernel(
     for k in tl.static_range(K):
         z_row = teachers[k] + row_offset(n, S, stride(stride_to[k]), stride(stride_ti[k]), ALIGN, TWO_LEVEL)
         z = load_logits(z_row[:, None] + cols[None, :], formula.maps, k + 1, MAPS, mask=tile)
-        z_label = mapped_labels(z_row, labels, kept & inside, formula.maps, k + 1, MAPS, TWO)
+        z_label = mapped_labels(z_row, labels, kept & valid, formula.maps, k + 1, MAPS, TWO)
         z_max = finite_max(z)
         z -= z_max[:, None]
         e = tl.exp2(z * exp2_scale)
@@ -199,7 +199,7 @@ def row_loss_onchip_fwd_kernel(
         weights = weights_of_lowest(scores, K)
     lse = s_max + s_log_sum
     weight_sum = store_loss(
-        row_stats, N, n, hard, lse, divergence, weights, kept, inside, in_range, formula, K, SCALE_BY_T2, Z_LOSS
+        row_stats, N, n, hard, lse, divergence, weights, kept, valid, in_range, formula, K, SCALE_BY_T2, Z_LOSS
     )
     # Write the gradient
     if grad_student is not None:
@@ -209,7 +209,7 @@ def row_loss_onchip_fwd_kernel(
             K, T_POWER, DIVERGENCE, SCALE_BY_T2, Z_LOSS, TWO,
         )  # fmt: skip
         out = map_gradient(out, s_row[:, None] + cols[None, :], tile, formula.maps, MAPS) * scale
-        out = tl.where(inside[:, None], out, float("nan"))
+        out = tl.where(valid[:, None], out, float("nan"))
         out = tl.where(kept[:, None], out, 0.0)
         if IN_PLACE:
             # Threads of this program may not have read the label's logit of their rows.

@@ -98,8 +98,8 @@ def row_loss_streaming_fwd_kernel(
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
     TWO: tl.constexpr = second_target is not None
-    MIXTURE: tl.constexpr = DIVERGENCE == "jsd" or DIVERGENCE == "skew"
-    labels, kept, inside = load_labels(target, second_target, mix, n, n < N, ignore_index, C, DEBUG)
+    IS_MIXTURE: tl.constexpr = DIVERGENCE == "jsd" or DIVERGENCE == "skew"
+    labels, kept, valid = load_labels(target, second_target, mix, n, n < N, ignore_index, C, DEBUG)
     limit_units = tl.where(kept, C_units, 0)  # ignored rows are not read
     limit = limit_units * ALIGN
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
@@ -129,7 +129,7 @@ def row_loss_streaming_fwd_kernel(
                 log_sum = tl.log(total1)
                 z_top += (top,)
                 z_totalT += (totalT,)
-                label = mapped_label_distance(z_rows[k], top, labels, kept & inside, formula.maps, k + 1, MAPS, TWO)
+                label = mapped_label_distance(z_rows[k], top, labels, kept & valid, formula.maps, k + 1, MAPS, TWO)
                 ce = log_sum - label
                 ces += (ce,)
                 if DIVERGENCE == "forward_kl":
@@ -137,7 +137,7 @@ def row_loss_streaming_fwd_kernel(
                 elif DIVERGENCE == "reverse_kl":
                     divergence += (kl_of_sums(cross, s_totalT, totalT, formula.temperature),)
                     centers += (cross / s_totalT,)
-                if not MIXTURE:
+                if not IS_MIXTURE:
                     store_teacher(row_stats, k, N, n, divergence[k], ce, kept, n < N, K)
                 if WEIGHTING == "entropy":
                     # Both terms are positive: no cancellation, never below 0.
@@ -146,12 +146,12 @@ def row_loss_streaming_fwd_kernel(
                     scores += (ce,)
     s_log_sum = tl.log(s_total1)
     lse = s_top + s_log_sum
-    hard = s_log_sum - mapped_label_distance(s_row, s_top, labels, kept & inside, formula.maps, 0, MAPS, TWO)
+    hard = s_log_sum - mapped_label_distance(s_row, s_top, labels, kept & valid, formula.maps, 0, MAPS, TWO)
     if ENTROPY:
         store_entropy(row_stats, N, n, s_totalT, s_plogp, kept, n < N, formula, K)
 
     # Another read: divergences of a mixture
-    if MIXTURE:
+    if IS_MIXTURE:
         divergence, centers = mixture_sums(
             s_row, s_top, s_totalT, z_rows, z_top, z_totalT, limit, formula,
             K, DIVERGENCE, MAPS, ALIGN, BLOCK_C, VEC, GROUP,
@@ -162,7 +162,7 @@ def row_loss_streaming_fwd_kernel(
     # Weights and row_stats
     weights = row_weights(scores, given, stride_wk, stride_wn, n, K, WEIGHTING)
     weight_sum = store_loss(
-        row_stats, N, n, hard, lse, divergence, weights, kept, inside, n < N, formula, K, SCALE_BY_T2, Z_LOSS
+        row_stats, N, n, hard, lse, divergence, weights, kept, valid, n < N, formula, K, SCALE_BY_T2, Z_LOSS
     )
 
     # Last read: the gradient
@@ -173,12 +173,12 @@ def row_loss_streaming_fwd_kernel(
         blocks = tl.cdiv(C, BLOCK_C)
         for i in range(blocks):
             # In the other direction than the last loop: the columns that it read last are the ones in L2.
-            cols = (i if MIXTURE else blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
+            cols = (i if IS_MIXTURE else blocks - 1 - i) * BLOCK_C + tl.arange(0, BLOCK_C)
             out = column_gradient(
                 cols, s_row, s_sums, z_rows, z_top, z_totalT, limit_units, weights, weight_sum, centers, labels,
                 formula, K, WEIGHTING, T_POWER, DIVERGENCE, SCALE_BY_T2, Z_LOSS, MAPS, ALIGN, TWO,
             )  # fmt: skip
-            out = tl.where(inside, out * scale, float("nan"))
+            out = tl.where(valid, out * scale, float("nan"))
             out = tl.where(kept, out, 0.0)
             tl.store(grad_student + n * C + cols, out.to(grad_student.dtype.element_ty), mask=cols < C)
     if ADDS_UP:

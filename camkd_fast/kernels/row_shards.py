@@ -151,7 +151,7 @@ def row_sums_kernel(
     exp2_scale = formula.exp2_scale
     n = tl.program_id(0).to(tl.int64)
     C = C_units * ALIGN
-    labels, kept, inside = load_labels(target, None, None, n, n < N, ignore_index, C, False)
+    labels, kept, valid = load_labels(target, None, None, n, n < N, ignore_index, C, False)
     limit = tl.where(kept, C_units, 0) * ALIGN
     s_row = student + row_offset(n, S, stride_so, stride_si, ALIGN, TWO_LEVEL)
     z_rows = ()
@@ -180,11 +180,11 @@ def row_sums_kernel(
                         lanes[k - first], moved, exp2_scale, T_POWER, WEIGHTING, DIVERGENCE
                     )
                     label = mapped_label_distance(
-                        z_rows[k], top, labels, kept & inside, formula.maps, k + 1, MAPS, False
+                        z_rows[k], top, labels, kept & valid, formula.maps, k + 1, MAPS, False
                     )
                     store_sums(sums, k + 1, N, n, top, totalT, total1, cross, plogp, label)
         s_top, s_totalT, s_total1, s_plogp = s_sums
-        label = mapped_label_distance(s_row, s_top, labels, kept & inside, formula.maps, 0, MAPS, False)
+        label = mapped_label_distance(s_row, s_top, labels, kept & valid, formula.maps, 0, MAPS, False)
         store_sums(sums, 0, N, n, s_top, s_totalT, s_total1, 0.0, s_plogp, label)
 
 
@@ -236,7 +236,7 @@ def row_results_kernel(
     s_top, s_totalT, s_total1 = s_sums
     s_plogp = tl.load(at(sums, 0, PLOGP, N, n))
     s_label = tl.load(at(sums, 0, LABEL, N, n))
-    inside = s_label == s_label
+    valid = s_label == s_label
     divergence, scores, centers = (), (), ()
     for k in tl.static_range(K):
         cross = tl.load(at(sums, k + 1, CROSS, N, n))
@@ -261,7 +261,7 @@ def row_results_kernel(
         store_entropy(row_stats, N, n, s_totalT, s_plogp, kept, n < N, formula, K)
     weights = row_weights(scores, given, stride_wk, stride_wn, n, K, WEIGHTING)
     weight_sum = store_loss(
-        row_stats, N, n, s_log_sum - s_label, s_top + s_log_sum, divergence, weights, kept, inside, n < N, formula,
+        row_stats, N, n, s_log_sum - s_label, s_top + s_log_sum, divergence, weights, kept, valid, n < N, formula,
         K, SCALE_BY_T2, Z_LOSS,
     )  # fmt: skip
 
@@ -276,6 +276,6 @@ def row_results_kernel(
                 weight_sum, centers, labels, formula,
                 K, WEIGHTING, T_POWER, DIVERGENCE, SCALE_BY_T2, Z_LOSS, MAPS, ALIGN, False,
             )  # fmt: skip
-            out = tl.where(inside, out * scale, float("nan"))
+            out = tl.where(valid, out * scale, float("nan"))
             out = tl.where(kept, out, 0.0)
             tl.store(grad_student + n * C + cols, out.to(grad_student.dtype.element_ty), mask=cols < C)

@@ -30,26 +30,26 @@ def row_offset(n, S, stride_outer, stride_inner, ALIGN: tl.constexpr, TWO_LEVEL:
 
 @triton.jit
 def load_labels(target, second_target, mix, n, in_range, ignore_index, C, DEBUG: tl.constexpr):
-    """The labels of rows n: (label, second label, share of the first), kept (not ignored) and inside (all valid).
+    """The labels of rows n: (label, second label, share of the first), kept (not ignored) and valid (labels and share).
 
     Without second labels (None) the share is 1; so it is for a row with a share of 0 or twice the same label, whose
     label is the one that counts. Rows beyond N count as ignored.
     """
     y = tl.load(target + n, mask=in_range, other=0)
     kept = in_range & (y != ignore_index)
-    inside = (y >= 0) & (y < C)
+    valid = (y >= 0) & (y < C)
     second = y
     share = kept.to(tl.float32)
     if second_target is not None:
         second = tl.load(second_target + n, mask=kept, other=0)
         share = tl.load(mix + n, mask=kept, other=1.0)
-        inside &= (second >= 0) & (second < C) & (second != ignore_index) & (share >= 0) & (share <= 1)
+        valid &= (second >= 0) & (second < C) & (second != ignore_index) & (share >= 0) & (share <= 1)
         one = (share == 0) | (second == y)
         y = tl.where(share == 0, second, y)
         share = tl.where(one, 1.0, share)
     if DEBUG:
-        tl.device_assert(inside | (kept == 0), "camkd_fast: a label lies outside [0, C), or its share outside [0, 1]")
-    return (y, second, share), kept, inside
+        tl.device_assert(valid | (kept == 0), "camkd_fast: a label lies outside [0, C), or its share outside [0, 1]")
+    return (y, second, share), kept, valid
 
 
 @triton.jit

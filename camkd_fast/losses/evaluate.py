@@ -29,7 +29,7 @@ from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_s
 _NOTHING_LEFT = ScalePlan(1.0, 1.0, None)
 
 
-class Evaluation(NamedTuple):
+class Evaluated(NamedTuple):
     """The loss of a batch."""
 
     output: CAMKDOutput
@@ -49,7 +49,7 @@ def evaluate(
     num_items: float | Tensor | None,
     backend: str,
     loss_scale: float | Tensor | None,
-) -> Evaluation:
+) -> Evaluated:
     """Checks the arguments and computes the loss. With a `loss_scale`, the gradient is the finished one."""
     way = way_of_call()
     if way is KERNEL:
@@ -88,7 +88,7 @@ def _evaluate_checked(
     num_items: float | Tensor | None,
     loss_scale: float | Tensor | None,
     way: Way,
-) -> Evaluation:
+) -> Evaluated:
     student, ignore_index = call.student, call.formula.ignore_index
     dtype = accumulation_dtype(student.dtype)
     valid = None
@@ -143,7 +143,7 @@ def _in_one_call(
     num_items: float | Tensor | None,
     backend: str,
     loss_scale: float | Tensor | None,
-) -> Evaluation | None:
+) -> Evaluated | None:
     """Fast path: one C++ call. Returns None for unsupported or invalid input; the general path reports the error."""
     module = whole_loss_backend(backend, student)
     if module is None:
@@ -153,24 +153,22 @@ def _in_one_call(
         return None
     loss, row_stats, grad_student, sums, means, inverse = found
     output = CAMKDOutput(loss, row_stats, sums, means, inverse, target.shape)
-    return Evaluation(output, grad_student, None, _NOTHING_LEFT)
+    return Evaluated(output, grad_student, None, _NOTHING_LEFT)
 
 
 def _mean_on_device(
     call: RowLossCall, lead: torch.Size, loss_scale: float | Tensor | None, dtype: torch.dtype
-) -> Evaluation:
+) -> Evaluated:
     """The kernel counts the valid rows and reduces: fewer launches than in PyTorch, and no synchronisation."""
     plan = plan_scales(None, loss_scale, call.student.dtype, dtype)
     rows = run_rows(call, plan.in_kernel, mean=True)
     assert rows.means is not None  # they were requested
     loss, others = rows.means
     output = CAMKDOutput(loss, rows.row_stats, None, rows.means, None, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
+    return Evaluated(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
 
 
-def _rows(
-    call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, way: Way, with_grad: bool
-) -> Evaluation:
+def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, way: Way, with_grad: bool) -> Evaluated:
     inverse = None if reduction == "none" else plan.inverse_divisor
     if way is Way.KERNEL:
         rows = run_rows(call, plan.in_kernel, total_scale=inverse if isinstance(inverse, float) else None)
@@ -180,7 +178,7 @@ def _rows(
         rows = expression_rows(call, plan.in_kernel, with_grad)
     loss = reduce_rows(rows.row_stats, 0, rows.sums, rows.means, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, rows.means, inverse, lead)
-    return Evaluation(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
+    return Evaluated(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
 
 
 def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:

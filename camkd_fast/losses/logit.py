@@ -17,7 +17,7 @@ from ..backends.dispatch import BACKENDS, backend_for
 from ..backends.memory import is_ordinary
 from . import checks
 from .autograd import first_order, is_one, keeps_graph
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluated, evaluate
 from .formula import Formula, check_choice
 from .layout import second_labels
 from .output import CAMKDOutput
@@ -31,7 +31,7 @@ class _LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluation, formula: Formula, backend: str
+        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluated, formula: Formula, backend: str
     ) -> Tensor:
         output, grad_student, plan = evaluation.output, evaluation.grad_student, evaluation.plan
         ctx.save_for_backward(grad_student, None if weights is None else output._result.divergence)

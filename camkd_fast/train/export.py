@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .. import models
 from ..models.protocol import first_line
 from ..system import replace
+from .folder_lock import check_free, locked
 from .run_folder import folder_of, load_model, model_metadata
-from .run_lock import check_free, locked
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
 METADATA = "camkd_fast"  # key of the ONNX model's properties, name of the file in the program's archive

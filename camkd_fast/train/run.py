@@ -20,7 +20,7 @@ from ..data.order import step_sizes
 from ..data.splits import Splits
 from ..models.model_file import AVERAGED_MODEL, MODEL, model_bytes
 from ..models.protocol import feature_model
-from . import config_file, run_folder, run_lock, strategies
+from . import config_file, folder_lock, run_folder, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints
 from .class_names import renumbered
@@ -110,8 +110,8 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool, extend: b
         world = stack.enter_context(processes(config.precision.device))
         stack.enter_context(_repeatable(config.precision, world.device))
         if world.is_main:
-            stack.enter_context(run_lock.locked(config.out))
-            run_folder.check_free(config, resume, overwrite)
+            stack.enter_context(folder_lock.locked(config.out))
+            run_folder.check_unused(config, resume, overwrite)
         if world.broadcast(resume and run_folder.is_done(config)):
             return _result(config.out)
         return _train(config, model, resume, extend, world, started)

@@ -58,7 +58,7 @@ def has_checkpoint(config: JobConfig) -> bool:
     return (config.out / CONFIG).exists() and any(Checkpoints(config.out / CHECKPOINTS).paths())
 
 
-def check_free(config: JobConfig, resume: bool, overwrite: bool) -> None:
+def check_unused(config: JobConfig, resume: bool, overwrite: bool) -> None:
     """Check that a run with this config may write to `config.out`; writes nothing.
 
     A run to resume may have another number of epochs: `check_extension` says whether it fits.

@@ -109,7 +109,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
     const double inverseT = 1.0 / args.formula.temperature;
     std::unique_ptr<State[]> partial(new State[threads * kMaxStreams]);
     std::unique_ptr<MixedSums[]> mixed(
-        mixes(args.formula) && args.shard != Shard::sums ? new MixedSums[threads * kMaxTeachers] : nullptr);
+        is_mixture(args.formula) && args.shard != Shard::sums ? new MixedSums[threads * kMaxTeachers] : nullptr);
     LaneRows shared;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -182,7 +182,7 @@ struct RowPasses {
             for (int64_t b = 0; b < blocks; ++b) add_block(b, states, block);
             store_sums(states, rows, lane);
         }
-        if (!mixes(args.formula) || args.shard == Shard::sums) return;
+        if (!is_mixture(args.formula) || args.shard == Shard::sums) return;
         MixedSums sums[kMaxTeachers];
         for (int64_t b = 0; b < blocks; ++b) mix_block(b, rows, lane, sums);
         store_mixed(sums, rows, lane);

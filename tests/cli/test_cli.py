@@ -19,7 +19,7 @@ from camkd_fast.backends.dispatch import BACKENDS, availability
 from camkd_fast.cli import options
 from camkd_fast.cli.options import Bench, Compare, Teach, Teachers, parse
 from camkd_fast.models.model_file import model_bytes
-from camkd_fast.train.run_lock import locked
+from camkd_fast.train.folder_lock import locked
 
 SMALL = "--data digits --images 60 --epochs 1 --no-progress --no-tensorboard"
 COMMANDS = ("teach", "distill", "evaluate", "teachers", "compare", "report", "data", "bench", "info", "export", "demo")

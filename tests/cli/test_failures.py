@@ -21,7 +21,7 @@ from camkd_fast import cli
 from camkd_fast.cli import failures
 from camkd_fast.data.torch_loader import ArrayBatches
 from camkd_fast.system import Stopped
-from camkd_fast.train import run_lock
+from camkd_fast.train import folder_lock
 from camkd_fast.train.step import TrainStep
 from camkd_fast.train.sums import NonFiniteLossError
 from tests.support.systems import encoded
@@ -335,13 +335,13 @@ def test_a_folder_in_use_is_refused_by_every_command_that_writes(capsys: pytest.
     before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
     distill = TEACH.replace("teach", "distill").replace("--model", "--student")
     words = rf"camkd-fast: (r|r/export|r/ce/seed-0) is being written by process {os.getpid()} on \S+ since 20"
-    with run_lock.locked(Path("r")):
+    with folder_lock.locked(Path("r")):
         for line in (
             TEACH, f"{TEACH} --resume", f"{TEACH} --overwrite", f"{TEACH} --resume --epochs 5", distill, "demo --out r",
             f"{distill.replace('distill', 'compare')} --strategies ce --seeds 0", "export r", "export r --out x",
         ):  # fmt: skip
             assert re.match(words, failing(line, capsys)), line
-    with run_lock.locked(Path("x")):
+    with folder_lock.locked(Path("x")):
         assert "x is being written by" in failing("export r --out x", capsys)
     assert {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == before
     assert not Path("x").exists()
@@ -355,7 +355,7 @@ def test_a_second_job_at_any_moment_of_the_first_is_refused(
     refused = []
 
     def second(*arguments: object) -> None:
-        with pytest.raises(run_lock.FolderLockedError), run_lock.locked(Path("r")):
+        with pytest.raises(folder_lock.FolderLockedError), folder_lock.locked(Path("r")):
             pass
         refused.append(1)
 

@@ -203,6 +203,7 @@ def test_compare_takes_strategies_seeds_and_settings(monkeypatch: pytest.MonkeyP
 
     calls = Calls()
     monkeypatch.setattr(compare.run, "distill", calls)
+    monkeypatch.setattr(compare, "check_teachers", lambda config: None)
     monkeypatch.setattr(compare, "collect", lambda config: [])
     monkeypatch.setattr(compare_report, "write", lambda *arguments: None)
     monkeypatch.setattr(compare_report, "student_table", lambda rows: SimpleNamespace(text=lambda: ""))

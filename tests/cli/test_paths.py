@@ -67,7 +67,7 @@ def test_the_list_of_options_is_complete() -> None:
 def test_every_path_option_is_expanded(command: str, option: str, text: str, tmp_path: Path) -> None:
     base = [] if option or command not in POSITIONAL else [text]
     required = ["run"] if option and command in POSITIONAL else []
-    more = ["--views", "2"] if option == "--teacher-cache" else []
+    more = {"--teacher-cache": ["--views", "2"], "--results": ["--study", "s.yaml"]}.get(option, [])
     words = [f"{option}={text}"] if option and option != "--teachers" else [option, text] if option else []
     parsed = parse([command, *base, *required, *words, *more])
     expected = tmp_path / "home" / "x" if text.startswith("~") else tmp_path / "all runs" / "x"

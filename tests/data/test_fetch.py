@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 
 from camkd_fast.data import fetch as module
-from camkd_fast.data.fetch import RemoteFile, Source, default_folder, fetch
+from camkd_fast.data.fetch import Published, RemoteFile, default_folder, fetch
 
 CONTENT = {name: (name.encode() * 40_000)[: 300_000 + 7 * len(name)] for name in ("first.gz", "second.gz")}
 
@@ -82,7 +82,7 @@ def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     running.status, running.requests = 200, []
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     files = tuple(RemoteFile(name, len(body), hashlib.md5(body).hexdigest()) for name, body in CONTENT.items())
-    monkeypatch.setitem(module.SOURCES, "tiny", Source(running.url, files))
+    monkeypatch.setitem(module.SOURCES, "tiny", Published(running.url, files))
     return running
 
 
@@ -106,7 +106,7 @@ def test_files_are_complete_and_not_fetched_again(server: Server, tmp_path: Path
 def test_the_default_folder_and_a_mirror(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path))
     source = module.SOURCES["tiny"]
-    monkeypatch.setitem(module.SOURCES, "tiny", Source("http://127.0.0.1:9/gone", source.files))
+    monkeypatch.setitem(module.SOURCES, "tiny", Published("http://127.0.0.1:9/gone", source.files))
     paths = fetch("tiny", base_url=server.url.rstrip("/"))
     assert contents(paths) == CONTENT and paths[0].parent == tmp_path / "tiny" == default_folder("tiny")
     monkeypatch.delenv("CAMKD_FAST_DATA")
@@ -146,7 +146,7 @@ def test_any_part_of_the_file_is_resumed(
     file = RemoteFile("first.gz", len(body), hashlib.md5(body).hexdigest())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "127.0.0.1")
-        patch.setitem(module.SOURCES, "one", Source(running.url, (file,)))
+        patch.setitem(module.SOURCES, "one", Published(running.url, (file,)))
         assert contents(fetch("one", folder)) == {"first.gz": body}
 
 

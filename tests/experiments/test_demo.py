@@ -97,7 +97,7 @@ def test_baseline_computes_the_same_loss_and_gradient() -> None:
 
 def test_poor_teacher_gets_less_weight_while_a_student_trains(tmp_path: Path) -> None:
     """A fair teacher, one trained on mostly wrong labels, and the student of both, from the demonstration's runs."""
-    fair = demo.TeacherSpec("fair", "resnet8", epochs=8, images=200, augmentation="none")
+    fair = demo.DemoTeacher("fair", "resnet8", epochs=8, images=200, augmentation="none")
     config = demo.DemoConfig(
         teachers=(fair, replace(fair, name="poor", wrong_labels=0.95)),
         student_images=110,

@@ -60,8 +60,8 @@ CHANGES = (
         ),
         Change(
             "a pass over mixtures before their rows are known",
-            "if (!mixes(args.formula) || args.shard == Shard::sums) return;",
-            "if (!mixes(args.formula)) return;",
+            "if (!is_mixture(args.formula) || args.shard == Shard::sums) return;",
+            "if (!is_mixture(args.formula)) return;",
             equivalent="slower: the next step replaces what it writes",
         ),
         Change(
@@ -130,10 +130,10 @@ CHANGES = (
         ROWS,
         Change(
             "Triton: labels that are elsewhere are invalid",
-            "inside = s_label == s_label",
-            "inside = (labels[0] >= 0) & (labels[0] < C)",
+            "valid = s_label == s_label",
+            "valid = (labels[0] >= 0) & (labels[0] < C)",
         ),
-        Change("Triton: labels that nobody has are valid", "inside = s_label == s_label", "inside = kept"),
+        Change("Triton: labels that nobody has are valid", "valid = s_label == s_label", "valid = kept"),
         Change(
             "the center of a mixture is its divergence",
             "centers += (tl.load(at(sums, k + 1, SLOPE, N, n)),)",
@@ -150,7 +150,7 @@ CHANGES = (
             "(k * ROW_SUMS + i) * tl.cast(N, tl.int64) + n",
             "(k * ROW_SUMS + i) * tl.cast(N, tl.int64)",
         ),
-        Change("the factor of the gradient is lost", "tl.where(inside, out * scale,", "tl.where(inside, out,"),
+        Change("the factor of the gradient is lost", "tl.where(valid, out * scale,", "tl.where(valid, out,"),
     ),
     *changes(
         "camkd_fast/backends/contract.py",

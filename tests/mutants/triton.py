@@ -38,9 +38,9 @@ CHANGES = (
             "confidence weights not divided by K - 1", "weight = weight / (K - 1)", "weight = weight / K", tests=BOTH
         ),
         Change(
-            "label C is inside",
-            "inside = (y >= 0) & (y < C)",
-            "inside = (y >= 0) & (y <= C)",
+            "label C is valid",
+            "valid = (y >= 0) & (y < C)",
+            "valid = (y >= 0) & (y <= C)",
             tests=f"{TRITON}::test_labels_out_of_range_give_nan_rows",
         ),
         Change(

@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 
 from camkd_fast import system
 from camkd_fast.train.distributed import World
-from camkd_fast.train.run_lock import locked, shared
+from camkd_fast.train.folder_lock import locked, shared
 from camkd_fast.train.teachers import cache_writer
 from camkd_fast.train.teachers.cache import CacheError, Storage, TeacherCache
 from camkd_fast.train.teachers.live import LiveTeachers

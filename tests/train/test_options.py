@@ -310,18 +310,18 @@ RESUMED = TeachConfig("resnet8", data=DataConfig(images=40, workers=1), optim=Op
 def test_a_run_goes_on_under_its_own_settings_only(config: TeachConfig, tmp_path: Path) -> None:
     run_folder.prepare(replace(RESUMED, out=tmp_path), resume=False)
     with pytest.raises(RunExistsError, match="cannot be resumed"):
-        run_folder.check_free(replace(config, out=tmp_path), resume=True, overwrite=False)
+        run_folder.check_unused(replace(config, out=tmp_path), resume=True, overwrite=False)
     free = replace(RESUMED, out=tmp_path, data=replace(RESUMED.data, workers=4, root=tmp_path))
-    run_folder.check_free(free, resume=True, overwrite=False)
+    run_folder.check_unused(free, resume=True, overwrite=False)
 
 
 def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
     config = DistillConfig(teachers=(Path("a"), Path("b")), out=tmp_path)
     run_folder.prepare(config, resume=False)
-    run_folder.check_free(config, resume=True, overwrite=False)
+    run_folder.check_unused(config, resume=True, overwrite=False)
     for teachers in ((Path("a"),), (Path("b"), Path("a"))):
         with pytest.raises(RunExistsError, match="teachers"):
-            run_folder.check_free(replace(config, teachers=teachers), resume=True, overwrite=False)
+            run_folder.check_unused(replace(config, teachers=teachers), resume=True, overwrite=False)
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     for later in ("class_map", "init"):
         assert written.pop(later) is None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    run_folder.check_free(config, resume=True, overwrite=False)
+    run_folder.check_unused(config, resume=True, overwrite=False)
     assert config_file.load(tmp_path / "config.yaml") == config
 
 

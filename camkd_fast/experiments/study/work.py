@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.model_file import MODEL, model_bytes, read_model
-from ...train import run, run_lock
+from ...train import folder_lock, run
 from ...train.atomic import write_atomically
 from ...train.journal import METRICS, read_metrics
 from ...train.run_folder import CHECKPOINTS, load_model
@@ -123,7 +123,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[Path], Record]) -> Record:
     """The record in `folder` if its hash matches; otherwise run `work` and write its record."""
-    with run_lock.shared(folder, PIECE_LOCK):
+    with folder_lock.shared(folder, PIECE_LOCK):
         path = folder / RECORD
         if path.exists():
             found: Record = json.loads(path.read_bytes())

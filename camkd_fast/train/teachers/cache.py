@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.protocol import Prediction
 from ..distributed import World
-from ..run_lock import shared
+from ..folder_lock import shared
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
 from .live import Head, Teachers

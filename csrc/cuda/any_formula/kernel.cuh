@@ -88,7 +88,7 @@ class FormulaKernel {
         } else {
             read_sums(n);
         }
-        if (mixes(formula) && (args.shard == Shard::none || args.shard == Shard::mixtures)) {
+        if (is_mixture(formula) && (args.shard == Shard::none || args.shard == Shard::mixtures)) {
             mix<T>(launch_, group_, reader(), own_sums(), numbers);
             merge_mixtures();
         }

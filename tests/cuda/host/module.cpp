@@ -1,7 +1,7 @@
 // The CUDA functions of the Python module, compiled for the host, and access to the launch table.
+#include "../../../csrc/python/module.h"
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/row_loss/pipeline.cuh"
-#include "../../../csrc/python/module.h"
 #include "../../../csrc/python/tensors.h"
 
 void camkd::cuda::return_to_device(int) noexcept {}

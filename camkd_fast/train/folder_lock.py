@@ -208,7 +208,7 @@ class FolderLock:
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(error.errno, f"cannot write the run folder {self.folder}: {error.strerror}") from error
+            raise OSError(error.errno, f"cannot write the folder {self.folder}: {error.strerror}") from error
         self._created = [*missing, *self._created]
 
     def _is_silent(self, path: Path) -> bool:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from camkd_fast import system
-from camkd_fast.train import run_lock
-from camkd_fast.train.run_lock import FolderLock, FolderLockedError, Holder, check_free, locked, shared
+from camkd_fast.train import folder_lock
+from camkd_fast.train.folder_lock import FolderLock, FolderLockedError, Holder, check_free, locked, shared
 from tests.support import systems
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ ENDED = {
 def test_the_lock_of_a_dead_process_is_taken_over(kind: str, ended: str, tmp_path: Path) -> None:
     left_by(tmp_path, ENDED[ended](), claim=kind != "kernel")
     if ended in ("long silent", "other machine"):
-        old = time.time() - 2 * run_lock.SILENCE
+        old = time.time() - 2 * folder_lock.SILENCE
         os.utime(holder_of(tmp_path), (old, old))
     with locked(tmp_path):
         assert json.loads(holder_of(tmp_path).read_text())["pid"] == os.getpid()
@@ -154,7 +154,7 @@ def test_a_living_holder_on_another_machine_is_respected(kind: str, tmp_path: Pa
 
 
 def test_a_holder_gives_signs_of_life(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    monkeypatch.setattr(folder_lock, "BEAT", 0.01)
     with locked(tmp_path):
         os.utime(holder_of(tmp_path), (1.0, 1.0))
         deadline = time.monotonic() + 20
@@ -190,7 +190,7 @@ def test_a_folder_that_nobody_can_write_needs_no_lock(
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from camkd_fast.train.run_lock import locked
+from camkd_fast.train.folder_lock import locked
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:  # as a loader's process, which outlives a killed parent for some seconds
         time.sleep(60)
