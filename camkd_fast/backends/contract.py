@@ -309,6 +309,8 @@ class WholeLossBackend(Protocol):
     input; the general path then reports the error.
     """
 
+    CONNECTED: bool  # whether C++ reads and makes tensors, as with torch >= 2.10; without that there is no fast path
+
     def logit_loss(
         self,
         student: Tensor,

@@ -32,8 +32,8 @@ from .feature_maps import new_gradients
 # Named in every allocation, because a default device may be set.
 _DEVICE = torch.device("cpu")
 
-# torch >= 2.10 lets C++ read and make tensors itself.
-_CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
+# See `contract.WholeLossBackend`.
+CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
 
 
 are_dense = _C.are_dense  # see `memory`
@@ -82,8 +82,6 @@ def logit_loss(
     second: SecondLabels | None = None,
 ) -> WholeLoss | None:
     """See `contract.WholeLossBackend`."""
-    if not _CONNECTED:
-        return None
     return _C.logit_loss(
         student,
         teachers,
@@ -94,8 +92,7 @@ def logit_loss(
         num_items,
         loss_scale,
         torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        _fills_memory(),
+        *_options(),
     )
 
 
@@ -310,8 +307,6 @@ def confidence_weights(
     second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See `contract.WholeLossBackend`, as for the functions below."""
-    if not _CONNECTED:
-        return None
     return _C.confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), *_options())
 
 
@@ -324,8 +319,6 @@ def confidence_gradients(
     grad_ce: Tensor | None,
     second: SecondLabels | None = None,
 ) -> list[Tensor] | None:
-    if not _CONNECTED:
-        return None
     return _C.confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, *_options())
 
 
@@ -336,8 +329,6 @@ def whole_feature_loss(
     reduction: str,
     scale: float | Tensor | None,
 ) -> WholeFeatureLoss | None:
-    if not _CONNECTED:
-        return None
     found = _C.whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), *_options())
     return None if found is None else WholeFeatureLoss(*found)
 
@@ -345,8 +336,6 @@ def whole_feature_loss(
 def feature_gradients(
     buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    if not _CONNECTED:
-        return None
     return _C.feature_gradients(buffer, error, grad_output, scale, retained, *_options())
 
 
@@ -362,8 +351,6 @@ def feature_loss_and_grad(
     loss_scale: float | Tensor,
     second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
-    if not _CONNECTED:
-        return None
     return _C.feature_loss_and_grad(
         student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, *_options()
     )

@@ -65,8 +65,8 @@ def built_for(capability: tuple[int, int]) -> bool:
     return False
 
 
-# torch >= 2.10 lets C++ read and make tensors itself.
-_CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
+# See `contract.WholeLossBackend`.
+CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -88,8 +88,6 @@ def logit_loss(
     second: SecondLabels | None = None,
 ) -> WholeLoss | None:
     """See `contract.WholeLossBackend`."""
-    if not _CONNECTED:
-        return None
     return _C.cuda_logit_loss(
         student, teachers, target, second, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
     )
@@ -179,7 +177,7 @@ def row_results(
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    if _CONNECTED and _C.cuda_scale(grad, factor, out):
+    if CONNECTED and _C.cuda_scale(grad, factor, out):
         return out
     N, C = grad.shape
     factor = factor.contiguous()  # the kernels take per-row numbers without strides
@@ -326,8 +324,6 @@ def confidence_weights(
     second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See `contract.WholeLossBackend`, as for the functions below."""
-    if not _CONNECTED:
-        return None
     return _C.cuda_confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), DEBUG)
 
 
@@ -340,8 +336,6 @@ def confidence_gradients(
     grad_ce: Tensor | None,
     second: SecondLabels | None = None,
 ) -> list[Tensor] | None:
-    if not _CONNECTED:
-        return None
     return _C.cuda_confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, DEBUG)
 
 
@@ -352,8 +346,6 @@ def whole_feature_loss(
     reduction: str,
     scale: float | Tensor | None,
 ) -> WholeFeatureLoss | None:
-    if not _CONNECTED:
-        return None
     found = _C.cuda_whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), DEBUG)
     return None if found is None else WholeFeatureLoss(*found)
 
@@ -361,8 +353,6 @@ def whole_feature_loss(
 def feature_gradients(
     buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    if not _CONNECTED:
-        return None
     return _C.cuda_feature_gradients(buffer, error, grad_output, scale, retained, DEBUG)
 
 
@@ -378,8 +368,6 @@ def feature_loss_and_grad(
     loss_scale: float | Tensor,
     second: SecondLabels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
-    if not _CONNECTED:
-        return None
     return _C.cuda_feature_loss_and_grad(
         student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, DEBUG
     )

@@ -245,7 +245,8 @@ def whole_loss_backend(requested: str, tensor: object, maps: bool = False) -> Wh
     """The backend that may compute the loss of these logits or maps, unchecked as they are, in one call."""
     if not isinstance(tensor, Tensor):
         return None
-    return _whole_loss_on_cpu(requested) if tensor.is_cpu else _whole_loss_on(requested, *_place(tensor), maps)
+    module = _whole_loss_on_cpu(requested) if tensor.is_cpu else _whole_loss_on(requested, *_place(tensor), maps)
+    return module if module is not None and module.CONNECTED else None
 
 
 def _whole_loss_on(requested: str, device: torch.device, C: int, maps: bool = False) -> WholeLossBackend | None:

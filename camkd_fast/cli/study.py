@@ -15,6 +15,7 @@ from ..system import processors
 from ..train import folder_lock
 from ..train.config_file import differences
 from ..train.provenance import commit
+from ..train.run_folder import REPORT
 from .info import environment
 from .options import Compare, ComparedStudent
 
@@ -53,7 +54,7 @@ def run(command: Compare, path: Path) -> int:
     mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
     failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, progress=progress, only=mine)
     done = merged()
-    page = study_report.write(done, out / "report.html")
+    page = study_report.write(done, out / REPORT)
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
     for failure in failures:
         print(f"camkd-fast: {failure}", file=sys.stderr)

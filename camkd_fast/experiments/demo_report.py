@@ -10,6 +10,7 @@ from statistics import mean
 
 from ..report.page import Section, Table, rate, write_page
 from ..report.plots import TEACHER_COLORS, Curve, Panel, Sample, accuracy_bars, curves, weight_histograms
+from ..train.run_folder import REPORT
 from ..train.strategies import AVER, CAMKD, find
 from .compare import Row, spread
 from .compare_report import student_curves, student_samples, student_table
@@ -194,7 +195,7 @@ def metrics(results: DemoResults, environment: Mapping[str, str]) -> dict[str, o
 def write(results: DemoResults, out: Path, environment: Mapping[str, str]) -> Path:
     """Write metrics.json and report.html into the existing folder `out`; return the page's path."""
     (out / "metrics.json").write_text(json.dumps(metrics(results, environment), indent=1) + "\n", encoding="utf-8")
-    page = out / "report.html"
+    page = out / REPORT
     lead = _setting(results)
     write_page(page, "Three teachers, one of them poor", lead, _sections(results), footer(environment))
     return page

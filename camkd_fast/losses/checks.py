@@ -147,13 +147,12 @@ def check_logits(
     return teacher_list
 
 
-def check_weighting(weighting: Tensor, K: int, student: Tensor) -> None:
-    """Given weights; the name of a weighting is checked by `Formula.checked`."""
+def check_weighting(weighting: Tensor, K: int, lead: Sequence[int], other: str, tensor: Tensor) -> None:
+    """Weights (K,) or (K, *lead), on the device of `other`. Names of weightings are checked by `Formula.checked`."""
     check_floating("weighting", weighting)
-    if weighting.shape != (K,) and weighting.shape != (K, *student.shape[:-1]):
-        allowed = f"{(K,)} or {(K, *student.shape[:-1])}"
-        raise ValueError(f"weighting has shape {_shape(weighting)}, but {K} teachers expect {allowed}")
-    check_device("weighting", weighting, "student_logits", student)
+    if weighting.shape != (K,) and weighting.shape != (K, *lead):
+        raise ValueError(f"weighting has shape {_shape(weighting)}, but {K} teachers expect {(K,)} or {(K, *lead)}")
+    check_device("weighting", weighting, other, tensor)
 
 
 def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:

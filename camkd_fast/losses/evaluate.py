@@ -20,7 +20,7 @@ from ..backends.reference import accumulation_dtype
 from . import checks
 from .entry import KERNEL, Way, computing, enter, way_of_call
 from .formula import Formula, check_choice
-from .layout import contiguous_labels, second_arguments, second_labels, second_rows
+from .layout import contiguous_labels, second_arguments, second_labels, second_rows, weight_rows
 from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
 from .output import CAMKDOutput, reduce_rows
 from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_scales
@@ -126,8 +126,8 @@ def _checked_call(
     formula = formula.checked(len(teachers))
     labels, dtype = contiguous_labels(target), accumulation_dtype(student.dtype)
     if isinstance(formula.weighting, Tensor):
-        checks.check_weighting(formula.weighting, len(teachers), student)
-        rows = _weights_as_rows(formula.weighting, len(teachers), labels.numel(), dtype)
+        checks.check_weighting(formula.weighting, len(teachers), student.shape[:-1], "student_logits", student)
+        rows = weight_rows(formula.weighting, len(teachers), labels.numel(), dtype)
         formula = formula.replaced(weighting=rows)
     needs_grad = with_grad or (torch.is_grad_enabled() and student.requires_grad)
     return RowLossCall(student, teachers, labels, second_rows(second, dtype), formula, needs_grad, backend)
@@ -179,9 +179,3 @@ def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, 
     loss = reduce_rows(rows.row_stats, 0, rows.sums, rows.means, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, rows.means, inverse, lead)
     return Evaluated(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
-
-
-def _weights_as_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:
-    """(K,) or (K, ...) weights as (K, N); the expansion is part of the graph, so it sums their gradient."""
-    flat = weighting.reshape(K, -1) if weighting.dim() > 1 else weighting.unsqueeze(-1)
-    return flat.expand(K, N).to(dtype)

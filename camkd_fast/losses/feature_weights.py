@@ -13,7 +13,7 @@ from . import checks
 from .confidence_op import confidence_and_divisor
 from .entry import Way, computing, enter, way_of_call
 from .formula import check_choice, check_ignore_index
-from .layout import second_arguments, second_labels
+from .layout import second_arguments, second_labels, weight_rows
 from .scale_plan import inverse_divisor
 
 FEATURE_WEIGHTINGS = ("confidence", "uniform")
@@ -121,10 +121,6 @@ def constant_weights(
 
 def _given_weights(weighting: Tensor, target: Tensor, K: int, divisor: Divisor) -> ConstantWeights:
     N, ignored = target.shape[0], target == divisor.ignore_index
-    checks.check_floating("weighting", weighting)
-    if weighting.shape not in ((K,), (K, N)):
-        raise ValueError(f"weighting has shape {tuple(weighting.shape)}, but the maps expect {(K,)} or {(K, N)}")
-    checks.check_device("weighting", weighting, "target", target)
-    rows = weighting.detach() if weighting.dim() == 2 else weighting.detach().unsqueeze(-1)
-    weights = rows.expand(K, N).masked_fill(ignored, 0.0)
+    checks.check_weighting(weighting, K, (N,), "target", target)
+    weights = weight_rows(weighting.detach(), K, N, weighting.dtype).masked_fill(ignored, 0.0)
     return ConstantWeights(weights, None, divisor.inverse(target, weights.dtype))

@@ -5,8 +5,8 @@ A leaf but for `divergence`: it imports nothing else of the package, so backends
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ def check_number(name: str, value: float, *, positive: bool) -> None:
     if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):  # numpy's scalars are Real
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a number that changes between calls.
-    if not -math.inf < value < math.inf or (positive and value <= 0):
+    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")
 
 
@@ -92,7 +92,10 @@ class Formula(NamedTuple):
             soft_weight=float(self.soft_weight),
             ignore_index=int(self.ignore_index),
         )
-        return basic if self._has_basic_rest() else basic.replaced(**self._checked_extensions(K))
+        rest = tuple(self)[5:]
+        if tuple(map(type, rest)) == _BASIC_TYPES and rest == _BASIC:
+            return basic
+        return basic.replaced(**self._checked_extensions(K))
 
     def replaced(self, **changes: Any) -> Formula:
         """`_replace`, which torch.compile cannot trace before torch 2.11."""
@@ -156,7 +159,8 @@ class Formula(NamedTuple):
     def constants(self) -> tuple[list[float], str, str, int]:
         """Everything but a weighting tensor, in types that an operator's schema has. See `from_constants`."""
         kind, parameter = self.divergence_kind()
-        flags = [float(self.scale_by_t2), float(self.entropy)]
+        # Not float(flag): in a trace whose numbers change, a flag that was computed from one is no bool
+        flags = [1.0 if self.scale_by_t2 else 0.0, 1.0 if self.entropy else 0.0]
         student = [float(x) for x in self.student_map()]
         scales, softcaps = self.teacher_logit_scales, self.teacher_softcaps
         K = len(scales or softcaps or ())
@@ -180,6 +184,7 @@ class Formula(NamedTuple):
 
 
 _BASIC = Formula()[5:]
+_BASIC_TYPES = tuple(map(type, _BASIC))  # numbers of NumPy are equal to Python's, and are converted
 
 
 def _in_one_form(divergence: str | tuple[str, float]) -> str | Divergence:

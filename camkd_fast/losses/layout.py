@@ -44,3 +44,9 @@ def second_rows(second: SecondLabels | None, dtype: torch.dtype) -> SecondLabels
     if second is None:
         return None
     return SecondLabels(contiguous_labels(second.target), contiguous_labels(second.mix).to(dtype))
+
+
+def weight_rows(weighting: Tensor, K: int, N: int, dtype: torch.dtype) -> Tensor:
+    """(K,) or (K, ...) weights as (K, N). The expansion is part of the graph, so it sums their gradient, in `dtype`."""
+    flat = weighting.reshape(K, -1) if weighting.dim() > 1 else weighting.unsqueeze(-1)
+    return flat.to(dtype).expand(K, N)

@@ -182,7 +182,7 @@ def _output(
     """`factor`: of the sums over the rows; None for results per row."""
 
     def of_rows(rows: Tensor) -> Tensor:
-        rows = rows.detach().view(*rows.shape[:-1], *lead)
+        rows = rows.detach().view((*rows.shape[:-1], *lead))  # `lead` may be ()
         return rows[..., :-1] if shift else rows
 
     def reduced(row: int) -> Tensor:

@@ -16,6 +16,7 @@ from ..backends.dispatch import BACKENDS
 from . import checks
 from .entry import Way, way_of_call
 from .formula import Formula, check_choice, check_flag, check_number
+from .layout import weight_rows
 from .linear_chunks import Side
 from .vocabulary import VocabularyShard
 
@@ -220,17 +221,10 @@ def weights_as_rows(
     if not isinstance(weighting, Tensor):
         return weighting
     weighting = _dense("weighting", weighting)
-    checks.check_floating("weighting", weighting)
     if weighting.requires_grad and torch.is_grad_enabled():
         raise ValueError("weighting requires grad, but weights get no gradient here: expected constants (.detach())")
     expected = (*lead[:-1], lead[-1] - 1) if shift else tuple(lead)
-    if weighting.shape != (K,) and weighting.shape != (K, *expected):
-        raise ValueError(
-            f"weighting has shape {tuple(weighting.shape)}, but {K} teachers expect {(K,)} or {(K, *expected)}"
-        )
-    checks.check_device("weighting", weighting, "target", labels)
-    if weighting.dim() == 1:
-        return weighting.to(dtype).unsqueeze(-1).expand(K, labels.numel())
-    if shift:
+    checks.check_weighting(weighting, K, expected, "target", labels)
+    if shift and weighting.dim() > 1:
         weighting = torch.nn.functional.pad(weighting, (0, 1))
-    return weighting.to(dtype).reshape(K, -1)
+    return weight_rows(weighting, K, labels.numel(), dtype)

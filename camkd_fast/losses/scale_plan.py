@@ -44,7 +44,7 @@ def plan_scales(
     if inverse_divisor is None:
         return ScalePlan(as_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype), 1.0, None)
     if loss_scale is not None:
-        factor = loss_scale if isinstance(loss_scale, Tensor) else float(loss_scale)
+        factor = loss_scale.to(accumulation_dtype) if isinstance(loss_scale, Tensor) else float(loss_scale)
         return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)
     if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not differentiable:
         return ScalePlan(inverse_divisor, 1.0, inverse_divisor)

@@ -12,8 +12,7 @@ from ..data import choose
 from ..data.batch import LoaderConfig
 from ..data.files import ImageSet
 from ..models.preprocessing import device_of
-
-_BATCH = 256
+from .run_images import EVALUATION_BATCH
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def confusion(models: Sequence[nn.Module], images: ImageSet, loader: str = "auto
     C = images.num_classes
     counts = torch.zeros(len(models), C * C, dtype=torch.int64, device=device)
     right = torch.zeros(len(models) + 1, dtype=torch.int64, device=device)
-    batches = choose.loader(images, LoaderConfig(_BATCH, device=device, skip_bad=skip_bad), loader)
+    batches = choose.loader(images, LoaderConfig(EVALUATION_BATCH, device=device, skip_bad=skip_bad), loader)
     try:
         for batch in batches:
             answers = torch.stack([model(batch.images).argmax(1) for model in models])

@@ -91,7 +91,7 @@ def test_bitwise_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = make(BF16, F32)
     results = []
     for connected in (True, False):
-        monkeypatch.setattr(cuda_backend, "_CONNECTED", connected)
+        monkeypatch.setattr(cuda_backend, "CONNECTED", connected)
         for options in ({"loss_scale": 8.0}, {"reduction": "sum"}, {"num_items": 3, "beta": 2.0}):
             out, grads = camkd_feature_loss_and_grad(*maps, backend="cuda", **options)
             results.append([*out, *grads])

@@ -162,6 +162,18 @@ def test_learned_weights_of_another_dtype(dtype, backend):
     assert_near(weights.grad, truth(case).grad_weighting.to(dtype), rtol=max(1e-5, torch.finfo(dtype).eps))
 
 
+def test_the_gradient_of_half_precision_weights_is_summed_before_it_is_rounded(backend):
+    """Of many rows, each of which is too small for float16."""
+    N = 40_000
+    student, teachers, target = torch.randn(N, 2), list(torch.randn(2, N, 2)), torch.randint(2, (N,))
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        weights = torch.tensor([0.5, 0.25], dtype=dtype, requires_grad=True)
+        camkd_loss(student, teachers, target, weighting=weights, soft_weight=1e-3, backend=backend).loss.backward()
+        found.append(weights.grad.float())
+    assert_near(found[0], found[1], rtol=2e-3)
+
+
 def test_no_graph_unless_an_input_requires_grad(backend):
     case = make_case(4, 10)
     with torch.no_grad():

@@ -5,7 +5,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import camkd_fast  # noqa: F401  # registers the ops
-from camkd_fast import CAMKDFeatureLoss, camkd_loss, camkd_loss_and_grad, confidence_weights, weighted_feature_loss
+from camkd_fast import (
+    CAMKDFeatureLoss,
+    camkd_linear_loss,
+    camkd_loss,
+    camkd_loss_and_grad,
+    confidence_weights,
+    weighted_feature_loss,
+)
 from camkd_fast.losses.formula import Formula
 from tests.support.cases import make_case
 from tests.support.evaluate import fields, run
@@ -205,6 +212,33 @@ def test_few_recompilations_over_batch_sizes(shape, backend):
         loss.backward()
         assert_near(loss.detach(), truth(case).loss.float())
     assert counter.frame_count <= 3, f"compiled {counter.frame_count} times for 10 batch sizes"
+
+
+SETTINGS = {
+    "temperature": 3.0, "hard_weight": 0.5, "soft_weight": 2.0, "weighting": "uniform", "ignore_index": -1,
+    "divergence": ("jsd", 0.5), "scale_by_t2": False, "z_loss_weight": 0.1, "student_logit_scale": 0.5,
+    "student_softcap": 9.0, "teacher_logit_scales": [0.5, 0.5, 2.0], "teacher_softcaps": [9.0, 9.0, 9.0],
+    "entropy": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("function", [camkd_loss, camkd_linear_loss])
+def test_every_setting_with_dynamic_numbers(function, name):
+    """A trace whose floats are symbols must not make one of a flag."""
+    torch._dynamo.reset()
+    assert set(SETTINGS) == set(Formula._fields)
+    case = make_case(8, 33, padded=False)
+    given = case.student, list(case.teachers)
+    if function is camkd_linear_loss:
+        head = torch.eye(33)
+        given = case.student, head, list(case.teachers), [head] * 3
+
+    def loss(*tensors):
+        return function(*tensors, case.target, **{name: SETTINGS[name]}).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert_near(compiled(*given), loss(*given))
 
 
 def test_inductor_gives_the_eager_gradient(backend):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,20 @@ def test_checked_makes_floats():
     assert [type(value) for value in formula[:3]] == [float] * 3
     assert formula[:5] == (2.0, 1.0, 3.0, "confidence", -100)
     assert formula.is_basic() and formula == Formula(2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, Fraction, bool], ids=lambda kind: kind.__name__)
+def test_numbers_equal_to_a_default_are_numbers_of_python(number):
+    """A schedule in NumPy's numbers may come to 1 or 0."""
+    settings = {"student_logit_scale": number(1), "z_loss_weight": number(0), "teacher_logit_scales": [number(1)] * 2}
+    formula = Formula(**settings).checked(2)
+    assert (type(formula.student_logit_scale), type(formula.z_loss_weight)) == (float, float)
+    student, teachers, target = torch.randn(4, 5), list(torch.randn(2, 4, 5)), torch.arange(4)
+    expected = camkd_loss(student, teachers, target, teacher_logit_scales=[1.0, 1.0]).loss
+    assert torch.equal(camkd_loss(student, teachers, target, **settings).loss, expected)
+    for name in ("student_logit_scale", "z_loss_weight"):
+        one = camkd_loss(student, teachers, target, **{name: settings[name]}).loss
+        assert torch.equal(one, camkd_loss(student, teachers, target).loss), name
 
 
 @pytest.mark.parametrize(

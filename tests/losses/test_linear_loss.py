@@ -126,6 +126,15 @@ def test_leading_dimensions(lead: tuple[int, ...], reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_row_without_leading_dimensions(reduction: str) -> None:
+    row, whole = make_linear_case(1, 30, lead=(), reduction=reduction), make_linear_case(1, 30, reduction=reduction)
+    ours, expected = run(row), run(whole)
+    assert ours.weights.shape == (2,) and ours.entropy is not None and ours.entropy.shape == ()
+    for name, a, b in zip(LinearResult._fields, ours, expected, strict=True):
+        assert torch.equal(a.reshape(-1), b.reshape(-1)), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("weighting", ["confidence", torch.rand(2), torch.rand(2, 4, 14)], ids=["name", "K", "K, B, S"])
 def test_shift_predicts_the_next_label(weighting: Any, reduction: str) -> None:
     case = make_linear_case(60, 30, lead=(4, 15), ignored=0.3, reduction=reduction, hard_weight=1.0, shift=True)

@@ -30,6 +30,7 @@ if not HAS_C_FUNCTIONS:
 
 from camkd_fast.backends import cpu as cpu_backend
 from camkd_fast.backends.contract import WholeLoss
+from camkd_fast.backends.dispatch import whole_loss_backend
 from camkd_fast.losses.formula import Formula
 
 
@@ -52,7 +53,7 @@ def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Ten
 
 
 def test_a_torch_with_c_functions_is_connected() -> None:
-    assert cpu_backend._CONNECTED
+    assert cpu_backend.CONNECTED
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def general(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A switch between the one C++ call and the general path."""
 
     def only_general(yes: bool) -> None:
-        monkeypatch.setattr(cpu_backend, "_CONNECTED", not yes)
+        monkeypatch.setattr(cpu_backend, "CONNECTED", not yes)
 
     return only_general
 
@@ -374,9 +375,10 @@ def test_a_torch_without_c_functions(general):
     """As before torch 2.10: the general path is taken."""
     assert not cpu_backend._C.connect_tensors(None, Tensor, nn.Parameter)
     assert one_call(*batch()) is not None  # the refused connection did not replace the earlier one
-    general(True)
-    assert one_call(*batch()) is None
     student, teachers, target = batch()
+    assert whole_loss_backend("auto", student) is cpu_backend
+    general(True)
+    assert whole_loss_backend("auto", student) is None
     loss = camkd_loss(student.requires_grad_(), teachers, target).loss
     loss.backward()
     assert loss.isfinite() and student.grad is not None

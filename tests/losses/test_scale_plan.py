@@ -26,6 +26,13 @@ def test_the_invariant(inverse, loss_scale, dtype, tracing):
         assert plan.in_kernel.shape == (1,) and plan.in_kernel.dtype == F32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_scale_of_lower_precision_is_exact(dtype):
+    """1 / 7 has to be rounded, 3 has not."""
+    plan = plan_scales(1 / 7, torch.tensor(3.0, dtype=dtype), torch.float64, torch.float64)
+    assert float(plan.in_kernel) == 3 * (1 / 7)
+
+
 @pytest.mark.parametrize("loss_scale", SCALES, ids=["none", "number", "scalar", "vector"])
 def test_the_invariant_if_the_kernel_counts(loss_scale):
     plan = plan_scales(None, loss_scale, F32, F32)

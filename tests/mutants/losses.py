@@ -88,11 +88,6 @@ CHANGES = (
             tests=f"{FORMULAS} tests/losses/test_keywords.py",
         ),
         Change(
-            "weights expanded over the wrong axis",
-            "weighting.reshape(K, -1) if weighting.dim() > 1",
-            "weighting.reshape(-1, K).T if weighting.dim() > 1",
-        ),
-        Change(
             "learned weights have a graph in the value and gradient",
             "formula = formula.replaced(weighting=formula.weighting.detach())",
             "pass",
@@ -146,6 +141,18 @@ CHANGES = (
     *changes(
         "camkd_fast/losses/layout.py",
         "tests/losses/test_layout.py",
+        Change(
+            "weights expanded over the wrong axis",
+            "weighting.reshape(K, -1) if weighting.dim() > 1",
+            "weighting.reshape(-1, K).T if weighting.dim() > 1",
+            tests="tests/losses/test_autograd.py tests/losses/test_logit_loss.py",
+        ),
+        Change(
+            "the gradient of weights rounded row by row",
+            "flat.to(dtype).expand(K, N)",
+            "flat.expand(K, N).to(dtype)",
+            tests="tests/losses/test_autograd.py",
+        ),
         Change("four dimensions as three", "if dimensions > 3:", "if dimensions > 4:"),
         Change(
             "strided columns in place",

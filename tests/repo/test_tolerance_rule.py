@@ -223,7 +223,7 @@ def test_feature_module_contract_rejects_a_wrong_gradient(name, fault, monkeypat
     wrong = faulty_gradients(cpu.feature_loss, fault) if name == "feature_loss" else faulty(getattr(cpu, name), fault)
     monkeypatch.setattr(cpu, name, wrong)
     if name in ("feature_loss", "confidence_backward"):
-        monkeypatch.setattr(cpu, "_CONNECTED", False)  # the calls of C++ do not use them
+        monkeypatch.setattr(cpu, "CONNECTED", False)  # the calls of C++ do not use them
     with pytest.raises(AssertionError, match="RMS difference"):
         assert_feature_module("cpu")
 

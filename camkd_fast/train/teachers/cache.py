@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...models.protocol import Prediction
 from ..distributed import World
-from ..folder_lock import shared
+from ..folder_lock import ONE, shared
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
 from .live import Head, Teachers
@@ -104,7 +104,7 @@ class TeacherCache:
         key: CacheKey,
         storage: Storage = Storage(),  # noqa: B008 - frozen
         *,
-        world: World = World(0, 1, CPU),  # noqa: B008 - frozen
+        world: World = ONE,
         unreadable: int = 0,
         memory_limit: int = MEMORY_LIMIT,
         shard_bytes: int = SHARD_BYTES,

@@ -29,7 +29,7 @@ def emulated_device(emulated: ModuleType) -> Iterator[None]:
         patch.setattr(dispatch, "_compiled", dispatch._compiled.__wrapped__)
         patch.setattr(dispatch, "_whole_loss_on_cpu", dispatch._whole_loss_on_cpu.__wrapped__)
         patch.setattr(cuda_backend, "_C", emulated)
-        patch.setattr(cuda_backend, "_CONNECTED", False)
+        patch.setattr(cuda_backend, "CONNECTED", False)
         patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
         patch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
         limit(emulated)
@@ -44,7 +44,7 @@ def in_one_call(emulated: ModuleType) -> Iterator[None]:
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     assert emulated.connect_tensors(api, torch.Tensor, torch.nn.Parameter), f"torch {torch.__version__}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_backend, "_CONNECTED", True)
+        patch.setattr(cuda_backend, "CONNECTED", True)
         yield
 
 
