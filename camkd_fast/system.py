@@ -214,6 +214,19 @@ def expand_path(text: str) -> Path:
     return Path(_VARIABLE.sub(value, text))
 
 
+def utf8_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8; the message has its name.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
 def quote_path(path: Path) -> str:
     """The text from which `expand_path` gives `path`."""
     text = str(path).replace("$", "$$")

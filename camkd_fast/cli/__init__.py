@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     system.tolerate_unprintable()
     try:
         try:
-            with _short_warnings(), system.stop_signals():
+            with _short_warnings(), _silent_threads(), system.stop_signals():
                 return info() if argv == ["info"] else _run(argv)
         finally:
             system.flush_output()
@@ -102,6 +103,22 @@ def _short_warnings() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Without tracebacks of threads that cannot write: TensorBoard's full disk is that of the command as well."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 __all__ = ["environment", "info", "main"]

@@ -113,11 +113,18 @@ def _remedy(error: OSError) -> str:
 
 
 def way_on(error: BaseException, command: Command | None) -> str:
-    """How to go on after a command failed; empty if it left nothing behind."""
+    """How to go on after a command failed; empty if it left nothing behind, or that cannot be seen."""
+    try:
+        return _way_on(error, command)
+    except OSError:
+        return ""
+
+
+def _way_on(error: BaseException, command: Command | None) -> str:
     stopped = isinstance(error, (KeyboardInterrupt, Stopped))
     match command:
         case Teach() | Distill():
-            return _way_on(error, command.settings.out)
+            return _way_on_with_run(error, command.settings.out)
         case Compare() if command.settings.out.exists() and not isinstance(error, (RunExistsError, FolderLockedError)):
             return f"the same command {'without --overwrite ' * command.overwrite}goes on, and keeps what is finished"
         case Data(action=Fetch()) if stopped:
@@ -127,8 +134,7 @@ def way_on(error: BaseException, command: Command | None) -> str:
     return ""
 
 
-def _way_on(error: BaseException, out: Path) -> str:
-    """Likewise of a run in `out`."""
+def _way_on_with_run(error: BaseException, out: Path) -> str:
     if isinstance(error, (KeyboardInterrupt, Stopped)) and not (out / CONFIG).exists():
         return "nothing was written yet, the same command starts again"
     if isinstance(error, (RunExistsError, FolderLockedError)) or not (out / CONFIG).exists() or is_finished(out):

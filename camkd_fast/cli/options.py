@@ -22,6 +22,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppr
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..experiments.compare import check_different
+from ..losses.checks import MAX_TEACHERS
 from ..system import expand_path
 from ..train import config_file, strategies
 from ..train.config import JOBS, DataConfig, DistillConfig, TeachConfig, at_least
@@ -155,6 +156,7 @@ class Compare:
     """Train this many finished cells of a study again, chosen at random, and compare their accuracies exactly."""
 
     def __post_init__(self) -> None:
+        check_different("strategies", self.strategies)
         check_different("seeds", self.seeds)
         at_least("jobs", self.jobs, 1)
         at_least("check", self.check, 0)
@@ -214,9 +216,14 @@ class Bench:
         result = []
         for shape in self.shapes:
             sizes = shape.split("x")
-            if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+            if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 2**31 for size in sizes):
                 raise ValueError(f"shapes must be IMAGESxCLASSESxTEACHERS, got {shape!r}")
-            result.append((int(sizes[0]), int(sizes[1]), int(sizes[2])))
+            N, C, K = map(int, sizes)
+            if K > MAX_TEACHERS:
+                raise ValueError(f"shapes may have up to {MAX_TEACHERS} teachers, got {shape!r}")
+            result.append((N, C, K))
+        if not result:
+            raise ValueError("shapes must be one or more of IMAGESxCLASSESxTEACHERS, got none")
         return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..system import utf8_text
 from .files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .splits import Splits, hold_out
 from .walk import count_files, image_names, warn_left_out
@@ -73,7 +74,7 @@ def load_tiny_imagenet(root: Path, size: int = 64) -> tuple[ImageFiles, ImageFil
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations} is missing")
     # File name, class and box, separated by tabs.
-    rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines()]
+    rows = [line.split("\t") for line in utf8_text(annotations).splitlines()]
     test = [(row[1] if len(row) > 1 else "", root / "val" / "images" / row[0]) for row in rows]
     return (
         _image_files(train, names, size, TINY_MEAN, TINY_STD),

@@ -123,4 +123,4 @@ class FileBatches(Dataset[Prepared]):
             top, left = (record.shifts[0] + reach).tolist()
             padded = np.pad(levels, ((reach, reach), (reach, reach), (0, 0)))
             levels = padded[top : top + self.data.size, left : left + self.data.size]
-        return np.ascontiguousarray(levels[:, ::-1] if record.mirrored[0] else levels)
+        return levels[:, ::-1].copy() if record.mirrored[0] else np.ascontiguousarray(levels)

@@ -66,6 +66,7 @@ def write(run: Path, environment: Mapping[str, str]) -> Path:
         raise ValueError(f"{run / METRICS} has no finished epoch to report")
     test = next((record for record in records if record["kind"] == "test"), None)
     steps = [record for record in records if record["kind"] == "steps"]
+    _place(records, epochs[-1])
     evaluated = _Models(run, config)
     job = "teach" if isinstance(config, TeachConfig) else "distill"
     sections = [
@@ -203,7 +204,6 @@ def _curve(label: str, color: str, records: Sequence[Record], values: Sequence[f
 
 
 def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
-    steps, epochs = _placed(steps, epochs)
     points = _points(steps, epochs)
     parts = [
         ("total", GREY, [r["loss"] for r in points]),
@@ -243,15 +243,14 @@ def _validated(label: str, color: str, epochs: Sequence[Record], name: str) -> l
     return [_curve(label, color, validated, [100 * r[name] for r in validated])] if validated else []
 
 
-def _placed(*kinds: Sequence[Record]) -> list[list[dict[str, Any]]]:
+def _place(records: Sequence[dict[str, Any]], last: Record) -> None:
     """Add "at" to the records: the position in epochs."""
-    last = kinds[-1][-1]
     per_epoch = last["step"] / last["epoch"]
-    return [[{**record, "at": record["step"] / per_epoch} for record in records] for records in kinds]
+    for record in records:
+        record["at"] = record["step"] / per_epoch
 
 
 def _weights(steps: Sequence[Record], epochs: Sequence[Record], names: Sequence[str]) -> Section:
-    steps, epochs = _placed(steps, epochs)
     points = _points(steps, epochs)
     lines = []
     for of, kind in (("weights", "logits"), ("feature_weights", "features")):
@@ -283,7 +282,6 @@ def _confusion(evaluated: _Models) -> Section:
 
 
 def _speed(steps: Sequence[Record], epochs: Sequence[Record], test: Record | None) -> Section:
-    steps, epochs = _placed(steps, epochs)
     points = [record for record in _points(steps, epochs) if record["images_per_second"] > 0]
     panels = [Panel("Learning rate", "learning rate", [_rate_curve(steps, epochs)])]
     if points:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ..system import utf8_text
 from .class_names import normal, positions
 from .source_strings import SourceString
 
@@ -135,7 +136,7 @@ def _parse(file: Path) -> Any:
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, once)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = utf8_text(file)
         if file.suffix.lower() == ".json":
             return json.loads(text, object_pairs_hook=_unique)
         return yaml.load(text, Loader)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..system import expand_path, quote_path
+from ..system import expand_path, quote_path, utf8_text
 from .atomic import write_atomically
 from .config import JOBS, JobConfig
 from .source_strings import SourceString
@@ -39,7 +39,7 @@ def load(path: Path) -> JobConfig:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(utf8_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or content.get("job") not in JOBS:

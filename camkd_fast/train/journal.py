@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..system import utf8_text
 from .atomic import write_atomically
 from .config import LogConfig
 
@@ -22,18 +24,34 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line before the last is not JSON; the message has file and line.
+        ValueError: it is not UTF-8, or a line before the last is no record; the message has file and line. Reading what
+            a record lacks raises it too.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = []
+    lines = utf8_text(path).splitlines(keepends=True)
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
-            records.append(json.loads(line))
+            content = json.loads(line, object_hook=partial(_ReadRecord, where))
         except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{where} is damaged: it holds no record, but {content!r}")
+        records.append(content)
     return [record for record in records if kind in (None, record["kind"])]
+
+
+class _ReadRecord(dict[str, Any]):
+    """A record, or a part of one, that says where in which file it lacks something."""
+
+    def __init__(self, where: str, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self._where} is damaged: it has no {name!r}, only {', '.join(self)}")
 
 
 class Journal:

@@ -68,6 +68,8 @@ def check_unused(config: JobConfig, resume: bool, overwrite: bool) -> None:
         ValueError, OSError: the config of the existing run cannot be read.
     """
     out = config.out
+    if overwrite:
+        _check_kept(config)
     if overwrite or not (out / CONFIG).exists():
         return
     if not resume:
@@ -84,6 +86,18 @@ def check_unused(config: JobConfig, resume: bool, overwrite: bool) -> None:
             f"{out} cannot be resumed, as it was started with {words}: --resume with the old settings goes on, "
             "--overwrite starts again with the new ones"
         )
+
+
+def _check_kept(config: JobConfig) -> None:
+    """
+    Raises:
+        ValueError: the weights of a teacher or the initial ones lie in the folder that is to be overwritten.
+    """
+    out = config.out.resolve()
+    for source in (*getattr(config, "teachers", ()), *filter(None, [config.init])):
+        path = source.path()
+        if path is not None and out in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{config.out} cannot be overwritten: {source}, from which this run starts, is in it")
 
 
 def check_extension(config: JobConfig, before: int, completed: int, per_epoch: int, peak: float, extend: bool) -> bool:

@@ -29,6 +29,12 @@ class SourceString(str):
         before, path = sources.split_path(text)
         return cls(before + (str(expand_path(path)) if "$" in path or path.startswith("~") else path))
 
+    def path(self) -> Path | None:
+        """The file or folder, if the source is one."""
+        before, path = sources.split_path(self)
+        path = path.partition("?")[0]  # without options
+        return None if before == hf_models.PREFIX or not path else Path(path)
+
     def quoted(self) -> str:
         """The text from which `expanded` gives this source."""
         before, path = sources.split_path(self)

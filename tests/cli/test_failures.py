@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,30 @@ def test_other_commands_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(fetch, "fetch", lambda *arguments: raising(KeyboardInterrupt())())
     assert "the same command goes on with the download" in failing("data fetch cifar10", capsys, 130)
+
+
+@pytest.mark.parametrize(
+    "command", ["teach --model", "distill --teachers t --student", "compare --strategies ce --student"]
+)
+def test_a_folder_whose_name_is_too_long(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor can be asked whether a run is in it."""
+    error = failing(f"{command} resnet8 --data digits --no-progress --out {'x' * 300}", capsys)
+    assert error.startswith("camkd-fast: x") and "ile name too long" in error and error.count("\n") == 1
+
+
+def test_a_thread_that_cannot_write_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of TensorBoard. Its disk is that of the command, which says so."""
+    from camkd_fast.cli import _silent_threads
+
+    printed: list[str] = []
+    before = lambda arguments: printed.append(str(arguments.exc_value))  # noqa: E731 - compared below
+    monkeypatch.setattr(threading, "excepthook", before)
+    with _silent_threads():
+        for error in (OSError(errno.ENOSPC, "full"), ValueError("a bug")):
+            thread = threading.Thread(target=raising(error))
+            thread.start()
+            thread.join()
+    assert printed == ["a bug"] and threading.excepthook is before
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from camkd_fast.data import Augmentation, LabelledImages
+from camkd_fast.data import Augmentation, LabelledImages, choose
 from camkd_fast.data.augment import records
+from camkd_fast.data.batch import LoaderConfig
+from camkd_fast.data.files import ImageFiles
 from tests.support.loader_data import CROP, KINDS, RESIZED, arrays, assert_same, by_sample, levels, opened
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -90,6 +94,17 @@ def test_the_three_loaders_agree(augmentation: Augmentation | None) -> None:
                 assert (levels(resident, data) - levels(dali, data)).abs().max() <= 1.001
                 dali = dali._replace(images=resident.images)
             assert_same([resident], [dali])
+
+
+def test_files_of_one_pixel_are_mirrored(tmp_path: Path) -> None:
+    """An axis of length 1 keeps a negative stride in what NumPy calls contiguous, which torch refuses."""
+    paths = tuple(tmp_path / f"{i}.png" for i in range(8))
+    for i, path in enumerate(paths):
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(path)
+    images = ImageFiles(paths, torch.zeros(8, dtype=torch.int64), 1, ("a",), (0.0,) * 3, (1.0,) * 3, 1)
+    with closing(choose.loader(images, LoaderConfig(4, augmentation=Augmentation(padding=0)), "torch")) as loader:
+        reds = sorted(float(red) for batch in loader for red in batch.images[:, 0, 0, 0])
+    assert reds == list(range(8))
 
 
 @kinds

@@ -188,7 +188,7 @@ CHANGES = (
             "self.config.seed, view, np.array([sample]), size)",
             tests=f"{LOADERS}::test_views_of_files_have_their_own_seed_too",
         ),
-        Change("files are never mirrored", "levels[:, ::-1] if record.mirrored[0] else levels", "levels"),
+        Change("files are never mirrored", "levels[:, ::-1].copy() if record.mirrored[0] else ", ""),
         Change("files are never shifted", "if record.shifts.any():", "if False:"),
     ),
     *changes(

@@ -28,6 +28,25 @@ def test_journal_drops_what_a_resumed_run_will_say_again(tmp_path: Path) -> None
         read_metrics(path)
 
 
+def test_what_a_damaged_file_lacks_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    good = '{"kind": "epoch", "step": 1, "parts": {"harf": 1.0}}\n'
+    path.write_text(good + '{"kinf": "epoch"}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged: it has no 'kind', only kinf"):
+        read_metrics(path, "epoch")
+    path.write_text(good)
+    (record,) = read_metrics(path)
+    for part, name in ((record, "epoch"), (record["parts"], "hard")):
+        with pytest.raises(ValueError, match=f"metrics.jsonl, line 1 is damaged: it has no '{name}', only"):
+            part[name]
+    path.write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match=r"line 1 is damaged: it holds no record, but \[1, 2\]"):
+        read_metrics(path)
+    path.write_bytes(b'{"kind": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is not UTF-8: invalid start byte at byte 10"):
+        read_metrics(path)
+
+
 def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
     journal = Journal(tmp_path, LogConfig(progress=False), steps=10, step=0, title="")
     for step in (5, 10):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -322,6 +323,20 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
     for teachers in ((Path("a"),), (Path("b"), Path("a"))):
         with pytest.raises(RunExistsError, match="teachers"):
             run_folder.check_unused(replace(config, teachers=teachers), resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "../{0}/deeper"])
+def test_a_run_does_not_overwrite_what_it_starts_from(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "t"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    source = str(tmp_path / "link" / name.format("t")) if name else str(out)
+    for config in (DistillConfig(teachers=("elsewhere", source), out=out), DistillConfig(init=source, out=out)):
+        with pytest.raises(ValueError, match=f"overwritten: {re.escape(source)}, from which this run starts, is in it"):
+            run_folder.check_unused(config, resume=False, overwrite=True)
+        run_folder.check_unused(replace(config, out=tmp_path / "t2"), resume=False, overwrite=True)
+    hub = DistillConfig(teachers=(f"hf:{out}", "timm:resnet18"), out=out)
+    run_folder.check_unused(hub, resume=False, overwrite=True)
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:

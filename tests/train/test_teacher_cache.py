@@ -249,7 +249,17 @@ def test_a_missing_or_damaged_manifest_is_named(tmp_path: Path) -> None:
     build(tmp_path, teachers)
     manifest = tmp_path / "manifest.000.json"
     text = manifest.read_text()
-    for broken in (text[:100], text.replace('"samples"', '"simples"'), text.replace('"classes"', '"glasses"'), "[]"):
+    for broken in (
+        text[:100],
+        text.replace('"samples"', '"simples"'),
+        text.replace('"classes"', '"glasses"'),
+        "[]",
+        "null",
+        text.replace('"sha256"', '"sha257"'),
+        text.replace('"shards": [', '"shards": -1, "x": ['),
+        text.replace('"key": {', '"key": null, "x": {'),
+        text.replace('"format"', '"formaf"'),
+    ):
         manifest.write_text(broken)
         with pytest.raises(CacheError, match=r"manifest.000.json is damaged"):
             TeacherCache.open(tmp_path, make_key(teachers))

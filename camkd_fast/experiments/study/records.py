@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...system import utf8_text
 from ...train.atomic import write_atomically
 from . import cells
 from .cells import Cell
@@ -70,7 +71,7 @@ def read(study: StudyConfig, path: Path) -> Results:
     """
     results, records = Results(study), []
     if path.exists():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(utf8_text(path).splitlines(), 1):
             try:
                 record = json.loads(line)
                 record["kind"], record["hash"]

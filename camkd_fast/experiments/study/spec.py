@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ...system import is_portable_name
+from ...system import is_portable_name, utf8_text
 from ...train import config_file, strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
 
@@ -174,7 +174,7 @@ def load(path: Path) -> StudyConfig:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(utf8_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):

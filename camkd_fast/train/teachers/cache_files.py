@@ -111,6 +111,9 @@ class Storage:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
 
+SHARD = ("file", "rows", "sha256")
+
+
 @dataclass
 class Manifest:
     """Everything that one rank wrote."""
@@ -120,7 +123,7 @@ class Manifest:
     classes: int
     channels: list[int]  # D_k; 0 if feature maps are not stored
     error: dict[str, Any]  # number of rows first written, and `truncation.loss_error` on them
-    shards: list[dict[str, Any]] = field(default_factory=list)  # file, rows, sha256
+    shards: list[dict[str, Any]] = field(default_factory=list)  # with the fields SHARD
 
     def write(self, path: Path) -> None:
         write_atomically(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
@@ -129,13 +132,20 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         try:
             content = json.loads(path.read_bytes())
-            if (found := content.pop("format")) != FORMAT:
-                raise CacheError(f"{path} has format {found}, but this version reads format {FORMAT}")
-            key: dict[str, Any] = content.pop("key")
+            found = content.pop("format")
+            key: dict[str, Any] = content.pop("key") if found == FORMAT else {}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CacheError(f"{path} is damaged: {error!r}") from error
+        if found != FORMAT:
+            raise CacheError(f"{path} has format {found}, but this version reads format {FORMAT}")
+        try:
             key.update({name: tuple(value) for name, value in key.items() if isinstance(value, list)})
-            return cls(CacheKey(**key), Storage(**content.pop("storage")), **content)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CacheError(f"{path} is damaged: {error}") from error
+            manifest = cls(CacheKey(**key), Storage(**content.pop("storage")), **content)
+            manifest.channels = [int(channels) for channels in manifest.channels]
+            manifest.shards = [{name: shard[name] for name in SHARD} for shard in manifest.shards]
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise CacheError(f"{path} is damaged: {error!r}") from error
+        return manifest
 
 
 def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
