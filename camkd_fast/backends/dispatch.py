@@ -181,6 +181,13 @@ def explain(*tensors: Tensor, backend: str = "auto") -> str:
 
     >>> explain(torch.zeros(4, 10, dtype=torch.float64))
     'reference (cpu: it takes float32, bfloat16 and float16, got float64)'
+
+    Args:
+        tensors: those of a call, in its order: the student's first.
+        backend: the requested one.
+
+    Raises:
+        ValueError, NotImplementedError: there is no such backend, or it cannot run these tensors.
     """
     name, reason = choose(backend, tensors)
     return f"{name} ({reason})"

@@ -43,7 +43,7 @@ def confidence_weights(
     Args:
         logits: K tensors (..., C), dtypes may differ, or one (K, ..., C) tensor; K from 1 to 16.
         target: (...) int64 labels in [0, C), or `ignore_index`, whose rows get weights and cross-entropies of 0.
-        second_target, mix: second labels of the rows, as in `camkd_loss`.
+        backend, second_target, mix: as in `camkd_loss`.
 
     Returns:
         (weights, ce): both (K, ...) in the accumulation dtype, differentiable once with respect to the logits.
@@ -81,6 +81,7 @@ def weighted_feature_loss(
         teacher_features: K tensors F_k, each of its r_k's shape. No gradient.
         weights: (K, N), differentiable.
         reduction: "mean" over samples, "sum", or "none".
+        backend: as in `camkd_loss`.
 
     Returns:
         A scalar, or (N,) for reduction="none", in the accumulation dtype; differentiable once.
@@ -174,8 +175,10 @@ def camkd_feature_loss_and_grad(
         beta: coefficient of the loss (paper: 50).
         weighting: "confidence" (the paper), "uniform" (1/K), or weights (K,) or (K, N).
         reduction: "mean" over the samples that are not ignored, "sum", or "none" (the gradient of each one's own loss).
+        ignore_index: the label of samples that do not count.
         num_items: divisor of "mean" instead of the number of samples (gradient accumulation, data parallel).
         loss_scale: multiplies the gradient only (a GradScaler's scale: a number or a one-element tensor).
+        backend: as in `camkd_loss`.
         second_target, mix: second labels (N,) of the samples, as in `camkd_loss`, for weighting="confidence".
 
     Returns:
@@ -248,6 +251,11 @@ class CAMKDFeatureLoss(nn.Module):
         student_channels: D of the student's feature map.
         teacher_channels: D_k of each teacher's feature map; K from 1 to 16.
         detach_weights: cut the gradient through the weights (the paper does not say; the official code keeps it).
+        ignore_index: the label of samples that do not count.
+        backend: as in `camkd_loss`.
+
+    Raises:
+        ValueError, TypeError: naming the argument and its value.
     """
 
     def __init__(
@@ -346,6 +354,12 @@ class CAMKDFeatureLoss(nn.Module):
 
         Args:
             options: keywords of `camkd_feature_loss_and_grad` but those of the module; the rest as in `forward`.
+
+        Returns:
+            The output, K maps r_k (N, D_k, H_k, W_k), and their gradients in the same shapes and dtypes.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as `forward` and `camkd_feature_loss_and_grad`.
         """
         self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
         regressed = self.regress(student_feature, teacher_features)

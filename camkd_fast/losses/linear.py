@@ -225,7 +225,11 @@ class CAMKDLinearLoss(nn.Module):
         """
         Args:
             weighting: a name; a tensor is given with its batch.
-            settings: other keywords of `camkd_linear_loss` but those of a batch.
+            settings: other keywords of `camkd_linear_loss` but those of a batch, which are student_bias,
+                teacher_biases, num_items, num_valid, group and vocab_range.
+
+        Raises:
+            ValueError, TypeError: naming the setting and its value.
         """
         super().__init__()
         for name in settings:

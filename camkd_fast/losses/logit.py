@@ -260,6 +260,13 @@ class CAMKDLoss(nn.Module):
         teacher_softcaps: Sequence[float | None] | None = None,
         entropy: bool = False,
     ) -> None:
+        """
+        Args:
+            weighting: a name, or weights (K,) or (K, ...), which become a buffer; all others as in `camkd_loss`.
+
+        Raises:
+            ValueError, TypeError: naming the argument and its value.
+        """
         super().__init__()
         self.temperature, self.hard_weight, self.soft_weight = temperature, hard_weight, soft_weight
         self.weighting, self.ignore_index = weighting, ignore_index

@@ -165,6 +165,9 @@ class Distiller(nn.Module):
                 step, for gradient accumulation; those of all processes divided by their number, for DDP and FSDP.
             second_target: (N,) int64 second labels of mixed images (Mixup, CutMix); None: images have one label.
             mix: (N,) float32 in [0, 1], the share of `target`; the share of `second_target` is 1 - mix.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or labels that do not fit; both values are named.
         """
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

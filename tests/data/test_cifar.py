@@ -27,10 +27,7 @@ from camkd_fast.data.cifar import (
 )
 from camkd_fast.data.fetch import default_folder
 
-
-@pytest.fixture(autouse=True)
-def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
+pytestmark = pytest.mark.usefixtures("own_data_folder")
 
 
 def python2_pickle(value: Any, numpy_core: str = "numpy.core") -> bytes:

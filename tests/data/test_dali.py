@@ -25,7 +25,6 @@ from tests.support.loader_data import (
     STD,
     assert_same,
     by_sample,
-    image_files,
     levels,
     opened,
     picture,
@@ -33,11 +32,6 @@ from tests.support.loader_data import (
 
 kinds = pytest.mark.parametrize("kind", ["dali", "torch"])
 augmentations = pytest.mark.parametrize("augmentation", [None, CROP, RESIZED], ids=["none", "crop", "resized-crop"])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
-    return image_files(tmp_path_factory.mktemp("images"), 36)
 
 
 def rgb(path: Path) -> np.ndarray[Any, Any]:

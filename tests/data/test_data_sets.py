@@ -18,10 +18,7 @@ from camkd_fast.data.images import check_labels
 from camkd_fast.data.splits import hold_out
 from tests.support.loader_data import fashion_folder, idx
 
-
-@pytest.fixture(autouse=True)
-def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
+pytestmark = pytest.mark.usefixtures("own_data_folder")
 
 
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 99))

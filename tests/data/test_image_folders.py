@@ -13,10 +13,7 @@ from camkd_fast.data import ImageFiles, catalogue
 from camkd_fast.data.fetch import default_folder
 from camkd_fast.data.folders import load_folder, load_stanford_dogs, load_tiny_imagenet
 
-
-@pytest.fixture(autouse=True)
-def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAMKD_FAST_DATA", str(tmp_path / "data"))
+pytestmark = pytest.mark.usefixtures("own_data_folder")
 
 
 def image(path: Path) -> Path:

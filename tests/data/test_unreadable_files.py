@@ -12,15 +12,10 @@ import pytest
 import torch
 
 from camkd_fast.data import Augmentation, BadImageError, ImageFiles
-from tests.support.loader_data import CROP, RESIZED, assert_same, by_sample, image_files, opened
+from tests.support.loader_data import CROP, RESIZED, assert_same, by_sample, opened
 
 kinds = pytest.mark.parametrize("kind", ["dali", "torch"])
 augmentations = pytest.mark.parametrize("augmentation", [None, CROP, RESIZED], ids=["none", "crop", "resized-crop"])
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
-    return image_files(tmp_path_factory.mktemp("images"), 36)
 
 
 def damaged(files: ImageFiles, position: int, damage: str) -> ImageFiles:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,9 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = f"--data digits --images 300 --epochs 2 --no-progress --no-tensorboard --device {DEVICE}"
 
-pytestmark = [pytest.mark.usefixtures("nondeterministic", "_one_thread_on_a_cpu")]
+pytestmark = [pytest.mark.usefixtures("nondeterministic", "one_thread")]
 if DEVICE == "cpu":
     pytestmark.append(pytest.mark.slow)  # the rehearsal
-
-
-@pytest.fixture(scope="module")
-def _one_thread_on_a_cpu() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -76,16 +76,6 @@ def one_pass(
     )
 
 
-@pytest.fixture
-def general(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A switch between the C++ calls and the general path."""
-
-    def only_general(yes: bool) -> None:
-        monkeypatch.setattr(cpu_backend, "CONNECTED", not yes)
-
-    return only_general
-
-
 def both_ways(general: Any, function: Any) -> list[list[Tensor]]:
     """The tensors that `function` returns, by the C++ calls and by the general path."""
     results = []

@@ -56,16 +56,6 @@ def test_a_torch_with_c_functions_is_connected() -> None:
     assert cpu_backend.CONNECTED
 
 
-@pytest.fixture
-def general(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A switch between the one C++ call and the general path."""
-
-    def only_general(yes: bool) -> None:
-        monkeypatch.setattr(cpu_backend, "CONNECTED", not yes)
-
-    return only_general
-
-
 @pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weighting", ["confidence", "uniform", "entropy"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camkd_fast import camkd_loss
@@ -70,3 +71,9 @@ def logit_loss(strategy: Strategy, batch: Case, **keywords: object):
         batch.target,
         **{**strategy.formula.options(), "weighting": weighting, **keywords},
     )
+
+
+def confidence(logits: list[Tensor], target: Tensor) -> Tensor:
+    """The weights (K, N) of the paper's formula (eq. 3)."""
+    ce = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits])
+    return (1 - ce.softmax(0)) / (len(logits) - 1)

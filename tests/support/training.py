@@ -121,3 +121,13 @@ def trainer(
 def parameters(step: TrainStep) -> Tensor:
     """Everything that the step trains, flat."""
     return torch.cat([p.detach().flatten() for p in step.trainable.parameters()])
+
+
+def gradients(module: nn.Module) -> Tensor:
+    """Of all parameters that have one, as one vector."""
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def relative(one: Tensor, two: Tensor) -> float:
+    """Relative error in norm."""
+    return float((one - two).detach().norm() / two.detach().norm())

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from torch import Tensor, nn
+from torch import Tensor
 
 from camkd_fast import Distiller, camkd_loss
 from camkd_fast.train.batch_labels import Labels
 from camkd_fast.train.distiller import Objective
 from camkd_fast.train.strategies import names
-from tests.support.training import CLASSES, SmallNet, batch
+from tests.support.training import CLASSES, SmallNet, batch, gradients, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = batch(17)
@@ -40,14 +40,6 @@ def distiller(strategy: str, smoothing: float = 0.0, dtype: torch.dtype = torch.
         torch.manual_seed(0)
         teachers = [SmallNet(6 + k, seed=10 + k) for k in range(2)]
         return Distiller(SmallNet(), teachers, strategy, label_smoothing=smoothing).to(dtype).eval()
-
-
-def gradients(module: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-
-
-def relative(one: Tensor, two: Tensor) -> float:
-    return float((one - two).norm() / two.norm())
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -17,7 +17,7 @@ from camkd_fast import Distiller, camkd_loss, models
 from camkd_fast.models.preprocessing import Preprocessing
 from camkd_fast.models.protocol import Source
 from camkd_fast.train.strategies import names
-from tests.support.training import CHANNELS, CLASSES, SIDE, SmallNet, batch, train_step
+from tests.support.training import CHANNELS, CLASSES, SIDE, SmallNet, batch, gradients, relative, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = batch(33)
@@ -33,14 +33,6 @@ def distiller(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Distiller(student or SmallNet(), teachers(), strategy, **options)
-
-
-def gradients(module: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-
-
-def relative(one: Tensor, two: Tensor) -> float:
-    return float((one - two).norm() / two.norm())
 
 
 class Bare(nn.Module):

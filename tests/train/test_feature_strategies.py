@@ -14,14 +14,19 @@ from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.strategies import Strategy
 from camkd_fast.train.teachers.live import LiveTeachers
-from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
+from tests.support.strategies import (
+    FEATURES,
+    WITH_FEATURES,
+    WITH_TEACHERS,
+    Case,
+    Tiny,
+    case,
+    confidence,
+    live,
+    logit_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def confidence(logits: list[Tensor], target: Tensor) -> Tensor:
-    ce = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits])
-    return (1 - ce.softmax(0)) / (len(logits) - 1)
 
 
 def regressed(strategy: Strategy, batch: Case) -> list[Tensor]:

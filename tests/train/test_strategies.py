@@ -15,7 +15,17 @@ from camkd_fast.models.protocol import Prediction
 from camkd_fast.train import strategies
 from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.processes import leave_group
-from tests.support.strategies import FEATURES, WITH_FEATURES, WITH_TEACHERS, Case, Tiny, case, live, logit_loss
+from tests.support.strategies import (
+    FEATURES,
+    WITH_FEATURES,
+    WITH_TEACHERS,
+    Case,
+    Tiny,
+    case,
+    confidence,
+    live,
+    logit_loss,
+)
 
 T = 4.0
 
@@ -27,11 +37,6 @@ def soft_losses(batch: Case) -> Tensor:
     log_q = F.log_softmax(batch.student.logits / T, 1)
     kl = [F.kl_div(log_q, F.softmax(t.logits / T, 1), reduction="none").sum(1) for t in batch.outputs]
     return T**2 * torch.stack(kl)
-
-
-def confidence(logits: list[Tensor], target: Tensor) -> Tensor:
-    ce = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits])
-    return (1 - ce.softmax(0)) / (len(logits) - 1)
 
 
 # --- strengths -------------------------------------------------------------------------------------------------------
