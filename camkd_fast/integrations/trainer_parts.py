@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .loss_metrics import LossMetrics
 
@@ -23,6 +24,12 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
     _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: DeepSpeed partitions the parameters, so that no process has the head that the loss reads.
+        """
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 is not supported, the loss needs whole heads: use stage 2, or FSDP2")
         self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}
         super().__init__(*args, **kwargs)
 

@@ -41,7 +41,7 @@ def row_sums(
     K, N = len(teachers), target.shape[0]
     sums = contract.new_row_sums(whole, K, target)
     if N > 0:
-        launch = shard_launcher(layouts([student, *teachers]), None, _named(formula), whole is not None)
+        launch = sums_launcher(layouts([student, *teachers]), _named(formula), whole is not None)
         launch(student, tuple(teachers), target, sums)
     return sums
 
@@ -63,7 +63,7 @@ def row_results(
         given = formula.weighting if isinstance(formula.weighting, Tensor) else None
         scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
         strides = (0, 0) if given is None else given.stride()
-        launch = shard_launcher(layouts([student, *teachers]), strides, _named(formula), isinstance(scale, Tensor))
+        launch = results_launcher(layouts([student, *teachers]), strides, _named(formula), isinstance(scale, Tensor))
         launch(student, tuple(teachers), target, given, sums.contiguous(), row_stats, grad_student, scale)
     return RowLossResult(row_stats, grad_student)
 
@@ -74,33 +74,39 @@ def _named(formula: Formula) -> Formula:
 
 
 @functools.lru_cache(maxsize=1024)
-def shard_launcher(
-    tensors: tuple[Any, ...], given_strides: tuple[int, ...] | None, formula: Formula, flag: bool
-) -> Launcher:
-    """A program per row, of the sums or of the results.
-
+def sums_launcher(tensors: tuple[Any, ...], formula: Formula, of_mixtures: bool) -> Launcher:
+    """
     Args:
         tensors: `layouts` of student and teachers.
-        given_strides: of given weights, or zeros, for the results; None for the sums.
         formula: with a name for its weighting.
-        flag: for the results whether the gradient's factor is on the device, for the sums whether they are those over
-            the mixtures.
     """
+    return _launcher(row_sums_kernel, tensors, (), formula, OF_MIXTURES=of_mixtures)
+
+
+@functools.lru_cache(maxsize=1024)
+def results_launcher(
+    tensors: tuple[Any, ...], given_strides: tuple[int, ...], formula: Formula, scale_on_device: bool
+) -> Launcher:
+    """Likewise; `given_strides` are those of given weights, or zeros."""
+    return _launcher(row_results_kernel, tensors, given_strides, formula, SCALE_ON_DEVICE=scale_on_device)
+
+
+def _launcher(
+    kernel: Any, tensors: tuple[Any, ...], given_strides: tuple[int, ...], formula: Formula, **flags: bool
+) -> Launcher:
+    """A program per row."""
     tensors = tuple(Layout(*x) for x in tensors)
     N, S, C = row_shape(tensors[0].shape)
     K, ALIGN = len(tensors) - 1, alignment(tensors)
     outer, inner = stride_units(tensors, ALIGN)
     numbers = (
         *(outer[0], inner[0], unspecialised(outer[1:]), unspecialised(inner[1:])),
-        *(() if given_strides is None else given_strides),
+        *given_strides,
         *(N, S, C // ALIGN, formula.ignore_index),
         kernel_formula(formula, K),
     )
     itemsize = max(x.dtype.itemsize for x in tensors)
     BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, beyond=True)
-    kernel, name = (
-        (row_sums_kernel, "OF_MIXTURES") if given_strides is None else (row_results_kernel, "SCALE_ON_DEVICE")
-    )
     constants = {
         "K": K,
         **formula_constants(formula, K),
@@ -109,7 +115,7 @@ def shard_launcher(
         "BLOCK_C": BLOCK_C,
         "VEC": VEC,
         "GROUP": GROUP,
-        name: flag,
+        **flags,
     }
     return Launcher(kernel, N, numbers, constants, num_warps=num_warps, maxnreg=maxnreg)
 

@@ -32,7 +32,8 @@ class Preprocessing:
         channels: of the images.
 
     Raises:
-        ValueError: mean and std do not belong together, or are not for this number of channels.
+        ValueError: mean and std do not belong together, are not for this number of channels or no numbers of images,
+            or the size is below 1.
     """
 
     mean: tuple[float, ...] | None = None
@@ -41,6 +42,8 @@ class Preprocessing:
     channels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be at least 1, got {min(self.size)}")
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std belong together, got mean {self.mean} and std {self.std}")
         if self.mean is None or self.std is None:
@@ -49,6 +52,8 @@ class Preprocessing:
             raise ValueError(f"mean has {len(self.mean)} channels, but std {len(self.std)}")
         if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
         if self.channels is not None and len(self.mean) not in (1, self.channels):
             raise ValueError(f"mean has {len(self.mean)} channels, but the images {self.channels}")
 

@@ -16,7 +16,6 @@ what a source does not know of its images.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 import sys
@@ -30,6 +29,7 @@ import torch
 from torch import nn
 
 from . import checkpoint_files, foreign, hf_models, model_file, names, timm_models, torchvision_models, zoo_name
+from .preprocessing import Preprocessing
 from .protocol import FeatureModel, Source
 from .split import LogitsOnly, Split, split
 
@@ -137,18 +137,10 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _check(spec: str, options: dict[str, Any]) -> None:
-    mean, std, size = (options.get(key) for key in ("mean", "std", "size"))
-    if (mean is None) != (std is None):
-        raise ValueError(f"source {spec}: mean and std belong together, got mean {mean} and std {std}")
-    if mean is not None and std is not None:
-        if len(mean) != len(std):
-            raise ValueError(f"source {spec}: mean has {len(mean)} channels, but std {len(std)}")
-        if not all(0 < value < math.inf for value in std):
-            raise ValueError(f"source {spec}: std must be positive, got {std}")
-        if not all(map(math.isfinite, mean)):
-            raise ValueError(f"source {spec}: mean must be finite, got {mean}")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"source {spec}: size must be at least 1, got {min(size)}")
+    try:
+        Preprocessing(options.get("mean"), options.get("std"), options.get("size"))
+    except ValueError as error:
+        raise ValueError(f"source {spec}: {error}") from error
 
 
 # --- kinds of sources ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from camkd_fast import CAMKDLinearLoss
+from camkd_fast.integrations import trainer_parts
 from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states
 from camkd_fast.integrations.transformers import MultiTeacherDistillationMixin
 from tests.support.language_models import (
@@ -227,6 +228,12 @@ def test_a_routers_loss_is_not_lost_in_silence(make: Any, tmp_path: Path) -> Non
 
 
 # --- training and evaluation -----------------------------------------------------------------------------------------
+
+
+def test_partitioned_parameters_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_parts, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 is not supported"):
+        make()
 
 
 class Undeclared(LlamaForCausalLM):

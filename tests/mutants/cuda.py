@@ -554,6 +554,12 @@ CHANGES = (
         "csrc/cuda/launch_table.h",
         TABLE,
         Change(
+            "any geometry for a trial",
+            "if (!trial.admits(warps, slots)) continue;",
+            "",
+            tests="tests/benchmarks/test_row_kernel.py",
+        ),
+        Change(
             "clusters that are no power of two",
             "while (g.cluster & (g.cluster - 1)) ++g.cluster;",
             "",

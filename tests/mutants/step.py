@@ -175,6 +175,12 @@ CHANGES = (
     *changes(
         "camkd_fast/train/distiller.py",
         LABELS,
+        Change(
+            "teachers are emptied",
+            "teachers.move(lambda tensor: tensor.to(device))",
+            "teachers.move(lambda tensor: torch.empty_like(tensor, device=device))",
+            tests="tests/train/test_distiller.py",
+        ),
         Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
         Change("smoothing is not logged", "losses.hard + smoothing, losses.soft", "losses.hard, losses.soft"),
         Change(

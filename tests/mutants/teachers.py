@@ -13,6 +13,12 @@ CHANGES = (
     *changes(
         "camkd_fast/train/teachers/cache_files.py",
         CACHE,
+        Change(
+            "fields of shards are not checked",
+            "{name: shard[name] for name in SHARD}",
+            "shard",
+            tests="tests/train/test_teacher_cache.py",
+        ),
         Change("augmentation is not part of the key", "augmentation=str(config.augmentation),", 'augmentation="",'),
         Change("seed of the images instead of the views", "seed=config.augmentation_seed,", "seed=config.seed,"),
         Change("split is not part of the key", "split=split,", 'split="train",'),

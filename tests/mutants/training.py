@@ -215,6 +215,18 @@ CHANGES = (
         "camkd_fast/train/run_folder.py",
         JOBS,
         Change(
+            "a run may overwrite its teachers",
+            "        _check_kept(config)",
+            "        pass",
+            tests="tests/train/test_options.py",
+        ),
+        Change(
+            "folders above a source do not count",
+            "out in (path.resolve(), *path.resolve().parents):",
+            "out == path.resolve():",
+            tests="tests/train/test_options.py",
+        ),
+        Change(
             "teachers may differ on resume",
             '*("out", "teacher_cache"',
             '*("out", "teachers", "teacher_cache"',
@@ -224,6 +236,18 @@ CHANGES = (
     *changes(
         "camkd_fast/train/journal.py",
         f"tests/train/test_journal.py {CHECKPOINT}",
+        Change(
+            "what a record lacks is not named",
+            "    def __missing__(",
+            "    def missing(",
+            tests="tests/train/test_journal.py",
+        ),
+        Change(
+            "parts of a record are not",
+            ", object_hook=partial(_ReadRecord, where))",
+            ", object_pairs_hook=lambda p: dict(p))",
+            tests="tests/train/test_journal.py",
+        ),
         Change(
             "records of the resumed part twice",
             'if r["step"] <= step and r["kind"] != "test"',
