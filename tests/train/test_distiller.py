@@ -241,6 +241,9 @@ def test_any_sequence_of_teachers() -> None:
             Distiller(SmallNet(), single, "aver")
     with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
         Distiller(SmallNet(), [SmallNet()], "aver", temperature=0)
+    for beta in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"beta must be finite, got {beta}"):
+            Distiller(SmallNet(), [SmallNet()], "ca-mkd", beta=beta)
 
 
 def test_teachers_split_at_a_layer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeVar
 
-from ...losses.formula import Formula
+from ...losses.formula import Formula, check_number
 from ..teachers.live import Teachers
 from .base import Setup, Strategy
 
@@ -83,7 +83,8 @@ def create(
             anything else they are refused by strategies without them. Other options are ignored by these.
 
     Raises:
-        ValueError: an unknown name, no teachers, an option that the strategy lacks, or what `Strategy.build` raises.
+        ValueError: an unknown name, no teachers, an option that the strategy lacks, a number that is not finite, or
+            what `Strategy.build` raises.
         TypeError: no strategy has that option.
     """
     kind = find(name)
@@ -99,4 +100,6 @@ def create(
     soft_weight = alpha / divisor if kind.needs_teachers else 0.0
     formula = Formula(temperature, soft_weight=soft_weight, weighting=kind.rule)
     given = {name: options[name] for name in kind.options if options.get(name) is not None}
+    if "beta" in given:
+        check_number("beta", given["beta"], positive=False)
     return kind.build(Setup(formula, teachers, student_features, divisor, {**kind.options, **given}))
