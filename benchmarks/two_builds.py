@@ -161,6 +161,8 @@ def main() -> None:
         compare(arguments.other, arguments.rounds, arguments.only, other_first=bool(pair % 2))
         for pair in range(arguments.pairs)
     ]
+    if not pairs[0]:
+        parser.error(f"no subject has the words {arguments.only!r} in its name")
     medians = {}
     for name in pairs[0]:
         found = [statistics.median(pair[name]) for pair in pairs]
