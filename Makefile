@@ -54,7 +54,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
-	$(MKDOCS) --quiet
+	$(MKDOCS)
 
 # Open build/site/index.html, or serve the folder for the search.
 docs: $(STAMP)

@@ -1,5 +1,6 @@
 """A student from two teachers in a loop of your own, with accumulated gradients and clipping.
 
+pip install '.[train]'
 python examples/own_loop.py
 """
 

@@ -1,6 +1,6 @@
 """A student from two teachers with accelerate, which places the model, wraps it in DDP and accumulates gradients.
 
-pip install accelerate
+pip install '.[train]' accelerate
 python examples/with_accelerate.py
 """
 

@@ -1,6 +1,6 @@
 """A student from two teachers with Lightning. Teachers are neither in checkpoints nor in the optimiser.
 
-pip install lightning
+pip install '.[train]' lightning
 python examples/with_lightning.py
 """
 

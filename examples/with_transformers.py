@@ -1,6 +1,6 @@
 """A transformers student from two teachers of other kinds, with transformers' Trainer.
 
-pip install transformers accelerate
+pip install '.[train]' transformers accelerate
 python examples/with_transformers.py
 """
 

@@ -316,7 +316,7 @@ def linear_loss(
         target.to(states.device),
         student_bias=student.bias,
         teacher_biases=[own.bias for _, own in others],
-        **{**mapped, **{name: _beside(states, value) for name, value in settings.items()}, "entropy": True},
+        **{**mapped, **{name: _beside(states, value) for name, value in settings.items()}},
     )
 
 

@@ -43,8 +43,8 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
             self._signature_columns = [*self._signature_columns, self.teacher_column]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds means over the tokens since the last log: hard_loss, soft_loss, entropy, and of teacher k
-        teacher_k_weight and teacher_k_ce; in evaluation with its prefix."""
+        """Adds means over the tokens since the last log: hard_loss, soft_loss, entropy if the loss has it, and of
+        teacher k teacher_k_weight and teacher_k_ce; in evaluation with its prefix."""
         # Only to logs that every process writes: those have a loss.
         names = ["loss"] if self._mode == "train" else [name for name in logs if name.endswith("_loss")]
         if names and names[0] in logs:

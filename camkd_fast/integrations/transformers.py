@@ -29,7 +29,8 @@ class MultiTeacherDistillationMixin(TrainerParts):
     Attributes, which may be set later too:
         teachers: K causal language models of transformers, or `camkd_fast.integrations.causal_lm.Teacher`s. Their
             vocabulary is the student's, their heads may have more rows.
-        distillation_loss: a CAMKDLinearLoss, or its settings by name; labels count with `hard_weight`.
+        distillation_loss: a CAMKDLinearLoss, or its settings by name; labels count with `hard_weight`. Entropies
+            are logged with `entropy`, for which a GPU takes a slower kernel.
         teacher_weights: K fixed weights instead of the loss's weighting.
         teacher_column: a column of the data instead: the number of a sample's teacher, to which it is routed, or its K
             weights. A teacher does not run for samples where its weight is 0.

@@ -79,7 +79,7 @@ def fused_divergence_loss(
     out = linear_loss(
         student_hidden_states, student, [Hidden(teacher_hidden_states.detach(), head)], mask,
         divergence=divergence_of(beta), temperature=temperature, num_items=num_items_in_batch, weighting="uniform",
-        scale_by_t2=False,
+        scale_by_t2=False, entropy=True,
     )  # fmt: skip
     assert out.entropy is not None  # requested
     return out.loss, out.entropy.sum(), out.num_valid
@@ -122,7 +122,11 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
             check_logits(self.model)
         self._mix.place(self.accelerator.device, self.model)
         self.distillation_loss = CAMKDLinearLoss(
-            weighting, divergence=divergence_of(self.beta), temperature=self.temperature, scale_by_t2=False
+            weighting,
+            divergence=divergence_of(self.beta),
+            temperature=self.temperature,
+            scale_by_t2=False,
+            entropy=True,
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ WEIGHTINGS = ("confidence", "uniform", "entropy", "min_ce")
 def check_number(name: str, value: float, *, positive: bool) -> None:
     if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):  # numpy's scalars are Real
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        value = float(value)  # NumPy's narrow floats would overflow in the comparison
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a number that changes between calls.
     if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")

@@ -90,14 +90,15 @@ def camkd_linear_loss(
         teacher_hidden, teacher_heads, teacher_biases: of K teachers, 1 to 16: (..., H_k), (C_k, H_k) with C_k >= C, and
             (C_k,) or None. Without gradients.
         target: (...) int64 labels, or `ignore_index`; or bool, True for rows that count, if nothing needs labels.
-        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps, temperature, hard_weight,
-            soft_weight, scale_by_t2, divergence, z_loss_weight: as in `camkd_loss`.
+        temperature, hard_weight, soft_weight, scale_by_t2, divergence, z_loss_weight: as in `camkd_loss`.
+        student_logit_scale, student_softcap, teacher_logit_scales, teacher_softcaps: likewise.
         weighting: "confidence", "uniform", "entropy", "min_ce", or weights (K,) or (K, ...). Rows of one-hot weights
             route samples to teachers. A teacher of weight 0 is not computed there and may hold anything.
         reduction: "mean" over the rows that count, "sum", or "none", whose backward computes the logits again.
         num_items: divisor of "mean" instead of the number of rows (gradient accumulation, data parallel).
         num_valid: at least the number of rows that count, if known. Then nothing is read from a GPU, which would
-            synchronise, and teachers of weight 0 are computed. Of more rows than that, some would be left out.
+            synchronise, and teachers of weight 0 are computed. A smaller number raises for CPU
+            labels; on a GPU the rows beyond it are left out.
         shift: position i predicts target i + 1: (B, S, H) and (B, S), of which the first label is not used.
         vocab_size: classes that exist, if heads are padded; C without it. Nothing beyond it gets a gradient.
         chunk_rows: most rows of a chunk; the result depends on it by the order of sums only.

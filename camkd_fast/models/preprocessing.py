@@ -26,9 +26,9 @@ class Preprocessing:
     """How images are given to a model; None: unknown.
 
     Attributes:
-        mean: of each channel, or one number for all, of images in [0, 1].
+        mean: of each channel, or of one for all, of images in [0, 1]; a number becomes a tuple of one.
         std: likewise.
-        size: (H, W) in pixels.
+        size: (H, W) in pixels; a number is that of both.
         channels: of the images.
 
     Raises:
@@ -42,6 +42,9 @@ class Preprocessing:
     channels: int | None = None
 
     def __post_init__(self) -> None:
+        for name, count in (("mean", 1), ("std", 1), ("size", 2)):
+            if isinstance(value := getattr(self, name), (int, float)):
+                object.__setattr__(self, name, (value,) * count)
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size must be at least 1, got {min(self.size)}")
         if (self.mean is None) != (self.std is None):

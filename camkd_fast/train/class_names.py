@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.files import ImageSet
 from ..models import imagenet_names
 from ..models.preprocessing import device_of
 from ..models.protocol import FeatureModel, feature_model
+
+if TYPE_CHECKING:
+    from ..data.files import ImageSet  # needs NumPy, without which `Distiller` works
 
 _EXAMPLES = 2  # names of each side in an error
 ADVICE = "give a model of the same classes, or say which is which with --class-map FILE"

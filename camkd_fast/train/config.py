@@ -39,7 +39,7 @@ class DataConfig:
     images: int | None = None
     """Number of images to train on, stratified by class; None: all."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
-    """Loader: images resident on the device, DALI, or torch's DataLoader; auto picks one and prints why."""
+    """Loader: images resident on the device, DALI, or torch's DataLoader; auto picks one."""
     workers: int | None = None
     """Threads or processes that decode files; None: this process's share of the processors, at most 8."""
     augmentation: Literal["auto", "none", "crop", "resized-crop"] = "auto"
@@ -257,7 +257,7 @@ class DistillConfig:
     temperature: float = 4.0
     """Temperature of the distillation loss (paper: 4)."""
     official_scale: bool = False
-    """Divide the losses by the number of teachers, as the official code does and the paper does not."""
+    """Divide the losses of ebkd, ca-mkd-logits and ca-mkd by the number of teachers, as the official code does."""
     teacher_index: Annotated[
         int, Doc(f"Teacher that {', '.join(taking('teacher_index'))} learns from, counted from 0.")
     ] = 0

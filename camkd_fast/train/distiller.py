@@ -70,7 +70,7 @@ class Distiller(nn.Module):
             another order, or more of them, are mapped. None: all have one order.
         teacher_dtype: of the teachers' parameters and activations; None: their own.
         channels_last: memory format of student and teachers.
-        options: further ones of the strategy, see `strategies.create`.
+        options: further ones of the strategy: teacher_index (kd), detach_weights and uniform (ca-mkd), official_scale.
 
     Attributes:
         student, strategy: modules.

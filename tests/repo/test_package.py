@@ -101,6 +101,21 @@ def test_without_triton_everything_else_works():
     assert "'triton' cannot run here" in python(code, absent=("triton",))
 
 
+def test_a_distiller_needs_torch_only():
+    """torch does not require NumPy. Neither do teachers and strategies, only images and their augmentation."""
+    code = """
+import warnings
+warnings.simplefilter("ignore")  # torch's, of NumPy
+import torch
+from camkd_fast import Distiller, models
+teachers = [models.create("resnet8", num_classes=10) for _ in range(2)]
+distiller = Distiller(models.create("resnet8", num_classes=10), teachers, strategy="ca-mkd")
+distiller(torch.randn(4, 3, 32, 32), torch.arange(4)).loss.backward()
+print(all(p.grad is not None for p in distiller.parameters()))
+"""
+    assert python(code, ("numpy", "yaml", "sklearn", "PIL", "safetensors", "matplotlib", "triton")) == "True"
+
+
 def test_with_triton_but_no_gpu_the_reason_is_the_gpu():
     code = STEP + (
         "try: camkd_loss(student, teachers, target, backend='triton')\n"
