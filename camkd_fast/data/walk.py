@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import Counter
@@ -57,11 +58,16 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
         return
     common = [f"{count} {ending}" for ending, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))]
     endings = ", ".join(common[:_NAMED]) + (", ..." if len(common) > _NAMED else "")
-    warnings.warn(
+    _warn_once(
         f"{root}: {total} file{'s are' if total > 1 else ' is'} left out ({endings}); "
-        f"read are files in class folders that end with {' '.join(EXTENSIONS)}",
-        stacklevel=3,
+        f"read are files in class folders that end with {' '.join(EXTENSIONS)}"
     )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """The report of a run reads the folders that the run has read."""
+    warnings.warn(message, stacklevel=4)
 
 
 def _walk(folder: str, strict: bool = True) -> Iterator[tuple[str, list[str]]]:

@@ -105,6 +105,9 @@ def test_left_out_files_of_all_parts_are_one_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"3 files are left out \(3 \.heic\)") as caught:
         load_folder(tmp_path, 32)
     assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_folder(tmp_path, 32)  # as the report of a run does
 
 
 def test_metadata_of_macos_is_no_image(tmp_path: Path) -> None:

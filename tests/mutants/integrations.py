@@ -65,7 +65,7 @@ CHANGES = (
                'counted = inputs["completion_mask"]'),
         Change("teachers' states one token late", "found.states[:, -length - 1 : -1]", "found.states[:, -length:]"),
         Change(
-            "T^2 in TRL's loss", "scale_by_t2=False,\n    )", "scale_by_t2=True,\n    )",
+            "T^2 in TRL's loss", "scale_by_t2=False, entropy=True,\n    )", "scale_by_t2=True, entropy=True,\n    )",
             tests="tests/integrations/test_trl_function.py",
         ),
     ),
