@@ -91,9 +91,8 @@ def check_teachers(config: CompareConfig) -> None:
         ValueError: strategies need teachers, but none were given.
         ValueError, OSError, CheckpointError: as `load_source`.
     """
-    if not config.student.teachers and (
-        learning := [x for x in config.strategies if strategies.find(x).needs_teachers]
-    ):
+    learning = [name for name in config.strategies if strategies.find(name).needs_teachers]
+    if learning and not config.student.teachers:
         raise ValueError(f"{', '.join(learning)} learn from teachers, but none were given")
     needing = [strategies.find(name) for name in config.strategies if strategies.find(name).needs_features]
     if needing and not all(is_finished(cell.out) for cell in config.cells()):

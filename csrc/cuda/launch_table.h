@@ -158,7 +158,7 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, const RowTr
     const int largest =
         trial.warps > 0 ? std::min(trial.warps * kWarpThreads, limits.block_threads) : limits.block_threads;
     int most = 0;
-    for (int threads = largest; threads >= kWarpThreads; threads /= 2) {
+    for (int threads = largest; threads >= kWarpThreads; threads = trial.warps > 0 ? 0 : threads / 2) {
         const int64_t shared = row_shared(p, threads, g.slots, g.rows, true, 1);
         if (shared > limits.shared_per_block) continue;
         const int resident = resident_warps(p, limits, threads, shared);

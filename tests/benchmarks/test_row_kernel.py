@@ -60,6 +60,16 @@ def test_every_geometry_of_narrow_rows_gives_the_right_result(emulated: ModuleTy
             assert_right(case)
 
 
+def test_any_number_of_warps(emulated: ModuleType) -> None:
+    """Blocks whose half is no whole number of warps, as seven warps on a GPU."""
+    emulated.set_limits(1, 160 * 1024, 3 * (160 * 1024 + 1024), 1 << 20, 8, 256, 0, 0)
+    case = make_case(37, 100, 3, torch.bfloat16, padded=False, ignored=0.2)
+    for warps in (3, 5, 7, 8):
+        with row_kernel.trial(warps, 0):
+            assert_right(case)
+            assert emulated.cuda_tried_geometry()[:3] == (True, False, warps)
+
+
 def test_a_trial_ends_with_its_block(emulated: ModuleType) -> None:
     limit(emulated, multiprocessors=1)
     call = call_of(make_case(37, 1000, 3, torch.bfloat16, padded=False))
