@@ -84,7 +84,7 @@ data = lm.TokenData(32, teacher_id=[i % 2 for i in range(32)])
 trainer = runs.Mixed(
     lm.causal_lm(),
     TrainingArguments(sys.argv[1], **{**settings, "per_device_train_batch_size": int(sys.argv[2])}),
-    train_dataset=data, eval_dataset=data, teachers=lm.teachers(), distillation_loss=runs.LOSS,
+    train_dataset=data, eval_dataset=data, teachers=lm.teachers(), distillation_loss={**runs.LOSS, "entropy": True},
     teacher_column="teacher_id",
 )
 trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
