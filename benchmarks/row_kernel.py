@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--geometries", action="store_true", help="measure every geometry that fits a row")
     parser.add_argument("--only", nargs="+", metavar="NxC", help="sizes, such as 16384x1000 (default: all)")
     arguments = parser.parse_args()
+    if unknown := set(arguments.only or ()) - {f"{N}x{C}" for N, C, _ in SIZES}:
+        parser.error(f"unknown size {', '.join(sorted(unknown))}")
     copy = 1e9 * timer.copy_bandwidth(torch.device("cuda"))
     rows = [
         measure(N, C, dtype, copy, arguments.geometries)

@@ -83,13 +83,24 @@ class MultiTeacherDistillationMixin(TrainerParts):
             )
         if is_in_place(self.model):
             check_logits(self.model)
-        if self.args.torch_compile:  # the trainer compiles the whole model, of which only the parts run
-            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-            backbone(unwrapped(self.model)).compile(**options)
+        if self.model_init is None:
+            self._compile(self.model)
         if self.teachers:
             self._teacher_mix()
         if self.teacher_column is not None:
             self.data_collator = CollatorWithColumn(self.data_collator, self.teacher_column)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Trainer makes a model here, and another one when it trains."""
+        model = super().call_model_init(trial)
+        self._compile(model)
+        return model
+
+    def _compile(self, model: Any) -> None:
+        """The backbone, if the arguments ask for it: the trainer compiles the whole model, of which parts run."""
+        if self.args.torch_compile:
+            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            backbone(unwrapped(model)).compile(**options)
 
     def _refuse_other_losses(self) -> None:
         """
@@ -130,8 +141,9 @@ class MultiTeacherDistillationMixin(TrainerParts):
         """Of the attributes, which may have changed."""
         given = self.teachers, self.teacher_weights, self.teacher_column
         if self._mix is None or not self._mix.is_of(*given):
-            self._mix = TeacherMix(*given)
-            self._mix.place(self.args.device, self.model, self._loss_settings().get("vocab_size"))
+            mix = TeacherMix(*given)
+            mix.place(self.args.device, self.model, self._loss_settings().get("vocab_size"))
+            self._mix = mix
         return self._mix
 
     def compute_loss(

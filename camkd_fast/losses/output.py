@@ -67,7 +67,7 @@ class CAMKDOutput:
         return rows.detach().view(rows.shape[0], *self._lead).clone()
 
 
-torch.export.register_dataclass(CAMKDOutput)
+torch.export.register_dataclass(CAMKDOutput, serialized_type_name="camkd_fast.CAMKDOutput")
 
 
 def reduce_rows(

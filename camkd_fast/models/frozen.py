@@ -41,6 +41,8 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     """
     try:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # PyTorch's, of any type, or the model's own
         raise TypeError(
             f"{type(model).__name__} cannot be copied and frozen: expected a module that is not scripted, after "

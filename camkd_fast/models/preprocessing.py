@@ -7,6 +7,7 @@ on the device: an affine per channel, one resize, and gray images repeated for m
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name, count in (("mean", 1), ("std", 1), ("size", 2)):
-            if isinstance(value := getattr(self, name), (int, float)):
+            if isinstance(value := getattr(self, name), numbers.Real):
                 object.__setattr__(self, name, (value,) * count)
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size must be at least 1, got {min(self.size)}")

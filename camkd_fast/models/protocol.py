@@ -99,5 +99,5 @@ def logits_of(output: object) -> Tensor:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, which for many of PyTorch's goes on for pages."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """Of its message, which for many of PyTorch's goes on for pages; its type without one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

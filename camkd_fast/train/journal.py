@@ -32,7 +32,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
-            content = json.loads(line, object_hook=partial(_ReadRecord, where))
+            content = json.loads(line, object_hook=partial(_ReadRecord, where=where))
         except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
@@ -46,7 +46,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 class _ReadRecord(dict[str, Any]):
     """A record, or a part of one, that says where in which file it lacks something."""
 
-    def __init__(self, where: str, content: dict[str, Any]) -> None:
+    def __init__(self, content: Any = (), where: str = "a record") -> None:
         super().__init__(content)
         self._where = where
 

@@ -20,6 +20,8 @@ from .schedule import last_change, learning_rate
 
 CONFIG, REPORT = "config.yaml", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+# What a run writes besides its config; the model is removed first, without which the run counts as unfinished.
+_FILES, _FOLDERS = (MODEL, AVERAGED_MODEL, METRICS, REPORT), (CHECKPOINTS, TENSORBOARD)
 # Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
 FREE = (
     *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
@@ -94,9 +96,10 @@ def _check_kept(config: JobConfig) -> None:
         ValueError: the weights of a teacher or the initial ones lie in the folder that is to be overwritten.
     """
     out = config.out.resolve()
+    removed = {out / name for name in (*_FILES, *_FOLDERS)}
     for source in (*getattr(config, "teachers", ()), *filter(None, [config.init])):
         path = source.path()
-        if path is not None and out in (path.resolve(), *path.resolve().parents):
+        if path is not None and ((real := path.resolve()) == out or not removed.isdisjoint([real, *real.parents])):
             raise ValueError(f"{config.out} cannot be overwritten: {source}, from which this run starts, is in it")
 
 
@@ -160,9 +163,9 @@ def prepare(config: JobConfig, resume: bool) -> None:
 
 def _remove(out: Path) -> None:
     """Remove a run's files, and no other files of the folder."""
-    for name in (MODEL, AVERAGED_MODEL, METRICS, REPORT):  # the model first: without it the run counts as unfinished
+    for name in _FILES:
         (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
+    for name in _FOLDERS:
         if (out / name).exists():
             shutil.rmtree(out / name)
     (out / CONFIG).unlink(missing_ok=True)

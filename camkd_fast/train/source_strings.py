@@ -30,10 +30,11 @@ class SourceString(str):
         return cls(before + (str(expand_path(path)) if "$" in path or path.startswith("~") else path))
 
     def path(self) -> Path | None:
-        """The file or folder, if the source is one."""
-        before, path = sources.split_path(self)
-        path = path.partition("?")[0]  # without options
-        return None if before == hf_models.PREFIX or not path else Path(path)
+        """The file or folder that it names, if there is one; without a layer and options."""
+        named = sources.split_path(self)[1]
+        without = named.partition("?")[0]
+        places = [Path(text) for text in (named, without, without.partition("#")[0]) if text]
+        return next((place for place in places if place.exists()), None)
 
     def quoted(self) -> str:
         """The text from which `expanded` gives this source."""

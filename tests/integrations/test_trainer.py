@@ -63,7 +63,7 @@ def make(tmp_path: Path) -> Any:
             },
         )
         data = data or TokenData()
-        model = given.pop("model", None) or causal_lm()
+        model = given.pop("model", None if "model_init" in given else causal_lm())
         given = {"teachers": teachers(), "distillation_loss": LOSS, **given}
         return Distilled(model, arguments, train_dataset=data, eval_dataset=data, **given)
 
@@ -204,6 +204,11 @@ def test_a_teacher_of_the_students_parameters_is_refused(make: Any) -> None:
         with pytest.raises(ValueError, match="teacher 1 has the student's own parameters"):
             make(model=student, teachers=[before, teacher])
     make(model=student, teachers=[before])
+    trainer = make(model=student, teachers=None)
+    trainer.teachers = [student]
+    for _ in range(2):  # a second try does not pass
+        with pytest.raises(ValueError, match="teacher 0 has the student's own parameters"):
+            trainer.train()
 
 
 def mixture_of_experts(coefficient: float) -> Any:
@@ -342,13 +347,15 @@ def test_mixed_precision_is_the_trainers(make: Any) -> None:
     assert set(dtypes) == {torch.bfloat16} and trainer.state.log_history[0]["loss"] > 0
 
 
-def test_compilation_is_that_of_the_backbone(make: Any) -> None:
+@pytest.mark.parametrize("made_later", [False, True])
+def test_compilation_is_that_of_the_backbone(make: Any, made_later: bool) -> None:
     losses = []
     for compiled in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         settings = {"torch_compile": compiled, "torch_compile_backend": "aot_eager" if compiled else None}
-        trainer = make(settings=settings)
+        trainer = make(settings=settings, **({"model_init": lambda: causal_lm()} if made_later else {}))
+        torch._dynamo.utils.counters.clear()
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled

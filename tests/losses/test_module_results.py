@@ -140,6 +140,14 @@ def test_a_result_is_rebuilt(reduction: str, taken_apart: Any) -> None:
     assert again.entropy is whole.entropy is None
 
 
+def test_a_module_that_returns_a_result_is_exported_and_saved(tmp_path: Path) -> None:
+    module, data = made(Logits), batch(slice(None))
+    torch.export.save(torch.export.export(module, data), tmp_path / "module.pt2")
+    loaded = torch.export.load(tmp_path / "module.pt2").module()(*data)
+    assert isinstance(loaded, CAMKDOutput)
+    assert_near(loaded.loss.detach(), module(*data).loss.detach(), 1e-6)
+
+
 def test_a_cast_of_a_result_casts_all_of_it() -> None:
     """What FSDP2's `output_dtype` does."""
     half = pytree.tree_map(lambda leaf: leaf.half() if isinstance(leaf, Tensor) else leaf, result("mean"))

@@ -47,7 +47,7 @@ CHANGES = (
         Change("labels that were shifted are shifted again", 'shift = "shift_labels" not in inputs', "shift = True"),
         Change("labels are counted as the model's class says",
                "self.model_accepts_loss_kwargs = self._loss_shifts_labels = True", "pass"),
-        Change("the model is compiled, which does not run", "backbone(unwrapped(self.model)).compile(**options)", "pass"),
+        Change("the model is compiled, which does not run", "backbone(unwrapped(model)).compile(**options)", "pass"),
         Change("a router's loss of the config is lost", 'getattr(text, "output_router_logits", False) and coefficient',
                "False"),
         Change("no autocast", "with self.accelerator.autocast():", "if True:"),

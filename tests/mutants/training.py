@@ -222,8 +222,8 @@ CHANGES = (
         ),
         Change(
             "folders above a source do not count",
-            "out in (path.resolve(), *path.resolve().parents):",
-            "out == path.resolve():",
+            "not removed.isdisjoint([real, *real.parents])",
+            "real in removed",
             tests="tests/train/test_options.py",
         ),
         Change(
@@ -244,7 +244,7 @@ CHANGES = (
         ),
         Change(
             "parts of a record are not",
-            ", object_hook=partial(_ReadRecord, where))",
+            ", object_hook=partial(_ReadRecord, where=where))",
             ", object_pairs_hook=lambda p: dict(p))",
             tests="tests/train/test_journal.py",
         ),

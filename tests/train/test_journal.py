@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_what_a_damaged_file_lacks_is_named_with_its_line(tmp_path: Path) -> Non
     for part, name in ((record, "epoch"), (record["parts"], "hard")):
         with pytest.raises(ValueError, match=f"metrics.jsonl, line 1 is damaged: it has no '{name}', only"):
             part[name]
+    assert copy.deepcopy(record) == record == dict(record)
     path.write_text("[1, 2]\n")
     with pytest.raises(ValueError, match=r"line 1 is damaged: it holds no record, but \[1, 2\]"):
         read_metrics(path)

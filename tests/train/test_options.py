@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -325,18 +324,31 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
             run_folder.check_unused(replace(config, teachers=teachers), resume=True, overwrite=False)
 
 
-@pytest.mark.parametrize("name", ["", "model.safetensors", "../{0}/deeper"])
-def test_a_run_does_not_overwrite_what_it_starts_from(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "t"
-    out.mkdir()
-    (tmp_path / "link").symlink_to(out)
-    source = str(tmp_path / "link" / name.format("t")) if name else str(out)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{0}", "{0}/", "{0}/model.safetensors", "{0}/checkpoints/step-1/model.safetensors", "{1}", "{1}#layer3",
+        "{1}?size=32", "{1}#layer3?size=32", "resnet8@{1}/model.safetensors", "hf:{0}",
+    ],
+)  # fmt: skip
+def test_a_run_does_not_overwrite_what_it_starts_from(source: str, tmp_path: Path) -> None:
+    out, link = tmp_path / "t", tmp_path / "link"
+    (out / "checkpoints" / "step-1").mkdir(parents=True)
+    for folder in (out, out / "checkpoints" / "step-1"):
+        (folder / "model.safetensors").touch()
+    link.symlink_to(out)
+    source = source.format(out, link)
     for config in (DistillConfig(teachers=("elsewhere", source), out=out), DistillConfig(init=source, out=out)):
-        with pytest.raises(ValueError, match=f"overwritten: {re.escape(source)}, from which this run starts, is in it"):
+        with pytest.raises(ValueError, match=r"cannot be overwritten: .*, from which this run starts, is in it"):
             run_folder.check_unused(config, resume=False, overwrite=True)
         run_folder.check_unused(replace(config, out=tmp_path / "t2"), resume=False, overwrite=True)
-    hub = DistillConfig(teachers=(f"hf:{out}", "timm:resnet18"), out=out)
-    run_folder.check_unused(hub, resume=False, overwrite=True)
+
+
+def test_other_files_in_the_folder_of_a_run_stay(tmp_path: Path) -> None:
+    inside = tmp_path / "teachers" / "t0"
+    inside.mkdir(parents=True)
+    config = DistillConfig(teachers=(str(inside), "timm:resnet18", "hf:org/name"), out=tmp_path)
+    run_folder.check_unused(config, resume=False, overwrite=True)
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
