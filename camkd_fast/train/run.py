@@ -32,6 +32,7 @@ from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_m
 from .run_images import EVALUATION_BATCH, load_splits, loader_config, training_set, unreadable
 from .schedule import peak_rate
 from .step import TrainStep
+from .sums import NonFiniteLossError
 from .teachers.live import Teachers
 from .teachers.runs import load_teachers
 from .trainer import Evaluation, Outcome, Trainer, evaluate_average
@@ -177,6 +178,8 @@ def _finish(
     step, world = trainer.step, trainer.world
     world.copy_buffers(step.student)
     test = evaluate_model(step.student, images, world)
+    if not math.isfinite(test.loss):  # with no images held out, the first to see that the last steps diverged
+        raise NonFiniteLossError(f"the test loss is {test.loss} after step {trainer.position}")
     averaged = evaluate_average(step, images, world)
     result = RunResult(config.out, test, *outcome, time.perf_counter() - started, averaged)
     if world.is_main:

@@ -13,12 +13,13 @@ import torch
 import yaml
 
 from camkd_fast.models.model_file import CheckpointError
-from camkd_fast.train import config_file
+from camkd_fast.train import config_file, run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach
 from camkd_fast.train.run_folder import RunExistsError, load_model, model_metadata
 from camkd_fast.train.run_images import training_augmentation
+from camkd_fast.train.sums import NonFiniteLossError
 from camkd_fast.train.teachers.cache import CacheError
 from camkd_fast.train.teachers.live import LiveTeachers
 
@@ -198,6 +199,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the (run )?folder .*file/run: Not a directory"):
         teach(teach_config(tmp_path / "file" / "run"))
+
+
+def test_last_steps_that_diverge_leave_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on the test images, where none are held out."""
+    whole = run.evaluate_model
+    monkeypatch.setattr(run, "evaluate_model", lambda *given: whole(*given)._replace(loss=math.nan))
+    with pytest.raises(NonFiniteLossError, match="the test loss is nan after step"):
+        teach(teach_config(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_invalid_teachers_are_refused(tmp_path: Path, teachers: tuple[Path, ...]) -> None:
