@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from camkd_fast import camkd_linear_loss
 from tests.support.linear_cases import LinearCase, make_linear_case
-from tests.support.processes import leave_group
+from tests.support.processes import leave_group, run_processes
 from tests.support.tolerance import assert_near
 
-ROOT = Path(__file__).parents[2]
 ROWS, WORLD = 32, 4
 
 
@@ -62,10 +58,10 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
         assert_near(a, b, 1e-6)
 
 
-def in_a_process(rank: int, store: str) -> None:
+def in_a_process(rank: int, world: int, store: str) -> None:
     """What each process runs."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     case, student = batch(), DistributedDataParallel(Student())
     # DDP averages over the processes.
     student(case, parts(WORLD)[rank], float((case.target != -100).sum()) / WORLD).backward()
@@ -82,14 +78,4 @@ def test_accumulated_over_eight_parts() -> None:
 
 @pytest.mark.slow
 def test_in_four_processes(tmp_path: Path) -> None:
-    code = "import sys; from tests.losses.test_linear_parallel import *; in_a_process(int(sys.argv[1]), sys.argv[2])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_processes(__name__, WORLD, tmp_path)

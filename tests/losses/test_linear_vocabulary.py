@@ -4,10 +4,7 @@ gradients of its own classes."""
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,9 @@ from camkd_fast import CAMKDLinearLoss, camkd_linear_loss
 from camkd_fast.losses import vocabulary
 from tests.losses.test_linear_autograd import check_operator
 from tests.support.linear_cases import MAPS, LinearCase, LinearResult, make_linear_case, run
-from tests.support.processes import leave_group
+from tests.support.processes import leave_group, run_processes
 from tests.support.tolerance import assert_near
 
-ROOT = Path(__file__).parents[2]
 C = 50
 BOUNDS = {1: (0, C), 2: (0, 37, C), 4: (0, 1, 20, 38, C)}  # uneven, one process with a single class
 DIVERGENCES: list[Any] = ["forward_kl", "reverse_kl", ("jsd", 0.3), ("skew", 0.2)]
@@ -216,9 +212,9 @@ CHECKS = (
 )  # fmt: skip
 
 
-def in_a_process(rank: int, size: int, store: str) -> None:
+def in_a_process(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for each in CHECKS:
         each()
     leave_group()
@@ -226,28 +222,7 @@ def in_a_process(rank: int, size: int, store: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_in_processes(tmp_path: Path, size: int) -> None:
-    code = "import sys; from tests.losses.test_linear_vocabulary import *; a = sys.argv; " + (
-        "in_a_process(int(a[1]), int(a[2]), a[3])"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(size), str(tmp_path / "store")],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    failed = []
-    for process in processes:
-        try:
-            _, errors = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            _, errors = process.communicate()
-        if process.returncode != 0:
-            failed.append(errors)
-            for other in processes:  # which would wait for it
-                other.terminate()
-    assert not failed, failed[0]
+    run_processes(__name__, size, tmp_path)
 
 
 # --- in a world of one -----------------------------------------------------------------------------------------------

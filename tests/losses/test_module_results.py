@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +21,10 @@ from torch.utils import _pytree as pytree
 
 from camkd_fast import CAMKDFeatureLoss, CAMKDLinearLoss, CAMKDLoss, camkd_loss
 from camkd_fast.losses.output import CAMKDOutput
-from tests.support.processes import leave_group
+from tests.support.processes import leave_group, run_processes
 from tests.support.tolerance import assert_near
 from tests.support.torch_version import needs_fsdp_over_gloo
 
-ROOT = Path(__file__).parents[2]
 ROWS, CLASSES, WORLD = 8, 10, 2
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,
@@ -84,10 +80,10 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in found]
 
 
-def in_a_process(rank: int, store: str) -> None:
+def in_a_process(rank: int, world: int, store: str) -> None:
     """What each process runs."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for kind in (Logits, Linear, Features):
         single = made(kind)
         single(*batch(slice(None))).loss.backward()
@@ -106,17 +102,7 @@ def in_a_process(rank: int, store: str) -> None:
 
 @needs_fsdp_over_gloo
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    code = "import sys; from tests.losses.test_module_results import *; in_a_process(int(sys.argv[1]), sys.argv[2])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_processes(__name__, WORLD, tmp_path)
 
 
 def result(reduction: str) -> CAMKDOutput:

@@ -218,13 +218,13 @@ CHANGES = (
             "a run may overwrite its teachers",
             "        _check_kept(config)",
             "        pass",
-            tests="tests/train/test_options.py",
+            tests="tests/train/test_run_folder.py",
         ),
         Change(
             "folders above a source do not count",
             "not removed.isdisjoint([real, *real.parents])",
             "real in removed",
-            tests="tests/train/test_options.py",
+            tests="tests/train/test_run_folder.py",
         ),
         Change(
             "teachers may differ on resume",
