@@ -3,17 +3,18 @@
 Calls follow each other without a wait, so that the kernel's time counts and the host's does not. The share of copy is
 the time in which a copy moves as many bytes as the loss must read and write, over the time of a call. K = 3, T = 4.
 
-`--geometries` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer) beside
-the one that csrc/cuda/launch_table.h chooses, whose costs were fitted on an H200.
+`--geometries` also measures every geometry that fits a row (warps of a block, vectors in each thread's buffer, rows in
+flight and their order) beside the one that csrc/cuda/launch_table.h chooses, whose costs were fitted on an H200.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,33 +31,45 @@ SIZES = (
     (16384, 4096, BF16), (8192, 10000, BF16), (16384, 1000, F32), (4096, 32000, F32), (4096, 128256, F32),
 )  # fmt: skip
 ROUNDS = 7
-MOST_WARPS, MOST_SLOTS = 18, 8  # that are tried
+WARPS, SLOTS, ROWS, TURNS = range(1, 19), range(1, 9), range(2, 5), range(1, 3)  # that are tried
 BEST = 5  # geometries that are printed
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the kernel runs a row; `warps` of a block hold rows, and each thread buffers `slots` vectors of 16 bytes."""
+    """How the kernel runs a row; `warps` of a block hold rows, and each thread buffers `slots` vectors of 16 bytes.
+
+    A pipelined warp has `rows` in flight, and writes the gradients of `turn` of them before it sums up others.
+    """
 
     warp_per_row: bool
     pipelined: bool
     warps: int
     slots: int
     blocks: int  # of a row
+    rows: int
+    turn: int
 
     def __str__(self) -> str:
         row = "a warp" if self.warp_per_row else f"{self.blocks} block(s)"
-        return f"{row} a row, {self.warps} warps a block, {self.slots} slots"
+        text = f"{row} a row, {self.warps} warps a block, {self.slots} slots, {self.rows} rows in flight"
+        return f"{text}, {self.turn} gradient(s) at a turn" if self.pipelined else text
 
 
 @contextmanager
-def trial(warps: int, slots: int) -> Iterator[None]:
-    """Launches with this geometry, where it fits the rows; 0: any."""
-    _C.cuda_try_geometry(warps, slots)
+def trial(warps: int = 0, slots: int = 0, rows: int = 0, turn: int = 0) -> Iterator[None]:
+    """Launches with this geometry, where it fits the rows; 0: as the launch table says."""
+    _C.cuda_try_geometry(warps, slots, rows, turn)
     try:
         yield
     finally:
-        _C.cuda_try_geometry(0, 0)
+        _C.cuda_try_geometry(0, 0, 0, 0)
+
+
+def trial_of(geometry: Geometry) -> AbstractContextManager[None]:
+    """Launches with a geometry that was found."""
+    pipeline = (geometry.rows, geometry.turn) if geometry.pipelined else (0, 0)
+    return trial(geometry.warps, geometry.slots, *pipeline)
 
 
 def seconds(call: Callable[[], object], count: int) -> float:
@@ -74,13 +87,12 @@ def seconds(call: Callable[[], object], count: int) -> float:
 def geometries(call: Callable[[], object]) -> list[Geometry]:
     """All that fit the rows of a call, each of which it runs once."""
     found = {}
-    for warps in range(1, MOST_WARPS + 1):
-        for slots in range(1, MOST_SLOTS + 1):
-            with trial(warps, slots):
-                call()
-                used = Geometry(*_C.cuda_tried_geometry())
-            if (used.warp_per_row or used.pipelined) and used.warps == warps:
-                found[used] = None
+    for warps, slots, rows, turn in itertools.product(WARPS, SLOTS, ROWS, TURNS):
+        with trial(warps, slots, rows, turn):
+            call()
+            used = Geometry(*_C.cuda_tried_geometry())
+        if (used.warp_per_row or used.pipelined) and used.warps == warps:
+            found[used] = None
     return list(found)
 
 
@@ -89,7 +101,7 @@ def medians(call: Callable[[], object], count: int, wanted: Sequence[Geometry | 
     times: list[list[float]] = [[] for _ in wanted]
     for _ in range(ROUNDS):
         for geometry, of in zip(wanted, times, strict=True):
-            with trial(geometry.warps, geometry.slots) if geometry else trial(0, 0):
+            with trial_of(geometry) if geometry else nullcontext():
                 of.append(seconds(call, count))
     return [statistics.median(of) for of in times]
 

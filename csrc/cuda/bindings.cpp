@@ -71,10 +71,12 @@ void add_bindings(pybind11::module_& m) {
     add_cuda_features(m);
     m.def("cuda_batch_floats", [](int64_t N) { return batch_floats(N); });
     m.def("cuda_row_loss", &py_row_loss);
-    m.def("cuda_try_geometry", [](int warps, int slots) { try_geometry({warps, slots}); });
+    m.def("cuda_try_geometry",
+          [](int warps, int slots, int rows, int turn) { try_geometry({warps, slots, rows, turn}); });
     m.def("cuda_tried_geometry", [] {
         const RowGeometry g = tried_geometry();
-        return pybind11::make_tuple(g.warp_per_row, g.pipelined, g.threads / kWarpThreads, g.slots, g.cluster);
+        return pybind11::make_tuple(g.warp_per_row, g.pipelined, g.threads / kWarpThreads, g.slots, g.cluster, g.rows,
+                                    g.turn);
     });
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);

@@ -76,17 +76,18 @@ struct RowGeometry {
     bool pipelined;     // by the kernel in pipeline.cuh; blocks have kHelperWarps besides
     bool warp_per_row;  // a group is a warp
     int rows;           // rows that a group has in flight at once; 1 unless warp_per_row or pipelined
+    int turn;           // pipelined: gradients that a warp writes before it sums up further rows
     int slots;          // vectors of a row in each thread's buffer
     int chunks;         // times that the buffer is filled for a row; 1 means that global memory is read once
     int shared;         // bytes
 };
 
-// A geometry to try instead of the cheapest one, where it fits a kernel whose warps hold rows: warps of a block, and
-// vectors in each thread's buffer. 0: as the table says.
+// A geometry to try instead of the cheapest one, where it fits a kernel whose warps hold rows: warps of a block,
+// vectors in each thread's buffer for a row, and for the pipelined kernel the rows and the turn. 0: as the table says.
 struct RowTrial {
-    int warps, slots;
+    int warps, slots, rows, turn;
 
-    bool any() const { return warps > 0 || slots > 0; }
+    bool any() const { return warps > 0 || slots > 0 || rows > 0 || turn > 0; }
     bool admits(int of_block, int of_thread) const {
         return (warps == 0 || warps == of_block) && (slots == 0 || slots == of_thread);
     }
@@ -202,15 +203,19 @@ constexpr int pipeline_warps(int fixed_k) {
 constexpr int pipeline_threads(int fixed_k) {
     return (pipeline_warps(fixed_k) + kHelperWarps) * kWarpThreads;
 }
-constexpr int kRowsInPipeline = 2;
+constexpr int kRowsInPipeline = 2, kMostInPipeline = 4;
+// Rows that a warp has summed up when it waits for the weights of the first of them, which come meanwhile. It needs the
+// copies of as many, which have the more time the more rows are in flight and the more gradients come before.
+constexpr int kSummedAhead = 2;
+constexpr int kTurn = 1;
 constexpr int kRowsAtOnce = 4;                  // that are looked up together
 constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
-constexpr int kPhasesBytes = 192;
+constexpr int kPhasesBytes = 256;
 
-inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int blocks) {
-    return row_shared(p, warps * kWarpThreads, slots, kRowsInPipeline, false, blocks) +
-           (kPreparedRows - 2) * int64_t(p.info_bytes) + (kRowsInPipeline - 1) * int64_t(p.state_bytes) +
-           int64_t(kRowsInPipeline) * warps * p.label_sums_bytes + kPhasesBytes;
+inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int rows, int blocks) {
+    return row_shared(p, warps * kWarpThreads, slots, rows, false, blocks) +
+           (kPreparedRows - 2) * int64_t(p.info_bytes) + (rows - 1) * int64_t(p.state_bytes) +
+           int64_t(rows) * warps * p.label_sums_bytes + kPhasesBytes;
 }
 
 // What the helping warps of a block cost a row, in the units of row_cost. Fitted to measurements on an H200.
@@ -221,6 +226,7 @@ constexpr double kHelperCost = 3;
 inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const RowTrial& trial, RowGeometry& best) {
     const int64_t per_lane = ceil_div(p.vectors, kWarpThreads);
     const int most_warps = std::min(limits.pipeline_warps, pipeline_warps(p.fixed_k));
+    const int rows = trial.rows > 0 ? trial.rows : kRowsInPipeline;
     const int64_t most_blocks =
         limits.least_cooperative > 0 ? std::min<int64_t>(kLargestCooperative, group_blocks(p)) : 1;
     double least = INFINITY;
@@ -231,7 +237,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const R
             const int64_t blocks = ceil_div(per_lane, int64_t(slots) * most);
             if (blocks > most_blocks) break;
             const int warps = most = int(ceil_div(per_lane, blocks * slots));
-            const int64_t shared = pipeline_shared(p, warps, slots, int(blocks));
+            const int64_t shared = pipeline_shared(p, warps, slots, rows, int(blocks));
             if (shared > limits.shared_per_block) continue;
             fits = true;
             if (!trial.admits(warps, slots)) continue;
@@ -239,7 +245,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const R
                                                       (most_warps + kHelperWarps) / (warps + kHelperWarps));
             const int64_t resident = std::max<int64_t>(fitting, 1);
             const int64_t places = limits.multiprocessors * resident, groups = places / blocks;
-            if (groups == 0 || p.N < kRowsInPipeline * groups) continue;
+            if (groups == 0 || p.N < rows * groups) continue;
             const double work = row_cost(p, warps * int(blocks), slots, 1, warps * int(resident));
             const double cost = (work + kHelperCost * double(blocks)) * double(places) / double(groups * blocks);
             if (cost >= 0.98 * least) continue;
@@ -250,7 +256,8 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const R
             best.cluster = int(blocks);
             best.cooperative = blocks > 1;
             best.pipelined = true;
-            best.rows = kRowsInPipeline;
+            best.rows = rows;
+            best.turn = trial.turn > 0 ? trial.turn : kTurn;
             best.slots = slots;
             best.chunks = 1;
             best.shared = int(shared);

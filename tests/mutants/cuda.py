@@ -3,6 +3,7 @@
 from . import Change, changes
 
 ROWS = "tests/cuda/test_row_loss_on_host.py"
+ORDERS = "tests/benchmarks/test_row_kernel.py"
 SOME = f"{ROWS}::test_matches_truth {ROWS}::test_wide_rows"
 WARPS = "tests/cuda/test_warp_rows_on_host.py"
 CALL = "tests/cuda/test_one_call_on_host.py"
@@ -111,8 +112,26 @@ CHANGES = (
         ),
         Change(
             "a row that is out of range is not summed up again",
-            "statistics_.merge(exchange_, parity(n));\n                results_.compute_weights",
+            "statistics_.merge(exchange_, r);\n                results_.compute_weights",
             "results_.compute_weights",
+        ),
+        Change(
+            "sums do not wait for the copies of their row",
+            "const bool more = written + rows() > summed + 1;",
+            "const bool more = true;",
+            tests=ORDERS,
+        ),
+        Change(
+            "a row's copies belong to the group before",
+            "write(written, even, part, again);\n                copies_end_group();",
+            "write(written, even, part, again);",
+            tests=ORDERS,
+        ),
+        Change(
+            "the next row is not that of the same place",
+            "&next = info(n + rows());",
+            "&next = info(n + kRowsInPipeline);",
+            tests=ORDERS,
         ),
         Change(
             "prepared rows are those of the next group",

@@ -27,7 +27,8 @@ class RowGradient {
         char* const out =
             static_cast<char*>(args.grad_student) + info.row * group_.launch.C * element_bytes(args.streams[0].dtype);
         if (args.grad_student != nullptr && info.kept) {
-            copies_wait();
+            // The last chunk was there for its sums
+            if (group_.chunks() > 1) copies_wait();
             const RowState& state = group_.rows()[r];
             const Chunk chunk = group_.chunk_of(info, r, c);
             if (FixedK > 0 && !state.out_of_range)

@@ -23,8 +23,9 @@ struct RowLaunch {
     bool wide_out;            // the gradient has that alignment too
     bool even;                // wide_in, and every row begins and ends at a 16-byte boundary
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
-    int groups;   // of the grid
-    int members;  // threads of a group
+    int groups;                // of the grid
+    int members;               // threads of a group
+    uint32_t rows_reciprocal;  // of geometry.rows, in units of 2^-32 and rounded up: divides numbers of rows
     GroupMemory* memory;
     // Offsets of the parts of shared memory, in bytes; the row buffers come first.
     int batch, inbox, outgoing, boxes, infos, rows, states, label_sums, phases;
@@ -135,6 +136,7 @@ struct RowShared {
         const RowGeometry& g = launch.geometry;
         const int K = problem.K, warps = g.threads / kWarpThreads, groups = g.warp_per_row ? warps : 1;
         launch.groups = int(g.warp_per_row ? g.blocks * warps : g.blocks / g.cluster);
+        launch.rows_reciprocal = g.pipelined ? uint32_t(((uint64_t(1) << 32) + g.rows - 1) / g.rows) : 0;
         launch.members = g.warp_per_row ? kWarpThreads : g.threads * g.cluster;
         int at = (K + 1) * g.rows * g.slots * g.threads * pack_bytes;
         const auto take = [&](int& offset, int bytes) {

@@ -17,7 +17,7 @@ class LabelStatistics {
 
     // Sums row r over this warp's part, for merge(), or into the row's label_sums where a warp has the whole row.
     CAMKD_DEVICE void sum_up(const Info& info, int r) const {
-        sum_chunks(info, r, [&](auto add) {
+        sum_chunks(info, r, false, [&](auto add) {
             for (int c = 0; c < group_.chunks(); ++c) {
                 add(group_.chunk_of(info, r, c));
                 if (c + 1 < group_.chunks()) group_.fetch_chunk(info, group_.chunk_of(info, r, c + 1));
@@ -25,10 +25,11 @@ class LabelStatistics {
         });
     }
 
-    // The same where this chunk is the whole part.
-    CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk) const {
-        sum_chunks(info, r, [&](auto add) { add(chunk); });
+    // The same where this chunk is the whole part. `more`: the last group of copies is that of another row, or empty.
+    CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk, bool more) const {
+        sum_chunks(info, r, more, [&](auto add) { add(chunk); });
     }
+
     // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order
     // of the ranks, so all get the same bits.
     template <class Exchange>
@@ -62,7 +63,7 @@ class LabelStatistics {
   private:
     // `each` calls its argument with every chunk, in order.
     template <class Each>
-    CAMKD_DEVICE void sum_chunks(const Info& info, int r, Each each) const {
+    CAMKD_DEVICE void sum_chunks(const Info& info, int r, bool more, Each each) const {
         const float scale = group_.temperature().scale;
         float at[K + 1], sums[count];
         label_references<K>(info.logits.at, scale, at);
@@ -71,7 +72,10 @@ class LabelStatistics {
         with_power(group_.temperature().power, [&](auto power) {
             constexpr int P = decltype(power)::value;
             each([&](const Chunk& chunk) {
-                copies_wait();
+                if (more)
+                    copies_wait_but_last_group();
+                else
+                    copies_wait();
                 add_vectors<T, K, P>(group_.buffer(), chunk, scale, at, sums);
             });
             if (P == 1) {

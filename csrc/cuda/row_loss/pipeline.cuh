@@ -1,11 +1,11 @@
 // The kernel for rows wider than a warp takes: warps with roles of their own, so that none waits for the sums of the
 // others or for the exchange between the blocks of a row.
 //
-// Two rows are in flight. Warps that hold rows sum up their part of one row, then write the gradient of the row before
-// it and fetch the next but one into its place. Meanwhile a merging warp adds up the sums of the block and of the
-// group, and computes the weights, for which a row has the time of all work on another row. A recording warp computes
-// losses, and looks up labels far ahead. Rows of a group are numbered 0, 1, 2, ...; numbers of the same parity share
-// their buffers, states and phases.
+// Two rows are in flight, or more (RowGeometry::rows). Warps that hold rows sum up their part of one row, then write
+// the gradient of the row before it and fetch a later one into its place. Meanwhile a merging warp adds up the sums of
+// the block and of the group, and computes the weights, for which a row has the time of all work on another row. A
+// recording warp computes losses, and looks up labels far ahead. Rows of a group are numbered 0, 1, 2, ...; a row takes
+// the place (buffers, states and phases) of the one that many before it.
 #pragma once
 
 #include "gradient.cuh"
@@ -16,14 +16,14 @@
 
 namespace camkd::cuda {
 
-// Phases by which the warps of a block meet, two of each for rows of either parity.
+// Phases by which the warps of a block meet, one of each for every place of a row.
 struct RowPhases {
-    Phase summed[kRowsInPipeline];    // by the warps that hold the row
-    Phase weighted[kRowsInPipeline];  // by the merging warp, which has its coefficients
-    Phase recorded[kRowsInPipeline];  // by the recording warp, which needs its state no more
+    Phase summed[kMostInPipeline];    // by the warps that hold the row
+    Phase weighted[kMostInPipeline];  // by the merging warp, which has its coefficients
+    Phase recorded[kMostInPipeline];  // by the recording warp, which needs its state no more
     Phase prepared;                   // by the recording warp: kRowsAtOnce rows can be read
     // Rows that are out of range
-    Phase summed_again[kRowsInPipeline], weighted_again[kRowsInPipeline];
+    Phase summed_again[kMostInPipeline], weighted_again[kMostInPipeline];
 };
 static_assert(sizeof(RowPhases) <= kPhasesBytes);
 
@@ -78,36 +78,50 @@ class PipelinedKernel {
         Chunk part = group_.chunk_of(group_.even_columns(), 0, 0);
         keep_in_register(part.first);
         keep_in_register(part.held);
+        for (int n = 0; n < rows(); ++n) {
+            if (n < count) fetch(n);
+            copies_end_group();
+        }
         unsigned again = 0;
-        if (count > 0) fetch(0);
-        if (count > 1) fetch(1);
-        // Row 0 has none before it
-        for (int n = -1; n < count; ++n) {
-            const int r = parity(n);
-            if (n + 1 < count) {
-                const Info& next = info(n + 1);
-                part.begin = (r ^ 1) * part.count;
-                if (next.kept) label_statistics_.sum_up(next, r ^ 1, even ? part : group_.chunk_of(next, r ^ 1, 0));
-                arrive(&phases()->summed[r ^ 1]);
-            }
-            if (n < 0) continue;
-            const Info& row = info(n);
-            phase_wait(&phases()->weighted[r], n / kRowsInPipeline);
-            if (row.kept && group_.rows()[r].out_of_range) {
-                statistics_.sum_up(row, r);
-                arrive(&phases()->summed_again[r]);
-                wait_again(phases()->weighted_again, n, again);
-            } else if (even && row.kept) {
+        int summed = 0, written = 0;
+        while (written < count) {
+#pragma unroll 1
+            for (; summed < count && summed < written + kSummedAhead; ++summed) {
+                // The copies of later rows go on
+                const bool more = written + rows() > summed + 1;
+                const int r = place(summed);
+                const Info& row = info(summed);
                 part.begin = r * part.count;
-                gradient_.write_even(row, info(n + 2), r, part);
-                continue;
+                if (row.kept) label_statistics_.sum_up(row, r, even ? part : group_.chunk_of(row, r, 0), more);
+                arrive(&phases()->summed[r]);
             }
-            gradient_.write(row, info(n + 2), r, 0);
+            // `turn` is 1 or 2
+            do {
+                write(written, even, part, again);
+                copies_end_group();
+            } while (++written < count && (written & (group_.launch.geometry.turn - 1)) != 0);
         }
     }
 
+    // The gradient of row n, which makes its place free for another one.
+    CAMKD_DEVICE void write(int n, bool even, Chunk& part, unsigned& again) const {
+        const int r = place(n);
+        const Info &row = info(n), &next = info(n + rows());
+        phase_wait(&phases()->weighted[r], round(n));
+        if (row.kept && group_.rows()[r].out_of_range) {
+            statistics_.sum_up(row, r);
+            arrive(&phases()->summed_again[r]);
+            wait_again(phases()->weighted_again, n, again);
+        } else if (even && row.kept) {
+            part.begin = r * part.count;
+            gradient_.write_even(row, next, r, part);
+            return;
+        }
+        gradient_.write(row, next, r, 0);
+    }
+
     CAMKD_DEVICE void fetch(int n) const {
-        if (info(n).kept) group_.fetch_chunk(info(n), group_.chunk_of(info(n), parity(n), 0));
+        if (info(n).kept) group_.fetch_chunk(info(n), group_.chunk_of(info(n), place(n), 0));
     }
 
     // --- the merging warp ---
@@ -117,19 +131,21 @@ class PipelinedKernel {
         const int count = row_count();
         unsigned again = 0;
         for (int n = 0; n < count; ++n) {
-            phase_wait(&phases()->summed[parity(n)], n / kRowsInPipeline);
-            // The state of this parity is that of an earlier row
-            if (n >= kRowsInPipeline) phase_wait(&phases()->recorded[parity(n)], n / kRowsInPipeline - 1);
-            if (info(n).kept) label_statistics_.merge(exchange_, parity(n));
-            results_.compute_label_weights(info(n), parity(n));
-            // With the weights of row n the others need row n + 2
-            if ((n + 2) % kRowsAtOnce == 0) phase_wait(&phases()->prepared, (n + 2) / kRowsAtOnce - 1);
-            arrive(&phases()->weighted[parity(n)]);
+            const int r = place(n);
+            phase_wait(&phases()->summed[r], round(n));
+            // The state in this place is that of an earlier row
+            if (n >= rows()) phase_wait(&phases()->recorded[r], round(n) - 1);
+            if (info(n).kept) label_statistics_.merge(exchange_, r);
+            results_.compute_label_weights(info(n), r);
+            // With the weights of this row the others need the one that takes its place
+            const int next = n + rows();
+            if (next % kRowsAtOnce == 0) phase_wait(&phases()->prepared, next / kRowsAtOnce - 1);
+            arrive(&phases()->weighted[r]);
             if (is_out_of_range(n)) {
                 wait_again(phases()->summed_again, n, again);
-                statistics_.merge(exchange_, parity(n));
-                results_.compute_weights(info(n), parity(n));
-                arrive(&phases()->weighted_again[parity(n)]);
+                statistics_.merge(exchange_, r);
+                results_.compute_weights(info(n), r);
+                arrive(&phases()->weighted_again[r]);
             }
         }
     }
@@ -142,11 +158,12 @@ class PipelinedKernel {
         const int count = row_count();
         unsigned again = 0;
         for (int n = 0; n < count; ++n) {
-            phase_wait(&phases()->weighted[parity(n)], n / kRowsInPipeline);
+            const int r = place(n);
+            phase_wait(&phases()->weighted[r], round(n));
             if (is_out_of_range(n)) wait_again(phases()->weighted_again, n, again);
             // The blocks of a group alternate
-            if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), parity(n));
-            arrive(&phases()->recorded[parity(n)]);
+            if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), r);
+            arrive(&phases()->recorded[r]);
             if (n % kRowsAtOnce == kRowsAtOnce - 1) {
                 prepare(n + 1 + kRowsAtOnce);
                 arrive(&phases()->prepared);
@@ -211,7 +228,7 @@ class PipelinedKernel {
 
     CAMKD_DEVICE void open_phases() const {
         RowPhases* const all = phases();
-        for (int r = 0; r < kRowsInPipeline; ++r) {
+        for (int r = 0; r < rows(); ++r) {
             phase_open(&all->summed[r], group_.warps());
             phase_open(&all->weighted[r], 1);
             phase_open(&all->recorded[r], 1);
@@ -227,10 +244,10 @@ class PipelinedKernel {
         if (group_.lane() == 0) phase_arrive(phase);
     }
 
-    // For a row that is out of range. Bit r of `again`: whether an odd number of such rows of this parity came before.
+    // For a row that is out of range. Bit r of `again`: whether an odd number of such rows came before in its place.
     CAMKD_DEVICE void wait_again(Phase* phases, int n, unsigned& again) const {
-        phase_wait(&phases[parity(n)], int(again >> parity(n) & 1));
-        again ^= 1u << parity(n);
+        phase_wait(&phases[place(n)], int(again >> place(n) & 1));
+        again ^= 1u << place(n);
     }
 
     CAMKD_DEVICE const RowLossArgs& args() const { return group_.launch.args; }
@@ -239,10 +256,13 @@ class PipelinedKernel {
         const int64_t after = args().N - group_id(), groups = group_.launch.groups;
         return after > 0 ? int((after + groups - 1) / groups) : 0;
     }
-    static_assert(kRowsInPipeline == 2 && (kPreparedRows & (kPreparedRows - 1)) == 0);
-    CAMKD_DEVICE static int parity(int n) { return n & 1; }
+    // In flight. A row's place among them, and how many had it before.
+    CAMKD_DEVICE int rows() const { return group_.launch.geometry.rows; }
+    CAMKD_DEVICE int place(int n) const { return n - round(n) * rows(); }
+    CAMKD_DEVICE int round(int n) const { return int(uint64_t(uint32_t(n)) * group_.launch.rows_reciprocal >> 32); }
+    static_assert((kPreparedRows & (kPreparedRows - 1)) == 0);
     CAMKD_DEVICE Info& info(int n) const { return group_.infos(0)[n & (kPreparedRows - 1)]; }
-    CAMKD_DEVICE bool is_out_of_range(int n) const { return info(n).kept && group_.rows()[parity(n)].out_of_range; }
+    CAMKD_DEVICE bool is_out_of_range(int n) const { return info(n).kept && group_.rows()[place(n)].out_of_range; }
     CAMKD_DEVICE RowPhases* phases() const {
         return reinterpret_cast<RowPhases*>(shared_memory() + group_.launch.phases);
     }

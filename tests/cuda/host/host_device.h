@@ -180,15 +180,15 @@ inline void check_aligned(const void* p) {
 
 inline void copy_async(Pack* shared, const void* global) {
     check_aligned(global);
-    std::memset(static_cast<void*>(shared), 0xff, sizeof(Pack));
+    std::memset(static_cast<void*>(shared), host::expected_copies, sizeof(Pack));
     host::self->copies.push_back({shared, global, sizeof(Pack)});
 }
 inline void copy_async(int64_t* shared, const int64_t* global) {
-    std::memset(shared, 0xff, sizeof(*shared));
+    std::memset(shared, host::expected_copies, sizeof(*shared));
     host::self->copies.push_back({shared, global, sizeof(*shared)});
 }
 inline void copy_async(float* shared, const float* global) {
-    std::memset(shared, 0xff, sizeof(*shared));
+    std::memset(shared, host::expected_copies, sizeof(*shared));
     host::self->copies.push_back({shared, global, sizeof(*shared)});
 }
 CAMKD_SITE void copies_wait() {

@@ -173,6 +173,9 @@ float butterfly(float x, F f) {
 inline bool together = false;  // run all clusters at once, and not one after the other
 inline int group_size = 1;     // blocks that lie side by side in the grid
 inline int64_t lagging = -1;   // a block whose fibers lag
+// The bytes of a copy that is on its way: NaN. Kernels sum up rows with a NaN once more, when the copies are there;
+// 0x3f instead, which are ordinary logits, give a wrong result where one is read too early.
+inline unsigned char expected_copies = 0xff;
 
 // Runs a kernel, with all threads of a cluster at once.
 inline void run(int64_t blocks, int cluster_size, int threads, int shared, const std::function<void()>& kernel) {

@@ -135,9 +135,9 @@ Formula papers_formula(Weighting weighting) {
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
 // The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum
-// up every other row twice. With `two`, rows have two labels.
+// up every other row twice. With `two`, rows have two labels. `trial`: rows in flight and turn of the pipelined kernel.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
-              Weighting weighting = Weighting::confidence, bool far = false, bool two = false) {
+              Weighting weighting = Weighting::confidence, bool far = false, bool two = false, RowTrial trial = {}) {
     host::limits = limits;
     const int fixed_k = weighting == Weighting::entropy ? 0 : K;
     RowProblem problem{};
@@ -145,7 +145,8 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     problem.vector = 4, problem.vectors = (C + 3) / 4;
     problem.needs_mean = true;
     RowShared::measure(problem, two);
-    const RowGeometry g = row_geometry(problem, limits);
+    try_geometry(trial);
+    const RowGeometry g = row_geometry(problem, limits, trial);
     if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks ||
         g.pipelined != (limits.pipeline_warps > 0)) {
         std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
@@ -249,6 +250,12 @@ int main() {
         run_rows("pipelined", 19, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false) &
         run_rows("pipelined, far labels", 7, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true) &
+        run_rows("pipelined, three rows", 19, 500, 2, {2, 16 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+                 confidence, true, false, {0, 0, 3, 1}) &
+        run_rows("pipelined, turns of two", 18, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+                 confidence, false, false, {0, 0, 2, 2}) &
+        run_rows("pipelined, four rows, turns of two", 19, 500, 2, {2, 20 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2},
+                 2, false, confidence, true, false, {0, 0, 4, 2}) &
         run_rows("pipelined, two labels", 7, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true, true) &
         run_rows("warps, two labels", 9, 37, 2, {2, 96 * 1024, 300 * 1024, 1 << 20, 4, threads, 0, 0}, 1, false,
