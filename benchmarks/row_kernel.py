@@ -31,7 +31,7 @@ SIZES = (
     (16384, 4096, BF16), (8192, 10000, BF16), (16384, 1000, F32), (4096, 32000, F32), (4096, 128256, F32),
 )  # fmt: skip
 ROUNDS = 7
-WARPS, SLOTS, ROWS, TURNS = range(1, 19), range(1, 9), range(2, 5), range(1, 3)  # that are tried
+WARPS, SLOTS, ROWS, GRADIENTS = range(1, 19), range(1, 9), range(2, 5), range(1, 3)  # that are tried
 BEST = 5  # geometries that are printed
 
 
@@ -39,7 +39,7 @@ BEST = 5  # geometries that are printed
 class Geometry:
     """How the kernel runs a row; `warps` of a block hold rows, and each thread buffers `slots` vectors of 16 bytes.
 
-    A pipelined warp has `rows` in flight, and writes the gradients of `turn` of them before it sums up others.
+    A pipelined warp has `rows` in flight, and writes the gradients of `gradients` of them before it sums up others.
     """
 
     warp_per_row: bool
@@ -48,18 +48,18 @@ class Geometry:
     slots: int
     blocks: int  # of a row
     rows: int
-    turn: int
+    gradients: int
 
     def __str__(self) -> str:
         row = "a warp" if self.warp_per_row else f"{self.blocks} block(s)"
         text = f"{row} a row, {self.warps} warps a block, {self.slots} slots, {self.rows} rows in flight"
-        return f"{text}, {self.turn} gradient(s) at a turn" if self.pipelined else text
+        return f"{text}, {self.gradients} gradient(s) at once" if self.pipelined else text
 
 
 @contextmanager
-def trial(warps: int = 0, slots: int = 0, rows: int = 0, turn: int = 0) -> Iterator[None]:
+def trial(warps: int = 0, slots: int = 0, rows: int = 0, gradients: int = 0) -> Iterator[None]:
     """Launches with this geometry, where it fits the rows; 0: as the launch table says."""
-    _C.cuda_try_geometry(warps, slots, rows, turn)
+    _C.cuda_try_geometry(warps, slots, rows, gradients)
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def trial(warps: int = 0, slots: int = 0, rows: int = 0, turn: int = 0) -> Itera
 
 def trial_of(geometry: Geometry) -> AbstractContextManager[None]:
     """Launches with a geometry that was found."""
-    pipeline = (geometry.rows, geometry.turn) if geometry.pipelined else (0, 0)
+    pipeline = (geometry.rows, geometry.gradients) if geometry.pipelined else (0, 0)
     return trial(geometry.warps, geometry.slots, *pipeline)
 
 
@@ -87,8 +87,8 @@ def seconds(call: Callable[[], object], count: int) -> float:
 def geometries(call: Callable[[], object]) -> list[Geometry]:
     """All that fit the rows of a call, each of which it runs once."""
     found = {}
-    for warps, slots, rows, turn in itertools.product(WARPS, SLOTS, ROWS, TURNS):
-        with trial(warps, slots, rows, turn):
+    for warps, slots, rows, gradients in itertools.product(WARPS, SLOTS, ROWS, GRADIENTS):
+        with trial(warps, slots, rows, gradients):
             call()
             used = Geometry(*_C.cuda_tried_geometry())
         if (used.warp_per_row or used.pipelined) and used.warps == warps:

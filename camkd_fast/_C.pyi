@@ -269,12 +269,12 @@ def cuda_row_loss(
     stream: int,
     /,
 ) -> None: ...
-def cuda_try_geometry(warps: int, slots: int, rows: int, turn: int, /) -> None:
-    """How row kernels run from now on, where it fits, as RowTrial of csrc/cuda/launch_table.h; 0: as that table says."""
+def cuda_try_geometry(warps: int, slots: int, rows: int, gradients: int, /) -> None:
+    """How row kernels run from now on, where it fits (RowTrial of csrc/cuda/launch_table.h); 0: as that table says."""
 
 def cuda_tried_geometry() -> tuple[bool, bool, int, int, int, int, int]:
     """Of the last trial: a warp per row, pipelined, warps of a block, vectors of a thread's buffer, blocks of a row,
-    rows in flight, turn."""
+    rows in flight, gradients."""
 
 def cuda_scale_rows(
     N: int, C: int, grad: int, out: int, dtype: int, factor: int, factor_stride: int, stream: int, /

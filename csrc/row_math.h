@@ -125,6 +125,15 @@ CAMKD_HD F product_or_zero(F weight, F term) {
     return weight * Math::zero_where_zero(term, weight);
 }
 
+// Instead of sum - x[k], which would cancel for a teacher that has nearly all of it.
+template <class Math, class F>
+CAMKD_HD F sum_of_others(const F* x, int K, int k) {
+    F others = Math::set(0.0f);
+    for (int j = 0; j < K; ++j)
+        if (j != k) others = others + x[j];
+    return others;
+}
+
 // w_k = (1 - softmax_k(CE)) / (K - 1); teachers with infinite CE share the softmax mass equally. `scratch` holds K
 // numbers, because an array inside this function would be local memory on a GPU.
 template <class Math, class F>
@@ -140,22 +149,17 @@ CAMKD_HD void confidence_weights(const F* ce, int K, F* w, F* scratch) {
         sum = sum + scratch[k];
     }
     const F inverse = Math::set(1.0f) / (sum * Math::set(float(K - 1)));
-    for (int k = 0; k < K; ++k) {
-        // The sum of the others instead of 1 - softmax_k, which would cancel for a teacher that is by far the worst
-        F others = Math::set(0.0f);
-        for (int j = 0; j < K; ++j)
-            if (j != k) others = others + scratch[j];
-        w[k] = others * inverse;
-    }
+    for (int k = 0; k < K; ++k) w[k] = sum_of_others<Math>(scratch, K, k) * inverse;
 }
 
 // w_k = 1 - H_k / sum_j H_j.
 template <class Math, class F>
 CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
-    const F one = Math::set(1.0f), equal = Math::set(1.0f / float(K));
+    const F one = Math::set(1.0f), equal = Math::set(float(K - 1) / float(K));
     F sum = Math::set(0.0f);
     for (int k = 0; k < K; ++k) sum = sum + entropy[k];
-    for (int k = 0; k < K; ++k) w[k] = K == 1 ? one : one - Math::where_positive(sum, entropy[k] / sum, equal);
+    for (int k = 0; k < K; ++k)
+        w[k] = K == 1 ? one : Math::where_positive(sum, sum_of_others<Math>(entropy, K, k) / sum, equal);
 }
 
 // w_k = 1 for the first of the lowest CE_k, 0 for the others.

@@ -232,7 +232,7 @@ def confidence_backward(
 ) -> list[Tensor]:
     N, C, _ = shape = shape_of(logits[0])
     grads = [new_output(N, C, z.dtype) for z in logits]
-    grad_ce = grad_ce.contiguous()
+    lse, grad_ce = lse.contiguous(), grad_ce.contiguous()
     _C.confidence_backward(
         shape,
         [matrix(z) for z in logits],

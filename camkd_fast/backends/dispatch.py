@@ -146,6 +146,10 @@ def _candidates(device: torch.device, C: int, maps: bool) -> tuple[tuple[str, ..
     return ("triton", "cuda", "reference"), f"no measurement shows cuda faster: {where}"
 
 
+def _unknown(requested: object) -> ValueError:
+    return ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
+
+
 def choose(
     requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor] = (), maps: bool = False
 ) -> tuple[str, str]:
@@ -157,7 +161,7 @@ def choose(
     """
     if requested != "auto":
         if requested not in BACKENDS:
-            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
+            raise _unknown(requested)
         refusal = _refusal(requested, tensors, others)
         if refusal is not None:
             raise NotImplementedError(f"backend {requested!r} cannot run here: {refusal}")
@@ -176,20 +180,20 @@ def choose(
     return name, "; ".join(reasons) if reasons else why
 
 
-def explain(*tensors: Tensor, backend: str = "auto") -> str:
+def explain(student: Tensor, *others: Tensor, backend: str = "auto") -> str:
     """One line: which backend these tensors would use, and why.
 
     >>> explain(torch.zeros(4, 10, dtype=torch.float64))
     'reference (cpu: it takes float32, bfloat16 and float16, got float64)'
 
     Args:
-        tensors: those of a call, in its order: the student's first.
+        student, others: the tensors of a call, in its order.
         backend: the requested one.
 
     Raises:
         ValueError, NotImplementedError: there is no such backend, or it cannot run these tensors.
     """
-    name, reason = choose(backend, tensors)
+    name, reason = choose(backend, (student, *others))
     return f"{name} ({reason})"
 
 
@@ -218,6 +222,8 @@ def shard_backend_for(requested: str, tensors: Sequence[Tensor], others: Sequenc
 
 
 def _name_for(requested: str, tensors: Sequence[Tensor], others: Sequence[Tensor], maps: bool = False) -> str:
+    if not isinstance(requested, str):
+        raise _unknown(requested)
     name = _compiled(requested, *_place(tensors[0]), maps)
     if name is None or not _all_ordinary(tensors, others):
         name = choose(requested, tensors, others, maps)[0]
@@ -250,6 +256,8 @@ def first_of(tensors: object) -> object:
 
 def whole_loss_backend(requested: str, tensor: object, maps: bool = False) -> WholeLossBackend | None:
     """The backend that may compute the loss of these logits or maps, unchecked as they are, in one call."""
+    if not isinstance(requested, str):
+        raise _unknown(requested)
     if not isinstance(tensor, Tensor):
         return None
     module = _whole_loss_on_cpu(requested) if tensor.is_cpu else _whole_loss_on(requested, *_place(tensor), maps)

@@ -108,10 +108,16 @@ def softmax_over_teachers(ce: Tensor) -> Tensor:
     return gap.masked_fill(top.isposinf() & ~infinite, float("-inf")).softmax(0)
 
 
+def _of_the_others(shares: Tensor) -> Tensor:
+    """1 - shares (K, N), which are those of a whole, as the sum of the other shares: for a teacher that has nearly all,
+    the difference would be 0 in float32, and a weight of 0 also removes an infinite divergence."""
+    return torch.stack([torch.cat([shares[:k], shares[k + 1 :]]).sum(0) for k in range(shares.shape[0])])
+
+
 def weights_from_ce(ce: Tensor) -> Tensor:
-    """Confidence weights (K, N) from teacher cross-entropies (K, N): eq. 3. Differentiable."""
+    """Confidence weights (K, N) = (1 - softmax_k(CE)) / (K - 1) from cross-entropies (K, N): eq. 3. Differentiable."""
     K = ce.shape[0]
-    return torch.ones_like(ce) if K == 1 else (1.0 - softmax_over_teachers(ce)) / (K - 1)
+    return torch.ones_like(ce) if K == 1 else _of_the_others(softmax_over_teachers(ce)) / (K - 1)
 
 
 def weights_from_entropy(entropy: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ def weights_from_entropy(entropy: Tensor) -> Tensor:
         return torch.ones_like(entropy)
     total = entropy.sum(0, keepdim=True)
     ratio = entropy / total.clamp(min=torch.finfo(total.dtype).tiny)
-    return 1.0 - ratio.masked_fill(total <= 0, 1.0 / K)
+    return _of_the_others(ratio.masked_fill(total <= 0, 1.0 / K))
 
 
 def weights_of_lowest(ce: Tensor) -> Tensor:

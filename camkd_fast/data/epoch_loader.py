@@ -72,7 +72,7 @@ class EpochLoader(ABC):
         try:
             for (pixels, index), planned, labels in zip(images, batches, self._labels_of(batches), strict=True):
                 self._position += 1  # before the yield: a state saved while the batch is in use continues after it
-                if index is not planned:  # without the unreadable files
+                if not torch.equal(index, planned):  # without the unreadable files
                     (labels,) = self._labels_of([index])
                 if len(index):
                     yield Batch(pixels, labels, index, view, self._finish)

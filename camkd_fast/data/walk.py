@@ -91,7 +91,10 @@ def _is_loop(inside: str, path: str) -> bool:
     if not os.path.islink(path):
         return False
     target, here = os.path.realpath(path), os.path.realpath(inside)
-    return os.path.commonpath([target, here]) == target
+    try:
+        return os.path.commonpath([target, here]) == target
+    except ValueError:  # another drive of Windows
+        return False
 
 
 def _ending(name: str) -> str:

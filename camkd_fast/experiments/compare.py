@@ -10,7 +10,7 @@ from typing import Any
 
 from ..train import run, strategies
 from ..train.config import DistillConfig
-from ..train.journal import METRICS, read_metrics
+from ..train.journal import METRICS, read_metrics, result_record
 from ..train.run_folder import is_finished
 from ..train.teachers.runs import load_source
 
@@ -123,9 +123,8 @@ def collect(config: CompareConfig) -> list[Row]:
         for cell in cells:
             if not is_finished(cell.out):
                 raise ValueError(f"{cell.out} holds no finished run")
-            records = read_metrics(cell.out / METRICS)
-            tests.append(next(record for record in records if record["kind"] == "test"))
-            epochs.append([record for record in records if record["kind"] == "epoch"])
+            tests.append(result_record(cell.out / METRICS))
+            epochs.append(read_metrics(cell.out / METRICS, "epoch"))
         speeds = [test["images_per_second"] for test in tests if test["images_per_second"]]  # 0 of too few steps
         speed = mean(speeds) if speeds else 0.0
         rows.append(Row(name, [test["test_accuracy"] for test in tests], speed, epochs))

@@ -16,7 +16,7 @@ from ..data.images import LabelledImages, stratified_parts
 from ..losses.feature import confidence_weights
 from ..train import run
 from ..train.config import DataConfig, DistillConfig, JobConfig, LogConfig, OptimConfig, TeachConfig
-from ..train.journal import METRICS, read_metrics
+from ..train.journal import METRICS, read_metrics, result_record
 from ..train.run_folder import load_model
 from ..train.run_images import load_splits
 from ..train.source_strings import SourceString
@@ -153,9 +153,7 @@ def run_demo(config: DemoConfig, out: Path) -> DemoResults:
 
 
 def _teacher_result(spec: DemoTeacher, folder: Path) -> TeacherResult:
-    records = read_metrics(folder / METRICS)
-    (test,) = (record for record in records if record["kind"] == "test")
-    epochs: list[dict[str, Any]] = [record for record in records if record["kind"] == "epoch"]
+    test, epochs = result_record(folder / METRICS), read_metrics(folder / METRICS, "epoch")
     return TeacherResult(spec, test["test_accuracy"], test["images_per_second"], epochs)
 
 

@@ -212,7 +212,8 @@ def _training(steps: Sequence[Record], epochs: Sequence[Record]) -> Section:
         ("features", PURPLE, [r["feature"] for r in points]),
     ]
     # Parts that are 0 throughout are left out; a single part equals the total.
-    present = [part for part in parts if max(part[2]) > 1e-6 * max(parts[0][2])]
+    total, *others = parts
+    present = [total, *(part for part in others if max(part[2]) > 1e-6 * max(total[2]))]
     shown = present[1:] if len(present) == 2 else present
     largest, least = max(parts[0][2]), min(min(part[2]) for part in shown)
     losses = Panel(

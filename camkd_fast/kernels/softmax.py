@@ -138,16 +138,23 @@ def relative_share(score, top, WEIGHTING: tl.constexpr):
 
 @triton.jit
 def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
-    """K weights from K scores, K >= 2: (1 - softmax_k) / (K - 1) or 1 - ratio_k."""
+    """K weights from K scores, K >= 2: what the others have of all shares, over K - 1 for "confidence"."""
     top = scores[0]
     for k in tl.static_range(1, K):
         top = tl.maximum(top, scores[k])
     total = tl.zeros_like(top)
+    shares = ()
     for k in tl.static_range(K):
-        total += relative_share(scores[k], top, WEIGHTING)
+        shares += (relative_share(scores[k], top, WEIGHTING),)
+        total += shares[k]
     weights = ()
     for k in tl.static_range(K):
-        weight = 1.0 - relative_share(scores[k], top, WEIGHTING) / total
+        # 1 - share would cancel for a teacher that has nearly all of it
+        others = tl.zeros_like(top)
+        for j in tl.static_range(K):
+            if j != k:
+                others += shares[j]
+        weight = others / total
         if WEIGHTING == "confidence":
             weight = weight / (K - 1)
         weights += (weight,)

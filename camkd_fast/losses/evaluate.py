@@ -103,7 +103,7 @@ def _evaluate_checked(
         if unknown and can_divide_in_kernel(student.dtype, loss_scale):
             return _mean_on_device(call, lead, loss_scale, dtype)
         inverse = inverse_divisor(num_items, valid, call.labels, ignore_index, dtype)
-    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, differentiable=way is not Way.KERNEL)
+    plan = plan_scales(inverse, loss_scale, student.dtype, dtype, student.device, way is not Way.KERNEL)
     return _rows(call, lead, reduction, plan, way, with_grad=loss_scale is not None)
 
 
@@ -160,7 +160,7 @@ def _mean_on_device(
     call: RowLossCall, lead: torch.Size, loss_scale: float | Tensor | None, dtype: torch.dtype
 ) -> Evaluated:
     """The kernel counts the valid rows and reduces: fewer launches than in PyTorch, and no synchronisation."""
-    plan = plan_scales(None, loss_scale, call.student.dtype, dtype)
+    plan = plan_scales(None, loss_scale, call.student.dtype, dtype, call.student.device)
     rows = run_rows(call, plan.in_kernel, mean=True)
     assert rows.means is not None  # they were requested
     loss, others = rows.means

@@ -126,7 +126,8 @@ def _weighted(
         if scale is None:
             scale = 1.0 / max(N, 1) if reduction == "mean" else 1.0
         # A number that depends on a traced batch size stays one.
-        return feature_loss_sum(call, as_scale(scale, dtype) if isinstance(scale, Tensor) else scale, way)
+        scale = as_scale(scale, dtype, weights.device) if isinstance(scale, Tensor) else scale
+        return feature_loss_sum(call, scale, way)
 
 
 def _checked_maps(
@@ -235,7 +236,7 @@ def _with_constant_weights(
     call: FeatureCall, constant: ConstantWeights, beta: float, loss_scale: float | Tensor, reduction: str, way: Way
 ) -> tuple[FeatureLossOutput, list[Tensor]]:
     dtype, device = accumulation_dtype(call.student[0].dtype), call.student[0].device
-    scale = as_scale(constant.inverse, dtype) * beta
+    scale = as_scale(constant.inverse, dtype, device) * beta
     found = feature_loss_and_grad(call, scale, as_scale(loss_scale, dtype, device), way)
     loss = feature_rows(call.weights, found.error) * scale if reduction == "none" else found.loss
     return FeatureLossOutput(loss, constant.weights, constant.teacher_ce), found.grads
@@ -361,13 +362,15 @@ class CAMKDFeatureLoss(nn.Module):
         Raises:
             ValueError, TypeError, NotImplementedError: as `forward` and `camkd_feature_loss_and_grad`.
         """
+        of_module: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
+        for name in of_module.keys() & options.keys():
+            raise TypeError(f"{name} is {of_module[name]!r} in this module, got {options[name]!r} for a call")
         self._check_teachers(teacher_features=teacher_features, teacher_heads=teacher_heads)
         regressed = self.regress(student_feature, teacher_features)
         weighting = options.get("weighting", "confidence")
         needs_logits = isinstance(weighting, str) and weighting == "confidence"
         logits = self._logits(regressed, teacher_heads) if needs_logits else None
-        options |= {"ignore_index": self.ignore_index, "backend": self.backend}
-        output, grads = camkd_feature_loss_and_grad(regressed, teacher_features, logits, target, **options)
+        output, grads = camkd_feature_loss_and_grad(regressed, teacher_features, logits, target, **of_module, **options)
         return output, regressed, grads
 
 

@@ -31,9 +31,10 @@ def plan_scales(
     loss_scale: float | Tensor | None,
     student_dtype: torch.dtype,
     accumulation_dtype: torch.dtype,
+    device: torch.device,
     differentiable: bool = False,
 ) -> ScalePlan:
-    """Splits the factor.
+    """Splits the factor. Tensors of the plan are on `device`, the student's.
 
     Args:
         inverse_divisor: 1 / the divisor of "mean", 1 for the other reductions, None if the kernel counts the rows.
@@ -42,10 +43,10 @@ def plan_scales(
         differentiable: the rows are differentiable themselves (torch.compile), so nothing is left to scale.
     """
     if inverse_divisor is None:
-        return ScalePlan(as_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype), 1.0, None)
+        return ScalePlan(as_scale(1.0 if loss_scale is None else loss_scale, accumulation_dtype, device), 1.0, None)
     if loss_scale is not None:
-        factor = loss_scale.to(accumulation_dtype) if isinstance(loss_scale, Tensor) else float(loss_scale)
-        return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)
+        factor = as_scale(loss_scale, accumulation_dtype, device)
+        return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype, device), 1.0, inverse_divisor)
     if isinstance(inverse_divisor, float) and can_divide_in_kernel(student_dtype) and not differentiable:
         return ScalePlan(inverse_divisor, 1.0, inverse_divisor)
     return ScalePlan(1.0, inverse_divisor, inverse_divisor)
@@ -83,6 +84,6 @@ def divisor_of(num_items: Tensor, kept: bool | Tensor) -> Tensor:
     return num_items.where(kept, 1) if isinstance(kept, Tensor) else num_items if kept else torch.ones_like(num_items)
 
 
-def as_scale(scale: float | Tensor, dtype: torch.dtype, device: torch.device | None = None) -> float | Tensor:
-    """A scale as a kernel takes it: a number, or (1,) of this dtype (and on this device)."""
+def as_scale(scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A scale as a kernel takes it: a number, or (1,) of this dtype on this device."""
     return scale.detach().reshape(1).to(device, dtype) if isinstance(scale, Tensor) else float(scale)

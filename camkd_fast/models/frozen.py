@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .protocol import FeatureModel, first_line
@@ -137,7 +138,7 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast to `dtype`, but no batch norm below float32: its statistics need the range, and their cost is negligible."""
     for module in model.modules():
-        if isinstance(module, _NORMS) and dtype.itemsize < 4:
+        if isinstance(module, _BatchNorm) and dtype.itemsize < 4:
             continue
         for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
             if tensor.is_floating_point():

@@ -59,14 +59,23 @@ def parse_model(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, A
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata: dict[str, Any] = json.loads(header["__metadata__"][_METADATA])
+        written = header["__metadata__"][_METADATA]
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{path} is no model of camkd-fast: it lacks the metadata {error}") from error
-    if metadata["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {metadata['format']}, but this version reads format {FORMAT}")
-    return tensors, metadata
+    return tensors, _metadata(path, written)
+
+
+def _metadata(path: Path, written: str) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json.loads(written)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its metadata are not JSON: {error}") from error
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, but this version reads format {FORMAT}")
+    return metadata
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -78,6 +87,8 @@ def load_model(path: Path) -> TrainedModel:
         ValueError: unknown model name.
     """
     tensors, metadata = read_model(path)
+    if missing := [name for name in ("model", "num_classes", "in_channels") if name not in metadata]:
+        raise CheckpointError(f"{path} is damaged: its metadata lack {', '.join(missing)}")
     model = create(metadata["model"], metadata["num_classes"], metadata["in_channels"])
     try:
         model.load_state_dict(tensors)

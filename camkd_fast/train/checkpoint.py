@@ -46,6 +46,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = {name: (path / name).read_bytes() for name in (MANIFEST, MODEL, STATE)}
         manifest = json.loads(content[MANIFEST])
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{path / MANIFEST} is damaged: it holds no hashes, but {manifest!r}")
         for name in (MODEL, STATE):
             if hashlib.sha256(content[name]).hexdigest() != manifest[name]:
                 raise CheckpointError(f"{path / name} is damaged: its {len(content[name])} bytes do not match its hash")

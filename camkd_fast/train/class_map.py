@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..system import utf8_text
 from .class_names import normal, positions
 from .source_strings import SourceString
+from .yaml_file import read_yaml, unique
 
 _LISTED = 3  # classes in an error
 
@@ -125,29 +126,9 @@ class ClassMap:
 
 def _parse(file: Path) -> Any:
     """Content of a JSON or YAML file without a key that is there twice, which the parsers accept in silence."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
-        read = partial(loader.construct_object, deep=True)
-        return _unique([(read(key), read(value)) for key, value in node.value])
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, once)
+    if file.suffix.lower() != ".json":
+        return read_yaml(file)
     try:
-        text = utf8_text(file)
-        if file.suffix.lower() == ".json":
-            return json.loads(text, object_pairs_hook=_unique)
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # an unhashable key is a TypeError
-        raise ValueError(f"{file} is no valid class map: {' '.join(str(error).split())}") from error
-
-
-def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[object, object]:
-    found: dict[object, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is there twice")
-        found[key] = value
-    return found
+        return json.loads(utf8_text(file), object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error

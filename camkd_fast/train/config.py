@@ -138,6 +138,8 @@ class OptimConfig:
         at_least("cutmix", self.cutmix, 0)
         if self.ema is not None:
             _fraction("ema", self.ema)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}")
         for value in self.betas:
             _fraction("betas", value)
         if not 0.0 < self.momentum < 1.0:

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..system import expand_path, quote_path, utf8_text
+from ..system import expand_path, quote_path
 from .atomic import write_atomically
 from .config import JOBS, JobConfig
 from .source_strings import SourceString
+from .yaml_file import read_yaml
 
 
 def save(config: JobConfig, path: Path) -> None:
@@ -36,14 +37,9 @@ def load(path: Path) -> JobConfig:
         OSError: the file cannot be read.
         ValueError: it is not YAML, or a job, field or value is invalid; the message has file and field.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(utf8_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or content.get("job") not in JOBS:
-        job = content.get("job") if isinstance(content, dict) else None
+    content = read_yaml(path)
+    job = content.get("job") if isinstance(content, dict) else None
+    if not isinstance(job, str) or job not in JOBS:
         raise ValueError(f"{path}: job must be one of {', '.join(JOBS)}, got {job!r}")
     kind = JOBS[content.pop("job")]
     try:
@@ -126,4 +122,5 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     expected = ", ".join(map(repr, get_args(hint))) if origin is Literal else getattr(hint, "__name__", str(hint))
+    expected = "a list" if origin is tuple else expected
     raise ValueError(f"{name} must be {expected}, got {value!r}")

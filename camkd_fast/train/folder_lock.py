@@ -140,7 +140,12 @@ class FolderLock:
                 if error.errno in _READ_ONLY and not self.path.exists():
                     return None
                 raise
-            locked = system.try_lock(descriptor)
+            try:
+                locked = system.try_lock(descriptor)
+                before = None if locked is None else Holder.read(descriptor)
+            except BaseException:
+                system.close_lock_file(descriptor)
+                raise
             if locked is None:
                 self._held.append((self.path, descriptor))
                 try:
@@ -152,7 +157,6 @@ class FolderLock:
             if locked and not system.is_at(descriptor, self.path):
                 system.close_lock_file(descriptor)  # its holder removed the file meanwhile
                 continue
-            before = Holder.read(descriptor)
             if not locked and before is None:
                 time.sleep(0.05)  # the holder writes its name right after it took the lock
                 before = Holder.read(descriptor)
@@ -312,16 +316,16 @@ def shared(
         OSError: the folder cannot be created.
     """
     lock, pause = FolderLock(folder, name) if world.is_main else None, 0.05
-    while True:
-        holder = None if lock is None else lock.acquire()
-        # Ranks exchange this several times a minute, or their next exchange would time out.
-        if not world.broadcast(holder is not None):
-            break
-        if say is not None and holder is not None and pause == 0.05:
-            say(f"waiting for {folder}, which is being written by {holder}")
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
     try:
+        while True:
+            holder = None if lock is None else lock.acquire()
+            # Ranks exchange this several times a minute, or their next exchange would time out.
+            if not world.broadcast(holder is not None):
+                break
+            if say is not None and holder is not None and pause == 0.05:
+                say(f"waiting for {folder}, which is being written by {holder}")
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
         yield
     finally:
         if lock is not None:

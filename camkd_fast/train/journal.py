@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,18 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"{where} is damaged: it holds no record, but {content!r}")
         records.append(content)
     return [record for record in records if kind in (None, record["kind"])]
+
+
+def result_record(path: Path) -> dict[str, Any]:
+    """The record of the test images, the last of a finished run.
+
+    Raises:
+        As `read_metrics`; ValueError: there is none.
+    """
+    records = read_metrics(path, "test")
+    if not records:
+        raise ValueError(f"{path} is damaged: it has no record of the test images, with which a finished run ends")
+    return records[-1]
 
 
 class _ReadRecord(dict[str, Any]):
@@ -85,6 +98,8 @@ class Journal:
         """Append a line to metrics.jsonl, write its numbers as TensorBoard scalars, update the bar."""
         self._file.write(_line(record))
         self._file.flush()
+        if record["kind"] == "test":  # the model file, which comes next, says that the run is finished
+            os.fsync(self._file.fileno())
         step = record["step"]
         if self._events is not None:
             for name, value in _scalars(record):

@@ -27,15 +27,14 @@ from .class_names import renumbered
 from .config import DistillConfig, JobConfig, PrecisionConfig, TeachConfig
 from .distributed import World, processes
 from .initial_weights import first_model
-from .journal import METRICS, Journal, NullJournal, read_metrics
+from .journal import METRICS, Journal, NullJournal, result_record
 from .run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished, load_model
 from .run_images import EVALUATION_BATCH, load_splits, loader_config, training_set, unreadable
 from .schedule import peak_rate
 from .step import TrainStep
-from .sums import NonFiniteLossError
 from .teachers.live import Teachers
 from .teachers.runs import load_teachers
-from .trainer import Evaluation, Outcome, Trainer, evaluate_average
+from .trainer import Evaluation, Outcome, Trainer, check_finite, evaluate_average
 from .trainer import evaluate as evaluate_model
 
 
@@ -178,9 +177,11 @@ def _finish(
     step, world = trainer.step, trainer.world
     world.copy_buffers(step.student)
     test = evaluate_model(step.student, images, world)
-    if not math.isfinite(test.loss):  # with no images held out, the first to see that the last steps diverged
-        raise NonFiniteLossError(f"the test loss is {test.loss} after step {trainer.position}")
+    # With no images held out, the first to see that the last steps diverged
+    check_finite("test loss", test, trainer.position)
     averaged = evaluate_average(step, images, world)
+    if averaged is not None:
+        check_finite("test loss of the average", averaged, trainer.position)
     result = RunResult(config.out, test, *outcome, time.perf_counter() - started, averaged)
     if world.is_main:
         journal.write(_record(result, trainer.position, config.optim.epochs))
@@ -235,7 +236,7 @@ def _record(result: RunResult, step: int, epoch: int) -> dict[str, Any]:
 
 def _result(out: Path) -> RunResult:
     """The result of a finished run, from its metrics."""
-    record = read_metrics(out / METRICS, "test")[-1]
+    record = result_record(out / METRICS)
     averaged = _evaluation("ema_test", record) if "ema_test_images" in record else None
     timing = record["images_per_second"], record["start_seconds"], record["seconds"]
     return RunResult(out, _evaluation("test", record), *timing, averaged)
@@ -289,6 +290,7 @@ def _repeatable(precision: PrecisionConfig, device: torch.device) -> Iterator[No
     """
     wanted = precision.deterministic == "on" or (precision.deterministic == "auto" and device.type == "cpu")
     already = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled, measured = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -302,4 +304,4 @@ def _repeatable(precision: PrecisionConfig, device: torch.device) -> Iterator[No
             yield
         finally:
             memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = filled, measured
-            torch.use_deterministic_algorithms(already)
+            torch.use_deterministic_algorithms(already, warn_only=warns)

@@ -89,6 +89,16 @@ def evaluate_average(step: TrainStep, loader: Loader, world: World) -> Evaluatio
     return evaluate(step.average.module, loader, world)
 
 
+def check_finite(name: str, evaluation: Evaluation, step: int) -> None:
+    """Check the loss of a model that has been trained for `step` steps.
+
+    Raises:
+        NonFiniteLossError: it is infinite or NaN.
+    """
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLossError(f"the {name} is {evaluation.loss} after step {step}")
+
+
 class Clock:
     """Throughput of this process. The first steps, which compile, allocate and start workers, are timed separately.
 
@@ -240,11 +250,11 @@ class Trainer:
         if self.validation is not None and ((epoch + 1) % self.log.validate_every == 0 or last == self.steps):
             self.world.copy_buffers(self.step.student)
             validation = evaluate(self.step.student, self.validation, self.world)
-            if not math.isfinite(validation.loss):
-                raise NonFiniteLossError(f"the validation loss is {validation.loss} after step {self.position}")
+            check_finite("validation loss", validation, self.position)
             record |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
             averaged = evaluate_average(self.step, self.validation, self.world)
             if averaged is not None:
+                check_finite("validation loss of the average", averaged, self.position)
                 record |= {"ema_validation_accuracy": averaged.accuracy, "ema_validation_loss": averaged.loss}
         journal.write(record)
         self._save(None)

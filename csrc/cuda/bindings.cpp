@@ -72,11 +72,11 @@ void add_bindings(pybind11::module_& m) {
     m.def("cuda_batch_floats", [](int64_t N) { return batch_floats(N); });
     m.def("cuda_row_loss", &py_row_loss);
     m.def("cuda_try_geometry",
-          [](int warps, int slots, int rows, int turn) { try_geometry({warps, slots, rows, turn}); });
+          [](int warps, int slots, int rows, int gradients) { try_geometry({warps, slots, rows, gradients}); });
     m.def("cuda_tried_geometry", [] {
         const RowGeometry g = tried_geometry();
         return pybind11::make_tuple(g.warp_per_row, g.pipelined, g.threads / kWarpThreads, g.slots, g.cluster, g.rows,
-                                    g.turn);
+                                    g.gradients);
     });
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);

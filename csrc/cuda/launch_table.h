@@ -76,18 +76,19 @@ struct RowGeometry {
     bool pipelined;     // by the kernel in pipeline.cuh; blocks have kHelperWarps besides
     bool warp_per_row;  // a group is a warp
     int rows;           // rows that a group has in flight at once; 1 unless warp_per_row or pipelined
-    int turn;           // pipelined: gradients that a warp writes before it sums up further rows
+    int gradients;      // pipelined: those that a warp writes before it sums up further rows
     int slots;          // vectors of a row in each thread's buffer
     int chunks;         // times that the buffer is filled for a row; 1 means that global memory is read once
     int shared;         // bytes
 };
 
 // A geometry to try instead of the cheapest one, where it fits a kernel whose warps hold rows: warps of a block,
-// vectors in each thread's buffer for a row, and for the pipelined kernel the rows and the turn. 0: as the table says.
+// vectors in each thread's buffer for a row, and for the pipelined kernel the rows and the gradients. 0: as the table
+// says.
 struct RowTrial {
-    int warps, slots, rows, turn;
+    int warps, slots, rows, gradients;
 
-    bool any() const { return warps > 0 || slots > 0 || rows > 0 || turn > 0; }
+    bool any() const { return warps > 0 || slots > 0 || rows > 0 || gradients > 0; }
     bool admits(int of_block, int of_thread) const {
         return (warps == 0 || warps == of_block) && (slots == 0 || slots == of_thread);
     }
@@ -207,7 +208,7 @@ constexpr int kRowsInPipeline = 2, kMostInPipeline = 4;
 // Rows that a warp has summed up when it waits for the weights of the first of them, which come meanwhile. It needs the
 // copies of as many, which have the more time the more rows are in flight and the more gradients come before.
 constexpr int kSummedAhead = 2;
-constexpr int kTurn = 1;
+constexpr int kGradientsAtOnce = 1;
 constexpr int kRowsAtOnce = 4;                  // that are looked up together
 constexpr int kPreparedRows = 4 * kRowsAtOnce;  // of which is known what RowInfo says
 constexpr int kPhasesBytes = 256;
@@ -257,7 +258,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const R
             best.cooperative = blocks > 1;
             best.pipelined = true;
             best.rows = rows;
-            best.turn = trial.turn > 0 ? trial.turn : kTurn;
+            best.gradients = trial.gradients > 0 ? trial.gradients : kGradientsAtOnce;
             best.slots = slots;
             best.chunks = 1;
             best.shared = int(shared);

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss
-from tests.support.cases import Case, make_case
+from tests.support.cases import Case, make_case, nearly_no_weight
 from tests.support.evaluate import run, run_value_and_grad
 from tests.support.op_contract import (
     assert_a_factor_of_1_writes_nothing,
@@ -222,6 +222,11 @@ def test_infinite_cross_entropies(regime: str, rows: tuple) -> None:
     for z in teachers:
         z[2, 0] = -INF  # all: uniform
     agree(student, teachers, target)
+
+
+def test_a_tiny_weight_keeps_an_infinite_divergence(regime: str) -> None:
+    case = nearly_no_weight()
+    agree(case.student, list(case.teachers), case.target)
 
 
 def test_certain_teachers(regime: str) -> None:

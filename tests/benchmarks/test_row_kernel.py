@@ -23,7 +23,7 @@ from tests.support.truth import naive, truth
 __all__ = ["cuda_on_the_host", "emulated"]
 
 # Rows of 4096 columns are 16 vectors for each lane of a warp, shared out among blocks of three or four warps at most:
-# warps, slots and blocks, each with two to four rows in flight and with turns of one and two.
+# warps, slots and blocks, each with two to four rows in flight and with one and two gradients at once.
 WIDE = [(2, 4, 2), (3, 2, 3), (3, 3, 2), (4, 1, 4), (4, 2, 2), (4, 4, 1)]
 ORDERS = list(itertools.product((2, 3, 4), (1, 2)))
 
@@ -62,22 +62,26 @@ def test_every_geometry_of_wide_rows_gives_the_right_result(emulated: ModuleType
             assert Geometry(*emulated.cuda_tried_geometry()) == geometry
 
 
-@pytest.mark.parametrize(("rows", "turn"), ORDERS)
+@pytest.mark.parametrize(("rows", "gradients"), ORDERS)
 @pytest.mark.parametrize("N", [1, 36, 37])
-def test_every_order_of_uneven_rows_gives_the_right_result(emulated: ModuleType, N: int, rows: int, turn: int) -> None:
+def test_every_order_of_uneven_rows_gives_the_right_result(
+    emulated: ModuleType, N: int, rows: int, gradients: int
+) -> None:
     """One group of three blocks takes all of them; one row has no pipeline."""
     limit(emulated, cluster=1, multiprocessors=4, least_cooperative=2, pipeline_warps=4)
     case = wide_case(N, 4091)
-    with row_kernel.trial(rows=rows, turn=turn):
+    with row_kernel.trial(rows=rows, gradients=gradients):
         assert_right(case)
         used = Geometry(*emulated.cuda_tried_geometry())
-    assert (used.pipelined, used.rows, used.turn) == ((True, rows, turn) if N > 1 else (False, 1, 0))
+    assert (used.pipelined, used.rows, used.gradients) == ((True, rows, gradients) if N > 1 else (False, 1, 0))
 
 
-@pytest.mark.parametrize(("rows", "turn"), [(1, 0), (5, 0), (-1, 0), (0, 3), (0, -1)])
-def test_orders_that_the_kernel_does_not_have_are_refused(emulated: ModuleType, rows: int, turn: int) -> None:
-    with pytest.raises(ValueError, match=f"{rows} rows in flight, {turn} at a turn; possible are 2 to 4, 1 to 2"):
-        emulated.cuda_try_geometry(0, 0, rows, turn)
+@pytest.mark.parametrize(("rows", "gradients"), [(1, 0), (5, 0), (-1, 0), (0, 3), (0, -1)])
+def test_orders_that_the_kernel_does_not_have_are_refused(emulated: ModuleType, rows: int, gradients: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"{rows} rows in flight, {gradients} gradients at once; possible are 2 to 4, 1 to 2"
+    ):
+        emulated.cuda_try_geometry(0, 0, rows, gradients)
 
 
 def test_every_geometry_of_narrow_rows_gives_the_right_result(emulated: ModuleType) -> None:
@@ -126,7 +130,7 @@ def test_rounds_time_every_geometry(emulated: ModuleType, monkeypatch: pytest.Mo
         return float(len(calls))
 
     monkeypatch.setattr(row_kernel, "seconds", seconds)
-    wanted = [Geometry(False, True, *sizes, 2, turn) for sizes, turn in zip(WIDE[:2], (1, 2), strict=True)]
+    wanted = [Geometry(False, True, *sizes, 2, gradients) for sizes, gradients in zip(WIDE[:2], (1, 2), strict=True)]
     case = make_case(16, 4096, 3, torch.bfloat16, padded=False)
     assert row_kernel.medians(call_of(case), 1, wanted) == [7.0, 8.0]
     assert calls == wanted * row_kernel.ROUNDS

@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.support.cases import Case, make_case
+from tests.support.cases import Case, make_case, nearly_no_weight
 from tests.support.evaluate import run, run_value_and_grad
 from tests.support.row_contract import assert_agrees, assert_invalid_second_labels, assert_means, options, second_of
 from tests.support.tolerance import assert_near, assert_result, rms
@@ -383,6 +383,11 @@ def test_rows_without_a_finite_logit(rows: tuple, which: int, temperature: float
     student, teachers, target = rows
     (student, *teachers)[which][1] = -INF
     agree(student, teachers, target, temperature=temperature)
+
+
+def test_a_tiny_weight_keeps_an_infinite_divergence() -> None:
+    case = nearly_no_weight()
+    agree(case.student, list(case.teachers), case.target)
 
 
 def test_certain_teachers() -> None:

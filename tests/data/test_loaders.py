@@ -193,6 +193,20 @@ def test_worker_processes_give_the_same_batches_and_end(tmp_path: Any) -> None:
         assert torch.equal(state, torch.random.get_rng_state())  # the global generator is not used
 
 
+def test_labels_of_an_epoch_are_read_at_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With worker processes too, whose indices are copies: on a GPU each reading is a copy and a launch."""
+    with ExitStack() as stack:
+        loader = stack.enter_context(opened(arrays(70), "torch", 8, augmentation=CROP, workers=1))
+        whole, calls = loader._labels_of, []
+
+        def counted(batches: Any) -> Any:
+            calls.append(len(batches))
+            return whole(batches)
+
+        monkeypatch.setattr(loader, "_labels_of", counted)
+        assert len(list(loader)) == calls[0] and len(calls) == 1
+
+
 def resident_memory() -> int:
     """Resident bytes of this process after returning unused memory to the system."""
     gc.collect()

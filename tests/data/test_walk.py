@@ -77,6 +77,17 @@ def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
     assert [str(path.relative_to(train)) for path in loaded(tmp_path).paths] == ["a/0.jpg", "a/in/1.jpg", "b/0.jpg"]
 
 
+def test_a_link_to_another_drive_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_drive(paths: list[str]) -> str:
+        raise ValueError("Paths don't have the same drive")
+
+    train = split(tmp_path / "set", "a", "b")
+    put(tmp_path / "other" / "1.jpg")
+    (train / "a" / "more").symlink_to(tmp_path / "other", target_is_directory=True)
+    monkeypatch.setattr("os.path.commonpath", other_drive)
+    assert len(loaded(tmp_path / "set").paths) == 3
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

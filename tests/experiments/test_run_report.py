@@ -142,6 +142,15 @@ def test_without_validation_images_there_is_no_confusion(tmp_path: Path, monkeyp
     assert "validation accuracy" not in dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
 
 
+def test_a_loss_of_exactly_0_is_drawn(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes((runs / "t0/config.yaml").read_bytes())
+    lines = [json.loads(line) for line in (runs / "t0/metrics.jsonl").read_text().splitlines()]
+    nothing = {"loss": 0.0, "hard": 0.0, "feature": 0.0}
+    lines = [{**line, **(nothing if line["kind"] in ("steps", "epoch") else {})} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "cross-entropy" in page_of(tmp_path)
+
+
 def test_an_unfinished_run_has_a_page_and_says_so(runs: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()

@@ -145,7 +145,14 @@ def test_an_interrupted_cell_goes_on_where_it_was(done: Path, tmp_path: Path, mo
     assert calls and (cells.cell_folder(tmp_path / "cut", cell) / "checkpoints").exists()
     assert records.collect(longer, tmp_path / "cut").cells == {}
     monkeypatch.setattr(run, "evaluate_model", evaluate)
+    folder = cells.cell_folder(tmp_path / "cut", cell)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "write_atomically", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work.train(longer, cell, tmp_path / "cut", ORIGIN)
+    assert (folder / "checkpoints").exists()  # without a record, the next attempt needs them
     record = work.train(longer, cell, tmp_path / "cut", ORIGIN)
+    assert not (folder / "checkpoints").exists()
     assert record["test_accuracy"] == whole["test_accuracy"]
     assert [e["epoch"] for e in read_metrics(cells.cell_folder(tmp_path / "cut", cell) / "metrics.jsonl", "epoch")] == [
         1,

@@ -172,6 +172,14 @@ def test_a_head_that_works_in_place_is_refused() -> None:
             call(maps, [torch.randn(3, 8, 2, 2)], heads[1:], labels)
 
 
+@pytest.mark.parametrize("option", [{"ignore_index": 1}, {"backend": "cpu"}])
+def test_a_call_cannot_have_other_settings_than_its_module(option: dict[str, object]) -> None:
+    loss, maps = CAMKDFeatureLoss(4, [8]), torch.randn(3, 4, 2, 2)
+    (name, value), labels = *option.items(), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=f"{name} is .* in this module, got {value!r} for a call"):
+        loss.loss_and_grad(maps, [torch.randn(3, 8, 2, 2)], [Head(8)], labels, **option)
+
+
 def test_settings_are_checked_at_construction() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'tpu'"):
         CAMKDFeatureLoss(4, [8], backend="tpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from camkd_fast import camkd_loss, confidence_weights
-from tests.support.cases import Case, make_case
+from tests.support.cases import Case, make_case, nearly_no_weight
 from tests.support.evaluate import Result, run, run_value_and_grad
 from tests.support.tolerance import assert_accurate, assert_near, assert_result
 from tests.support.truth import naive, truth
@@ -169,6 +169,15 @@ def test_weight_zero_removes_an_infinite_divergence(backend):
     assert result.weights[:, 0].tolist() == [0.0, 1.0]
     assert result.divergence[0, 0] == INF and result.divergence[1, 0].isfinite()
     assert result.loss.isfinite().all() and result.grad.isfinite().all()
+
+
+def test_a_tiny_weight_keeps_an_infinite_divergence(backend):
+    case = nearly_no_weight()
+    result = run(case, backend, torch.ones(4))
+    assert (result.weights[2] > 0).all() and (result.weights[2] < 1e-8).all()
+    assert_near(result.weights[2], confidence_weights([z.double() for z in case.teachers], case.target)[0][2].float())
+    assert (result.divergence[2] == INF).tolist() == [True, True, False, False]
+    assert (result.loss == INF).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])

@@ -120,6 +120,15 @@ def test_low_precision_costs_no_more_than_a_cast(name: str) -> None:
     assert error(folded, exact) <= 1.5 * error(unfolded, exact)
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+def test_no_batch_norm_has_statistics_of_half_precision(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), kind(12))
+    model[2].running_var.fill_(1e5)
+    frozen = models.freeze(model, torch.float16)
+    assert frozen[2].running_var.dtype == torch.float32 and frozen[2].running_var.eq(1e5).all()
+    assert frozen[1].weight.dtype == torch.float16
+
+
 def test_a_frozen_model_compiles_in_one_graph() -> None:
     frozen = models.freeze(with_random_norms(models.create("wrn-16-2", 10)))
     images = torch.randn(2, 3, 16, 16)

@@ -135,8 +135,8 @@ CHANGES = (
         ),
         Change(
             "the scale twice",
-            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), 1.0, inverse_divisor)",
-            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype), factor, inverse_divisor)",
+            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype, device), 1.0, inverse_divisor)",
+            "return ScalePlan(as_scale(inverse_divisor * factor, accumulation_dtype, device), factor, inverse_divisor)",
             tests="tests/losses/test_scale_plan.py",
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -128,6 +129,16 @@ def make_case(
     if two_labels:
         options |= second_labels(target.view(lead), torch.arange(C), options.get("ignore_index", -100), generator)
     return Case(tensors[0], tuple(tensors[1:]), target.view(lead), **options)
+
+
+def nearly_no_weight() -> Case:
+    """The last teacher has a weight of about 1e-9, and an infinite divergence where the student masks its class."""
+    case = make_case(4, 40, 3, padded=False)
+    student, teachers = case.student.clone(), [z.clone() for z in case.teachers]
+    target = torch.full((4,), 5)
+    student[:2, 7] = teachers[0][:, 7] = teachers[1][:, 7] = -math.inf
+    teachers[2][:, 7] = teachers[2][:, 5] + 26.0
+    return case.with_(student=student, teachers=tuple(teachers), target=target, reduction="none")
 
 
 def moved(z: Tensor, device: torch.device) -> Tensor:

@@ -52,7 +52,7 @@ def _assert_confidence(
     assert not weights[:, 2].any() and not ce[:, 2].any()
     grad_ce = torch.randn(target.numel(), 3).t()
     grad_ce[:, 2] = 0.0
-    grads = backend.confidence_backward(logits, target, lse, grad_ce, second)
+    grads = backend.confidence_backward(logits, target, lse.t().contiguous().t(), grad_ce, second)
     true = reference.confidence_backward(exact, target, expected[2], grad_ce.double(), wide)
     eager = reference.confidence_backward(narrow, target, expected[2].float(), grad_ce, second)
     for z, ours, R, N, g in zip(logits, grads, true, eager, grad_ce, strict=True):

@@ -115,6 +115,18 @@ def test_unreadable_images_may_be_missing_as_far_as_they_were_allowed(tmp_path: 
     assert torch.equal(cache.outputs(1, batch.index)[0].logits, teachers(batch)[0].logits)
 
 
+def test_what_lacks_known_unreadable_images_only_is_not_decoded_again(tmp_path: Path) -> None:
+    teachers, samples = make_teachers(), []
+    for bad in (7, 7, 9):
+        samples.append(0)
+
+        def count(n: int) -> None:
+            samples[-1] += n
+
+        build(tmp_path, teachers, loader=FakeLoader(bad=bad), unreadable=1, known_bad=(bad,), progress=count)
+    assert samples == [VIEWS * (N - 1), 0, VIEWS * (N - 1)]  # 7 can be read at last
+
+
 def test_a_loader_of_other_views_is_noticed(tmp_path: Path) -> None:
     teachers = make_teachers()
     with pytest.raises(CacheError, match="delivers view 0 in epoch 1, with views 2"):

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from camkd_fast.models import model_file
 from camkd_fast.models.model_file import MODEL, CheckpointError, model_bytes, read_model
 from camkd_fast.train import atomic
 from camkd_fast.train.atomic import write_atomically
@@ -144,6 +145,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
         checkpoints.latest()
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "3"])
+def test_a_manifest_of_something_else_is_damaged(tmp_path: Path, content: str) -> None:
+    saved(tmp_path, 5)
+    (tmp_path / "step-00000005" / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"step-00000005.* is damaged"):
+        read_checkpoint(tmp_path / "step-00000005")
+
+
 def test_a_run_passes_a_damaged_checkpoint_and_removes_it(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 5, 10)
     truncate(tmp_path / "step-00000010" / STATE)
@@ -167,6 +176,24 @@ def test_a_pickle_with_a_global_is_refused(tmp_path: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"state.pt needs more than weights_only=True and is refused"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "has format None, but this version reads format 1"),
+        ("[]", "has format None"),
+        ("x", "is damaged: its metadata are not JSON"),
+        ('{"format": 1}', "is damaged: its metadata lack model, num_classes, in_channels"),
+    ],
+)
+def test_metadata_of_a_model_file_are_checked(tmp_path: Path, content: str, words: str) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file(SmallNet().state_dict(), path, {model_file._METADATA: content})
+    with pytest.raises(CheckpointError, match=words):
+        model_file.load_model(path)
 
 
 def test_a_model_file_is_checked(tmp_path: Path) -> None:

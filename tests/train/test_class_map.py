@@ -60,16 +60,16 @@ def test_names_are_compared_in_their_normal_form(tmp_path: Path) -> None:
         ("ant: 0\nbee: 1\ncat: 5\n", r"class 5 of teacher t must lie in \[0, 5\)$"),
         ("ant: 0\nbee: 1\ncat: Leo\n", r"no class of teacher t is called 'Leo'; there are 5$"),
         ("ant: 0\nbee: 1\n2: 2\ncat: 3\n", r"class 'cat' of the images is there twice$"),
-        ("ant: 0\nant: 1\n", r"m.yaml is no valid class map: 'ant' is there twice$"),
+        ("ant: 0\nant: 1\n", r"m.yaml is not YAML: 'ant' is there twice$"),
         ("ant: 0\nbee: 0\ncat: 2\n", r"'ant' and 'bee' of the images are both class 'Formica' of teacher t$"),
         ("no: 0\nbee: 1\ncat: 2\n", r"class False of the images must be a name or a number; put names in quotes$"),
         ("ant: 0\nbee: [1]\ncat: 2\n", r"class \[1\] of teacher t must be a name or a number"),
         ("runs/t: {ant: 0}\nx: 1\n", r"has a mapping for 'runs/t', but not for 'x': give one mapping for all"),
         ("runs/x: {ant: 0}\n", r"names 'runs/x', but the teachers are runs/t, timm:x@a$"),
         ("runs/t: {ant: 0}\n", r"lacks class 'bee', 'cat' of the images$"),
-        ("a: b: c", r"m.yaml is no valid class map: mapping values"),
-        ("[a, b]: 1", r"is no valid class map: unhashable"),
-        ("!!python/object/apply:os.getcwd []", r"is no valid class map: could not determine a constructor"),
+        ("a: b: c", r"m.yaml is not YAML: mapping values"),
+        ("[a, b]: 1", r"is not YAML: unhashable"),
+        ("!!python/object/apply:os.getcwd []", r"is not YAML: could not determine a constructor"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
@@ -90,7 +90,7 @@ def test_numbers_where_names_are_unknown_or_double(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['{"ant": 0, "ant": 1}', "{ant: 0}", "\ud800"])
 def test_json_that_is_none_or_has_a_class_twice(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"m.json is no valid class map: "):
+    with pytest.raises(ValueError, match=r"m.json is not JSON: "):
         ClassMap.read(tmp_path / "m.json", ())
 
 

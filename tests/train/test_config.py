@@ -71,8 +71,12 @@ def test_a_file_by_hand_may_leave_fields_out(tmp_path: Path) -> None:
         ("job: teach\noptim: {epochs: 0}", "epochs must be at least 1, got 0"),
         ("job: teach\noptim: 3", "optim must be a mapping, got 3"),
         ("job: teach\ndata: {loader: tape}", "data.loader must be 'auto', 'resident', 'dali', 'torch', got 'tape'"),
-        ("job: distill\nteachers: runs/t0", "teachers must be"),
+        ("job: distill\nteachers: runs/t0", "teachers must be a list, got 'runs/t0'"),
         ("job: teach\n  model: x: y", "is not YAML"),
+        ("job: [teach]", "job must be one of teach, distill, got ['teach']"),
+        ("job: teach\noptim: {epochs: 3, epochs: 4}", "is not YAML: 'epochs' is there twice"),
+        ("job: teach\noptim: {betas: [0.9]}", "betas must be two numbers, got (0.9,)"),
+        ("job: teach\noptim: {betas: 0.9}", "optim.betas must be a list, got 0.9"),
     ],
 )
 def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
@@ -98,6 +102,7 @@ def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str
         (OptimConfig, {"milestones": (0.5, 150.0)}, "fractions between 0 and 1, or epochs from 1 on, got (0.5, 150.0)"),
         (OptimConfig, {"warmup": 240.0}, "warmup must lie in [0, epochs), got 240.0 of 240 epochs"),
         (OptimConfig, {"momentum": 1.0}, "got 1.0"),
+        (OptimConfig, {"betas": (0.9, 0.99, 0.999)}, "betas must be two numbers, got (0.9, 0.99, 0.999)"),
         (OptimConfig, {"drop": 0.0}, "got 0.0"),
         (PrecisionConfig, {"dtype": "float8"}, "got 'float8'"),
         (PrecisionConfig, {"compile": "yes"}, "got 'yes'"),

@@ -135,6 +135,18 @@ def test_given_teachers_stay_as_they_are() -> None:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_given_teachers_stay_as_they_are_after_an_error() -> None:
+    given = [Bare(6, seed=1)]
+    with pytest.raises(ValueError, match="no module 'nope'"):
+        Distiller(SmallNet(), given, teacher_layers=["nope"], example=DATA.images[:1])
+    assert all(module.training for module in given[0].modules())
+
+
+def test_flags_are_flags() -> None:
+    with pytest.raises(TypeError, match="detach_weights must be True or False, got str"):
+        Distiller(SmallNet(), teachers(), detach_weights="no")
+
+
 def copied(made: Distiller) -> Distiller:
     return pickle.loads(pickle.dumps(made))
 
@@ -311,6 +323,7 @@ REFUSED = {
         r"teacher 0 \(SmallNet\) has 10 classes, but the data set has 7",
     ),
     "an unknown strategy": (lambda: Distiller(SmallNet(), teachers(), "ca-mdk"), r"no strategy is named 'ca-mdk'"),
+    "an option without this value": (lambda: Distiller(SmallNet(), teachers(), uniform="logit"), "uniform.*'logit'"),
     "an option of another strategy": (lambda: Distiller(SmallNet(), teachers(), "aver", beta=1.0), "beta"),
     "a file that is not there": (lambda: Distiller(SmallNet(), ["resnet8@nowhere.pth"]), "nowhere.pth"),
 }  # fmt: skip

@@ -61,6 +61,33 @@ def test_one_holder_at_a_time(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
+def test_a_lock_is_released_if_the_processes_cannot_agree(kind: str, tmp_path: Path) -> None:
+    class Lost:
+        is_main = True
+
+        def broadcast(self, value: bool) -> bool:
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"), shared(tmp_path, world=Lost()):  # type: ignore[arg-type]
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_errors_of_a_lock_leave_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for owner, name in ((system, "try_lock"), (Holder, "read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(OSError, match="Input/output"):
+                FolderLock(tmp_path).acquire()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_the_block_may_fail(kind: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), locked(tmp_path):
         raise KeyboardInterrupt

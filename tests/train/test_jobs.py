@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from camkd_fast.models.model_file import CheckpointError
-from camkd_fast.train import config_file, run
+from camkd_fast.train import config_file, run, trainer
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, PrecisionConfig, TeachConfig
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run import RunResult, distill, evaluate, teach
@@ -199,6 +199,41 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write the (run )?folder .*file/run: Not a directory"):
         teach(teach_config(tmp_path / "file" / "run"))
+
+
+def test_a_finished_run_without_its_result_is_named(tmp_path: Path) -> None:
+    """As a loss of power may leave it."""
+    config = teach_config(tmp_path / "run", optim=replace(SHORT, epochs=1))
+    teach(config)
+    path = config.out / METRICS
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: it has no record of the test images"):
+        teach(config, resume=True)
+
+
+def test_a_run_leaves_how_the_caller_wants_to_hear_of_other_algorithms(tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        teach(teach_config(tmp_path, optim=replace(SHORT, epochs=1)))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_average_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trainer.evaluate_average
+    averaged = teach_config(tmp_path, optim=replace(SHORT, epochs=1, ema=0.9))
+
+    def diverged(*given: Any) -> Any:
+        return whole(*given)._replace(loss=math.inf)
+
+    monkeypatch.setattr(run, "evaluate_average", diverged)
+    with pytest.raises(NonFiniteLossError, match="the test loss of the average is inf after step 4"):
+        teach(averaged)
+    monkeypatch.setattr(trainer, "evaluate_average", diverged)
+    with pytest.raises(NonFiniteLossError, match="the validation loss of the average is inf after step 4"):
+        teach(averaged, overwrite=True)
 
 
 def test_last_steps_that_diverge_leave_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

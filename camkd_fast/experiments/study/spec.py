@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ...system import is_portable_name, utf8_text
+from ...system import is_portable_name
 from ...train import config_file, strategies
 from ...train.config import DataConfig, OptimConfig, PrecisionConfig
+from ...train.yaml_file import read_yaml
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")  # names are used as folder names
 REFERENCE = strategies.AVER.name  # default of `Variant.against`
@@ -171,12 +172,7 @@ def load(path: Path) -> StudyConfig:
         OSError: the file cannot be read.
         ValueError: it is not YAML, or a field is missing, unknown or invalid; the message has file and field.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(utf8_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a mapping, got {content!r}")
     try:

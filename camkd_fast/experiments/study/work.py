@@ -67,8 +67,12 @@ def write_cache(study: StudyConfig, pool: str, out: Path, origin: Origin) -> Rec
         weights = measure.pool(cells.cache_config(study, study.pool(pool), out))
         return {"name": pool, **weights, "seconds": round(time.perf_counter() - started, 1)}
 
-    folder, digest = cells.cache_folder(out, pool), cells.pool_hash(study, study.pool(pool))
-    return _once("pool", folder, digest, origin, work)
+    return _once("pool", *_place_of_pool(study, pool, out), origin, work)
+
+
+def _place_of_pool(study: StudyConfig, pool: str, out: Path) -> tuple[Path, str]:
+    """Folder and hash of a pool's cache."""
+    return cells.cache_folder(out, pool), cells.pool_hash(study, study.pool(pool))
 
 
 def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
@@ -82,7 +86,7 @@ def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
     def work(folder: Path) -> Record:
         variant = study.variant(cell.variant)
         teachers = study.pool(cell.pool).teachers if variant.has_pool else ()
-        if variant.has_pool and not (cells.cache_folder(out, cell.pool) / RECORD).exists():
+        if variant.has_pool and _record(*_place_of_pool(study, cell.pool, out)) is None:
             raise ValueError(f"{cell} needs the cache of pool {cell.pool}, which could not be made")
         config = cells.student_config(study, cell, out, _best(out, teachers) if variant.best_teacher else 0)
         result = run.distill(config, resume=True)
@@ -104,10 +108,13 @@ def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
         }
         if epochs[-1]["feature_weights"] and any(map(study.is_bad, teachers)):
             record["class_feature_weights"] = measure.class_feature_weights(config)
-        shutil.rmtree(folder / CHECKPOINTS)  # several times the model's size, not needed by a finished cell
         return record
 
-    return _once("cell", cells.cell_folder(out, cell), cells.cell_hash(study, cell), origin, work)
+    folder = cells.cell_folder(out, cell)
+    record = _once("cell", folder, cells.cell_hash(study, cell), origin, work)
+    # Several times the model's size; only a cell without a record needs them
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return record
 
 
 def _best(out: Path, teachers: tuple[str, ...]) -> int:
@@ -124,11 +131,15 @@ def _rounded(values: list[float]) -> list[float]:
 def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[Path], Record]) -> Record:
     """The record in `folder` if its hash matches; otherwise run `work` and write its record."""
     with folder_lock.shared(folder, PIECE_LOCK):
-        path = folder / RECORD
-        if path.exists():
-            found: Record = json.loads(path.read_bytes())
-            if found["hash"] == digest:
-                return found
-        record = {"kind": kind, **work(folder), "hash": digest, **origin}
-        write_atomically(path, (json.dumps(record) + "\n").encode())
-        return record
+        found = _record(folder, digest)
+        if found is None:
+            found = {"kind": kind, **work(folder), "hash": digest, **origin}
+            write_atomically(folder / RECORD, (json.dumps(found) + "\n").encode())
+        return found
+
+
+def _record(folder: Path, digest: str) -> Record | None:
+    """The record in `folder`, if it has this hash."""
+    path = folder / RECORD
+    found: Record | None = json.loads(path.read_bytes()) if path.exists() else None
+    return found if found is not None and found["hash"] == digest else None

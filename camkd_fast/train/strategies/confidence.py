@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...losses.formula import check_choice, check_flag
 from .base import FeatureTerm, Setup, Strategy
 from .features import FeatureStrategy
 from .registry import register
@@ -45,6 +46,8 @@ class CAMKD(FeatureStrategy):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.uniform = setup.options["uniform"]
+        check_choice("uniform", self.uniform, ("none", "logits", "features"))
+        check_flag("detach_weights", setup.options["detach_weights"])
         if self.uniform == "logits":
             self.formula = self.formula.replaced(weighting="uniform")
 

@@ -109,6 +109,7 @@ class TeacherCache:
         memory_limit: int = MEMORY_LIMIT,
         shard_bytes: int = SHARD_BYTES,
         progress: Callable[[int], None] = lambda samples: None,
+        known_bad: Sequence[int] = (),
     ) -> TeacherCache:
         """Write the rows that `folder` lacks, then open it. No teacher runs if the cache is complete.
 
@@ -117,13 +118,14 @@ class TeacherCache:
         Args:
             loader: used only here, at the start of an epoch, with the settings of `key`; epoch v must be view v.
             progress: called with the number of samples of every batch.
+            known_bad: samples that the loader leaves out, as their files are unreadable.
 
         Raises:
             CacheError: the cache in `folder` is damaged or has another key or storage.
             OSError: a shard cannot be written; earlier shards are kept, and another call continues from there.
         """
         with shared(folder, CACHE_LOCK, world=world, say=warnings.warn):  # the first of several jobs writes the cache
-            write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress)
+            write_missing(folder, teachers, loader, key, storage, world, shard_bytes, progress, known_bad)
         return cls.open(folder, key, storage, unreadable=unreadable, device=world.device, memory_limit=memory_limit)
 
     def outputs(self, view: int, index: Tensor) -> list[Prediction]:

@@ -34,12 +34,14 @@ def write_missing(
     world: World,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda samples: None,
+    known_bad: Sequence[int] = (),
 ) -> None:
     """Write the rows that `folder` lacks; each rank writes the samples of its own loader.
 
     Args:
         loader: at the start of an epoch, with the settings of `key`; epoch v must deliver view v.
         progress: called with the number of samples of every batch.
+        known_bad: samples that the loader leaves out, as their files are unreadable.
 
     Raises:
         CacheError: the cache in `folder` is damaged or does not match, or a batch has another view.
@@ -47,13 +49,15 @@ def write_missing(
     """
     folder.mkdir(parents=True, exist_ok=True)
     covered = torch.zeros(key.views * key.samples, dtype=torch.bool)
+    by_view = covered.view(key.views, key.samples)
+    by_view[:, list(known_bad)] = True
     for manifest in manifests(folder, key, storage):
         storage = manifest.storage  # may include features that this run does not need
         for shard in shards(folder, manifest):
             covered[shard["rows"]] = True
     world.wait()  # all ranks have read the manifests before the first one writes
     writer = _Writer(folder, key, storage, world.rank, shard_bytes)
-    for view, done in enumerate(covered.view(key.views, key.samples).all(1).tolist()):
+    for view, done in enumerate(by_view.all(1).tolist()):
         if done:
             continue
         loader.set_epoch(view)

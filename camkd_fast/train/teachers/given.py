@@ -47,11 +47,13 @@ def frozen_teachers(
     for teacher, layer in zip(teachers, layers, strict=True):
         module = teacher if isinstance(teacher, nn.Module) else getattr(teacher, "model", None)
         training = [] if module is None else [part for part in module.modules() if part.training]
-        source = _source(teacher, layer, images.example)
-        name = f"teacher {teacher if isinstance(teacher, str) else type(source.model).__name__}"
-        frozen.append(_fitted(name, replace(source, model=freeze(source.model, dtype, channels_last)), images))
-        for part in training:  # a split sets its model to evaluation mode
-            part.training = True
+        try:
+            source = _source(teacher, layer, images.example)
+            name = f"teacher {teacher if isinstance(teacher, str) else type(source.model).__name__}"
+            frozen.append(_fitted(name, replace(source, model=freeze(source.model, dtype, channels_last)), images))
+        finally:
+            for part in training:  # a split sets its model to evaluation mode
+                part.training = True
     return frozen
 
 

@@ -116,7 +116,15 @@ def _cached(
         total = key.views * loader.num_samples if config.log.progress and world.is_main else None
         with _progress(total) as progress:
             cache = TeacherCache.build(
-                folder, live, loader, key, storage, world=world, unreadable=config.data.skip_bad, progress=progress
+                folder,
+                live,
+                loader,
+                key,
+                storage,
+                world=world,
+                unreadable=config.data.skip_bad,
+                known_bad=settings.known_bad,
+                progress=progress,
             )
     if world.is_main:
         _report_rounding(cache)

@@ -95,11 +95,11 @@ class PipelinedKernel {
                 if (row.kept) label_statistics_.sum_up(row, r, even ? part : group_.chunk_of(row, r, 0), more);
                 arrive(&phases()->summed[r]);
             }
-            // `turn` is 1 or 2
+            // These are 1 or 2
             do {
                 write(written, even, part, again);
                 copies_end_group();
-            } while (++written < count && (written & (group_.launch.geometry.turn - 1)) != 0);
+            } while (++written < count && (written & (group_.launch.geometry.gradients - 1)) != 0);
         }
     }
 

@@ -32,8 +32,10 @@ class RowResults {
             for (int k = 0; k < group_.teachers(); ++k) top = ScalarMath::max(shuffle(ce, k), top);
             weight = confidence(ScalarMath::exp(ScalarMath::difference(ce, top)));
         } else if (args.formula.weighting == Weighting::entropy && group_.teachers() > 1) {
-            const float entropy = std::log(sum1) - sums.plogp / sum1, total = sum_over_teachers(entropy);
-            weight = 1.0f - ScalarMath::where_positive(total, entropy / total, 1.0f / float(group_.teachers()));
+            const float teachers = float(group_.teachers());
+            const Share entropy = share_of(std::log(sum1) - sums.plogp / sum1);
+            weight =
+                ScalarMath::where_positive(entropy.total, entropy.others / entropy.total, (teachers - 1.0f) / teachers);
         } else if (args.formula.weighting == Weighting::given) {
             weight = group_.lane() < group_.teachers() ? given_weight(info.row, group_.lane()) : 0.0f;
         }
@@ -318,16 +320,25 @@ class RowResults {
     // NaN for invalid labels, else 0.
     static CAMKD_DEVICE float label_nan(const Info& info) { return info.label_valid ? 0.0f : NAN; }
 
-    // The confidence weight of this lane's teacher from numbers proportional to e^CE: the share of the others, because
-    // 1 - share would cancel for a teacher that is by far the worst.
-    CAMKD_DEVICE float confidence(float mass) const {
-        float total = 0, others = 0;
+    // Sums of one number per teacher, in their order: over all, and over the others than this lane's, because a
+    // difference would cancel for a teacher that has nearly all of it.
+    struct Share {
+        float total, others;
+    };
+    CAMKD_DEVICE Share share_of(float x) const {
+        Share sums{};
         for (int k = 0; k < group_.teachers(); ++k) {
-            const float mass_k = shuffle(mass, k);
-            total += mass_k;
-            if (k != group_.lane()) others += mass_k;
+            const float of_teacher = shuffle(x, k);
+            sums.total += of_teacher;
+            if (k != group_.lane()) sums.others += of_teacher;
         }
-        return others * (1.0f / (total * float(group_.teachers() - 1)));
+        return sums;
+    }
+
+    // The confidence weight of this lane's teacher from numbers proportional to e^CE.
+    CAMKD_DEVICE float confidence(float mass) const {
+        const Share share = share_of(mass);
+        return share.others * (1.0f / (share.total * float(group_.teachers() - 1)));
     }
 
     // The sum of one number per teacher, in their order.

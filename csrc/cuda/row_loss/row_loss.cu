@@ -15,9 +15,9 @@ RowGeometry tried{};
 
 void try_geometry(const RowTrial& next) {
     const bool rows = next.rows == 0 || (next.rows >= kSummedAhead && next.rows <= kMostInPipeline);
-    if (!rows || next.turn < 0 || next.turn > kSummedAhead)
+    if (!rows || next.gradients < 0 || next.gradients > kSummedAhead)
         throw std::invalid_argument("camkd_fast: a trial of " + std::to_string(next.rows) + " rows in flight, " +
-                                    std::to_string(next.turn) + " at a turn; possible are " +
+                                    std::to_string(next.gradients) + " gradients at once; possible are " +
                                     std::to_string(kSummedAhead) + " to " + std::to_string(kMostInPipeline) +
                                     ", 1 to " + std::to_string(kSummedAhead));
     trial = next;

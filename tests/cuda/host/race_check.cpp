@@ -135,7 +135,8 @@ Formula papers_formula(Weighting weighting) {
 
 // Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
 // The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum
-// up every other row twice. With `two`, rows have two labels. `trial`: rows in flight and turn of the pipelined kernel.
+// up every other row twice. With `two`, rows have two labels. `trial`: rows in flight and gradients at once of the
+// pipelined kernel.
 bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false, bool two = false, RowTrial trial = {}) {
     host::limits = limits;
@@ -252,9 +253,9 @@ int main() {
                  confidence, true) &
         run_rows("pipelined, three rows", 19, 500, 2, {2, 16 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true, false, {0, 0, 3, 1}) &
-        run_rows("pipelined, turns of two", 18, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
+        run_rows("pipelined, two gradients", 18, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, false, false, {0, 0, 2, 2}) &
-        run_rows("pipelined, four rows, turns of two", 19, 500, 2, {2, 20 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2},
+        run_rows("pipelined, four rows, two gradients", 19, 500, 2, {2, 20 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2},
                  2, false, confidence, true, false, {0, 0, 4, 2}) &
         run_rows("pipelined, two labels", 7, 500, 2, {2, 12 * 1024, 5 * 1024, 1 << 20, 1, threads, 2, 2}, 2, false,
                  confidence, true, true) &
