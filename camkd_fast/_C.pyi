@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .backends.contract import SecondLabels, WholeLoss
+from .backends.contract import SecondLabels
+from .backends.whole_losses import WholeLoss
 from .losses.formula import Formula
 
 Matrix = tuple[int, int, int, int]  # address, outer row stride, inner row stride, dtype code
@@ -67,7 +68,7 @@ def confidence_weights(
     poison: bool,
     /,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """See camkd_fast.backends.contract.WholeLossBackend for the results of this function and those below; None for
+    """See camkd_fast.backends.whole_losses.WholeLosses for the results of this function and those below; None for
     unsupported or invalid arguments."""
 
 def confidence_gradients(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -278,112 +278,4 @@ class LabelCounter(Protocol):
         self, target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None
     ) -> tuple[int, int | None]:
         """How many rows are not ignored before the first one with invalid labels, and the index of that one, if any."""
-        ...
-
-
-# The loss of a batch, as C++ makes it: a named tuple would be made anew in Python, at a third of the cost of a call.
-WholeLoss: TypeAlias = tuple[
-    Tensor,  # loss: (), or the target's shape for reduction "none"
-    Tensor,  # row_stats (3 + 3K, N)
-    Tensor | None,  # grad_student (N, C): d(loss_scale * loss) / d student
-    tuple[float, float, float] | None,  # sums as in RowLossResult
-    tuple[Tensor, Tensor] | None,  # means likewise, for every reduction but "none"
-    float | None,  # what the sums are multiplied by, if the host knows it; None for reduction "none"
-]
-
-
-class WholeFeatureLoss(NamedTuple):
-    """The feature loss, and what its gradients need; None where no gradient is required."""
-
-    loss: Tensor  # ()
-    error: Tensor | None  # (K, N), for the gradient of the weights
-    buffer: Tensor | None  # (1, size): the memory of all gradients of the maps
-    layouts: Sequence[tuple[Sequence[int], Sequence[int], int]] | None  # of each gradient: shape, strides, offset
-    scale: float | Tensor  # as in Backend.feature_loss
-
-
-class WholeLossBackend(Protocol):
-    """A backend that computes whole losses, unchecked arguments included, in one call.
-
-    These are the fast path for ordinary tensors on the backend's device. They return None for unsupported or invalid
-    input; the general path then reports the error.
-    """
-
-    CONNECTED: bool  # whether C++ reads and makes tensors, as with torch >= 2.10; without that there is no fast path
-
-    def logit_loss(
-        self,
-        student: Tensor,
-        teachers: Tensor | Sequence[Tensor],
-        target: Tensor,
-        formula: Formula,
-        reduction: str,
-        num_items: float | Tensor | None,
-        loss_scale: float | Tensor | None,
-        second: SecondLabels | None = None,
-    ) -> WholeLoss | None:
-        """There is a gradient if there is a loss_scale, or if the student requires one."""
-        ...
-
-    def confidence_weights(
-        self,
-        logits: Tensor | Sequence[Tensor],
-        target: Tensor,
-        ignore_index: int,
-        second: SecondLabels | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Weights and cross-entropies (K, ...), and what `confidence_gradients` takes, if one of the logits requires
-        grad: (2, K, N), the log-sum-exps and the weights again.
-        """
-        ...
-
-    def confidence_gradients(
-        self,
-        logits: Sequence[Tensor],
-        target: Tensor,
-        ignore_index: int,
-        kept: Tensor,
-        grad_weights: Tensor | None,
-        grad_ce: Tensor | None,
-        second: SecondLabels | None = None,
-    ) -> list[Tensor] | None:
-        """The gradients of the logits, from those of the two results of `confidence_weights`; None for 0."""
-        ...
-
-    def whole_feature_loss(
-        self,
-        student: Sequence[Tensor],
-        teachers: Sequence[Tensor],
-        weights: Tensor,
-        reduction: str,
-        scale: float | Tensor | None,
-    ) -> WholeFeatureLoss | None:
-        """The loss for "mean" or "sum"; `scale` takes the place of 1 / N or 1."""
-        ...
-
-    def feature_gradients(
-        self,
-        buffer: Tensor | None,
-        error: Tensor | None,
-        grad_output: Tensor,
-        scale: float | Tensor,
-        retained: bool,
-    ) -> tuple[Tensor | None, Tensor | None] | None:
-        """`buffer` times grad_output, in place unless `retained`, and error * scale * grad_output."""
-        ...
-
-    def feature_loss_and_grad(
-        self,
-        student: Sequence[Tensor],
-        teachers: Sequence[Tensor],
-        logits: Sequence[Tensor],
-        target: Tensor,
-        beta: float,
-        reduction: str,
-        num_items: float | Tensor | None,
-        ignore_index: int,
-        loss_scale: float | Tensor,
-        second: SecondLabels | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
-        """Loss, weights, cross-entropies (K, N) and gradients, by the confidence weights of the logits."""
         ...

@@ -26,15 +26,12 @@ from .compiled import (
     shard_of,
     weights_of,
 )
-from .contract import FeatureLossResult, RowLossResult, SecondLabels, WholeFeatureLoss, WholeLoss, new_row_outputs
+from .contract import FeatureLossResult, RowLossResult, SecondLabels, new_row_outputs
 from .feature_maps import new_gradients
+from .whole_losses import WholeLosses
 
 # Named in every allocation, because a default device may be set.
 _DEVICE = torch.device("cpu")
-
-# See `contract.WholeLossBackend`.
-CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
-
 
 are_dense = _C.are_dense  # see `memory`
 _is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
@@ -71,29 +68,8 @@ def _fills_memory() -> bool:
     return _is_deterministic() and bool(deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
-def logit_loss(
-    student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
-    target: Tensor,
-    formula: Formula,
-    reduction: str,
-    num_items: float | Tensor | None,
-    loss_scale: float | Tensor | None,
-    second: SecondLabels | None = None,
-) -> WholeLoss | None:
-    """See `contract.WholeLossBackend`."""
-    return _C.logit_loss(
-        student,
-        teachers,
-        target,
-        second,
-        formula,
-        reduction,
-        num_items,
-        loss_scale,
-        torch.is_grad_enabled(),
-        *_options(),
-    )
+# Threads, and whether new memory is to be filled
+whole_losses = WholeLosses(_C, "", lambda: (torch.get_num_threads(), _fills_memory()))
 
 
 def row_loss(
@@ -293,64 +269,3 @@ def feature_backward(student: Sequence[Tensor], teachers: Sequence[Tensor], grad
     N, weights = student[0].shape[0], given_weights(grad_error)
     _C.features(N, pairs, weights, 0, 0, addresses, 1.0, 1.0, torch.get_num_threads())
     return grads
-
-
-def _options() -> tuple[int, bool]:
-    """The last arguments of the functions that make tensors: threads, and whether memory is to be filled."""
-    return torch.get_num_threads(), _fills_memory()
-
-
-def confidence_weights(
-    logits: Tensor | Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    second: SecondLabels | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """See `contract.WholeLossBackend`, as for the functions below."""
-    return _C.confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), *_options())
-
-
-def confidence_gradients(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    kept: Tensor,
-    grad_weights: Tensor | None,
-    grad_ce: Tensor | None,
-    second: SecondLabels | None = None,
-) -> list[Tensor] | None:
-    return _C.confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, *_options())
-
-
-def whole_feature_loss(
-    student: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    weights: Tensor,
-    reduction: str,
-    scale: float | Tensor | None,
-) -> WholeFeatureLoss | None:
-    found = _C.whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), *_options())
-    return None if found is None else WholeFeatureLoss(*found)
-
-
-def feature_gradients(
-    buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
-) -> tuple[Tensor | None, Tensor | None] | None:
-    return _C.feature_gradients(buffer, error, grad_output, scale, retained, *_options())
-
-
-def feature_loss_and_grad(
-    student: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    target: Tensor,
-    beta: float,
-    reduction: str,
-    num_items: float | Tensor | None,
-    ignore_index: int,
-    loss_scale: float | Tensor,
-    second: SecondLabels | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
-    return _C.feature_loss_and_grad(
-        student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, *_options()
-    )

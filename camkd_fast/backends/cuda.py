@@ -35,11 +35,10 @@ from .contract import (
     FeatureLossResult,
     RowLossResult,
     SecondLabels,
-    WholeFeatureLoss,
-    WholeLoss,
     new_row_outputs,
 )
 from .feature_maps import new_gradients
+from .whole_losses import WholeLosses
 
 _FEATURE_PARTS = _C.FEATURE_PARTS
 
@@ -65,8 +64,7 @@ def built_for(capability: tuple[int, int]) -> bool:
     return False
 
 
-# See `contract.WholeLossBackend`.
-CONNECTED = _C.connect_tensors(getattr(Tensor, "__dlpack_c_exchange_api__", None), Tensor, torch.nn.Parameter)
+whole_losses = WholeLosses(_C, "cuda_", lambda: (DEBUG,))
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -75,22 +73,6 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _stream_of(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
-
-
-def logit_loss(
-    student: Tensor,
-    teachers: Tensor | Sequence[Tensor],
-    target: Tensor,
-    formula: Formula,
-    reduction: str,
-    num_items: float | Tensor | None,
-    loss_scale: float | Tensor | None,
-    second: SecondLabels | None = None,
-) -> WholeLoss | None:
-    """See `contract.WholeLossBackend`."""
-    return _C.cuda_logit_loss(
-        student, teachers, target, second, formula, reduction, num_items, loss_scale, torch.is_grad_enabled(), DEBUG
-    )
 
 
 def row_loss(
@@ -177,7 +159,7 @@ def row_results(
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    if CONNECTED and _C.cuda_scale(grad, factor, out):
+    if whole_losses.connected and _C.cuda_scale(grad, factor, out):
         return out
     N, C = grad.shape
     factor = factor.contiguous()  # the kernels take per-row numbers without strides
@@ -315,59 +297,3 @@ def _features(
 def _factor(scale: float | Tensor) -> tuple[float, int]:
     """A number and the address of a factor on the device, or 0."""
     return (1.0, scale.data_ptr()) if isinstance(scale, Tensor) else (float(scale), 0)
-
-
-def confidence_weights(
-    logits: Tensor | Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    second: SecondLabels | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """See `contract.WholeLossBackend`, as for the functions below."""
-    return _C.cuda_confidence_weights(logits, target, second, ignore_index, torch.is_grad_enabled(), DEBUG)
-
-
-def confidence_gradients(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    ignore_index: int,
-    kept: Tensor,
-    grad_weights: Tensor | None,
-    grad_ce: Tensor | None,
-    second: SecondLabels | None = None,
-) -> list[Tensor] | None:
-    return _C.cuda_confidence_gradients(logits, target, second, ignore_index, kept, grad_weights, grad_ce, DEBUG)
-
-
-def whole_feature_loss(
-    student: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    weights: Tensor,
-    reduction: str,
-    scale: float | Tensor | None,
-) -> WholeFeatureLoss | None:
-    found = _C.cuda_whole_feature_loss(student, teachers, weights, reduction, scale, torch.is_grad_enabled(), DEBUG)
-    return None if found is None else WholeFeatureLoss(*found)
-
-
-def feature_gradients(
-    buffer: Tensor | None, error: Tensor | None, grad_output: Tensor, scale: float | Tensor, retained: bool
-) -> tuple[Tensor | None, Tensor | None] | None:
-    return _C.cuda_feature_gradients(buffer, error, grad_output, scale, retained, DEBUG)
-
-
-def feature_loss_and_grad(
-    student: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    target: Tensor,
-    beta: float,
-    reduction: str,
-    num_items: float | Tensor | None,
-    ignore_index: int,
-    loss_scale: float | Tensor,
-    second: SecondLabels | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]] | None:
-    return _C.cuda_feature_loss_and_grad(
-        student, teachers, logits, target, second, beta, reduction, num_items, ignore_index, loss_scale, DEBUG
-    )

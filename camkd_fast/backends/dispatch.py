@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .contract import COMPILED_DTYPES, Backend, LabelCounter, MinNormSolver, ShardBackend, WholeLossBackend
+from .contract import COMPILED_DTYPES, Backend, LabelCounter, MinNormSolver, ShardBackend
+from .whole_losses import WholeLosses
 
 if TYPE_CHECKING:  # holds every backend to the contract
     from .. import kernels
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # holds every backend to the contract
     _backends: tuple[Backend, ...] = (cpu, cuda, kernels, reference)
     _shards: tuple[ShardBackend, ...] = (cpu, cuda, kernels, row_sums)
     _label_counters: tuple[LabelCounter, ...] = (cpu, reference)
-    _whole_loss: tuple[WholeLossBackend, ...] = (cpu, cuda)
     _min_norm: MinNormSolver = kernels
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -254,25 +254,25 @@ def first_of(tensors: object) -> object:
     return tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
 
 
-def whole_loss_backend(requested: str, tensor: object, maps: bool = False) -> WholeLossBackend | None:
-    """The backend that may compute the loss of these logits or maps, unchecked as they are, in one call."""
+def whole_losses(requested: str, tensor: object, maps: bool = False) -> WholeLosses | None:
+    """What may compute the loss of these logits or maps, unchecked as they are, in one call."""
     if not isinstance(requested, str):
         raise _unknown(requested)
     if not isinstance(tensor, Tensor):
         return None
-    module = _whole_loss_on_cpu(requested) if tensor.is_cpu else _whole_loss_on(requested, *_place(tensor), maps)
-    return module if module is not None and module.CONNECTED else None
+    found = _whole_losses_on_cpu(requested) if tensor.is_cpu else _whole_losses_on(requested, *_place(tensor), maps)
+    return found if found is not None and found.connected else None
 
 
-def _whole_loss_on(requested: str, device: torch.device, C: int, maps: bool = False) -> WholeLossBackend | None:
+def _whole_losses_on(requested: str, device: torch.device, C: int, maps: bool = False) -> WholeLosses | None:
     name = _compiled(requested, device, 0 if maps else C, maps)
-    return cast(WholeLossBackend, _module(name)) if name in ("cpu", "cuda") else None
+    return cast(WholeLosses, _module(name).whole_losses) if name in ("cpu", "cuda") else None
 
 
 @functools.lru_cache(maxsize=16)
-def _whole_loss_on_cpu(requested: str) -> WholeLossBackend | None:
+def _whole_losses_on_cpu(requested: str) -> WholeLosses | None:
     """Cached by itself: a microsecond is 5 % of the smallest batch."""
-    return _whole_loss_on(requested, _CPU, 0)
+    return _whole_losses_on(requested, _CPU, 0)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.contract import SecondLabels, second_pair
-from ..backends.dispatch import backend_for, first_of, whole_loss_backend
+from ..backends.dispatch import backend_for, first_of, whole_losses
 from ..backends.memory import are_dense, observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
@@ -133,9 +133,9 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     if grad_weights is None and grad_ce is None:
         return [None] * len(logits)
-    module = whole_loss_backend(backend, logits[0])
-    if module is not None and observer() is None:
-        found = module.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, second)
+    whole = whole_losses(backend, logits[0])
+    if whole is not None and observer() is None:
+        found = whole.confidence_gradients(logits, target, ignore_index, kept, grad_weights, grad_ce, second)
         if found is not None:
             return found
     lse, weights = kept.unbind(0)
@@ -250,8 +250,8 @@ def confidence_in_one_call(
     """
     if way_of_call() is not KERNEL or isinstance(logits, Tensor):
         return None
-    module = whole_loss_backend(backend, first_of(logits))
-    found = None if module is None else module.confidence_weights(logits, target, ignore_index, second)
+    whole = whole_losses(backend, first_of(logits))
+    found = None if whole is None else whole.confidence_weights(logits, target, ignore_index, second)
     if found is None:
         return None
     weights, ce, kept = found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import SecondLabels
-from ..backends.dispatch import whole_loss_backend
+from ..backends.dispatch import whole_losses
 from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
@@ -145,10 +145,10 @@ def _in_one_call(
     loss_scale: float | Tensor | None,
 ) -> Evaluated | None:
     """Fast path: one C++ call. Returns None for unsupported or invalid input; the general path reports the error."""
-    module = whole_loss_backend(backend, student)
-    if module is None:
+    whole = whole_losses(backend, student)
+    if whole is None:
         return None
-    found = module.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale, second)
+    found = whole.logit_loss(student, teachers, target, formula, reduction, num_items, loss_scale, second)
     if found is None:
         return None
     loss, row_stats, grad_student, sums, means, inverse = found

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.contract import FeatureLossResult, SecondLabels, WholeFeatureLoss
-from ..backends.dispatch import backend_for, first_of, whole_loss_backend
+from ..backends.contract import FeatureLossResult, SecondLabels
+from ..backends.dispatch import backend_for, first_of, whole_losses
 from ..backends.feature_maps import gradient_strides
 from ..backends.memory import is_ordinary, observer
 from ..backends.reference import accumulation_dtype, feature_rows
+from ..backends.whole_losses import WholeFeatureLoss
 from .autograd import first_order, is_one, keeps_graph, needs_grad, savable, save, saved
 from .entry import KERNEL, Way, way_of_call
 
@@ -121,9 +122,9 @@ class _FeatureSum(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         buffer, error = ctx.saved_tensors
         retained = keeps_graph()
-        module, found = whole_loss_backend(ctx.backend, grad_output, maps=True), None
-        if module is not None and observer() is None:
-            found = module.feature_gradients(buffer, error, grad_output, ctx.scale, retained)
+        whole, found = whole_losses(ctx.backend, grad_output, maps=True), None
+        if whole is not None and observer() is None:
+            found = whole.feature_gradients(buffer, error, grad_output, ctx.scale, retained)
         if found is not None:
             buffer, grad_weights = found
         else:
@@ -211,8 +212,8 @@ def loss_in_one_call(
     """
     if way_of_call() is not KERNEL:
         return None
-    module = whole_loss_backend(backend, first_of(student), maps=True)
-    finished = None if module is None else module.whole_feature_loss(student, teachers, weights, reduction, scale)
+    whole = whole_losses(backend, first_of(student), maps=True)
+    finished = None if whole is None else whole.whole_feature_loss(student, teachers, weights, reduction, scale)
     if finished is None:
         return None
     needs_grad = finished.buffer is not None or finished.error is not None
@@ -245,10 +246,10 @@ def loss_and_grad_in_one_call(
         return None
     if not isinstance(weighting, str) or weighting != "confidence":
         return None
-    module = whole_loss_backend(backend, first_of(student), maps=True)
-    if module is None or whole_loss_backend(backend, first_of(logits)) is not module:
+    whole = whole_losses(backend, first_of(student), maps=True)
+    if whole is None or whole_losses(backend, first_of(logits)) is not whole:
         return None
-    return module.feature_loss_and_grad(
+    return whole.feature_loss_and_grad(
         student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, second
     )
 

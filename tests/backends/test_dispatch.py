@@ -41,14 +41,14 @@ def test_every_backend_is_available_or_says_why_not(name):
 def test_a_named_backend_is_the_one_that_runs(name, monkeypatch):
     case = make_case(4, 10)
     module = dispatch.backend_for(name, [case.student])
-    results = []
-    for function in [getattr(module, name) for name in ("row_loss", "logit_loss") if hasattr(module, name)]:
+    whole, results = getattr(module, "whole_losses", None), []
+    for owner, function in ((module, module.row_loss), *([(whole, whole.logit_loss)] if whole else [])):
 
         def spy(*args, function=function, **kwargs):
             results.append(function(*args, **kwargs))
             return results[-1]
 
-        monkeypatch.setattr(module, function.__name__, spy)
+        monkeypatch.setattr(owner, function.__name__, spy)
     camkd_loss(case.student, case.teachers, case.target, backend=name)
     # logit_loss may leave a call to row_loss, as it does with a PyTorch that has no exchange of tensors with C++
     assert sum(result is not None for result in results) == 1
@@ -113,10 +113,10 @@ def test_a_measurement_counts_from_its_fewest_to_its_most_classes(gpu_logits, mo
 @pytest.mark.skipif(not dispatch.availability("cpu").usable, reason="no compiled module")
 def test_cpu_logits_take_one_call_only_where_the_cpu_backend_is_allowed():
     logits = torch.zeros(2, 3)
-    found = {name: dispatch.whole_loss_backend(name, logits) is not None for name in ("auto", *dispatch.BACKENDS)}
+    found = {name: dispatch.whole_losses(name, logits) is not None for name in ("auto", *dispatch.BACKENDS)}
     assert found == {"auto": True, "cpu": True, "cuda": False, "triton": False, "reference": False}
     for other in (None, [1.0], torch.zeros((), device="meta"), torch.zeros(2, 3, device="meta")):
-        assert dispatch.whole_loss_backend("auto", other) is None
+        assert dispatch.whole_losses("auto", other) is None
 
 
 def test_gpu_logits_take_one_call_where_cuda_is_preferred_or_requested(gpu_logits, monkeypatch):

@@ -40,7 +40,7 @@ def crossing(emulated: ModuleType, cuda_on_the_host: None) -> Iterator[None]:
 
 def one_pass(maps: Maps, **options: Any) -> Any:
     given = {"beta": 1.0, "reduction": "mean", "num_items": None, "ignore_index": -100, "loss_scale": 1.0} | options
-    return cuda_backend.feature_loss_and_grad(*maps, *given.values())
+    return cuda_backend.whole_losses.feature_loss_and_grad(*maps, *given.values())
 
 
 # --- value and gradient ----------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_bitwise_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = make(BF16, F32)
     results = []
     for connected in (True, False):
-        monkeypatch.setattr(cuda_backend, "CONNECTED", connected)
+        monkeypatch.setattr(cuda_backend.whole_losses, "connected", connected)
         for options in ({"loss_scale": 8.0}, {"reduction": "sum"}, {"num_items": 3, "beta": 2.0}):
             out, grads = camkd_feature_loss_and_grad(*maps, backend="cuda", **options)
             results.append([*out, *grads])
@@ -175,7 +175,7 @@ def test_maps_that_are_declined(name: str) -> None:
     student, teachers = MAPS_DECLINED[name]
     K = len(student) if isinstance(student, list) else 3
     N = student[0].shape[0] if isinstance(student, list) and student else 6
-    assert cuda_backend.whole_feature_loss(student, teachers, torch.rand(K, N), "mean", None) is None
+    assert cuda_backend.whole_losses.whole_feature_loss(student, teachers, torch.rand(K, N), "mean", None) is None
     maps = Maps(student, teachers, [torch.randn(N, 10)] * K, torch.zeros(N, dtype=torch.long))
     assert one_pass(maps) is None
 
@@ -184,7 +184,7 @@ def test_maps_that_are_declined(name: str) -> None:
 def test_logits_that_are_declined(name: str) -> None:
     logits, target, options = LOGITS_DECLINED[name]
     ignore_index, second = options.get("ignore_index", -100), options.get("second")
-    assert cuda_backend.confidence_weights(logits, target, ignore_index, second) is None
+    assert cuda_backend.whole_losses.confidence_weights(logits, target, ignore_index, second) is None
     assert one_pass(make()._replace(logits=logits, target=target), **options) is None
 
 

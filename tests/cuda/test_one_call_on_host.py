@@ -52,7 +52,7 @@ def direct(case: Case, loss_scale: Any = None) -> Any:
     options = case.options()
     formula = Formula(**{name: options[name] for name in Formula._fields}).checked()
     second = None if case.second_target is None else (case.second_target, case.mix)
-    return cuda_backend.logit_loss(
+    return cuda_backend.whole_losses.logit_loss(
         case.student, case.teachers, case.target, formula, case.reduction, case.num_items, loss_scale, second
     )
 
@@ -153,13 +153,14 @@ def test_unsupported_or_invalid_input_is_declined(name: str) -> None:
     formula = Formula(**{key: value for key, value in options.items() if key in Formula._fields})
     scale = options.get("loss_scale", 1.0)
     arguments = student, teachers, target, formula, reduction, items, scale, options.get("second")
-    assert cuda_backend.logit_loss(*arguments) is None
+    assert cuda_backend.whole_losses.logit_loss(*arguments) is None
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_labels_out_of_range_give_nan_rows(name: str) -> None:
     student, teachers, target, options = DECLINED[name]
-    found = cuda_backend.logit_loss(student, teachers, target, Formula(), "none", None, 1.0, options.get("second"))
+    arguments = student, teachers, target, Formula(), "none", None, 1.0, options.get("second")
+    found = cuda_backend.whole_losses.logit_loss(*arguments)
     loss, _, grad, *_ = found
     assert loss.isnan().all() and grad.isnan().all()
 

@@ -160,18 +160,18 @@ def test_one_call_is_bitwise_the_general_path(gpu: Place, monkeypatch: pytest.Mo
         pytest.skip("the calls of the CUDA C++ kernels")
     from camkd_fast.backends import cuda
 
-    assert cuda.CONNECTED
+    assert cuda.whole_losses.connected
     maps, scale = on(gpu, make(F32, BF16, SIZES["many"])), torch.tensor([8.0], device=gpu.device)
     maps = maps._replace(student=[MAP_LAYOUTS["channels_last"](r) for r in maps.student])
     options = {"beta": 1.0, "reduction": "mean", "num_items": None, "ignore_index": -100, "loss_scale": scale}
-    assert cuda.feature_loss_and_grad(*maps, *options.values()) is not None
+    assert cuda.whole_losses.feature_loss_and_grad(*maps, *options.values()) is not None
     leaves, results = [r.clone().requires_grad_() for r in maps.student], []
     weights = torch.rand(len(leaves), 300, device=gpu.device).requires_grad_()
-    assert cuda.whole_feature_loss(leaves, maps.teachers, weights, "mean", None) is not None
+    assert cuda.whole_losses.whole_feature_loss(leaves, maps.teachers, weights, "mean", None) is not None
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream(gpu.device)):
         for connected in (True, False):
-            monkeypatch.setattr(cuda, "CONNECTED", connected)
+            monkeypatch.setattr(cuda.whole_losses, "connected", connected)
             out, grads = camkd_feature_loss_and_grad(*maps, loss_scale=scale, backend="cuda")
             loss = weighted_feature_loss(leaves, maps.teachers, weights, backend="cuda")
             results.append([*out, *grads, loss.detach(), *torch.autograd.grad(loss, leaves)])

@@ -13,6 +13,6 @@ def general(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     cpu_backend = pytest.importorskip("camkd_fast.backends.cpu")
 
     def only_general(yes: bool) -> None:
-        monkeypatch.setattr(cpu_backend, "CONNECTED", not yes)
+        monkeypatch.setattr(cpu_backend.whole_losses, "connected", not yes)
 
     return only_general

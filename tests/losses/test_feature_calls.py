@@ -31,7 +31,7 @@ if not HAS_C_FUNCTIONS:
     pytest.skip(OLD_TORCH, allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
-from camkd_fast.backends.dispatch import whole_loss_backend
+from camkd_fast.backends.dispatch import whole_losses
 from camkd_fast.backends.feature_maps import gradient_strides, map_pair
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -52,11 +52,11 @@ IN_PLACE = [pair for pair in LAYOUT_PAIRS if needs_no_copy(*pair)]
 
 
 def weights_in_one_call(logits: Any, target: Any, ignore_index: Any = -100, second: Any = None) -> Any:
-    return cpu_backend.confidence_weights(logits, target, ignore_index, second)
+    return cpu_backend.whole_losses.confidence_weights(logits, target, ignore_index, second)
 
 
 def loss_in_one_call(student: Any, teachers: Any, weights: Any, reduction: Any = "mean", scale: Any = None) -> Any:
-    return cpu_backend.whole_feature_loss(student, teachers, weights, reduction, scale)
+    return cpu_backend.whole_losses.whole_feature_loss(student, teachers, weights, reduction, scale)
 
 
 def one_pass(
@@ -71,7 +71,7 @@ def one_pass(
     loss_scale: Any = 1.0,
     second: Any = None,
 ) -> Any:
-    return cpu_backend.feature_loss_and_grad(
+    return cpu_backend.whole_losses.feature_loss_and_grad(
         student, teachers, logits, target, beta, reduction, num_items, ignore_index, loss_scale, second
     )
 
@@ -358,7 +358,7 @@ def test_gradients_that_are_declined():
     logits = [z.clone().requires_grad_() for z in Z]
     _, _, kept = weights_in_one_call(logits, Y)
     g = torch.randn(3, 6)
-    assert cpu_backend.confidence_gradients(logits, Y, -100, kept, g, None) is not None
+    assert cpu_backend.whole_losses.confidence_gradients(logits, Y, -100, kept, g, None) is not None
     for of_weights, of_ce, other in (
         (g.t().contiguous().t(), None, kept),
         (g[:1].expand(3, 6), None, kept),
@@ -368,11 +368,11 @@ def test_gradients_that_are_declined():
         (g, None, kept[:1]),
         (g, None, kept.double()),
     ):
-        assert cpu_backend.confidence_gradients(logits, Y, -100, other, of_weights, of_ce) is None
+        assert cpu_backend.whole_losses.confidence_gradients(logits, Y, -100, other, of_weights, of_ce) is None
     found = loss_in_one_call([r.clone().requires_grad_() for r in R], F, W.clone().requires_grad_())
     arguments = {"buffer": found.buffer, "error": found.error, "scale": found.scale, "retained": True}
     one = torch.ones(())
-    assert cpu_backend.feature_gradients(grad_output=one, **arguments) is not None
+    assert cpu_backend.whole_losses.feature_gradients(grad_output=one, **arguments) is not None
     for changes in (
         {"grad_output": torch.ones(1)},
         {"grad_output": one.double()},
@@ -384,7 +384,7 @@ def test_gradients_that_are_declined():
         {"error": found.error.t()},
         {"error": found.error.to("meta")},
     ):
-        assert cpu_backend.feature_gradients(**{"grad_output": one, **arguments, **changes}) is None
+        assert cpu_backend.whole_losses.feature_gradients(**{"grad_output": one, **arguments, **changes}) is None
 
 
 def test_tensors_without_memory_of_their_own_are_declined():
@@ -473,7 +473,7 @@ def test_a_torch_without_c_functions(general):
     """As before torch 2.10: the general path is taken."""
     general(True)
     maps = make()
-    assert whole_loss_backend("auto", Z[0]) is whole_loss_backend("auto", R[0], maps=True) is None
+    assert whole_losses("auto", Z[0]) is whole_losses("auto", R[0], maps=True) is None
     check_all(maps)
 
 

@@ -29,8 +29,8 @@ if not HAS_C_FUNCTIONS:
     pytest.skip(OLD_TORCH, allow_module_level=True)
 
 from camkd_fast.backends import cpu as cpu_backend
-from camkd_fast.backends.contract import WholeLoss
-from camkd_fast.backends.dispatch import whole_loss_backend
+from camkd_fast.backends.dispatch import whole_losses
+from camkd_fast.backends.whole_losses import WholeLoss
 from camkd_fast.losses.formula import Formula
 
 
@@ -45,7 +45,7 @@ def one_call(
     **changes: Any,
 ) -> WholeLoss | None:
     arguments = student, teachers, target, Formula(**changes), reduction, num_items, loss_scale
-    return cpu_backend.logit_loss(*arguments, second)
+    return cpu_backend.whole_losses.logit_loss(*arguments, second)
 
 
 def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -53,7 +53,7 @@ def batch(N: int = 5, C: int = 7, K: int = 3) -> tuple[Tensor, list[Tensor], Ten
 
 
 def test_a_torch_with_c_functions_is_connected() -> None:
-    assert cpu_backend.CONNECTED
+    assert cpu_backend.whole_losses.connected
 
 
 @pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
@@ -366,9 +366,9 @@ def test_a_torch_without_c_functions(general):
     assert not cpu_backend._C.connect_tensors(None, Tensor, nn.Parameter)
     assert one_call(*batch()) is not None  # the refused connection did not replace the earlier one
     student, teachers, target = batch()
-    assert whole_loss_backend("auto", student) is cpu_backend
+    assert whole_losses("auto", student) is cpu_backend.whole_losses
     general(True)
-    assert whole_loss_backend("auto", student) is None
+    assert whole_losses("auto", student) is None
     loss = camkd_loss(student.requires_grad_(), teachers, target).loss
     loss.backward()
     assert loss.isfinite() and student.grad is not None

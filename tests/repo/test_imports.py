@@ -37,8 +37,8 @@ PARTS = {
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
 ORDER = {
     "backends": [
-        "contract", "feature_maps", "labels", "divergences", "reference", "row_sums", "compiled", "cpu", "cuda",
-        "memory", "dispatch", "__init__",
+        "contract", "feature_maps", "labels", "divergences", "reference", "row_sums", "compiled", "whole_losses", "cpu",
+        "cuda", "memory", "dispatch", "__init__",
     ],
     "losses": [
         "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",

@@ -220,10 +220,11 @@ def test_feature_contract_of_a_truncating_backend_rejects_a_wrong_gradient():
 def test_feature_module_contract_rejects_a_wrong_gradient(name, fault, monkeypatch):
     assert_feature_module("cpu")
     cpu = dispatch.backend_for("cpu", [torch.zeros(1)])
-    wrong = faulty_gradients(cpu.feature_loss, fault) if name == "feature_loss" else faulty(getattr(cpu, name), fault)
-    monkeypatch.setattr(cpu, name, wrong)
+    owner = cpu.whole_losses if name == "confidence_gradients" else cpu
+    wrong = faulty_gradients(cpu.feature_loss, fault) if name == "feature_loss" else faulty(getattr(owner, name), fault)
+    monkeypatch.setattr(owner, name, wrong)
     if name in ("feature_loss", "confidence_backward"):
-        monkeypatch.setattr(cpu, "CONNECTED", False)  # the calls of C++ do not use them
+        monkeypatch.setattr(cpu.whole_losses, "connected", False)  # the calls of C++ do not use them
     with pytest.raises(AssertionError, match="RMS difference"):
         assert_feature_module("cpu")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-import torch
 
 from camkd_fast.backends import dispatch
+from camkd_fast.backends.whole_losses import WholeLosses
 from camkd_fast.losses import checks
 from tests.cuda.host import build
 
@@ -27,9 +27,11 @@ def emulated_device(emulated: ModuleType) -> Iterator[None]:
             dispatch, "_device_refusal", lambda name, device: None if name == "cuda" else refusal(name, device)
         )
         patch.setattr(dispatch, "_compiled", dispatch._compiled.__wrapped__)
-        patch.setattr(dispatch, "_whole_loss_on_cpu", dispatch._whole_loss_on_cpu.__wrapped__)
+        patch.setattr(dispatch, "_whole_losses_on_cpu", dispatch._whole_losses_on_cpu.__wrapped__)
         patch.setattr(cuda_backend, "_C", emulated)
-        patch.setattr(cuda_backend, "CONNECTED", False)
+        whole = WholeLosses(emulated, "cuda_", lambda: (cuda_backend.DEBUG,))
+        whole.connected = False
+        patch.setattr(cuda_backend, "whole_losses", whole)
         patch.setattr(cuda_backend, "_device_of", lambda tensor: contextlib.nullcontext())
         patch.setattr(cuda_backend, "_stream_of", lambda tensor: 0)
         limit(emulated)
@@ -41,10 +43,8 @@ def in_one_call(emulated: ModuleType) -> Iterator[None]:
     """The logit loss takes one crossing into C++, and no longer the general path."""
     from camkd_fast.backends import cuda as cuda_backend
 
-    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    assert emulated.connect_tensors(api, torch.Tensor, torch.nn.Parameter), f"torch {torch.__version__}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_backend, "CONNECTED", True)
+        patch.setattr(cuda_backend.whole_losses, "connected", True)
         yield
 
 
