@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import system
+from ..torchrun import rank
 from .info import environment, info
 
 # Module -> package on PyPI.
@@ -74,28 +75,24 @@ def _run(argv: list[str]) -> int:
             raise
         if os.environ.get(failures.TRACEBACK):
             traceback.print_exc()
-        way = failures.way_on(error, command) if _rank() == 0 else ""
+        way = failures.way_on(error, command) if rank() == 0 else ""
         _fail(f"{reason.rstrip('.')}; {way}" if way else reason)
         return failures.status(error)
 
 
 def _fail(reason: str, extra: str = "") -> int:
     """Print one line on stderr, with the rank if there are several processes; return exit status 1."""
-    process = f"process {_rank()}: " if _rank() else ""
+    process = f"process {rank()}: " if rank() else ""
     hint = f": pip install 'camkd-fast[{extra}]'" if extra else ""
     print(f"camkd-fast: {process}{' '.join(reason.split())}{hint}", file=sys.stderr)
     return 1
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Show warnings as one line without source location, from rank 0 only."""
     with warnings.catch_warnings():
-        if _rank():
+        if rank():
             warnings.simplefilter("ignore")
 
         def show(message: Warning | str, *place: object, **more: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NoReturn
 
 from ..experiments import compare, run_report
 from ..report.page import rate
+from ..torchrun import rank
 from ..train import run as jobs
 from ..train.config import DistillConfig
 from ..train.folder_lock import locked
@@ -70,18 +70,14 @@ def _how(command: Teach | Distill) -> dict[str, bool]:
     return {"resume": command.resume, "overwrite": command.overwrite, "extend": command.extend}
 
 
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _print(text: str) -> None:
-    if _is_main():
+    if rank() == 0:
         print(text)
 
 
 def _finish(result: RunResult) -> None:
     """Write the run's report, print its result."""
-    if not _is_main():
+    if rank() != 0:
         return
     page = run_report.write(result.out, environment())
     averaged = "" if result.averaged is None else f" ({100 * result.averaged.accuracy:.2f} % of the average)"
@@ -126,11 +122,11 @@ def _compare(command: Compare) -> None:
     config = compare.CompareConfig(command.strategies, command.seeds, shared)
     cells = list(config.cells())
     compare.check_teachers(config)
-    with locked(config.out) if _is_main() else nullcontext():
+    with locked(config.out) if rank() == 0 else nullcontext():
         for number, cell in enumerate(cells, 1):
             _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
             compare.run_cell(cell, command.overwrite, command.extend)
-        if _is_main():
+        if rank() == 0:
             rows = compare.collect(config)
             page = compare_report.write(config, rows, environment())
             print(f"\n{compare_report.student_table(rows).text()}\n\n{page}")

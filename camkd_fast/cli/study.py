@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 
 from ..experiments.study import cells, check, conductor, records, spec, study_report, work
 from ..system import processors
+from ..torchrun import processes_here, rank, world_size
 from ..train import folder_lock
 from ..train.config_file import differences
 from ..train.provenance import commit
@@ -38,7 +38,6 @@ def run(command: Compare, path: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if command.check:
         return _check(records.read(study, file), file, command.check, out, origin, jobs)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     def merged() -> records.Results:
         with folder_lock.shared(out, work.PIECE_LOCK):  # every rank merges; the last one to finish has all results
@@ -50,9 +49,9 @@ def run(command: Compare, path: Path) -> int:
         print(text, flush=True)
         merged()  # finished results survive a loss of `out`
 
-    known = records.read(study, file).cells
-    mine = [cell for cell in cells.assigned(cells.cells(study), rank, world) if cell not in known]
-    failures = conductor.conduct(study, out, origin, jobs=jobs, rank=rank, world=world, progress=progress, only=mine)
+    known, place = records.read(study, file).cells, {"rank": rank(), "world": world_size()}
+    mine = [cell for cell in cells.assigned(cells.cells(study), **place) if cell not in known]
+    failures = conductor.conduct(study, out, origin, jobs=jobs, progress=progress, only=mine, **place)
     done = merged()
     page = study_report.write(done, out / REPORT)
     print(f"{file}: {len(done.cells)} cells, {len(done.missing)} missing\n{page}")
@@ -66,7 +65,7 @@ def _jobs(jobs: int | None) -> int:
     if jobs is None and torch.cuda.is_available():
         return 1
     if jobs is None:
-        return max(processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+        return max(processors() // processes_here(), 1)
     return jobs
 
 

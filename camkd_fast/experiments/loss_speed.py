@@ -11,9 +11,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from ..losses.eager import eager_loss
 from ..losses.logit import camkd_loss
-from ..models.protocol import first_line
 from ..system import load_average
 
 

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ..backends import memory
 from ..backends.dispatch import choose
+from ..errors import first_line
 
 
 class Way(enum.Enum):
@@ -112,8 +113,7 @@ def _naming(arguments: dict[str, Any]) -> Iterator[None]:
         found = next((f"{name} is {sort.name}" for name, sort in sorts if sort), None)
         if found is None or str(error).startswith(tuple(arguments)):  # the latter is an error of ours
             raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TypeError(
-            f"{found}, which no kernel takes, and PyTorch's own operations fail: {reason}"
+            f"{found}, which no kernel takes, and PyTorch's own operations fail: {first_line(error)}"
             "; pass dense tensors, such as those of .to_local() or .full_tensor() of a DTensor"
         ) from error

@@ -20,6 +20,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..errors import first_sentence
+
 _WRAPPERS = ("model", "state_dict")  # keys of a checkpoint that may hold its state dict
 _PREFIXES = ("module.", "_orig_mod.")  # of names in a model inside DistributedDataParallel or torch.compile
 _LISTED = 5  # names in an error
@@ -116,11 +118,6 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if all(name.startswith(prefix) for name in tensors):
                 tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def first_sentence(error: Exception) -> str:
-    """What an error of torch or another library says, without the advice that follows."""
-    return " ".join(str(error).strip().partition("\n\n")[0].split()).partition(". ")[0] or type(error).__name__
 
 
 # --- stand-ins for what a checkpoint may name ------------------------------------------------------------------------

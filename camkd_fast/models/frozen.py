@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .protocol import FeatureModel, first_line
+from ..errors import first_line
+from .protocol import FeatureModel
 
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

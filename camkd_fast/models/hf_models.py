@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checkpoint_files
+from ..errors import first_sentence
 from .protocol import Source
 
 PREFIX = "hf:"
@@ -46,17 +46,17 @@ def pretrained(name: str) -> Source:
         model = transformers.AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if Path(name).is_dir():
-            raise ValueError(f"{PREFIX}{name} cannot be read: {checkpoint_files.first_sentence(error)}") from error
+            raise ValueError(f"{PREFIX}{name} cannot be read: {first_sentence(error)}") from error
         raise ValueError(
             f"{PREFIX}{name} is no folder, and the hub's model is not in the cache and cannot be downloaded: download "
             f"config.json, preprocessor_config.json and model.safetensors of huggingface.co/{name} on another machine, "
             f"copy them to a folder here, and give {PREFIX}FOLDER"
         ) from error
     except (ValueError, ImportError) as error:
-        reason = checkpoint_files.first_sentence(error)
+        reason = first_sentence(error)
         raise ValueError(f"{PREFIX}{name} is no image classifier of transformers: {reason}") from error
     except Exception as error:  # of several libraries
-        reason = checkpoint_files.first_sentence(error)
+        reason = first_sentence(error)
         raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
     classes = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     known = None if any(label == f"LABEL_{i}" for i, label in enumerate(classes)) else classes
@@ -73,7 +73,7 @@ def _preparation(
     except OSError:
         return None, None, None
     except (ValueError, ImportError) as error:
-        reason = checkpoint_files.first_sentence(error)
+        reason = first_sentence(error)
         raise ValueError(f"the image processor of {PREFIX}{name} cannot be used: {reason}") from error
     size = _size(processor)
     if not processor.do_normalize:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .preprocessing import floating_dtype
-from .protocol import FeatureModel, Prediction, logits_of, predict
+from .protocol import FeatureModel, Prediction, floating_dtype, logits_of, predict
 
 
 class _Outputs:

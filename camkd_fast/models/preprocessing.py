@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .protocol import FeatureModel, feature_model
+from .protocol import FeatureModel, device_of, feature_model, floating_dtype
 
 # Mean and std of the same statistics differ by less if one of them was stored in levels of 0 to 255 and divided.
 _SAME = 1e-7
@@ -191,14 +191,3 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Of the module's first parameter or buffer; the CPU without any."""
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-
-
-def floating_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of the module's first floating-point parameter or buffer; float32 without any."""
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-    return next((t.dtype for t in tensors), torch.float32)

@@ -98,6 +98,12 @@ def logits_of(output: object) -> Tensor:
     return cast(Tensor, logits)
 
 
-def first_line(error: Exception) -> str:
-    """Of its message, which for many of PyTorch's goes on for pages; its type without one."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def device_of(module: nn.Module) -> torch.device:
+    """Of the module's first parameter or buffer; the CPU without any."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the module's first floating-point parameter or buffer; float32 without any."""
+    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next((t.dtype for t in tensors), torch.float32)

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, fx, nn
 
-from .preprocessing import floating_dtype
-from .protocol import first_line, logits_of
+from ..errors import first_line
+from .protocol import floating_dtype, logits_of
 
 
 class LogitsOnly(nn.Module):

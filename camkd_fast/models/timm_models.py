@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_sentence
 from . import checkpoint_files
 from .protocol import Source, feature_model
 from .weights import fill, size
@@ -197,7 +198,7 @@ def _downloaded(timm: ModuleType, name: str) -> Any:
             f"machine, copy it to any folder here, and give {PREFIX}{name}@FILE"
         ) from error
     except Exception as error:  # of several libraries
-        reason = checkpoint_files.first_sentence(error)
+        reason = first_sentence(error)
         raise ValueError(f"the weights of {PREFIX}{name} are refused or damaged: {reason}") from error
 
 

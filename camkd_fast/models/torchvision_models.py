@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import first_sentence
 from . import checkpoint_files
 from .protocol import Source
 from .weights import fill, size
@@ -64,7 +65,7 @@ def _published(models: ModuleType, name: str, weights: Any) -> Source:
             f"machine, copy it to {place}, and give {spec} again"
         ) from error
     except Exception as error:  # damage can raise almost anything
-        reason = checkpoint_files.first_sentence(error)
+        reason = first_sentence(error)
         raise ValueError(f"the weights of {spec} are refused or damaged: {reason}") from error
     model = models.get_model(name, weights=weights)
     transforms, names = weights.transforms(), tuple(weights.meta["categories"])

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from ..models.model_file import MODEL, CheckpointError, parse_model
-from ..models.protocol import first_line
 from ..system import replace, sync_folder
 from .atomic import write_synced
 

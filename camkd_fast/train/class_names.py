@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import imagenet_names
-from ..models.preprocessing import device_of
-from ..models.protocol import FeatureModel, feature_model
+from ..models.protocol import FeatureModel, device_of, feature_model
 
 if TYPE_CHECKING:
     from ..data.files import ImageSet  # needs NumPy, without which `Distiller` works

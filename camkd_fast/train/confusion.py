@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data import choose
 from ..data.batch import LoaderConfig
 from ..data.files import ImageSet
-from ..models.preprocessing import device_of
+from ..models.protocol import device_of
 from .run_images import EVALUATION_BATCH
 
 

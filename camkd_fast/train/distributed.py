@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..torchrun import local_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class World:
         return int(self.gather(torch.tensor([number], device=self.device))[0])
 
 
+ONE = World(0, 1, torch.device("cpu"))  # a process by itself
+
+
 @contextmanager
 def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     """Process group for the block, configured by torchrun's environment variables.
@@ -73,8 +77,8 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
     Raises:
         ValueError: "cuda" without a GPU, or fewer GPUs than processes on this machine.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    world = World(rank, size, _device(device, int(os.environ.get("LOCAL_RANK", "0"))))
+    size = world_size()
+    world = World(rank(), size, _device(device, local_rank()))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size == 1:

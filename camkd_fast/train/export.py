@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..models.protocol import first_line
+from ..errors import first_line
 from ..system import replace
 from .folder_lock import check_free, locked
 from .run_folder import folder_of, load_model, model_metadata

@@ -23,17 +23,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from .. import system
-from .distributed import World
+from .distributed import ONE, World
 
 LOCK = ".lock"
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without a sign of life after which a holder that cannot be asked counts as ended
 PATIENCE = 10.0  # seconds in which the worker processes of an ended holder must end too
 TRIES = 100  # of making a folder that others remove
-ONE = World(0, 1, torch.device("cpu"))
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _tokens: set[str] = set()  # of the locks that this process took

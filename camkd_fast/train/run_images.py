@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from .. import system
@@ -13,6 +12,7 @@ from ..data.files import ImageSet
 from ..data.images import corrupt_labels, stratified_parts, swap_labels
 from ..data.splits import Splits
 from ..data.unreadable import Unreadable, find_unreadable, read_all_headers
+from ..torchrun import processes_here
 from .config import DataConfig, JobConfig, TeachConfig
 from .distributed import World, share_of_batch
 
@@ -85,14 +85,13 @@ def loader_config(config: JobConfig, world: World, batch_size: int, augmentation
         views=config.data.views,
         rank=world.rank,
         world=world.size,
-        workers=_workers(world) if config.data.workers is None else config.data.workers,
+        workers=_workers() if config.data.workers is None else config.data.workers,
         device=world.device,
         channels_last=config.precision.channels_last,
         skip_bad=config.data.skip_bad,
     )
 
 
-def _workers(world: World) -> int:
+def _workers() -> int:
     """Threads or processes that decode for this process: its share of the machine's processors, 1 to 8."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # processes of the run on this machine
-    return min(max(system.processors() // beside, 1), 8)
+    return min(max(system.processors() // processes_here(), 1), 8)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batch import Batch
 from .average import Average
-from .config import OptimConfig, PrecisionConfig
+from .config import DTYPES, OptimConfig, PrecisionConfig
 from .distiller import Distiller, Objective
 from .distributed import World, replicate
 from .generators import seed_generators
@@ -33,7 +33,6 @@ from .teacher_ahead import DrawsRandomNumbersError, StudentBatch, ahead_for
 from .teachers.live import Teachers
 
 log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StepObjective(nn.Module):

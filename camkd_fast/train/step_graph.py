@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from .config import PrecisionConfig
 from .distributed import World
 from .step_inputs import StepInputs
@@ -134,15 +135,15 @@ class StepGraph:
         try:
             self._replay = self._recorder.record(work)
         except RuntimeError as error:
-            self.refusal = _first_line(error)
+            self.refusal = _first_cause(error)
             log.warning("training steps run without a CUDA graph: %s", self.refusal)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> str:
     """What went wrong first: ending a capture that failed raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return first_line(error)
 
 
 def recorder_for(precision: PrecisionConfig, world: World) -> Recorder | None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...models.protocol import Prediction
-from ..distributed import World
-from ..folder_lock import ONE, shared
+from ..distributed import ONE, World
+from ..folder_lock import shared
 from .cache_files import MANIFESTS, CacheError, CacheKey, Storage, manifests, shards
 from .cache_writer import SHARD_BYTES, decode, write_missing
 from .live import Head, Teachers

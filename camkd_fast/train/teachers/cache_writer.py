@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...models.protocol import Prediction
 from ..atomic import write_atomically
+from ..config import DTYPES
 from ..distributed import World
 from .cache_files import CacheError, CacheKey, Manifest, Storage, manifests, shards
 from .live import Teachers
@@ -20,7 +21,6 @@ from .truncation import Truncated, expand, loss_error, truncate
 if TYPE_CHECKING:
     from ...data.batch import Loader
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 64 << 20
 MEASURED_ROWS = 256
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ...data.files import ImageSet
-from ...models.preprocessing import Preprocessing, adapted, device_of, floating_dtype
-from ...models.protocol import Source, feature_model, first_line, predict
+from ...errors import first_line
+from ...models.preprocessing import Preprocessing, adapted
+from ...models.protocol import Source, device_of, feature_model, floating_dtype, predict
 from ..class_map import Classes, ClassMap
 from ..class_names import ADVICE, Renumbered, class_order
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...losses.checks import MAX_TEACHERS
-from ...models.preprocessing import Adapted, floating_dtype
-from ...models.protocol import Prediction, feature_model, predict
+from ...models.preprocessing import Adapted
+from ...models.protocol import Prediction, feature_model, floating_dtype, predict
 
 if TYPE_CHECKING:
     from ...data.batch import Batch

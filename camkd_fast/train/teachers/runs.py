@@ -17,10 +17,9 @@ from ...models.protocol import Source
 from ...models.split import LogitsOnly
 from .. import strategies
 from ..class_map import ClassMap
-from ..config import DistillConfig
+from ..config import DTYPES, DistillConfig
 from ..distributed import World
 from ..source_strings import SourceString
-from ..step import DTYPES
 from .cache import CachedTeachers, CacheKey, Storage, TeacherCache
 from .fitted import Fitted, fitted
 from .live import LiveTeachers, Teachers
