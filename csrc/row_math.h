@@ -162,16 +162,21 @@ CAMKD_HD void entropy_weights(const F* entropy, int K, F* w) {
         w[k] = K == 1 ? one : Math::where_positive(sum, sum_of_others<Math>(entropy, K, k) / sum, equal);
 }
 
-// w_k = 1 for the first of the lowest CE_k, 0 for the others.
+// w_k = 1 for the first of the lowest CE_k, 0 for the others; NaN if a CE_k is.
 template <class Math, class F>
 CAMKD_HD void lowest_weights(const F* ce, int K, F* w) {
     const F one = Math::set(1.0f), zero = Math::set(0.0f);
-    F lowest = ce[0];
-    for (int k = 1; k < K; ++k) lowest = zero - Math::max(zero - ce[k], zero - lowest);
-    F left = one;  // 1 until a teacher has it
+    F lowest = ce[0], sum = ce[0];
+    for (int k = 1; k < K; ++k) {
+        lowest = zero - Math::max(zero - ce[k], zero - lowest);
+        sum = sum + ce[k];
+    }
+    const F nan = Math::difference(sum, sum);  // or 0
+    F left = one;                              // 1 until a teacher has it
     for (int k = 0; k < K; ++k) {
-        w[k] = Math::where_positive(Math::difference(ce[k], lowest), zero, left);
-        left = left - w[k];
+        const F weight = Math::where_positive(Math::difference(ce[k], lowest), zero, left);
+        left = left - weight;
+        w[k] = weight + nan;
     }
 }
 

@@ -126,14 +126,15 @@ def weights_from_entropy(entropy: Tensor) -> Tensor:
     if K == 1:
         return torch.ones_like(entropy)
     total = entropy.sum(0, keepdim=True)
-    ratio = entropy / total.clamp(min=torch.finfo(total.dtype).tiny)
+    ratio = entropy / total.masked_fill(total <= 0, 1.0)
     return _of_the_others(ratio.masked_fill(total <= 0, 1.0 / K))
 
 
 def weights_of_lowest(ce: Tensor) -> Tensor:
-    """Weights (K, N) of "min_ce": 1 for the first of the lowest cross-entropies."""
+    """Weights (K, N) of "min_ce": 1 for the first of the lowest cross-entropies; NaN where one of them is."""
     lowest = ce == ce.amin(0, keepdim=True)
-    return (lowest & (lowest.cumsum(0) == 1)).to(ce.dtype)
+    first = (lowest & (lowest.cumsum(0) == 1)).to(ce.dtype)
+    return first.masked_fill(ce.isnan().any(0), float("nan"))
 
 
 def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
@@ -293,7 +294,13 @@ def row_loss(
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """See `contract.Backend`."""
-    return out.copy_(grad.to(factor.dtype) * factor.unsqueeze(-1))
+    return out.copy_(scaled(grad, factor))
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """The rows of `grad` (N, C) times `factor` (N,) or (1,), in the factor's dtype. 0 stays 0, as in ignored rows."""
+    wide = grad.to(factor.dtype)
+    return (wide * factor.unsqueeze(-1)).masked_fill(wide == 0, 0.0)
 
 
 def confidence_forward(

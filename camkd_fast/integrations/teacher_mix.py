@@ -22,6 +22,11 @@ from .causal_lm import (
 )
 
 MOST_PADDING = 1024  # classes by which heads of one tokenizer differ
+# Inputs with a row (B, S) of tokens per sample. Others may have as many rows by chance.
+OF_TOKENS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "decoder_input_ids",
+    "decoder_attention_mask",
+)  # fmt: skip
 
 
 def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
@@ -144,20 +149,21 @@ def hidden_of_teachers(teachers: Sequence[Any], inputs: Mapping[str, Any], weigh
 
 
 def _of_some(teacher: Any, inputs: Mapping[str, Any], used: Tensor) -> Hidden:
-    """Of the samples `used` (B,); zeros elsewhere, which the loss does not read."""
+    """Of the samples `used` (B,); zeros elsewhere, which the loss does not read.
+
+    Where an input may not have a row per sample (images of a vision-language model, positions of several axes), of all.
+    """
     B = len(used)
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    selectable = all(name in OF_TOKENS and value.dim() == 2 and len(value) == B for name, value in tensors.items())
     rows = used.nonzero().squeeze(-1)
     if len(rows) == 0:
         if not is_sharded(teacher):
             return unused_hidden(teacher, inputs)
         rows = rows.new_zeros(1)  # as the other processes' samples may be this teacher's
-    if len(rows) == B or any(value.dim() == 0 or len(value) != B for value in tensors):
+    if len(rows) == B or not selectable:
         return teacher_hidden(teacher, inputs)
-    some = {
-        name: value.index_select(0, rows.to(value.device)) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
-    found = teacher_hidden(teacher, some)
+    some = {name: value.index_select(0, rows.to(value.device)) for name, value in tensors.items()}
+    found = teacher_hidden(teacher, {**inputs, **some})
     states = found.states.new_zeros((B, *found.states.shape[1:]))
     return found._replace(states=states.index_copy_(0, rows.to(states.device), found.states))

@@ -40,7 +40,7 @@ class KernelFormula(NamedTuple):
 
 def kernel_formula(formula: Formula, K: int) -> KernelFormula:
     T, hard_weight, soft_weight = map(float, formula[:3])
-    share, z_loss_weight = float(formula.divergence_kind().parameter), float(formula.z_loss_weight)
+    share, z_loss_weight = float(formula.divergence_kind().share), float(formula.z_loss_weight)
     maps = tuple(_kernel_map(of) for of in _logit_maps(formula, K))
     return KernelFormula(T, math.log2(math.e) / T, hard_weight, soft_weight, share, 1.0 - share, z_loss_weight, maps)
 

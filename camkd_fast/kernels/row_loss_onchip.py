@@ -50,7 +50,7 @@ def normalised(mixed, total, lowest, K: tl.constexpr, WEIGHTING: tl.constexpr):
     elif WEIGHTING == "entropy":
         return mixed * (1.0 / total)[:, None]
     elif WEIGHTING == "min_ce":
-        return tl.where((lowest == lowest)[:, None], mixed, 0.0)
+        return tl.where((lowest == lowest)[:, None], mixed, lowest[:, None])
     else:
         return mixed
 

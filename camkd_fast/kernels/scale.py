@@ -1,4 +1,4 @@
-"""`scale_rows`: the stored gradient times one factor, or a factor for each row."""
+"""`scale_rows`: the stored gradient times one factor, or a factor for each row. 0 stays 0, as in ignored rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scale_rows_kernel(
     offsets = n[:, None] * C + cols[None, :]
     f = tl.load(factor + n * stride_fn, mask=n < N, other=0.0)
     r = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, (r * f[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offsets, tl.where(r == 0.0, 0.0, r * f[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

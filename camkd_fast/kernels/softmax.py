@@ -163,7 +163,7 @@ def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
 
 @triton.jit
 def weights_of_lowest(ce, K: tl.constexpr):
-    """K weights from K cross-entropies: 1 for the first of the lowest, 0 for all if one is NaN."""
+    """K weights from K cross-entropies: 1 for the first of the lowest, NaN for all if one is NaN."""
     lowest = ce[0]
     for k in tl.static_range(1, K):
         lowest = lower(ce[k], lowest)
@@ -172,7 +172,7 @@ def weights_of_lowest(ce, K: tl.constexpr):
     for k in tl.static_range(K):
         weight = tl.where(ce[k] == lowest, left, 0.0)
         left -= weight
-        weights += (weight,)
+        weights += (tl.where(lowest != lowest, lowest, weight),)
     return weights
 
 

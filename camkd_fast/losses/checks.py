@@ -6,6 +6,7 @@ torch.compile. `count_labels` is the only check of tensor values and runs only f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,6 +164,9 @@ def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
     if not isinstance(num_items, Tensor):
         check_number("num_items", num_items, positive=True)
     check_scale("num_items", num_items)
+    # 0 divides the sum of no rows, which is 0
+    if isinstance(num_items, Tensor) and can_count(num_items) and not 0 <= float(num_items) < math.inf:
+        raise ValueError(f"num_items must be at least 0 and finite, got {float(num_items)}")
 
 
 def check_features(student: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:

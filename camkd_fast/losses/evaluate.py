@@ -71,13 +71,13 @@ def evaluate(
     )
     formula = formula.replaced(weighting=weighting)
     second = second_labels(second_target, mix)
-    call = _checked_call(student, teacher_logits, target, second, formula, backend, with_grad=loss_scale is not None)
     if loss_scale is not None:
         checks.check_scale("loss_scale", loss_scale)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_num_items(num_items, reduction)
     given = {"target": target, "second_target": second_target, "mix": mix, "weighting": weighting}
     with computing(way, student_logits=student, teacher_logits=teacher_logits, **given):
+        call = _checked_call(student, teacher_logits, target, second, formula, backend, loss_scale is not None)
         return _evaluate_checked(call, target.shape, reduction, num_items, loss_scale, way)
 
 

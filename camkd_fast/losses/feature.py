@@ -226,8 +226,9 @@ def _loss_and_grad(
     divisor = Divisor(reduction, num_items, ignore_index).checked()
     named = second_arguments(second) | {"logits": logits, "target": target}
     with computing(way, student_features=student, teacher_features=teachers, **named):
-        constant = constant_weights(weighting, logits, target, second, len(student), divisor, backend, way)
-        weights = constant.weights.to(accumulation_dtype(student[0].dtype))
+        dtype = accumulation_dtype(student[0].dtype)
+        constant = constant_weights(weighting, logits, target, second, len(student), divisor, backend, dtype, way)
+        weights = constant.weights.to(dtype)
         call = FeatureCall([r.detach() for r in student], teachers, weights, backend)
         return _with_constant_weights(call, constant, float(beta), loss_scale, reduction, way)
 
@@ -334,7 +335,8 @@ class CAMKDFeatureLoss(nn.Module):
         logits = self._logits(regressed, teacher_heads)
         if self.detach_weights:
             second = second_labels(second_target, mix)
-            weights, ce, inverse = weights_of_logits(logits, target, second, divisor, self.backend)
+            dtype = accumulation_dtype(regressed[0].dtype)
+            weights, ce, inverse = weights_of_logits(logits, target, second, divisor, self.backend, dtype)
         else:
             weights, ce = confidence_weights(logits, target, self.ignore_index, self.backend, second_target, mix)
             inverse = divisor.inverse(target, weights.dtype)

@@ -69,11 +69,13 @@ def weights_of_logits(
     second: SecondLabels | None,
     divisor: Divisor,
     backend: str,
+    dtype: torch.dtype,
     way: Way | None = None,
 ) -> ConstantWeights:
     """Confidence weights of K checked sets of logits (N, C).
 
     Args:
+        dtype: of the divisor.
         way: of the call; None if its tensors have not been through `enter`.
     """
     if way is None:
@@ -86,7 +88,7 @@ def weights_of_logits(
         weights, ce, inverse = confidence_and_divisor(
             logits, target, second, divisor.ignore_index, backend, way, divisor.counts()
         )
-        return ConstantWeights(weights, ce, inverse if divisor.counts() else divisor.inverse(target, weights.dtype))
+        return ConstantWeights(weights, ce, inverse if divisor.counts() else divisor.inverse(target, dtype))
 
 
 def constant_weights(
@@ -97,30 +99,34 @@ def constant_weights(
     K: int,
     divisor: Divisor,
     backend: str,
+    dtype: torch.dtype,
     way: Way,
 ) -> ConstantWeights:
     """Weights of K maps by "confidence" from K sets of logits, by "uniform", or from a tensor (K,) or (K, N).
+
+    Args:
+        dtype: of the divisor, and of uniform weights.
 
     Raises:
         ValueError, TypeError: `weighting` is none of these, or K sets of logits are missing.
     """
     if isinstance(weighting, Tensor):
-        return _given_weights(weighting, target, K, divisor)
+        return _given_weights(weighting, target, K, divisor, dtype)
     check_choice("weighting", weighting, FEATURE_WEIGHTINGS)
     if weighting == "uniform":
         kept = target != divisor.ignore_index
-        weights = (kept / K).expand(K, target.shape[0])
-        return ConstantWeights(weights, None, divisor.inverse(target, weights.dtype))
+        weights = (kept.to(dtype) / K).expand(K, target.shape[0])
+        return ConstantWeights(weights, None, divisor.inverse(target, dtype))
     if logits is None:
         raise ValueError(f"logits is None, but weighting='confidence' needs {K} tensors (N, C)")
     tensors = checked_logits(logits, target, second)
     if len(tensors) != K:
         raise ValueError(f"logits holds {len(tensors)} tensors, but student_features holds {K}")
-    return weights_of_logits(tensors, target, second, divisor, backend, way)
+    return weights_of_logits(tensors, target, second, divisor, backend, dtype, way)
 
 
-def _given_weights(weighting: Tensor, target: Tensor, K: int, divisor: Divisor) -> ConstantWeights:
+def _given_weights(weighting: Tensor, target: Tensor, K: int, divisor: Divisor, dtype: torch.dtype) -> ConstantWeights:
     N, ignored = target.shape[0], target == divisor.ignore_index
     checks.check_weighting(weighting, K, (N,), "target", target)
     weights = weight_rows(weighting.detach(), K, N, weighting.dtype).masked_fill(ignored, 0.0)
-    return ConstantWeights(weights, None, divisor.inverse(target, weights.dtype))
+    return ConstantWeights(weights, None, divisor.inverse(target, dtype))

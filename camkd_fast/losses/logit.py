@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends.contract import SecondLabels
 from ..backends.dispatch import BACKENDS, backend_for
 from ..backends.memory import is_ordinary
+from ..backends.reference import scaled
 from . import checks
 from .autograd import first_order, is_one, keeps_graph
 from .evaluate import Evaluated, evaluate
@@ -49,6 +50,7 @@ class _LogitLoss(torch.autograd.Function):
         grad_weights = None
         if needs_weights:
             grad_weights = divergence * (grad_output.reshape(-1) * ctx.divergence_scale)
+            grad_weights = grad_weights.masked_fill(divergence == 0, 0.0)  # ignored rows, whatever the factor
         if not needs_student:
             return None, grad_weights, None, None, None
         retained = keeps_graph()
@@ -61,7 +63,7 @@ class _LogitLoss(torch.autograd.Function):
             if is_ordinary([factor]):
                 grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
             else:  # a batch of gradients, or inside a trace
-                grad = (grad.to(factor.dtype) * factor.unsqueeze(-1)).to(grad.dtype)
+                grad = scaled(grad, factor).to(grad.dtype)
         return _shaped(grad, ctx.shape), grad_weights, None, None, None
 
 

@@ -22,9 +22,11 @@ struct MixedSums {
 // D's terms and g of n columns (camkd_fast/backends/divergences.py, with the terms that do not cancel) of q = student
 // e_s and p = teacher e_z; g takes the place of e_z. A probability of 0 gets the logarithm of the least float.
 template <bool Jsd>
-void mixed_block(const float* e_s, float student, float teacher, float share, int n, float* e_z, MixedSums& sums) {
+void mixed_block(const float* e_s, float student, float teacher, const Formula& formula, int n, float* e_z,
+                 MixedSums& sums) {
     constexpr int W = Vec::width;
-    const Vec of_p = Vec::set(share), of_q = Vec::set(1.0f - share), least = Vec::set(FLT_MIN), one = Vec::set(1.0f);
+    const Vec of_p = Vec::set(formula.share), of_q = Vec::set(formula.other_share);
+    const Vec least = Vec::set(FLT_MIN), one = Vec::set(1.0f);
     Vec divergence = Vec::zero(), slope = Vec::zero();
     auto log_of = [&](Vec ratio) { return LaneMath::log(Vec::max(least, ratio)); };
     // x log x - x + 1

@@ -200,7 +200,7 @@ struct RowPasses {
         };
         const auto mix = args.formula.divergence == Divergence::jsd ? mixed_block<true> : mixed_block<false>;
         for (int k = 1; k <= args.K; ++k)
-            mix(scratch.stream(0) + c, probability(0), probability(k), args.formula.share, n, scratch.stream(k) + c,
+            mix(scratch.stream(0) + c, probability(0), probability(k), args.formula, n, scratch.stream(k) + c,
                 sums[k - 1]);
     }
 

@@ -1,4 +1,4 @@
-// A gradient times one factor, or times a factor per row, on a CPU.
+// A gradient times one factor, or times a factor per row, on a CPU. 0 stays 0, as in ignored rows, whatever the factor.
 #pragma once
 
 #include "vec_math.h"
@@ -27,8 +27,10 @@ void scale_rows(const ScaleRowsArgs& args, int max_threads) {
             using T = decltype(t);
             const T* grad = static_cast<const T*>(args.grad) + n * args.C;
             const Vec factor = Vec::set(args.factor[n * args.factor_stride] * args.number);
-            map_row(args.C, static_cast<T*>(args.out) + n * args.C,
-                    [&](int64_t i, int count) { return factor * load_some(grad + i, count); });
+            map_row(args.C, static_cast<T*>(args.out) + n * args.C, [&](int64_t i, int count) {
+                const Vec x = load_some(grad + i, count);
+                return Vec::zero_where_zero(factor * x, x);
+            });
         });
     }
 }

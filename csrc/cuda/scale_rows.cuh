@@ -12,6 +12,11 @@ struct ScaleLaunch {
     bool wide;
 };
 
+// 0 stays 0, as in ignored rows, whatever the factor.
+CAMKD_DEVICE float scaled(float x, float factor) {
+    return x == 0 ? 0.0f : x * factor;
+}
+
 // Treats the matrix as one long row, so that accesses are wide whatever its width. `out` may be `grad`.
 template <class T>
 CAMKD_KERNEL(kBlockThreads, 2)
@@ -43,14 +48,14 @@ scale_rows_kernel(CAMKD_PARAMETER ScaleLaunch launch) {
             float x[V];
             Elements<T>::unpack(load_pack_coherent(from + first * int64_t(sizeof(T))), x);
 #pragma unroll
-            for (int j = 0; j < V; ++j) x[j] *= factors[j];
+            for (int j = 0; j < V; ++j) x[j] = scaled(x[j], factors[j]);
             store_pack(to + first * int64_t(sizeof(T)), Elements<T>::pack(x));
             continue;
         }
 #pragma unroll
         for (int j = 0; j < V; ++j)
             if (first + j < elements)
-                store_element(to, first + j, args.dtype, load_element(from, first + j, args.dtype) * factors[j]);
+                store_element(to, first + j, args.dtype, scaled(load_element(from, first + j, args.dtype), factors[j]));
     }
 }
 

@@ -76,13 +76,13 @@ inline bool read_weighting(PyObject* object, Weighting& out) {
 
 // The divergence of a checked Formula: "forward_kl", or a pair of name and parameter.
 inline bool read_divergence(PyObject* object, Formula& out) {
-    out.divergence = Divergence::forward_kl, out.share = 0;
+    out.divergence = Divergence::forward_kl, out.share = 0, out.other_share = 1;
     if (PyUnicode_CheckExact(object)) return PyUnicode_CompareWithASCIIString(object, kDivergenceNames[0]) == 0;
     double share;
     if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) return false;
     PyObject* const name = PyTuple_GET_ITEM(object, 0);
     if (!PyUnicode_CheckExact(name) || !read_number(PyTuple_GET_ITEM(object, 1), share)) return false;
-    out.share = float(share);
+    out.share = float(share), out.other_share = float(1 - share);
     for (int code = 0; code < int(std::size(kDivergenceNames)); ++code) {
         if (PyUnicode_CompareWithASCIIString(name, kDivergenceNames[code]) != 0) continue;
         out.divergence = static_cast<Divergence>(code);

@@ -224,6 +224,12 @@ def test_infinite_cross_entropies(regime: str, rows: tuple) -> None:
     agree(student, teachers, target)
 
 
+def test_min_ce_of_a_nan_is_nan(regime: str, rows: tuple) -> None:
+    student, teachers, target = rows
+    teachers[1][1, 3], teachers[0][2, 3] = NAN, NAN
+    agree(student, teachers, target, weighting="min_ce")
+
+
 def test_a_tiny_weight_keeps_an_infinite_divergence(regime: str) -> None:
     case = nearly_no_weight()
     agree(case.student, list(case.teachers), case.target)

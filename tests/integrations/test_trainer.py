@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from camkd_fast import CAMKDLinearLoss
-from camkd_fast.integrations import trainer_parts
-from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states
+from camkd_fast.integrations import teacher_mix, trainer_parts
+from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states, teacher_hidden
 from camkd_fast.integrations.transformers import MultiTeacherDistillationMixin
 from tests.support.language_models import (
     TokenData,
@@ -150,6 +150,24 @@ def test_samples_are_routed_to_their_teacher(make: Any) -> None:
         weights = torch.nn.functional.one_hot(torch.tensor(ids), 2).t().float()
         assert_loss(trainer, batch, weighting=weights)
         sizes[0].clear(), sizes[1].clear()
+
+
+@pytest.mark.parametrize("extra", ["pixel_values", "position_ids"])
+def test_inputs_without_a_row_per_sample_are_not_selected(make: Any, extra: str) -> None:
+    """As many images as samples, of which the second sample has two; positions of as many axes as samples."""
+    trainer, batch = make(), {**batch_of(TokenData()), extra: torch.randn(4, 3, 8)}
+    received: list[list[int]] = [[], []]
+
+    def hidden(teacher: Any, inputs: Any) -> Any:
+        received[trainer.teachers.index(teacher)] += [len(inputs["input_ids"]), len(inputs[extra])]
+        return teacher_hidden(teacher, {name: inputs[name] for name in ("input_ids", "attention_mask")})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_mix, "teacher_hidden", hidden)
+        teacher_mix.hidden_of_teachers(
+            trainer.teachers, batch, torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+        )
+    assert received == [[4, 4], [4, 4]]
 
 
 def test_samples_mix_their_teachers(make: Any) -> None:

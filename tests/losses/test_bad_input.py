@@ -132,6 +132,9 @@ BAD = {
     "num_items 0": ({"num_items": 0}, ValueError, ["num_items", "> 0", "got 0"]),
     "num_items with sum": ({"num_items": 4, "reduction": "sum"}, ValueError, ["num_items", "'mean'", "'sum'"]),
     "num_items of two": ({"num_items": torch.ones(2)}, ValueError, ["num_items", "one element", "(2,)"]),
+    "num_items negative": ({"num_items": torch.tensor(-3.0)}, ValueError, ["num_items", "at least 0", "-3.0"]),
+    "num_items NaN": ({"num_items": torch.tensor([float("nan")])}, ValueError, ["num_items", "at least 0", "nan"]),
+    "num_items infinite": ({"num_items": torch.tensor(float("inf"))}, ValueError, ["num_items", "finite", "inf"]),
     "num_items a string": ({"num_items": "4"}, TypeError, ["num_items", "number", "str"]),
     "unknown backend": ({"backend": "fastest"}, ValueError, ["'reference'", "'cpu'", "'fastest'"]),
     "student on another device": (
@@ -278,6 +281,7 @@ def test_weighted_feature_loss(changes, error, fragments, backend):
         ({"beta": float("nan")}, ValueError, ["beta", "nan"]),
         ({"loss_scale": torch.ones(2)}, ValueError, ["loss_scale", "(2,)"]),
         ({"num_items": 0}, ValueError, ["num_items", "0"]),
+        ({"num_items": torch.tensor(-1.0)}, ValueError, ["num_items", "-1.0"]),
         ({"num_items": 3, "reduction": "sum"}, ValueError, ["num_items", "'sum'"]),
         ({"reduction": "max"}, ValueError, ["'mean'", "'max'"]),
         ({"ignore_index": 1.5}, TypeError, ["ignore_index", "float"]),

@@ -340,6 +340,29 @@ def test_ignored_rows_are_zero_even_if_nan(divergence: Any, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", TESTED)
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=str)
+def test_min_ce_of_a_nan_is_nan(which: tuple[int, ...], backend: str) -> None:
+    """As with the other rules: a teacher that overflows does not end the distillation in silence."""
+    case = make_case(6, 30, 2, weighting="min_ce", reduction="none")
+    for k in which:
+        case.teachers[k][2, 4] = math.nan
+    result = run(case, backend, torch.ones(6))
+    assert result.weights[:, 2].isnan().all() and result.loss[2].isnan() and result.grad[2].isnan().any()
+    others = [0, 1, 3, 4, 5]
+    assert result.loss[others].isfinite().all() and result.grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", TESTED)
+@pytest.mark.parametrize(
+    "divergence", [("jsd", 0.999), ("jsd", 1e-3), ("jsd", 1 - 1e-6), ("skew", 0.99), ("skew", 1e-3)], ids=str
+)
+def test_shares_near_the_ends_of_their_range(divergence: Any, backend: str) -> None:
+    """1 minus such a share has few digits in float32."""
+    case = make_case(48, 60, 2, divergence=divergence, temperature=2.0)
+    assert_rule(case, backend)
+
+
+@pytest.mark.parametrize("backend", TESTED)
 def test_entropies(backend: str) -> None:
     case = make_case(24, 300, lead=(4, 6), ignored=0.2, temperature=3.0, entropy=True)
     given = camkd_loss(case.student, case.teachers, case.target, backend=backend, **case.options())

@@ -19,6 +19,7 @@ from camkd_fast import (
 from tests.support.backends import BACKENDS
 from tests.support.feature_cases import Maps, check, expected, make
 from tests.support.op_contract import MAP_LAYOUTS
+from tests.support.sorts import default_dtype
 from tests.support.tolerance import assert_accurate, assert_near, rms
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,31 @@ def test_no_sample_or_every_sample_ignored(what: str, ignored: tuple[int, ...], 
     if ignored:
         out, grads = camkd_feature_loss_and_grad(*maps, backend=backend, **OPTIONS[what])
         assert not out.loss.any() and not out.weights.any() and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, "uniform"], ids=str)
+@pytest.mark.parametrize("num_items", [None, torch.tensor(100_000)], ids=["counted", "given"])
+def test_the_divisor_has_the_precision_of_the_maps(
+    weights: Any, num_items: Any, default: torch.dtype, backend: str
+) -> None:
+    """Neither that of given weights nor the default one: 1 / 70,000 is 0 in float16."""
+    maps, N = make(torch.float32), 70_000 if num_items is None else 6
+    repeated = maps._replace(
+        student=[r[:1].expand(N, *r.shape[1:]) for r in maps.student],
+        teachers=[f[:1].expand(N, *f.shape[1:]) for f in maps.teachers],
+        logits=[z[:1].expand(N, *z.shape[1:]) for z in maps.logits],
+        target=maps.target[:1].expand(N),
+    )
+    weighting = "uniform" if weights == "uniform" else torch.full((3,), 0.5, dtype=weights)
+    expected = sum((r[0] - f[0]).square().mean() for r, f in zip(maps.student, maps.teachers, strict=True))
+    expected = expected / 3 if weights == "uniform" else 0.5 * expected
+    with default_dtype(default):
+        out, grads = camkd_feature_loss_and_grad(
+            *repeated, weighting=weighting, num_items=num_items, backend=backend, beta=1.0
+        )
+    assert_near(out.loss, expected * (1.0 if num_items is None else N / 100_000), rtol=1e-5)
+    assert all(grad.any() for grad in grads)
 
 
 def test_ignored_samples_and_dropped_teachers_may_be_nan(backend: str) -> None:

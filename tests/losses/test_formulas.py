@@ -124,6 +124,21 @@ def test_ignored_rows_are_exactly_zero_even_if_nan(ignored, backend):
             assert (result.loss == 0).all() and (result.grad == 0).all()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["confidence", "given weights"])
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_ignored_rows_are_zero_whatever_comes_in(factor, given, backend):
+    """As with nn.CrossEntropyLoss: a mean of each sample that has no label, say, is 0 / 0."""
+    case = make_case(6, 33, reduction="none")
+    student, weights = case.student.clone().requires_grad_(), torch.rand(3, 6).requires_grad_(given)
+    target = case.target.index_fill(0, torch.tensor([1, 4]), -100)
+    options = {**case.options(), **({"weighting": weights} if given else {})}
+    grad_output = torch.ones(6).index_fill(0, torch.tensor([1, 4]), factor)
+    camkd_loss(student, case.teachers, target, backend=backend, **options).loss.backward(grad_output)
+    assert student.grad.isfinite().all() and not student.grad[[1, 4]].any() and student.grad[0].any()
+    if given:
+        assert weights.grad.isfinite().all() and not weights.grad[:, [1, 4]].any()
+
+
 # The CPU kernels share a row among threads if there are fewer rows than threads, or if its scratch exceeds 4 MB.
 @pytest.mark.parametrize(("N", "C", "K"), [(1, 50000, 3), (3, 250000, 3), (3, 70000, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -61,6 +61,12 @@ except TypeError as error:
     assert "student_logits is a DTensor" in str(error), error
 else:
     raise AssertionError("mixed tensors were taken")
+# Labels that PyTorch's operations cannot flatten: 5 rows of 3 on two processes.
+logits, labels = torch.randn(5, 3, 10), distribute_tensor(torch.arange(15).view(5, 3) % 10, mesh, [Shard(0)])
+try:
+    camkd_loss(distribute_tensor(logits, mesh, [Replicate()]), [distribute_tensor(logits, mesh, [Replicate()])], labels)
+except TypeError as error:
+    assert "is a DTensor" in str(error) and "PyTorch's own operations fail" in str(error), error
 leave_group()
 """
 

@@ -28,7 +28,8 @@ CHANGES = (
     *changes(
         "camkd_fast/integrations/teacher_mix.py",
         TRAINER,
-        Change("samples of other teachers run too", "if len(rows) == B or any(", "if True or any("),
+        Change("samples of other teachers run too", "if len(rows) == B or not selectable:", "if True:"),
+        Change("images are selected as samples", "if len(rows) == B or not selectable:", "if len(rows) == B:"),
         Change("rows in the wrong places", "rows = used.nonzero().squeeze(-1)", "rows = used.nonzero().squeeze(-1).flip(0)",
                equivalent="the same rows are computed and put back, in another order"),
         Change("weights of other samples", "weights.unsqueeze(-1).expand", "weights.flip(1).unsqueeze(-1).expand"),

@@ -117,8 +117,8 @@ CHANGES = (
         f"tests/losses/test_scale_plan.py {FORMULAS}::test_num_items_is_the_divisor",
         Change(
             "the loss scale's precision is that of its dtype",
-            "loss_scale.to(accumulation_dtype) if isinstance(loss_scale, Tensor)",
-            "loss_scale if isinstance(loss_scale, Tensor)",
+            "factor = as_scale(loss_scale, accumulation_dtype, device)",
+            "factor = loss_scale",
         ),
         Change(
             "float16 is divided in the kernel",
@@ -305,7 +305,7 @@ CHANGES = (
         "camkd_fast/losses/feature_weights.py",
         ONE_PASS,
         Change("ignored samples weigh something", ".masked_fill(ignored, 0.0)", ""),
-        Change("equal weights of ignored samples", "(kept / K)", "((kept | ~kept) / K)"),
+        Change("equal weights of ignored samples", "(kept.to(dtype) / K)", "((kept | ~kept) / K)"),
         Change("the number of samples under num_items", "self.num_items is None", "True"),
     ),
     *changes(

@@ -132,7 +132,7 @@ CHANGES = (
             "fuse_conv_bn_eval(conv.double(), norm.double()).to(dtype)",
             "fuse_conv_bn_eval(conv, norm).to(dtype)",
         ),
-        Change("norms in half precision", "if isinstance(module, _NORMS) and dtype.itemsize < 4:", "if False:"),
+        Change("norms in half precision", "if isinstance(module, _BatchNorm) and dtype.itemsize < 4:", "if False:"),
         Change(
             "subclasses of Conv2d are folded",
             "type(called_once(conv)) is nn.Conv2d",

@@ -22,8 +22,8 @@ CHANGES = (
         ),
         Change(
             "a record of other settings counts",
-            'if found["hash"] == digest:',
-            "if True:",
+            'found is not None and found["hash"] == digest',
+            "True",
             tests=f"{STUDY}::test_a_derived_teacher_follows_its_source_and_scale",
         ),
     ),

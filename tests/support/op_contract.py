@@ -200,6 +200,12 @@ def assert_scales_rows(backend: Any, C: int, dtype: torch.dtype, rounding: Round
         assert torch.equal(out, expected)
         backend.scale_rows(gradient, factor, gradient)
         assert torch.equal(gradient, out)
+    # 0 stays 0, as the gradient of an ignored row
+    gradient[1], gradient[3, : C // 2] = 0.0, 0.0
+    for factor in (torch.tensor([float("inf")]), torch.tensor([1.0, float("nan"), float("inf"), float("-inf"), 2.0])):
+        found = backend.scale_rows(gradient, factor, torch.empty_like(gradient))
+        wanted = (gradient.float() * factor.unsqueeze(1)).masked_fill(gradient == 0, 0.0)
+        assert torch.equal(found.float().nan_to_num(7.0), rounding(wanted, dtype).to(dtype).float().nan_to_num(7.0))
 
 
 def assert_a_factor_of_1_writes_nothing(backend: Any) -> None:
