@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-ASSUMED_MEMORY = 4 << 30  # bytes, where the system tells nothing
+ASSUMED_MEMORY = 4 << 30  # bytes, if the system does not report its memory
 CLOSED_PIPE_STATUS = 128 + 13  # of a process that SIGPIPE ended, as shells report it
 
 

@@ -119,8 +119,8 @@ def _refusal(name: str, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> 
         if tensor.dtype not in COMPILED_DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(tensor.dtype).removeprefix('torch.')}"
     if not memory.are_dense([*tensors, *others]):
-        sort = next(sort for tensor in (*tensors, *others) if (sort := memory.sort_of(tensor)))
-        return f"it takes dense tensors, got {sort.name}"
+        kind = next(kind for tensor in (*tensors, *others) if (kind := memory.kind_of(tensor)))
+        return f"it takes dense tensors, got {kind.name}"
     if (observer := memory.observer()) is not None:
         return f"{observer} must see PyTorch's operations"
     return None

@@ -17,25 +17,25 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
-class Sort(NamedTuple):
-    """A sort of tensors that are not dense memory."""
+class TensorKind(NamedTuple):
+    """A kind of tensors that are not dense memory."""
 
     name: str  # for messages: "student_logits is <name>"
-    way_out: str  # for messages; "" if PyTorch's own operations take such tensors
+    remedy: str  # for messages; "" if PyTorch's own operations take such tensors
     resolvable: bool = False  # `resolved` gives the same values as dense memory
     fake: bool = False  # has shapes only; a registered operator takes it
 
 
 DISPATCH_MODE = "a __torch_dispatch__ mode"  # see `observer`
 
-_NEGATED = Sort("a lazily negated view", "call .resolve_neg()", resolvable=True)
-_ZERO = Sort("a zero tensor without memory", "use torch.zeros_like", resolvable=True)
-_FREED = Sort("a tensor whose storage was freed", "fill it before the call")
-_TRANSFORMED = Sort("a tensor of a torch.func transform", "")
-_WRAPPED = Sort("a wrapper without memory of its own", "")
-_NESTED = Sort("a nested tensor", "use torch.nested.to_padded_tensor, and labels of ignore_index for the padding")
-_QUANTISED = Sort("a quantised tensor", "call .dequantize()")
-_UNINITIALISED = Sort("an uninitialised parameter", "run the lazy module once")
+_NEGATED = TensorKind("a lazily negated view", "call .resolve_neg()", resolvable=True)
+_ZERO = TensorKind("a zero tensor without memory", "use torch.zeros_like", resolvable=True)
+_FREED = TensorKind("a tensor whose storage was freed", "fill it before the call")
+_TRANSFORMED = TensorKind("a tensor of a torch.func transform", "")
+_WRAPPED = TensorKind("a wrapper without memory of its own", "")
+_NESTED = TensorKind("a nested tensor", "use torch.nested.to_padded_tensor, and labels of ignore_index for the padding")
+_QUANTISED = TensorKind("a quantised tensor", "call .dequantize()")
+_UNINITIALISED = TensorKind("an uninitialised parameter", "run the lazy module once")
 
 # Bound once, because every call of the losses asks them, and a small batch takes 40 us.
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
@@ -44,35 +44,35 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _DEFAULT_FUNCTION = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-def _dispatches(kind: Any) -> bool:
+def _dispatches(cls: Any) -> bool:
     """Whether a subclass of Tensor replaces PyTorch's operations, so that its memory may mean something else."""
-    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    if cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return True
-    function = getattr(kind.__torch_function__, "__func__", torch._C._disabled_torch_function_impl)
+    function = getattr(cls.__torch_function__, "__func__", torch._C._disabled_torch_function_impl)
     return function not in (_DEFAULT_FUNCTION, torch._C._disabled_torch_function_impl)
 
 
 @functools.cache
-def _sort_of_class(kind: type) -> Sort:
+def _kind_of_class(cls: type) -> TensorKind:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if issubclass(kind, (UninitializedParameter, UninitializedBuffer)):
+    if issubclass(cls, (UninitializedParameter, UninitializedBuffer)):
         return _UNINITIALISED
-    if not _dispatches(kind):
-        return Sort(f"a {kind.__name__}", "call .as_subclass(torch.Tensor)", resolvable=True)
-    return Sort(f"a {kind.__name__}", "", fake=issubclass(kind, (FakeTensor, FunctionalTensor)))
+    if not _dispatches(cls):
+        return TensorKind(f"a {cls.__name__}", "call .as_subclass(torch.Tensor)", resolvable=True)
+    return TensorKind(f"a {cls.__name__}", "", fake=issubclass(cls, (FakeTensor, FunctionalTensor)))
 
 
-def sort_of(tensor: Tensor) -> Sort | None:
+def kind_of(tensor: Tensor) -> TensorKind | None:
     """What else than dense memory `tensor` is; None if it is dense, on whatever device."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        return _NESTED if tensor.is_nested else _sort_of_class(type(tensor))
+        return _NESTED if tensor.is_nested else _kind_of_class(type(tensor))
     if tensor.is_nested:
         return _NESTED
     if tensor.layout != torch.strided:
         layout = str(tensor.layout).removeprefix("torch.").removeprefix("_")
-        return Sort(f"a tensor of layout {layout}", "call .to_dense()")
+        return TensorKind(f"a tensor of layout {layout}", "call .to_dense()")
     if tensor.is_quantized:
         return _QUANTISED
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
@@ -92,7 +92,7 @@ def sort_of(tensor: Tensor) -> Sort | None:
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """A dense tensor of the same values, in the same graph, for a sort that is `resolvable`."""
+    """A dense tensor of the same values, in the same graph, for a kind that is `resolvable`."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         tensor = tensor.as_subclass(Tensor)
     if tensor._is_zerotensor():
@@ -102,7 +102,7 @@ def resolved(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _quick_check() -> Callable[..., bool] | None:
-    """`_C.are_dense`, a fraction of the cost of `sort_of`; None without the module."""
+    """`_C.are_dense`, a fraction of the cost of `kind_of`; None without the module."""
     try:
         from . import cpu
     except ImportError:
@@ -113,7 +113,7 @@ def _quick_check() -> Callable[..., bool] | None:
 def are_dense(tensors: Sequence[Tensor]) -> bool:
     """Whether all of them are dense memory."""
     quick = _quick_check()
-    return (quick is not None and quick(*tensors)) or all(sort_of(tensor) is None for tensor in tensors)
+    return (quick is not None and quick(*tensors)) or all(kind_of(tensor) is None for tensor in tensors)
 
 
 def observer() -> str | None:

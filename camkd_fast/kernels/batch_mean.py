@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept import Launcher
-from .launch import BATCH_KERNEL
+from .launch_table import BATCH_KERNEL
+from .launcher import Launcher
 
 
 @triton.jit

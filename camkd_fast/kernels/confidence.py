@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..backends.contract import DEBUG, SecondLabels, second_pair
 from .batch_mean import count_by_torch, count_rows
-from .kept import Launcher
-from .launch import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
+from .launch_table import BATCH_ROWS, access_width, confidence_launch, elementwise_launch
+from .launcher import Launcher
 from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .softmax import (
     LOG2E,

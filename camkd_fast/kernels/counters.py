@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kept import current_device, current_stream, device_of
+from .launcher import current_device, current_stream, device_of
 
 _of_streams: dict[tuple[int, int], Tensor] = {}
 _PER_THREAD = 2  # cudaStreamPerThread

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backends.contract import FeatureLossResult
 from ..backends.feature_maps import Strides, map_pair, new_gradients
-from .kept import Launcher
-from .launch import SUM_BLOCK, feature_launch
+from .launch_table import SUM_BLOCK, feature_launch
+from .launcher import Launcher
 from .layout import common_alignment, unspecialised
 from .softmax import stride
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept import Launcher
+from .launcher import Launcher
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..backends.contract import DEBUG, RowLossResult, SecondLabels, new_row_outputs, second_pair
 from .batch_mean import add_up_by_torch, add_up_rows, count_by_torch, count_rows
 from .counters import counter_for
-from .kept import Launcher
-from .launch import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
+from .launch_table import BATCH_ROWS, BatchLaunch, batch_launch, on_chip, onchip_launch, streaming_launch
+from .launcher import Launcher
 from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .results import formula_constants, kernel_formula
 from .row_loss_onchip import row_loss_onchip_fwd_kernel

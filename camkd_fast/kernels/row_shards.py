@@ -16,9 +16,9 @@ from torch import Tensor
 from ..backends import contract
 from ..backends.contract import RowLossResult, new_row_outputs
 from .divergences import kl_of_sums
-from .kept import Launcher
 from .lanes import group_lanes, mixture_sums, student_total, teacher_total
-from .launch import streaming_launch
+from .launch_table import streaming_launch
+from .launcher import Launcher
 from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .logit_map import mapped_label_distance
 from .results import formula_constants, kernel_formula, store_entropy, store_loss, store_teacher

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kept import Launcher
-from .launch import elementwise_launch
+from .launch_table import elementwise_launch
+from .launcher import Launcher
 from .layout import Layout, common_alignment, layouts
 
 

@@ -53,17 +53,17 @@ def enter(way: Way, backend: str, **arguments: Any) -> tuple[Way, list[Any]]:
         arguments: tensors and sequences of tensors by their names in messages; anything else is returned as it is.
 
     Raises:
-        TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its sort and the way out.
+        TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its kind and the way out.
         NotImplementedError: `backend` names kernels, but no kernel can serve this call.
     """
     if is_compiling():
         return way, list(arguments.values())
     if way is Way.KERNEL and memory.are_dense(_tensors(list(arguments.values()))):
         return way, list(arguments.values())
-    sorts: set[memory.Sort | None] = set()
-    values = [_dense(name, value, sorts) for name, value in arguments.items()]
-    if way is not Way.EXPRESSION and (others := sorts - {None}):
-        way = Way.OPERATOR if all(sort and sort.fake for sort in others) else Way.EXPRESSION
+    kinds: set[memory.TensorKind | None] = set()
+    values = [_dense(name, value, kinds) for name, value in arguments.items()]
+    if way is not Way.EXPRESSION and (others := kinds - {None}):
+        way = Way.OPERATOR if all(kind and kind.fake for kind in others) else Way.EXPRESSION
     if way is Way.EXPRESSION:
         tensors = _tensors(values)
         if floating := [tensor for tensor in tensors if tensor.is_floating_point()]:
@@ -81,17 +81,17 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _dense(name: str, value: Any, sorts: set[memory.Sort | None]) -> Any:
-    """`value` with its tensors resolved where that is exact; adds the sorts of the others."""
+def _dense(name: str, value: Any, kinds: set[memory.TensorKind | None]) -> Any:
+    """`value` with its tensors resolved where that is exact; adds the kinds of the others."""
     if isinstance(value, (list, tuple)):
-        return [_dense(f"{name}[{i}]", entry, sorts) for i, entry in enumerate(value)]
+        return [_dense(f"{name}[{i}]", entry, kinds) for i, entry in enumerate(value)]
     if not isinstance(value, Tensor):
         return value
-    while (sort := memory.sort_of(value)) is not None and sort.resolvable:
+    while (kind := memory.kind_of(value)) is not None and kind.resolvable:
         value = memory.resolved(value)
-    if sort is not None and sort.way_out:
-        raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {sort.way_out}")
-    sorts.add(sort)
+    if kind is not None and kind.remedy:
+        raise TypeError(f"{name} must be a dense tensor, got {kind.name}: {kind.remedy}")
+    kinds.add(kind)
     return value
 
 
@@ -109,8 +109,8 @@ def _naming(arguments: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-        sorts = [(name, memory.sort_of(tensor)) for name, value in arguments.items() for tensor in _tensors([value])]
-        found = next((f"{name} is {sort.name}" for name, sort in sorts if sort), None)
+        kinds = [(name, memory.kind_of(tensor)) for name, value in arguments.items() for tensor in _tensors([value])]
+        found = next((f"{name} is {kind.name}" for name, kind in kinds if kind), None)
         if found is None or str(error).startswith(tuple(arguments)):  # the latter is an error of ours
             raise
         raise TypeError(

@@ -97,12 +97,12 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
     checks.check_tensor(name, tensor)
     if torch.compiler.is_compiling():
         return tensor
-    while (sort := memory.sort_of(tensor)) is not None and sort.resolvable:
+    while (kind := memory.kind_of(tensor)) is not None and kind.resolvable:
         tensor = memory.resolved(tensor)
-    if sort is None or sort.fake:
+    if kind is None or kind.fake:
         return tensor
-    way_out = sort.way_out or _WAYS_OUT.get(sort.name, _WAY_OUT)
-    raise TypeError(f"{name} must be a dense tensor, got {sort.name}: {way_out}")
+    remedy = kind.remedy or _WAYS_OUT.get(kind.name, _WAY_OUT)
+    raise TypeError(f"{name} must be a dense tensor, got {kind.name}: {remedy}")
 
 
 def checked_vocabulary(

@@ -40,8 +40,8 @@ class LinearCall(NamedTuple):
     labels: Tensor  # (N,) int64
     vocab_size: int  # V: classes of every head from V on do not exist
     formula: Formula  # a weighting tensor is (K, N)
-    inputs: torch.dtype | None  # what products round to, if autocast says so
-    logits: torch.dtype | None  # of bfloat16 inputs; None for `default_logits_dtype`
+    products: torch.dtype | None  # of the matrix products under autocast; None: of the hidden states
+    logits_dtype: torch.dtype | None  # of bfloat16 products; None: `default_logits_dtype`
     chunk_rows: int | None
     max_chunk_bytes: float
     num_valid: int | None
@@ -54,7 +54,7 @@ class LinearCall(NamedTuple):
 
 
 class LinearGradients(NamedTuple):
-    """What of the student gets a gradient, or such gradients."""
+    """Gradients of the student's; None where none is required."""
 
     hidden: Tensor | None  # (N, H) in the dtype of the hidden states
     head: Tensor | None  # (C, H), as the bias in the accumulation dtype
@@ -75,7 +75,7 @@ class LinearChunks:
         self.dtypes = [self._logits_dtype(side) for side in self.sides]
         self.projections = [
             Projection(
-                side.head[: self.V], None if side.bias is None else side.bias[: self.V], self._inputs(side), dtype
+                side.head[: self.V], None if side.bias is None else side.bias[: self.V], self._products(side), dtype
             )
             for side, dtype in zip(self.sides, self.dtypes, strict=True)
         ]
@@ -84,14 +84,14 @@ class LinearChunks:
         # Rows that the caller's number lets in may be ignored ones, whose hidden states must not reach a product.
         self.masks = call.num_valid is not None
 
-    def _inputs(self, side: Side) -> torch.dtype:
-        return side.hidden.dtype if self.call.inputs is None else self.call.inputs
+    def _products(self, side: Side) -> torch.dtype:
+        return side.hidden.dtype if self.call.products is None else self.call.products
 
     def _logits_dtype(self, side: Side) -> torch.dtype:
-        inputs = self._inputs(side)
-        if inputs != torch.bfloat16:
-            return torch.float64 if inputs == torch.float64 else torch.float32
-        return default_logits_dtype(side.head) if self.call.logits is None else self.call.logits
+        products = self._products(side)
+        if products != torch.bfloat16:
+            return torch.float64 if products == torch.float64 else torch.float32
+        return default_logits_dtype(side.head) if self.call.logits_dtype is None else self.call.logits_dtype
 
     def run(self, factor: float | Tensor, per_row: bool = False) -> tuple[Tensor, LinearGradients]:
         """row_stats, ignored rows 0, and the gradients of sum(factor * loss). Outside autocast, which

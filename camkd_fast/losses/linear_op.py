@@ -42,8 +42,8 @@ class _Call(NamedTuple):
     divergence: str
     ignore_index: int
     weights: Tensor | None  # given ones
-    inputs: torch.dtype | None
-    logits: torch.dtype | None
+    products: torch.dtype | None
+    logits_dtype: torch.dtype | None
     chunk_rows: int | None
     max_chunk_bytes: float
     num_valid: int | None
@@ -58,7 +58,7 @@ class _Call(NamedTuple):
 
     def product_dtype(self) -> torch.dtype:
         """What the student's products round to."""
-        return self.inputs or self.hidden.dtype
+        return self.products or self.hidden.dtype
 
     def scales_in_backward(self) -> bool:
         """Whether backward multiplies the gradients by the factor of the sum."""
@@ -70,7 +70,7 @@ _LENGTH = len(_Call._fields)
 _CALL = (
     "Tensor hidden, Tensor head, Tensor? bias, Tensor[] teacher_hidden, Tensor[] teacher_heads, "
     "Tensor?[] teacher_biases, Tensor labels, int vocab_size, float[] constants, str weighting, str divergence, "
-    "int ignore_index, Tensor? weights, ScalarType? inputs, ScalarType? logits, int? chunk_rows, "
+    "int ignore_index, Tensor? weights, ScalarType? products, ScalarType? logits_dtype, int? chunk_rows, "
     "float max_chunk_bytes, SymInt? num_valid, str? group_name, int first_class, bool reduce_input_grad, str backend, "
     "bool[] needs"
 )
@@ -107,8 +107,8 @@ def _arguments(call: LinearCall) -> _Call:
         divergence=divergence,
         ignore_index=ignore_index,
         weights=weights if isinstance(weights, Tensor) else None,
-        inputs=call.inputs,
-        logits=call.logits,
+        products=call.products,
+        logits_dtype=call.logits_dtype,
         chunk_rows=call.chunk_rows,
         max_chunk_bytes=call.max_chunk_bytes,
         num_valid=call.num_valid,
@@ -130,7 +130,7 @@ def _chunks_of(of: _Call) -> LinearChunks:
         shard = VocabularyShard(of.group_name, of.first_class, of.first_class + of.vocab_size, of.reduce_input_grad)
     teachers = [Side(*side) for side in zip(of.teacher_hidden, of.teacher_heads, of.teacher_biases, strict=True)]
     call = LinearCall(
-        of.student(), teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.inputs, of.logits,
+        of.student(), teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.products, of.logits_dtype,
         of.chunk_rows, of.max_chunk_bytes, of.num_valid, shard, of.backend,
     )  # fmt: skip
     if of.labels.is_cpu:

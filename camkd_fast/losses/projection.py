@@ -46,22 +46,21 @@ class Projection:
     Args:
         head: (C, H), contiguous rows.
         bias: (C,) or None.
-        inputs: the dtype that hidden states, head and gradients of logits are rounded to before a product; that of the
-            head, or autocast's.
-        logits: the dtype of logits and their gradients.
+        products: the dtype that hidden states, head and gradients of logits are rounded to before a product.
+        logits_dtype: of logits and their gradients.
     """
 
-    def __init__(self, head: Tensor, bias: Tensor | None, inputs: torch.dtype, logits: torch.dtype) -> None:
-        self.inputs, self.logits_dtype = inputs, logits
-        self.accumulator = torch.float64 if inputs == torch.float64 else torch.float32
+    def __init__(self, head: Tensor, bias: Tensor | None, products: torch.dtype, logits_dtype: torch.dtype) -> None:
+        self.products, self.logits_dtype = products, logits_dtype
+        self.accumulator = torch.float64 if products == torch.float64 else torch.float32
         # Whether one product makes all logits. Results of another dtype than the inputs' are at hand on CUDA only.
-        self._direct = head.is_cuda or (inputs == logits and _has_products(inputs))
-        self._head = head.to(inputs) if self._direct else head
-        self._bias = None if bias is None else bias.to(logits if self._direct else self.accumulator)
+        self._direct = head.is_cuda or (products == logits_dtype and _has_products(products))
+        self._head = head.to(products) if self._direct else head
+        self._bias = None if bias is None else bias.to(logits_dtype if self._direct else self.accumulator)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Rows of hidden states (m, H) as the products take them."""
-        rounded = hidden.to(self.inputs)
+        rounded = hidden.to(self.products)
         return rounded if self._direct else rounded.to(self.accumulator)
 
     def logits(self, rows: Tensor, out: Tensor) -> None:
@@ -81,7 +80,7 @@ class Projection:
 
     def as_input(self, grad: Tensor) -> Tensor:
         """The gradient of the logits (m, C) as both products below take it: rounded once for the two, or by tiles."""
-        return grad.to(self.inputs) if self._direct else grad
+        return grad.to(self.products) if self._direct else grad
 
     def grad_rows(self, grad: Tensor) -> Tensor:
         """The gradient of the rows (m, H), from that of the logits (m, C) `as_input`."""
@@ -95,7 +94,7 @@ class Projection:
 
     def add_grad_head(self, grad: Tensor, rows: Tensor, total: Tensor, first: bool) -> None:
         """total (C, H) += grad^T @ rows in the accumulation dtype, of a grad `as_input`; = if it is the `first`."""
-        if self._direct and grad.is_cpu and self.inputs != total.dtype:
+        if self._direct and grad.is_cpu and self.products != total.dtype:
             part = grad.t() @ rows
             total.copy_(part) if first else total.add_(part)
             return
@@ -108,11 +107,11 @@ class Projection:
 
     def _result_of(self, dtype: torch.dtype) -> dict[str, Any]:
         """The keyword of a product whose result has another dtype than its inputs."""
-        return {} if dtype == self.inputs else {"out_dtype": dtype}
+        return {} if dtype == self.products else {"out_dtype": dtype}
 
     def _rounded(self, grad: Tensor) -> Tensor:
         """Gradients as a product of the inputs' dtype would read them."""
-        return grad.to(self.inputs).to(self.accumulator)
+        return grad.to(self.products).to(self.accumulator)
 
     def _columns(self) -> Iterator[slice]:
         C, H = self._head.shape
@@ -122,4 +121,4 @@ class Projection:
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The head in float32, tile by tile, because all of it would take as much memory again."""
         for columns in self._columns():
-            yield columns, self._head[columns].to(self.inputs).to(self.accumulator)
+            yield columns, self._head[columns].to(self.products).to(self.accumulator)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint_files, foreign, hf_models, model_file, names, timm_models, torchvision_models, zoo_name
+from . import checkpoint_files, hf_models, model_file, names, rep_distiller, timm_models, torchvision_models, zoo_name
 from .preprocessing import Preprocessing
 from .protocol import FeatureModel, Source
 from .split import LogitsOnly, Split, split
@@ -149,7 +149,7 @@ def _check(spec: str, options: dict[str, Any]) -> None:
 def _run_or_zoo(rest: str) -> Source:
     name, at, file = rest.partition("@")
     if at and (known := zoo_name(name)) is not None:
-        return Source(foreign.load(name, checkpoint_files.read(Path(file)), file), architecture=known)
+        return Source(rep_distiller.load(name, checkpoint_files.read(Path(file)), file), architecture=known)
     path = Path(rest)
     if path.exists():
         return _run(path / model_file.MODEL if path.is_dir() else path)

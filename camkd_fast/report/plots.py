@@ -237,7 +237,7 @@ def confusions(matrices: Sequence[ClassMatrix]) -> Picture:
         axis.set_yticks(classes)
         axis.tick_params(labelsize=8)
         axis.spines[["left", "bottom"]].set_visible(False)
-        axis.set_xlabel("answer", color=INK)
+        axis.set_xlabel("predicted class", color=INK)
         set_title(axis, matrix.label)
     for axis in axes[len(matrices) :]:
         axis.set_visible(False)

@@ -34,7 +34,7 @@ from tests.support.truth import naive, truth
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")
-launch = importlib.import_module("camkd_fast.kernels.launch")
+launch = importlib.import_module("camkd_fast.kernels.launch_table")
 kept, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("kept", "row_loss"))
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest.py without a GPU; with one tests/gpu runs

@@ -10,7 +10,7 @@ import importlib
 import pytest
 
 pytest.importorskip("triton")
-launch = importlib.import_module("camkd_fast.kernels.launch")
+launch = importlib.import_module("camkd_fast.kernels.launch_table")
 
 from tests.backends.triton_offline import Kernel, Shape, compile_all  # noqa: E402 - after the skip
 from tests.support.gpu import ARCHITECTURES  # noqa: E402

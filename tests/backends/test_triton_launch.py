@@ -28,7 +28,7 @@ from tests.support.torch_version import skip_before_triton
 
 skip_before_triton(3, 6)  # later launches are direct from it on
 
-counters, kept = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("counters", "kept"))
+counters, launcher = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("counters", "launcher"))
 
 F32, BF16 = torch.float32, torch.bfloat16
 AT = 0  # the device of every tensor here, unless `elsewhere` says otherwise
@@ -67,7 +67,7 @@ class Kernel:
         return launch
 
     def launch(self, N: int = 5, strides: tuple[int, ...] = (3,), K: int = 2, BLOCK: int = 16, warps: int = 4) -> Any:
-        return kept.Launcher(self, 7, (N, strides), {"BLOCK": BLOCK, "K": K}, num_warps=warps)
+        return launcher.Launcher(self, 7, (N, strides), {"BLOCK": BLOCK, "K": K}, num_warps=warps)
 
 
 class Devices(SimpleNamespace):
@@ -91,13 +91,13 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
         def __exit__(self, *_: object) -> None:
             devices.current = self.before
 
-    monkeypatch.setattr(kept, "device_of", lambda x: devices.elsewhere.get(x.data_ptr(), AT))
-    monkeypatch.setattr(kept, "current_device", lambda: devices.current)
-    monkeypatch.setattr(kept, "current_stream", lambda device: 1000 + device)
+    monkeypatch.setattr(launcher, "device_of", lambda x: devices.elsewhere.get(x.data_ptr(), AT))
+    monkeypatch.setattr(launcher, "current_device", lambda: devices.current)
+    monkeypatch.setattr(launcher, "current_stream", lambda device: 1000 + device)
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    monkeypatch.setattr(kept, "JITFunction", Kernel)
-    monkeypatch.setattr(kept, "CompiledKernel", Compiled)
-    monkeypatch.setattr(kept, "_DIRECT", True)
+    monkeypatch.setattr(launcher, "JITFunction", Kernel)
+    monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launcher, "_DIRECT", True)
     return devices
 
 
@@ -230,7 +230,7 @@ def test_other_releases_and_the_interpreter_launch_by_triton(
 ) -> None:
     for name, value in (("_DIRECT", False), ("JITFunction", type("Other", (), {}))):
         with monkeypatch.context() as patch:
-            patch.setattr(kept, name, value)
+            patch.setattr(launcher, name, value)
             launch = kernel.launch()
         before = len(kernel.calls)
         for _ in range(2):
@@ -270,7 +270,7 @@ def test_threads_share_kernels(kernel: Kernel, a: torch.Tensor) -> None:
 
 def test_constants_are_those_of_the_kernel(kernel: Kernel) -> None:
     with pytest.raises(AssertionError, match=r"K.*BLOCK"):
-        kept.Launcher(kernel, 7, (5, (3,)), {"BLOCK": 16, "GROUP": 2})
+        launcher.Launcher(kernel, 7, (5, (3,)), {"BLOCK": 16, "GROUP": 2})
 
 
 # --- counters --------------------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_launches_with_one_key_share_a_kernel_of_triton(pair: list[list[Any]]) -
         *_, specialisation, options = bind(*arguments, debug=False)
         tritons.append(jit.compute_cache_key({}, specialisation, options))
         with mock.patch.object(kept, "_DIRECT", True):
-            launch = kept.Launcher(kernel, 1, tuple(arguments[4:-1]), {"K": arguments[-1]})
+            launch = launcher.Launcher(kernel, 1, tuple(arguments[4:-1]), {"K": arguments[-1]})
         kinds: list[object] = []
         kept._addresses(tuple(arguments[:4]), -1, kinds)
         ours.append((id(launch._kept), kinds))

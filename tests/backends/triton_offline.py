@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from camkd_fast.system import processors
+
 CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
 
 
@@ -182,7 +184,7 @@ def _job(job: tuple[list[Any], int]) -> list[Any]:
 def main() -> None:
     """Read [[shape, arch], ...] as JSON from stdin and write the kernels as JSON to stdout."""
     jobs = json.load(sys.stdin)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(processors()) as pool:
         json.dump(list(pool.map(_job, jobs, chunksize=4)), sys.stdout)
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from camkd_fast import cli, models
-from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import model_bytes
+from camkd_fast.models.rep_distiller import parameter_names
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")

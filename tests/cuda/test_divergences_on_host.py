@@ -306,6 +306,20 @@ def test_columns_masked_with_infinity_and_with_the_lowest_number(
     agree(tensors[0], tensors[1:], target, **formula)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", ("jsd", 0.3)], ids=str)
+@pytest.mark.parametrize("C", WIDTHS)
+def test_min_ce_of_a_nan_is_nan(divergence: Any, C: int) -> None:
+    student, teachers = torch.randn(4, C), [3 * torch.randn(4, C) for _ in range(3)]
+    teachers[1][1, 3], teachers[0][2, 5] = NAN, NAN
+    agree(student, teachers, torch.tensor([3, C - 1, 0, 7]), weighting="min_ce", divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", [("jsd", 0.999), ("skew", 0.99), ("jsd", 1e-3)], ids=str)
+@pytest.mark.parametrize("C", WIDTHS)
+def test_shares_near_the_ends_of_their_range(divergence: Any, C: int) -> None:
+    check(make_case(24, C, 2, divergence=divergence, temperature=2.0))
+
+
 @pytest.mark.parametrize("layout", ["per teacher", "transposed", "every other row"])
 def test_given_weights_of_any_strides(layout: str) -> None:
     weights = {

@@ -385,12 +385,6 @@ def test_rows_without_a_finite_logit(rows: tuple, which: int, temperature: float
     agree(student, teachers, target, temperature=temperature)
 
 
-def test_min_ce_of_a_nan_is_nan(rows: tuple) -> None:
-    student, teachers, target = rows
-    teachers[1][1, 3], teachers[0][2, 3] = NAN, NAN
-    agree(student, teachers, target, weighting="min_ce")
-
-
 def test_a_tiny_weight_keeps_an_infinite_divergence() -> None:
     case = nearly_no_weight()
     agree(case.student, list(case.teachers), case.target)

@@ -7,8 +7,8 @@ from statistics import mean
 from benchmarks import doc_tables, publish_study
 from camkd_fast.experiments.study import records, spec
 from camkd_fast.experiments.study.findings import Findings, Place, bad_teachers_by_class, interval
+from camkd_fast.experiments.study.paired import Paired
 from camkd_fast.experiments.study.records import Results
-from camkd_fast.experiments.study.statistics import Paired
 
 
 def committed(study: str, lines: str) -> Results:

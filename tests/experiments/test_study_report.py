@@ -20,9 +20,9 @@ from camkd_fast.experiments.study.findings import (
     conclusions,
     core_hours,
 )
+from camkd_fast.experiments.study.paired import Paired, t95
 from camkd_fast.experiments.study.records import Results
 from camkd_fast.experiments.study.spec import Variant
-from camkd_fast.experiments.study.statistics import Paired, t95
 from tests.support.study_parts import invented
 
 GAINS = (0.01, 0.02, 0.03)  # of seeds 0, 1, 2

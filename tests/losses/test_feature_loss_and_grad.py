@@ -19,7 +19,7 @@ from camkd_fast import (
 from tests.support.backends import BACKENDS
 from tests.support.feature_cases import Maps, check, expected, make
 from tests.support.op_contract import MAP_LAYOUTS
-from tests.support.sorts import default_dtype
+from tests.support.tensor_kinds import default_dtype
 from tests.support.tolerance import assert_accurate, assert_near, rms
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES
+from tests.support.tensor_kinds import CALLS, FLOATING, REFUSED, VALUES
 
 ROOT = Path(__file__).parents[2]
 

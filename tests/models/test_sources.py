@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from camkd_fast import models
 from camkd_fast.models import sources
-from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import CheckpointError, model_bytes
 from camkd_fast.models.protocol import feature_model, predict
+from camkd_fast.models.rep_distiller import parameter_names
 from camkd_fast.models.split import LogitsOnly, Split
 from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.models import same_logits, with_random_norms

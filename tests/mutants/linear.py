@@ -88,7 +88,7 @@ CHANGES = (
             "total[columns].copy_(part) if True",
         ),
         Change("rows get the gradient of the last tile", "total += part", "total = part"),
-        Change("autocast rounds only the head", "rounded = hidden.to(self.inputs)", "rounded = hidden"),
+        Change("autocast rounds only the head", "rounded = hidden.to(self.products)", "rounded = hidden"),
         Change("the bias of the first tile", "part += self._bias[columns]", "part += self._bias[: part.shape[1]]"),
         Change(
             "a tile beyond the head", "min(begin + tile, C)", "begin + tile", equivalent="a slice ends with its tensor"

@@ -5,7 +5,7 @@ from . import Change, changes
 PAPER = "tests/models/test_architectures.py"
 ZOO = "tests/models/test_zoo.py"
 FROZEN = "tests/models/test_frozen.py"
-FOREIGN = "tests/models/test_foreign.py"
+REP_DISTILLER = "tests/models/test_rep_distiller.py"
 FILES = "tests/models/test_checkpoint_files.py"
 SPLIT = "tests/models/test_split.py"
 SOURCES = "tests/models/test_sources.py tests/models/test_source_packages.py"
@@ -140,8 +140,8 @@ CHANGES = (
         ),
     ),
     *changes(
-        "camkd_fast/models/foreign.py",
-        FOREIGN,
+        "camkd_fast/models/rep_distiller.py",
+        REP_DISTILLER,
         Change(
             "branches of V2 exchanged",
             '_pairs("short.0", "short.1", "branch.0", "branch.1", "branch.2")',
@@ -157,7 +157,7 @@ CHANGES = (
     ),
     *changes(
         "camkd_fast/models/weights.py",
-        FOREIGN,
+        REP_DISTILLER,
         Change("any counter may be missing", "and not key.endswith(_COUNTER)", "and not key.endswith('running_var')"),
         Change("missing tensors are accepted", "key not in tensors and", "False and"),
         Change("extra tensors are accepted", "if key not in names]", "if False]"),

@@ -79,7 +79,7 @@ CHANGES = (
         Change("entropy weights as they are", "weights = weights / weights.sum(0)", "weights = weights / 1"),
     ),
     *changes(
-        "camkd_fast/experiments/study/statistics.py",
+        "camkd_fast/experiments/study/paired.py",
         REPORT,
         Change("one degree of freedom too many", "return t95(n - 1) * stdev", "return t95(n) * stdev"),
         Change("interval of one run", "stdev(self.differences) / math.sqrt(n)", "stdev(self.differences)"),

@@ -259,7 +259,7 @@ CHANGES = (
         ),
     ),
     *changes(
-        "camkd_fast/kernels/kept.py",
+        "camkd_fast/kernels/launcher.py",
         "tests/backends/test_triton_launch.py",
         Change("one kernel for all dtypes", "            kinds.append(pointer.dtype)\n", ""),
         Change("one kernel for all alignments", "address % 16 == 0 if", "True if"),

@@ -17,8 +17,8 @@ from camkd_fast import cli, models
 from camkd_fast.data import cifar
 from camkd_fast.data.fetch import default_folder
 from camkd_fast.experiments import run_report
-from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import model_bytes
+from camkd_fast.models.rep_distiller import parameter_names
 from camkd_fast.train.journal import read_metrics
 from tests.data.test_cifar import archive, cifar100_files
 from tests.models.test_source_packages import Bare, Classifier, Processor

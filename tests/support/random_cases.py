@@ -12,7 +12,7 @@ import torch
 
 from tests.support.cases import MASKED, Case, poisoned_slice, second_labels
 from tests.support.evaluate import Result, fields, run, run_value_and_grad
-from tests.support.sorts import dense
+from tests.support.tensor_kinds import dense
 from tests.support.tolerance import assert_accurate, rms
 from tests.support.truth import naive, truth
 

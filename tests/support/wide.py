@@ -28,7 +28,7 @@ from camkd_fast.backends.dispatch import availability
 from tests.support.cases import Case
 from tests.support.evaluate import Result, fields, run
 from tests.support.random_cases import FLOATS, Evaluation, cases, check, lay_out, value_and_grad
-from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES, dense
+from tests.support.tensor_kinds import CALLS, FLOATING, REFUSED, VALUES, dense
 from tests.support.tolerance import assert_accurate, rms
 
 COUNTS: collections.Counter[str] = collections.Counter()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from camkd_fast import models
 from camkd_fast.data import LabelledImages, LoaderConfig
 from camkd_fast.data.augment import Augmentation
-from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import model_bytes
+from camkd_fast.models.rep_distiller import parameter_names
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig
 from camkd_fast.train.teachers.cache import CacheError
 from camkd_fast.train.teachers.runs import load_teachers

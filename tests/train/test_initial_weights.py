@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from camkd_fast import models
 from camkd_fast.experiments import run_report
 from camkd_fast.models import sources
-from camkd_fast.models.foreign import parameter_names
 from camkd_fast.models.model_file import read_model
+from camkd_fast.models.rep_distiller import parameter_names
 from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
 from camkd_fast.train.initial_weights import initialise

@@ -8,9 +8,9 @@ from statistics import mean, median
 
 from ...train.strategies import CAMKD, STRATEGIES, find
 from . import cells
+from .paired import Paired
 from .records import Results
 from .spec import Pool, Student, Variant
-from .statistics import Paired
 from .work import Record
 
 PAPER_GAIN = 0.8  # points over AVER that arXiv 2201.00007 reports on average

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from camkd_fast import models
-from camkd_fast.models import checkpoint_files, foreign
+from camkd_fast.models import checkpoint_files, rep_distiller
 from camkd_fast.models.protocol import feature_model, predict
 from tests.support.models import with_random_norms
 
@@ -57,7 +57,7 @@ def test_the_list_covers_the_zoo() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_official_name_has_one_place_of_equal_shape(name: str) -> None:
-    names = foreign.parameter_names(name)
+    names = rep_distiller.parameter_names(name)
     ours = {key: tuple(tensor.shape) for key, tensor in models.create(name, 100).state_dict().items()}
     assert set(names) == set(SHAPES[name])
     assert len(set(names.values())) == len(names) and set(names.values()) == set(ours)
@@ -67,7 +67,7 @@ def test_every_official_name_has_one_place_of_equal_shape(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_sides_define_the_modules_in_one_order(name: str) -> None:
     """The units of a stage have equal shapes: two of them exchanged would show only here."""
-    names = foreign.parameter_names(name)
+    names = rep_distiller.parameter_names(name)
     assert list(names) == list(SHAPES[name])
     assert list(names.values()) == list(models.create(name, 100).state_dict())
 
@@ -78,16 +78,16 @@ ONE_PER_FAMILY = ("resnet8", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "Sh
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_every_tensor_arrives(name: str) -> None:
     state = official_state(name)
-    model = foreign.load(name, state, "file")
+    model = rep_distiller.load(name, state, "file")
     assert not model.training and model.num_classes == 100 and type(model) is type(models.create(name, 2))
     ours = model.state_dict()
-    for official, key in foreign.parameter_names(name).items():
+    for official, key in rep_distiller.parameter_names(name).items():
         assert torch.equal(ours[key], state[official]) and ours[key].data_ptr() != state[official].data_ptr()
 
 
 def test_our_own_names_and_other_dtypes_are_read() -> None:
     model = with_random_norms(models.create("resnet8", 6, 1))
-    loaded = foreign.load("resnet8", {key: t.double() for key, t in model.state_dict().items()}, "file")
+    loaded = rep_distiller.load("resnet8", {key: t.double() for key, t in model.state_dict().items()}, "file")
     assert {t.dtype for t in loaded.parameters()} == {torch.float32}
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
 
@@ -96,38 +96,38 @@ def test_classes_and_channels_are_the_checkpoints() -> None:
     state = official_state("wrn_16_2")
     state["fc.weight"], state["fc.bias"] = torch.randn(7, 128), torch.randn(7)
     state["conv1.weight"] = torch.randn(16, 1, 3, 3)
-    model = foreign.load("wrn-16-2", state, "file")
+    model = rep_distiller.load("wrn-16-2", state, "file")
     assert model.num_classes == 7 and model(torch.randn(2, 1, 16, 16)).shape == (2, 7)
 
 
 def test_counters_may_be_missing_but_only_counters() -> None:
     state = {key: t for key, t in official_state("vgg8").items() if "num_batches_tracked" not in key}
-    ours = foreign.load("vgg8", state, "file").state_dict()
-    names = foreign.parameter_names("vgg8")
+    ours = rep_distiller.load("vgg8", state, "file").state_dict()
+    names = rep_distiller.parameter_names("vgg8")
     assert all(torch.equal(ours[names[key]], t) for key, t in state.items())
     for key in state:
         with pytest.raises(ValueError, match=f"^file does not fit vgg8: it lacks {key}$"):
-            foreign.load("vgg8", {other: t for other, t in state.items() if other != key}, "file")
+            rep_distiller.load("vgg8", {other: t for other, t in state.items() if other != key}, "file")
 
 
 def test_missing_and_extra_names_are_listed_up_to_ten() -> None:
     state = official_state("resnet14")
     with pytest.raises(ValueError, match=r"^file does not fit resnet8: resnet8 has no layer1.1.conv1.weight, ") as info:
-        foreign.load("resnet8", state, "file")
+        rep_distiller.load("resnet8", state, "file")
     assert str(info.value).endswith("layer1.1.bn2.running_mean and 26 more") and "lacks" not in str(info.value)
     assert str(info.value).count(", ") == 9
     ten = r"(\S+, ){9}\S+ and \d+ more"
     with pytest.raises(ValueError, match=rf"^a.pth does not fit vgg8: it lacks {ten}; vgg8 has no {ten}$"):
-        foreign.load("vgg8", state, "a.pth")
+        rep_distiller.load("vgg8", state, "a.pth")
     with pytest.raises(ValueError, match=r"^a.pth does not fit resnet14: it lacks fc.bias; resnet14 has no mlp.bias$"):
-        foreign.load("resnet14", {key.replace("fc.b", "mlp.b"): t for key, t in state.items()}, "a.pth")
+        rep_distiller.load("resnet14", {key.replace("fc.b", "mlp.b"): t for key, t in state.items()}, "a.pth")
 
 
 def test_the_missing_names_are_in_the_files_own_spelling() -> None:
     state = models.create("resnet8", 3).state_dict()
     del state["body.0.1.running_var"]
     with pytest.raises(ValueError, match=r"^file does not fit resnet8: it lacks body.0.1.running_var$"):
-        foreign.load("resnet8", state, "file")
+        rep_distiller.load("resnet8", state, "file")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_other_shapes_are_refused_with_both(key: str, shape: tuple[int, ...], ne
     state = official_state("resnet8") | {key: torch.zeros(shape)}
     found = str(shape).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=rf"^file does not fit resnet8: {key} has shape {found}, but .* {needed}$"):
-        foreign.load("resnet8", state, "file")
+        rep_distiller.load("resnet8", state, "file")
 
 
 def test_models_of_others_have_no_table() -> None:
     with pytest.raises(ValueError, match="the zoo has no model 'ResNet50'; nearest: resnet"):
-        foreign.parameter_names("ResNet50")
+        rep_distiller.parameter_names("ResNet50")
 
 
 # --- against the official code ---------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_logits_and_maps_equal_the_official_models(
         "optimizer": optimizer.state_dict(),
     }
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=not old_format)
-    ours = foreign.load(name, checkpoint_files.read(tmp_path / "a.pth"), "a.pth")
+    ours = rep_distiller.load(name, checkpoint_files.read(tmp_path / "a.pth"), "a.pth")
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
         theirs.to(dtype).eval(), ours.to(dtype)
         images = torch.randn(4, 3, 32, 32, dtype=dtype)

@@ -19,7 +19,7 @@ from camkd_fast import (
     weighted_feature_loss,
 )
 from camkd_fast.backends.dispatch import availability
-from tests.support.sorts import CALLS, FLOATING, REFUSED, VALUES, dense
+from tests.support.tensor_kinds import CALLS, FLOATING, REFUSED, VALUES, dense
 from tests.support.tolerance import assert_near
 
 N, C = 6, 10
@@ -130,30 +130,30 @@ def assert_same_sum(actual, terms):
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "sort"),
+    ("name", "argument", "kind"),
     [
-        (name, argument, sort)
+        (name, argument, kind)
         for name, argument in EVERY_ARGUMENT
-        for sort in (*VALUES, *FLOATING)
-        if not argument.endswith("target") or sort in VALUES  # labels are integers
+        for kind in (*VALUES, *FLOATING)
+        if not argument.endswith("target") or kind in VALUES  # labels are integers
     ],
 )
-def test_the_values_are_those_of_the_dense_tensor(name, argument, sort):
+def test_the_values_are_those_of_the_dense_tensor(name, argument, kind):
     x = inputs()
     expected = FUNCTIONS[name](**x)
-    given = (VALUES | FLOATING)[sort](x[argument])
+    given = (VALUES | FLOATING)[kind](x[argument])
     assert_near(dense(FUNCTIONS[name](**x | {argument: given})), expected)
 
 
 @pytest.mark.parametrize(
-    "sort",
-    [sort for sort in (*VALUES, *FLOATING) if sort not in ("inference", "functionalised", "functionalised view")],
+    "kind",
+    [kind for kind in (*VALUES, *FLOATING) if kind not in ("inference", "functionalised", "functionalised view")],
 )
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_the_gradient_of_the_student_is_that_of_the_dense_tensor(name, sort):
+def test_the_gradient_of_the_student_is_that_of_the_dense_tensor(name, kind):
     x = inputs()
     expected = student_gradient(name, x)
-    student = (VALUES | FLOATING)[sort](x["student"]).requires_grad_()
+    student = (VALUES | FLOATING)[kind](x["student"]).requires_grad_()
     scalar(name, x | {"student": student}).backward()
     assert_near(dense(student.grad), expected)
 
@@ -170,20 +170,20 @@ NOT_OF_LABELS = ("mkldnn", "quantised", "sparse_csr", "sparse_csc")  # PyTorch h
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "sort"),
+    ("name", "argument", "kind"),
     [
-        (name, argument, sort)
+        (name, argument, kind)
         for name, argument in EVERY_ARGUMENT
-        for sort in REFUSED
-        if not (argument.endswith("target") and sort in NOT_OF_LABELS)
-        and not (argument == "mix" and sort in ("sparse_csr", "sparse_csc"))
-        and (name, argument, sort) != ("feature", "weights", "MaskedTensor")  # PyTorch multiplies by it
+        for kind in REFUSED
+        if not (argument.endswith("target") and kind in NOT_OF_LABELS)
+        and not (argument == "mix" and kind in ("sparse_csr", "sparse_csc"))
+        and (name, argument, kind) != ("feature", "weights", "MaskedTensor")  # PyTorch multiplies by it
     ],
 )
-def test_other_sorts_are_refused_by_name(name, argument, sort):
+def test_other_sorts_are_refused_by_name(name, argument, kind):
     x = inputs()
-    given = REFUSED[sort](x[argument])
-    with pytest.raises(TypeError, match=sort):
+    given = REFUSED[kind](x[argument])
+    with pytest.raises(TypeError, match=kind):
         FUNCTIONS[name](**x | {argument: given})
 
 
@@ -332,9 +332,9 @@ def test_batched_gradients(name):
 @compiled
 def test_a_named_backend_refuses_what_is_no_dense_memory():
     x = inputs()
-    for sort in ("wrapper subclass", "functionalised"):
+    for kind in ("wrapper subclass", "functionalised"):
         with pytest.raises(NotImplementedError, match=r"'cpu' cannot run here: it takes dense tensors, got a"):
-            camkd_loss(VALUES[sort](x["student"]), [x["first"]], x["target"], backend="cpu")
+            camkd_loss(VALUES[kind](x["student"]), [x["first"]], x["target"], backend="cpu")
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         grad(lambda s: camkd_loss(s, [x["first"]], x["target"], backend="cpu").loss)(x["student"])
     with pytest.raises(NotImplementedError, match=r"dense tensors"):
