@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(params=["onchip", "streaming"])
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both paths for the same small rows; streamed rows have several column blocks of one warp."""
-    launch, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("launch", "row_loss"))
+    launch, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("launch_table", "row_loss"))
     if request.param == "streaming":
 
         def narrow(K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool, beyond: bool) -> object:

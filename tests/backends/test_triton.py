@@ -35,7 +35,7 @@ from tests.support.truth import naive, truth
 pytest.importorskip("triton")
 kernels = importlib.import_module("camkd_fast.kernels")
 launch = importlib.import_module("camkd_fast.kernels.launch_table")
-kept, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("kept", "row_loss"))
+launcher, row_loss = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("launcher", "row_loss"))
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # set by conftest.py without a GPU; with one tests/gpu runs
     pytest.skip("these cases are CPU tensors, which need TRITON_INTERPRET=1", allow_module_level=True)
@@ -341,8 +341,11 @@ def test_means(rows: tuple, scale: float | torch.Tensor, way: str, regime: str) 
 def test_launches_of_a_mean(N: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Repeated, because the second call finds the counter that the first one left."""
     launched: list[int] = []
-    original = kept.Launcher.__call__
-    monkeypatch.setattr(kept.Launcher, "__call__", lambda self, *given: launched.append(1) or original(self, *given))
+    kind = launcher.Launcher
+    original = kind.__call__
+    monkeypatch.setattr(
+        launcher.Launcher, "__call__", lambda self, *given: launched.append(1) or original(self, *given)
+    )
     student, target = torch.randn(N, 3), torch.randint(3, (N,))
     target[::3] = -100
     means = [kernels.row_loss(student, [student.flip(0)], target, **options(mean=True)) for _ in range(2)]
@@ -359,8 +362,8 @@ def test_launches_of_a_mean(N: int, launches: int, monkeypatch: pytest.MonkeyPat
 def test_sums_in_the_launch_of_the_rows(reduction: str, num_items: float | None, regime: str) -> None:
     """If the divisor is known, or there is none, one launch is all there is."""
     case = make_case(5, 40, 2, ignored=0.3, reduction=reduction, num_items=num_items, padded=False)
-    launched = mock.Mock(side_effect=kept.Launcher.__call__, autospec=True)
-    with mock.patch.object(kept.Launcher, "__call__", lambda self, *given: launched(self, *given)):
+    launched = mock.Mock(side_effect=launcher.Launcher.__call__, autospec=True)
+    with mock.patch.object(launcher.Launcher, "__call__", lambda self, *given: launched(self, *given)):
         check(case, reduction)
     (launch,) = launched.call_args_list
     assert launch.args[-1].tolist() == [0]  # the counter of the launch, which has added up

@@ -282,7 +282,7 @@ def capturing(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     state = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
     for name in ("device_of", "current_device", "current_stream"):
-        monkeypatch.setattr(counters, name, getattr(kept, name))
+        monkeypatch.setattr(counters, name, getattr(launcher, name))
     before = dict(counters._of_streams)
     counters._of_streams.clear()
     yield state
@@ -373,10 +373,10 @@ def test_launches_with_one_key_share_a_kernel_of_triton(pair: list[list[Any]]) -
     for arguments in pair:
         *_, specialisation, options = bind(*arguments, debug=False)
         tritons.append(jit.compute_cache_key({}, specialisation, options))
-        with mock.patch.object(kept, "_DIRECT", True):
+        with mock.patch.object(launcher, "_DIRECT", True):
             launch = launcher.Launcher(kernel, 1, tuple(arguments[4:-1]), {"K": arguments[-1]})
         kinds: list[object] = []
-        kept._addresses(tuple(arguments[:4]), -1, kinds)
+        launcher._addresses(tuple(arguments[:4]), -1, kinds)
         ours.append((id(launch._kept), kinds))
     hypothesis.event(f"one key of ours: {ours[0] == ours[1]}, one of Triton's: {tritons[0] == tritons[1]}")
     assert ours[0] != ours[1] or tritons[0] == tritons[1]

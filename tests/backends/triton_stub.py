@@ -22,7 +22,7 @@ from triton.runtime import jit
 from camkd_fast.losses.formula import Formula
 
 kernels = importlib.import_module("camkd_fast.kernels")
-counters, kept = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("counters", "kept"))
+counters, launcher = (importlib.import_module(f"camkd_fast.kernels.{name}") for name in ("counters", "launcher"))
 
 STREAM = 77
 BYTES = {"u1": 4, "i32": 4, "fp32": 4, "i64": 8, "u64": 8, "fp64": 8}
@@ -36,7 +36,7 @@ def activate() -> None:
     driver.get_current_device, driver.get_current_stream = (lambda: 0), (lambda device: STREAM)
     driver.get_device_capability = lambda device=0: (9, 0)
     triton.runtime.driver.set_active(driver)
-    for module in (kept, counters):
+    for module in (launcher, counters):
         module.device_of, module.current_device = (lambda x: 0), (lambda: 0)
         module.current_stream = lambda device: STREAM
 
@@ -50,7 +50,7 @@ class Recorder:
         self.by_triton: list[str] = []
         self.launches: list[list[int]] = []
         self.count = 0
-        run, launch, of_kernel = jit.JITFunction.run, kept.Launcher.__call__, kept.CompiledKernel.run.fget
+        run, launch, of_kernel = jit.JITFunction.run, launcher.Launcher.__call__, launcher.CompiledKernel.run.fget
 
         def spy_triton(kernel: Any, *given: Any, **options: Any) -> Any:
             self.by_triton.append(kernel.__name__)
@@ -69,8 +69,8 @@ class Recorder:
             config = [self.stub.stub_config(i) for i in range(6)]
             self.launches.append(config + [self.stub.stub_parameter(i) for i in range(self.count)])
 
-        jit.JITFunction.run, kept.Launcher.__call__ = spy_triton, spy_launch
-        kept.CompiledKernel.run = property(spy_kernel)
+        jit.JITFunction.run, launcher.Launcher.__call__ = spy_triton, spy_launch
+        launcher.CompiledKernel.run = property(spy_kernel)
 
     def record(self, call: Callable[[], object]) -> tuple[list[list[int]], list[str]]:
         self.launches, self.by_triton = [], []
