@@ -2,12 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .losses.feature import (
-    CAMKDFeatureLoss,
-    camkd_feature_loss_and_grad,
-    confidence_weights,
-    weighted_feature_loss,
-)
+from .losses.feature import camkd_feature_loss_and_grad, confidence_weights, weighted_feature_loss
+from .losses.feature_module import CAMKDFeatureLoss
 from .losses.linear import CAMKDLinearLoss, camkd_linear_loss
 from .losses.logit import CAMKDLoss, camkd_loss, camkd_loss_and_grad
 

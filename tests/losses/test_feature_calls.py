@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from camkd_fast import camkd_feature_loss_and_grad, confidence_weights, weighted_feature_loss
-from camkd_fast.losses.feature import _weighted
+from camkd_fast.losses.feature import scaled_feature_loss
 from tests.support.backends import BACKENDS
 from tests.support.cases import make_case
 from tests.support.feature_cases import Maps, make
@@ -186,7 +186,7 @@ def test_a_scale_of_the_mean(scale, retained, general):
     assert loss_in_one_call(student, F, weights, scale=scale) is not None
 
     def run() -> list[Tensor]:
-        loss = _weighted(student, F, weights, "mean", scale, "auto")
+        loss = scaled_feature_loss(student, F, weights, "mean", scale, "auto")
         by = torch.tensor(3.0)
         return [loss.detach(), *torch.autograd.grad(loss, [*student, weights], by, retain_graph=retained)]
 

@@ -33,7 +33,7 @@ PARTS = {
     "train": {"models", "data", "losses", "system", "errors", "torchrun", "camkd_fast"},
     "experiments": {"train", "models", "data", "report", "losses", "system", "errors", "torchrun", "camkd_fast"},
     "integrations": {"losses", "camkd_fast"},
-    "__init__": {"losses.logit", "losses.linear", "losses.feature", "train.distiller"},
+    "__init__": {"losses.logit", "losses.linear", "losses.feature", "losses.feature_module", "train.distiller"},
     "__main__": {"cli"},
 }
 # `losses` and `backends` from the bottom up: a module imports only modules of its part that stand before it.
@@ -44,8 +44,8 @@ ORDER = {
     ],
     "losses": [
         "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",
-        "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "min_norm",
-        "cpu_products", "projection", "linear_rows", "vocabulary", "linear_chunks", "linear_checks", "linear_op",
+        "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "feature_module",
+        "min_norm", "cpu_products", "projection", "linear_rows", "vocabulary", "linear_chunks", "linear_checks", "linear_op",
         "linear",
     ],
 }  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...losses.feature import CAMKDFeatureLoss, weighted_feature_loss
+from ...losses.feature import weighted_feature_loss
+from ...losses.feature_module import CAMKDFeatureLoss
 from ...losses.scale_plan import divisor_of
 from ...models.protocol import Prediction
 from .base import FeatureTerm, Setup, Strategy
