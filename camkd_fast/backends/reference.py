@@ -294,13 +294,13 @@ def row_loss(
 
 def scale_rows(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """See `contract.Backend`."""
-    return out.copy_(scaled(grad, factor))
+    return out.copy_(scaled(grad, factor.unsqueeze(-1)))
 
 
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """The rows of `grad` (N, C) times `factor` (N,) or (1,), in the factor's dtype. 0 stays 0, as in ignored rows."""
-    wide = grad.to(factor.dtype)
-    return (wide * factor.unsqueeze(-1)).masked_fill(wide == 0, 0.0)
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """values * factor in the factor's dtype. What is 0, as in ignored rows, stays 0 whatever the factor is."""
+    wide = values.to(factor.dtype)
+    return (wide * factor).masked_fill(wide == 0, 0.0)
 
 
 def confidence_forward(

@@ -49,8 +49,7 @@ class _LogitLoss(torch.autograd.Function):
         needs_student, needs_weights = ctx.needs_input_grad[:2]
         grad_weights = None
         if needs_weights:
-            grad_weights = divergence * (grad_output.reshape(-1) * ctx.divergence_scale)
-            grad_weights = grad_weights.masked_fill(divergence == 0, 0.0)  # ignored rows, whatever the factor
+            grad_weights = scaled(divergence, grad_output.reshape(-1) * ctx.divergence_scale)
         if not needs_student:
             return None, grad_weights, None, None, None
         retained = keeps_graph()
@@ -63,7 +62,7 @@ class _LogitLoss(torch.autograd.Function):
             if is_ordinary([factor]):
                 grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
             else:  # a batch of gradients, or inside a trace
-                grad = scaled(grad, factor).to(grad.dtype)
+                grad = scaled(grad, factor.unsqueeze(-1)).to(grad.dtype)
         return _shaped(grad, ctx.shape), grad_weights, None, None, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, SecondLabels, row_stats_count, second_pair
 from ..backends.dispatch import backend_for
-from ..backends.reference import accumulation_dtype, loss_terms
+from ..backends.reference import accumulation_dtype, loss_terms, scaled
 from ..backends.reference import row_loss as reference_row_loss
 from . import checks
 from .autograd import first_order, savable
@@ -126,8 +126,8 @@ def _backward(ctx: Any, grad_row_stats: Tensor | None, _: None) -> tuple[Any, ..
         return (None, [None] * ctx.K, *(None,) * 11)
     stored, divergences = ctx.saved_tensors
     factor = grad_row_stats[LOSS]
-    grad_student = (stored.to(factor.dtype) * factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
-    grad_weights = divergences * (factor * ctx.soft_scale) if ctx.has_weights else None
+    grad_student = scaled(stored, factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
+    grad_weights = scaled(divergences, factor * ctx.soft_scale) if ctx.has_weights else None
     return (grad_student, [None] * ctx.K, None, None, None, grad_weights, *(None,) * 7)
 
 

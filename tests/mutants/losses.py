@@ -13,8 +13,8 @@ CHANGES = (
         "tests/losses/test_autograd.py",
         Change(
             "gradient of the weights without its scale",
-            "grad_weights = divergence * (grad_output.reshape(-1) * ctx.divergence_scale)",
-            "grad_weights = divergence * grad_output.reshape(-1)",
+            "scaled(divergence, grad_output.reshape(-1) * ctx.divergence_scale)",
+            "scaled(divergence, grad_output.reshape(-1))",
         ),
         Change(
             "a retained graph is scaled in place", "out = torch.empty_like(grad) if retained else grad", "out = grad"

@@ -45,8 +45,8 @@ ORDER = {
     "losses": [
         "__init__", "divergence", "formula", "autograd", "layout", "scale_plan", "eager", "checks", "output", "entry",
         "logit_op", "confidence_op", "feature_op", "feature_weights", "evaluate", "logit", "feature", "feature_module",
-        "min_norm", "cpu_products", "projection", "linear_rows", "vocabulary", "linear_chunks", "linear_checks", "linear_op",
-        "linear",
+        "min_norm", "cpu_products", "projection", "linear_rows", "vocabulary", "linear_chunks", "linear_checks",
+        "linear_op", "linear",
     ],
 }  # fmt: skip
 
