@@ -55,6 +55,12 @@ CHANGES = (
             "soft = temperature**2 * soft",
             "soft = temperature * soft",
         ),
+        Change(
+            "ignored rows times infinity",
+            ".masked_fill(wide == 0, 0.0)",
+            "",
+            tests="tests/losses/test_formulas.py::test_ignored_rows_are_zero_whatever_comes_in",
+        ),
         Change("gradient without T", "out = formula.soft_grad_scale() * _soft", "out = formula.soft_weight * _soft"),
         Change("entropy weights of the whole batch", "total = entropy.sum(0, keepdim=True)", "total = entropy.sum()"),
         Change(

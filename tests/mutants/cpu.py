@@ -51,6 +51,7 @@ CHANGES = (
             "return weight * term;",
         ),
         Change("the last of the lowest", "zero, left);", "zero, one);", tests=DIVERGENCES),
+        Change("the lowest beside a NaN", "w[k] = weight + nan;", "w[k] = weight;", tests=DIVERGENCES),
         Change(
             "a soft loss of weight 0 reads the teachers",
             "no_soft_term = formula.soft_weight == 0;",
@@ -368,6 +369,17 @@ CHANGES = (
             "args.factor[0]",
             tests="tests/losses/test_autograd.py tests/losses/test_formulas.py::test_random_grad_output_for_every_reduction",
         ),
+        Change(
+            "0 times infinity is NaN",
+            "return Vec::zero_where_zero(factor * x, x);",
+            "return factor * x;",
+            tests="tests/losses/test_formulas.py::test_ignored_rows_are_zero_whatever_comes_in",
+        ),
+    ),
+    *changes(
+        "csrc/python/arguments.h",
+        "tests/losses/test_divergences.py::test_shares_near_the_ends_of_their_range",
+        Change("1 minus a share in float32", "float(1 - share)", "1.0f - out.share"),
     ),
     *changes(
         "csrc/cpu/output_memory.cpp",
