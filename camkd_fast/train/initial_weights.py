@@ -18,7 +18,7 @@ from . import run_folder
 from .config import JobConfig
 from .distributed import World
 from .source_strings import SourceString
-from .teachers.live import update_by_state
+from .teachers.teacher_hash import update_by_state
 
 
 def first_model(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from camkd_fast import models
 from camkd_fast.models.preprocessing import Adapted, Preprocessing, adapted, input_channels
 from camkd_fast.models.protocol import predict
-from camkd_fast.train.teachers.live import LiveTeachers, state_hash
+from camkd_fast.train.teachers.live import LiveTeachers
+from camkd_fast.train.teachers.teacher_hash import state_hash
 from tests.support.tolerance import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

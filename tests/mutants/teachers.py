@@ -6,6 +6,7 @@ CACHE = "tests/train/test_teacher_cache.py"
 WRITERS = "tests/train/test_cache_writers.py"
 STREAMS = "tests/train/test_teacher_streams.py"
 LIVE = "tests/train/test_live_teachers.py"
+HASH = "tests/train/test_teacher_hash.py"
 OPTIONS = "tests/train/test_options.py"
 FITTED = "tests/train/test_fitted_teachers.py"
 
@@ -80,7 +81,6 @@ CHANGES = (
             "model.requires_grad_(False) for model",
             tests=f"{LIVE} {CACHE}",
         ),
-        Change("hash without the values", "digest.update(data.numpy())", "pass"),
         Change("images keep their dtype", "else images.to(self._dtypes[k]))", "else images)"),
         Change("teachers wait for each other", "stream.wait_event(start)", "stream.wait_stream(here)", tests=STREAMS),
         Change("the step does not wait for the teachers", "here.wait_stream(stream)", "pass", tests=STREAMS),
@@ -90,6 +90,16 @@ CHANGES = (
             "if True:",
             tests=f"{LIVE} tests/train/test_feature_strategies.py",
         ),
+    ),
+    *changes(
+        "camkd_fast/train/teachers/teacher_hash.py",
+        HASH,
+        Change("hash without the values", "digest.update(data.numpy())", "pass", tests=LIVE),
+        Change("attributes do not count", 'settings.update(f"{name}.{key}={text};".encode())', "pass"),
+        Change("code does not count", "digest.update(inspect.getsource(thing).encode())", "pass"),
+        Change("numbers of files do not count", "elif not isinstance(value, str) and value is not None", "elif False"),
+        Change("code of packages counts", "_INSTALLED.isdisjoint(Path(file).parts)", "True"),
+        Change("earlier caches of own code fit", " and not here.endswith(_OWN)", ""),
     ),
     *changes(
         "camkd_fast/train/teachers/runs.py",

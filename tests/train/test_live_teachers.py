@@ -52,7 +52,7 @@ def test_heads_keep_their_own_precision_under_autocast(dtype: torch.dtype) -> No
 def test_hashes_depend_on_weights_layers_and_precision() -> None:
     model = SmallNet(4)
     (first,) = LiveTeachers([model], CLASSES).hashes
-    assert LiveTeachers([model], CLASSES).hashes == [first] and len(first) == 64
+    assert LiveTeachers([model], CLASSES).hashes == [first] and len(first.partition(".")[0]) == 64
     strided = SmallNet(4)
     strided.load_state_dict(model.state_dict())
     strided.conv2.stride = (1, 1)

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..atomic import write_atomically
 from .live import LiveTeachers
+from .teacher_hash import difference, same_teacher
 
 if TYPE_CHECKING:
     from ...data.batch import LoaderConfig
@@ -50,7 +52,7 @@ class CacheKey:
     seed: int  # of the augmentation
     views: int
     loader: str  # kind; two kinds may decode or resize a file with a difference of one level
-    teachers: tuple[str, ...]  # hashes
+    teachers: tuple[str, ...]  # hashes, see `teacher_hash`
     autocast: str  # dtype of the teachers' autocast, or "None"
 
     @classmethod
@@ -151,8 +153,11 @@ class Manifest:
 def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
     """Manifests of all ranks that wrote into `folder`, checked against `key` and `storage`.
 
+    Caches of earlier versions are checked as `teacher_hash` says.
+
     Raises:
-        CacheError: a manifest is damaged or does not match; the message has every difference with both values.
+        CacheError: a manifest is damaged or does not match; the message has every difference with both values, and what
+            to do.
     """
     found = []
     for path in sorted(folder.glob(MANIFESTS)):
@@ -161,20 +166,44 @@ def manifests(folder: Path, key: CacheKey, storage: Storage) -> list[Manifest]:
         if manifest.storage.features and not storage.features:
             here["features"] = True  # stored features may go unused
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        if names:
-            differences = "; ".join(f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names)
-            raise CacheError(f"teacher cache {folder} does not fit: {differences}")
+        faults = [f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names]
+        faults += _other_images(manifest.key, key) + _other_teachers(manifest.key, key)
+        if faults:
+            fits = f"--view-seed {manifest.key.seed} takes these views, or " * (names == ["seed"] and len(faults) == 1)
+            raise CacheError(
+                f"teacher cache {folder} does not fit: {'; '.join(faults)}: {fits}choose another folder, or remove "
+                "this one, which is then written again"
+            )
         found.append(manifest)
     return found
 
 
 def _settings(key: CacheKey, storage: Storage) -> dict[str, Any]:
-    """Key and storage as one mapping, one entry per teacher."""
+    """Key and storage as one mapping, without hashes."""
     settings = {**asdict(key), **asdict(storage)}
-    settings.update({f"teacher {k}": digest for k, digest in enumerate(settings.pop("teachers"))})
+    del settings["teachers"], settings["data"]
     if storage.top_k is None:
         del settings["temperature"]
     return settings
+
+
+def _other_images(there: CacheKey, here: CacheKey) -> list[str]:
+    if there.data == here.data:
+        return []
+    return [f"its images (files, labels or their order) have the hash {there.data[:12]}, those here {here.data[:12]}"]
+
+
+def _other_teachers(there: CacheKey, here: CacheKey) -> list[str]:
+    return [
+        f"teacher {k} {difference(old, new)} (hash {_short(old)} there, {_short(new)} here)"
+        for k, (old, new) in enumerate(zip_longest(there.teachers, here.teachers))
+        if old is None or new is None or not same_teacher(old, new)
+    ]
+
+
+def _short(digest: str | None) -> str:
+    """The first digits of both parts of a teacher's hash."""
+    return "none" if digest is None else ".".join(part[:12] for part in digest.split("."))
 
 
 def shards(folder: Path, manifest: Manifest) -> Iterator[dict[str, Tensor]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ...losses.checks import MAX_TEACHERS
 from ...models.preprocessing import Adapted
 from ...models.protocol import Prediction, feature_model, floating_dtype, predict
+from .teacher_hash import state_hash
 
 if TYPE_CHECKING:
     from ...data.batch import Batch
@@ -34,7 +34,7 @@ class Teachers(Protocol):
 
     @property
     def hashes(self) -> list[str]:
-        """Hash of each teacher's layers and weights."""
+        """Hash of each teacher's layers, weights, attributes and code, see `teacher_hash`."""
 
     @property
     def computes(self) -> bool:
@@ -105,7 +105,7 @@ class LiveTeachers(Teachers):
 
     @property
     def hashes(self) -> list[str]:
-        """sha256 of each teacher, see `state_hash`."""
+        """Of each teacher as it is now; one pass over its weights."""
         return [state_hash(module) for module in self._modules]
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -151,18 +151,3 @@ def side_by_side(tasks: Sequence[Callable[[], Result]], device: torch.device) ->
     for stream in streams:
         here.wait_stream(stream)
     return results
-
-
-def state_hash(module: nn.Module) -> str:
-    """sha256 (hex) of a module's repr and of every name, dtype, shape and byte of its state."""
-    digest = hashlib.sha256(repr(module).encode())
-    update_by_state(digest, module.state_dict())
-    return digest.hexdigest()
-
-
-def update_by_state(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
-    """Update a hash with every name, dtype, shape and byte of a state dict."""
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy())
