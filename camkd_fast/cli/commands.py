@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..experiments import compare, run_report
 from ..report.page import rate
@@ -66,7 +66,7 @@ def run(command: Command) -> int:
     return 0
 
 
-def _how(command: Teach | Distill) -> dict[str, bool]:
+def _how(command: Teach | Distill) -> dict[str, Any]:
     return {"resume": command.resume, "overwrite": command.overwrite, "extend": command.extend}
 
 
@@ -125,7 +125,8 @@ def _compare(command: Compare) -> None:
     with locked(config.out) if rank() == 0 else nullcontext():
         for number, cell in enumerate(cells, 1):
             _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
-            compare.run_cell(cell, command.overwrite, command.extend)
+            kept = compare.kept(config, number - 1, command.overwrite)
+            compare.run_cell(cell, command.overwrite, command.extend, kept)
         if rank() == 0:
             rows = compare.collect(config)
             page = compare_report.write(config, rows, environment())

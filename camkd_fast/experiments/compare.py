@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..train import run, strategies
+from ..train import run, run_teachers, strategies
 from ..train.config import DistillConfig
 from ..train.journal import METRICS, read_metrics, result_record
 from ..train.run_folder import is_finished
@@ -100,14 +100,24 @@ def check_teachers(config: CompareConfig) -> None:
             load_source(teacher, needing[0])
 
 
-def run_cell(cell: DistillConfig, overwrite: bool = False, extend: bool = False) -> None:
-    """Train one cell, resume it, or keep it if it is finished; `extend` as in `run.teach`.
+def run_cell(cell: DistillConfig, overwrite: bool = False, extend: bool = False, compared: Sequence[Path] = ()) -> None:
+    """Train one cell, resume it, or keep it if it is finished; `extend` and `compared` as in `run.distill`.
 
     Raises:
         RunExistsError: its folder holds a run with other settings; the message has the differences.
         As `run.distill`.
     """
-    run.distill(cell, resume=not overwrite, overwrite=overwrite, extend=extend and not overwrite)
+    run.distill(cell, resume=not overwrite, overwrite=overwrite, extend=extend and not overwrite, compared=compared)
+
+
+def kept(config: CompareConfig, number: int, overwrite: bool) -> list[Path]:
+    """Folders of the other cells whose results stay beside those of a cell: all that `overwrite` does not remove yet.
+
+    Args:
+        number: of the cell, from 0.
+    """
+    folders = [cell.out for cell in config.cells()]
+    return folders[:number] if overwrite else folders[:number] + folders[number + 1 :]
 
 
 def collect(config: CompareConfig) -> list[Row]:
@@ -115,7 +125,9 @@ def collect(config: CompareConfig) -> list[Row]:
 
     Raises:
         ValueError, OSError: a cell is missing or not finished; the message names it.
+        RunExistsError: two cells have learned from different teachers; the message names both.
     """
+    _check_same_teachers([cell.out for cell in config.cells()])
     rows = []
     for name in config.strategies:
         cells = [config.cell(name, seed) for seed in config.seeds]
@@ -129,6 +141,12 @@ def collect(config: CompareConfig) -> list[Row]:
         speed = mean(speeds) if speeds else 0.0
         rows.append(Row(name, [test["test_accuracy"] for test in tests], speed, epochs))
     return rows
+
+
+def _check_same_teachers(folders: Sequence[Path]) -> None:
+    for number, folder in enumerate(folders):
+        if teachers := run_teachers.read(folder):
+            run_teachers.check_compared(folder, teachers, folders[:number])
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:

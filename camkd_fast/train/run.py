@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data.order import step_sizes
 from ..data.splits import Splits
 from ..models.model_file import AVERAGED_MODEL, MODEL, model_bytes
 from ..models.protocol import feature_model
-from . import config_file, folder_lock, run_folder, strategies
+from . import config_file, folder_lock, run_folder, run_teachers, strategies
 from .atomic import write_atomically
 from .checkpoint import Checkpoints
 from .class_names import renumbered
@@ -69,9 +69,26 @@ def teach(config: TeachConfig, *, resume: bool = False, overwrite: bool = False,
     return _run(config, config.model, resume, overwrite, extend)
 
 
-def distill(config: DistillConfig, *, resume: bool = False, overwrite: bool = False, extend: bool = False) -> RunResult:
-    """Train a student from labels and from the runs of its teachers; arguments and errors as `teach`."""
-    return _run(config, config.student, resume, overwrite, extend)
+def distill(
+    config: DistillConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    extend: bool = False,
+    compared: Sequence[Path] = (),
+) -> RunResult:
+    """Train a student from labels and from the runs of its teachers; other arguments and errors as `teach`.
+
+    The hashes of the teachers, which take about a second per GB of weights, are kept in the run folder
+    (`run_teachers`).
+
+    Args:
+        compared: folders of runs whose results are compared with this one's.
+
+    Raises:
+        RunExistsError: also if the run to resume, or one of `compared`, has learned from a teacher that has changed.
+    """
+    return _run(config, config.student, resume, overwrite, extend, compared)
 
 
 def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation:
@@ -99,7 +116,9 @@ def evaluate(run: Path, split: str = "test", device: str = "auto") -> Evaluation
             return evaluate_model(model.to(world.device), loader, world)
 
 
-def _run(config: JobConfig, model: str, resume: bool, overwrite: bool, extend: bool) -> RunResult:
+def _run(
+    config: JobConfig, model: str, resume: bool, overwrite: bool, extend: bool, compared: Sequence[Path] = ()
+) -> RunResult:
     """Common part of `teach` and `distill`."""
     started = time.perf_counter()
     if resume and overwrite:
@@ -114,10 +133,18 @@ def _run(config: JobConfig, model: str, resume: bool, overwrite: bool, extend: b
             run_folder.check_unused(config, resume, overwrite)
         if world.broadcast(resume and run_folder.is_done(config)):
             return _result(config.out)
-        return _train(config, model, resume, extend, world, started)
+        return _train(config, model, resume, extend, compared, world, started)
 
 
-def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: World, started: float) -> RunResult:
+def _train(
+    config: JobConfig,
+    model: str,
+    resume: bool,
+    extend: bool,
+    compared: Sequence[Path],
+    world: World,
+    started: float,
+) -> RunResult:
     """`started`: time.perf_counter() at the start of the job."""
     with ExitStack() as stack:
         parts = load_splits(config.data)
@@ -151,7 +178,10 @@ def _train(config: JobConfig, model: str, resume: bool, extend: bool, world: Wor
             _metadata(model, config.data.data, train),
             world,
         )
-        extended = _start(config, trainer, resume, extend)
+        known = _known(config, teachers, world)
+        if world.is_main:
+            run_teachers.check_compared(config.out, known, compared)
+        extended = _start(config, trainer, known, resume, extend)
         journal: Journal | NullJournal = NullJournal()
         if world.is_main:
             title = f"{model} on {config.data.data}"
@@ -192,8 +222,20 @@ def _finish(
     return result
 
 
-def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> dict[str, Any]:
+def _known(config: JobConfig, teachers: Teachers | None, world: World) -> run_teachers.Teachers:
+    """Sources and hashes of the teachers; a cache has computed them already."""
+    if teachers is None or not isinstance(config, DistillConfig):
+        return []
+    return run_teachers.agreed(config.teachers, teachers.hashes, world)
+
+
+def _start(
+    config: JobConfig, trainer: Trainer, teachers: run_teachers.Teachers, resume: bool, extend: bool
+) -> dict[str, Any]:
     """Prepare the run folder, and restore the last checkpoint when resuming.
+
+    Args:
+        teachers: sources and hashes.
 
     Returns:
         A record for metrics.jsonl if completed steps had the learning rates of other epochs; else an empty one.
@@ -203,6 +245,7 @@ def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> d
         before = run_folder.epochs_before(config) if resume else None
         if resume and (config.out / CONFIG).exists():
             checkpoint = trainer.checkpoints.latest()
+            run_teachers.check_resumed(config.out, teachers)
         if before is not None:
             if checkpoint is None and is_finished(config.out):
                 raise RunExistsError(f"{config.out} has no checkpoint from which to go on: --overwrite starts again")
@@ -212,6 +255,7 @@ def _start(config: JobConfig, trainer: Trainer, resume: bool, extend: bool) -> d
                 epochs = {"epochs": config.optim.epochs, "epochs_before": before}
                 extended = {"kind": "extended", "step": completed, "epoch": -(-completed // steps), **epochs}
         run_folder.prepare(config, resume)
+        run_teachers.write(config.out, teachers, anew=checkpoint is None)
     world.wait()  # no process may read checkpoints before rank 0 has prepared the folder
     if not world.is_main:
         checkpoint = trainer.checkpoints.latest()

@@ -18,10 +18,10 @@ from .config import JobConfig
 from .journal import METRICS
 from .schedule import last_change, learning_rate
 
-CONFIG, REPORT = "config.yaml", "report.html"
+CONFIG, TEACHERS, REPORT = "config.yaml", "teachers.json", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # What a run writes besides its config; the model is removed first, without which the run counts as unfinished.
-_FILES, _FOLDERS = (MODEL, AVERAGED_MODEL, METRICS, REPORT), (CHECKPOINTS, TENSORBOARD)
+_FILES, _FOLDERS = (MODEL, AVERAGED_MODEL, METRICS, REPORT, TEACHERS), (CHECKPOINTS, TENSORBOARD)
 # Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
 FREE = (
     *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
@@ -58,6 +58,11 @@ def epochs_before(config: JobConfig) -> int | None:
 def has_checkpoint(config: JobConfig) -> bool:
     """Whether the run in `config.out` has one, damaged ones included."""
     return (config.out / CONFIG).exists() and any(Checkpoints(config.out / CHECKPOINTS).paths())
+
+
+def has_trained(out: Path) -> bool:
+    """Whether steps of the run in a folder are kept, by its model or a checkpoint."""
+    return is_finished(out) or any(Checkpoints(out / CHECKPOINTS).paths())
 
 
 def check_unused(config: JobConfig, resume: bool, overwrite: bool) -> None:

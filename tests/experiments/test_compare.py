@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -188,3 +189,30 @@ def test_the_command_prints_the_table_and_keeps_cells(
     assert cli.main(again.split()) == 0
     model = Path("aver") / "seed-1" / "model.safetensors"
     assert (tmp_path / "d" / model).read_bytes() == (tmp_path / "runs/c" / model).read_bytes()
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (1, 0)])
+def test_cells_of_a_teacher_that_was_trained_again_are_not_compared_with_earlier_ones(
+    teachers: tuple[Path, ...], tmp_path: Path, seeds: tuple[int, ...]
+) -> None:
+    """Neither before a cell is trained nor, for cells of two commands, in the table."""
+    teacher = tmp_path / "t"
+    shutil.copytree(teachers[0], teacher)
+
+    def trained(seeds: tuple[int, ...], overwrite: bool = False) -> CompareConfig:
+        both = config((teacher,), tmp_path / "out", seeds=seeds, strategies=("ce", "aver", "ebkd"))
+        for number, cell in enumerate(both.cells()):
+            compare.run_cell(cell, overwrite, compared=compare.kept(both, number, overwrite))
+        return both
+
+    compare.collect(trained((0,)))
+    shutil.rmtree(teacher)
+    shutil.copytree(teachers[1], teacher)
+    with pytest.raises(
+        RunExistsError, match=rf"seed-1 and .*aver.seed-0 cannot be compared: teacher {teacher} has other"
+    ):
+        trained(seeds)
+    trained((1,))
+    with pytest.raises(RunExistsError, match=r"cannot be compared: teacher .*--overwrite trains all"):
+        compare.collect(config((teacher,), tmp_path / "out", seeds=seeds, strategies=("ce", "aver", "ebkd")))
+    assert len(compare.collect(trained(seeds, overwrite=True))) == 3

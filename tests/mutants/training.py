@@ -212,6 +212,17 @@ CHANGES = (
         Change("a split source passes", "if isinstance(found.model, Split):", "if False:"),
     ),
     *changes(
+        "camkd_fast/train/run_teachers.py",
+        "tests/train/test_run_teachers.py",
+        Change("another teacher goes unnoticed", "if source == name and old != new:", "if False:"),
+        Change(
+            "teachers of a stopped run stay",
+            "if teachers and (anew or not path.exists()):",
+            "if teachers and not path.exists():",
+        ),
+        Change("processes are not compared", "if number != first:", "if False:"),
+    ),
+    *changes(
         "camkd_fast/train/run_folder.py",
         JOBS,
         Change(
