@@ -17,10 +17,18 @@ from .walk import count_files, image_names, warn_left_out
 TINY_MEAN = (0.4802 * 255, 0.4481 * 255, 0.3975 * 255)
 TINY_STD = (0.2770 * 255, 0.2691 * 255, 0.2821 * 255)
 TEST_FRACTION = 0.2  # of a flat tree
+# Names of the folder of each part, in upper or lower case.
+_PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int = 0) -> Splits:
     """Load ROOT/train/CLASS/IMAGE with ROOT/val, ROOT/test or both, or a flat tree ROOT/CLASS/IMAGE.
+
+    The three folders may also be called Training, Valid or Validation, and Testing, in upper or lower case.
 
     Classes are the folders in sorted order, without hidden ones. Of a class the same files are read in the same order
     as by torchvision's ImageFolder: folders inside it and links to folders are followed, and a name must end with one
@@ -33,8 +41,9 @@ def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int 
         validation: fraction of the training images to hold out; ignored if both val and test exist.
 
     Raises:
-        FileNotFoundError: the folder is missing, or it has train but neither val nor test.
-        ValueError: there are fewer than two classes, a class folder has no image, or train lacks a class.
+        FileNotFoundError: the folder is missing, or it has train but neither val nor test, or only these.
+        ValueError: there are fewer than two classes, a class folder has no image, train lacks a class, or two folders
+            may be the same part.
         OSError: a folder cannot be read.
     """
     left_out: Counter[str] = Counter()
@@ -45,15 +54,46 @@ def load_folder(root: Path, size: int, validation: float = 0.1, split_seed: int 
 
 def _load_splits(root: Path, size: int, validation: float, split_seed: int, left_out: Counter[str]) -> Splits:
     """`load_folder`, which counts the files that are left out by ending."""
-    if not (root / "train").is_dir() or not _visible_folders(root / "train"):  # without subfolders, train is a class
+    parts = _part_folders(root)
+    if not parts:
         train, test = hold_out(_read_tree(root, size, left_out), TEST_FRACTION, seed=0)
         return Splits(*hold_out(train, validation, split_seed), test)
-    train = _read_tree(root / "train", size, left_out)
-    parts = [root / part for part in ("val", "test") if (root / part).is_dir()]
-    others = [_read_tree(part, size, left_out, train.class_names) for part in parts]
+    train = _read_tree(parts["train"], size, left_out)
+    others = [_read_tree(parts[part], size, left_out, train.class_names) for part in ("val", "test") if part in parts]
     if not others:
-        raise FileNotFoundError(f"{root} has a folder train, but neither val nor test")
+        raise FileNotFoundError(f"{root} has a folder {parts['train'].name}, but neither val nor test")
     return Splits(train, *others) if len(others) == 2 else Splits(*hold_out(train, validation, split_seed), others[0])
+
+
+def _part_folders(root: Path) -> dict[str, Path]:
+    """The folder of each part, "train" among them; none of a flat tree, which may have classes of these names.
+
+    A folder is that of the training images if it has class folders, and is called train, stands beside parts only, or
+    shares a class with another part.
+
+    Raises:
+        FileNotFoundError: all folders are parts, but none is train.
+        ValueError: two folders may be the same part.
+    """
+    folders = _visible_folders(root) if root.is_dir() else []
+    named = {part: [path for path in folders if path.name.lower() in names] for part, names in _PARTS.items()}
+    parts = [path for paths in named.values() for path in paths]
+    classes = {path: {inner.name for inner in _visible_folders(path)} for path in parts}
+    train = [path for path in named["train"] if classes[path]]  # without folders inside, train is a class
+    only_parts = len(parts) == len(folders)
+    if not train:
+        if only_parts and any(classes.values()):
+            found = " and ".join(path.name for path in parts)
+            raise FileNotFoundError(f"{root} has {found}, but no folder train with a folder of images per class")
+        return {}
+    shared = any(classes[train[0]] & classes[path] for part in ("val", "test") for path in named[part])
+    if train[0].name != "train" and not only_parts and not shared:
+        return {}
+    for part, paths in named.items():
+        if len(paths) > 1:
+            both = " and ".join(path.name for path in paths)
+            raise ValueError(f"{root} has {both}, which may both be the {part} part: rename or move all but one")
+    return {part: paths[0] for part, paths in named.items() if paths}
 
 
 def load_tiny_imagenet(root: Path, size: int = 64) -> tuple[ImageFiles, ImageFiles]:

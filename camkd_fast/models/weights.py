@@ -41,7 +41,9 @@ def fill(
         theirs, needed = tuple(tensor.shape), tuple(own[names[key]].shape)
         if theirs != needed:
             raise ValueError(f"{source} does not fit {name}: {key} has shape {theirs}, but {name} needs {needed}")
-    model.load_state_dict({**own, **{names[key]: tensor for key, tensor in tensors.items()}})
+    # In the model's own mapping, which has the versions of its modules: torchvision's MNASNet refuses to load without.
+    own.update({names[key]: tensor for key, tensor in tensors.items()})
+    model.load_state_dict(own)
     return model.eval()
 
 

@@ -69,6 +69,53 @@ def test_train_val_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     assert {path.parents[1].name for path in splits.validation.paths} == {"val"}
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ("Training", "Testing"), ("Train", "Test"), ("TRAIN", "TEST"), ("train", "valid"), ("train", "validation"),
+        ("Train", "Val"), ("training", "Valid"), ("Train", "Validation", "Test"), ("train", "VAL", "Testing"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [False, True], ids=["", "beside another folder"])
+def test_folders_of_parts_may_be_spelled_otherwise(tmp_path: Path, spelled: tuple[str, ...], beside: bool) -> None:
+    for count, part in zip((10, 3, 2), spelled, strict=False):
+        tree(tmp_path / part, ("a", "b"), count)
+    if beside:
+        tree(tmp_path / "masks", ("x", "y"), 2)
+    splits = load_folder(tmp_path, size=32)
+    assert [len(p) for p in splits] == ([20, 6, 4] if len(spelled) == 3 else [18, 2, 6])
+    assert all(part.class_names == ("a", "b") for part in splits)
+    assert {path.parents[1].name for path in splits.train.paths} == {spelled[0]}
+
+
+@pytest.mark.parametrize(
+    "folders", [("train", "Training", "test"), ("Train", "val", "Validation"), ("Training", "Test", "testing")]
+)
+def test_two_folders_of_one_part_are_refused(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        tree(tmp_path / folder, ("a", "b"), 3)
+    with pytest.raises(ValueError, match=r" and .*, which may both be the (train|val|test) part"):
+        load_folder(tmp_path, size=32)
+
+
+def test_parts_without_training_images_are_refused(tmp_path: Path) -> None:
+    for folder in ("Testing", "Validation"):
+        tree(tmp_path / folder, ("a", "b"), 3)
+    with pytest.raises(FileNotFoundError, match="has Validation and Testing, but no folder train"):
+        load_folder(tmp_path, size=32)
+    shutil.rmtree(tmp_path / "Testing")
+    (tmp_path / "Validation").rename(tmp_path / "Training")
+    with pytest.raises(FileNotFoundError, match="has a folder Training, but neither val nor test"):
+        load_folder(tmp_path, size=32)
+
+
+def test_classes_may_be_called_as_parts(tmp_path: Path) -> None:
+    """Activities, for instance, with a folder per person in each."""
+    for activity in ("training", "testing", "meeting"):
+        tree(tmp_path / activity, (f"{activity} 1", f"{activity} 2"), 5)
+    assert load_folder(tmp_path, size=32).train.class_names == ("meeting", "testing", "training")
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     tree(tmp_path, ("train", "plane"), 10)
     assert load_folder(tmp_path, size=32).train.class_names == ("plane", "train")

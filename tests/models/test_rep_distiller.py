@@ -11,14 +11,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from camkd_fast import models
 from camkd_fast.models import checkpoint_files, rep_distiller
 from camkd_fast.models.protocol import feature_model, predict
+from camkd_fast.models.weights import fill
 from tests.support.models import with_random_norms
 
 KEYS = Path(__file__).with_name("official_keys.txt")
@@ -108,6 +110,28 @@ def test_counters_may_be_missing_but_only_counters() -> None:
     for key in state:
         with pytest.raises(ValueError, match=f"^file does not fit vgg8: it lacks {key}$"):
             rep_distiller.load("vgg8", {other: t for other, t in state.items() if other != key}, "file")
+
+
+class Versioned(nn.Module):
+    """A module that refuses state without its version, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version should be set to 2 instead of {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("model", [Versioned(), nn.Sequential(nn.Identity(), Versioned())], ids=["whole", "inside"])
+def test_modules_find_the_version_of_their_state(model: nn.Module) -> None:
+    tensors = {name: torch.rand_like(tensor) for name, tensor in model.state_dict().items()}
+    fill(model, tensors, "versioned", "file")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
 
 def test_missing_and_extra_names_are_listed_up_to_ten() -> None:
