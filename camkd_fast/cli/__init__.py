@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
         command = parse(argv)
         return run(command)
     except (Exception, KeyboardInterrupt, system.Stopped) as error:
-        reason = failures.reason(error)
+        reason = failures.reason(error, command)
         if reason is None or system.is_closed_pipe(error):
             raise
         if os.environ.get(failures.TRACEBACK):

@@ -12,18 +12,22 @@ from ..system import Stopped
 from ..train.checkpoint import Checkpoints
 from ..train.export import ExportError
 from ..train.folder_lock import FolderLockedError
+from ..train.initial_weights import ImageSizeError
 from ..train.run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished
 from ..train.sums import NonFiniteLossError
 from .options import Command, Compare, Data, Demo, Distill, Fetch, Teach
 
 TRACEBACK = "CAMKD_FAST_TRACEBACK"  # environment variable; if set, failures show where they were raised
 
-_OURS = (CheckpointError, ExportError, FolderLockedError, NonFiniteLossError, RunExistsError, WorkerDiedError)
+_OURS = (
+    *(CheckpointError, ExportError, FolderLockedError, ImageSizeError, NonFiniteLossError, RunExistsError),
+    WorkerDiedError,
+)
 _LESS = "use a smaller --batch-size, --dtype bfloat16, or a smaller model"
 _NO_GPU_MEMORY = "the GPU has too little memory ({0}): " + _LESS + ", or --loader torch if the images are on the GPU"
 _NO_SHARED_MEMORY = "use --workers 0, or give the container more shared memory (docker --shm-size)"
 
-# What messages of torch contain -> what to say instead; {0} is the group of the pattern.
+# What messages of torch contain -> what to say instead; {0} is the group of the pattern, {size} from `_larger_images`.
 _KNOWN = {
     r"DataLoader worker \(pid.*?\) (is killed by signal: (?:Bus error|Killed|Terminated)|exited unexpectedly)": (
         "a process that loads images has ended ({0}), probably for lack of memory: " + _NO_SHARED_MEMORY
@@ -45,10 +49,10 @@ _KNOWN = {
     ),
     r"Expected more than 1 (?:value per channel|spatial element) when training.*?(\[[\d, ]*\])": (
         "a batch norm cannot train on one value per channel, in a tensor of shape {0}: change --batch-size or --images "
-        "so that no step has a single image, or use a larger --size"
+        "so that no step has a single image, or use {size}"
     ),
     r"(Output size is too small|Kernel size can't be greater than actual input size)": (
-        "images are too small for the model ({0}): use a larger --size, or a model that shrinks images less"
+        "images are too small for the model ({0}): use {size}, or a model that shrinks images less"
     ),
     r"(InvalidCxxCompiler|CppCompileError|CUDACompileError|TritonMissing|Cannot find a working triton)": (
         "torch.compile does not work here ({0}): use --compile off"
@@ -74,7 +78,7 @@ def status(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def reason(error: BaseException) -> str | None:
+def reason(error: BaseException, command: Command | None = None) -> str | None:
     """Why the command failed and what to change; None for an unexpected error, which is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -84,12 +88,18 @@ def reason(error: BaseException) -> str | None:
     if isinstance(error, (RuntimeError, ValueError, MemoryError, OSError)) and not isinstance(error, _OURS):
         for pattern, text in _KNOWN.items():
             if found := re.search(pattern, message):
-                return text.format(found[1] or "an allocation failed")
+                return text.format(found[1] or "an allocation failed", size=_larger_images(command))
     if isinstance(error, MemoryError):
         return f"the machine has too little memory: {_LESS}, or fewer --images"
     if isinstance(error, OSError):
         return message + _remedy(error)
     return message if isinstance(error, (ValueError, NotImplementedError, *_OURS)) else None
+
+
+def _larger_images(command: Command | None) -> str:
+    """What makes images larger, by the command's data set."""
+    data = command.settings.data.data if isinstance(command, (Teach, Distill, Compare)) else None
+    return "a data set of larger images (digits take no --size)" if data == "digits" else "a larger --size"
 
 
 def _message(error: BaseException) -> str:

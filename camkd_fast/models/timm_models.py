@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from ..errors import first_sentence
 from . import checkpoint_files
 from .protocol import Source, feature_model
+from .split import LogitsOnly
 from .weights import fill, size
 
 PREFIX = "timm:"
+
+
+class SeveralTensorsError(ValueError):
+    """The features of a model are several tensors."""
 
 
 def names() -> list[str]:
@@ -34,11 +39,12 @@ def knows(name: str) -> bool:
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """Create a timm model with random weights, wrapped unless its features are (N, D, H, W).
 
-    The layout of the features is found by running one image of the model's default size.
+    The layout of the features is found by running one image of the model's default size. A model with several tensors
+    as features, such as CrossViT, is used for its logits only.
 
     Raises:
-        ValueError: timm is not installed or has no such model, the features are not a map, or the head reads values
-            outside the map, such as a class token.
+        ValueError: timm is not installed or has no such model, the features are one tensor but no map, or the head
+            reads values outside the map, such as a class token.
     """
     timm = _required(name)
     settings = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
@@ -52,7 +58,10 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
             raise ValueError(
                 f"timm's {name} cannot average its patches: its head reads {prefix} class tokens"
             ) from error
-    return with_map(model, name, in_channels)
+    try:
+        return with_map(model, name, in_channels)
+    except SeveralTensorsError as error:
+        return LogitsOnly(model, str(error))
 
 
 def with_map(model: Any, name: str, in_channels: int = 3) -> nn.Module:
@@ -61,11 +70,16 @@ def with_map(model: Any, name: str, in_channels: int = 3) -> nn.Module:
     The layout of the features is found by running one image of the model's default size.
 
     Raises:
-        ValueError: the features are not a map, or the head reads values outside the map, such as a class token.
+        SeveralTensorsError: the features are several tensors.
+        ValueError: they are not a map, or the head reads values outside the map, such as a class token.
     """
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     feature_model(model)
-    shape = _features_shape(model, in_channels)
+    features = _features(model, in_channels)
+    if not isinstance(features, Tensor):
+        what = f"a {type(features).__name__} of {len(features)} tensors"
+        raise SeveralTensorsError(f"timm's {name} has no feature map: the features of an image are {what}")
+    shape = features.shape
     if len(shape) == 4 and shape[1] == model.num_features:
         return model  # type: ignore[no-any-return]
     if len(shape) == 4 and shape[3] == model.num_features:
@@ -234,9 +248,10 @@ def _timm() -> ModuleType | None:
 
 
 @torch.no_grad()
-def _features_shape(model: Any, in_channels: int) -> torch.Size:
+def _features(model: Any, in_channels: int) -> Any:
+    """Of one image of the model's default size; leaves the model in training mode."""
     size = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))[1:]
     model.eval()
-    shape: torch.Size = model.forward_features(torch.zeros(1, in_channels, *size)).shape
+    features = model.forward_features(torch.zeros(1, in_channels, *size))
     model.train()
-    return shape
+    return features

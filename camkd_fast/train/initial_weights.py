@@ -1,4 +1,4 @@
-"""The model that a run trains, with random weights or, by `--init`, with those of a source."""
+"""The model that a run trains, checked on one image, with random weights or, by `--init`, with those of a source."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from torch import nn
 
 from .. import models
 from ..data.files import ImageSet
+from ..errors import first_line
 from ..models import sources, weights
 from ..models.split import LogitsOnly, Split
 from ..models.timm_models import PatchTokens, TrailingChannels
-from . import run_folder
-from .config import JobConfig
+from . import run_folder, strategies
+from .config import DistillConfig, JobConfig
 from .distributed import World
 from .source_strings import SourceString
+from .teachers.runs import refuse_logits_only
 from .teachers.teacher_hash import update_by_state
+
+
+class ImageSizeError(ValueError):
+    """A model cannot take images of the data set's size."""
 
 
 def first_model(
@@ -35,14 +41,45 @@ def first_model(
         The model, and a record of its initial weights for metrics.jsonl; else an empty one.
 
     Raises:
+        ImageSizeError: the model cannot take the images; the message has both sizes and says what to do.
+        ValueError: the strategy needs a feature map that the student lacks.
         As `models.create` and `initialise`.
     """
     torch.manual_seed(config.seed)
     model = models.create(name, images.num_classes, images.channels)
+    _check_images(model, name, config, images)
+    if isinstance(config, DistillConfig) and isinstance(model, LogitsOnly):
+        refuse_logits_only(f"student {name}", model.reason, strategies.find(config.strategy))
     if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
         return model, {}
     origin = initialise(model, name, config.init, images.num_classes)
     return model, {"kind": "init", "step": 1, "epoch": 1, **origin}
+
+
+@torch.no_grad()
+def _check_images(model: nn.Module, name: str, config: JobConfig, images: ImageSet) -> None:
+    """Run one image before training; draws no random numbers."""
+    _, height, width = images.shape
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model.eval()(torch.zeros(1, *images.shape))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of the model's code, of any type
+            size = (getattr(_bare(model), "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[1:]
+            known = f" (its own size is {size[0]}x{size[1]})" if size[0] else ""
+            if config.data.data == "digits":
+                advice = "digits take no --size: choose a model for small images, or another data set"
+            elif size[0] and size[0] == size[1]:
+                advice = f"use --size {size[0]}, or another model"
+            else:
+                advice = "use another --size, or a model that shrinks images less"
+            raise ImageSizeError(
+                f"model {name}{known} cannot take images of {height}x{width} pixels "
+                f"({first_line(error).rstrip('.')}): {advice}"
+            ) from error
+        finally:
+            model.train()
 
 
 def initialise(model: nn.Module, name: str, source: SourceString, num_classes: int) -> dict[str, Any]:

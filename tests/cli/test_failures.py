@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from camkd_fast import cli
 from camkd_fast.cli import failures
+from camkd_fast.cli.options import parse
 from camkd_fast.data.torch_loader import ArrayBatches
 from camkd_fast.system import Stopped
 from camkd_fast.train import folder_lock
@@ -139,6 +140,19 @@ def test_what_torch_raises_says_what_to_change(name: str) -> None:
         do()
     reason = failures.reason(caught.value)
     assert reason is not None and words in reason and "\n" not in reason, reason
+
+
+@pytest.mark.parametrize("name", ["batch norm", "small image", "small input"])
+def test_what_makes_images_larger_depends_on_the_data_set(name: str) -> None:
+    """Digits take no --size."""
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        RAISED[name][0]()
+    for line in ("teach --model resnet8", "distill --student resnet8 --teachers t", "compare --teachers t"):
+        digits, other = (
+            failures.reason(caught.value, parse([*line.split(), "--data", data])) or ""
+            for data in ("digits", "cifar10")
+        )
+        assert "a larger --size" in other and "data set of larger images (digits take no --size)" in digits
 
 
 @pytest.mark.parametrize("name", ["CPU memory", "nondeterministic", "batch norm", "disk"])

@@ -101,6 +101,16 @@ def test_timm_without_a_network(hub_cache: Path) -> None:
         sources.load("timm:resnet18.a9")
 
 
+@pytest.mark.parametrize("name", ["crossvit_9_240", "crossvit_tiny_240"])
+def test_timm_models_with_several_tensors_as_features(tmp_path: Path, name: str) -> None:
+    model = pytest.importorskip("timm").create_model(name, pretrained=False, num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "a")
+    source = sources.load(f"timm:{name}@{tmp_path}/a", 7)
+    assert isinstance(source.model, LogitsOnly) and "a list of 2 tensors" in source.model.reason
+    check(source, model, 240)
+    assert isinstance(models.create(f"timm:{name}", 7), LogitsOnly)
+
+
 # --- torchvision -----------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +154,7 @@ def test_torchvision_with_its_weights(torchvision: Any, name: str, layer: str, c
     check(source, model, 64)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet", "swin_t"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet", "swin_t", "mnasnet0_5"])
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 def test_torchvision_with_a_file(torchvision: Any, tmp_path: Path, name: str) -> None:
     model = torchvision.get_model(name, weights=None, num_classes=7)

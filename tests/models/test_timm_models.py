@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from camkd_fast import models
 from camkd_fast.models.protocol import feature_model, predict
+from camkd_fast.models.split import LogitsOnly
 
 D, SIZE = 8, 16  # 4x4 patches of a 16x16 image
 
@@ -103,6 +104,24 @@ class Pooled(ConvNet):
         return self.patches(x).mean((2, 3))
 
 
+class TwoBranches(ConvNet):
+    """As CrossViT: the features are those of two resolutions."""
+
+    container: Callable[..., Any] = list
+
+    def forward_features(self, x: Tensor) -> Any:
+        x = self.patches(x)
+        return self.container([x, x[:, :, ::2, ::2]])
+
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+        x = sum(part.mean((2, 3)) for part in x)
+        return x if pre_logits else self.head(x)
+
+
+class TwoBranchesAsTuple(TwoBranches):
+    container = tuple
+
+
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
     "swin": Swin,
@@ -113,6 +132,8 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "ragged": Ragged,
     "pooled": Pooled,
     "vgg13": ConvNet,
+    "two-branches": TwoBranches,
+    "two-branches-tuple": TwoBranchesAsTuple,
 }
 
 
@@ -166,6 +187,15 @@ def test_wrapped_models_freeze(timm: ModuleType, name: str) -> None:
 def test_the_zoo_comes_first(timm: ModuleType) -> None:
     assert not isinstance(models.create("vgg13", 5), ConvNet)
     assert isinstance(models.create("timm:vgg13", 5), ConvNet)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("two-branches", "list"), ("timm:two-branches-tuple", "tuple")])
+def test_models_with_several_tensors_as_features_have_logits_only(timm: ModuleType, name: str, kind: str) -> None:
+    module = models.create(name, 5)
+    assert isinstance(module, LogitsOnly) and module.training and module.num_classes == 5
+    assert module.reason.endswith(f"has no feature map: the features of an image are a {kind} of 2 tensors")
+    images = torch.randn(3, 3, SIZE, SIZE)
+    assert torch.equal(predict(module.eval(), images).logits, module.model(images))
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast import models
+from camkd_fast.data import LabelledImages
 from camkd_fast.experiments import run_report
 from camkd_fast.models import sources
 from camkd_fast.models.model_file import read_model
 from camkd_fast.models.rep_distiller import parameter_names
+from camkd_fast.models.split import LogitsOnly
 from camkd_fast.train import run
 from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimConfig, TeachConfig
-from camkd_fast.train.initial_weights import initialise
+from camkd_fast.train.initial_weights import ImageSizeError, first_model, initialise
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.source_strings import SourceString
 from tests.support.models import with_random_norms
+from tests.support.training import ONE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +177,61 @@ def test_a_student_starts_from_a_run(tmp_path: Path) -> None:
     run.distill(DistillConfig("resnet8", init=SourceString(tmp_path / "t"), out=tmp_path / "s", **common))
     (record,) = read_metrics(tmp_path / "s" / METRICS, "init")
     assert record["source"] == str(tmp_path / "t")
+
+
+class OfOneSize(nn.Module):
+    """Takes images of 16x16 pixels only, and fails as other libraries' models do."""
+
+    def __init__(self, error: Exception, size: int | None) -> None:
+        super().__init__()
+        self.fc, self.error = nn.Linear(1, 10), error
+        self.pretrained_cfg = {} if size is None else {"input_size": (3, size, size)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 16:
+            raise self.error
+        return self.fc(torch.rand_like(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "advice"),
+    [
+        (
+            "digits",
+            16,
+            r" \(its own size is 16x16\) .* 8x8 pixels \(.*\): digits take no --size: choose a model for small",
+        ),
+        ("fashion-mnist", 16, r" \(its own size is 16x16\) .* 8x8 pixels \(.*\): use --size 16, or another model"),
+        ("folder", None, r"net cannot take images of 8x8 pixels \(.*\): use another --size, or a model that shrinks"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("Input height (8) doesn't match model (16)."), AssertionError(), RuntimeError("Output size\nis"),
+     AttributeError("none")],
+)  # fmt: skip
+def test_a_model_that_cannot_take_the_images_says_what_to_do(
+    data: str, size: int | None, advice: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "create", lambda *_: OfOneSize(error, size))
+    config = TeachConfig("net", data=DataConfig(data))
+    small, fitting = (LabelledImages(torch.zeros(4, 1, n, n, dtype=torch.uint8), torch.arange(4), 10, (1.0,), (1.0,))
+                      for n in (8, 16))  # fmt: skip
+    with pytest.raises(ImageSizeError, match=advice):
+        first_model(config, "net", small, False, ONE)
+    model, _ = first_model(config, "net", fitting, False, ONE)
+    after = torch.random.get_rng_state()
+    torch.manual_seed(config.seed)
+    OfOneSize(error, size)
+    assert model.training and torch.equal(after, torch.random.get_rng_state())  # the check draws no random numbers
+
+
+def test_a_student_without_a_map_serves_strategies_of_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "create", lambda *_: LogitsOnly(nn.Flatten(), "its features are a list"))
+    images = LabelledImages(torch.zeros(4, 1, 2, 5, dtype=torch.uint8), torch.arange(4), 10, (1.0,), (1.0,))
+    config = DistillConfig("net", strategy="aver")
+    first_model(config, "net", images, False, ONE)
+    with pytest.raises(
+        ValueError, match=r"fitnet-mkd needs feature maps, but student net has none: its features are a"
+    ):
+        first_model(replace(config, strategy="fitnet-mkd"), "net", images, False, ONE)

@@ -68,14 +68,24 @@ def load_source(name: SourceString, strategy: type[strategies.Strategy]) -> Sour
         OSError, CheckpointError: as `sources.load`.
     """
     source = sources.load(name)
-    if strategy.needs_features and isinstance(source.model, LogitsOnly):
+    if isinstance(source.model, LogitsOnly):
+        refuse_logits_only(f"teacher {name}", source.model.reason, strategy)
+    return source
+
+
+def refuse_logits_only(name: str, reason: str, strategy: type[strategies.Strategy]) -> None:
+    """Check that a strategy serves a model without a feature map.
+
+    Raises:
+        ValueError: it does not; the message has the reason why the model has none, and the strategies that do.
+    """
+    if strategy.needs_features:
         kinds = strategies.STRATEGIES.items()
         others = [other for other, kind in kinds if kind.needs_teachers and not kind.needs_features]
         raise ValueError(
-            f"{strategy.name} needs feature maps, but teacher {name} has none: {source.model.reason}; strategies "
-            f"without feature maps: {', '.join(others)}"
+            f"{strategy.name} needs feature maps, but {name} has none: {reason}; strategies without feature maps: "
+            f"{', '.join(others)}"
         )
-    return source
 
 
 def _report(found: Mapping[SourceString, tuple[Source, Fitted]], images: ImageSet) -> None:
