@@ -30,8 +30,9 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
 
     The protocol is kept (`forward_features`, `forward_head`); outputs agree up to rounding. Folding happens in float64
     before any cast. A batch norm is kept if folding would be wrong: after anything but an nn.Conv2d, or if the
-    convolution's output or either module is also used elsewhere. A model that torch.fx cannot trace keeps all of them,
-    with a warning. Parameter names differ from the original's, because folded convolutions have a bias.
+    convolution's output, either module or one of their parameters is also used elsewhere. A model that torch.fx cannot
+    trace keeps all of them, with a warning. Parameter names differ from the original's, because folded convolutions
+    have a bias.
 
     Args:
         model: follows the protocol; it is not modified.
@@ -94,6 +95,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
         kept = f"{type(model).__name__} keeps its batch norms"
         warnings.warn(f"{kept}, torch.fx cannot trace it: {first_line(error)}", stacklevel=3)
         return []
+    shared = _shared(model)
     # A weight read directly (get_attr) is a use of its module as well.
     uses = Counter(
         str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
@@ -105,7 +107,8 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
         if node.op != "call_module" or uses[str(node.target)] != 1:
             return None
         module = passes.get_submodule(str(node.target))
-        return None if module._forward_hooks or module._forward_pre_hooks else module
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        return None if hooked or not shared.isdisjoint(map(id, module.parameters())) else module
 
     pairs = []
     for norm in graph.nodes:
@@ -115,6 +118,12 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
             if type(called_once(conv)) is nn.Conv2d and len(conv.users) == 1:
                 pairs.append((str(conv.target).removeprefix("model."), str(norm.target).removeprefix("model.")))
     return pairs
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules have; the folded weight of one is wrong for the others."""
+    owned = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {number for number, count in owned.items() if count > 1}
 
 
 def _is_foldable_norm(norm: nn.Module | None) -> bool:

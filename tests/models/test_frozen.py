@@ -260,6 +260,45 @@ def test_a_convolution_is_folded_only_if_it_feeds_one_norm_and_nothing_else(
     assert error(evaluated(frozen, images), evaluated(model, images)) <= 1e-12
 
 
+class TiedConvolutions(TwoConvolutions):
+    """Images with 6 channels, so that both convolutions can have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1)
+        self.conv2.weight = self.conv1.weight
+
+
+class TiedToAnUnusedOne(TiedConvolutions):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class TiedWithoutNorm(TiedConvolutions):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+
+class TiedNorms(TiedConvolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.bn2.weight = self.bn1.weight
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("kind", [TiedConvolutions, TiedToAnUnusedOne, TiedWithoutNorm, TiedNorms])
+def test_modules_with_shared_parameters_are_not_folded(kind: type[TwoConvolutions], dtype: torch.dtype | None) -> None:
+    model = with_random_norms(kind())
+    images = torch.randn(3, 6, 9, 9)
+    frozen = models.freeze(model, dtype)
+    assert norms(frozen) == 2
+    if dtype is None:
+        assert torch.equal(evaluated(frozen, images).logits, evaluated(model, images).logits)
+    convolutions = [module for module in frozen.modules() if isinstance(module, nn.Conv2d)]
+    assert {p.dtype for module in convolutions for p in module.parameters()} == {dtype or torch.float32}
+
+
 def test_a_hooked_convolution_is_not_folded() -> None:
     model = with_random_norms(TwoConvolutions()).double()
     model.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)

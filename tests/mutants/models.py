@@ -123,9 +123,10 @@ CHANGES = (
         ),
         Change(
             "hooked modules are folded",
-            "return None if module._forward_hooks or module._forward_pre_hooks else module",
-            "return module",
+            "hooked = module._forward_hooks or module._forward_pre_hooks",
+            "hooked = False",
         ),
+        Change("shared parameters are folded", "if count > 1}", "if count > 9}"),
         Change("convolutions with two readers are folded", "and len(conv.users) == 1", ""),
         Change(
             "folded in float32",
