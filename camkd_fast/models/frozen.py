@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections import Counter
 from itertools import chain
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import first_line
-from .protocol import FeatureModel
+from .protocol import FeatureModel, composes
 
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -40,8 +41,9 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
         channels_last: store convolution weights in that memory format.
 
     Raises:
-        TypeError: the model cannot be copied and changed.
+        TypeError: the model cannot be copied and changed, or a copy would refer to the original.
     """
+    _check_forwards(model)
     try:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     except (torch.OutOfMemoryError, MemoryError):
@@ -63,12 +65,38 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     return frozen.eval()  # includes the modules that replace batch norms
 
 
-class _Passes(nn.Module):
-    """Features and head in one graph, so that a module used by both is counted twice."""
+def _check_forwards(model: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: a function that was set as a module's forward refers to a module, which a copy would call as well.
+    """
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, FunctionType) or hasattr(module, "_orig_mod"):  # a compiled model copies its own
+            continue
+        cells = [cell.cell_contents for cell in forward.__closure__ or ()]
+        for value in (*cells, *(forward.__defaults__ or ())):
+            if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
+                where = f"{name}.forward of {type(model).__name__}" if name else f"{type(model).__name__}.forward"
+                raise TypeError(
+                    f"{where} was replaced by the function {forward.__qualname__}, in which a copy of the model would "
+                    "call the original: expected a method (types.MethodType) or a subclass"
+                )
+
+
+class _Whole(nn.Module):
+    """A call of the model, whatever its forward and its hooks do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+class _Passes(_Whole):
+    """Features and head in one graph, so that a module used by both is counted twice."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         model = cast(FeatureModel, self.model)
@@ -88,14 +116,22 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     """Name pairs (convolution, batch norm) in which only the batch norm reads the convolution's output."""
     if not any(isinstance(module, _NORMS) for module in model.modules()):
         return []  # nothing to fold, and transformers often do not trace
-    passes = _Passes(model)
+    pairs = _pairs(_Passes(model))
+    if pairs and not composes(cast(FeatureModel, model)):
+        called = set(_pairs(_Whole(model)))
+        pairs = [pair for pair in pairs if pair in called]
+    return pairs
+
+
+def _pairs(passes: _Whole) -> list[tuple[str, str]]:
+    """`_foldable` in one way to run the model."""
     try:
         graph = _Tracer().trace(passes)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
-        kept = f"{type(model).__name__} keeps its batch norms"
-        warnings.warn(f"{kept}, torch.fx cannot trace it: {first_line(error)}", stacklevel=3)
+        kept = f"{type(passes.model).__name__} keeps its batch norms"
+        warnings.warn(f"{kept}, torch.fx cannot trace it: {first_line(error)}", stacklevel=4)
         return []
-    shared = _shared(model)
+    shared = _shared(passes.model)
     # A weight read directly (get_attr) is a use of its module as well.
     uses = Counter(
         str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .protocol import FeatureModel, Prediction, floating_dtype, logits_of, predict
-
-
-class _Outputs:
-    """Outputs of the observed module. Its hook refers to them, not to the observer, which may go before the model."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] | None = None  # of the call that runs
-        self.copies = False  # whether what comes after the module changes its output in place
-
-    def keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self.seen is not None:
-            self.seen.append(output.clone() if self.copies and isinstance(output, Tensor) else output)
+from .protocol import FeatureModel, Prediction, floating_dtype, logits_of, no_gradient, predict
+from .recorded import recorded
 
 
 class Observer:
     """Calls a model and returns logits and feature map.
 
-    The map is that of the model's own protocol (`models.protocol`), or the output of a named module, which a forward
-    hook keeps during the call. Without either it is empty. The model itself is not wrapped, so its parameters and its
-    state keep their names. The hook is removed with the observer, and not after each call: torch.compile does not check
-    for hooks that come later.
+    The map is that of the model's own protocol (`models.protocol`), or the output of a named module, which is recorded
+    during the call and copied: what follows may change it in place, in training only too. Without either it is empty.
+    The model itself is not wrapped, so its parameters and its state keep their names.
 
     Args:
         model: images (N, channels, H, W) -> logits (N, C), or an object whose `logits` they are (transformers).
@@ -44,57 +29,48 @@ class Observer:
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         self.layer = layer
         self.num_features = model.num_features if layer is None and isinstance(model, FeatureModel) else 0
-        self._outputs = _Outputs()
-        self._handle: RemovableHandle | None = None
         if layer is not None:
             modules = dict(model.named_modules(remove_duplicate=False))
             if layer not in modules or not layer:
                 nearest = get_close_matches(layer, modules, n=5) or [name for name, _ in model.named_children()]
                 raise ValueError(f"{type(model).__name__} has no module {layer!r}; nearest: {', '.join(nearest)}")
-            self._handle = modules[layer].register_forward_hook(self._outputs.keep)
-            self._remove_hook_at_the_end()
-
-    def _remove_hook_at_the_end(self) -> None:
-        if self._handle is not None:
-            weakref.finalize(self, self._handle.remove).atexit = False
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has the hook of the model that was copied with it."""
-        self.__dict__.update(state)
-        self._remove_hook_at_the_end()
 
     def __call__(self, model: nn.Module, images: Tensor) -> Prediction:
         """
         Raises:
-            ValueError: the module was not called exactly once, or its output is not a map.
+            ValueError: the module was not called exactly once, its output is not a map, or it has no gradient although
+                the logits have one.
         """
         if self.layer is None:
-            if isinstance(model, FeatureModel):
-                return predict(model, images)
-            return Prediction(images.new_empty(0), logits_of(model(images)))
-        seen: list[Any] = []
-        self._outputs.seen = seen
-        try:
-            logits = logits_of(model(images))
-        finally:
-            self._outputs.seen = None
-        (features, *more) = seen or [None]
-        if more or not isinstance(features, Tensor) or features.dim() != 4:
-            what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            found = f"{len(seen)} outputs" if len(seen) != 1 else what
+            if not isinstance(model, FeatureModel):
+                return Prediction(images.new_empty(0), logits_of(model(images)))
+            features, logits = predict(model, images)
+            return Prediction(self._channels_first(features), logits)
+        watched = model.get_submodule(self.layer)
+        output, (calls,) = recorded(lambda: model(images), [(watched, "forward")], copies=True)
+        logits = logits_of(output)
+        kept = calls[0].output if calls else None
+        if len(calls) != 1 or not isinstance(kept, Tensor) or kept.dim() != 4:
+            what = f"shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+            found = f"{len(calls)} outputs" if len(calls) != 1 else what
             raise ValueError(f"{type(model).__name__}.{self.layer} gives {found}, not one map (N, D, h, w)")
-        return Prediction(features, logits)
+        if torch.is_grad_enabled() and logits.requires_grad and not calls[0].learns:
+            raise ValueError(no_gradient(f"{type(model).__name__}.{self.layer}"))
+        return Prediction(kept, logits)
+
+    def _channels_first(self, features: Tensor) -> Tensor:
+        """A map (N, D, h, w) from one of (N, h, w, D), as of timm's Swin; anything else as it is."""
+        if features.dim() == 4 and features.shape[1] != self.num_features == features.shape[3]:
+            return features.permute(0, 3, 1, 2)
+        return features
 
     @torch.no_grad()
     def measure(self, model: nn.Module, images: Tensor) -> int:
-        """Set and return `num_features`, the map's channels, from passes over a batch in evaluation mode."""
+        """Set and return `num_features`, the map's channels, from a pass over a batch in evaluation mode."""
         images = images.to(floating_dtype(model))
         training = [module for module in model.modules() if module.training]
         try:
-            changed = self(model.eval(), images).features
-            self._outputs.copies = True
-            self._outputs.copies = not torch.equal(changed, self(model, images).features)
-            self.num_features = changed.shape[1]
+            self.num_features = self(model.eval(), images).features.shape[1]
         finally:
             for module in training:
                 module.training = True

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .protocol import FeatureModel, device_of, feature_model, floating_dtype
+from .protocol import Wrapper, device_of, feature_model, floating_dtype
 
 # Mean and std of the same statistics differ by less if one of them was stored in levels of 0 to 255 and divided.
 _SAME = 1e-7
@@ -115,7 +115,7 @@ def _affine(own: Preprocessing, given: Preprocessing) -> tuple[Tensor, Tensor] |
     return s / S, (m - M) / S
 
 
-class Adapted(nn.Module):
+class Adapted(Wrapper):
     """A model with its preprocessing in front, behind the protocol of `protocol.py`.
 
     Images keep their dtype (at least float32) until the last operation on them, and then take the model's.
@@ -137,7 +137,7 @@ class Adapted(nn.Module):
         channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.model: FeatureModel = feature_model(model)
+        self.model = feature_model(model)
         self.num_features = self.model.num_features
         if hasattr(model, "num_classes"):
             self.num_classes = model.num_classes
@@ -160,7 +160,7 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         return f"size={self.size}, channels={self.channels}"
 
-    def prepared(self, x: Tensor) -> Tensor:
+    def before(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) as the model expects them, in its dtype."""
         # Resizing and the affine commute, as weights of a resize sum to 1. The smaller images take the affine.
         resizes = self.size is not None and x.shape[-2:] != self.size
@@ -182,12 +182,3 @@ class Adapted(nn.Module):
 
     def _wide(self, x: Tensor) -> torch.dtype:
         return torch.promote_types(x.dtype, torch.float32)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(self.prepared(x))
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        return self.model.forward_head(features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
+
+from .recorded import recorded, version_of
 
 
 @runtime_checkable
@@ -67,21 +70,93 @@ def feature_model(module: nn.Module) -> FeatureModel:
     return module
 
 
+class Wrapper(nn.Module):
+    """Base of modules that change the images before a model, or its logits after it."""
+
+    model: FeatureModel
+    num_features: int
+
+    def before(self, x: Tensor) -> Tensor:
+        """Images as the model gets them."""
+        return x
+
+    def after(self, logits: Tensor) -> Tensor:
+        """Logits from those of the model."""
+        return logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(self.before(x))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.after(self.model.forward_head(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return predict(self, x).logits
+
+
 def predict(model: FeatureModel, images: Tensor) -> Prediction:
-    """Features and logits in one pass; images (N, channels, height, width).
+    """Features and logits of `model(images)` in one pass; images (N, channels, height, width).
+
+    Where a call is known to be forward_head(forward_features(images)), these are called. Otherwise, such as with hooks
+    on the model, in a subclass with its own forward and in a compiled model, the model is called, and what its
+    `forward_features` returns is recorded; without exactly one call of that the features are empty.
 
     Raises:
-        ValueError: the head changes the feature map in place.
+        ValueError: the head changes the feature map in place, or the map was computed without gradients, although the
+            logits have one.
     """
-    features = model.forward_features(images)
-    if torch.compiler.is_compiling() or not isinstance(features, Tensor) or features.is_inference():
-        return Prediction(features, model.forward_head(features))
-    version = features._version
-    logits = model.forward_head(features)
-    if features._version != version:
+    if isinstance(model, Wrapper):
+        features, logits = predict(model.model, model.before(images))
+        return Prediction(features, model.after(logits))
+    if composes(model):
+        features = model.forward_features(images)
+        version = version_of(features)
+        logits = model.forward_head(features)
+        _check_unchanged(model, features, version)
+        return Prediction(features, logits)
+    owner: Any = getattr(model.forward_features, "__self__", model)  # in a compiled model the one that was compiled
+    run = cast(Callable[[Tensor], object], model)
+    output, (maps,) = recorded(lambda: run(images), [(owner, "forward_features")])
+    logits = logits_of(output)
+    if len(maps) != 1:
+        return Prediction(images.new_empty(0), logits)
+    if torch.is_grad_enabled() and logits.requires_grad and not maps[0].learns:
+        raise ValueError(no_gradient(f"{type(owner).__name__}.forward_features"))
+    _check_unchanged(owner, maps[0].output, maps[0].version)
+    return Prediction(maps[0].output, logits)
+
+
+def composes(model: FeatureModel) -> bool:
+    """Whether `model(x)` is known to be forward_head(forward_features(x)) only, as in this package and timm."""
+    module = cast(nn.Module, model)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None:
+        return False
+    forward = type(module).forward
+    return forward is nn.Module.forward or getattr(forward, "__module__", "").startswith(("camkd_fast.", "timm."))
+
+
+def _check_unchanged(model: FeatureModel, features: Tensor, version: int | None) -> None:
+    if version is not None and version_of(features) != version:
         name = type(model).__name__
         raise ValueError(f"the head of {name} changes the feature map in place: expected modules with inplace=False")
-    return Prediction(features, logits)
+
+
+def no_gradient(name: str) -> str:
+    """The error of a feature map that gives the model no gradient."""
+    return (
+        f"{name} runs without gradients, although the logits have one, so that a feature loss could not train what is "
+        "before it: expected no torch.no_grad, and checkpoints with use_reentrant=False"
+    )
+
+
+@torch.no_grad()
+def head_makes(logits: Tensor, head: Callable[[Tensor], Tensor], features: Tensor) -> bool:
+    """Whether the head makes these logits of a feature map, up to rounding in half precision."""
+    made, logits = head(features).float(), logits.float()
+    if made.shape != logits.shape:
+        return False
+    return not logits.numel() or not (made - logits).abs().max() > 0.05 * logits.abs().max()  # true of NaN
 
 
 def logits_of(output: object) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import imagenet_names
-from ..models.protocol import FeatureModel, device_of, feature_model
+from ..models.protocol import Wrapper, device_of, feature_model
 
 if TYPE_CHECKING:
     from ..data.files import ImageSet  # needs NumPy, without which `Distiller` works
@@ -89,7 +89,7 @@ def examples(names: Sequence[str], others: Sequence[str]) -> str:
     return " and ".join(map(repr, chosen[:_EXAMPLES]))
 
 
-class Renumbered(nn.Module):
+class Renumbered(Wrapper):
     """A model whose logits follow another order of the classes, or are those of some of its classes.
 
     It keeps the protocol of `models.protocol`. Probabilities are those among the classes that it has.
@@ -102,20 +102,14 @@ class Renumbered(nn.Module):
 
     def __init__(self, model: nn.Module, order: Sequence[int]) -> None:
         super().__init__()
-        self.model: FeatureModel = feature_model(model)
+        self.model = feature_model(model)
         self.num_features, self.num_classes = self.model.num_features, len(order)
         # Part of the state, and so of the hash by which a teacher cache knows its teachers.
         self.register_buffer("order", torch.tensor(order, device=device_of(model)))
         self.train(model.training)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(x)
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        return self.model.forward_head(features).index_select(1, self.order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def after(self, logits: Tensor) -> Tensor:
+        return logits.index_select(1, self.order)
 
 
 def renumbered(model: nn.Module, owner: str, metadata: dict[str, Any], images: ImageSet) -> nn.Module:

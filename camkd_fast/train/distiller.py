@@ -15,7 +15,7 @@ from ..models.protocol import Prediction, Source
 from . import strategies
 from .batch_labels import Labels
 from .strategies import Strategy
-from .teachers.given import Images, frozen_teachers, needed
+from .teachers.given import Images, check_heads, frozen_teachers, needed
 from .teachers.live import LiveTeachers, Teachers
 
 
@@ -109,6 +109,7 @@ class Distiller(nn.Module):
             self._observe.measure(student, needed(example, "student_layer", student_layer))
         if isinstance(teachers, str) or (isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)):
             raise TypeError(f"teachers must be a list, got {type(teachers).__name__}: [teacher] for a single one")
+        given_models = isinstance(teachers, Iterable)
         if isinstance(teachers, Iterable):
             teachers = list(teachers)
             images = Images(example, preprocessing, class_names)
@@ -127,6 +128,7 @@ class Distiller(nn.Module):
             strategy = strategies.create(strategy, teachers, channels, **given)
         strategy.formula.checked()
         self.strategy = strategy
+        self._heads_unchecked = given_models and strategy.needs_heads
         self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
         self._channels_last = channels_last
         if channels_last:
@@ -172,6 +174,9 @@ class Distiller(nn.Module):
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = [] if self.teachers is None else self.teachers.outputs(images, [])
+        if self.teachers is not None and self._heads_unchecked and not torch.compiler.is_compiling():
+            check_heads(self.teachers, outputs)
+            self._heads_unchecked = False
         student = self._observe(self.student, images)
         logits = student.logits
         labels = Labels(target, second_target, mix)

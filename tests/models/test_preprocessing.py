@@ -220,7 +220,7 @@ def test_memory_formats_and_compilation() -> None:
         models.freeze(Recorder(), channels_last=True), Preprocessing(IMAGENET.mean, IMAGENET.std, (12, 12)), CIFAR
     )
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    assert made.prepared(images).is_contiguous(memory_format=torch.channels_last)
+    assert made.before(images).is_contiguous(memory_format=torch.channels_last)
     compiled = torch.compile(lambda x: predict(made, x).logits, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.no_grad():
         eager = made(images)

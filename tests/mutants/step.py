@@ -10,6 +10,7 @@ MIXING = "tests/train/test_mixing.py"
 AVERAGE = "tests/train/test_average.py"
 OPTIMIZER = "tests/train/test_optimizer.py"
 DISTILLER = "tests/train/test_distiller.py"
+CALLS = "tests/train/test_distiller_calls.py"
 LOOP = "tests/train/test_loop.py"
 RANKS = "tests/train/test_distributed.py"
 TWO = (
@@ -306,16 +307,25 @@ CHANGES = (
     *changes(
         "camkd_fast/models/observer.py",
         DISTILLER,
-        Change(
-            "outputs of other calls are kept",
-            "            self._outputs.seen = None\n        (features",
-            "            pass\n        (features",
-        ),
         Change("modules stay in evaluation mode", "module.training = True", "pass"),
-        Change("the hook stays", "weakref.finalize(self, self._handle.remove).atexit = False", "pass"),
-        Change("the hook of a copy stays", "(state)\n        self._remove_hook_at_the_end()", "(state)"),
-        Change("an output of any shape", "features.dim() != 4", "False"),
-        Change("the module may run twice", "if more or", "if"),
+        Change("maps are changed later", "copies=True", "copies=False", tests=CALLS),
+        Change("maps without gradients", "and not calls[0].learns:", "and False:", tests=CALLS),
+        Change("an output of any shape", "kept.dim() != 4", "False"),
+        Change("the module may run twice", "len(calls) != 1 or", "not calls or"),
+    ),
+    *changes(
+        "camkd_fast/models/protocol.py",
+        CALLS,
+        Change("hooks are passed over", "if any(hooks) or", "if"),
+        Change("a forward of the instance is passed over", '"forward" in module.__dict__ or', ""),
+        Change("compilation is passed over", "or module._compiled_call_impl is not None", ""),
+        Change("a subclass's forward is passed over", '.startswith(("camkd_fast.", "timm."))', ".startswith('')"),
+        Change("maps of the protocol without gradients", "and not maps[0].learns:", "and False:"),
+    ),
+    *changes(
+        "camkd_fast/models/recorded.py",
+        CALLS,
+        Change("hooks of the module are passed over", 'if name == "forward" and module._forward_hooks:', "if False:"),
     ),
     *changes(
         "camkd_fast/train/sums.py",

@@ -52,7 +52,7 @@ for strategy in ("ca-mkd-logits", "ca-mkd"):
             loss = single(data.images, data.target).loss
         loss.backward()
         expected = gradients(single)
-        for way in ("ddp", "fsdp2 of blocks", "fsdp2 of the student"):
+        for way in ("ddp", "fsdp2 of blocks", "fsdp2 of the student", "fsdp2 of the student and its methods"):
             module = made(strategy)
             if way == "ddp":
                 module = DistributedDataParallel(module)
@@ -61,7 +61,7 @@ for strategy in ("ca-mkd-logits", "ca-mkd"):
                     fully_shard([module.student.conv1, module.student.conv2], mesh=mesh)
                 else:
                     fully_shard(module.student, mesh=mesh)
-                    for method in ("forward_features", "forward_head"):
+                    for method in ("forward_features", "forward_head") if way.endswith("methods") else ():
                         register_fsdp_forward_method(module.student, method)
                 fully_shard(module, mesh=mesh)
                 assert all(isinstance(p, DTensor) for p in module.parameters())

@@ -40,6 +40,7 @@ class CAMKD(FeatureStrategy):
     name, label, color = "ca-mkd", "CA-MKD", "#0072b2"
     options: ClassVar[Mapping[str, Any]] = {"beta": 50.0, "detach_weights": True, "uniform": "none"}
     rule = "confidence"
+    needs_heads = True
     unweighted = "fitnet-mkd"
     divisor = staticmethod(CAMKDLogits.divisor)
 

@@ -58,6 +58,11 @@ class FeatureStrategy(Strategy):
     def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
         """Transformers have tokens in their place, and some models channels last."""
         for name, features in (("the student", student), *((f"teacher {k}", f) for k, f in enumerate(teachers))):
+            if features.shape == (0,):
+                raise ValueError(
+                    f"{self.name} needs feature maps, but {name} gave none: its forward does not call its "
+                    "forward_features once; expected that, or the name of a module as its layer"
+                )
             if features.dim() != 4:
                 raise ValueError(
                     f"{self.name} needs feature maps (N, D, h, w), but that of {name} has shape {tuple(features.shape)}"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ...models import freeze, sources
 from ...models.preprocessing import Preprocessing, adapted
-from ...models.protocol import FeatureModel, Source
+from ...models.protocol import FeatureModel, Prediction, Source, head_makes
 from ...models.split import LogitsOnly, split
 from ..class_names import Renumbered, class_order
+from .live import Teachers
 
 
 class Images(NamedTuple):
@@ -88,3 +89,17 @@ def needed(example: Tensor | None, name: str, layer: str) -> Tensor:
     if example is None:
         raise ValueError(f"{name} {layer!r} needs example images, of which the module's output is taken")
     return example
+
+
+def check_heads(teachers: Teachers, outputs: Sequence[Prediction]) -> None:
+    """
+    Raises:
+        ValueError: the head of a teacher makes other logits of its feature map than the teacher gave.
+    """
+    for k, (head, output) in enumerate(zip(teachers.heads, outputs, strict=True)):
+        if output.features.dim() == 4 and not head_makes(output.logits, head, output.features):
+            raise ValueError(
+                f"the logits of teacher {k} are not forward_head of its feature map, so its head cannot be applied to "
+                "the student's: a hook or its forward changes the map or the logits between or after the two; "
+                "strategies that read logits or maps only can use it"
+            )
