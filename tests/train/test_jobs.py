@@ -212,13 +212,14 @@ def test_a_finished_run_without_its_result_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_how_the_caller_wants_to_hear_of_other_algorithms(tmp_path: Path) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         teach(teach_config(tmp_path, optim=replace(SHORT, epochs=1)))
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def test_an_average_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
