@@ -23,7 +23,9 @@ from torch import Tensor
 from ..errors import first_sentence
 
 _WRAPPERS = ("model", "state_dict")  # keys of a checkpoint that may hold its state dict
-_PREFIXES = ("module.", "_orig_mod.")  # of names in a model inside DistributedDataParallel or torch.compile
+# Of names in a model inside DistributedDataParallel or AveragedModel, torch.compile, and a LightningModule.
+_PREFIXES = (_MODULE := "module.", "_orig_mod.", "model.")
+_AVERAGED = "n_averaged"  # which AveragedModel counts beside its module
 _LISTED = 5  # names in an error
 _ADVICE = "save the model's state_dict() with torch.save where its code is, and give that file"
 
@@ -36,8 +38,8 @@ _OLD_FORMAT, _OLD_PICKLES = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), 5
 def read(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint by name, on the CPU.
 
-    The state dict is the whole file, or its entry "model" or "state_dict". The prefixes `module.` and `_orig_mod.` are
-    removed if all names have them.
+    The state dict is the whole file, or its entry "model" or "state_dict". The prefixes `module.`, `_orig_mod.` and
+    `model.` are removed if all names have them. The `n_averaged` of torch's AveragedModel is left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -113,10 +115,11 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for _ in _PREFIXES:  # in either order
+    for _ in _PREFIXES:  # in any order
         for prefix in _PREFIXES:
-            if all(name.startswith(prefix) for name in tensors):
-                tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            names = [name for name in tensors if (prefix, name) != (_MODULE, _AVERAGED)]
+            if names and all(name.startswith(prefix) for name in names):
+                tensors = {name.removeprefix(prefix): tensors[name] for name in names}
     return tensors
 
 

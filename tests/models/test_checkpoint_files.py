@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from camkd_fast import models
+from camkd_fast.models import sources
 from camkd_fast.models.checkpoint_files import read
 
 CORE = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
@@ -86,13 +87,41 @@ def rename_in(path: Path, old: bytes, new: bytes, occurs: bool) -> None:
 
 @FORMATS
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model._orig_mod."),
+        *("model.module.", "model.module._orig_mod.", "_orig_mod.model.module."),
+    ],
+)
 def test_every_layout_gives_the_tensors(tmp_path: Path, zipped: bool, wrapper: str | None, prefix: str) -> None:
     tensors = weights()
     content: Any = OrderedDict((prefix + key, t) for key, t in tensors.items())
     if wrapper is not None:
         content = {"epoch": 240, wrapper: content, "best_acc": torch.tensor(74.6), "lr": [0.1, None, (1, "a")]}
     assert same(read(saved(tmp_path / "a.pth", content, zipped)), tensors)
+
+
+@pytest.mark.parametrize("outside", ["", "model.", "_orig_mod."])
+def test_the_count_of_an_averaged_model_is_left_out(tmp_path: Path, outside: str) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(OtherModel())
+    state = {outside + key: t for key, t in averaged.state_dict().items()}
+    assert outside + "n_averaged" in state
+    for content in (state, {"state_dict": state}):
+        assert same(read(saved(tmp_path / "a.pth", content)), averaged.module.state_dict())
+    for name in ("fc.weight", "model.weight"):  # of another program
+        beside = {"n_averaged": torch.tensor(3), name: torch.ones(2)}
+        assert same(read(saved(tmp_path / "a.pth", beside)), beside)
+
+
+def test_checkpoints_of_lightning(tmp_path: Path) -> None:
+    model = models.create("resnet8", 10)
+    content = {
+        "epoch": 3, "pytorch-lightning_version": "2.6.6", "loops": {}, "hyper_parameters": {"lr": 0.1},
+        "state_dict": {f"model.{key}": t for key, t in model.state_dict().items()}, "optimizer_states": [],
+    }  # fmt: skip
+    found = sources.load(f"resnet8@{saved(tmp_path / 'a.ckpt', content)}").model
+    assert same(found.state_dict(), model.state_dict())
 
 
 def test_a_prefix_of_some_names_is_part_of_them(tmp_path: Path) -> None:
