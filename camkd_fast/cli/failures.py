@@ -14,7 +14,7 @@ from ..train.export import ExportError
 from ..train.folder_lock import FolderLockedError
 from ..train.initial_weights import ImageSizeError
 from ..train.run_folder import CHECKPOINTS, CONFIG, RunExistsError, is_finished
-from ..train.sums import NonFiniteLossError
+from ..train.sums import NonFiniteLossError, NonFiniteTeachersError
 from .options import Command, Compare, Data, Demo, Distill, Fetch, Teach
 
 TRACEBACK = "CAMKD_FAST_TRACEBACK"  # environment variable; if set, failures show where they were raised
@@ -149,6 +149,8 @@ def _way_on_with_run(error: BaseException, out: Path) -> str:
         return "nothing was written yet, the same command starts again"
     if isinstance(error, (RunExistsError, FolderLockedError)) or not (out / CONFIG).exists() or is_finished(out):
         return ""
+    if isinstance(error, NonFiniteTeachersError):
+        return "the command `teachers` shows their accuracies: replace the bad one and start again with --overwrite"
     if isinstance(error, NonFiniteLossError):
         return "start again with --overwrite and a lower --learning-rate; --resume would end the same way"
     file_of_the_run = rf"(?:^|[\s'\"]){re.escape(str(out / 'x')[:-1])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,10 @@ LOSSES = ("loss", "hard", "soft", "feature")
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged."""
+
+
+class NonFiniteTeachersError(NonFiniteLossError):
+    """The teachers' part of the loss is not finite, though the student's logits are."""
 
 
 class BatchNumbers(Protocol):
@@ -115,7 +120,8 @@ class Sums:
         """Sums over all processes: one collective, one copy to the host.
 
         Raises:
-            NonFiniteLossError: a loss since the last reset was NaN or infinite; the message has step and parts.
+            NonFiniteLossError: a loss since the last reset was NaN or infinite; the message has step and parts, and a
+                subclass says that teachers are the reason.
         """
         if self._total is None or self._images == 0:
             raise RuntimeError("no step was taken since the sums were reset")
@@ -126,7 +132,13 @@ class Sums:
         if diverged:
             step, *losses = min(diverged)[: 1 + len(LOSSES)]
             parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(LOSSES, losses, strict=True))
-            raise NonFiniteLossError(f"the loss is not finite at step {int(step)}: {parts}")
+            fault = f"the loss is not finite at step {int(step)}: {parts}"
+            hard, soft = (losses[LOSSES.index(name)] for name in ("hard", "soft"))
+            if math.isfinite(hard) and not math.isfinite(soft):
+                raise NonFiniteTeachersError(
+                    f"{fault}; the student's part is finite, so a teacher gives NaN or infinity"
+                )
+            raise NonFiniteLossError(fault)
         images, _, *total = (sum(column) for column in list(zip(*rows, strict=True))[1 + len(LOSSES) :])
         losses, correct, rest = total[: len(LOSSES)], total[len(LOSSES)], total[len(LOSSES) + 1 :]
         totals = Totals(int(images), losses, int(correct), rest[: self._num_weights], rest[self._num_weights :])

@@ -221,7 +221,7 @@ class Trainer:
                 self._epoch(epoch, journal)
         except NonFiniteLossError as error:
             rate, last = self._rate(self.position - 1), next(iter(self.checkpoints.paths()), "none")
-            raise NonFiniteLossError(f"{error}; learning rate {rate:.4g}; last good checkpoint: {last}") from None
+            raise type(error)(f"{error}; learning rate {rate:.4g}; last good checkpoint: {last}") from None
         return Outcome(self._clock.images_per_second * self.world.size, self._clock.start_seconds)
 
     def _rate(self, step: int) -> float:

@@ -25,7 +25,7 @@ from camkd_fast.data.torch_loader import ArrayBatches
 from camkd_fast.system import Stopped
 from camkd_fast.train import folder_lock
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.sums import NonFiniteLossError, NonFiniteTeachersError
 from tests.support.systems import encoded
 
 pytest.importorskip("sklearn")
@@ -209,6 +209,14 @@ def test_a_loaders_process_that_is_killed(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(ArrayBatches, "__getitem__", lambda self, key: os.kill(os.getpid(), signal.SIGKILL))
     error = failing(f"{TEACH} --loader torch --workers 1", capsys)
     assert "a process that loads images has ended" in error and "use --workers 0" in error
+
+
+def test_a_teacher_that_is_not_finite_is_to_be_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step(monkeypatch, 4, raising(NonFiniteTeachersError("soft nan")))
+    error = failing(TEACH, capsys)
+    assert "the command `teachers` shows" in error and "--overwrite" in error and "--learning-rate" not in error
 
 
 @pytest.mark.slow

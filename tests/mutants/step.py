@@ -338,6 +338,12 @@ CHANGES = (
         ),
         Change("sums of an unfinished epoch left out", "Reading(totals.plus(self.base),", "Reading(totals,"),
         Change(
+            "teachers are never the reason",
+            "if math.isfinite(hard) and not math.isfinite(soft):",
+            "if False:",
+            tests="tests/train/test_loop.py",
+        ),
+        Change(
             "feature weights among the weights",
             "rest[: self._num_weights], rest[self._num_weights :]",
             "rest, rest[self._num_weights :]",

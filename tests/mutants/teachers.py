@@ -124,7 +124,7 @@ CHANGES = (
         ),
         Change(
             "a teacher without a map passes",
-            "if strategy.needs_features and isinstance(source.model, LogitsOnly):",
+            "if isinstance(source.model, LogitsOnly):",
             "if False:",
             tests=FITTED,
         ),

@@ -17,7 +17,7 @@ from camkd_fast.train.checkpoint import Checkpoints
 from camkd_fast.train.config import LogConfig, OptimConfig
 from camkd_fast.train.journal import NullJournal
 from camkd_fast.train.step import TrainStep
-from camkd_fast.train.sums import NonFiniteLossError
+from camkd_fast.train.sums import NonFiniteLossError, NonFiniteTeachersError
 from camkd_fast.train.trainer import Clock
 from camkd_fast.train.trainer import evaluate as evaluate_model
 from tests.support.training import ONE, SmallNet, images, loader, train_step, trainer
@@ -205,6 +205,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int)
     assert max(path.name for path in run.checkpoints.paths()) == "step-00000006"
     assert all(math.isfinite(record["loss"]) for record in journal.records)
     assert all(t.isfinite().all() for t in run.checkpoints.latest().model.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("strategy", ["aver", "ebkd", "ca-mkd"])
+def test_a_teacher_that_is_not_finite_is_the_reason_that_is_given(tmp_path: Path, strategy: str, value: float) -> None:
+    """The student has not diverged, so a lower learning rate would not help."""
+    step = train_step(strategy)
+    step.teachers._modules[1].fc.bias.data.fill_(value)
+    run = trainer(tmp_path, step, log=replace(QUIET, log_every=1))
+    words = r"step 1: loss nan, hard \d\S+, soft nan, .*; the student's part is finite, so a teacher gives NaN or inf"
+    with pytest.raises(NonFiniteTeachersError, match=words + r".*; learning rate 0.02; last good checkpoint: none$"):
+        run.run(NullJournal())
 
 
 def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
