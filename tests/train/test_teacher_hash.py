@@ -160,6 +160,16 @@ def test_what_packages_define_counts_by_its_attributes_only() -> None:
     assert state_hash(one) == state_hash(two)
 
 
+def test_the_code_of_an_installed_package_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of a package would refuse every cache and run."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "installed_teacher.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(folder))
+    assert not state_hash(importlib.import_module("installed_teacher").teacher()).endswith("own")
+    sys.modules.pop("installed_teacher")
+
+
 def test_the_code_of_a_split_model_counts() -> None:
     class Net(nn.Module):
         def __init__(self, factor: float) -> None:
