@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import first_line
-from .protocol import FeatureModel, composes
+from .protocol import FeatureModel, composes, inner_model
 
 Model = TypeVar("Model", bound=nn.Module)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -49,8 +49,9 @@ def freeze(model: Model, dtype: torch.dtype | None = None, channels_last: bool =
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PyTorch's, of any type, or the model's own
+        kind = type(inner_model(model)).__name__
         raise TypeError(
-            f"{type(model).__name__} cannot be copied and frozen: expected a module that is not scripted, after "
+            f"{kind} cannot be copied and frozen: expected a module that is not scripted, after "
             f"prune.remove and remove_weight_norm where they apply; PyTorch says: {first_line(error)}"
         ) from error
     for module in frozen.modules():
@@ -77,7 +78,8 @@ def _check_forwards(model: nn.Module) -> None:
         cells = [cell.cell_contents for cell in forward.__closure__ or ()]
         for value in (*cells, *(forward.__defaults__ or ())):
             if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
-                where = f"{name}.forward of {type(model).__name__}" if name else f"{type(model).__name__}.forward"
+                kind = type(inner_model(model)).__name__
+                where = f"{name.removeprefix('model.')}.forward of {kind}" if name else f"{kind}.forward"
                 raise TypeError(
                     f"{where} was replaced by the function {forward.__qualname__}, in which a copy of the model would "
                     "call the original: expected a method (types.MethodType) or a subclass"
@@ -128,7 +130,7 @@ def _pairs(passes: _Whole) -> list[tuple[str, str]]:
     try:
         graph = _Tracer().trace(passes)
     except Exception as error:  # tracing runs the model's Python code on proxies, which can raise anything
-        kept = f"{type(passes.model).__name__} keeps its batch norms"
+        kept = f"{type(inner_model(passes.model)).__name__} keeps its batch norms"
         warnings.warn(f"{kept}, torch.fx cannot trace it: {first_line(error)}", stacklevel=4)
         return []
     shared = _shared(passes.model)

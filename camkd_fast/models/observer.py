@@ -59,8 +59,12 @@ class Observer:
         return Prediction(kept, logits)
 
     def _channels_first(self, features: Tensor) -> Tensor:
-        """A map (N, D, h, w) from one of (N, h, w, D), as of timm's Swin; anything else as it is."""
-        if features.dim() == 4 and features.shape[1] != self.num_features == features.shape[3]:
+        """A map (N, D, h, w) from one of (N, h, w, D), as of timm's Swin; anything else as it is, such as a list."""
+        if (
+            isinstance(features, Tensor)
+            and features.dim() == 4
+            and features.shape[1] != self.num_features == features.shape[3]
+        ):
             return features.permute(0, 3, 1, 2)
         return features
 

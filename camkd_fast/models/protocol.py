@@ -71,7 +71,7 @@ def feature_model(module: nn.Module) -> FeatureModel:
 
 
 class Wrapper(nn.Module):
-    """Base of modules that change the images before a model, or its logits after it."""
+    """Base of modules that change the images before a model, or its map or logits after it."""
 
     model: FeatureModel
     num_features: int
@@ -84,14 +84,47 @@ class Wrapper(nn.Module):
         """Logits from those of the model."""
         return logits
 
+    def outer(self, features: Tensor) -> Tensor:
+        """The map (N, D, h, w) from that of the model."""
+        return features
+
+    def inner(self, features: Tensor) -> Tensor:
+        """The model's map from a map (N, D, h, w)."""
+        return features
+
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(self.before(x))
+        return self.outer(self.model.forward_features(self.before(x)))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        return self.after(self.model.forward_head(features))
+        return self.after(self.model.forward_head(self.inner(features)))
 
     def forward(self, x: Tensor) -> Tensor:
         return predict(self, x).logits
+
+
+class ChannelsFirst(Wrapper):
+    """A model whose map is (N, h, w, D)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = feature_model(model)
+        self.num_features = self.model.num_features
+        if hasattr(model, "num_classes"):
+            self.num_classes = model.num_classes
+        self.train(model.training)
+
+    def outer(self, features: Tensor) -> Tensor:
+        return features.permute(0, 3, 1, 2) if features.dim() == 4 else features
+
+    def inner(self, features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The user's model in this package's wrappers."""
+    while type(model).__module__.startswith("camkd_fast.") and isinstance(getattr(model, "model", None), nn.Module):
+        model = cast(nn.Module, model.model)
+    return model
 
 
 def predict(model: FeatureModel, images: Tensor) -> Prediction:
@@ -107,7 +140,7 @@ def predict(model: FeatureModel, images: Tensor) -> Prediction:
     """
     if isinstance(model, Wrapper):
         features, logits = predict(model.model, model.before(images))
-        return Prediction(features, model.after(logits))
+        return Prediction(model.outer(features), model.after(logits))
     if composes(model):
         features = model.forward_features(images)
         version = version_of(features)

@@ -23,7 +23,9 @@ _EXAMPLES = 2  # names of each side in an error
 ADVICE = "give a model of the same classes, or say which is which with --class-map FILE"
 
 
-def class_order(owner: str, theirs: Sequence[str] | None, ours: Sequence[str] | None) -> list[int] | None:
+def class_order(
+    owner: str, theirs: Sequence[str] | None, ours: Sequence[str] | None, advice: str = ADVICE
+) -> list[int] | None:
     """Position of each of our classes among a model's; None if both have one order or either is unknown.
 
     The model may have more classes than we. Names are equal if their Unicode normal forms are: some systems store
@@ -32,6 +34,7 @@ def class_order(owner: str, theirs: Sequence[str] | None, ours: Sequence[str] | 
 
     Args:
         owner: of the model's names, for the error.
+        advice: what to do, for the error.
 
     Raises:
         ValueError: the model lacks one of our names, has one of them twice, or timm is needed and not installed. The
@@ -42,11 +45,11 @@ def class_order(owner: str, theirs: Sequence[str] | None, ours: Sequence[str] | 
     names = [normal(name) for name in ours]
     found = positions(theirs)
     if found.keys().isdisjoint(names) and all(map(imagenet_names.is_wordnet_id, ours)):
-        found = positions(_wordnet_ids(owner, theirs, ours))
+        found = positions(_wordnet_ids(owner, theirs, ours, advice))
     if len(set(names)) < len(names) or not all(len(found.get(name, ())) == 1 for name in names):
         raise ValueError(
             f"{owner} knows {len(theirs)} classes, such as {examples(theirs, ours)}, but the images have "
-            f"{len(ours)}, such as {examples(ours, theirs)}: {_twice(found, names)}{ADVICE}"
+            f"{len(ours)}, such as {examples(ours, theirs)}: {_twice(found, names)}{advice}"
         )
     order = [found[name][0] for name in names]
     return None if order == list(range(len(theirs))) else order
@@ -60,13 +63,13 @@ def positions(names: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
-def _wordnet_ids(owner: str, theirs: Sequence[str], ours: Sequence[str]) -> Sequence[str]:
+def _wordnet_ids(owner: str, theirs: Sequence[str], ours: Sequence[str], advice: str) -> Sequence[str]:
     ids = imagenet_names.wordnet_ids(theirs)
     if ids is None:
         raise ValueError(
             f"{owner} knows its {len(theirs)} classes by description, such as {examples(theirs, ours)}, but those of "
             f"the {len(ours)} classes of the images are WordNet ids, such as {examples(ours, theirs)}: install timm, "
-            f"which relates them (pip install 'camkd-fast[teachers]'), or {ADVICE}"
+            f"which relates them (pip install 'camkd-fast[teachers]'), or {advice}"
         )
     return ids
 

@@ -14,8 +14,9 @@ from ..models.preprocessing import Preprocessing
 from ..models.protocol import Prediction, Source
 from . import strategies
 from .batch_labels import Labels
+from .distiller_checks import check_teachers, check_types, strategy_class
 from .strategies import Strategy
-from .teachers.given import Images, check_heads, frozen_teachers, needed
+from .teachers.given import Images, check_heads, frozen_teachers, listed, needed
 from .teachers.live import LiveTeachers, Teachers
 
 
@@ -23,11 +24,11 @@ class DistillerOutput(NamedTuple):
     """Result of a `Distiller` for one batch. Only `loss` and `logits` are differentiable."""
 
     loss: Tensor  # scalar, float32: hard + alpha soft + beta feature
-    logits: Tensor  # (N, C) of the student
+    logits: Tensor  # (N, C) of the student, or (..., C)
     hard: Tensor  # scalar: cross-entropy of the student, with label smoothing
     soft: Tensor  # scalar: T^2 sum_k w_k KL_k; 0 without teachers
     feature: Tensor  # scalar: the feature term, beta included; 0 without
-    weights: Tensor | None  # (K, N): w_k of the teachers' logits; None without teachers
+    weights: Tensor | None  # (K, N) or (K, ...): w_k of the teachers' logits; None without teachers
 
 
 class Objective(NamedTuple):
@@ -52,11 +53,13 @@ class Distiller(nn.Module):
     dtype outside autocast, and follow `.to()`.
 
     Args:
-        student: follows timm's protocol (`models.protocol`), or returns logits (N, C) or an object with `logits`.
+        student: follows timm's protocol (`models.protocol`), or returns logits (N, C) or an object with `logits`;
+            logits may be (..., C), of dense labels for one, for strategies without feature maps.
         teachers: modules of the same kinds, `sources.Source`s, or strings of `sources.load`; 1 to 16.
         strategy: a name of `strategies.names()`.
-        temperature: T of the distillation loss.
-        alpha: coefficient of the distillation loss.
+            An instance may come in its place, whose options are its own.
+        temperature: T of the distillation loss; None: 4.
+        alpha: coefficient of the distillation loss; None: 1.
         beta: coefficient of the feature loss; None: the strategy's own (50 for CA-MKD).
         label_smoothing: of the cross-entropy of the student, as torch.nn.CrossEntropyLoss defines it.
         student_layer: name of the student's module whose output (N, D, h, w) is its feature map, if the student does
@@ -79,6 +82,7 @@ class Distiller(nn.Module):
     Raises:
         ValueError: an option is invalid; a layer is unknown or its output no map; the strategy needs feature maps, but
             a model has none; numbers of classes differ; or as `sources.load`.
+        TypeError: an option, a teacher or the strategy has another type, or options are given with an instance.
     """
 
     def __init__(
@@ -87,8 +91,8 @@ class Distiller(nn.Module):
         teachers: Teachers | Iterable[nn.Module | Source | str] | None,
         strategy: str | Strategy = "ca-mkd",
         *,
-        temperature: float = 4.0,
-        alpha: float = 1.0,
+        temperature: float | None = None,
+        alpha: float | None = None,
         beta: float | None = None,
         label_smoothing: float = 0.0,
         student_layer: str | None = None,
@@ -101,34 +105,37 @@ class Distiller(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-        self.student, self.label_smoothing = student, label_smoothing
+        check_types(label_smoothing, preprocessing, class_names, teacher_dtype, channels_last)
+        self.student, self.label_smoothing = student, float(label_smoothing)
+        given = {"temperature": temperature, "alpha": alpha, "beta": beta, **options}
+        given = {name: value for name, value in given.items() if value is not None}
+        kind = strategy_class(strategy, given)
         self._observe = Observer(student, student_layer)
         if student_layer is not None:
             self._observe.measure(student, needed(example, "student_layer", student_layer))
-        if isinstance(teachers, str) or (isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)):
-            raise TypeError(f"teachers must be a list, got {type(teachers).__name__}: [teacher] for a single one")
-        given_models = isinstance(teachers, Iterable)
-        if isinstance(teachers, Iterable):
-            teachers = list(teachers)
+        channels = self._observe.num_features
+        if kind.needs_features and not channels:
+            raise ValueError(
+                f"{kind.name} needs the student's feature map, which {type(student).__name__} does not name: "
+                "student_layer names the module"
+            )
+        teachers = listed(teachers)
+        models = kind.needs_teachers and isinstance(teachers, list)
+        if not kind.needs_teachers or teachers == []:
+            teachers = None
+        if isinstance(teachers, list):
             images = Images(example, preprocessing, class_names)
+            classes = getattr(student, "num_classes", None)
             frozen = frozen_teachers(teachers, teacher_layers, images, teacher_dtype, channels_last)
-            teachers = LiveTeachers(frozen, getattr(student, "num_classes", None)) if frozen else None
+            check_teachers(kind, frozen, classes)
+            teachers = LiveTeachers([model for _, model in frozen], classes)
         if isinstance(strategy, str):
-            if not strategies.find(strategy).needs_teachers:
-                teachers = None
-            channels = self._observe.num_features
-            if strategies.find(strategy).needs_features and not channels:
-                raise ValueError(
-                    f"{strategy} needs the student's feature map, which {type(student).__name__} does not name: "
-                    "student_layer names the module"
-                )
-            given = {"temperature": temperature, "alpha": alpha, "beta": beta, **options}
             strategy = strategies.create(strategy, teachers, channels, **given)
+        else:
+            strategy.use_with(teachers, channels)
         strategy.formula.checked()
         self.strategy = strategy
-        self._heads_unchecked = given_models and strategy.needs_heads
+        self._heads_unchecked = models and strategy.needs_heads
         self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
         self._channels_last = channels_last
         if channels_last:
@@ -145,8 +152,13 @@ class Distiller(nn.Module):
         return self
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Distiller:
-        """As `nn.Module.to_empty`, but teachers keep their weights, which are in no state dict."""
-        super()._apply(lambda tensor: torch.empty_like(tensor, device=device), recurse)  # type: ignore[no-untyped-call]
+        """As `nn.Module.to_empty` of the student.
+
+        The strategy keeps its values, or is initialised anew if it was on meta: a state dict of the student lacks them.
+        Teachers keep their weights, which are in no state dict.
+        """
+        self.student.to_empty(device=device, recurse=recurse)
+        self.strategy.to_device(device)
         for teachers in self._teachers:
             teachers.move(lambda tensor: tensor.to(device))
         return self
@@ -162,7 +174,7 @@ class Distiller(nn.Module):
         """
         Args:
             images: (N, channels, H, W), for student and teachers.
-            target: (N,) int64 labels, or -100 for images that do not count.
+            target: (N,) int64 labels, or the leading shape of the logits; -100 for images that do not count.
             num_items: divisor of the summed loss instead of the number of images that count: all of an optimiser's
                 step, for gradient accumulation; those of all processes divided by their number, for DDP and FSDP.
             second_target: (N,) int64 second labels of mixed images (Mixup, CutMix); None: images have one label.
@@ -187,10 +199,7 @@ class Distiller(nn.Module):
             return DistillerOutput(loss, logits, loss.detach(), zero, zero, None)
         options = self._options(logits.detach(), outputs, labels)
         out = camkd_loss(logits, [teacher.logits for teacher in outputs], target, num_items=num_items, **options)
-        loss, hard = out.loss, out.hard
-        if self.label_smoothing:
-            smoothing = self.label_smoothing * labels.smoothed(_wide(logits), num_items)
-            loss, hard = loss + self.strategy.formula.hard_weight * smoothing, hard + smoothing.detach()
+        loss, hard = self._smoothed(out.loss, out.hard, logits, labels, num_items)
         term = self.strategy.feature_term(student, outputs, target, num_items, **labels.second())
         feature = zero if term is None else term.loss
         return DistillerOutput(loss + feature, logits, hard, out.soft, feature.detach(), out.weights)
@@ -251,15 +260,21 @@ class Distiller(nn.Module):
         options = self._options(logits, teacher_outputs, labels)
         given = {"num_items": num_items, "loss_scale": scale, **options}
         out, gradient = camkd_loss_and_grad(logits, teachers, labels.target, **given)
-        losses = _Losses(out.loss, out.hard, out.soft, out.weights)
+        loss, hard = self._smoothed(out.loss, out.hard, logits, labels, num_items)
         if self.label_smoothing:
-            wide = _wide(logits)
-            smoothing = self.label_smoothing * labels.smoothed(wide, num_items)
             weight = self.strategy.formula.hard_weight
-            losses = _Losses(losses.loss + weight * smoothing, losses.hard + smoothing, losses.soft, losses.weights)
-            slope = labels.smoothing_slope(wide) * (scale * (weight * self.label_smoothing / num_items))
+            slope = labels.smoothing_slope(_wide(logits)) * (scale * (weight * self.label_smoothing / num_items))
             gradient.add_(slope.to(gradient.dtype))
-        return losses, gradient
+        return _Losses(loss, hard, out.soft, out.weights), gradient
+
+    def _smoothed(
+        self, loss: Tensor, hard: Tensor, logits: Tensor, labels: Labels, num_items: float | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its cross-entropy, detached, with label smoothing."""
+        if not self.label_smoothing:
+            return loss, hard
+        smoothing = self.label_smoothing * labels.smoothed(_wide(logits), num_items)
+        return loss + self.strategy.formula.hard_weight * smoothing, hard + smoothing.detach()
 
     def _options(self, logits: Tensor, teacher_outputs: list[Prediction], labels: Labels) -> dict[str, Any]:
         """Keywords of the loss for one batch; logits (N, C) of the student, detached."""

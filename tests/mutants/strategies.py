@@ -10,11 +10,13 @@ CHANGES = (
     *changes(
         "camkd_fast/train/strategies/registry.py",
         f"{OPTIONS} {LOGITS}",
-        Change("alpha not divided", "soft_weight = alpha / divisor", "soft_weight = alpha"),
+        Change("alpha not divided", 'soft_weight = common["alpha"] / divisor', 'soft_weight = common["alpha"]'),
         Change("options are dropped", "{**kind.options, **given}", "{**given, **kind.options}"),
         Change("option 0 is no option", "if options.get(name) is not None}", "if options.get(name)}"),
         Change(
-            "default temperature", "formula = Formula(temperature, soft_weight", "formula = Formula(4.0, soft_weight"
+            "default temperature",
+            'formula = Formula(common["temperature"], soft_weight',
+            "formula = Formula(4.0, soft_weight",
         ),
         Change("rule of the class ignored", "weighting=kind.rule)", 'weighting="confidence")'),
     ),
@@ -35,7 +37,7 @@ CHANGES = (
         ),
         Change("AEKD without its cap", "return min_norm_weights(gram, self.cap)", "return min_norm_weights(gram)"),
         Change("AEKD in half precision", "with torch.autocast(q.device.type, enabled=False):", "if True:"),
-        Change("KD of the first teacher", "F.one_hot(torch.tensor(teacher_index), K)", "F.one_hot(torch.tensor(0), K)"),
+        Change("KD of the first teacher", "torch.tensor(self._index, ", "torch.tensor(0, "),
         Change("KD's index up to K", "if not 0 <= teacher_index < K:", "if not 0 <= teacher_index <= K:"),
     ),
     *changes(

@@ -248,7 +248,7 @@ def test_the_students_seed_decides_its_first_weights(seen: Seen, tmp_path: Path)
 def test_the_optimiser_has_the_configured_numbers() -> None:
     step = train_step("ca-mkd")
     optim = OptimConfig(momentum=0.5, weight_decay=0.25)
-    other = run.TrainStep(SmallNet(), step.strategy, None, optim, PrecisionConfig(compile="off"), ONE, 32, 0)
+    other = run.TrainStep(SmallNet(), step.strategy, step.teachers, optim, PrecisionConfig(compile="off"), ONE, 32, 0)
     assert len(other.optimizer.param_groups) == 1
     (group,) = other.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.5, 0.25, True)

@@ -27,7 +27,7 @@ from pkgutil import iter_modules
 # isort: off
 # The order of registration is the order of help texts, tables and default comparisons.
 from .base import FeatureTerm, Setup, Strategy
-from .registry import STRATEGIES, UNSET, create, find, names, register, taking, unregister
+from .registry import COMMON, STRATEGIES, UNSET, check, create, find, names, register, taking, unregister
 from .logits import AEKD, AVER, CE, EBKD, KD
 from .features import FeatureStrategy, FitNetMKD
 from .confidence import CAMKD, CAMKDLogits
@@ -41,6 +41,7 @@ __all__ = [
     "AVER",
     "CAMKD",
     "CE",
+    "COMMON",
     "EBKD",
     "KD",
     "STRATEGIES",
@@ -51,6 +52,7 @@ __all__ = [
     "FitNetMKD",
     "Setup",
     "Strategy",
+    "check",
     "create",
     "find",
     "names",

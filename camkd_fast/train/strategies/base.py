@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...losses.formula import Formula
@@ -60,6 +62,32 @@ class Strategy(nn.Module):
         """
         return cls(setup.formula)
 
+    def use_with(self, teachers: Teachers | None, student_features: int) -> None:
+        """Use the strategy with these models, which need not be those that it was built for.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.needs_teachers and teachers is None:
+            raise ValueError(f"{self.name} learns from teachers, but none were given")
+
+    def to_device(self, device: torch.device | str | int | None) -> None:
+        """Move the strategy. What is on meta has no values: it is initialised as when the strategy was made.
+
+        Raises:
+            ValueError: a module with parameters or buffers on meta has no `reset_parameters`.
+        """
+        for name, module in self.named_modules():
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            empty = any(tensor.is_meta for tensor in tensors) and torch.device(device or "meta").type != "meta"
+            reset: Any = getattr(module, "reset_parameters", None)
+            if empty and reset is None:
+                kind = type(module).__name__
+                raise ValueError(f"{name or 'tensors'} of {self.name} on meta: {kind} has no reset_parameters")
+            module._apply(partial(_moved, device), recurse=False)
+            if empty:
+                reset()
+
     @staticmethod
     def divisor(K: int, official: bool) -> int:
         """Divisor of alpha (table of the package)."""
@@ -87,3 +115,7 @@ class Strategy(nn.Module):
                 for a differentiable loss.
         """
         return None
+
+
+def _moved(device: torch.device | str | int | None, tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device=device)

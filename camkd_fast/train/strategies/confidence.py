@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...losses.formula import check_choice, check_flag
+from ...losses.formula import check_choice
 from .base import FeatureTerm, Setup, Strategy
 from .features import FeatureStrategy
 from .registry import register
@@ -48,7 +48,6 @@ class CAMKD(FeatureStrategy):
         super().__init__(setup)
         self.uniform = setup.options["uniform"]
         check_choice("uniform", self.uniform, ("none", "logits", "features"))
-        check_flag("detach_weights", setup.options["detach_weights"])
         if self.uniform == "logits":
             self.formula = self.formula.replaced(weighting="uniform")
 

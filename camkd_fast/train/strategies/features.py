@@ -12,6 +12,7 @@ from ...losses.feature import weighted_feature_loss
 from ...losses.feature_module import CAMKDFeatureLoss
 from ...losses.scale_plan import divisor_of
 from ...models.protocol import Prediction
+from ..teachers.live import Teachers
 from .base import FeatureTerm, Setup, Strategy
 from .registry import register
 
@@ -30,7 +31,7 @@ class FeatureStrategy(Strategy):
         super().__init__(setup.formula)
         teachers = setup.teachers
         assert teachers is not None
-        if 0 in teachers.num_features:
+        if 0 in teachers.num_features:  # a caller's own teachers
             raise ValueError(f"{self.name} needs feature maps, but the teachers give {teachers.num_features} channels")
         self.beta: float = setup.options["beta"] / setup.divisor
         self.heads = teachers.heads
@@ -40,6 +41,22 @@ class FeatureStrategy(Strategy):
     @classmethod
     def build(cls, setup: Setup) -> FeatureStrategy:
         return cls(setup)
+
+    def channels(self) -> list[int]:
+        """Of the student's map, then of each teacher's."""
+        convolutions: list[Any] = [regressor[0] for regressor in self.maps.regressors]  # type: ignore[index]
+        return [convolutions[0].in_channels, *(convolution.out_channels for convolution in convolutions)]
+
+    def use_with(self, teachers: Teachers | None, student_features: int) -> None:
+        super().use_with(teachers, student_features)
+        assert teachers is not None
+        given = [student_features, *teachers.num_features]
+        if given != self.channels():
+            raise ValueError(
+                f"{self.name} was made for a student and teachers of {self.channels()} channels, but the models have "
+                f"{given}"
+            )
+        self.heads = teachers.heads
 
     def feature_term(
         self,
@@ -57,7 +74,11 @@ class FeatureStrategy(Strategy):
 
     def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
         """Transformers have tokens in their place, and some models channels last."""
-        for name, features in (("the student", student), *((f"teacher {k}", f) for k, f in enumerate(teachers))):
+        named = ("the student", student), *((f"teacher {k}", f) for k, f in enumerate(teachers))
+        for (name, features), channels in zip(named, self.channels(), strict=True):
+            if not isinstance(features, Tensor):
+                kind = type(features).__name__
+                raise ValueError(f"{self.name} needs feature maps (N, D, h, w), but that of {name} is a {kind}")
             if features.shape == (0,):
                 raise ValueError(
                     f"{self.name} needs feature maps, but {name} gave none: its forward does not call its "
@@ -66,6 +87,11 @@ class FeatureStrategy(Strategy):
             if features.dim() != 4:
                 raise ValueError(
                     f"{self.name} needs feature maps (N, D, h, w), but that of {name} has shape {tuple(features.shape)}"
+                )
+            if features.shape[1] != channels:
+                raise ValueError(
+                    f"{self.name} needs feature maps (N, D, h, w) with D = {channels} of {name}, but that has shape "
+                    f"{tuple(features.shape)}"
                 )
 
     def _term(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...losses.formula import Formula
 from ...losses.min_norm import min_norm_weights
 from ...models.protocol import Prediction
+from ..teachers.live import Teachers
 from .base import Setup, Strategy
 from .registry import register
 
@@ -36,12 +37,26 @@ class KD(Strategy):
         if not 0 <= teacher_index < K:
             raise ValueError(f"teacher_index must lie in [0, {K}) for {K} teachers, got {teacher_index}")
         self.weights: Tensor
-        self.register_buffer("weights", F.one_hot(torch.tensor(teacher_index), K).float(), persistent=False)
+        self._index = teacher_index
+        self.register_buffer("weights", torch.empty(K), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weights.copy_(F.one_hot(torch.tensor(self._index, device="cpu"), len(self.weights)))
 
     @classmethod
     def build(cls, setup: Setup) -> KD:
         assert setup.teachers is not None
         return cls(setup.formula, len(setup.teachers.num_features), setup.options["teacher_index"])
+
+    def use_with(self, teachers: Teachers | None, student_features: int) -> None:
+        super().use_with(teachers, student_features)
+        assert teachers is not None
+        if len(teachers.num_features) != len(self.weights):
+            raise ValueError(
+                f"{self.name} was made for {len(self.weights)} teachers, but there are {len(teachers.num_features)}"
+            )
 
     def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
         return self.weights

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...losses.formula import Formula, check_number
+from ...losses.formula import Formula
 from ..teachers.live import Teachers
 from .base import Setup, Strategy
+from .option_types import check_options, check_positive
 
 STRATEGIES: dict[str, type[Strategy]] = {}  # in the order of registration
+COMMON = {"alpha": 1.0, "temperature": 4.0, "official_scale": False}  # options of all strategies, with their defaults
 UNSET = {"beta": None, "uniform": "none"}  # values of options that ask for nothing, see `create`
 
 _Kind = TypeVar("_Kind", bound=type[Strategy])
@@ -61,45 +64,53 @@ def find(name: str) -> type[Strategy]:
     return STRATEGIES[name]
 
 
-def create(
-    name: str,
-    teachers: Teachers | None,
-    student_features: int,
-    *,
-    alpha: float = 1.0,
-    temperature: float = 4.0,
-    official_scale: bool = False,
-    **options: Any,
-) -> Strategy:
+def check(name: str, options: Mapping[str, Any]) -> type[Strategy]:
+    """The class of that name, after a check of all options that `create` would get; teachers are not needed.
+
+    Raises:
+        ValueError: an unknown name, an option that the strategy lacks, a number that is not finite, or T <= 0.
+        TypeError: no strategy has that option, or its value has another type.
+    """
+    kind = find(name)
+    check_options(COMMON, options)
+    if options.get("temperature") is not None:
+        check_positive("temperature", options["temperature"])
+    for option, value in options.items():
+        if option in COMMON:
+            continue
+        if not taking(option):
+            raise TypeError(f"no strategy has an option {option!r}")
+        for who in taking(option):
+            check_options(STRATEGIES[who].options, {option: value})
+        if option in UNSET and value != UNSET[option] and option not in kind.options:
+            who = ", ".join(taking(option))
+            raise ValueError(f"{option} is {value!r}, but {name} has no option {option}: it is for {who}")
+    return kind
+
+
+def create(name: str, teachers: Teachers | None, student_features: int, **options: Any) -> Strategy:
     """An instance of the named strategy; its parameters are initialised from torch's global generator.
 
     Args:
         name: one of `names()`.
         teachers: the K teachers; None for strategies without teachers.
         student_features: channels of the student's last feature map.
-        alpha: strength of the soft loss, before the division (table of the package).
-        official_scale: divide as the official code does.
-        options: values that replace the class's `options`. `beta=None` and `uniform="none"` keep the default; set to
-            anything else they are refused by strategies without them. Other options are ignored by these.
+        options: alpha (1), strength of the soft loss before the division (table of the package); temperature (4);
+            official_scale (False), divide as the official code does; and values that replace the class's `options`.
+            None keeps a default, as does `uniform="none"`; `beta` and `uniform` are refused by strategies without
+            them. Other options are ignored by these.
 
     Raises:
-        ValueError: an unknown name, no teachers, an option that the strategy lacks, a number that is not finite, or
-            what `Strategy.build` raises.
-        TypeError: no strategy has that option.
+        ValueError, TypeError: as `check`; no teachers, or what `Strategy.build` raises.
     """
-    kind = find(name)
-    for option, value in options.items():
-        if not taking(option):
-            raise TypeError(f"no strategy has an option {option!r}")
-        if option in UNSET and value != UNSET[option] and option not in kind.options:
-            who = ", ".join(taking(option))
-            raise ValueError(f"{option} is {value!r}, but {name} has no option {option}: it is for {who}")
+    kind = check(name, options)
     if kind.needs_teachers and teachers is None:
         raise ValueError(f"{name} learns from teachers, but none were given")
-    divisor = 1 if teachers is None else kind.divisor(len(teachers.num_features), official_scale)
-    soft_weight = alpha / divisor if kind.needs_teachers else 0.0
-    formula = Formula(temperature, soft_weight=soft_weight, weighting=kind.rule)
+    common: dict[str, Any] = {
+        key: options.get(key) if options.get(key) is not None else default for key, default in COMMON.items()
+    }
+    divisor = 1 if teachers is None else kind.divisor(len(teachers.num_features), common["official_scale"])
+    soft_weight = common["alpha"] / divisor if kind.needs_teachers else 0.0
+    formula = Formula(common["temperature"], soft_weight=soft_weight, weighting=kind.rule)
     given = {name: options[name] for name in kind.options if options.get(name) is not None}
-    if "beta" in given:
-        check_number("beta", given["beta"], positive=False)
     return kind.build(Setup(formula, teachers, student_features, divisor, {**kind.options, **given}))
