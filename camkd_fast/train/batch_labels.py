@@ -1,4 +1,4 @@
-"""The labels of a batch: one per row, or two with their shares (Mixup, CutMix); cross-entropy and label smoothing."""
+"""Labels of logits (..., C): one per row, or two with their shares (Mixup, CutMix); cross-entropy and smoothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ IGNORED = -100  # label of rows that do not count
 class Labels(NamedTuple):
     """Labels of N rows; cross-entropies are mix CE(target) + (1 - mix) CE(second_target)."""
 
-    target: Tensor  # (N,) int64, or IGNORED
-    second_target: Tensor | None = None  # (N,) int64; None: rows have one label
-    mix: Tensor | None = None  # (N,) float32 in [0, 1], the share of `target`
+    target: Tensor  # (...) int64, or IGNORED
+    second_target: Tensor | None = None  # (...) int64; None: rows have one label
+    mix: Tensor | None = None  # (...) float32 in [0, 1], the share of `target`
 
     def second(self) -> dict[str, Tensor]:
         """The second labels as keywords of a loss; empty for rows of one label."""
@@ -29,37 +29,38 @@ class Labels(NamedTuple):
         return {"second_target": self.second_target, "mix": self.mix}
 
     def largest(self) -> Tensor:
-        """(N,) the label with the larger share."""
+        """(...) the label with the larger share."""
         if self.second_target is None or self.mix is None:
             return self.target
         return torch.where(self.mix >= 0.5, self.target, self.second_target)
 
     def cross_entropy(self, logits: Tensor, smoothing: float, num_items: float | Tensor | None) -> Tensor:
         """Scalar, differentiable: the sum over rows divided by `num_items`, or by the rows that count if it is None."""
+        logits, first = logits.reshape(-1, logits.shape[-1]), self.target.reshape(-1)
         if self.second_target is None or self.mix is None:
-            total = F.cross_entropy(logits, self.target, reduction="sum", label_smoothing=smoothing)
+            total = F.cross_entropy(logits, first, reduction="sum", label_smoothing=smoothing)
             return total / self._divisor(num_items)
-        kept, mix = self.target != IGNORED, self.mix.to(logits.dtype)
+        kept, mix = first != IGNORED, self.mix.reshape(-1).to(logits.dtype)
         total = logits.new_zeros(())
-        for target, share in ((self.target, mix), (self.second_target, 1 - mix)):
+        for target, share in ((first, mix), (self.second_target.reshape(-1), 1 - mix)):
             read = torch.where(kept & (share != 0), target, IGNORED)  # others may be any
             each = F.cross_entropy(logits, read, reduction="none", label_smoothing=smoothing)
             total = total + torch.where(kept & (share != 0), share * each, 0.0).sum()
         return total / self._divisor(num_items)
 
     def smoothing_slope(self, logits: Tensor) -> Tensor:
-        """d/d logits (N, C) of what label smoothing adds to the summed cross-entropy, per unit of smoothing.
+        """d/d logits (..., C) of what label smoothing adds to the summed cross-entropy, per unit of smoothing.
 
         The smoothed cross-entropy of a row is CE + eps (z_y - mean_c z_c), with both labels by their shares in z_y: the
         second part is linear in the logits.
         """
-        C = logits.shape[1]
+        C = logits.shape[-1]
         classes = torch.arange(C, device=logits.device)
-        onehot = (classes == self.target[:, None]).to(logits.dtype)
+        onehot = (classes == self.target.unsqueeze(-1)).to(logits.dtype)
         if self.second_target is not None and self.mix is not None:
-            mix = self.mix.to(logits.dtype)[:, None]
-            onehot = mix * onehot + (1 - mix) * (classes == self.second_target[:, None]).to(logits.dtype)
-        return torch.where((self.target != IGNORED)[:, None], onehot - 1 / C, 0.0)
+            mix = self.mix.to(logits.dtype).unsqueeze(-1)
+            onehot = mix * onehot + (1 - mix) * (classes == self.second_target.unsqueeze(-1)).to(logits.dtype)
+        return torch.where((self.target != IGNORED).unsqueeze(-1), onehot - 1 / C, 0.0)
 
     def smoothed(self, logits: Tensor, num_items: float | Tensor | None) -> Tensor:
         """Scalar, differentiable: the sum that `smoothing_slope` describes, divided as in `cross_entropy`."""

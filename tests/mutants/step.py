@@ -162,14 +162,14 @@ CHANGES = (
         LABELS,
         Change(
             "ignored rows are smoothed",
-            "torch.where((self.target != IGNORED)[:, None], onehot - 1 / C, 0.0)",
+            "torch.where((self.target != IGNORED).unsqueeze(-1), onehot - 1 / C, 0.0)",
             "onehot - 1 / C",
         ),
         Change("the label loses all of its share", "onehot - 1 / C", "onehot"),
         Change(
             "the shares are swapped",
-            "((self.target, mix), (self.second_target, 1 - mix))",
-            "((self.target, 1 - mix), (self.second_target, mix))",
+            "((first, mix), (self.second_target.reshape(-1), 1 - mix))",
+            "((first, 1 - mix), (self.second_target.reshape(-1), mix))",
         ),
         Change("accuracy of the smaller share", "self.mix >= 0.5", "self.mix < 0.5"),
     ),
@@ -177,13 +177,19 @@ CHANGES = (
         "camkd_fast/train/distiller.py",
         LABELS,
         Change(
+            "the strategy is emptied",
+            "self.strategy.to_device(device)",
+            "self.strategy.to_empty(device=device)",
+            tests="tests/train/test_distiller_options.py",
+        ),
+        Change(
             "teachers are emptied",
             "teachers.move(lambda tensor: tensor.to(device))",
             "teachers.move(lambda tensor: torch.empty_like(tensor, device=device))",
             tests="tests/train/test_distiller.py",
         ),
         Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
-        Change("smoothing is not logged", "losses.hard + smoothing, losses.soft", "losses.hard, losses.soft"),
+        Change("smoothing is not logged", "hard + smoothing.detach()", "hard"),
         Change(
             "second labels do not reach the weights",
             "formula.replaced(weighting=weighting).options(), **labels.second()}",
