@@ -74,6 +74,17 @@ for strategy in ("ca-mkd-logits", "ca-mkd"):
                         loss = module(data.images[part], data.target[part], num_items=24 / 2).loss
                     loss.backward()
             check(gradients(module), expected, tolerance, (strategy, precise, way))
+
+for strategy, joined, refused in (("aekd", True, True), ("aekd", False, False), ("ca-mkd-logits", True, False)):
+    module = DistributedDataParallel(made(strategy))
+    try:
+        with module.join(enable=joined):
+            for _ in range(2 if refused or not joined else 1 + rank):
+                module(data.images, data.target).loss.backward()
+        assert not refused, strategy
+    except ValueError as error:
+        assert refused and "aekd sums over all processes in every batch, but DDP's join" in str(error), error
+    dist.barrier()
 leave_group()
 """
 

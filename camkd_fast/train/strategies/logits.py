@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...losses.formula import Formula
 from ...losses.min_norm import min_norm_weights
@@ -100,6 +100,7 @@ class AEKD(Strategy):
         with torch.no_grad():
             gram = self._gram(student_logits, teacher_outputs, target)
             if learns and torch.distributed.is_available() and torch.distributed.is_initialized():
+                _check_not_joined()
                 torch.distributed.all_reduce(gram)
             return min_norm_weights(gram, self.cap)
 
@@ -115,3 +116,18 @@ class AEKD(Strategy):
             ]
             stacked = torch.stack(gradients)
             return stacked @ stacked.T
+
+
+def _check_not_joined() -> None:
+    """
+    Raises:
+        ValueError: DDP's `join` is in force: a process without batches takes part in the collectives of DDP only.
+    """
+    if torch.compiler.is_compiling():
+        return
+    running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if getattr(getattr(running, "_join_config", None), "enable", False):
+        raise ValueError(
+            f"{AEKD.name} sums over all processes in every batch, but DDP's join lets some end earlier: expected "
+            "equally many batches in each process, without join"
+        )
