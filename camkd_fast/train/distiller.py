@@ -14,7 +14,7 @@ from ..models.preprocessing import Preprocessing
 from ..models.protocol import Prediction, Source
 from . import strategies
 from .batch_labels import Labels
-from .distiller_checks import check_teachers, check_types, strategy_class
+from .distiller_checks import check_layers, check_teachers, check_types, strategy_class
 from .strategies import Strategy
 from .teachers.given import Images, check_heads, frozen_teachers, listed, needed
 from .teachers.live import LiveTeachers, Teachers
@@ -106,6 +106,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         check_types(label_smoothing, preprocessing, class_names, teacher_dtype, channels_last)
+        check_layers(student_layer, teacher_layers, example)
         self.student, self.label_smoothing = student, float(label_smoothing)
         given = {"temperature": temperature, "alpha": alpha, "beta": beta, **options}
         given = {name: value for name, value in given.items() if value is not None}

@@ -37,6 +37,25 @@ def check_types(
         raise TypeError(f"class_names must be a sequence of names or None, got {class_names!r}")
 
 
+def check_layers(student_layer: object, teacher_layers: object, example: object) -> None:
+    """
+    Raises:
+        TypeError: a layer is no name, or the example no tensor.
+    """
+    if student_layer is not None and not isinstance(student_layer, str):
+        raise TypeError(f"student_layer must be a module's name or None, got {student_layer!r}")
+    if teacher_layers is not None:
+        if isinstance(teacher_layers, str) or not isinstance(teacher_layers, Sequence):
+            raise TypeError(
+                f"teacher_layers must be a sequence with a name or None per teacher, got {teacher_layers!r}"
+            )
+        for k, layer in enumerate(teacher_layers):
+            if layer is not None and not isinstance(layer, str):
+                raise TypeError(f"teacher_layers[{k}] must be a module's name or None, got {layer!r}")
+    if example is not None and not isinstance(example, torch.Tensor):
+        raise TypeError(f"example must be a tensor of images, got {type(example).__name__}")
+
+
 def strategy_class(strategy: object, options: Mapping[str, Any]) -> type[Strategy]:
     """The class of a strategy that is given by name or as an instance.
 

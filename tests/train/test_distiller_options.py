@@ -37,6 +37,8 @@ WRONG_TYPES: list[tuple[str, dict[str, Any], str]] = [
     *(("aver", {"teacher_dtype": value}, "must be a floating-point torch.dtype") for value in ("bfloat16", torch.int8)),
     ("aver", {"preprocessing": ((0.5,), (0.5,), 32)}, "must be a camkd_fast.models.preprocessing.Preprocessing"),
     ("aver", {"class_names": "abc"}, "must be a sequence of names or None, got 'abc'"),
+    ("aver", {"student_layer": 3}, "must be a module's name or None, got"),
+    ("aver", {"teacher_layers": "abc"}, "must be a sequence of names or None, got"),
 ]
 
 
@@ -49,6 +51,13 @@ def test_options_of_a_wrong_type_are_refused(
     with pytest.raises(TypeError, match=f"^{option} {message}") as caught:
         Distiller(SmallNet(), teachers(), name, **options)
     assert repr(value) in str(caught.value)
+
+
+def test_layers_and_examples_of_a_wrong_type_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"teacher_layers\[1\] must be a module's name or None, got 5"):
+        Distiller(SmallNet(), teachers(), teacher_layers=[None, 5])
+    with pytest.raises(TypeError, match="example must be a tensor of images, got list"):
+        Distiller(SmallNet(), teachers(), example=[1])
 
 
 @pytest.mark.parametrize("name", names())
