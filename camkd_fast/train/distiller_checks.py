@@ -46,9 +46,7 @@ def check_layers(student_layer: object, teacher_layers: object, example: object)
         raise TypeError(f"student_layer must be a module's name or None, got {student_layer!r}")
     if teacher_layers is not None:
         if isinstance(teacher_layers, str) or not isinstance(teacher_layers, Sequence):
-            raise TypeError(
-                f"teacher_layers must be a sequence with a name or None per teacher, got {teacher_layers!r}"
-            )
+            raise TypeError(f"teacher_layers must be a sequence of names or None, got {teacher_layers!r}")
         for k, layer in enumerate(teacher_layers):
             if layer is not None and not isinstance(layer, str):
                 raise TypeError(f"teacher_layers[{k}] must be a module's name or None, got {layer!r}")

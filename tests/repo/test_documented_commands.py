@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,8 +115,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     net: Any = Bare()
     net.config = SimpleNamespace(num_labels=3, id2label=dict(enumerate(("goldfish", *WORDS[::2]))))
     net.config.id2label = {0: "tench", 1: "goldfish, gold fish", 2: "great white shark"}
-    forward = net.forward
-    net.forward = lambda pixel_values: SimpleNamespace(logits=forward(pixel_values))
+    forward = type(net).forward
+    net.forward = MethodType(lambda self, pixel_values: SimpleNamespace(logits=forward(self, pixel_values)), net)
     for name, found in (("AutoModelForImageClassification", net), ("AutoImageProcessor", Processor())):
         setattr(hub, name, SimpleNamespace(from_pretrained=lambda name, found=found, **_: found))
     parent: Any = ModuleType("torchvision")
