@@ -124,7 +124,7 @@ class TeacherMix:
         """
         ids: Tensor = inputs["input_ids"]
         if self.weights is not None:
-            weighting = torch.tensor(self.weights, device=ids.device)
+            weighting = torch.tensor(self.weights, dtype=torch.float32, device=ids.device)
             return hidden_of_teachers(self.teachers, inputs, None), {"weighting": weighting}
         if self.column is None:
             return hidden_of_teachers(self.teachers, inputs, None), {}

@@ -32,6 +32,7 @@ from tests.support.language_models import (
     teachers,
     unfused_loss,
 )
+from tests.support.tensor_kinds import default_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOSS = {"temperature": 2.0, "hard_weight": 0.5}
@@ -168,6 +169,13 @@ def test_inputs_without_a_row_per_sample_are_not_selected(make: Any, extra: str)
             trainer.teachers, batch, torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
         )
     assert received == [[4, 4], [4, 4]]
+
+
+def test_the_default_dtype_does_not_round_the_weights(make: Any) -> None:
+    trainer = make(teacher_weights=[0.7, 0.3])
+    with default_dtype(torch.bfloat16):
+        _, given = trainer._mix.of_batch(batch_of(TokenData()), batch_of(TokenData()), 5)
+    assert given["weighting"].tolist() == torch.tensor([0.7, 0.3]).tolist()
 
 
 def test_samples_mix_their_teachers(make: Any) -> None:

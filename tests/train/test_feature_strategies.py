@@ -25,6 +25,7 @@ from tests.support.strategies import (
     live,
     logit_loss,
 )
+from tests.support.tensor_kinds import default_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +46,16 @@ def test_hints_are_the_mean_of_the_squared_errors_and_their_gradient_is_alive() 
     owned = list(strategy.parameters())
     assert len(owned) == 3 * 3  # per teacher: convolution, scale and offset of the batch norm
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in owned)
+
+
+@pytest.mark.parametrize("name", ["fitnet-mkd", "ca-mkd"])
+def test_the_default_dtype_changes_no_bit(name: str) -> None:
+    batch = case(3)
+    strategy = strategies.create(name, batch.teachers, FEATURES)
+    expected = strategy.feature_term(batch.student, batch.outputs, batch.target).loss
+    with default_dtype(torch.bfloat16):
+        found = strategy.feature_term(batch.student, batch.outputs, batch.target).loss
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("official", [False, True])

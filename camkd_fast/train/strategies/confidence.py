@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from ...losses.formula import check_choice
 from .base import FeatureTerm, Setup, Strategy
-from .features import FeatureStrategy
+from .features import FeatureStrategy, MapBatch
 from .registry import register
 
 
@@ -51,18 +49,10 @@ class CAMKD(FeatureStrategy):
         if self.uniform == "logits":
             self.formula = self.formula.replaced(weighting="uniform")
 
-    def _term(
-        self,
-        student: Tensor,
-        teachers: list[Tensor],
-        target: Tensor,
-        num_items: float | Tensor | None,
-        loss_scale: Tensor | None,
-        second: dict[str, Tensor],
-    ) -> FeatureTerm:
+    def _term(self, batch: MapBatch) -> FeatureTerm:
         if self.uniform == "features":
-            return self._hints(student, teachers, target, num_items, loss_scale)
-        if loss_scale is not None and self.maps.detach_weights:
-            return self._with_gradients(student, teachers, target, num_items, loss_scale, "confidence", second)
-        out = self.maps(student, teachers, self.heads, target, num_items, **second)
+            return self._hints(batch)
+        if batch.loss_scale is not None and self.maps.detach_weights:
+            return self._with_gradients(batch, "confidence")
+        out = self.maps(batch.student, batch.teachers, self.heads, batch.target, batch.num_items, **batch.second)
         return FeatureTerm(self.beta * out.loss, out.weights.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from ...models.protocol import Prediction
 from ..teachers.live import Teachers
 from .base import FeatureTerm, Setup, Strategy
 from .registry import register
+
+
+class MapBatch(NamedTuple):
+    """What a feature term is computed of: the maps of a batch, and the rest as in `Strategy.feature_term`."""
+
+    student: Tensor  # (N, D, H, W), in the dtype of the maps r_k
+    teachers: list[Tensor]  # (N, D_k, H_k, W_k)
+    target: Tensor
+    num_items: float | Tensor | None
+    loss_scale: Tensor | None
+    second: dict[str, Tensor]
 
 
 class FeatureStrategy(Strategy):
@@ -70,7 +81,7 @@ class FeatureStrategy(Strategy):
         self._check_maps(student.features, [teacher.features for teacher in teacher_outputs])
         with torch.autocast(student.features.device.type, enabled=False):
             maps = student.features.to(self.maps.dtype), [t.features for t in teacher_outputs]
-            return self._term(*maps, target, num_items, loss_scale, second)
+            return self._term(MapBatch(*maps, target, num_items, loss_scale, second))
 
     def _check_maps(self, student: Tensor, teachers: Sequence[Tensor]) -> None:
         """Transformers have tokens in their place, and some models channels last."""
@@ -94,48 +105,33 @@ class FeatureStrategy(Strategy):
                     f"{tuple(features.shape)}"
                 )
 
-    def _term(
-        self,
-        student: Tensor,
-        teachers: list[Tensor],
-        target: Tensor,
-        num_items: float | Tensor | None,
-        loss_scale: Tensor | None,
-        second: dict[str, Tensor],
-    ) -> FeatureTerm:
-        """`feature_term` of the maps: student (N, D, H, W) float32, teachers (N, D_k, H_k, W_k)."""
+    def _term(self, batch: MapBatch) -> FeatureTerm:
+        """`feature_term` of these maps."""
         raise NotImplementedError
 
-    def _with_gradients(
-        self,
-        student: Tensor,
-        teachers: list[Tensor],
-        target: Tensor,
-        num_items: float | Tensor | None,
-        loss_scale: Tensor,
-        weighting: str,
-        second: dict[str, Tensor],
-    ) -> FeatureTerm:
+    def _with_gradients(self, batch: MapBatch, weighting: str) -> FeatureTerm:
         """The term whose roots are the maps r_k: loss and gradients in one pass."""
-        options = {"beta": self.beta, "weighting": weighting, "num_items": num_items, "loss_scale": loss_scale}
-        out, maps, gradients = self.maps.loss_and_grad(student, teachers, self.heads, target, **options, **second)
+        out, maps, gradients = self.maps.loss_and_grad(
+            batch.student,
+            batch.teachers,
+            self.heads,
+            batch.target,
+            beta=self.beta,
+            weighting=weighting,
+            num_items=batch.num_items,
+            loss_scale=batch.loss_scale,
+            **batch.second,
+        )
         return FeatureTerm(out.loss, out.weights if weighting == "confidence" else None, maps, gradients)
 
-    def _hints(
-        self,
-        student: Tensor,
-        teachers: list[Tensor],
-        target: Tensor,
-        num_items: float | Tensor | None,
-        loss_scale: Tensor | None,
-    ) -> FeatureTerm:
+    def _hints(self, batch: MapBatch) -> FeatureTerm:
         """beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2: equal weights for all maps."""
-        if loss_scale is not None:
-            return self._with_gradients(student, teachers, target, num_items, loss_scale, "uniform", {})
-        regressed = self.maps.regress(student, teachers)
-        kept = target != self.formula.ignore_index
-        weights = (kept / len(teachers)).expand(len(teachers), -1)
-        total = weighted_feature_loss(regressed, teachers, weights, reduction="sum")
+        if batch.loss_scale is not None:
+            return self._with_gradients(batch._replace(second={}), "uniform")
+        regressed = self.maps.regress(batch.student, batch.teachers)
+        kept, K, num_items = batch.target != self.formula.ignore_index, len(batch.teachers), batch.num_items
+        weights = (kept.to(batch.student.dtype) / K).expand(K, -1)
+        total = weighted_feature_loss(regressed, batch.teachers, weights, reduction="sum")
         if isinstance(num_items, Tensor):
             num_items = divisor_of(num_items.reshape(()), kept.any())
         return FeatureTerm(self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items), None)
@@ -148,13 +144,5 @@ class FitNetMKD(FeatureStrategy):
     name, label, color = "fitnet-mkd", "FitNet-MKD", "#d55e00"
     options: ClassVar[Mapping[str, Any]] = {"beta": 100.0}
 
-    def _term(
-        self,
-        student: Tensor,
-        teachers: list[Tensor],
-        target: Tensor,
-        num_items: float | Tensor | None,
-        loss_scale: Tensor | None,
-        second: dict[str, Tensor],
-    ) -> FeatureTerm:
-        return self._hints(student, teachers, target, num_items, loss_scale)
+    def _term(self, batch: MapBatch) -> FeatureTerm:
+        return self._hints(batch)

@@ -38,7 +38,7 @@ class KD(Strategy):
             raise ValueError(f"teacher_index must lie in [0, {K}) for {K} teachers, got {teacher_index}")
         self.weights: Tensor
         self._index = teacher_index
-        self.register_buffer("weights", torch.empty(K), persistent=False)
+        self.register_buffer("weights", torch.empty(K, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
