@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 
+# Whether torch.compile follows the removal of a function from a module's `__dict__`. Without that it compiles twice,
+# because the first call leaves a method there.
+_TRACES_REMOVAL = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 class Call(NamedTuple):
     """One call of a recorded method."""
 
@@ -71,9 +76,17 @@ def _record(module: nn.Module, name: str, found: list[Call], copies: bool) -> Ca
     module.__dict__[name] = record
 
     def undo() -> None:
-        if own is None:
-            del module.__dict__[name]
-        else:
+        if own is not None and not _is_inherited(module, name, own):
             module.__dict__[name] = own
+        elif torch.compiler.is_compiling() and not _TRACES_REMOVAL:
+            module.__dict__[name] = method  # which calls the same, and the next call that is not compiled removes it
+        else:
+            del module.__dict__[name]
 
     return undo
+
+
+def _is_inherited(module: nn.Module, name: str, own: object) -> bool:
+    """Whether a module's own attribute is the method of its class."""
+    function = getattr(own, "__func__", None)
+    return function is not None and function is getattr(type(module), name, None)
