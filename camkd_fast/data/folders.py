@@ -73,7 +73,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: all folders are parts, but none is train.
-        ValueError: two folders may be the same part.
+        ValueError: two folders may be the same part, and none is called train, val or test.
     """
     folders = _visible_folders(root) if root.is_dir() else []
     named = {part: [path for path in folders if path.name.lower() in names] for part, names in _PARTS.items()}
@@ -90,7 +90,9 @@ def _part_folders(root: Path) -> dict[str, Path]:
     if train[0].name != "train" and not only_parts and not shared:
         return {}
     for part, paths in named.items():
-        if len(paths) > 1:
+        if exact := [path for path in paths if path.name == part]:
+            named[part] = exact
+        elif len(paths) > 1:
             both = " and ".join(path.name for path in paths)
             raise ValueError(f"{root} has {both}, which may both be the {part} part: rename or move all but one")
     return {part: paths[0] for part, paths in named.items() if paths}

@@ -53,7 +53,7 @@ def enter(way: Way, backend: str, **arguments: Any) -> tuple[Way, list[Any]]:
         arguments: tensors and sequences of tensors by their names in messages; anything else is returned as it is.
 
     Raises:
-        TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its kind and the way out.
+        TypeError: a tensor that neither a kernel nor PyTorch's own operations take, with its kind and the remedy.
         NotImplementedError: `backend` names kernels, but no kernel can serve this call.
     """
     if is_compiling():

@@ -21,8 +21,8 @@ from .linear_chunks import Side
 from .vocabulary import VocabularyShard
 
 # Ways out for subclasses of Tensor with operations of their own, by name: importing DTensor takes long.
-_WAYS_OUT = {"a DTensor": "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"}
-_WAY_OUT = "convert it, such as by .dequantize()"
+_REMEDIES = {"a DTensor": "call .full_tensor(), or .to_local() with the group and vocab_range of these classes"}
+_REMEDY = "convert it, such as by .dequantize()"
 
 
 def checked_sides(
@@ -101,7 +101,7 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
         tensor = memory.resolved(tensor)
     if kind is None or kind.fake:
         return tensor
-    remedy = kind.remedy or _WAYS_OUT.get(kind.name, _WAY_OUT)
+    remedy = kind.remedy or _REMEDIES.get(kind.name, _REMEDY)
     raise TypeError(f"{name} must be a dense tensor, got {kind.name}: {remedy}")
 
 

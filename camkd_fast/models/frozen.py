@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -73,17 +75,29 @@ def _check_forwards(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
-        if not isinstance(forward, FunctionType) or hasattr(module, "_orig_mod"):  # a compiled model copies its own
+        if hasattr(module, "_orig_mod"):  # a compiled model copies its own
             continue
-        cells = [cell.cell_contents for cell in forward.__closure__ or ()]
-        for value in (*cells, *(forward.__defaults__ or ())):
-            if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
-                kind = type(inner_model(model)).__name__
-                where = f"{name.removeprefix('model.')}.forward of {kind}" if name else f"{kind}.forward"
-                raise TypeError(
-                    f"{where} was replaced by the function {forward.__qualname__}, in which a copy of the model would "
-                    "call the original: expected a method (types.MethodType) or a subclass"
-                )
+        if any(isinstance(getattr(value, "__self__", value), nn.Module) for value in _held(forward)):
+            kind = type(inner_model(model)).__name__
+            where = f"{name.removeprefix('model.')}.forward of {kind}" if name else f"{kind}.forward"
+            raise TypeError(
+                f"{where} was replaced by {getattr(forward, '__qualname__', type(forward).__name__)}, in which a copy "
+                "of the model would call the original: expected a method (types.MethodType) or a subclass"
+            )
+
+
+def _held(function: object) -> list[object]:
+    """What a function or a functools.partial was given to refer to."""
+    if isinstance(function, partial):
+        values = [function.func, *function.args, *function.keywords.values()]
+        return [*values, *(inner for value in values for inner in _held(value))]
+    if not isinstance(function, FunctionType):
+        return []
+    held = list(function.__defaults__ or ())
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held
 
 
 class _Whole(nn.Module):

@@ -7,8 +7,9 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
+from .layer_hook import LayerHook
 from .protocol import FeatureModel, Prediction, floating_dtype, logits_of, no_gradient, predict
-from .recorded import recorded
+from .recorded import TRACES_REMOVAL, recorded
 
 
 class Observer:
@@ -29,32 +30,41 @@ class Observer:
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         self.layer = layer
         self.num_features = model.num_features if layer is None and isinstance(model, FeatureModel) else 0
+        self._hook: LayerHook | None = None
         if layer is not None:
             modules = dict(model.named_modules(remove_duplicate=False))
             if layer not in modules or not layer:
                 nearest = get_close_matches(layer, modules, n=5) or [name for name, _ in model.named_children()]
                 raise ValueError(f"{type(model).__name__} has no module {layer!r}; nearest: {', '.join(nearest)}")
+            if not TRACES_REMOVAL:
+                self._hook = LayerHook(modules[layer])
 
-    def __call__(self, model: nn.Module, images: Tensor) -> Prediction:
+    def __call__(self, model: nn.Module, images: Tensor, learns: bool = False) -> Prediction:
         """
+        Args:
+            learns: whether the model learns from its feature map.
+
         Raises:
-            ValueError: the module was not called exactly once, its output is not a map, or it has no gradient although
-                the logits have one.
+            ValueError: the module was not called exactly once, its output is not a map, or the model learns from it and
+                it has no gradient although the logits have one.
         """
         if self.layer is None:
             if not isinstance(model, FeatureModel):
                 return Prediction(images.new_empty(0), logits_of(model(images)))
-            features, logits = predict(model, images)
+            features, logits = predict(model, images, learns)
             return Prediction(self._channels_first(features), logits)
-        watched = model.get_submodule(self.layer)
-        output, (calls,) = recorded(lambda: model(images), [(watched, "forward")], copies=True)
+        if self._hook is not None:
+            output, calls = self._hook.during(lambda: model(images))
+        else:
+            watched = model.get_submodule(self.layer)
+            output, (calls,) = recorded(lambda: model(images), [(watched, "forward")], copies=True)
         logits = logits_of(output)
         kept = calls[0].output if calls else None
         if len(calls) != 1 or not isinstance(kept, Tensor) or kept.dim() != 4:
             what = f"shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
             found = f"{len(calls)} outputs" if len(calls) != 1 else what
             raise ValueError(f"{type(model).__name__}.{self.layer} gives {found}, not one map (N, D, h, w)")
-        if torch.is_grad_enabled() and logits.requires_grad and not calls[0].learns:
+        if learns and torch.is_grad_enabled() and logits.requires_grad and not calls[0].learns:
             raise ValueError(no_gradient(f"{type(model).__name__}.{self.layer}"))
         return Prediction(kept, logits)
 

@@ -127,19 +127,22 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def predict(model: FeatureModel, images: Tensor) -> Prediction:
+def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Prediction:
     """Features and logits of `model(images)` in one pass; images (N, channels, height, width).
 
     Where a call is known to be forward_head(forward_features(images)), these are called. Otherwise, such as with hooks
     on the model, in a subclass with its own forward and in a compiled model, the model is called, and what its
     `forward_features` returns is recorded; without exactly one call of that the features are empty.
 
+    Args:
+        learns: whether the model learns from its feature map.
+
     Raises:
-        ValueError: the head changes the feature map in place, or the map was computed without gradients, although the
-            logits have one.
+        ValueError: the head changes the feature map in place, or the model learns from a map that was computed without
+            gradients, although the logits have one.
     """
     if isinstance(model, Wrapper):
-        features, logits = predict(model.model, model.before(images))
+        features, logits = predict(model.model, model.before(images), learns)
         return Prediction(model.outer(features), model.after(logits))
     if composes(model):
         features = model.forward_features(images)
@@ -147,13 +150,15 @@ def predict(model: FeatureModel, images: Tensor) -> Prediction:
         logits = model.forward_head(features)
         _check_unchanged(model, features, version)
         return Prediction(features, logits)
-    owner: Any = getattr(model.forward_features, "__self__", model)  # in a compiled model the one that was compiled
+    owner: Any = model
+    if "forward_features" not in vars(model):  # in a compiled model it is that of the one that was compiled
+        owner = getattr(model.forward_features, "__self__", model)
     run = cast(Callable[[Tensor], object], model)
     output, (maps,) = recorded(lambda: run(images), [(owner, "forward_features")])
     logits = logits_of(output)
     if len(maps) != 1:
         return Prediction(images.new_empty(0), logits)
-    if torch.is_grad_enabled() and logits.requires_grad and not maps[0].learns:
+    if learns and torch.is_grad_enabled() and logits.requires_grad and not maps[0].learns:
         raise ValueError(no_gradient(f"{type(owner).__name__}.forward_features"))
     _check_unchanged(owner, maps[0].output, maps[0].version)
     return Prediction(maps[0].output, logits)

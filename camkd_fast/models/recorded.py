@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-
 # Whether torch.compile follows the removal of a function from a module's `__dict__`. Without that it compiles twice,
-# because the first call leaves a method there.
-_TRACES_REMOVAL = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+# because the first call leaves a method there, and it does not see functions that stand in for a module's forward.
+TRACES_REMOVAL = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class Call(NamedTuple):
@@ -78,7 +77,7 @@ def _record(module: nn.Module, name: str, found: list[Call], copies: bool) -> Ca
     def undo() -> None:
         if own is not None and not _is_inherited(module, name, own):
             module.__dict__[name] = own
-        elif torch.compiler.is_compiling() and not _TRACES_REMOVAL:
+        elif torch.compiler.is_compiling() and not TRACES_REMOVAL:
             module.__dict__[name] = method  # which calls the same, and the next call that is not compiled removes it
         else:
             del module.__dict__[name]

@@ -16,7 +16,7 @@ from . import strategies
 from .batch_labels import Labels
 from .distiller_checks import check_layers, check_teachers, check_types, strategy_class
 from .strategies import Strategy
-from .teachers.given import Images, check_heads, frozen_teachers, listed, needed
+from .teachers.given import Images, can_compare, check_heads, frozen_teachers, listed, needed
 from .teachers.live import LiveTeachers, Teachers
 
 
@@ -187,10 +187,10 @@ class Distiller(nn.Module):
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = [] if self.teachers is None else self.teachers.outputs(images, [])
-        if self.teachers is not None and self._heads_unchecked and not torch.compiler.is_compiling():
+        if self.teachers is not None and self._heads_unchecked and can_compare(outputs):
             check_heads(self.teachers, outputs)
             self._heads_unchecked = False
-        student = self._observe(self.student, images)
+        student = self._observe(self.student, images, self.strategy.needs_features)
         logits = student.logits
         labels = Labels(target, second_target, mix)
         labels.check(logits, num_items)
@@ -224,7 +224,7 @@ class Distiller(nn.Module):
             num_items: as in `forward`.
             scale: (1,) float32, multiplies all gradients.
         """
-        student = self._observe(self.student, images)
+        student = self._observe(self.student, images, self.strategy.needs_features)
         labels = Labels(target, second_target, mix)
         weights = feature_weights = term = None
         feature = torch.zeros((), device=images.device)

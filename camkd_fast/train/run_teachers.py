@@ -21,19 +21,19 @@ Teachers = list[tuple[str, str]]  # source and hash of each
 
 
 def agreed(sources: Sequence[str], hashes: Sequence[str], world: World) -> Teachers:
-    """The teachers of this process, which must be those of all others.
+    """The teachers of this process, whose weights must be those in all others.
 
     Raises:
         ValueError: a process has another one than rank 0; in every process, with the teacher's name.
     """
-    short = [int(digest[:15], 16) ^ int(digest.partition(".")[2][:15] or "0", 16) for digest in hashes]
+    short = [int(digest[:15], 16) for digest in hashes]  # code and attributes may know their process
     of_all = world.gather(torch.tensor(short, dtype=torch.int64, device=world.device))
     for rank, numbers in enumerate(of_all.tolist()):
         for source, number, first in zip(sources, numbers, of_all[0].tolist(), strict=True):
             if number != first:
                 raise ValueError(
                     f"teacher {source} is not the same in all processes: process {rank} has another one than process "
-                    "0; give all of them the same files and code"
+                    "0; give all of them the same files"
                 )
     return [(str(source), digest) for source, digest in zip(sources, hashes, strict=True)]
 

@@ -134,7 +134,7 @@ class Sums:
             parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(LOSSES, losses, strict=True))
             fault = f"the loss is not finite at step {int(step)}: {parts}"
             hard, soft = (losses[LOSSES.index(name)] for name in ("hard", "soft"))
-            if math.isfinite(hard) and not math.isfinite(soft):
+            if math.isfinite(hard) and math.isnan(soft):  # infinity may also come of a student's -inf
                 raise NonFiniteTeachersError(
                     f"{fault}; the student's part is finite, so a teacher gives NaN or infinity"
                 )

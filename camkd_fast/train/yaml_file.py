@@ -9,6 +9,8 @@ from typing import Any
 
 from ..system import utf8_text
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 def read_yaml(path: Path) -> Any:
     """Content of a YAML file.
@@ -24,7 +26,10 @@ def read_yaml(path: Path) -> Any:
 
     def once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
         read = partial(loader.construct_object, deep=True)
-        return unique([(read(key), read(value)) for key, value in node.value])
+        # What << brings in may be there too
+        unique([(read(key), None) for key, _ in node.value if key.tag != _MERGE])
+        loader.flatten_mapping(node)
+        return {read(key): read(value) for key, value in node.value}
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, once)
     text = utf8_text(path)

@@ -74,7 +74,7 @@ inline bool read_weighting(PyObject* object, Weighting& out) {
     return false;
 }
 
-// The divergence of a checked Formula: "forward_kl", or a pair of name and parameter.
+// The divergence of a checked Formula: "forward_kl", or a pair of name and share.
 inline bool read_divergence(PyObject* object, Formula& out) {
     out.divergence = Divergence::forward_kl, out.share = 0, out.other_share = 1;
     if (PyUnicode_CheckExact(object)) return PyUnicode_CompareWithASCIIString(object, kDivergenceNames[0]) == 0;

@@ -216,7 +216,11 @@ def test_compare_takes_strategies_seeds_and_settings(monkeypatch: pytest.MonkeyP
         calls.clear()
         assert cli.main([*line.split(), *option.split()]) == 0
         how = {"resume": option != "--overwrite", "overwrite": option == "--overwrite", "extend": option == "--extend"}
+        others = [keywords.pop("compared") for _, keywords in calls]
         assert [keywords for _, keywords in calls] == 4 * [how]
+        # Its teachers are compared with those of all other runs whose results stay
+        outs = [cell.out for (cell,), _ in calls]
+        assert others == [outs[:i] if option == "--overwrite" else outs[:i] + outs[i + 1 :] for i in range(len(outs))]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

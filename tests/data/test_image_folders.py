@@ -88,8 +88,18 @@ def test_folders_of_parts_may_be_spelled_otherwise(tmp_path: Path, spelled: tupl
     assert {path.parents[1].name for path in splits.train.paths} == {spelled[0]}
 
 
+def test_a_plain_name_is_the_part_whatever_is_beside_it(tmp_path: Path) -> None:
+    for folder in ("train", "val", "test"):
+        tree(tmp_path / folder, ("a", "b"), 3)
+    plain = load_folder(tmp_path, size=32)
+    for folder in ("Training", "valid", "testing"):
+        tree(tmp_path / folder, ("old",), 1)
+    for one, other in zip(plain, load_folder(tmp_path, size=32), strict=True):
+        assert one.paths == other.paths
+
+
 @pytest.mark.parametrize(
-    "folders", [("train", "Training", "test"), ("Train", "val", "Validation"), ("Training", "Test", "testing")]
+    "folders", [("Train", "Training", "test"), ("Train", "Valid", "Validation"), ("Training", "Test", "testing")]
 )
 def test_two_folders_of_one_part_are_refused(tmp_path: Path, folders: tuple[str, ...]) -> None:
     for folder in folders:

@@ -345,7 +345,7 @@ CHANGES = (
         Change("sums of an unfinished epoch left out", "Reading(totals.plus(self.base),", "Reading(totals,"),
         Change(
             "teachers are never the reason",
-            "if math.isfinite(hard) and not math.isfinite(soft):",
+            "if math.isfinite(hard) and math.isnan(soft):",
             "if False:",
             tests="tests/train/test_loop.py",
         ),

@@ -55,9 +55,15 @@ CHANGES = (
             'setup.options["beta"]',
             tests=f"{OPTIONS} {LOGITS}",
         ),
-        Change("hints without 1 / K", "weights = (kept / len(teachers)).expand", "weights = (kept / 1).expand"),
         Change(
-            "hints of ignored images", "kept = target != self.formula.ignore_index", "kept = torch.ones_like(target)"
+            "hints without 1 / K",
+            "(kept.to(batch.student.dtype) / K).expand",
+            "(kept.to(batch.student.dtype) / 1).expand",
+        ),
+        Change(
+            "hints of ignored images",
+            "kept, K, num_items = batch.target != self.formula.ignore_index",
+            "kept, K, num_items = torch.ones_like(batch.target)",
         ),
         Change(
             "hints ignore num_items",
@@ -73,8 +79,8 @@ CHANGES = (
         Change("hints without beta", "return FeatureTerm(self.beta * total /", "return FeatureTerm(total /"),
         Change(
             "gradients without beta",
-            'options = {"beta": self.beta,',
-            'options = {"beta": 1.0,',
+            "beta=self.beta,",
+            "beta=1.0,",
             tests="tests/train/test_step.py::test_gradient_is_that_of_the_differentiable_loss",
         ),
     ),
@@ -89,6 +95,8 @@ CHANGES = (
             "return FeatureTerm(out.loss, out.weights.detach())",
         ),
         Change("uniform logits ignored", 'self.formula = self.formula.replaced(weighting="uniform")', "pass"),
-        Change("num_items dropped", "self.heads, target, num_items, **second)", "self.heads, target, None, **second)"),
+        Change(
+            "num_items dropped", "batch.target, batch.num_items, **batch.second)", "batch.target, None, **batch.second)"
+        ),
     ),
 )

@@ -94,7 +94,7 @@ CHANGES = (
     *changes(
         "camkd_fast/train/teachers/teacher_hash.py",
         HASH,
-        Change("hash without the values", "digest.update(data.numpy())", "pass", tests=LIVE),
+        Change("hash without the values", "digest.update(data)", "pass", tests=LIVE),
         Change("attributes do not count", 'settings.update(f"{name}.{key}={text};".encode())', "pass"),
         Change("code does not count", "digest.update(inspect.getsource(thing).encode())", "pass"),
         Change("numbers of files do not count", "elif not isinstance(value, str) and value is not None", "elif False"),

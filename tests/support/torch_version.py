@@ -12,6 +12,9 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 HAS_C_FUNCTIONS = hasattr(Tensor, "__dlpack_c_exchange_api__")
 OLD_TORCH = "torch has C functions for tensors from 2.10 on"
 HAS_MUON = hasattr(torch.optim, "Muon")
+# From 2.13 on a recording of a model's calls compiles once, and no hook stays on a layer (models/recorded.py).
+COMPILATIONS = 1 if TORCH >= (2, 13) else 2  # of a model whose own forward is called
+needs_recording = pytest.mark.skipif(TORCH < (2, 13), reason="a hook stays on a named layer before torch 2.13")
 needs_muon = pytest.mark.skipif(not HAS_MUON, reason="torch.optim.Muon came with torch 2.9")
 needs_dtensor_rules = pytest.mark.skipif(TORCH < (2, 11), reason="DTensor lacks operators of the losses before 2.11")
 needs_fsdp_over_gloo = pytest.mark.skipif(TORCH < (2, 10), reason="FSDP2 over gloo has wrong gradients in 2.8")

@@ -87,6 +87,12 @@ def test_invalid_files_are_refused_by_name(tmp_path: Path, text: str, words: str
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_merged_keys_of_yaml_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("job: teach\noptim:\n  <<: {epochs: 3, batch_size: 7}\n  epochs: 4\n")
+    assert (load(path).optim.epochs, load(path).optim.batch_size) == (4, 7)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import types
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from camkd_fast import Distiller, models
 from camkd_fast.models.preprocessing import Preprocessing
 from camkd_fast.models.protocol import Source
+from tests.support.torch_version import needs_recording
 from tests.support.training import CLASSES, SmallNet, batch, gradients, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,12 +180,27 @@ def test_a_forward_that_would_call_the_original_is_refused() -> None:
     def closure(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: forward(2 * x)
 
-    whole, part = zoo(1), zoo(1)
+    whole, part, bound = zoo(1), zoo(1), zoo(1)
+    bound.forward = functools.partial(lambda forward, x: forward(2 * x), bound.forward)
     whole.forward = lambda x, forward=whole.forward: forward(2 * x)
     part.fc.forward = closure(part.fc.forward)
-    for teacher, where in ((whole, "ResNet.forward"), (part, "fc.forward of ResNet")):
-        with pytest.raises(TypeError, match=f"{where} was replaced by the function .* would call the original"):
+    for teacher, where in ((whole, "ResNet.forward"), (part, "fc.forward of ResNet"), (bound, "ResNet.forward")):
+        with pytest.raises(TypeError, match=f"{where} was replaced by .* would call the original"):
             Distiller(zoo(0), [teacher], "aver")
+
+
+def test_a_forward_may_refer_to_what_is_not_there_yet() -> None:
+    def later() -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            return factor * torch.zeros(len(x), CLASSES)
+
+        teacher.forward = forward
+        assert Distiller(zoo(0), [teacher], "aver") is not None
+        factor = 2.0
+        return forward
+
+    teacher = zoo(1)
+    later()
 
 
 # --- named modules ---------------------------------------------------------------------------------------------------
@@ -273,6 +292,38 @@ def test_a_map_without_gradients_is_refused(kind: type[nn.Module]) -> None:
         assert made(DATA.images, DATA.target).feature > 0
 
 
+@pytest.mark.parametrize("kind", [Checkpointed, WithoutGradients, CheckpointedFeatures])
+def test_a_map_without_gradients_is_nothing_to_strategies_without_maps(kind: type[nn.Module]) -> None:
+    student = kind()
+    layer: dict[str, Any] = {"student_layer": "stage", "example": DATA.images[:1]} if isinstance(student, Bare) else {}
+    made = Distiller(student, [zoo(1)], "aver", **layer)
+    made(DATA.images.clone(), DATA.target).loss.backward()
+    assert student.fc.weight.grad.any()
+
+
+@pytest.mark.parametrize("way", ["fake", "make_fx", "vmap"])
+def test_the_first_call_may_be_without_values(way: str) -> None:
+    """The logits of teachers are compared with those of their heads in the first ordinary call."""
+    made = Distiller(SmallNet(), [zoo(1)]).eval()
+    if way == "vmap":
+        torch.func.vmap(lambda x: made(x, DATA.target).loss)(torch.stack([DATA.images] * 2))
+    elif way == "make_fx":
+        make_fx(lambda x: made(x, DATA.target).loss)(DATA.images)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            made(mode.from_tensor(DATA.images), mode.from_tensor(DATA.target))
+    assert made(DATA.images, DATA.target).loss.isfinite()
+
+
+def test_heads_that_are_not_applied_are_not_compared() -> None:
+    teacher = zoo(1)
+    teacher.register_forward_hook(lambda module, inputs, output: 2 * output)
+    made = Distiller(SmallNet(), [teacher], uniform="features")
+    assert made(DATA.images, DATA.target).feature > 0
+    with pytest.raises(ValueError, match="the logits of teacher 0 are not forward_head of its feature map"):
+        Distiller(SmallNet(), [teacher])(DATA.images, DATA.target)
+
+
 def test_checkpoints_that_keep_gradients_and_frozen_trunks_are_accepted() -> None:
     student, twin = Checkpointed(), Bare()
     student.reentrant = False
@@ -284,6 +335,7 @@ def test_checkpoints_that_keep_gradients_and_frozen_trunks_are_accepted() -> Non
     two(DATA.images, DATA.target).loss.backward()
 
 
+@needs_recording
 @pytest.mark.parametrize("after", [lambda made: made, copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
 def test_nothing_stays_on_a_student(after: Callable[[Distiller], Distiller]) -> None:
     made = after(made_of(Bare()))
@@ -308,6 +360,7 @@ def test_nothing_stays_on_a_student_after_an_error() -> None:
     assert made(DATA.images[:1], DATA.target[:1]).feature > 0
 
 
+@needs_recording
 def test_hooks_of_a_named_module_change_its_output() -> None:
     student = Bare()
     made, twin = made_of(student), made_of(Bare(), seed=3)
@@ -321,6 +374,7 @@ def test_hooks_of_a_named_module_change_its_output() -> None:
         torch.compile(made, backend="eager", fullgraph=True)(DATA.images, DATA.target)
 
 
+@needs_recording
 def test_a_module_that_is_replaced_later_is_the_one_that_is_read() -> None:
     made = made_of(Bare())
     made.student.stage = nn.Sequential(nn.Conv2d(6, 8, 5))

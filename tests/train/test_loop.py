@@ -219,6 +219,16 @@ def test_a_teacher_that_is_not_finite_is_the_reason_that_is_given(tmp_path: Path
         run.run(NullJournal())
 
 
+def test_a_student_with_an_infinite_logit_is_no_fault_of_the_teachers(tmp_path: Path) -> None:
+    """Off the label: its cross-entropy is finite."""
+    step = train_step("aver")
+    step.student.fc.bias.data[9] = -math.inf
+    run = trainer(tmp_path, step, log=replace(QUIET, log_every=1))
+    with pytest.raises(NonFiniteLossError, match="soft inf") as caught:
+        run.run(NullJournal())
+    assert not isinstance(caught.value, NonFiniteTeachersError)
+
+
 def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     # The last step of an epoch may make a parameter NaN although its loss was finite.
     run = trainer(tmp_path, train_step("ce"))

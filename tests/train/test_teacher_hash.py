@@ -200,6 +200,48 @@ def test_caches_of_earlier_versions_fit_teachers_of_packages_only(tmp_path: Path
         TeacherCache.open(tmp_path, key)
 
 
+class Extra(SmallNet):
+    """A state that is not tensors only, as of torchao and others."""
+
+    gain = 1.0
+
+    def get_extra_state(self) -> Any:
+        return {"gain": self.gain, "names": ["a", "b"]}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.gain = state["gain"]
+
+
+def test_states_that_are_no_tensors_count() -> None:
+    one, two = Extra(), Extra()
+    for model in (one, two):
+        model.load_state_dict(one.state_dict())
+    assert state_hash(one) == state_hash(two)
+    two.gain = 2.0
+    assert state_hash(one) != state_hash(two)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to_sparse(), lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)])
+def test_tensors_without_plain_memory_count(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("table", make(torch.eye(3)))
+    before = state_hash(model)
+    assert before == state_hash(model)
+    model.table = make(2 * torch.eye(3))
+    assert state_hash(model) != before
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("name_or_path", ("/a/model", "b/model")), ("folder", ("/tmp/one", "C:\\two")), ("device", ("cuda:0", "cuda:1")),
+])  # fmt: skip
+def test_where_a_teacher_is_does_not_count(name: str, values: tuple[str, str]) -> None:
+    model, found = SmallNet(), set()
+    for value in values:
+        setattr(model, name, value)
+        found.add(state_hash(model))
+    assert len(found) == 1
+
+
 def test_a_cache_is_not_replayed_for_an_edited_teacher(tmp_path: Path) -> None:
     """Its numbers are those of the attribute that the teacher had when the cache was written."""
     teachers = make_teachers()

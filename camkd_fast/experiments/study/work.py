@@ -110,11 +110,7 @@ def train(study: StudyConfig, cell: Cell, out: Path, origin: Origin) -> Record:
             record["class_feature_weights"] = measure.class_feature_weights(config)
         return record
 
-    folder = cells.cell_folder(out, cell)
-    record = _once("cell", folder, cells.cell_hash(study, cell), origin, work)
-    # Several times the model's size; only a cell without a record needs them
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return record
+    return _once("cell", cells.cell_folder(out, cell), cells.cell_hash(study, cell), origin, work)
 
 
 def _best(out: Path, teachers: tuple[str, ...]) -> int:
@@ -135,6 +131,8 @@ def _once(kind: str, folder: Path, digest: str, origin: Origin, work: Callable[[
         if found is None:
             found = {"kind": kind, **work(folder), "hash": digest, **origin}
             write_atomically(folder / RECORD, (json.dumps(found) + "\n").encode())
+        # Several times the model's size; only a piece without a record needs them
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return found
 
 

@@ -45,7 +45,7 @@ class Strategy(nn.Module):
     options: ClassVar[Mapping[str, Any]] = {}  # arguments of `create` for this strategy, with its defaults
     needs_teachers: ClassVar[bool] = True
     needs_features: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False  # applies the teachers' heads to other maps than theirs
+    needs_heads: bool = False  # applies the teachers' heads to other maps than theirs
     rule: ClassVar[str] = "uniform"  # `weighting` of camkd_loss
     unweighted: ClassVar[str | None] = None  # name of the strategy with the same losses and equal weights
 

@@ -38,7 +38,6 @@ class CAMKD(FeatureStrategy):
     name, label, color = "ca-mkd", "CA-MKD", "#0072b2"
     options: ClassVar[Mapping[str, Any]] = {"beta": 50.0, "detach_weights": True, "uniform": "none"}
     rule = "confidence"
-    needs_heads = True
     unweighted = "fitnet-mkd"
     divisor = staticmethod(CAMKDLogits.divisor)
 
@@ -46,6 +45,7 @@ class CAMKD(FeatureStrategy):
         super().__init__(setup)
         self.uniform = setup.options["uniform"]
         check_choice("uniform", self.uniform, ("none", "logits", "features"))
+        self.needs_heads = self.uniform != "features"
         if self.uniform == "logits":
             self.formula = self.formula.replaced(weighting="uniform")
 

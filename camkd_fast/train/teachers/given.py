@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...losses.entry import KERNEL, way_of_call
 from ...models import freeze, sources
 from ...models.preprocessing import Preprocessing, adapted
 from ...models.protocol import ChannelsFirst, FeatureModel, Prediction, Source, head_makes, inner_model
@@ -124,6 +125,13 @@ def needed(example: Tensor | None, name: str, layer: str) -> Tensor:
     if example is None:
         raise ValueError(f"{name} {layer!r} needs example images, of which the module's output is taken")
     return example
+
+
+def can_compare(outputs: Sequence[Prediction]) -> bool:
+    """Whether the host may read these numbers: in an ordinary call, and not while a CUDA graph is captured."""
+    if way_of_call() is not KERNEL or any(type(output.logits) is not Tensor for output in outputs):
+        return False
+    return not (any(output.logits.is_cuda for output in outputs) and torch.cuda.is_current_stream_capturing())
 
 
 def check_heads(teachers: Teachers, outputs: Sequence[Prediction]) -> None:

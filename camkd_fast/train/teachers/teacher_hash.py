@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,9 @@ _OWN = "own"
 _PACKAGES = ("camkd_fast", "torch", "torchvision", "timm", "transformers")
 _INSTALLED = {"site-packages", "dist-packages"}
 _OF_EVERY_MODULE = set(vars(nn.Module()))
-_NOT_READ = {"reason"}  # of `LogitsOnly`: a text for errors, with the teacher's path
+# Of `LogitsOnly` a text for errors, with the teacher's path; of transformers the path.
+_NOT_READ = {"reason", "name_or_path"}
+_PLACES = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?|.*[/\\].*", re.DOTALL)  # devices and paths
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 
@@ -76,11 +79,17 @@ def difference(there: str | None, here: str | None) -> str:
 
 
 def update_by_state(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
-    """Update a hash with every name, dtype, shape and byte of a state dict."""
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy())
+    """Update a hash with every name, dtype, shape and byte of a state dict; of what is no tensor (`get_extra_state`),
+    with its simple values."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            digest.update(f"{name} {_text(value, own=True) or type(value).__name__}".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        dense = value.dequantize() if value.is_quantized else value
+        dense = dense.to_dense() if dense.layout != torch.strided else dense
+        data: Any = dense.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
 
 
 # --- attributes ------------------------------------------------------------------------------------------------------
@@ -100,6 +109,8 @@ def _text(value: object, own: bool) -> str | None:
         own: of the user's code, whose dicts, sets, arrays and dataclasses count too. Those of packages have file names
             and what a package derives from its other settings.
     """
+    if isinstance(value, str) and _PLACES.fullmatch(value):
+        return None  # where a teacher is, not what it is
     if isinstance(value, _SIMPLE):
         return repr(value)
     numpy: Any = sys.modules.get("numpy")  # which torch does not require
