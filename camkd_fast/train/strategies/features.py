@@ -111,6 +111,7 @@ class FeatureStrategy(Strategy):
 
     def _with_gradients(self, batch: MapBatch, weighting: str) -> FeatureTerm:
         """The term whose roots are the maps r_k: loss and gradients in one pass."""
+        second = batch.second if weighting == "confidence" else {}
         out, maps, gradients = self.maps.loss_and_grad(
             batch.student,
             batch.teachers,
@@ -120,14 +121,14 @@ class FeatureStrategy(Strategy):
             weighting=weighting,
             num_items=batch.num_items,
             loss_scale=batch.loss_scale,
-            **batch.second,
+            **second,
         )
         return FeatureTerm(out.loss, out.weights if weighting == "confidence" else None, maps, gradients)
 
     def _hints(self, batch: MapBatch) -> FeatureTerm:
         """beta mean_n mean_k mean_{d,h,w} (F_k - r_k)^2: equal weights for all maps."""
         if batch.loss_scale is not None:
-            return self._with_gradients(batch._replace(second={}), "uniform")
+            return self._with_gradients(batch, "uniform")
         regressed = self.maps.regress(batch.student, batch.teachers)
         kept, K, num_items = batch.target != self.formula.ignore_index, len(batch.teachers), batch.num_items
         weights = (kept.to(batch.student.dtype) / K).expand(K, -1)
