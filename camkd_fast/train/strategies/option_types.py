@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from ...losses.formula import check_number
 
-def check_number(name: str, value: object) -> None:
+
+def check_real(name: str, value: Any, positive: bool = False) -> None:
     """
     Raises:
         TypeError: the value is no number; True and False are none.
-        ValueError: it is infinite or NaN.
+        ValueError: it is infinite or NaN, or not above 0 if it must be `positive`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """
-    Raises:
-        TypeError, ValueError: as `check_number`, or it is not above 0.
-    """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value}")
-    check_number(name, value)
+    check_number(name, value, positive=positive)  # type: ignore[arg-type]
 
 
 def check_flag(name: str, value: object) -> None:
@@ -43,7 +33,7 @@ def check_like(name: str, value: object, default: object) -> None:
     """
     Raises:
         TypeError: the value has another type than the default.
-        ValueError: as `check_number`.
+        ValueError: as `check_real`.
     """
     if isinstance(default, bool):
         check_flag(name, value)
@@ -51,7 +41,7 @@ def check_like(name: str, value: object, default: object) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {value!r}")
     elif isinstance(default, float):
-        check_number(name, value)
+        check_real(name, value)
     elif isinstance(default, str) and not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {value!r}")
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ...losses.formula import Formula
 from ..teachers.live import Teachers
 from .base import Setup, Strategy
-from .option_types import check_options, check_positive
+from .option_types import check_options, check_real
 
 STRATEGIES: dict[str, type[Strategy]] = {}  # in the order of registration
 COMMON = {"alpha": 1.0, "temperature": 4.0, "official_scale": False}  # options of all strategies, with their defaults
@@ -74,7 +74,7 @@ def check(name: str, options: Mapping[str, Any]) -> type[Strategy]:
     kind = find(name)
     check_options(COMMON, options)
     if options.get("temperature") is not None:
-        check_positive("temperature", options["temperature"])
+        check_real("temperature", options["temperature"], positive=True)
     for option, value in options.items():
         if option in COMMON:
             continue
