@@ -80,13 +80,8 @@ def check_teachers(strategy: type[Strategy], teachers: Sequence[tuple[str, nn.Mo
         ValueError: a teacher lacks the feature map that the strategy needs, or has other classes than the student.
     """
     for name, model in teachers:
-        if strategy.needs_features and not getattr(model, "num_features", 1):
-            kinds = strategies.STRATEGIES.items()
-            others = [other for other, kind in kinds if kind.needs_teachers and not kind.needs_features]
-            raise ValueError(
-                f"{strategy.name} needs feature maps, but {name} has none: {_reason(model)}; strategies without "
-                f"feature maps: {', '.join(others)}"
-            )
+        if not getattr(model, "num_features", 1):
+            strategies.refuse_logits_only(name, _reason(model), strategy)
         count = getattr(model, "num_classes", classes)
         if classes is not None and count != classes:
             raise ValueError(f"{name} has {count} classes, but the student has {classes}")

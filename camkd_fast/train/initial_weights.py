@@ -19,7 +19,6 @@ from . import run_folder, strategies
 from .config import DistillConfig, JobConfig
 from .distributed import World
 from .source_strings import SourceString
-from .teachers.runs import refuse_logits_only
 from .teachers.teacher_hash import update_by_state
 
 
@@ -49,7 +48,7 @@ def first_model(
     model = models.create(name, images.num_classes, images.channels)
     _check_images(model, name, config, images)
     if isinstance(config, DistillConfig) and isinstance(model, LogitsOnly):
-        refuse_logits_only(f"student {name}", model.reason, strategies.find(config.strategy))
+        strategies.refuse_logits_only(f"student {name}", model.reason, strategies.find(config.strategy))
     if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
         return model, {}
     origin = initialise(model, name, config.init, images.num_classes)

@@ -12,6 +12,12 @@ CHANGES = (
         f"{OPTIONS} {LOGITS}",
         Change("alpha not divided", 'soft_weight = common["alpha"] / divisor', 'soft_weight = common["alpha"]'),
         Change("options are dropped", "{**kind.options, **given}", "{**given, **kind.options}"),
+        Change(
+            "a strategy without maps is no advice",
+            "if kind.needs_teachers and not kind.needs_features]",
+            "if kind.needs_teachers]",
+            tests="tests/train/test_fitted_teachers.py",
+        ),
         Change("option 0 is no option", "if options.get(name) is not None}", "if options.get(name)}"),
         Change(
             "default temperature",

@@ -117,12 +117,6 @@ CHANGES = (
         ),
         Change("teachers are not frozen in channels_last", "dtype, config.precision.channels_last)", "dtype, False)"),
         Change(
-            "a strategy without maps is no advice",
-            "if kind.needs_teachers and not kind.needs_features]",
-            "if kind.needs_teachers]",
-            tests=FITTED,
-        ),
-        Change(
             "a teacher without a map passes",
             "if isinstance(source.model, LogitsOnly):",
             "if False:",

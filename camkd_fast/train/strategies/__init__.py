@@ -27,7 +27,19 @@ from pkgutil import iter_modules
 # isort: off
 # The order of registration is the order of help texts, tables and default comparisons.
 from .base import FeatureTerm, Setup, Strategy
-from .registry import COMMON, STRATEGIES, UNSET, check, create, find, names, register, taking, unregister
+from .registry import (
+    COMMON,
+    STRATEGIES,
+    UNSET,
+    check,
+    create,
+    find,
+    names,
+    refuse_logits_only,
+    register,
+    taking,
+    unregister,
+)
 from .logits import AEKD, AVER, CE, EBKD, KD
 from .features import FeatureStrategy, FitNetMKD
 from .confidence import CAMKD, CAMKDLogits
@@ -56,6 +68,7 @@ __all__ = [
     "create",
     "find",
     "names",
+    "refuse_logits_only",
     "register",
     "taking",
     "unregister",

@@ -114,3 +114,17 @@ def create(name: str, teachers: Teachers | None, student_features: int, **option
     formula = Formula(common["temperature"], soft_weight=soft_weight, weighting=kind.rule)
     given = {name: options[name] for name in kind.options if options.get(name) is not None}
     return kind.build(Setup(formula, teachers, student_features, divisor, {**kind.options, **given}))
+
+
+def refuse_logits_only(name: str, reason: str, strategy: type[Strategy]) -> None:
+    """Check that a strategy serves a model without a feature map.
+
+    Raises:
+        ValueError: it does not; the message has the reason why the model has none, and the strategies that do.
+    """
+    if strategy.needs_features:
+        others = [other for other, kind in STRATEGIES.items() if kind.needs_teachers and not kind.needs_features]
+        raise ValueError(
+            f"{strategy.name} needs feature maps, but {name} has none: {reason}; strategies without feature maps: "
+            f"{', '.join(others)}"
+        )

@@ -69,23 +69,8 @@ def load_source(name: SourceString, strategy: type[strategies.Strategy]) -> Sour
     """
     source = sources.load(name)
     if isinstance(source.model, LogitsOnly):
-        refuse_logits_only(f"teacher {name}", source.model.reason, strategy)
+        strategies.refuse_logits_only(f"teacher {name}", source.model.reason, strategy)
     return source
-
-
-def refuse_logits_only(name: str, reason: str, strategy: type[strategies.Strategy]) -> None:
-    """Check that a strategy serves a model without a feature map.
-
-    Raises:
-        ValueError: it does not; the message has the reason why the model has none, and the strategies that do.
-    """
-    if strategy.needs_features:
-        kinds = strategies.STRATEGIES.items()
-        others = [other for other, kind in kinds if kind.needs_teachers and not kind.needs_features]
-        raise ValueError(
-            f"{strategy.name} needs feature maps, but {name} has none: {reason}; strategies without feature maps: "
-            f"{', '.join(others)}"
-        )
 
 
 def _report(found: Mapping[SourceString, tuple[Source, Fitted]], images: ImageSet) -> None:
