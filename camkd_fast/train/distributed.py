@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..torchrun import local_rank, rank, world_size
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,31 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast(self, number: int) -> int:
-        """Rank 0's number, on all processes."""
-        return int(self.gather(torch.tensor([number], device=self.device))[0])
+    def on_main(self, task: Callable[[], Result]) -> Result:
+        """Run a task on rank 0 only; every process returns its result, which is pickled, or raises its error."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [task(), None]
+            except Exception as error:
+                if self.size > 1:
+                    dist.broadcast_object_list([None, _picklable(error)], src=0, device=self.device)
+                raise
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        result, fault = outcome
+        if fault is not None:
+            raise fault
+        return cast(Result, result)
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or one with its message if other processes could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} in process 0: {error}")
+    return error
 
 
 ONE = World(0, 1, torch.device("cpu"))  # a process by itself

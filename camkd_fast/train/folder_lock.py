@@ -312,18 +312,14 @@ def shared(
     Raises:
         OSError: the folder cannot be created.
     """
-    lock, pause = FolderLock(folder, name) if world.is_main else None, 0.05
+    lock, pause = FolderLock(folder, name), 0.05
     try:
-        while True:
-            holder = None if lock is None else lock.acquire()
-            # Ranks exchange this several times a minute, or their next exchange would time out.
-            if not world.broadcast(holder is not None):
-                break
-            if say is not None and holder is not None and pause == 0.05:
+        # Ranks exchange this several times a minute, or their next exchange would time out.
+        while holder := world.on_main(lock.acquire):
+            if say is not None and world.is_main and pause == 0.05:
                 say(f"waiting for {folder}, which is being written by {holder}")
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        lock.release()

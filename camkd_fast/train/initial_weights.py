@@ -49,7 +49,7 @@ def first_model(
     _check_images(model, name, config, images)
     if isinstance(config, DistillConfig) and isinstance(model, LogitsOnly):
         strategies.refuse_logits_only(f"student {name}", model.reason, strategies.find(config.strategy))
-    if config.init is None or world.broadcast(resume and run_folder.has_checkpoint(config)):
+    if config.init is None or world.on_main(lambda: resume and run_folder.has_checkpoint(config)):
         return model, {}
     origin = initialise(model, name, config.init, images.num_classes)
     return model, {"kind": "init", "step": 1, "epoch": 1, **origin}

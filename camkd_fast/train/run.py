@@ -128,10 +128,14 @@ def _run(
     with ExitStack() as stack:
         world = stack.enter_context(processes(config.precision.device))
         stack.enter_context(_repeatable(config.precision, world.device))
-        if world.is_main:
+
+        def lock() -> bool:
+            """Lock the run's folder and check it; whether the run is done."""
             stack.enter_context(folder_lock.locked(config.out))
             run_folder.check_unused(config, resume, overwrite)
-        if world.broadcast(resume and run_folder.is_done(config)):
+            return resume and run_folder.is_done(config)
+
+        if world.on_main(lock):
             return _result(config.out)
         return _train(config, model, resume, extend, compared, world, started)
 
@@ -179,8 +183,7 @@ def _train(
             world,
         )
         known = _known(config, teachers, world)
-        if world.is_main:
-            run_teachers.check_compared(config.out, known, compared)
+        world.on_main(lambda: run_teachers.check_compared(config.out, known, compared))
         extended = _start(config, trainer, known, resume, extend)
         journal: Journal | NullJournal = NullJournal()
         if world.is_main:
@@ -240,11 +243,14 @@ def _start(
     Returns:
         A record for metrics.jsonl if completed steps had the learning rates of other epochs; else an empty one.
     """
-    world, checkpoint, extended = trainer.world, None, {}
-    if world.is_main:
+    # Without a config what is there is no run, and rank 0 removes it before it writes one.
+    goes_on = resume and (config.out / CONFIG).exists()
+    checkpoint = trainer.checkpoints.latest() if goes_on else None
+
+    def prepare() -> dict[str, Any]:
+        extended: dict[str, Any] = {}
         before = run_folder.epochs_before(config) if resume else None
-        if resume and (config.out / CONFIG).exists():
-            checkpoint = trainer.checkpoints.latest()
+        if goes_on:
             run_teachers.check_resumed(config.out, teachers)
         if before is not None:
             if checkpoint is None and is_finished(config.out):
@@ -256,9 +262,9 @@ def _start(
                 extended = {"kind": "extended", "step": completed, "epoch": -(-completed // steps), **epochs}
         run_folder.prepare(config, resume)
         run_teachers.write(config.out, teachers, anew=checkpoint is None)
-    world.wait()  # no process may read checkpoints before rank 0 has prepared the folder
-    if not world.is_main:
-        checkpoint = trainer.checkpoints.latest()
+        return extended
+
+    extended = trainer.world.on_main(prepare)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return extended

@@ -33,9 +33,7 @@ def unreadable(parts: Splits, skip_bad: int, world: World) -> Unreadable:
     Raises:
         BadImageError: as `find_unreadable`.
     """
-    if world.is_main:
-        read_all_headers(parts)
-    world.wait()
+    world.on_main(lambda: read_all_headers(parts))
     return find_unreadable(parts, skip_bad, quiet=not world.is_main)
 
 

@@ -20,6 +20,7 @@ from camkd_fast.models.model_file import model_bytes
 from camkd_fast.train.config import LogConfig, PrecisionConfig
 from camkd_fast.train.distributed import World, processes
 from camkd_fast.train.journal import Journal, NullJournal
+from camkd_fast.train.run_folder import RunExistsError
 from camkd_fast.train.step import TrainStep
 from tests.support.training import EAGER, ONE, OPTIM, SmallNet, batch, images, loader, train_step, trainer
 
@@ -91,11 +92,33 @@ def buffers(world: World) -> torch.Tensor:
     return norm.running_mean
 
 
+class UnreadableError(Exception):
+    """An error that pickle writes and cannot read, as its message is not its argument."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(f"{name} {number}")
+
+
+def error_of_main(world: World, error: Exception) -> str:
+    """What each process raises if the task of rank 0 does."""
+
+    def task() -> None:
+        assert world.is_main
+        raise error
+
+    try:
+        world.on_main(task)
+    except Exception as found:
+        return f"{type(found).__name__}: {found}"
+    return "nothing"
+
+
 def check(out: Path, world: World) -> None:
     results: dict[str, object] = {"gradients": {name: gradients(name, world) for name in STRATEGIES}}
     for name, mine in (
         ("dropped", dropped(world)),
-        ("broadcast", world.broadcast(world.rank + 7)),
+        ("on_main", world.on_main(lambda: f"of {world.rank}")),
+        ("errors", [error_of_main(world, error) for error in (RunExistsError("taken"), UnreadableError("taken", 7))]),
         ("sum", world.sum(torch.tensor([1.0, world.rank]))),
         ("buffers", buffers(world)),
     ):

@@ -95,7 +95,11 @@ def test_ranks_draw_different_dropout_masks(two: Path) -> None:
 
 def test_rank_0_decides(two: Path) -> None:
     found = torch.load(two / "check.pt", weights_only=True)
-    assert found["broadcast"] == [7, 7]
+    assert found["on_main"] == ["of 0", "of 0"]
+    assert found["errors"] == [
+        ["RunExistsError: taken", "UnreadableError: taken 7"],
+        ["RunExistsError: taken", "RuntimeError: UnreadableError in process 0: taken 7"],
+    ]
     assert [mine.tolist() for mine in found["sum"]] == [[2, 1]] * 2
     assert [mine.tolist() for mine in found["buffers"]] == [[1, 1, 1]] * 2
 
@@ -165,7 +169,7 @@ def test_one_process_needs_no_torchrun() -> None:
     with processes("cpu") as world:
         assert world == World(0, 1, torch.device("cpu")) and world.is_main
         assert not torch.distributed.is_initialized()
-        assert torch.equal(world.gather(torch.arange(3)), torch.arange(3)[None]) and world.broadcast(5) == 5
+        assert torch.equal(world.gather(torch.arange(3)), torch.arange(3)[None]) and world.on_main(lambda: 5) == 5
         world.wait()
 
 
