@@ -139,7 +139,19 @@ def weights_of_lowest(ce: Tensor) -> Tensor:
 
 def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
     """sum_k w_k term_k; its derivative by a weight of 0 is the term, unless that is infinite."""
-    return (weights * terms.masked_fill((weights == 0) & ~terms.isfinite(), 0.0)).sum(0)
+    return (weights * _counted(weights, terms)).sum(0)
+
+
+def _counted(weights: Tensor, terms: Tensor) -> Tensor:
+    """The terms (K, N), and 0 for those that count for nothing because their weight is 0."""
+    return terms.masked_fill((weights == 0) & ~terms.isfinite(), 0.0)
+
+
+def weight_gradient(rows: RowLossResult, formula: Formula, factor: Tensor) -> Tensor:
+    """d loss / d w_k (K, N) of given weights, from the numbers of the rows, times a factor: that of `loss_terms`."""
+    if formula.soft_weight == 0.0:
+        return torch.zeros_like(rows.divergence)
+    return scaled(_counted(rows.weights, rows.divergence), factor * formula.soft_scale())
 
 
 def loss_terms(

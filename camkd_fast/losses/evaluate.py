@@ -25,7 +25,7 @@ from .logit_op import RowLossCall, expression_rows, run_rows, traced_rows
 from .output import CAMKDOutput, reduce_rows
 from .scale_plan import ScalePlan, can_divide_in_kernel, inverse_divisor, plan_scales
 
-# The kernel has applied all factors; nothing else reads the plan without given weights.
+# The kernel has applied all factors; only the gradient of given weights would read more of the plan.
 _NOTHING_LEFT = ScalePlan(1.0, 1.0, None)
 
 
@@ -34,7 +34,7 @@ class Evaluated(NamedTuple):
 
     output: CAMKDOutput
     grad_student: Tensor | None  # (N, C), scaled as `plan` says
-    weights: Tensor | None  # the caller's weights as (K, N), if given
+    formula: Formula  # of the rows: given weights are (K, N)
     plan: ScalePlan  # its inverse_divisor is known now
     in_graph: bool = False  # whether output.loss is part of an autograd graph already
 
@@ -153,7 +153,7 @@ def _in_one_call(
         return None
     loss, row_stats, grad_student, sums, means, inverse = found
     output = CAMKDOutput(loss, row_stats, sums, means, inverse, target.shape)
-    return Evaluated(output, grad_student, None, _NOTHING_LEFT)
+    return Evaluated(output, grad_student, formula, _NOTHING_LEFT)
 
 
 def _mean_on_device(
@@ -165,7 +165,7 @@ def _mean_on_device(
     assert rows.means is not None  # they were requested
     loss, others = rows.means
     output = CAMKDOutput(loss, rows.row_stats, None, rows.means, None, lead)
-    return Evaluated(output, rows.grad_student, call.given_weights(), plan._replace(inverse_divisor=others[2:]))
+    return Evaluated(output, rows.grad_student, call.formula, plan._replace(inverse_divisor=others[2:]))
 
 
 def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, way: Way, with_grad: bool) -> Evaluated:
@@ -178,4 +178,4 @@ def _rows(call: RowLossCall, lead: torch.Size, reduction: str, plan: ScalePlan, 
         rows = expression_rows(call, plan.in_kernel, with_grad)
     loss = reduce_rows(rows.row_stats, 0, rows.sums, rows.means, inverse, lead)
     output = CAMKDOutput(loss, rows.row_stats, rows.sums, rows.means, inverse, lead)
-    return Evaluated(output, rows.grad_student, call.given_weights(), plan, in_graph=way is not Way.KERNEL)
+    return Evaluated(output, rows.grad_student, call.formula, plan, in_graph=way is not Way.KERNEL)

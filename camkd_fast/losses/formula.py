@@ -137,6 +137,10 @@ class Formula(NamedTuple):
         """The weighting's name; "given" for a tensor."""
         return "given" if isinstance(self.weighting, Tensor) else self.weighting
 
+    def given_weights(self) -> Tensor | None:
+        """The weights, if they are a tensor."""
+        return self.weighting if isinstance(self.weighting, Tensor) else None
+
     def divergence_kind(self) -> Divergence:
         """The divergence as backends take it."""
         return as_divergence(self.divergence)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.contract import SecondLabels
+from ..backends.contract import RowLossResult, SecondLabels
 from ..backends.dispatch import BACKENDS, backend_for
 from ..backends.memory import is_ordinary
-from ..backends.reference import scaled
+from ..backends.reference import scaled, weight_gradient
 from . import checks
 from .autograd import first_order, is_one, keeps_graph
 from .evaluate import Evaluated, evaluate
@@ -31,27 +31,26 @@ class _LogitLoss(torch.autograd.Function):
     """Attaches the gradient that the kernel has written to a finished loss value."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluated, formula: Formula, backend: str
-    ) -> Tensor:
-        output, grad_student, plan = evaluation.output, evaluation.grad_student, evaluation.plan
-        ctx.save_for_backward(grad_student, None if weights is None else output._result.divergence)
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, evaluation: Evaluated, backend: str) -> Tensor:
+        output, grad_student, formula, plan, _ = evaluation
+        ctx.save_for_backward(grad_student, None if weights is None else output._row_stats)
         ctx.shape, ctx.in_backward, ctx.backend = student.shape, plan.in_backward, backend
         if weights is not None:
-            assert plan.inverse_divisor is not None  # `evaluate` fills it in
-            ctx.divergence_scale = plan.inverse_divisor * formula.soft_scale()
+            # Without the tensor, which the caller may change.
+            ctx.formula, ctx.inverse_divisor = formula.replaced(weighting="uniform"), plan.inverse_divisor
         return output.loss
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad, divergence = ctx.saved_tensors
+        grad, row_stats = ctx.saved_tensors
         needs_student, needs_weights = ctx.needs_input_grad[:2]
         grad_weights = None
         if needs_weights:
-            grad_weights = scaled(divergence, grad_output.reshape(-1) * ctx.divergence_scale)
+            factor = grad_output.reshape(-1) * ctx.inverse_divisor
+            grad_weights = weight_gradient(RowLossResult(row_stats, None), ctx.formula, factor)
         if not needs_student:
-            return None, grad_weights, None, None, None
+            return None, grad_weights, None, None
         retained = keeps_graph()
         if retained or not is_one(grad_output, ctx.in_backward):
             # Unless it is retained, the graph is freed after this call and the saved gradient with it: scale in place.
@@ -63,7 +62,7 @@ class _LogitLoss(torch.autograd.Function):
                 grad = backend_for(ctx.backend, [grad]).scale_rows(grad, factor, out)
             else:  # a batch of gradients, or inside a trace
                 grad = scaled(grad, factor.unsqueeze(-1)).to(grad.dtype)
-        return _shaped(grad, ctx.shape), grad_weights, None, None, None
+        return _shaped(grad, ctx.shape), grad_weights, None, None
 
 
 def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
@@ -82,10 +81,10 @@ def _differentiable_loss(
     backend: str,
 ) -> CAMKDOutput:
     evaluation = evaluate(student_logits, teacher_logits, target, second, formula, reduction, num_items, backend, None)
-    output, weights = evaluation.output, evaluation.weights
+    output, weights = evaluation.output, evaluation.formula.given_weights()
     needs_grad = student_logits.requires_grad or (weights is not None and weights.requires_grad)
     if needs_grad and torch.is_grad_enabled() and not evaluation.in_graph:
-        output.loss = _LogitLoss.apply(student_logits, weights, evaluation, formula, backend)  # type: ignore[no-untyped-call]
+        output.loss = _LogitLoss.apply(student_logits, weights, evaluation, backend)  # type: ignore[no-untyped-call]
     return output
 
 

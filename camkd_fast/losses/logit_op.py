@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import LOSS, PER_TEACHER, RowLossResult, SecondLabels, row_stats_count, second_pair
+from ..backends.contract import LOSS, RowLossResult, SecondLabels, row_stats_count, second_pair
 from ..backends.dispatch import backend_for
-from ..backends.reference import accumulation_dtype, loss_terms, scaled
+from ..backends.reference import accumulation_dtype, loss_terms, scaled, weight_gradient
 from ..backends.reference import row_loss as reference_row_loss
 from . import checks
 from .autograd import first_order, savable
@@ -34,16 +34,12 @@ class RowLossCall(NamedTuple):
     needs_grad: bool
     backend: str
 
-    def given_weights(self) -> Tensor | None:
-        weighting = self.formula.weighting
-        return weighting if isinstance(weighting, Tensor) else None
-
 
 def run_rows(
     call: RowLossCall, grad_scale: float | Tensor, mean: bool = False, total_scale: float | None = None
 ) -> RowLossResult:
     """The backend's numbers for tensors of any layout; with `mean` also the means."""
-    given = (call.labels, call.given_weights(), grad_scale, *(call.second or ()))
+    given = (call.labels, call.formula.given_weights(), grad_scale, *(call.second or ()))
     others = [tensor for tensor in given if isinstance(tensor, Tensor)]
     return backend_for(call.backend, [call.student, *call.teachers], others).row_loss(
         row_view(call.student),
@@ -112,10 +108,9 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, teachers, _, _, _, weights, _, constants, weighting, divergence, ignore_index, _, _ = inputs
     row_stats, grad_student = output
-    K = len(teachers)
-    ctx.save_for_backward(grad_student, row_stats[PER_TEACHER : PER_TEACHER + K])
-    ctx.shape, ctx.K, ctx.has_weights = student.shape, K, weights is not None
-    ctx.soft_scale = Formula.from_constants(constants, weighting, divergence, ignore_index, None).soft_scale()
+    ctx.save_for_backward(grad_student, None if weights is None else row_stats)
+    ctx.shape, ctx.K = student.shape, len(teachers)
+    ctx.formula = Formula.from_constants(constants, weighting, divergence, ignore_index, None)
     ctx.mark_non_differentiable(grad_student)
     ctx.set_materialize_grads(False)  # else it gets (N, C) zeros
 
@@ -124,10 +119,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_row_stats: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_row_stats is None:
         return (None, [None] * ctx.K, *(None,) * 11)
-    stored, divergences = ctx.saved_tensors
+    stored, row_stats = ctx.saved_tensors
     factor = grad_row_stats[LOSS]
-    grad_student = scaled(stored, factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
-    grad_weights = scaled(divergences, factor * ctx.soft_scale) if ctx.has_weights else None
+    grad_student = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        grad_student = scaled(stored, factor.unsqueeze(-1)).to(stored.dtype).view(ctx.shape)
+    if row_stats is not None:
+        grad_weights = weight_gradient(RowLossResult(row_stats, None), ctx.formula, factor)
     return (grad_student, [None] * ctx.K, None, None, None, grad_weights, *(None,) * 7)
 
 
@@ -141,7 +139,7 @@ def traced_rows(call: RowLossCall, grad_scale: float | Tensor) -> RowLossResult:
         list(call.teachers),
         call.labels,
         *second_pair(call.second),
-        call.given_weights(),
+        call.formula.given_weights(),
         _scale_tensor(grad_scale, call.student),
         *call.formula.constants(),
         call.needs_grad,

@@ -74,14 +74,23 @@ inline bool read_weighting(PyObject* object, Weighting& out) {
     return false;
 }
 
-// The divergence of a checked Formula: "forward_kl", or a pair of name and share.
+// The items of a tuple or a list and their number; false for anything else.
+inline bool read_items(PyObject* object, PyObject**& items, Py_ssize_t& count) {
+    if (!PyTuple_Check(object) && !PyList_Check(object)) return false;
+    items = PySequence_Fast_ITEMS(object), count = PySequence_Fast_GET_SIZE(object);
+    return true;
+}
+
+// A divergence: the name of one without a share, or a pair of name and share.
 inline bool read_divergence(PyObject* object, Formula& out) {
-    out.divergence = Divergence::forward_kl, out.share = 0, out.other_share = 1;
-    if (PyUnicode_CheckExact(object)) return PyUnicode_CompareWithASCIIString(object, kDivergenceNames[0]) == 0;
-    double share;
-    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) return false;
-    PyObject* const name = PyTuple_GET_ITEM(object, 0);
-    if (!PyUnicode_CheckExact(name) || !read_number(PyTuple_GET_ITEM(object, 1), share)) return false;
+    PyObject **pair = nullptr, *name = object;
+    Py_ssize_t count;
+    double share = 0;
+    if (read_items(object, pair, count)) {
+        if (count != 2 || !read_number(pair[1], share)) return false;
+        name = pair[0];
+    }
+    if (!PyUnicode_CheckExact(name)) return false;
     out.share = float(share), out.other_share = float(1 - share);
     for (int code = 0; code < int(std::size(kDivergenceNames)); ++code) {
         if (PyUnicode_CompareWithASCIIString(name, kDivergenceNames[code]) != 0) continue;
@@ -104,12 +113,13 @@ inline bool read_positive(PyObject* object, float none, float& out) {
 // One positive number per teacher, or None for all of them.
 inline bool read_per_teacher(PyObject* object, float none, float LogitMap::* field, Formula& out) {
     if (object == Py_None) return true;
-    if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) > kMaxTeachers) return false;
-    const int count = int(PyTuple_GET_SIZE(object));
-    if (count == 0 || (out.teachers_maps != 0 && out.teachers_maps != count)) return false;
-    out.maps = true, out.teachers_maps = count;
-    for (int k = 0; k < count; ++k)
-        if (!read_positive(PyTuple_GET_ITEM(object, k), none, out.logit_maps[k + 1].*field)) return false;
+    PyObject** numbers;
+    Py_ssize_t count;
+    if (!read_items(object, numbers, count) || count == 0 || count > kMaxTeachers) return false;
+    if (out.teachers_maps != 0 && out.teachers_maps != count) return false;
+    out.maps = true, out.teachers_maps = int(count);
+    for (int k = 0; k < int(count); ++k)
+        if (!read_positive(numbers[k], none, out.logit_maps[k + 1].*field)) return false;
     return true;
 }
 

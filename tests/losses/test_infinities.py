@@ -171,6 +171,40 @@ def test_weight_zero_removes_an_infinite_divergence(backend):
     assert result.loss.isfinite().all() and result.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled", "torch.func"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("soft_weight", "value", "expected"),
+    [(1.0, -INF, [False, True, False]), (1.0, float("nan"), [False, True, False]), (0.0, -INF, [False] * 3)],
+)
+def test_the_gradient_of_given_weights_at_terms_that_count_for_nothing(
+    soft_weight, value, expected, reduction, way, backend
+):
+    """It is 0 for a weight of 0 and a divergence that is not finite, and without a soft loss for all."""
+    case = make_case(6, 10, temperature=2.0)
+    student, teachers = case.student, [z.clone() for z in case.teachers]
+    student[:, 3] = -INF  # an infinite divergence of teachers 0 and 1, and of teacher 2, which has no class 3 either, none
+    teachers[2][:, 3] = -INF
+    if value != value:
+        teachers[0][:, 4] = value
+    target = case.target % 3
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        settings = {"temperature": 2.0, "soft_weight": soft_weight, "weighting": weights, "reduction": reduction}
+        return camkd_loss(student, teachers, target, backend=backend, **settings).loss.sum()
+
+    weights = torch.tensor([0.0, 0.5, 0.0])
+    if way == "torch.func":
+        backend = "auto"  # the only one that takes such tensors
+        gradient = torch.func.grad(loss)(weights)
+    else:
+        call = torch.compile(loss, backend="aot_eager") if way == "compiled" else loss
+        call(weights.requires_grad_()).backward()
+        gradient = weights.grad
+    assert gradient.isinf().tolist() == expected and not gradient.isnan().any()
+    assert gradient[0] == 0 and (gradient[2] > 0) == (soft_weight > 0)
+
+
 def test_a_tiny_weight_keeps_an_infinite_divergence(backend):
     case = nearly_no_weight()
     result = run(case, backend, torch.ones(4))

@@ -87,6 +87,25 @@ def test_bitwise_the_general_path(C, K, temperature, weighting, dtype, lead, gen
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"divergence": "reverse_kl"}, {"divergence": ("reverse_kl", 0.0)}),
+        ({"divergence": "forward_kl"}, {"divergence": ["forward_kl", 0]}),
+        ({"divergence": ("jsd", 0.25)}, {"divergence": ["jsd", 0.25]}),
+        ({"teacher_logit_scales": (1.0, 0.5, 2.0)}, {"teacher_logit_scales": [1, 0.5, 2]}),
+        ({"teacher_softcaps": (5.0, None, 3.0)}, {"teacher_softcaps": [5, None, 3]}),
+    ],
+    ids=str,
+)
+def test_every_spelling_of_a_setting_is_one_call(first, second):
+    tensors = batch()
+    one, other = one_call(*tensors, **first), one_call(*tensors, **second)
+    assert one is not None and other is not None
+    general = camkd_loss_and_grad(*tensors, **second, backend="reference")[0]
+    assert torch.equal(one[0], other[0]) and torch.allclose(one[0], general.loss)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("lead", [(37,), (4, 9)], ids=str)
 def test_two_labels_are_bitwise_the_general_path(lead, reduction, general):
@@ -194,6 +213,15 @@ DECLINED: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "soft weight a string": (S, Z, Y, {"soft_weight": "1"}),
     "unknown weighting": (S, Z, Y, {"weighting": "confident"}),
     "given weights": (S, Z, Y, {"weighting": torch.ones(3)}),
+    "divergence without its share": (S, Z, Y, {"divergence": "jsd"}),
+    "divergence with a share that it lacks": (S, Z, Y, {"divergence": ["reverse_kl", 0.5]}),
+    "divergence of three parts": (S, Z, Y, {"divergence": ["jsd", 0.5, 0]}),
+    "divergence without parts": (S, Z, Y, {"divergence": []}),
+    "unknown divergence": (S, Z, Y, {"divergence": "kl"}),
+    "scales of two teachers": (S, Z, Y, {"teacher_logit_scales": [1.0, 2.0]}),
+    "scales of no teacher": (S, Z, Y, {"teacher_logit_scales": []}),
+    "scale 0": (S, Z, Y, {"teacher_logit_scales": [1.0, 0.0, 1.0]}),
+    "softcap below 0": (S, Z, Y, {"teacher_softcaps": [-5.0, None, None]}),
     "ignore_index a string": (S, Z, Y, {"ignore_index": "none"}),
     "ignore_index beyond int64": (S, Z, Y, {"ignore_index": 2**64}),
     "loss scale a float64 tensor": (S, Z, Y, {"loss_scale": torch.tensor(2.0, dtype=torch.float64)}),
