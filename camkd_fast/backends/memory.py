@@ -91,8 +91,14 @@ def kind_of(tensor: Tensor) -> TensorKind | None:
     return _FREED if address == tensor.storage_offset() * tensor.element_size() else None
 
 
-def resolved(tensor: Tensor) -> Tensor:
-    """A dense tensor of the same values, in the same graph, for a kind that is `resolvable`."""
+def resolve(tensor: Tensor) -> tuple[Tensor, TensorKind | None]:
+    """A tensor of the same values in the same graph, dense if its kind is `resolvable`; and the kind of that tensor."""
+    while (kind := kind_of(tensor)) is not None and kind.resolvable:
+        tensor = _resolved(tensor)
+    return tensor, kind
+
+
+def _resolved(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         tensor = tensor.as_subclass(Tensor)
     if tensor._is_zerotensor():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.contract import MAX_TEACHERS as MAX_TEACHERS
 from ..backends.contract import SecondLabels
 from ..backends.dispatch import label_counter
-from ..backends.memory import is_ordinary
+from ..backends.memory import are_dense, is_ordinary
 from .formula import check_number
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -213,6 +213,17 @@ def check_scale(name: str, scale: float | Tensor) -> None:
 def can_count(target: Tensor) -> bool:
     """Whether the host reads these labels: in an ordinary call, in main memory."""
     return not torch.compiler.is_compiling() and target.is_cpu and is_ordinary([target])
+
+
+def count_if_dense(target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None) -> int | None:
+    """`count_labels` of dense labels (N,) in main memory; None for others, and second labels that are not are not read.
+
+    Raises:
+        ValueError: as `count_labels`.
+    """
+    if not target.is_cpu or not are_dense([target]):
+        return None
+    return count_labels(target, C, ignore_index, second if second is not None and are_dense(second) else None)
 
 
 def count_labels(target: Tensor, C: int, ignore_index: int, second: SecondLabels | None = None) -> int:

@@ -15,13 +15,13 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.contract import SecondLabels, second_pair
 from ..backends.dispatch import backend_for, first_of, whole_losses
-from ..backends.memory import are_dense, observer
+from ..backends.memory import observer
 from ..backends.reference import accumulation_dtype, ce_gradient
 from . import checks
 from .autograd import first_order, needs_grad, savable, save, saved
 from .entry import KERNEL, Way, way_of_call
 from .layout import contiguous_labels, row_view, second_labels, second_rows
-from .scale_plan import inverse_divisor
+from .scale_plan import Divisor
 
 
 def _confidence_forward(
@@ -34,34 +34,31 @@ def _confidence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weights, ce and log-sum-exp, each (K, N)."""
     second = second_labels(second_target, mix)
-    return _confidence_and_divisor(logits, target, second, ignore_index, backend, counted=False)[0]
+    return _forward(logits, target, second, ignore_index, backend, counted=False)[:3]
 
 
-def _confidence_and_divisor(
+def _forward(
     logits: Sequence[Tensor],
     target: Tensor,
     second: SecondLabels | None,
     ignore_index: int,
     backend: str,
     counted: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], float | Tensor]:
-    """`_confidence_forward`, and if `counted` 1 / number of valid rows (at least 1).
+) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+    """`_confidence_forward`, and if `counted` 1 / number of valid rows (at least 1), else 1.
 
     Labels in main memory are counted by their check, others by the kernel: a number, or (1,) on the device.
     """
     labels, dtype = contiguous_labels(target), accumulation_dtype(logits[0].dtype)
     second = second_rows(second, dtype)
     rows = [row_view(z) for z in logits]
-    inverse: float | Tensor = 1.0
-    if target.is_cpu:
-        valid = checks.count_labels(labels, logits[0].shape[-1], ignore_index, second)
-        if valid is not None:
-            inverse, counted = 1.0 / max(valid, 1), False
+    valid = checks.count_if_dense(labels, logits[0].shape[-1], ignore_index, second)
     module = backend_for(backend, logits, [labels, *(second or ())])
-    if not counted:
-        return module.confidence_forward(rows, labels, ignore_index, second=second), inverse
-    inverse = torch.empty(1, dtype=dtype, device=target.device)
-    return module.confidence_forward(rows, labels, ignore_index, inverse, second), inverse
+    if counted and valid is None:
+        inverse = torch.empty(1, dtype=dtype, device=target.device)
+        return *module.confidence_forward(rows, labels, ignore_index, inverse, second), inverse
+    results = module.confidence_forward(rows, labels, ignore_index, second=second)
+    return *results, 1.0 / max(valid, 1) if counted and valid is not None else 1.0
 
 
 def _confidence_backward(
@@ -262,30 +259,25 @@ def confidence_and_divisor(
     logits: Sequence[Tensor],
     target: Tensor,
     second: SecondLabels | None,
-    ignore_index: int,
+    divisor: Divisor,
     backend: str,
     way: Way,
-    counted: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Weights and cross-entropies (K, N) without a graph, and if `counted` 1 / number of valid rows, else 1.
-
-    The divisor is a number or (1,).
-    """
+    """Weights and cross-entropies (K, N) without a graph, and 1 / divisor, a number or (1,) in `dtype`."""
     logits = [z.detach() for z in logits]
-    if way is Way.KERNEL:
-        (weights, ce, _), inverse = _confidence_and_divisor(logits, target, second, ignore_index, backend, counted)
-        return weights, ce, inverse if counted else 1.0
-    weights, ce = confidence_rows(logits, target, second, ignore_index, backend, way)
-    return weights, ce, inverse_divisor(None, None, target.reshape(-1), ignore_index, ce.dtype) if counted else 1.0
+    if way is Way.KERNEL and divisor.counts():
+        weights, ce, _, inverse = _forward(logits, target, second, divisor.ignore_index, backend, counted=True)
+        return weights, ce, inverse
+    weights, ce = confidence_rows(logits, target, second, divisor.ignore_index, backend, way)
+    return weights, ce, divisor.inverse(target, dtype)
 
 
 def _confidence_expression(
     logits: Sequence[Tensor], target: Tensor, second: SecondLabels | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     labels, second = contiguous_labels(target), second_rows(second, accumulation_dtype(logits[0].dtype))
-    if target.device.type == "cpu" and are_dense([labels]):
-        checked = second if second is not None and are_dense(second) else None
-        checks.count_labels(labels, logits[0].shape[-1], ignore_index, checked)
+    checks.count_if_dense(labels, logits[0].shape[-1], ignore_index, second)
     rows = [savable(row_view(z)) for z in logits]
     second = None if second is None else SecondLabels(*map(savable, second))
     return reference.confidence_forward(rows, savable(labels), ignore_index, second=second)[:2]

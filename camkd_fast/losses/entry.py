@@ -87,8 +87,7 @@ def _dense(name: str, value: Any, kinds: set[memory.TensorKind | None]) -> Any:
         return [_dense(f"{name}[{i}]", entry, kinds) for i, entry in enumerate(value)]
     if not isinstance(value, Tensor):
         return value
-    while (kind := memory.kind_of(value)) is not None and kind.resolvable:
-        value = memory.resolved(value)
+    value, kind = memory.resolve(value)
     if kind is not None and kind.remedy:
         raise TypeError(f"{name} must be a dense tensor, got {kind.name}: {kind.remedy}")
     kinds.add(kind)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..backends.contract import SecondLabels
 from ..backends.dispatch import whole_losses
-from ..backends.memory import are_dense
 from ..backends.reference import accumulation_dtype
 from . import checks
 from .entry import KERNEL, Way, computing, enter, way_of_call
@@ -92,9 +91,8 @@ def _evaluate_checked(
     student, ignore_index = call.student, call.formula.ignore_index
     dtype = accumulation_dtype(student.dtype)
     valid = None
-    if call.labels.device.type == "cpu" and way is not Way.OPERATOR and are_dense([call.labels]):
-        second = call.second if call.second is not None and are_dense(call.second) else None
-        valid = checks.count_labels(call.labels, student.shape[-1], ignore_index, second)
+    if way is not Way.OPERATOR:
+        valid = checks.count_if_dense(call.labels, student.shape[-1], ignore_index, call.second)
         # A trace would keep the number of this batch.
         valid = valid if way is Way.KERNEL else None
     inverse: float | Tensor = 1.0

@@ -21,7 +21,7 @@ from .feature_op import (
     loss_and_grad_in_one_call,
     loss_in_one_call,
 )
-from .feature_weights import ConstantWeights, Divisor, checked_logits, constant_weights
+from .feature_weights import ConstantWeights, checked_divisor, checked_logits, constant_weights
 from .formula import check_choice, check_ignore_index, check_number
 from .layout import second_arguments, second_labels
 from .scale_plan import as_scale
@@ -220,7 +220,7 @@ def _loss_and_grad(
     checks.check_sample_target(target, second, student[0], "student_features[0]")
     check_number("beta", beta, positive=False)
     checks.check_scale("loss_scale", loss_scale)
-    divisor = Divisor(reduction, num_items, ignore_index).checked()
+    divisor = checked_divisor(reduction, num_items, ignore_index)
     named = second_arguments(second) | {"logits": logits, "target": target}
     with computing(way, student_features=student, teacher_features=teachers, **named):
         dtype = accumulation_dtype(student[0].dtype)

@@ -14,9 +14,10 @@ from ..backends.dispatch import BACKENDS
 from ..backends.reference import accumulation_dtype
 from . import checks
 from .feature import FeatureLossOutput, camkd_feature_loss_and_grad, confidence_weights, scaled_feature_loss
-from .feature_weights import Divisor, weights_of_logits
+from .feature_weights import weights_of_logits
 from .formula import check_choice, check_ignore_index
 from .layout import second_labels
+from .scale_plan import Divisor
 
 
 class CAMKDFeatureLoss(nn.Module):

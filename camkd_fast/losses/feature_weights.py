@@ -14,7 +14,7 @@ from .confidence_op import confidence_and_divisor
 from .entry import Way, computing, enter, way_of_call
 from .formula import check_choice, check_ignore_index
 from .layout import second_arguments, second_labels, weight_rows
-from .scale_plan import inverse_divisor
+from .scale_plan import Divisor
 
 FEATURE_WEIGHTINGS = ("confidence", "uniform")
 
@@ -27,29 +27,12 @@ class ConstantWeights(NamedTuple):
     inverse: float | Tensor  # 1 / divisor of the mean: a number, or (1,) on the device
 
 
-class Divisor(NamedTuple):
-    """What the divisor of a reduction depends on."""
-
-    reduction: str
-    num_items: float | Tensor | None
-    ignore_index: int
-
-    def checked(self) -> Divisor:
-        """The same with Python's int for ignore_index; raises TypeError or ValueError."""
-        check_choice("reduction", self.reduction, checks.REDUCTIONS)
-        checks.check_num_items(self.num_items, self.reduction)
-        check_ignore_index(self.ignore_index)
-        return Divisor(self.reduction, self.num_items, int(self.ignore_index))
-
-    def counts(self) -> bool:
-        """Whether it is the number of valid samples."""
-        return self.reduction == "mean" and self.num_items is None
-
-    def inverse(self, target: Tensor, dtype: torch.dtype) -> float | Tensor:
-        """1 / divisor; 1 for other reductions than "mean"."""
-        if self.reduction != "mean":
-            return 1.0
-        return inverse_divisor(self.num_items, None, target, self.ignore_index, dtype)
+def checked_divisor(reduction: str, num_items: float | Tensor | None, ignore_index: int) -> Divisor:
+    """The divisor of checked arguments, with Python's int for ignore_index; raises TypeError or ValueError."""
+    check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.check_num_items(num_items, reduction)
+    check_ignore_index(ignore_index)
+    return Divisor(reduction, num_items, int(ignore_index))
 
 
 def checked_logits(logits: Tensor | Sequence[Tensor], target: Tensor, second: SecondLabels | None) -> list[Tensor]:
@@ -70,25 +53,21 @@ def weights_of_logits(
     divisor: Divisor,
     backend: str,
     dtype: torch.dtype,
-    way: Way | None = None,
 ) -> ConstantWeights:
-    """Confidence weights of K checked sets of logits (N, C).
+    """Confidence weights of K sets of logits (N, C) that nobody has looked at yet. `dtype`: of the divisor."""
+    way, (logits, target, *others) = enter(
+        way_of_call(), backend, logits=logits, target=target, **second_arguments(second)
+    )
+    second = second_labels(*others)
+    tensors = checked_logits(logits, target, second)
+    with computing(way, logits=tensors, target=target, **second_arguments(second)):
+        return ConstantWeights(*confidence_and_divisor(tensors, target, second, divisor, backend, way, dtype))
 
-    Args:
-        dtype: of the divisor.
-        way: of the call; None if its tensors have not been through `enter`.
-    """
-    if way is None:
-        logits = checked_logits(logits, target, second)
-        way, (logits, target, *others) = enter(
-            way_of_call(), backend, logits=logits, target=target, **second_arguments(second)
-        )
-        second = second_labels(*others)
-    with computing(way, logits=logits, target=target, **second_arguments(second)):
-        weights, ce, inverse = confidence_and_divisor(
-            logits, target, second, divisor.ignore_index, backend, way, divisor.counts()
-        )
-        return ConstantWeights(weights, ce, inverse if divisor.counts() else divisor.inverse(target, dtype))
+
+def uniform_weights(target: Tensor, K: int, divisor: Divisor, dtype: torch.dtype) -> ConstantWeights:
+    """1 / K for each of K maps. `dtype`: of weights and divisor."""
+    kept = target != divisor.ignore_index
+    return ConstantWeights((kept.to(dtype) / K).expand(K, target.shape[0]), None, divisor.inverse(target, dtype))
 
 
 def constant_weights(
@@ -114,15 +93,13 @@ def constant_weights(
         return _given_weights(weighting, target, K, divisor, dtype)
     check_choice("weighting", weighting, FEATURE_WEIGHTINGS)
     if weighting == "uniform":
-        kept = target != divisor.ignore_index
-        weights = (kept.to(dtype) / K).expand(K, target.shape[0])
-        return ConstantWeights(weights, None, divisor.inverse(target, dtype))
+        return uniform_weights(target, K, divisor, dtype)
     if logits is None:
         raise ValueError(f"logits is None, but weighting='confidence' needs {K} tensors (N, C)")
     tensors = checked_logits(logits, target, second)
     if len(tensors) != K:
         raise ValueError(f"logits holds {len(tensors)} tensors, but student_features holds {K}")
-    return weights_of_logits(tensors, target, second, divisor, backend, dtype, way)
+    return ConstantWeights(*confidence_and_divisor(tensors, target, second, divisor, backend, way, dtype))
 
 
 def _given_weights(weighting: Tensor, target: Tensor, K: int, divisor: Divisor, dtype: torch.dtype) -> ConstantWeights:

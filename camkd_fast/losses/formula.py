@@ -18,14 +18,31 @@ from .divergence import FORWARD_KL, Divergence, as_divergence
 WEIGHTINGS = ("confidence", "uniform", "entropy", "min_ce")
 
 
-def check_number(name: str, value: float, *, positive: bool) -> None:
-    if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):  # numpy's scalars are Real
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """
+    Raises:
+        TypeError: the value is no number; True and False are none.
+        ValueError: it is infinite or NaN, or not above 0 if it must be `positive`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's scalars are Real
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     if not isinstance(value, (int, float)):
         value = float(value)  # NumPy's narrow floats would overflow in the comparison
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a number that changes between calls.
     if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")
+
+
+def check_int(name: str, value: object, least: int | None = None) -> None:
+    """
+    Raises:
+        TypeError: the value is no integer; True and False are none.
+        ValueError: it is less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -35,12 +52,11 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, numbers.Integral)):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    check_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
 
@@ -125,8 +141,8 @@ class Formula(NamedTuple):
             "z_loss_weight": float(self.z_loss_weight),
             "student_logit_scale": float(self.student_logit_scale),
             "student_softcap": None if self.student_softcap is None else float(self.student_softcap),
-            "teacher_logit_scales": _numbers_of_teachers("teacher_logit_scales", self.teacher_logit_scales, K, 1.0),
-            "teacher_softcaps": _numbers_of_teachers("teacher_softcaps", self.teacher_softcaps, K, None),
+            "teacher_logit_scales": _numbers_of_teachers("teacher_logit_scales", self.teacher_logit_scales, K),
+            "teacher_softcaps": _numbers_of_teachers("teacher_softcaps", self.teacher_softcaps, K, optional=True),
         }
 
     def options(self) -> dict[str, Any]:
@@ -199,8 +215,8 @@ def _in_one_form(divergence: str | tuple[str, float]) -> str | Divergence:
     return found.kind if found == FORWARD_KL else found
 
 
-def _numbers_of_teachers(name: str, values: Any, K: int | None, default: float | None) -> tuple[Any, ...] | None:
-    """One positive number per teacher, or for a teacher without one the default; None if nothing is given."""
+def _numbers_of_teachers(name: str, values: Any, K: int | None, optional: bool = False) -> tuple[Any, ...] | None:
+    """One positive number per teacher, or if they are `optional` None for some; None if nothing is given."""
     if values is None:
         return None
     if not isinstance(values, (list, tuple)):
@@ -208,6 +224,6 @@ def _numbers_of_teachers(name: str, values: Any, K: int | None, default: float |
     if K is not None and len(values) != K:
         raise ValueError(f"{name} holds {len(values)} numbers, but there are {K} teachers")
     for k, value in enumerate(values):
-        if value is not None or default is not None:
+        if value is not None or not optional:
             check_number(f"{name}[{k}]", value, positive=True)
-    return tuple(default if value is None else float(value) for value in values)
+    return tuple(None if value is None else float(value) for value in values)

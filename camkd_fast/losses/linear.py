@@ -139,13 +139,13 @@ def camkd_linear_loss(
     formula = formula.checked(len(sides) - 1)
     labels, formula, is_mask = linear_checks.checked_labels(target, sides[0].hidden, formula, shift)
     inputs = _autocast_dtype(student_hidden)
-    dtype = accumulation_dtype(inputs or student_hidden.dtype)
-    lead, K = labels.shape, len(sides) - 1
-    weights = linear_checks.weights_as_rows(formula.weighting, K, lead, shift, labels, dtype)
+    lead, dtype = labels.shape, accumulation_dtype(inputs or student_hidden.dtype)
+    weights = linear_checks.weights_as_rows(formula.weighting, len(sides) - 1, lead, shift, labels, dtype)
     flat = [Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.head, side.bias) for side in sides]
     call = LinearCall(
-        flat[0], flat[1:], labels.reshape(-1).contiguous(), V, formula.replaced(weighting=weights), inputs,
-        logits_dtype, chunk_rows, float(max_chunk_bytes), num_valid, shard, backend,
+        student=flat[0], teachers=flat[1:], labels=labels.reshape(-1).contiguous(), vocab_size=V,
+        formula=formula.replaced(weighting=weights), products=inputs, logits_dtype=logits_dtype, chunk_rows=chunk_rows,
+        max_chunk_bytes=float(max_chunk_bytes), num_valid=num_valid, shard=shard, backend=backend,
     )  # fmt: skip
     factor = _factor(call, reduction, num_items, dtype)
     loss, stats = linear_loss_rows(call) if factor is None else linear_loss(call, factor)

@@ -15,7 +15,7 @@ from ..backends.contract import MAX_TEACHERS
 from ..backends.dispatch import BACKENDS
 from . import checks
 from .entry import Way, way_of_call
-from .formula import Formula, check_choice, check_flag, check_number
+from .formula import Formula, check_choice, check_flag, check_int, check_number
 from .layout import weight_rows
 from .linear_chunks import Side
 from .vocabulary import VocabularyShard
@@ -97,8 +97,7 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
     checks.check_tensor(name, tensor)
     if torch.compiler.is_compiling():
         return tensor
-    while (kind := memory.kind_of(tensor)) is not None and kind.resolvable:
-        tensor = memory.resolved(tensor)
+    tensor, kind = memory.resolve(tensor)
     if kind is None or kind.fake:
         return tensor
     remedy = kind.remedy or _REMEDIES.get(kind.name, _REMEDY)
@@ -116,11 +115,9 @@ def checked_vocabulary(
     own = sides[0].head.shape[0]
     shard = _checked_shard(own, vocab_size, group, vocab_range, reduce_input_grad)
     vocab_size = vocab_size if shard is None else shard.stop - shard.start
-    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, numbers.Integral)):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if vocab_size is not None:
+        check_int("vocab_size", vocab_size, 1)
     V = own if vocab_size is None else int(vocab_size)
-    if V < 1:
-        raise ValueError(f"vocab_size must be at least 1, got {V}")
     for i, side in enumerate(sides):
         if side.head.shape[0] < V:
             model = "student's" if i == 0 else f"teacher[{i - 1}]'s"
@@ -177,12 +174,8 @@ def check_settings(
     checks.check_num_items(num_items, reduction)
     check_choice("backend", backend, ("auto", *BACKENDS))
     for name, value, least in (("chunk_rows", chunk_rows, 1), ("num_valid", num_valid, 0)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None:
+            check_int(name, value, least)
     check_number("max_chunk_bytes", max_chunk_bytes, positive=True)
     if logits_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
@@ -209,7 +202,7 @@ def checked_labels(target: Tensor, hidden: Tensor, formula: Formula, shift: bool
             raise ValueError(f"hard_weight {formula.hard_weight} needs labels, but target is a bool mask")
         formula = formula.replaced(ignore_index=-100)
         target = torch.where(target, 0, formula.ignore_index)
-    if shift:
+    if shift and target.shape[-1] > 0:
         target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=formula.ignore_index)
     return target, formula, is_mask
 
@@ -223,6 +216,7 @@ def weights_as_rows(
     weighting = _dense("weighting", weighting)
     if weighting.requires_grad and torch.is_grad_enabled():
         raise ValueError("weighting requires grad, but weights get no gradient here: expected constants (.detach())")
+    shift = shift and lead[-1] > 0
     expected = (*lead[:-1], lead[-1] - 1) if shift else tuple(lead)
     checks.check_weighting(weighting, K, expected, "target", labels)
     if shift and weighting.dim() > 1:

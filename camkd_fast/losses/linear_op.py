@@ -74,6 +74,7 @@ _CALL = (
     "float max_chunk_bytes, SymInt? num_valid, str? group_name, int first_class, bool reduce_input_grad, str backend, "
     "bool[] needs"
 )
+assert tuple(argument.split()[-1] for argument in _CALL.split(", ")) == _Call._fields
 
 _PART_BYTES = 64 << 20  # of a gradient that is rounded
 
@@ -130,13 +131,22 @@ def _chunks_of(of: _Call) -> LinearChunks:
         shard = VocabularyShard(of.group_name, of.first_class, of.first_class + of.vocab_size, of.reduce_input_grad)
     teachers = [Side(*side) for side in zip(of.teacher_hidden, of.teacher_heads, of.teacher_biases, strict=True)]
     call = LinearCall(
-        of.student(), teachers, of.labels, of.vocab_size, _formula_of(of, of.weights), of.products, of.logits_dtype,
-        of.chunk_rows, of.max_chunk_bytes, of.num_valid, shard, of.backend,
-    )  # fmt: skip
-    if of.labels.is_cpu:
-        valid = checks.count_labels(of.labels, call.classes(), of.ignore_index)
-        if of.num_valid is not None and valid > of.num_valid:
-            raise ValueError(f"num_valid is {of.num_valid}, but {valid} rows count")
+        student=of.student(),
+        teachers=teachers,
+        labels=of.labels,
+        vocab_size=of.vocab_size,
+        formula=_formula_of(of, of.weights),
+        products=of.products,
+        logits_dtype=of.logits_dtype,
+        chunk_rows=of.chunk_rows,
+        max_chunk_bytes=of.max_chunk_bytes,
+        num_valid=of.num_valid,
+        shard=shard,
+        backend=of.backend,
+    )
+    valid = checks.count_if_dense(of.labels, call.classes(), of.ignore_index)
+    if valid is not None and of.num_valid is not None and valid > of.num_valid:
+        raise ValueError(f"num_valid is {of.num_valid}, but {valid} rows count")
     return LinearChunks(call, of.needs)
 
 

@@ -73,8 +73,7 @@ def _row_loss_op(
     """row_stats, and the gradient (N, C), or (0, C)."""
     labels = contiguous_labels(target)
     second = second_rows(second_labels(second_target, mix), accumulation_dtype(student.dtype))
-    if target.is_cpu:
-        checks.count_labels(labels, student.shape[-1], ignore_index, second)
+    checks.count_if_dense(labels, student.shape[-1], ignore_index, second)
     formula = Formula.from_constants(constants, weighting, divergence, ignore_index, weights)
     call = RowLossCall(student, teachers, labels, second, formula, needs_grad, backend)
     result = run_rows(call, 1.0 if grad_scale is None else grad_scale)

@@ -87,3 +87,21 @@ def divisor_of(num_items: Tensor, kept: bool | Tensor) -> Tensor:
 def as_scale(scale: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """A scale as a kernel takes it: a number, or (1,) of this dtype on this device."""
     return scale.detach().reshape(1).to(device, dtype) if isinstance(scale, Tensor) else float(scale)
+
+
+class Divisor(NamedTuple):
+    """What the divisor of a reduction depends on."""
+
+    reduction: str
+    num_items: float | Tensor | None
+    ignore_index: int
+
+    def counts(self) -> bool:
+        """Whether it is the number of valid samples."""
+        return self.reduction == "mean" and self.num_items is None
+
+    def inverse(self, target: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """1 / divisor; 1 for other reductions than "mean"."""
+        if self.reduction != "mean":
+            return 1.0
+        return inverse_divisor(self.num_items, None, target, self.ignore_index, dtype)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..losses.formula import check_flag, check_number
 from ..models.preprocessing import Preprocessing
 from ..models.protocol import inner_model
 from . import strategies
 from .strategies import Strategy
-from .strategies.option_types import check_flag, check_real
 
 
 def check_types(
@@ -23,7 +23,7 @@ def check_types(
         TypeError: an argument has another type than it should.
         ValueError: label_smoothing lies outside [0, 1].
     """
-    check_real("label_smoothing", label_smoothing)
+    check_number("label_smoothing", label_smoothing, positive=False)
     if not 0.0 <= label_smoothing <= 1.0:  # type: ignore[operator]
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     check_flag("channels_last", channels_last)

@@ -183,7 +183,8 @@ def test_the_gradient_of_given_weights_at_terms_that_count_for_nothing(
     """It is 0 for a weight of 0 and a divergence that is not finite, and without a soft loss for all."""
     case = make_case(6, 10, temperature=2.0)
     student, teachers = case.student, [z.clone() for z in case.teachers]
-    student[:, 3] = -INF  # an infinite divergence of teachers 0 and 1, and of teacher 2, which has no class 3 either, none
+    # An infinite divergence of teachers 0 and 1. Teacher 2 has no class 3 either.
+    student[:, 3] = -INF
     teachers[2][:, 3] = -INF
     if value != value:
         teachers[0][:, 4] = value

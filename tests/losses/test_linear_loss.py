@@ -202,6 +202,19 @@ def test_any_settings(drawn: tuple[LinearCase, int | None]) -> None:
 # --- numerics --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_valid", [None, 0, 3])
+@pytest.mark.parametrize(
+    "weighting", ["confidence", torch.ones(1), torch.ones(1, 2, 0)], ids=["name", "(1,)", "(1, 2, 0)"]
+)
+def test_shift_of_sequences_without_a_position(weighting: Any, num_valid: int | None) -> None:
+    hidden = torch.randn(2, 0, 4, requires_grad=True)
+    head, target = torch.randn(7, 4, requires_grad=True), torch.zeros(2, 0, dtype=torch.int64)
+    settings = {"weighting": weighting, "num_valid": num_valid, "reduction": "none", "shift": True}
+    out = camkd_linear_loss(hidden, head, [hidden.detach()], [head.detach()], target, **settings)
+    out.loss.sum().backward()
+    assert out.loss.numel() == 0 and hidden.grad.shape == hidden.shape and not head.grad.any()
+
+
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_models(logits_dtype: torch.dtype | None) -> None:
     """No further from float64 than eager bfloat16, element by element; float32 logits much nearer on average."""

@@ -61,6 +61,18 @@ CHANGES = (
             "",
             tests="tests/losses/test_formulas.py::test_ignored_rows_are_zero_whatever_comes_in",
         ),
+        Change(
+            "the gradient of weights at terms that count for nothing",
+            "scaled(_counted(rows.weights, rows.divergence), ",
+            "scaled(rows.divergence, ",
+            tests="tests/losses/test_infinities.py",
+        ),
+        Change(
+            "the gradient of weights without a soft loss",
+            "if formula.soft_weight == 0.0:\n        return torch.zeros_like",
+            "if False:\n        return torch.zeros_like",
+            tests="tests/losses/test_infinities.py",
+        ),
         Change("gradient without T", "out = formula.soft_grad_scale() * _soft", "out = formula.soft_weight * _soft"),
         Change("entropy weights of the whole batch", "total = entropy.sum(0, keepdim=True)", "total = entropy.sum()"),
         Change(

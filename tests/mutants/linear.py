@@ -148,7 +148,7 @@ CHANGES = (
         Change("the loss without its factor", "* (number if on_device is None else on_device.reshape(()))", ""),
         Change(
             "labels are not checked",
-            "checks.count_labels(of.labels, call.classes(), of.ignore_index)",
+            "checks.count_if_dense(of.labels, call.classes(), of.ignore_index)",
             "None",
             tests=f"{ERRORS}::test_errors_name_both_values",
         ),

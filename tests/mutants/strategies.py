@@ -61,28 +61,14 @@ CHANGES = (
             'setup.options["beta"]',
             tests=f"{OPTIONS} {LOGITS}",
         ),
-        Change(
-            "hints without 1 / K",
-            "(kept.to(batch.student.dtype) / K).expand",
-            "(kept.to(batch.student.dtype) / 1).expand",
-        ),
-        Change(
-            "hints of ignored images",
-            "kept, K, num_items = batch.target != self.formula.ignore_index",
-            "kept, K, num_items = torch.ones_like(batch.target)",
-        ),
-        Change(
-            "hints ignore num_items",
-            "(kept.sum().clamp(min=1) if num_items is None else num_items)",
-            "kept.sum().clamp(min=1)",
-        ),
+        Change("hints ignore num_items", 'Divisor("mean", batch.num_items, ', 'Divisor("mean", None, '),
         Change("weights always detached", 'detach = setup.options.get("detach_weights", True)', "detach = True"),
         Change(
             "feature loss in half precision",
             "with torch.autocast(student.features.device.type, enabled=False):",
             "if True:",
         ),
-        Change("hints without beta", "return FeatureTerm(self.beta * total /", "return FeatureTerm(total /"),
+        Change("hints without beta", "return FeatureTerm(self.beta * loss, None)", "return FeatureTerm(loss, None)"),
         Change(
             "gradients without beta",
             "beta=self.beta,",

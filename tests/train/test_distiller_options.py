@@ -75,7 +75,7 @@ def test_options_of_a_new_strategy_are_checked() -> None:
     register(Scaled)
     try:
         for option in ("factor", "times", "way"):
-            with pytest.raises(TypeError, match=f"{option} must be .*, got True"):
+            with pytest.raises(TypeError, match=f"{option} must be .*, got bool True"):
                 Distiller(SmallNet(), teachers(), "scaled", **{option: True})
         Distiller(SmallNet(), teachers(), "scaled", factor=1, times=2, way="down", anything=True)
     finally:

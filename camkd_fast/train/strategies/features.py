@@ -8,9 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...losses.feature import weighted_feature_loss
+from ...losses.feature import scaled_feature_loss
 from ...losses.feature_module import CAMKDFeatureLoss
-from ...losses.scale_plan import divisor_of
+from ...losses.feature_weights import uniform_weights
+from ...losses.scale_plan import Divisor
 from ...models.protocol import Prediction
 from ..teachers.live import Teachers
 from .base import FeatureTerm, Setup, Strategy
@@ -130,12 +131,11 @@ class FeatureStrategy(Strategy):
         if batch.loss_scale is not None:
             return self._with_gradients(batch, "uniform")
         regressed = self.maps.regress(batch.student, batch.teachers)
-        kept, K, num_items = batch.target != self.formula.ignore_index, len(batch.teachers), batch.num_items
-        weights = (kept.to(batch.student.dtype) / K).expand(K, -1)
-        total = weighted_feature_loss(regressed, batch.teachers, weights, reduction="sum")
-        if isinstance(num_items, Tensor):
-            num_items = divisor_of(num_items.reshape(()), kept.any())
-        return FeatureTerm(self.beta * total / (kept.sum().clamp(min=1) if num_items is None else num_items), None)
+        dtype = torch.promote_types(regressed[0].dtype, torch.float32)
+        divisor = Divisor("mean", batch.num_items, self.formula.ignore_index)
+        weights, _, inverse = uniform_weights(batch.target, len(regressed), divisor, dtype)
+        loss = scaled_feature_loss(regressed, batch.teachers, weights, "mean", inverse, "auto")
+        return FeatureTerm(self.beta * loss, None)
 
 
 @register

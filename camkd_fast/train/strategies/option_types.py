@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from ...losses.formula import check_number
-
-
-def check_real(name: str, value: Any, positive: bool = False) -> None:
-    """
-    Raises:
-        TypeError: the value is no number; True and False are none.
-        ValueError: it is infinite or NaN, or not above 0 if it must be `positive`.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    check_number(name, value, positive=positive)  # type: ignore[arg-type]
-
-
-def check_flag(name: str, value: object) -> None:
-    """
-    Raises:
-        TypeError: the value is neither True nor False.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+from ...losses.formula import check_flag, check_int, check_number
 
 
 def check_like(name: str, value: object, default: object) -> None:
     """
     Raises:
         TypeError: the value has another type than the default.
-        ValueError: as `check_real`.
+        ValueError: as `check_number`.
     """
     if isinstance(default, bool):
         check_flag(name, value)
     elif isinstance(default, int):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an int, got {value!r}")
+        check_int(name, value)
     elif isinstance(default, float):
-        check_real(name, value)
+        check_number(name, value, positive=False)
     elif isinstance(default, str) and not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r}")
+        raise TypeError(f"{name} must be a string, got {type(value).__name__} {value!r}")
 
 
 def check_options(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> None:

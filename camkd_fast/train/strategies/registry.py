@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ...losses.formula import Formula
+from ...losses.formula import Formula, check_number
 from ..teachers.live import Teachers
 from .base import Setup, Strategy
-from .option_types import check_options, check_real
+from .option_types import check_options
 
 STRATEGIES: dict[str, type[Strategy]] = {}  # in the order of registration
 COMMON = {"alpha": 1.0, "temperature": 4.0, "official_scale": False}  # options of all strategies, with their defaults
@@ -74,7 +74,7 @@ def check(name: str, options: Mapping[str, Any]) -> type[Strategy]:
     kind = find(name)
     check_options(COMMON, options)
     if options.get("temperature") is not None:
-        check_real("temperature", options["temperature"], positive=True)
+        check_number("temperature", options["temperature"], positive=True)
     for option, value in options.items():
         if option in COMMON:
             continue
