@@ -6,8 +6,10 @@ averages gradients: NCCL between GPUs, gloo between CPUs.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +89,7 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
+_groups = itertools.count()  # every process opens as many
 ONE = World(0, 1, torch.device("cpu"))  # a process by itself
 
 
@@ -112,16 +115,26 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
         return
     # Imported before the group exists: its default arguments would keep a reference to the group.
     importlib.import_module("torch.distributed.nn.functional")
+    # Under one prefix a group would find the addresses of the group before, and might never come about.
+    store = dist.PrefixStore(f"camkd_fast/{next(_groups)}", _store(timeout))  # type: ignore[attr-defined]
+    place: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": size, "timeout": timeout}
     if world.device.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=world.device)
+        dist.init_process_group("nccl", device_id=world.device, **place)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **place)
     try:
         yield world
     finally:
         # A group that is referenced after this lives until interpreter exit, where its threads sometimes abort.
         gc.collect()
         dist.destroy_process_group()
+
+
+@functools.cache
+def _store(timeout: timedelta) -> Any:
+    """Where the processes that torchrun started exchange addresses, for all groups of this process."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    return store
 
 
 def _device(name: str, local_rank: int) -> torch.device:

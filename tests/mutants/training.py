@@ -112,6 +112,12 @@ CHANGES = (
             tests=TWO,
         ),
         Change(
+            "every group meets at the same place",
+            'f"camkd_fast/{next(_groups)}"',
+            '"camkd_fast"',
+            tests=f"{RANKS}::test_rank_0_decides",
+        ),
+        Change(
             "errors of rank 0 are unknown to the others",
             "if fault is not None:",
             "if False:",
