@@ -49,7 +49,8 @@ def count_files(root: Path, classes: Sequence[Path], left_out: Counter[str]) -> 
             if not entry.is_dir():
                 left_out[_ending(entry.name)] += 1
             elif entry.name not in read:
-                left_out["in hidden folders"] += sum(len(names) for _, names in _walk(entry.path, strict=False))
+                count = sum(len(names) for _, names in _walk(entry.path, strict=False))
+                left_out.update({"in hidden folders": count} if count else {})
 
 
 def warn_left_out(root: Path, left_out: Counter[str]) -> None:

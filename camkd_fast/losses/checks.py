@@ -105,6 +105,9 @@ def _check_labels(
 
 def _check_int64(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
+    if tensor.dtype.is_floating_point:
+        two = "; of labels with probabilities, two: target, and second_target with mix"
+        raise TypeError(f"{name} must be int64, got {_dtype(tensor)}{two}")
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {_dtype(tensor)}")
 
@@ -164,6 +167,8 @@ def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
     if not isinstance(num_items, Tensor):
         check_number("num_items", num_items, positive=True)
     check_scale("num_items", num_items)
+    if isinstance(num_items, Tensor) and num_items.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"num_items is {_dtype(num_items)}, which rounds counts: expected a number, int64 or float32")
     # 0 divides the sum of no rows, which is 0
     if isinstance(num_items, Tensor) and can_count(num_items) and not 0 <= float(num_items) < math.inf:
         raise ValueError(f"num_items must be at least 0 and finite, got {float(num_items)}")

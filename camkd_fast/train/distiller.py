@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ..models.preprocessing import Preprocessing
 from ..models.protocol import Prediction, Source
 from . import strategies
 from .batch_labels import Labels
-from .distiller_checks import check_layers, check_teachers, check_types, strategy_class
+from .distiller_checks import check_layers, check_replicas, check_teachers, check_types, strategy_class
 from .strategies import Strategy
 from .teachers.given import Images, can_compare, check_heads, frozen_teachers, listed, needed
 from .teachers.live import LiveTeachers, Teachers
@@ -135,6 +136,7 @@ class Distiller(nn.Module):
         else:
             strategy.use_with(teachers, channels)
         strategy.formula.checked()
+        check_replicas(student, strategy)
         self.strategy = strategy
         self._heads_unchecked = models and strategy.needs_heads
         self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
@@ -147,21 +149,20 @@ class Distiller(nn.Module):
         return self._teachers[0] if self._teachers else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for teachers in self._teachers:
-            teachers.move(fn)
-        return self
+        """As `nn.Module._apply`, for the teachers too.
 
-    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Distiller:
-        """As `nn.Module.to_empty` of the student.
-
-        The strategy keeps its values, or is initialised anew if it was on meta: a state dict of the student lacks them.
-        Teachers keep their weights, which are in no state dict.
+        `to_empty` of this module, or of one that holds it, empties the student only. The strategy keeps its values, or
+        is initialised anew if it was on meta: a state dict of the student lacks them. Teachers keep their weights,
+        which are in no state dict.
         """
-        self.student.to_empty(device=device, recurse=recurse)
-        self.strategy.to_device(device)
+        device = _emptied_on(fn)
+        if device is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        else:
+            self.student._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.strategy.to_device(device)
         for teachers in self._teachers:
-            teachers.move(lambda tensor: tensor.to(device))
+            teachers.move(fn if device is None else lambda tensor: tensor.to(device))
         return self
 
     def forward(
@@ -295,3 +296,13 @@ class _Losses(NamedTuple):
 def _wide(logits: Tensor) -> Tensor:
     """The logits in the accumulation dtype of the loss."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _emptied_on(fn: Callable[[Tensor], Tensor]) -> torch.device | None:
+    """The device on which `fn` makes tensors without the values of its argument, as that of `nn.Module.to_empty` does.
+
+    None for a function that keeps values. On meta no tensor has any.
+    """
+    probe = torch.tensor(list(os.urandom(16)), dtype=torch.float32, device="cpu")  # bytes are exact in every dtype
+    made = fn(probe)
+    return None if made.is_meta or torch.equal(made.to(probe), probe) else made.device

@@ -87,6 +87,20 @@ def check_teachers(strategy: type[Strategy], teachers: Sequence[tuple[str, nn.Mo
             raise ValueError(f"{name} has {count} classes, but the student has {classes}")
 
 
+def check_replicas(student: nn.Module, strategy: Strategy) -> None:
+    """Check that gradients of the strategy's parameters are averaged over processes if those of the student are.
+
+    Raises:
+        ValueError: only the student is replicated.
+    """
+    replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in student.modules())
+    if replicated and any(parameter.requires_grad for parameter in strategy.parameters()):
+        raise ValueError(
+            f"{strategy.name} trains parameters of its own, but only the student is a DistributedDataParallel: make "
+            "the Distiller of the bare student, and wrap the Distiller"
+        )
+
+
 def _reason(model: nn.Module) -> str:
     """Why a model has no feature map."""
     while not hasattr(model, "reason") and isinstance(getattr(model, "model", None), nn.Module):

@@ -95,6 +95,7 @@ def test_a_link_to_another_drive_is_followed(tmp_path: Path, monkeypatch: pytest
         (["a/1.gif", "b/deep/2.GIF", "a/notes.txt"], r"3 files are left out \(2 \.gif, 1 \.txt\)"),
         (["a/README", "beside.jpg"], r"2 files are left out \(1 \.jpg, 1 without ending\)"),
         (["a/.DS_Store", "a/Thumbs.db"], r"2 files are left out \(1 \.db, 1 without ending\)"),
+        (["a/notes.txt", ".empty/"], r"1 file is left out \(1 \.txt\)"),
         ([".ipynb_checkpoints/x/1.jpg", ".git/2"], r"2 files are left out \(2 in hidden folders\)"),
         ([f"a/1.{n}" for n in "abcdefg"], r"7 files are left out \(1 \.a, 1 \.b, 1 \.c, 1 \.d, 1 \.e, \.\.\.\)"),
     ],
@@ -102,7 +103,7 @@ def test_a_link_to_another_drive_is_followed(tmp_path: Path, monkeypatch: pytest
 def test_what_is_left_out_is_counted_and_said_once(tmp_path: Path, files: list[str], said: str) -> None:
     train = split(tmp_path, "a", "b")
     for name in files:
-        put(train / name)
+        (train / name).mkdir() if name.endswith("/") else put(train / name)
     with pytest.warns(UserWarning, match=said) as caught:
         assert len(loaded(tmp_path)) == 2
     assert len(caught) == 1 and ".webp" in str(caught[0].message)

@@ -135,6 +135,8 @@ BAD = {
     "num_items negative": ({"num_items": torch.tensor(-3.0)}, ValueError, ["num_items", "at least 0", "-3.0"]),
     "num_items NaN": ({"num_items": torch.tensor([float("nan")])}, ValueError, ["num_items", "at least 0", "nan"]),
     "num_items infinite": ({"num_items": torch.tensor(float("inf"))}, ValueError, ["num_items", "finite", "inf"]),
+    "num_items bfloat16": ({"num_items": torch.ones(1).bfloat16()}, TypeError, ["num_items", "bfloat16", "float32"]),
+    "num_items float16": ({"num_items": torch.ones(()).half()}, TypeError, ["num_items", "float16", "float32"]),
     "num_items a string": ({"num_items": "4"}, TypeError, ["num_items", "number", "str"]),
     "unknown backend": ({"backend": "fastest"}, ValueError, ["'reference'", "'cpu'", "'fastest'"]),
     "student on another device": (

@@ -145,7 +145,7 @@ def test_labels_are_checked(name: str) -> None:
         ({"second_target": SECOND, "mix": MIX[:, None]}, r"mix has shape \(17, 1\), but target has \(17,\)"),
         ({"second_target": SECOND, "mix": 3 * MIX}, "mix holds"),
         ({"second_target": torch.full_like(y, 999), "mix": MIX}, "second_target holds label 999"),
-        ({"target": F.one_hot(y, CLASSES).double()}, "target must be int64, got float64"),
+        ({"target": F.one_hot(y, CLASSES).double()}, "target must be int64, got float64; .* second_target with mix"),
         ({"target": y + CLASSES}, "target holds label"),
         ({"num_items": 0}, "num_items must be finite and > 0, got 0"),
         ({"num_items": torch.ones(2)}, r"num_items must have one element, got shape \(2,\)"),

@@ -143,7 +143,7 @@ def test_given_teachers_stay_as_they_are_after_an_error() -> None:
 
 
 def test_flags_are_flags() -> None:
-    with pytest.raises(TypeError, match="detach_weights must be True or False, got 'no'"):
+    with pytest.raises(TypeError, match="detach_weights must be True or False, got str 'no'"):
         Distiller(SmallNet(), teachers(), detach_weights="no")
 
 
@@ -204,11 +204,18 @@ def test_teachers_follow_to(dtype: torch.dtype) -> None:
     assert made.to("meta").teachers._modules[0].conv1.weight.device.type == "meta"
 
 
-def test_teachers_stay_when_the_student_is_emptied() -> None:
+@pytest.mark.parametrize("strategy", ["ca-mkd", "kd"])
+@pytest.mark.parametrize(
+    "holder",
+    [lambda made: made, lambda made: nn.Sequential(made), lambda made: nn.ModuleDict({"d": made}), torch.compile],
+    ids=["itself", "Sequential", "ModuleDict", "compiled"],
+)
+def test_teachers_stay_when_the_student_is_emptied(holder: Any, strategy: str) -> None:
     """A student on meta gets memory, and then its weights from a state dict, in which the teachers are not."""
-    made = distiller().eval()
+    made = distiller(strategy).eval()
     weights, expected = made.state_dict(), made(DATA.images, DATA.target).loss
-    assert made.to_empty(device="cpu") is made
+    held = holder(made)
+    assert held.to_empty(device="cpu") is held
     assert made.student.conv1.weight.data_ptr() != weights["student.conv1.weight"].data_ptr()
     made.load_state_dict(weights)
     assert torch.equal(made(DATA.images, DATA.target).loss, expected)

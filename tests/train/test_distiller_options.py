@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from camkd_fast import Distiller
@@ -128,6 +130,27 @@ def test_an_instance_of_other_models_is_refused(name: str, student: nn.Module, m
     strategy = Distiller(SmallNet(), teachers(), name).strategy
     with pytest.raises(ValueError, match=message):
         Distiller(student, models, strategy)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_student_that_only_is_replicated(name: str) -> None:
+    """The gradients of the strategy's own parameters would differ between the processes."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        student = nn.parallel.DistributedDataParallel(SmallNet())
+        expected = pytest.raises(ValueError, match=f"{name} trains parameters .*wrap the Distiller")
+        with expected if STRATEGIES[name].needs_features else nullcontext():
+            Distiller(student, teachers(), name, student_layer="module.conv1", example=DATA.images)
+    finally:
+        del student
+        dist.destroy_process_group()
+
+
+def test_aekd_names_the_teacher_with_other_classes() -> None:
+    student, other = (nn.Sequential(nn.Flatten(), nn.Linear(DATA.images[0].numel(), C)) for C in (10, 12))
+    made = Distiller(student, [other], "aekd")
+    with pytest.raises(ValueError, match=r"teacher_logits\[0\] has 12 classes, but student_logits has 10"):
+        made(DATA.images, DATA.target)
 
 
 def test_an_instance_has_the_heads_of_its_teachers() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...losses.checks import check_logits
 from ...losses.formula import Formula
 from ...losses.min_norm import min_norm_weights
 from ...models.protocol import Prediction
@@ -96,6 +97,7 @@ class AEKD(Strategy):
 
     def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
         """(K,) float64."""
+        check_logits(student_logits, [teacher.logits for teacher in teacher_outputs], target, None)
         learns = torch.is_grad_enabled()
         with torch.no_grad():
             gram = self._gram(student_logits, teacher_outputs, target)
