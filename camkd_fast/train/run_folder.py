@@ -22,7 +22,8 @@ CONFIG, TEACHERS, REPORT = "config.yaml", "teachers.json", "report.html"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 # What a run writes besides its config; the model is removed first, without which the run counts as unfinished.
 _FILES, _FOLDERS = (MODEL, AVERAGED_MODEL, METRICS, REPORT, TEACHERS), (CHECKPOINTS, TENSORBOARD)
-# Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable.
+# Settings that may differ on resume: locations, logging, launches, and how many files may be unreadable. A name that
+# ends with a dot stands for all settings of that group.
 FREE = (
     *("out", "teacher_cache", "data.root", "data.workers", "data.skip_bad"),
     *("precision.device", "precision.cuda_graphs", "precision.teacher_ahead", "log."),
@@ -31,6 +32,11 @@ FREE = (
 
 class RunExistsError(RuntimeError):
     """The folder holds a run, and neither resume nor overwrite applies."""
+
+
+def is_free(name: str) -> bool:
+    """Whether `FREE` has a setting, given by its dotted name, or the group of it."""
+    return any(name == free or (free.endswith(".") and name.startswith(free)) for free in FREE)
 
 
 def is_finished(out: Path) -> bool:
@@ -86,13 +92,20 @@ def check_unused(config: JobConfig, resume: bool, overwrite: bool) -> None:
         raise RunExistsError(f"{out} holds {state}: choose another folder; {ways}")
     saved = config_file.load(out / CONFIG)
     changed = config_file.differences(saved, config)
-    changed = {name: values for name, values in changed.items() if not name.startswith(FREE)}
+    changed = {name: values for name, values in changed.items() if not _may_change(name, *values)}
     if set(changed) - {"optim.epochs"}:
         words = ", ".join(f"{name} {old!r} instead of {new!r}" for name, (old, new) in changed.items())
         raise RunExistsError(
             f"{out} cannot be resumed, as it was started with {words}: --resume with the old settings goes on, "
             "--overwrite starts again with the new ones"
         )
+
+
+def _may_change(name: str, old: object, new: object) -> bool:
+    """Whether a setting may have another value on resume."""
+    if name == "teacher_cache" and (old is None or new is None):
+        return False  # with a cache the feature loss compares pooled maps, without one full maps
+    return is_free(name)
 
 
 def _check_kept(config: JobConfig) -> None:

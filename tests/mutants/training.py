@@ -255,6 +255,18 @@ CHANGES = (
             '*("out", "teachers", "teacher_cache"',
             tests=f"{OPTIONS} {JOBS}",
         ),
+        Change(
+            "a cache may come or go on resume",
+            "and (old is None or new is None):",
+            "and False:",
+            tests="tests/train/test_run_folder.py",
+        ),
+        Change(
+            "a name frees those that begin with it",
+            'free.endswith(".") and name',
+            "name",
+            tests="tests/train/test_run_folder.py",
+        ),
     ),
     *changes(
         "camkd_fast/train/journal.py",

@@ -43,6 +43,41 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "goes_on"),
+    [
+        (None, Path("c"), False),
+        (Path("c"), None, False),
+        (Path("c"), Path("moved"), True),
+        (None, None, True),
+    ],
+)
+def test_a_run_goes_on_with_a_cache_or_without_as_it_began(
+    before: Path | None, after: Path | None, goes_on: bool, tmp_path: Path
+) -> None:
+    """A cache has pooled maps, so the feature loss is another one with it."""
+    config = DistillConfig(teachers=(Path("a"),), teacher_cache=before, data=DataConfig(views=2), out=tmp_path)
+    run_folder.prepare(config, resume=False)
+    changed = replace(config, teacher_cache=after)
+    if goes_on:
+        run_folder.check_unused(changed, resume=True, overwrite=False)
+    else:
+        values = "None instead of 'c'" if before is None else "'c' instead of None"
+        with pytest.raises(RunExistsError, match=f"it was started with teacher_cache {values}: --resume with"):
+            run_folder.check_unused(changed, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [
+        *(("out", True), ("outer_steps", False), ("data.root", True), ("data.root_classes", False)),
+        *(("log.validate_every", True), ("log", False), ("logits", False), ("teacher_cache_views", False)),
+    ],
+)
+def test_settings_are_free_by_their_whole_name_or_by_their_group(name: str, free: bool) -> None:
+    assert run_folder.is_free(name) == free
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{0}", "{0}/", "{0}/model.safetensors", "{0}/checkpoints/step-1/model.safetensors", "{1}", "{1}#layer3",

@@ -12,7 +12,7 @@ from typing import Any
 from ...train import strategies
 from ...train.config import DistillConfig, LogConfig, TeachConfig
 from ...train.config_file import differences
-from ...train.run_folder import FREE
+from ...train.run_folder import is_free
 from ...train.source_strings import SourceString
 from .spec import Pool, Student, StudyConfig, TeacherSpec, Variant
 
@@ -182,7 +182,7 @@ def pool_hash(study: StudyConfig, pool: Pool) -> str:
 
 def _settings(config: TeachConfig | DistillConfig) -> dict[str, Any]:
     changed = differences(config, type(config)())
-    return {name: value for name, (value, _) in changed.items() if not name.startswith((*FREE, "teachers"))}
+    return {name: value for name, (value, _) in changed.items() if name != "teachers" and not is_free(name)}
 
 
 def _hash(*content: Any) -> str:
