@@ -9,18 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import checks
+from ..losses.formula import Formula
 from ..losses.layout import contiguous_labels, second_labels, second_rows
 from ..losses.scale_plan import divisor_of
-
-IGNORED = -100  # label of rows that do not count
 
 
 class Labels(NamedTuple):
     """Labels of N rows; cross-entropies are mix CE(target) + (1 - mix) CE(second_target)."""
 
-    target: Tensor  # (...) int64, or IGNORED
+    target: Tensor  # (...) int64; `ignore_index` for rows that do not count
     second_target: Tensor | None = None  # (...) int64; None: rows have one label
     mix: Tensor | None = None  # (...) float32 in [0, 1], the share of `target`
+    ignore_index: int = Formula().ignore_index
+
+    def kept(self) -> Tensor:
+        """(...) bool: the rows that count."""
+        return self.target != self.ignore_index
 
     def second(self) -> dict[str, Tensor]:
         """The second labels as keywords of a loss; empty for rows of one label."""
@@ -38,13 +42,17 @@ class Labels(NamedTuple):
         """Scalar, differentiable: the sum over rows divided by `num_items`, or by the rows that count if it is None."""
         logits, first = logits.reshape(-1, logits.shape[-1]), self.target.reshape(-1)
         if self.second_target is None or self.mix is None:
-            total = F.cross_entropy(logits, first, reduction="sum", label_smoothing=smoothing)
+            total = F.cross_entropy(
+                logits, first, reduction="sum", label_smoothing=smoothing, ignore_index=self.ignore_index
+            )
             return total / self._divisor(num_items)
-        kept, mix = first != IGNORED, self.mix.reshape(-1).to(logits.dtype)
+        kept, mix = self.kept().reshape(-1), self.mix.reshape(-1).to(logits.dtype)
         total = logits.new_zeros(())
         for target, share in ((first, mix), (self.second_target.reshape(-1), 1 - mix)):
-            read = torch.where(kept & (share != 0), target, IGNORED)  # others may be any
-            each = F.cross_entropy(logits, read, reduction="none", label_smoothing=smoothing)
+            read = torch.where(kept & (share != 0), target, self.ignore_index)  # others may be any
+            each = F.cross_entropy(
+                logits, read, reduction="none", label_smoothing=smoothing, ignore_index=self.ignore_index
+            )
             total = total + torch.where(kept & (share != 0), share * each, 0.0).sum()
         return total / self._divisor(num_items)
 
@@ -60,7 +68,7 @@ class Labels(NamedTuple):
         if self.second_target is not None and self.mix is not None:
             mix = self.mix.to(logits.dtype).unsqueeze(-1)
             onehot = mix * onehot + (1 - mix) * (classes == self.second_target.unsqueeze(-1)).to(logits.dtype)
-        return torch.where((self.target != IGNORED).unsqueeze(-1), onehot - 1 / C, 0.0)
+        return torch.where(self.kept().unsqueeze(-1), onehot - 1 / C, 0.0)
 
     def smoothed(self, logits: Tensor, num_items: float | Tensor | None) -> Tensor:
         """Scalar, differentiable: the sum that `smoothing_slope` describes, divided as in `cross_entropy`."""
@@ -71,10 +79,10 @@ class Labels(NamedTuple):
     def _divisor(self, num_items: float | Tensor | None) -> float | Tensor:
         """`num_items`, or how many rows count; 1 if none does, as in the losses."""
         if num_items is None:
-            return (self.target != IGNORED).sum().clamp(min=1)
+            return self.kept().sum().clamp(min=1)
         if not isinstance(num_items, Tensor):
             return num_items
-        return divisor_of(num_items.reshape(()), (self.target != IGNORED).any())
+        return divisor_of(num_items.reshape(()), self.kept().any())
 
     def check(self, logits: Tensor, num_items: float | Tensor | None) -> None:
         """
@@ -86,4 +94,4 @@ class Labels(NamedTuple):
         checks.check_num_items(num_items, "mean")
         if checks.can_count(self.target):
             labels = contiguous_labels(self.target)
-            checks.count_labels(labels, logits.shape[-1], IGNORED, second_rows(second, torch.float32))
+            checks.count_labels(labels, logits.shape[-1], self.ignore_index, second_rows(second, torch.float32))

@@ -176,7 +176,8 @@ class Distiller(nn.Module):
         """
         Args:
             images: (N, channels, H, W), for student and teachers.
-            target: (N,) int64 labels, or the leading shape of the logits; -100 for images that do not count.
+            target: (N,) int64 labels, or the leading shape of the logits; -100, or the `ignore_index` of the formula of
+                a strategy instance, for images that do not count.
             num_items: divisor of the summed loss instead of the number of images that count: all of an optimiser's
                 step, for gradient accumulation; those of all processes divided by their number, for DDP and FSDP.
             second_target: (N,) int64 second labels of mixed images (Mixup, CutMix); None: images have one label.
@@ -193,7 +194,7 @@ class Distiller(nn.Module):
             self._heads_unchecked = False
         student = self._observe(self.student, images, self.strategy.needs_features)
         logits = student.logits
-        labels = Labels(target, second_target, mix)
+        labels = self._labels(target, second_target, mix)
         labels.check(logits, num_items)
         zero = torch.zeros((), device=logits.device)
         if not outputs:
@@ -226,7 +227,7 @@ class Distiller(nn.Module):
             scale: (1,) float32, multiplies all gradients.
         """
         student = self._observe(self.student, images, self.strategy.needs_features)
-        labels = Labels(target, second_target, mix)
+        labels = self._labels(target, second_target, mix)
         weights = feature_weights = term = None
         feature = torch.zeros((), device=images.device)
         if teacher_outputs:
@@ -246,8 +247,12 @@ class Distiller(nn.Module):
             feature = term.loss.detach()
             feature_weights = None if term.weights is None else term.weights.sum(1)
         losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
-        correct = (student.logits.detach().argmax(1) == labels.largest()).sum().float()
+        correct = ((student.logits.detach().argmax(1) == labels.largest()) & labels.kept()).sum().float()
         return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
+
+    def _labels(self, target: Tensor, second_target: Tensor | None, mix: Tensor | None) -> Labels:
+        """The labels of a batch, of which those that the strategy's formula ignores do not count."""
+        return Labels(target, second_target, mix, int(self.strategy.formula.ignore_index))
 
     def _distillation(
         self,

@@ -162,10 +162,11 @@ CHANGES = (
         LABELS,
         Change(
             "ignored rows are smoothed",
-            "torch.where((self.target != IGNORED).unsqueeze(-1), onehot - 1 / C, 0.0)",
+            "torch.where(self.kept().unsqueeze(-1), onehot - 1 / C, 0.0)",
             "onehot - 1 / C",
         ),
         Change("the label loses all of its share", "onehot - 1 / C", "onehot"),
+        Change("one ignored label for all formulas", "self.target != self.ignore_index", "self.target != -100"),
         Change(
             "the shares are swapped",
             "((first, mix), (self.second_target.reshape(-1), 1 - mix))",
@@ -189,6 +190,7 @@ CHANGES = (
             tests="tests/train/test_distiller.py",
         ),
         Change("smoothing has no gradient", "gradient.add_(slope.to(gradient.dtype))", "pass"),
+        Change("ignored rows count in the accuracy", " & labels.kept()).sum()", ").sum()"),
         Change("smoothing is not logged", "hard + smoothing.detach()", "hard"),
         Change(
             "second labels do not reach the weights",

@@ -12,9 +12,12 @@ from hypothesis import given
 from torch import Tensor
 
 from camkd_fast import Distiller, camkd_loss
+from camkd_fast.losses.formula import Formula
 from camkd_fast.train.batch_labels import Labels
 from camkd_fast.train.distiller import Objective
-from camkd_fast.train.strategies import names
+from camkd_fast.train.strategies import find, names
+from camkd_fast.train.strategies.base import Setup
+from camkd_fast.train.teachers.live import LiveTeachers
 from tests.support.training import CLASSES, SmallNet, batch, gradients, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +137,58 @@ def test_a_device_number_of_no_items(name: str, smoothing: float) -> None:
     out = made(DATA.images.double(), torch.full_like(DATA.target, -100), torch.zeros(1))
     out.loss.backward()
     assert out.loss.shape == () and out.loss == 0 and not gradients(made.student).any()
+
+
+def ignoring(name: str, ignore_index: int, smoothing: float) -> Distiller:
+    """With an instance of the strategy whose formula has another ignored label."""
+    kind, teachers = find(name), LiveTeachers([SmallNet(6 + k, seed=10 + k).double() for k in range(2)], CLASSES)
+    formula = Formula(ignore_index=ignore_index, soft_weight=float(kind.needs_teachers), weighting=kind.rule)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        strategy = kind.build(Setup(formula, teachers, 8, 1, kind.options)).double()
+        given = teachers if kind.needs_teachers else None
+        return Distiller(SmallNet().double(), given, strategy, label_smoothing=smoothing).eval()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("num_items", [None, 40])
+@pytest.mark.parametrize("name", names())
+def test_the_ignored_label_is_that_of_the_strategys_formula(
+    name: str, num_items: int | None, smoothing: float, part: str
+) -> None:
+    made, twin = ignoring(name, 255, smoothing), ignoring(name, -100, smoothing)
+    images, ignored = DATA.images.double(), torch.arange(17) % 3 == 0
+    target = DATA.target.masked_fill(ignored, 255)
+    found = made(images, target, num_items, **PARTS[part])
+    expected = twin(images, DATA.target.masked_fill(ignored, -100), num_items, **PARTS[part])
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"target holds label -100, .*ignore_index is 255"):
+        made(images, DATA.target.masked_fill(ignored, -100), num_items, **PARTS[part])
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["ce", "aver", "ca-mkd"])
+def test_a_class_may_be_ignored(name: str, part: str) -> None:
+    """Its rows do not count in a step either, nor in its accuracy."""
+    images, target = DATA.images.double(), DATA.target.clone()
+    target[::3] = 9  # the class of these rows only
+    target[1::3] %= 9
+    target[2::3] %= 9
+    labels = {key: value % 9 if key == "second_target" else value for key, value in PARTS[part].items()}
+    results = []
+    for index in (9, -100):
+        made = ignoring(name, index, 0.3)
+        with torch.no_grad():
+            made.student.fc.bias[9] += 100.0  # so that it is the student's answer everywhere
+        outputs = [] if made.teachers is None else made.teachers.outputs(images, [])
+        given = target.where(target != 9, torch.tensor(index))
+        out = made.objective(images, given, outputs, 40, torch.ones(1), **labels)
+        torch.autograd.backward(out.roots, out.gradients)
+        results.append((out.numbers, gradients(made)))
+    (numbers, found), (expected, gradient) = results
+    assert torch.equal(numbers, expected) and torch.equal(found, gradient) and numbers[4] == 0
 
 
 @pytest.mark.parametrize("name", ["ce", "aver", "ca-mkd"])
