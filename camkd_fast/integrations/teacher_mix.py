@@ -50,6 +50,22 @@ def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
     )
 
 
+def _listed(teachers: Any) -> list[Any]:
+    """
+    Raises:
+        TypeError: teachers that are no list, such as a model, or no models.
+        ValueError: no teachers.
+    """
+    if not isinstance(teachers, (list, tuple, nn.ModuleList, type(None))):
+        raise TypeError(f"teachers must be a list of models, got {type(teachers).__name__}")
+    if not teachers:
+        raise ValueError("teachers is empty: give at least one to the trainer")
+    for teacher in teachers:
+        if not isinstance(teacher, (nn.Module, Teacher)):
+            raise TypeError(f"a teacher must be a model or a `Teacher`, got {type(teacher).__name__}")
+    return list(teachers)
+
+
 class TeacherMix:
     """K teachers and how they are mixed: by the loss, by fixed weights, or by a column of the data."""
 
@@ -59,24 +75,23 @@ class TeacherMix:
             TypeError: teachers that are no models.
             ValueError: no teachers, both kinds of weights, or a number of weights that is not theirs.
         """
-        if not teachers:
-            raise ValueError("teachers is empty: give at least one to the trainer")
+        self.teachers, self.column = _listed(teachers), column
         if weights is not None and column is not None:
             raise ValueError(
                 f"teacher_weights {list(weights)} and teacher_column {column!r} are both given: expected one of them"
             )
-        if weights is not None and len(weights) != len(teachers):
-            raise ValueError(f"teacher_weights holds {len(weights)} numbers, but there are {len(teachers)} teachers")
-        if isinstance(teachers, (str, nn.Module)) and not isinstance(teachers, nn.ModuleList):
-            raise TypeError(f"teachers must be a list of models, got {type(teachers).__name__}")
-        for teacher in teachers:
-            if not isinstance(teacher, (nn.Module, Teacher)):
-                raise TypeError(f"a teacher must be a model or a `Teacher`, got {type(teacher).__name__}")
-        self.teachers, self.column = list(teachers), column
+        if weights is not None and len(weights) != (K := len(self.teachers)):
+            raise ValueError(f"teacher_weights holds {len(weights)} numbers, but there are {K} teachers")
         self.weights = None if weights is None else [float(weight) for weight in weights]
 
     def is_of(self, teachers: Sequence[Any], weights: Sequence[float] | None, column: str | None) -> bool:
-        same = len(teachers) == len(self.teachers) and all(map(operator.is_, teachers, self.teachers))
+        """Whether the mix is of these very teachers and of equal weights.
+
+        Raises:
+            TypeError, ValueError: as of the constructor, for teachers that are none.
+        """
+        given = _listed(teachers)
+        same = len(given) == len(self.teachers) and all(map(operator.is_, given, self.teachers))
         numbers = None if weights is None else [float(weight) for weight in weights]
         return same and (numbers, column) == (self.weights, self.column)
 

@@ -22,6 +22,7 @@ from transformers import (
 from camkd_fast import CAMKDLinearLoss
 from camkd_fast.integrations import teacher_mix, trainer_parts
 from camkd_fast.integrations.causal_lm import OutputHead, Teacher, hidden_states, teacher_hidden
+from camkd_fast.integrations.teacher_mix import TeacherMix
 from camkd_fast.integrations.transformers import MultiTeacherDistillationMixin
 from tests.support.language_models import (
     TokenData,
@@ -218,6 +219,31 @@ def test_settings_are_checked(make: Any) -> None:
     make(teachers=[causal_lm(classes=40)], distillation_loss={"vocab_size": 40})
     with pytest.warns(UserWarning, match="teacher 1's head has 2000 classes, but the vocabulary has 60: do both"):
         make(teachers=[causal_lm(classes=64), causal_lm(classes=2000)])
+
+
+@pytest.mark.parametrize("weights", [None, [1.0]])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (nn.Linear(2, 2), "teachers must be a list of models, got Linear"),
+        (nn.Sequential(nn.Linear(2, 2)), "teachers must be a list of models, got Sequential"),
+        ("gpt2", "teachers must be a list of models, got str"),
+        ((model for model in [nn.Linear(2, 2)]), "teachers must be a list of models, got generator"),
+        ({"one": nn.Linear(2, 2)}, "teachers must be a list of models, got dict"),
+        (["gpt2"], "a teacher must be a model or a `Teacher`, got str"),
+        ([], "teachers is empty"),
+        (None, "teachers is empty"),
+    ],
+)
+def test_teachers_that_are_no_list_of_models_are_refused(given: Any, words: str, weights: list[float] | None) -> None:
+    """Before anything is done with them, and also if they are set on a trainer that has run."""
+    with pytest.raises((TypeError, ValueError), match=words):
+        TeacherMix(given, weights, None)
+    for whole in ([nn.Linear(2, 2)], (nn.Linear(2, 2),), nn.ModuleList([nn.Linear(2, 2)])):
+        mix = TeacherMix(whole, weights, None)
+        assert mix.is_of(whole, weights, None)
+        with pytest.raises((TypeError, ValueError), match=words):
+            mix.is_of(given, weights, None)
 
 
 def test_a_teacher_of_the_students_parameters_is_refused(make: Any) -> None:

@@ -28,6 +28,7 @@ CHANGES = (
     *changes(
         "camkd_fast/integrations/teacher_mix.py",
         TRAINER,
+        Change("a model passes for a list of teachers", "(list, tuple, nn.ModuleList, type(None))", "object"),
         Change("samples of other teachers run too", "if len(rows) == B or not selectable:", "if True:"),
         Change("images are selected as samples", "if len(rows) == B or not selectable:", "if len(rows) == B:"),
         Change("rows in the wrong places", "rows = used.nonzero().squeeze(-1)", "rows = used.nonzero().squeeze(-1).flip(0)",
