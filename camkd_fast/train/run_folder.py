@@ -146,14 +146,19 @@ def check_extension(config: JobConfig, before: int, completed: int, per_epoch: i
     change = last_change(replace(optim, epochs=before), optim, peak, completed, per_epoch)
     if change is None:
         return False
-    going_on = learning_rate(optim, peak, completed, per_epoch)
     words = (
         f"the {optim.schedule} schedule depends on the number of epochs: step {change.step + 1} of {out} had the "
         f"learning rate {change.old:.4g} of {before} epochs, not the {change.new:.4g} of {optim.epochs} epochs"
     )
+    if completed == optim.epochs * per_epoch:
+        advice, note = "--extend ends the run here", "the run ends here"
+    else:
+        rate = learning_rate(optim, peak, completed, per_epoch)
+        advice = f"--extend goes on with step {completed + 1} at {rate:.4g}"
+        note = f"step {completed + 1} goes on at {rate:.4g}"
     if not extend:
-        raise RunExistsError(f"{words}; --extend goes on with step {completed + 1} at {going_on:.4g}")
-    warnings.warn(f"{words}; step {completed + 1} goes on at {going_on:.4g}", stacklevel=2)
+        raise RunExistsError(f"{words}; {advice}")
+    warnings.warn(f"{words}; {note}", stacklevel=2)
     return True
 
 

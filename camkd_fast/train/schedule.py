@@ -22,13 +22,14 @@ def peak_rate(optim: OptimConfig, model: str) -> float:
 
 
 def learning_rate(optim: OptimConfig, peak: float, step: int, steps_per_epoch: int) -> float:
-    """Rate of a step, counted from 0 over all epochs."""
+    """Rate of a step, counted from 0 over all epochs; also of the step after the last one."""
     warmup = round(optim.warmup * steps_per_epoch)
     if step < warmup:
         return peak * (step + 1) / warmup
     total = optim.epochs * steps_per_epoch
     if optim.schedule == "cosine":
-        return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        decay = max(total - warmup, 1)  # steps; a warmup that is rounded up may take all of them
+        return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / decay))
     if optim.schedule == "step":
         drops = (at * (total if at < 1.0 else steps_per_epoch) for at in optim.milestones)
         return peak * float(optim.drop ** sum(step >= drop for drop in drops))

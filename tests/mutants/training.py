@@ -86,7 +86,7 @@ CHANGES = (
         RATES,
         Change("drop one step late", "step >= drop for", "step > drop for"),
         Change("warmup from 0", "peak * (step + 1) / warmup", "peak * step / warmup"),
-        Change("cosine counts the warmup", "(step - warmup) / (total - warmup)", "step / total"),
+        Change("cosine counts the warmup", "(step - warmup) / decay", "step / total"),
         Change("own factor of the drop ignored", "optim.drop ** sum", "0.1 ** sum", tests=RATES),
         Change(
             "own milestones ignored",

@@ -15,7 +15,7 @@ from camkd_fast.train.config import DataConfig, DistillConfig, LogConfig, OptimC
 from camkd_fast.train.config_file import load
 from camkd_fast.train.journal import METRICS, read_metrics
 from camkd_fast.train.run import teach
-from camkd_fast.train.run_folder import CONFIG, RunExistsError, is_finished
+from camkd_fast.train.run_folder import CONFIG, RunExistsError, check_extension, is_finished
 from camkd_fast.train.schedule import RateChange, last_change
 
 pytest.importorskip("sklearn")
@@ -138,6 +138,17 @@ def test_fewer_epochs_than_trained_are_refused(tmp_path: Path, monkeypatch: pyte
         teach(config(tmp_path / "stopped", 2))
     with pytest.raises(RunExistsError, match=r"has trained 1.333 epochs, more than the 1 of --epochs"):
         teach(config(tmp_path / "stopped", 1), resume=True, extend=True)
+
+
+def test_a_run_without_steps_left_announces_none(tmp_path: Path) -> None:
+    """2 of 4 epochs of 3 steps are trained, and 2 are asked for."""
+    new = config(tmp_path, 2, schedule="cosine")
+    with pytest.raises(RunExistsError, match=r"of 2 epochs; --extend ends the run here$"):
+        check_extension(new, 4, 6, 3, 1.0, extend=False)
+    with pytest.warns(UserWarning, match=r"of 2 epochs; the run ends here$"):
+        assert check_extension(new, 4, 6, 3, 1.0, extend=True)
+    with pytest.raises(RunExistsError, match=r"of 2 epochs; --extend goes on with step 6 at [\d.]+$"):
+        check_extension(new, 4, 5, 3, 1.0, extend=False)
 
 
 def test_other_settings_are_refused_as_before(tmp_path: Path) -> None:

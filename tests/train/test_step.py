@@ -311,6 +311,9 @@ def test_cosine_constant_and_warmup() -> None:
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
     assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert learning_rate(cosine, 1.0, 100, 10) == 0.0
+    warm = OptimConfig(epochs=2, schedule="cosine", warmup=1.9)  # 5.7 of 6 steps, rounded up
+    assert [learning_rate(warm, 1.0, step, 3) for step in (4, 5, 6)] == [5 / 6, 1.0, 1.0]
     constant = OptimConfig(epochs=10, schedule="constant")
     assert {learning_rate(constant, 0.3, step, 10) for step in range(100)} == {0.3}
 
