@@ -54,6 +54,14 @@ def test_files_that_the_map_names_exist() -> None:
             assert found, f"CONTRIBUTING.md names {name}"
 
 
+@pytest.mark.parametrize("folder", ["camkd_fast/losses", "camkd_fast/backends", "csrc"])
+def test_the_map_names_every_file(folder: str) -> None:
+    """Of folders whose files it lists one by one."""
+    names = re.findall(r"[`/](\w+\.\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    files = [path.name for kind in ("*.py", "*.h") for path in (ROOT / folder).glob(kind) if path.name != "__init__.py"]
+    assert len(files) > 4 and not set(files) - set(names)
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share their names: `pycon` blocks are doctests, `python` blocks just run."""
