@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .layer_hook import LayerHook
-from .protocol import FeatureModel, Prediction, floating_dtype, logits_of, no_gradient, predict
+from .protocol import (
+    FeatureModel,
+    Prediction,
+    channels_first,
+    floating_dtype,
+    has_trailing_channels,
+    logits_of,
+    no_gradient,
+    predict,
+)
 from .recorded import TRACES_REMOVAL, recorded
 
 
@@ -52,7 +61,8 @@ class Observer:
             if not isinstance(model, FeatureModel):
                 return Prediction(images.new_empty(0), logits_of(model(images)))
             features, logits = predict(model, images, learns)
-            return Prediction(self._channels_first(features), logits)
+            last = has_trailing_channels(features, self.num_features)
+            return Prediction(channels_first(features) if last else features, logits)
         if self._hook is not None:
             output, calls = self._hook.during(lambda: model(images))
         else:
@@ -67,16 +77,6 @@ class Observer:
         if learns and torch.is_grad_enabled() and logits.requires_grad and not calls[0].learns:
             raise ValueError(no_gradient(f"{type(model).__name__}.{self.layer}"))
         return Prediction(kept, logits)
-
-    def _channels_first(self, features: Tensor) -> Tensor:
-        """A map (N, D, h, w) from one of (N, h, w, D), as of timm's Swin; anything else as it is, such as a list."""
-        if (
-            isinstance(features, Tensor)
-            and features.dim() == 4
-            and features.shape[1] != self.num_features == features.shape[3]
-        ):
-            return features.permute(0, 3, 1, 2)
-        return features
 
     @torch.no_grad()
     def measure(self, model: nn.Module, images: Tensor) -> int:

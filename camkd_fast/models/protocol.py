@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -99,11 +99,11 @@ class Wrapper(nn.Module):
         return self.after(self.model.forward_head(self.inner(features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return predict(self, x).logits
+        return self.after(predict(self.model, self.before(x)).logits)
 
 
-class ChannelsFirst(Wrapper):
-    """A model whose map is (N, h, w, D)."""
+class TrailingChannels(Wrapper):
+    """A model with features (N, h, w, D), such as timm's Swin, as one with a map (N, D, h, w)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -111,20 +111,39 @@ class ChannelsFirst(Wrapper):
         self.num_features = self.model.num_features
         if hasattr(model, "num_classes"):
             self.num_classes = model.num_classes
-        self.train(model.training)
+        self.training = model.training
 
     def outer(self, features: Tensor) -> Tensor:
-        return features.permute(0, 3, 1, 2) if features.dim() == 4 else features
+        return channels_first(features)
 
     def inner(self, features: Tensor) -> Tensor:
         return features.permute(0, 2, 3, 1)
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The user's model in this package's wrappers."""
+def has_trailing_channels(features: object, channels: int) -> bool:
+    """Whether features are a map (N, h, w, D) with these channels D, and by their shape no map (N, D, h, w)."""
+    return isinstance(features, Tensor) and features.dim() == 4 and features.shape[1] != channels == features.shape[3]
+
+
+def channels_first(features: Tensor) -> Tensor:
+    """A map (N, D, h, w) from one of (N, h, w, D); what is no map, such as a list, as it is."""
+    if isinstance(features, fx.Proxy) or (isinstance(features, Tensor) and features.dim() == 4):
+        return features.permute(0, 3, 1, 2)  # of a proxy too: `freeze` traces the model
+    return features
+
+
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and from outside to inside the models in this package's wrappers."""
+    yield model
     while type(model).__module__.startswith("camkd_fast.") and isinstance(getattr(model, "model", None), nn.Module):
         model = cast(nn.Module, model.model)
-    return model
+        yield model
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The user's model in this package's wrappers, which are no part of its parameters' names."""
+    *_, inner = unwrapped(model)
+    return inner
 
 
 def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Prediction:
@@ -141,7 +160,7 @@ def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Predic
         ValueError: the head changes the feature map in place, or the model learns from a map that was computed without
             gradients, although the logits have one.
     """
-    if isinstance(model, Wrapper):
+    if isinstance(model, Wrapper) and _has_known_forward(model):
         features, logits = predict(model.model, model.before(images), learns)
         return Prediction(model.outer(features), model.after(logits))
     if composes(model):
@@ -150,9 +169,7 @@ def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Predic
         logits = model.forward_head(features)
         _check_unchanged(model, features, version)
         return Prediction(features, logits)
-    owner: Any = model
-    if "forward_features" not in model.__dict__:  # in a compiled model it is that of the one that was compiled
-        owner = getattr(model.forward_features, "__self__", model)
+    owner, wrappers = _owner(model)
     run = cast(Callable[[Tensor], object], model)
     output, (maps,) = recorded(lambda: run(images), [(owner, "forward_features")])
     logits = logits_of(output)
@@ -161,11 +178,32 @@ def predict(model: FeatureModel, images: Tensor, learns: bool = False) -> Predic
     if learns and torch.is_grad_enabled() and logits.requires_grad and not maps[0].learns:
         raise ValueError(no_gradient(f"{type(owner).__name__}.forward_features"))
     _check_unchanged(owner, maps[0].output, maps[0].version)
-    return Prediction(maps[0].output, logits)
+    features = maps[0].output
+    for wrapper in reversed(wrappers):
+        features = wrapper.outer(features)
+    return Prediction(features, logits)
+
+
+def _owner(model: FeatureModel) -> tuple[Any, list[Wrapper]]:
+    """The module whose `forward_features` a call of the model runs, and the wrappers around it."""
+    owner: Any = model
+    wrappers: list[Wrapper] = []
+    while True:
+        if "forward_features" not in owner.__dict__:  # in a compiled model it is that of the one that was compiled
+            owner = getattr(owner.forward_features, "__self__", owner)
+        if not isinstance(owner, Wrapper):
+            return owner, wrappers
+        wrappers.append(owner)
+        owner = owner.model
 
 
 def composes(model: FeatureModel) -> bool:
     """Whether `model(x)` is known to be forward_head(forward_features(x)) only, as in this package and timm."""
+    return _has_known_forward(model) and (not isinstance(model, Wrapper) or composes(model.model))
+
+
+def _has_known_forward(model: FeatureModel) -> bool:
+    """Whether a call of the model runs the forward of a class of this package or timm, and nothing else."""
     module = cast(nn.Module, model)
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     if any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import first_sentence
 from . import checkpoint_files
-from .protocol import Source, feature_model
+from .protocol import Source, TrailingChannels, feature_model, has_trailing_channels
 from .split import LogitsOnly
 from .weights import fill, size
 
@@ -82,7 +82,7 @@ def with_map(model: Any, name: str, in_channels: int = 3) -> nn.Module:
     shape = features.shape
     if len(shape) == 4 and shape[1] == model.num_features:
         return model  # type: ignore[no-any-return]
-    if len(shape) == 4 and shape[3] == model.num_features:
+    if has_trailing_channels(features, model.num_features):
         return TrailingChannels(model)
     side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
     if side == 0 or shape != (1, prefix + side**2, model.num_features):
@@ -93,27 +93,6 @@ def with_map(model: Any, name: str, in_channels: int = 3) -> nn.Module:
             f"timm's {name} has no feature map: its head reads {prefix} tokens outside the {side}x{side} map"
         )
     return wrapped
-
-
-class TrailingChannels(nn.Module):
-    """Wraps a timm model with features (N, H, W, D), such as Swin, to return (N, D, H, W)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.num_features: int = model.num_features
-        self.num_classes: int = model.num_classes
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.model.forward_features(x)
-        return features.permute(0, 3, 1, 2)
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.model.forward_head(features.permute(0, 2, 3, 1))
-        return logits
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 class PatchTokens(nn.Module):

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..losses.formula import check_flag, check_number
 from ..models.preprocessing import Preprocessing
-from ..models.protocol import inner_model
+from ..models.protocol import inner_model, unwrapped
+from ..models.split import LogitsOnly
 from . import strategies
 from .strategies import Strategy
 
@@ -103,6 +104,5 @@ def check_replicas(student: nn.Module, strategy: Strategy) -> None:
 
 def _reason(model: nn.Module) -> str:
     """Why a model has no feature map."""
-    while not hasattr(model, "reason") and isinstance(getattr(model, "model", None), nn.Module):
-        model = model.model  # type: ignore[assignment]
-    return str(getattr(model, "reason", f"num_features of {type(inner_model(model)).__name__} is 0"))
+    reasons = (part.reason for part in unwrapped(model) if isinstance(part, LogitsOnly))
+    return next(reasons, f"num_features of {type(inner_model(model)).__name__} is 0")

@@ -13,8 +13,8 @@ from .. import models
 from ..data.files import ImageSet
 from ..errors import first_line
 from ..models import sources, weights
+from ..models.protocol import inner_model
 from ..models.split import LogitsOnly, Split
-from ..models.timm_models import PatchTokens, TrailingChannels
 from . import run_folder, strategies
 from .config import DistillConfig, JobConfig
 from .distributed import World
@@ -65,7 +65,7 @@ def _check_images(model: nn.Module, name: str, config: JobConfig, images: ImageS
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # of the model's code, of any type
-            size = (getattr(_bare(model), "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[1:]
+            size = (getattr(inner_model(model), "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[1:]
             known = f" (its own size is {size[0]}x{size[1]})" if size[0] else ""
             if config.data.data == "digits":
                 advice = "digits take no --size: choose a model for small images, or another data set"
@@ -99,7 +99,7 @@ def initialise(model: nn.Module, name: str, source: SourceString, num_classes: i
     found = sources.load(source)
     if isinstance(found.model, Split):
         raise ValueError(f"initial weights {source} are those of a whole model: leave out the #MODULE")
-    theirs, own = _bare(found.model).state_dict(), _bare(model).state_dict()
+    theirs, own = inner_model(found.model).state_dict(), inner_model(model).state_dict()
     drawn = [
         name
         for name, tensor in theirs.items()
@@ -112,7 +112,7 @@ def initialise(model: nn.Module, name: str, source: SourceString, num_classes: i
     ]
     digest = hashlib.sha256()
     update_by_state(digest, theirs)
-    weights.fill(_bare(model), {**theirs, **{name: own[name] for name in drawn}}, name, source)
+    weights.fill(inner_model(model), {**theirs, **{name: own[name] for name in drawn}}, name, source)
     model.train()
     if drawn:
         warnings.warn(
@@ -121,10 +121,3 @@ def initialise(model: nn.Module, name: str, source: SourceString, num_classes: i
             stacklevel=2,
         )
     return {"source": str(source), "sha256": digest.hexdigest(), "classifier": "drawn" if drawn else "taken"}
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """A model without the wrapper that gives it the protocol, which is not part of its parameters' names."""
-    while isinstance(model, (LogitsOnly, PatchTokens, TrailingChannels)):
-        model = model.model
-    return model

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from camkd_fast import models
-from camkd_fast.models.protocol import feature_model, predict
+from camkd_fast.models.protocol import (
+    TrailingChannels,
+    channels_first,
+    feature_model,
+    has_trailing_channels,
+    predict,
+)
 from camkd_fast.models.split import LogitsOnly
 
 D, SIZE = 8, 16  # 4x4 patches of a 16x16 image
@@ -182,6 +188,40 @@ def test_wrapped_models_freeze(timm: ModuleType, name: str) -> None:
         predict(feature_model(frozen), images), predict(feature_model(module), images), strict=True
     ):
         assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+class ReadsItsStem(Swin):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.stem(x).mean()
+
+
+@pytest.mark.parametrize("kind", [Swin, ReadsItsStem])
+@pytest.mark.filterwarnings("error")
+def test_a_wrapped_forward_of_its_own_decides_what_is_folded(kind: type[Swin]) -> None:
+    torch.manual_seed(0)
+    module = TrailingChannels(kind(5, 3).double())
+    nn.init.uniform_(module.model.norm.weight, 0.5, 2)
+    frozen, images = models.freeze(module), torch.randn(3, 3, SIZE, SIZE).double()
+    assert any(isinstance(part, nn.BatchNorm2d) for part in frozen.modules()) == (kind is ReadsItsStem)
+    logits = predict(frozen, images).logits
+    assert (logits - module.eval()(images)).norm() <= 1e-12 * logits.norm()
+
+
+@pytest.mark.parametrize(
+    ("features", "trailing"),
+    [
+        (torch.zeros(2, 4, 5, D), True),
+        (torch.zeros(2, D, 4, 5), False),
+        (torch.zeros(2, D, 5, D), False),  # either, and the first of both is the protocol's
+        (torch.zeros(2, 4, 5, 6), False),
+        (torch.zeros(2, 4, D), False),
+        ([torch.zeros(2, 4, 5, D)], False),
+    ],
+)
+def test_where_a_map_has_its_channels(features: Any, trailing: bool) -> None:
+    assert has_trailing_channels(features, D) == trailing
+    moved = channels_first(features)
+    assert moved.shape[1] == features.shape[3] if getattr(features, "ndim", 0) == 4 else moved is features
 
 
 def test_the_zoo_comes_first(timm: ModuleType) -> None:

@@ -333,6 +333,18 @@ CHANGES = (
         Change("a forward of the instance is passed over", '"forward" in module.__dict__ or', ""),
         Change("compilation is passed over", "or module._compiled_call_impl is not None", ""),
         Change("a subclass's forward is passed over", '.startswith(("camkd_fast.", "timm."))', ".startswith('')"),
+        Change(
+            "a wrapper's model is passed over",
+            "(not isinstance(model, Wrapper) or composes(model.model))",
+            "True",
+            tests="tests/models/test_timm_models.py",
+        ),
+        Change(
+            "hooks of a wrapper are passed over",
+            "isinstance(model, Wrapper) and _has_known_forward(model)",
+            "isinstance(model, Wrapper)",
+            tests="tests/train/test_distiller_options.py",
+        ),
         Change("maps of the protocol without gradients", "and not maps[0].learns:", "and False:"),
     ),
     *changes(

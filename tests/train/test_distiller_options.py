@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from camkd_fast import Distiller
-from camkd_fast.models.protocol import Source
+from camkd_fast.models.protocol import Source, TrailingChannels, inner_model
 from camkd_fast.train.strategies import STRATEGIES, Strategy, create, names, register, unregister
 from camkd_fast.train.teachers import given
 from tests.support.tolerance import assert_near
@@ -242,6 +242,41 @@ def test_maps_with_the_channels_last(name: str) -> None:
         Distiller(SmallNet(), [ChannelsLast(6, seed=1)], name)(DATA.images, DATA.target)
 
 
+def doubled(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("place", ["wrapper", "model", "compiled"])
+def test_hooks_count_of_a_wrapper_and_of_the_model_in_it(place: str) -> None:
+    """As of `models.create` for timm's Swin."""
+    student: nn.Module = TrailingChannels(ChannelsLast())
+    (student.model if place == "model" else student).register_forward_hook(doubled)
+    if place == "compiled":
+        student = torch.compile(student, backend="eager")
+    made, expected = (Distiller(s, [SmallNet(6)], "fitnet-mkd") for s in (student, TrailingChannels(ChannelsLast())))
+    expected.strategy.load_state_dict(made.strategy.state_dict())
+    out, other = made(DATA.images, DATA.target), expected(DATA.images, DATA.target)
+    assert_near(out.logits, 2 * other.logits)
+    assert torch.equal(out.feature, other.feature) and out.feature > 0
+    assert_near(made.student(DATA.images), 2 * expected.student(DATA.images))
+
+
+class HasAModel(SmallNet):
+    """Not a wrapper of this package, though it has a module of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 0
+        self.model = nn.Identity()
+        self.model.reason = "it is an identity"
+
+
+def test_only_this_packages_wrappers_are_looked_into() -> None:
+    with pytest.raises(ValueError, match=r"teacher 0 \(HasAModel\) has none: num_features of HasAModel is 0"):
+        Distiller(SmallNet(), [HasAModel()], "ca-mkd")
+    assert inner_model(TrailingChannels(TrailingChannels(HasAModel()))).num_features == 0
+
+
 class ListOfMaps(SmallNet):
     """As timm's CrossViT."""
 
@@ -255,7 +290,13 @@ class ListOfMaps(SmallNet):
 def test_lists_of_maps_serve_strategies_that_read_logits() -> None:
     one, other = Distiller(ListOfMaps(), [ListOfMaps(6)], "aver"), Distiller(SmallNet(), [SmallNet(6)], "aver")
     assert torch.equal(one(DATA.images, DATA.target).loss, other(DATA.images, DATA.target).loss)
-    for student, teacher, who in ((ListOfMaps(), SmallNet(), "the student"), (SmallNet(), ListOfMaps(), "teacher 0")):
+    last = ListOfMaps()
+    last.output_fmt = "NHWC"
+    for student, teacher, who in (
+        (ListOfMaps(), SmallNet(), "the student"),
+        (SmallNet(), ListOfMaps(), "teacher 0"),
+        (SmallNet(), last, "teacher 0"),
+    ):
         with pytest.raises(ValueError, match=f"needs feature maps .*, but that of {who} is a list"):
             Distiller(student, [teacher])(DATA.images, DATA.target)
 

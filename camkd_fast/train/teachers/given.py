@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...losses.entry import KERNEL, way_of_call
 from ...models import freeze, sources
 from ...models.preprocessing import Preprocessing, adapted
-from ...models.protocol import ChannelsFirst, FeatureModel, Prediction, Source, head_makes, inner_model
+from ...models.protocol import FeatureModel, Prediction, Source, TrailingChannels, head_makes, inner_model
 from ...models.split import LogitsOnly, split
 from ..class_names import Renumbered, class_order
 from .live import Teachers
@@ -101,7 +101,7 @@ def _frozen(source: Source, dtype: torch.dtype | None, channels_last: bool) -> S
     """The source with a frozen copy of its model, whose map is (N, D, h, w) if timm says that it is not."""
     model = freeze(source.model, dtype, channels_last)
     if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
-        model = ChannelsFirst(model)
+        model = TrailingChannels(model)
     return replace(source, model=model)
 
 
