@@ -15,6 +15,7 @@ from torch import Tensor
 from .batch import CPU, BadImageError, Batch, LoaderConfig
 from .erasing import boxes, erase
 from .files import ImageFiles, ImageSet
+from .images import channel_factors, normalised
 from .order import epoch_batches, rank_sizes
 from .rand_augment import draws, rand_augment
 
@@ -35,8 +36,7 @@ class EpochLoader(ABC):
         self._bad = set(config.known_bad)  # samples whose file cannot be read
         self._running: Generator[Batch, None, None] | None = None
         self._finish: Callable[[Tensor], Tensor] | None = None  # see `Batch`
-        mean, std = (torch.tensor(v, device=config.device).view(-1, 1, 1) for v in (data.mean, data.std))
-        factor = 1 / std
+        mean, factor = channel_factors(data.mean, data.std, config.device)
         if config.channels_last:
             # Rows of W * C values: a last dimension of C = 3 is too short for vector instructions.
             mean, factor = (v.view(-1).repeat(data.shape[2]) for v in (mean, factor))
@@ -97,15 +97,12 @@ class EpochLoader(ABC):
         self._stop()
 
     def _normalised(self, levels: Tensor) -> Tensor:
-        """Normalise uint8 levels (n, channels, H, W), given in the configured memory format, to float32.
-
-        Multiplies by 1 / std instead of dividing, which matches DALI bit for bit.
-        """
+        """Normalise uint8 levels (n, channels, H, W), given in the configured memory format, to float32."""
         if not self.config.channels_last:
-            return levels.float().sub_(self._mean).mul_(self._factor)
+            return normalised(levels, self._mean, self._factor)
         rows = levels.permute(0, 2, 3, 1).flatten(2)
         n, C, H, W = levels.shape
-        return rows.float().sub_(self._mean).mul_(self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
+        return normalised(rows, self._mean, self._factor).view(n, H, W, C).permute(0, 3, 1, 2)
 
     @property
     def _augments_levels(self) -> bool:

@@ -32,8 +32,10 @@ def test_evaluation_pixels_are_unchanged(kind: str, channels: int, H: int, W: in
         assert all(batch.images.is_contiguous(memory_format=format) for batch in loader)
     mean, factor = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
     assert torch.equal(images, (data.pixels.float() - mean) * (1 / factor))  # bitwise, for every kind
+    assert torch.equal(images, data.normalise(data.pixels))
     # Reciprocal, product and quotient are rounded by at most 2^-24 each.
-    torch.testing.assert_close(images, data.normalise(data.pixels), rtol=2**-22, atol=0)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    torch.testing.assert_close(images, (data.pixels.float() - mean) / std, rtol=2**-22, atol=0)
 
 
 def naive(data: LabelledImages, augmentation: Augmentation, index: Tensor, view: int) -> Tensor:
