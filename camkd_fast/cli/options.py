@@ -21,7 +21,6 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, Suppress, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ..experiments.compare import check_different
 from ..losses.checks import MAX_TEACHERS
 from ..system import expand_path
 from ..train import config_file, strategies
@@ -121,6 +120,11 @@ class ComparedStudent(DistillConfig):
     """Folder of the comparison, with one subfolder per run."""
 
 
+def _check_different(name: str, values: Sequence[object]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be one or more different ones, got {' '.join(map(str, values))}")
+
+
 @dataclass(frozen=True)
 class Compare:
     """Train one student with several strategies and seeds; finished runs are kept.
@@ -156,8 +160,8 @@ class Compare:
     """Train this many finished cells of a study again, chosen at random, and compare their accuracies exactly."""
 
     def __post_init__(self) -> None:
-        check_different("strategies", self.strategies)
-        check_different("seeds", self.seeds)
+        _check_different("strategies", self.strategies)
+        _check_different("seeds", self.seeds)
         at_least("jobs", self.jobs, 1)
         at_least("check", self.check, 0)
         if self.study is None and (of_studies := [x for x in ("jobs", "results", "check") if getattr(self, x)]):

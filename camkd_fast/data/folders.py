@@ -98,11 +98,12 @@ def _part_folders(root: Path) -> dict[str, Path]:
     return {part: paths[0] for part, paths in named.items() if paths}
 
 
-def load_tiny_imagenet(root: Path, size: int = 64) -> tuple[ImageFiles, ImageFiles]:
+def load_tiny_imagenet(root: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
     """Load the training images, and the validation images as test split: the published test images have no labels.
 
     Args:
         root: the extracted folder tiny-imagenet-200, or its parent.
+        size: side of the images, pixels.
 
     Raises:
         FileNotFoundError: a folder, the annotations or an annotated image is missing.
@@ -124,12 +125,13 @@ def load_tiny_imagenet(root: Path, size: int = 64) -> tuple[ImageFiles, ImageFil
     )
 
 
-def load_stanford_dogs(root: Path, size: int = 224) -> tuple[ImageFiles, ImageFiles]:
+def load_stanford_dogs(root: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
     """Load the 12,000 training and 8,580 test images of 120 breeds, in the order of their lists. Requires scipy.
 
     Args:
         root: the folder with the contents of images.tar (Images/CLASS/FILE.jpg) and lists.tar; train_list.mat and
             test_list.mat may also be in ROOT/lists.
+        size: side of the images, pixels.
 
     Raises:
         FileNotFoundError: a list, the folder Images or a listed image is missing.

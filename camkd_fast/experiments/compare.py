@@ -17,14 +17,9 @@ from ..train.teachers.runs import load_source
 BASELINE = strategies.AVER.name  # reference of the paired differences
 
 
-def check_different(name: str, values: Sequence[object]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name} must be one or more different ones, got {' '.join(map(str, values))}")
-
-
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train the same student with every strategy from every seed."""
+    """Train the same student with every strategy from every seed; no strategy and no seed is there twice."""
 
     strategies: tuple[str, ...] = field(default_factory=strategies.names)
     """Strategies to compare, each with the same alpha."""
@@ -33,18 +28,16 @@ class CompareConfig:
     student: DistillConfig = field(default_factory=DistillConfig)
     """All other settings; its strategy and seed are ignored, its `out` is the comparison's folder."""
 
-    def __post_init__(self) -> None:
-        check_different("strategies", self.strategies)
-        check_different("seeds", self.seeds)
-        for name in self.strategies:
-            strategies.find(name)
-
     @property
     def out(self) -> Path:
         return self.student.out
 
     def cells(self) -> Iterator[DistillConfig]:
-        """The runs, seed by seed: a comparison that is stopped early has complete seeds."""
+        """The runs, seed by seed: a comparison that is stopped early has complete seeds.
+
+        Raises:
+            ValueError: no strategy has such a name; the message lists the nearest.
+        """
         for seed in self.seeds:
             for name in self.strategies:
                 yield self.cell(name, seed)

@@ -91,17 +91,17 @@ def _picklable(error: Exception) -> Exception:
 
 _groups = itertools.count()  # every process opens as many
 ONE = World(0, 1, torch.device("cpu"))  # a process by itself
+TIMEOUT = timedelta(minutes=10)  # of collective operations
 
 
 @contextmanager
-def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def processes(device: str = "auto") -> Iterator[World]:
     """Process group for the block, configured by torchrun's environment variables.
 
     No object that holds a replica (`replicate`) may outlive the block.
 
     Args:
         device: "cpu", "cuda" or "auto" (a GPU if torch sees one). Each process uses the GPU of its local rank.
-        timeout: of collective operations.
 
     Raises:
         ValueError: "cuda" without a GPU, or fewer GPUs than processes on this machine.
@@ -116,8 +116,8 @@ def processes(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) 
     # Imported before the group exists: its default arguments would keep a reference to the group.
     importlib.import_module("torch.distributed.nn.functional")
     # Under one prefix a group would find the addresses of the group before, and might never come about.
-    store = dist.PrefixStore(f"camkd_fast/{next(_groups)}", _store(timeout))  # type: ignore[attr-defined]
-    place: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": size, "timeout": timeout}
+    store = dist.PrefixStore(f"camkd_fast/{next(_groups)}", _store(TIMEOUT))  # type: ignore[attr-defined]
+    place: dict[str, Any] = {"store": store, "rank": world.rank, "world_size": size, "timeout": TIMEOUT}
     if world.device.type == "cuda":
         dist.init_process_group("nccl", device_id=world.device, **place)
     else:

@@ -288,14 +288,14 @@ def _refusal(folder: Path, holder: Holder) -> str:
     return f"{folder} is being written by {holder}: {ways}"
 
 
-def check_free(folder: Path, name: str = LOCK) -> None:
+def check_free(folder: Path) -> None:
     """Check that nobody holds the lock of a folder.
 
     Raises:
         FolderLockedError: as `locked`.
     """
-    if any(folder.glob(f"{name}*")):
-        with locked(folder, name):
+    if any(folder.glob(f"{LOCK}*")):
+        with locked(folder):
             pass
 
 

@@ -280,7 +280,7 @@ def test_bad_command_line_exits_2(line: str, capsys: pytest.CaptureFixture[str])
         ("distill --alpha -1", "alpha must be at least 0, got -1.0"),
         ("compare --beta nan", "beta must be at least 0, got nan"),
         ("compare --cache-top-k 0", "cache_top_k must be at least 1, got 0"),
-        ("compare --seeds 1 1", "seeds must be one or more different ones, got 1 1"),
+        ("compare --seeds 1 2 1", "seeds must be one or more different ones, got 1 2 1"),
         ("compare --jobs 0", "jobs must be at least 1, got 0"),
         ("compare --strategies ce ce", "strategies must be one or more different ones, got ce ce"),
         ("compare --strategies", "strategies must be one or more different ones, got"),

@@ -185,24 +185,24 @@ def _class_names(data: ImageFiles) -> list[str]:
 
 def test_invalid_tiny_imagenet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*tiny-imagenet-200/train"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
     annotations = tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     text = annotations.read_text()
     annotations.write_text(text + "val_9.JPEG\tn01\t0\t0\t1\t1\n")
     with pytest.raises(FileNotFoundError, match=r"lists .*val_9\.JPEG, which is missing \(1 of 4"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
     annotations.write_text(text.replace("n03", "n04"))
     with pytest.raises(ValueError, match=r"val_2\.JPEG is of class 'n04', which is not among the 3"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
     annotations.write_text(text + "val_0.JPEG")
     with pytest.raises(ValueError, match=r"val_0\.JPEG is of class ''"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
     annotations.unlink()
     with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt is missing"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
     shutil.rmtree(tmp_path / "train" / "n02" / "images")
     with pytest.raises(ValueError, match=r"n02/images holds no image file"):
-        load_tiny_imagenet(tmp_path)
+        load_tiny_imagenet(tmp_path, 64)
 
 
 DOGS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel")
@@ -226,7 +226,7 @@ def stanford_dogs(root: Path, lists: Path) -> Path:
 @pytest.mark.parametrize("inside", [".", "lists"])
 def test_stanford_dogs_follow_their_lists(tmp_path: Path, inside: str) -> None:
     pytest.importorskip("scipy")
-    train, test = load_stanford_dogs(stanford_dogs(tmp_path, tmp_path / inside))
+    train, test = load_stanford_dogs(stanford_dogs(tmp_path, tmp_path / inside), 224)
     assert train.class_names == DOGS and train.shape == (3, 224, 224)
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
     assert [path.name for path in test.paths[:2]] == [f"{DOGS[0]}_3.jpg", f"{DOGS[0]}_4.jpg"]
@@ -237,23 +237,23 @@ def test_stanford_dogs_follow_their_lists(tmp_path: Path, inside: str) -> None:
 def test_invalid_stanford_dogs_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*Images"):
-        load_stanford_dogs(tmp_path)
+        load_stanford_dogs(tmp_path, 224)
     stanford_dogs(tmp_path, tmp_path)
     image_file = tmp_path / "Images" / DOGS[0] / f"{DOGS[0]}_0.jpg"
     image_file.unlink()
     with pytest.raises(FileNotFoundError, match=r"train_list\.mat lists .*_0\.jpg, which is missing \(1 of 6"):
-        load_stanford_dogs(tmp_path)
+        load_stanford_dogs(tmp_path, 224)
     image(image_file)
     path = tmp_path / "test_list.mat"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"test_list\.mat is not a readable list"):
-        load_stanford_dogs(tmp_path)
+        load_stanford_dogs(tmp_path, 224)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"test_list\.mat is neither in"):
-        load_stanford_dogs(tmp_path)
+        load_stanford_dogs(tmp_path, 224)
     (tmp_path / "Images" / "n03-empty").mkdir()
     with pytest.raises(ValueError, match="n03-empty holds no image file"):
-        load_stanford_dogs(tmp_path)
+        load_stanford_dogs(tmp_path, 224)
 
 
 def test_fingerprints_of_files_depend_on_contents_and_not_on_paths(tmp_path: Path) -> None:

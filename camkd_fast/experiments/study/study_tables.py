@@ -13,14 +13,14 @@ from .work import Record
 NOTHING = "-"  # for missing results
 
 
-def overview(findings: Findings, table: str = "main") -> Table:
-    """Each variant over all pools with good teachers only, and over those with a bad one."""
+def overview(findings: Findings) -> Table:
+    """Each variant of the main table over all pools with good teachers only, and over those with a bad one."""
     groups = findings.groups()
     header = ["strategy"]
     for name in groups:
         header += [f"{name}: accuracy", "difference", "wins / ties / losses"]
     rows = []
-    for variant in findings.variants(table):
+    for variant in findings.variants("main"):
         cells = [label(variant)]
         for places in groups.values():
             accuracy = findings.mean_accuracy(places, variant)
