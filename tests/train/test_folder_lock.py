@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_a_lock_is_released_if_the_processes_cannot_agree(kind: str, tmp_path: P
     class Lost:
         is_main = True
 
-        def broadcast(self, value: bool) -> bool:
+        def on_main(self, work: Callable[[], Holder | None]) -> Holder | None:
+            assert work() is None  # rank 0 holds the lock
             raise RuntimeError("connection closed by peer")
 
     with pytest.raises(RuntimeError, match="closed by peer"), shared(tmp_path, world=Lost()):  # type: ignore[arg-type]
