@@ -122,7 +122,7 @@ class Distiller(nn.Module):
                 "student_layer names the module"
             )
         teachers = listed(teachers)
-        models = kind.needs_teachers and isinstance(teachers, list)
+        teachers_are_models = kind.needs_teachers and isinstance(teachers, list)
         if not kind.needs_teachers or teachers == []:
             teachers = None
         if isinstance(teachers, list):
@@ -138,7 +138,7 @@ class Distiller(nn.Module):
         strategy.formula.checked()
         check_replicas(student, strategy)
         self.strategy = strategy
-        self._heads_unchecked = models and strategy.needs_heads
+        self._heads_unchecked = teachers_are_models and strategy.needs_heads
         self._teachers = [] if teachers is None else [teachers]  # a list hides their modules from nn.Module
         self._channels_last = channels_last
         if channels_last:
