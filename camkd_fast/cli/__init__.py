@@ -104,7 +104,7 @@ def _short_warnings() -> Iterator[None]:
 
 @contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Without tracebacks of threads that cannot write: TensorBoard's full disk is that of the command as well."""
+    """Suppress tracebacks of threads that cannot write; on a full disk the command itself reports the error."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

@@ -97,7 +97,7 @@ def reason(error: BaseException, command: Command | None = None) -> str | None:
 
 
 def _larger_images(command: Command | None) -> str:
-    """What makes images larger, by the command's data set."""
+    """Advice that makes the images larger; it depends on the data set of the command."""
     data = command.settings.data.data if isinstance(command, (Teach, Distill, Compare)) else None
     return "a data set of larger images (digits take no --size)" if data == "digits" else "a larger --size"
 

@@ -282,7 +282,7 @@ def _expanded_paths(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] 
 
 @_PATHS.primitive_rule
 def _expanded_sources(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[SourceString] | None:
-    """Likewise the path in a source."""
+    """Read a source from the command line, with the path in it expanded."""
     if field.type is not SourceString:
         return None
 

@@ -62,7 +62,10 @@ class Augmentation:
             raise ValueError(f"erasing must lie in [0, 1], got {self.erasing}")
 
     def __repr__(self) -> str:
-        """Without later settings that are not used: the text is part of checkpoints and of the keys of caches."""
+        """The settings as text, which is part of checkpoints and of the keys of caches.
+
+        Settings that were added later are left out while they have their defaults, so that older files stay valid.
+        """
         used = [f for f in fields(self) if f.name not in _LATER or getattr(self, f.name) != f.default]
         return f"Augmentation({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in used)})"
 

@@ -33,12 +33,12 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) from hidden states (..., H)."""
+        """Logits (..., C) of hidden states (..., H)."""
         z = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def detached(self, like: Tensor) -> OutputHead:
-        """Without gradients, beside the hidden states `like`."""
+        """The head without gradients, on the device of the hidden states `like`."""
         bias = None if self.bias is None else self.bias.detach().to(like.device)
         return self._replace(weight=self.weight.detach().to(like.device), bias=bias)
 
@@ -51,7 +51,7 @@ class Teacher(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What the loss takes of one teacher."""
+    """The hidden states and the head of one teacher, as the loss takes them."""
 
     states: Tensor  # (B, S, H)
     head: OutputHead
@@ -131,7 +131,7 @@ def _without_adapters_outside(model: Any) -> Any:
 
 
 def hidden_states(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """(B, S, H) after the final norm, of an unwrapped model.
+    """Hidden states (B, S, H) after the final norm of an unwrapped model.
 
     Args:
         inputs: of the model; labels and the like are left out.
@@ -149,7 +149,7 @@ def _own_head(model: Any) -> Any:
 
 
 def classes_of_head(model: Any) -> int:
-    """Of a `Teacher` or a causal language model, which may be wrapped."""
+    """Number of classes of the head of a `Teacher` or a causal language model, which may be wrapped."""
     head = model.head if isinstance(model, Teacher) else _own_head(unwrapped(model))
     return int(head.weight.shape[0])
 

@@ -30,7 +30,7 @@ OF_TOKENS = (
 
 
 def weights_of_column(name: str, column: Any, K: int, B: int) -> Tensor:
-    """(K, B) from teachers' numbers (B,) or weights (B, K).
+    """Weights (K, B) of the teachers, from their numbers (B,) or weights (B, K) in a column.
 
     Raises:
         ValueError: another shape, or a teacher that does not exist.
@@ -96,7 +96,7 @@ class TeacherMix:
         return same and (numbers, column) == (self.weights, self.column)
 
     def place(self, device: torch.device, student: nn.Module, vocab_size: int | None = None) -> None:
-        """In eval mode and on the device, unless a teacher is spread over processes or devices.
+        """Put the teachers into evaluation mode and, unless they are spread over processes or devices, on the device.
 
         Args:
             vocab_size: number of classes, if it is not that of the student's head.
@@ -151,7 +151,7 @@ class TeacherMix:
 
 
 def hidden_of_teachers(teachers: Sequence[Any], inputs: Mapping[str, Any], weights: Tensor | None) -> list[Hidden]:
-    """Of every teacher; a sample is computed by teachers only that have a weight there.
+    """Hidden states and heads of all teachers; each teacher computes only the samples in which it has a weight.
 
     Args:
         inputs: of the models; "input_ids" has B rows.
@@ -164,9 +164,10 @@ def hidden_of_teachers(teachers: Sequence[Any], inputs: Mapping[str, Any], weigh
 
 
 def _of_some(teacher: Any, inputs: Mapping[str, Any], used: Tensor) -> Hidden:
-    """Of the samples `used` (B,); zeros elsewhere, which the loss does not read.
+    """Hidden states of the samples `used` (B,), with zeros elsewhere, which the loss does not read.
 
-    Where an input may not have a row per sample (images of a vision-language model, positions of several axes), of all.
+    Where an input may not have a row per sample (images of a vision-language model, positions of several axes), the
+    teacher computes all samples.
     """
     B = len(used)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

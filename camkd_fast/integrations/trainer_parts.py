@@ -17,7 +17,7 @@ else:
 
 
 class TrainerParts(_Trainer):  # type: ignore[misc]
-    """Before a transformers Trainer in the list of bases."""
+    """The base of the mixins; it stands before a transformers Trainer in the list of bases."""
 
     teacher_column: str | None = None
     data_collator: Any  # of the trainer
@@ -43,7 +43,7 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
             self._signature_columns = [*self._signature_columns, self.teacher_column]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds means over the tokens since the last log: hard_loss, soft_loss, entropy if the loss has it, and of
+        """Add means over the tokens since the last log: hard_loss, soft_loss, entropy if the loss has it, and of
         teacher k teacher_k_weight and teacher_k_ce; in evaluation with its prefix."""
         # Only to logs that every process writes: those have a loss.
         names = ["loss"] if self._mode == "train" else [name for name in logs if name.endswith("_loss")]
@@ -54,7 +54,7 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, which does not log it."""
+        """Predict as Trainer does, and drop the sums of the loss: Trainer does not log predictions."""
         try:
             return super().predict(*args, **kwargs)
         finally:

@@ -138,7 +138,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
         return settings if isinstance(loss, CAMKDLinearLoss) else CAMKDLinearLoss(**loss).settings
 
     def _teacher_mix(self) -> TeacherMix:
-        """Of the attributes, which may have changed."""
+        """The mix of the trainer's teachers, made again if one of its attributes has changed."""
         given = self.teachers, self.teacher_weights, self.teacher_column
         if self._mix is None or not self._mix.is_of(*given):
             mix = TeacherMix(*given)

@@ -87,7 +87,7 @@ def _check_forwards(model: nn.Module) -> None:
 
 
 def _held(function: object) -> list[object]:
-    """What a function or a functools.partial was given to refer to."""
+    """The objects that a function or a functools.partial refers to: its defaults, its closure, its arguments."""
     if isinstance(function, partial):
         values = [function.func, *function.args, *function.keywords.values()]
         return [*values, *(inner for value in values for inner in _held(value))]

@@ -48,7 +48,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def parse_model(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Likewise, of a file that has been read.
+    """Tensors and metadata of a model file from its bytes; `path` is for errors.
 
     Raises:
         CheckpointError: as `read_model`.

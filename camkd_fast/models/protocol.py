@@ -250,11 +250,11 @@ def logits_of(output: object) -> Tensor:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Of the module's first parameter or buffer; the CPU without any."""
+    """Device of the module's first parameter or buffer; the CPU if it has none."""
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of the module's first floating-point parameter or buffer; float32 without any."""
+    """Dtype of the module's first floating-point parameter or buffer; float32 if it has none."""
     tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next((t.dtype for t in tensors), torch.float32)

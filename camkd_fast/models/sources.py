@@ -206,7 +206,7 @@ def _python(rest: str) -> Source:
 
 
 def _attributes(spec: str, model: nn.Module) -> dict[str, Any]:
-    """What the user's model says of its images and classes."""
+    """Mean, std, size and classes, as far as the user's model has attributes of these names."""
     readers: dict[str, Callable[[Any], Any]] = {"mean": _numbers, "std": _numbers, "size": _pair, "classes": tuple}
     options: dict[str, Any] = {}
     for key, read in readers.items():

@@ -228,7 +228,7 @@ def _timm() -> ModuleType | None:
 
 @torch.no_grad()
 def _features(model: Any, in_channels: int) -> Any:
-    """Of one image of the model's default size; leaves the model in training mode."""
+    """Features of one image of the model's default size; leaves the model in training mode."""
     size = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))[1:]
     model.eval()
     features = model.forward_features(torch.zeros(1, in_channels, *size))

@@ -75,7 +75,7 @@ def _wordnet_ids(owner: str, theirs: Sequence[str], ours: Sequence[str], advice:
 
 
 def _twice(found: dict[str, list[int]], names: Sequence[str]) -> str:
-    """What to say if the model has names, but has one of them twice; empty otherwise."""
+    """The part of an error that names a class which the model has twice; empty if it has none."""
     double = [name for name in names if len(found.get(name, ())) > 1]
     return f"it has {double[0]!r} {len(found[double[0]])} times; " if double else ""
 

@@ -164,7 +164,7 @@ class FolderLock:
             return before or Holder()
 
     def _acquire_claim(self) -> Holder | None:
-        """Likewise by the existence of a file, where the file system has no locks.
+        """Take the lock by creating a file, where the file system has no locks; the holder if another process has it.
 
         Raises:
             FileNotFoundError: the folder is gone.

@@ -57,7 +57,7 @@ class Mixer:
 
 
 def mixer_for(optim: OptimConfig, seed: int, rank: int) -> Mixer | None:
-    """As configured; None if images are not mixed."""
+    """The mixer that `optim` asks for; None if images are not mixed."""
     return Mixer(optim, seed, rank) if optim.mixup or optim.cutmix else None
 
 
@@ -80,7 +80,7 @@ def mixed(images: Tensor, target: Tensor, partner: Tensor, numbers: Tensor) -> M
 
 
 def _inside(side: int, centre: Tensor, half: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the pixels along one side lie in the box, (side,) bool, and their number."""
+    """Whether each pixel along one side lies in the box, (side,) bool, and the number of those that do."""
     middle, reach = (centre * side).floor(), (half * side).floor()
     first, last = (middle - reach).clamp(min=0), (middle + reach).clamp(max=side)
     pixels = torch.arange(side, device=like.device)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def running_statistics(module: nn.Module) -> Iterator[None]:
-    """In the block, batch norms with one value per channel run in evaluation mode; their statistics do not change.
+    """Run batch norms that get one value per channel in evaluation mode in the block; their statistics do not change.
 
     SyncBatchNorm counts the values of all processes and is left as it is.
     """

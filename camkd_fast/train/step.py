@@ -147,7 +147,7 @@ class TrainStep:
         self.sums.count(images)
 
     def _inputs(self, batch: Batch, number: int) -> list[Tensor]:
-        """What `_prepare` reads, on the host or the device; `number` of the batch's step, from 0."""
+        """The tensors that `_prepare` reads, on the host or the device; `number` counts the steps from 0."""
         for_teachers = [] if self.teachers is None else self.teachers.inputs(batch)
         mixing = [] if self._mixer is None else self._mixer.inputs(len(batch.target), number)
         return [batch.images, batch.target, *mixing, *for_teachers]

@@ -140,7 +140,7 @@ class StepGraph:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong first: ending a capture that failed raises an error of its own."""
+    """The error that came first: ending a capture that failed raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
     return first_line(error)

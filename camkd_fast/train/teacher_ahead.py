@@ -104,7 +104,7 @@ def _copy(source: StudentBatch, target: StudentBatch) -> None:
 def ahead_for(
     precision: PrecisionConfig, device: torch.device, graph: bool, teachers: Teachers | None
 ) -> TeacherAhead | None:
-    """As `precision` asks for; None where nothing can run ahead, which is logged if it is asked for by name.
+    """A `TeacherAhead` if `precision` asks for one; None if no teacher can run ahead, which is logged if it was "on".
 
     Args:
         graph: whether steps are recorded.

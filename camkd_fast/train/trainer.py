@@ -82,7 +82,7 @@ def evaluate(model: nn.Module, loader: Loader, world: World) -> Evaluation:
 
 
 def evaluate_average(step: TrainStep, loader: Loader, world: World) -> Evaluation | None:
-    """Likewise of the average of a step's student; None if there is none."""
+    """Evaluate the average of a step's student, as `evaluate` does; None if there is no average."""
     if step.average is None:
         return None
     world.copy_buffers(step.average.module)

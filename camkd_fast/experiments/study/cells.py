@@ -186,5 +186,5 @@ def _settings(config: TeachConfig | DistillConfig) -> dict[str, Any]:
 
 
 def _hash(*content: Any) -> str:
-    """12 hexadecimal digits."""
+    """Hash of the content, 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

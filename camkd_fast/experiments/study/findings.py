@@ -142,7 +142,7 @@ def _gain_of_weights(findings: Findings) -> list[str]:
 
 
 def label(variant: Variant) -> str:
-    """As printed: of the study file, or of the strategy for the variant named like it, or the variant's name."""
+    """The printed label of a variant: that of the study file, else that of a strategy of this name, else its name."""
     return variant.label or (find(variant.name).label if variant.name == variant.strategy else variant.name)
 
 

@@ -96,7 +96,7 @@ class AEKD(Strategy):
     cap = 0.6
 
     def weighting(self, student_logits: Tensor, teacher_outputs: list[Prediction], target: Tensor) -> Tensor:
-        """(K,) float64."""
+        """One weight per teacher for the batch, (K,) float64."""
         check_logits(student_logits, [teacher.logits for teacher in teacher_outputs], target, None)
         learns = torch.is_grad_enabled()
         with torch.no_grad():

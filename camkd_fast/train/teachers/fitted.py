@@ -52,7 +52,7 @@ def fitted(name: str, model: nn.Module, source: Source, images: ImageSet, class_
 
 
 def preprocessing(images: ImageSet) -> Preprocessing:
-    """Of images as a loader yields them, whose mean and std are levels of 0 to 255."""
+    """The preprocessing of images as a loader yields them; the mean and std of a set are levels of 0 to 255."""
     mean, std = (tuple(level / 255 for level in levels) for levels in (images.mean, images.std))
     _, height, width = images.shape
     return Preprocessing(mean, std, (height, width), images.channels)

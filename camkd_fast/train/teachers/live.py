@@ -46,7 +46,7 @@ class Teachers(Protocol):
         return
 
     def inputs(self, batch: Batch) -> list[Tensor]:
-        """What `outputs` reads besides the images, on the host or the device."""
+        """The tensors that `outputs` reads besides the images, on the host or the device."""
 
     def outputs(self, images: Tensor, inputs: Sequence[Tensor]) -> list[Prediction]:
         """Features (n, D_k, H_k, W_k) and logits (n, C) of each teacher, without autograd.
@@ -105,7 +105,7 @@ class LiveTeachers(Teachers):
 
     @property
     def hashes(self) -> list[str]:
-        """Of each teacher as it is now; one pass over its weights."""
+        """The hash of each teacher as it is now, for one pass over its weights."""
         return [state_hash(module) for module in self._modules]
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -68,7 +68,7 @@ def same_teacher(there: str, here: str) -> bool:
 
 
 def difference(there: str | None, here: str | None) -> str:
-    """What is not the same between two hashes, in words."""
+    """The difference between the teachers of two hashes, as the end of a sentence."""
     if there is None or here is None:
         return "is missing there" if there is None else "is missing here"
     if there.partition(".")[0] != here.partition(".")[0]:
