@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,7 +19,7 @@ pytest.importorskip("safetensors")
 
 from camkd_fast import system
 from camkd_fast.train.distributed import World
-from camkd_fast.train.folder_lock import locked, shared
+from camkd_fast.train.folder_lock import Holder, locked, shared
 from camkd_fast.train.teachers import cache_writer
 from camkd_fast.train.teachers.cache import CacheError, Storage, TeacherCache
 from camkd_fast.train.teachers.live import LiveTeachers
@@ -181,9 +182,11 @@ def test_ranks_wait_together(tmp_path: Path) -> None:
     exchanged: list[int] = []
 
     class Ranks(World):
-        def broadcast(self, number: int) -> int:
-            exchanged.append(number)
-            return number if self.is_main else len(exchanged) < 3
+        def on_main(self, task: Callable[[], Holder | None]) -> Holder | None:
+            exchanged.append(len(exchanged))
+            if self.is_main:
+                return task()
+            return Holder() if len(exchanged) < 3 else None  # another job holds the lock twice
 
     with shared(tmp_path, world=Ranks(1, 2, CPU)):
         assert list(tmp_path.iterdir()) == []  # rank 0 holds the lock
