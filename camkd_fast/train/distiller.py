@@ -247,8 +247,10 @@ class Distiller(nn.Module):
             feature = term.loss.detach()
             feature_weights = None if term.weights is None else term.weights.sum(1)
         losses = torch.stack([loss + feature, hard, soft, feature]).float() * num_items
-        correct = ((student.logits.detach().argmax(1) == labels.largest()) & labels.kept()).sum().float()
-        return Objective(roots, gradients, torch.cat([losses, correct.view(1)]), weights, feature_weights)
+        correct = student.logits.detach().argmax(1) == labels.largest()
+        if labels.ignore_index >= 0:  # else it is nobody's prediction
+            correct = correct & labels.kept()
+        return Objective(roots, gradients, torch.cat([losses, correct.sum().float().view(1)]), weights, feature_weights)
 
     def _labels(self, target: Tensor, second_target: Tensor | None, mix: Tensor | None) -> Labels:
         """The labels of a batch, of which those that the strategy's formula ignores do not count."""
