@@ -22,7 +22,8 @@ TEMPERATURE_POWERS: tuple[int, ...]  # temperatures T at which e^x is computed a
 FORMULA_FIELDS: tuple[str, ...]  # in order
 DTYPES: tuple[str, ...]  # by dtype code
 WEIGHTINGS: tuple[str, ...]  # by weighting code
-ROW_SUMS: int  # of a stream, where the columns are a shard
+ROW_SUMS: tuple[str, ...]  # of a stream, in order
+ROW_STATS: tuple[str, ...]  # rows of row_stats for one teacher, in order
 SHARDS: tuple[str, ...]  # what to do with a shard, by code
 DIVERGENCES: tuple[str, ...]  # by divergence code
 RECYCLED_BYTES: int  # smaller outputs are allocated by torch

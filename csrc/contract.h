@@ -20,8 +20,6 @@ constexpr int kMaxTeachers = 16;                 // also a multiple of every vec
 constexpr int kMaxStreams = kMaxTeachers + 1;    // rows of logits per sample: the student is stream 0
 constexpr int kTemperaturePowers[] = {1, 2, 4};  // temperatures T at which e^x is computed as (e^{x/T})^T
 
-constexpr int kRowSums = 7;  // of a stream: max, sumT, sum1, cross, plogp, label, slope
-
 constexpr int64_t kFeatureParts = 4096;  // partial errors of samples that several blocks share, on CUDA
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -81,7 +79,25 @@ inline int temperature_power(float T) {
     return 0;
 }
 
+// The finished sums of a stream (StreamState of row_math.h), and its logit at the label minus the maximum: NaN for
+// invalid labels. Of two labels it is the average by their shares. The student's `plogp` is sum e^{d/T} d. `cross` of a
+// teacher belongs to the divergence: as in StreamState for the forward KL; sum e^{d_s/T} (d_s - d_z) for the reverse
+// KL; for jsd and skew, D itself, and `slope` is sum q g (camkd_fast/backends/divergences.py).
+template <class F>
+struct RowSums {
+    F max, sumT, sum1, cross, plogp, label, slope;
+};
+constexpr int kRowSums = int(sizeof(RowSums<float>) / sizeof(float));
+constexpr const char* kRowSumNames[kRowSums] = {"max", "sumT", "sum1", "cross", "plogp", "label", "slope"};
+
+// The sums as an array, in the order of kRowSumNames.
+CAMKD_HD float* as_array(RowSums<float>& sums) {
+    return reinterpret_cast<float*>(&sums);
+}
+
 // Rows of the tensor `row_stats`: (3 + 3K, N), and one more for the entropies if the formula asks for them.
+// kRowStatNames has the rows of one teacher, in order.
+constexpr const char* kRowStatNames[] = {"loss", "hard", "soft", "divergence", "teacher_ce", "weight", "entropy"};
 namespace row_stats {
 
 constexpr int loss = 0, hard = 1, soft = 2, per_teacher = 3;

@@ -43,7 +43,7 @@ struct RowLossArgs {
     const float* grad_scale_device;  // ... one element in device memory; null for 1, and on a CPU
     BatchOutput batch;
     Shard shard;  // of a label outside [0, C) the column is elsewhere, unless this is `none`
-    float* sums;  // (K + 1, kRowSums, N): RowSums of row_math.h; of a label that is elsewhere NaN
+    float* sums;  // (K + 1, kRowSums, N): RowSums of contract.h; of a label that is elsewhere NaN
 };
 
 CAMKD_HD bool writes_sums(const RowLossArgs& args) {

@@ -180,16 +180,6 @@ CAMKD_HD void lowest_weights(const F* ce, int K, F* w) {
     }
 }
 
-// The finished sums of a stream (StreamState), and its logit at the label minus the maximum: NaN for invalid labels. Of
-// two labels it is the average by their shares. The student's `plogp` is sum e^{d/T} d. `cross` of a teacher belongs to
-// the divergence: as in StreamState for the forward KL; sum e^{d_s/T} (d_s - d_z) for the reverse KL; for jsd and skew,
-// D itself, and `slope` is sum q g (camkd_fast/backends/divergences.py).
-template <class F>
-struct RowSums {
-    F max, sumT, sum1, cross, plogp, label, slope;
-};
-static_assert(sizeof(RowSums<float>) == kRowSums * sizeof(float), "contract.h");
-
 template <class F>
 struct RowResult {
     F loss, hard, soft, entropy;

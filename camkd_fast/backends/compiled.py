@@ -12,11 +12,38 @@ from torch import Tensor
 from .. import _C  # after torch, whose OpenMP runtime it shares
 from ..losses.divergence import DIVERGENCES
 from ..losses.formula import WEIGHTINGS, Formula
-from .contract import COMPILED_DTYPES, MAX_TEACHERS, ROW_SUMS, TEMPERATURE_POWERS, SecondLabels, new_row_sums
+from . import contract
+from .contract import COMPILED_DTYPES, MAX_TEACHERS, TEMPERATURE_POWERS, SecondLabels, new_row_sums, row_stats_count
 from .feature_maps import map_pair
 
 # What a kernel does with rows of which some of the columns are here, by code (csrc/ops.h).
 _SHARDS = ("none", "sums", "mixtures", "results")
+
+
+def _in_order(**names: int) -> tuple[str | None, ...]:
+    """The names by their numbers, which are 0, 1, 2, ... in any order."""
+    by_number = {number: name for name, number in names.items()}
+    return tuple(by_number.get(i) for i in range(len(names)))
+
+
+_ROW_SUMS = _in_order(
+    max=contract.MAX,
+    sumT=contract.SUM_T,
+    sum1=contract.SUM_1,
+    cross=contract.CROSS,
+    plogp=contract.PLOGP,
+    label=contract.LABEL,
+    slope=contract.SLOPE,
+)
+_ROW_STATS = _in_order(  # for one teacher
+    loss=contract.LOSS,
+    hard=contract.HARD,
+    soft=contract.SOFT,
+    divergence=contract.PER_TEACHER + contract.DIVERGENCE_BLOCK,
+    teacher_ce=contract.PER_TEACHER + contract.TEACHER_CE_BLOCK,
+    weight=contract.PER_TEACHER + contract.WEIGHT_BLOCK,
+    entropy=row_stats_count(1),
+)
 
 # Constants that C++ and Python both spell. A difference would be a wrong result, so it is refused on import.
 for _name, _ours, _theirs in (
@@ -24,7 +51,8 @@ for _name, _ours, _theirs in (
     ("temperature powers", TEMPERATURE_POWERS, _C.TEMPERATURE_POWERS),
     ("weightings", WEIGHTINGS, _C.WEIGHTINGS),
     ("divergences", DIVERGENCES, _C.DIVERGENCES),
-    ("sums of a row", ROW_SUMS, _C.ROW_SUMS),
+    ("sums of a row", _ROW_SUMS, _C.ROW_SUMS),
+    ("rows of row_stats", _ROW_STATS, _C.ROW_STATS),
     ("steps of a shard", _SHARDS, _C.SHARDS),
     ("dtypes", tuple(str(dtype).removeprefix("torch.") for dtype in COMPILED_DTYPES), _C.DTYPES),
     ("fields of Formula", Formula._fields, _C.FORMULA_FIELDS),

@@ -21,12 +21,13 @@ TEMPERATURE_POWERS = (1, 2, 4)  # temperatures T at which kernels compute e^x as
 # Device-side assertions on labels. One that fails stops the CUDA context, and they cost registers.
 DEBUG = os.environ.get("CAMKD_FAST_DEBUG") == "1"
 
-# Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them.
-# csrc/contract.h and camkd_fast/kernels/results.py name the same rows.
+# Rows of `row_stats`: (3 + 3K, N), and one more for the student's entropies if the formula asks for them. From
+# PER_TEACHER on, blocks of K rows. `compiled` asserts that csrc/contract.h has the same order.
 LOSS, HARD, SOFT, PER_TEACHER = 0, 1, 2, 3
+DIVERGENCE_BLOCK, TEACHER_CE_BLOCK, WEIGHT_BLOCK = 0, 1, 2
 
 # The sums of a row of one model, (7, N), which processes that share its classes exchange: `row_sums` says of what.
-# csrc/row_math.h (RowSums) and camkd_fast/kernels/row_shards.py name the same ones.
+# RowSums of csrc/contract.h, as `compiled` asserts.
 MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, SLOPE = range(7)
 ROW_SUMS = 7
 
@@ -66,26 +67,26 @@ class RowLossResult:
     @property
     def divergence(self) -> Tensor:
         """(K, N): KL_k."""
-        return self._per_teacher(0)
+        return self._per_teacher(DIVERGENCE_BLOCK)
 
     @property
     def teacher_ce(self) -> Tensor:
         """(K, N): CE_k."""
-        return self._per_teacher(1)
+        return self._per_teacher(TEACHER_CE_BLOCK)
 
     @property
     def weights(self) -> Tensor:
         """(K, N): w_k."""
-        return self._per_teacher(2)
+        return self._per_teacher(WEIGHT_BLOCK)
 
     @property
     def entropy(self) -> Tensor | None:
         """(N,): the student's, if the formula asks for it."""
         return self.row_stats[-1] if self.row_stats.shape[0] % 3 else None
 
-    def _per_teacher(self, i: int) -> Tensor:
+    def _per_teacher(self, block: int) -> Tensor:
         K = (self.row_stats.shape[0] - PER_TEACHER) // 3
-        return self.row_stats[PER_TEACHER + i * K : PER_TEACHER + (i + 1) * K]
+        return self.row_stats[PER_TEACHER + block * K : PER_TEACHER + (block + 1) * K]
 
 
 class SecondLabels(NamedTuple):

@@ -78,7 +78,7 @@ def merged(parts: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
         parts: (R, K + 1, 7, N), the `row_sums` of R processes. The label's sum is NaN unless just one part has it.
     """
     T, wide = formula.temperature, parts.double()
-    top, sumT, sum1, cross, plogp, label, _ = wide.unbind(2)
+    top, sumT, sum1, cross, plogp, label = (wide[:, :, i] for i in (MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL))
     whole = top.amax(0)
     empty = top.isneginf()  # no finite logit in that part: its sums are 0
     drop = (top - _finite(whole)).masked_fill(empty, 0.0)

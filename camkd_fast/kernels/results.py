@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # Rows of row_stats (3 + 3K, N), or (4 + 3K, N) with the student's entropies.
 LOSS, HARD, SOFT = tl.constexpr(contract.LOSS), tl.constexpr(contract.HARD), tl.constexpr(contract.SOFT)
-PER_TEACHER = tl.constexpr(contract.PER_TEACHER)
+PER_TEACHER, DIVERGENCE_BLOCK = tl.constexpr(contract.PER_TEACHER), tl.constexpr(contract.DIVERGENCE_BLOCK)
+TEACHER_CE_BLOCK, WEIGHT_BLOCK = tl.constexpr(contract.TEACHER_CE_BLOCK), tl.constexpr(contract.WEIGHT_BLOCK)
 
 
 class KernelMap(NamedTuple):
@@ -118,8 +119,8 @@ def store_stat(row_stats, row, N, n, value, kept, in_range):
 @triton.jit
 def store_teacher(row_stats, k, N, n, divergence, ce, kept, in_range, K: tl.constexpr):
     """D_k and CE_k of rows n."""
-    store_stat(row_stats, PER_TEACHER + k, N, n, divergence, kept, in_range)
-    store_stat(row_stats, PER_TEACHER + K + k, N, n, ce, kept, in_range)
+    store_stat(row_stats, PER_TEACHER + DIVERGENCE_BLOCK * K + k, N, n, divergence, kept, in_range)
+    store_stat(row_stats, PER_TEACHER + TEACHER_CE_BLOCK * K + k, N, n, ce, kept, in_range)
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def store_loss(
     weighted_divergence = tl.zeros_like(hard)
     weight_sum = tl.zeros_like(hard)
     for k in tl.static_range(K):
-        store_stat(row_stats, PER_TEACHER + 2 * K + k, N, n, weights[k], kept, in_range)
+        store_stat(row_stats, PER_TEACHER + WEIGHT_BLOCK * K + k, N, n, weights[k], kept, in_range)
         weighted_divergence += tl.where(weights[k] == 0, 0.0, weights[k] * divergence[k])
         weight_sum += weights[k]
     loss, soft = loss_terms(hard, weighted_divergence, formula, SCALE_BY_T2)

@@ -14,10 +14,7 @@ namespace {
 class LaneRows {
   public:
     static constexpr int W = Vec::width;
-    struct Stream {
-        float max[W], sumT[W], sum1[W], cross[W], plogp[W], label[W], slope[W];
-    };
-    static_assert(sizeof(Stream) == kRowSums * W * sizeof(float), "in the order of RowSums");
+    using Stream = RowSums<float[W]>;
     alignas(64) Stream streams[kMaxStreams];
     float label_nan[W];
     int32_t kept[W];
@@ -63,8 +60,13 @@ class LaneRows {
         GradCoefficients<Vec> coefficients;
         for (int k = 0; k <= K; ++k) {
             const Stream& s = streams[k];
-            sums[k] = {Vec::load(s.max),   Vec::load(s.sumT),  Vec::load(s.sum1), Vec::load(s.cross),
-                       Vec::load(s.plogp), Vec::load(s.label), Vec::load(s.slope)};
+            sums[k].max = Vec::load(s.max);
+            sums[k].sumT = Vec::load(s.sumT);
+            sums[k].sum1 = Vec::load(s.sum1);
+            sums[k].cross = Vec::load(s.cross);
+            sums[k].plogp = Vec::load(s.plogp);
+            sums[k].label = Vec::load(s.label);
+            sums[k].slope = Vec::load(s.slope);
         }
         if (args.formula.weighting == Weighting::given) {
             for (int k = 0; k < K; ++k) {

@@ -87,7 +87,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("FORMULA_FIELDS") = exported(kFormulaFields);
     m.attr("DTYPES") = exported(kDTypeNames);
     m.attr("WEIGHTINGS") = exported(kWeightingNames);
-    m.attr("ROW_SUMS") = kRowSums;
+    m.attr("ROW_SUMS") = exported(kRowSumNames);
+    m.attr("ROW_STATS") = exported(kRowStatNames);
     m.attr("SHARDS") = exported(kShardNames);
     m.attr("DIVERGENCES") = exported(kDivergenceNames);
     m.attr("RECYCLED_BYTES") = kRecycledBytes;

@@ -142,10 +142,15 @@ class FormulaKernel {
         group_.barrier();
         if (group_.member <= K) {
             const int k = group_.member;
-            const float max = max_of_row(k), sumT = sum_of_row(k, 0);
-            row().numbers.sums[k] = {
-                max, sumT, sum_of_row(k, 1), sum_of_row(k, 2), sum_of_row(k, 3), label_distance(labels, k, max), 0};
-            row().numbers.inverse[k] = 1.0f / sumT;
+            RowSums<float> sums{};
+            sums.max = max_of_row(k);
+            sums.sumT = sum_of_row(k, 0);
+            sums.sum1 = sum_of_row(k, 1);
+            sums.cross = sum_of_row(k, 2);
+            sums.plogp = sum_of_row(k, 3);
+            sums.label = label_distance(labels, k, sums.max);
+            row().numbers.sums[k] = sums;
+            row().numbers.inverse[k] = 1.0f / sums.sumT;
         }
         group_.barrier();
     }
@@ -168,8 +173,10 @@ class FormulaKernel {
     CAMKD_DEVICE void read_sums(int64_t n) const {
         if (group_.member <= launch_.args.K) {
             const int k = group_.member;
-            const auto of = [&](int i) { return sum_of(launch_.args, k, i, n); };
-            row().numbers.sums[k] = {of(0), of(1), of(2), of(3), of(4), of(5), of(6)};
+            RowSums<float> sums;
+#pragma unroll
+            for (int i = 0; i < kRowSums; ++i) as_array(sums)[i] = sum_of(launch_.args, k, i, n);
+            row().numbers.sums[k] = sums;
             row().numbers.inverse[k] = 1.0f / row().numbers.sums[k].sumT;
         }
         group_.barrier();
@@ -178,10 +185,9 @@ class FormulaKernel {
     CAMKD_DEVICE void write_sums(int64_t n) const {
         if (group_.member <= launch_.args.K) {
             const int k = group_.member;
-            const RowSums<float>& sums = row().numbers.sums[k];
-            const float of[kRowSums] = {sums.max, sums.sumT, sums.sum1, sums.cross, sums.plogp, sums.label, sums.slope};
+            RowSums<float> sums = row().numbers.sums[k];
 #pragma unroll
-            for (int i = 0; i < kRowSums; ++i) sum_of(launch_.args, k, i, n) = of[i];
+            for (int i = 0; i < kRowSums; ++i) sum_of(launch_.args, k, i, n) = as_array(sums)[i];
         }
         group_.barrier();  // before another row's sums take their place
     }
