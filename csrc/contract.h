@@ -82,13 +82,13 @@ inline int temperature_power(float T) {
 // The finished sums of a stream (StreamState of row_math.h), and its logit at the label minus the maximum: NaN for
 // invalid labels. Of two labels it is the average by their shares. The student's `plogp` is sum e^{d/T} d. `cross` of a
 // teacher belongs to the divergence: as in StreamState for the forward KL; sum e^{d_s/T} (d_s - d_z) for the reverse
-// KL; for jsd and skew, D itself, and `slope` is sum q g (camkd_fast/backends/divergences.py).
+// KL; for jsd and skew, D itself, and `center` is sum q g (camkd_fast/backends/divergences.py).
 template <class F>
 struct RowSums {
-    F max, sumT, sum1, cross, plogp, label, slope;
+    F max, sumT, sum1, cross, plogp, label, center;
 };
 constexpr int kRowSums = int(sizeof(RowSums<float>) / sizeof(float));
-constexpr const char* kRowSumNames[kRowSums] = {"max", "sumT", "sum1", "cross", "plogp", "label", "slope"};
+constexpr const char* kRowSumNames[kRowSums] = {"max", "sumT", "sum1", "cross", "plogp", "label", "center"};
 
 // The sums as an array, in the order of kRowSumNames.
 CAMKD_HD float* as_array(RowSums<float>& sums) {

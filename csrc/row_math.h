@@ -271,7 +271,7 @@ CAMKD_HD void compute_weights(const Formula& formula, int K, const RowSums<F>& s
     F nan = label_nan;
     for (int k = 0; k < K; ++k) {
         const F used = no_soft_term ? zero : w[k];
-        const F center = reverse ? teachers[k].cross * inverse_sum : teachers[k].slope;
+        const F center = reverse ? teachers[k].cross * inverse_sum : teachers[k].center;
         coefficients.teacher[k] = used;
         coefficients.center[k] = center;
         // An infinite reverse KL makes the whole row NaN, also where e^{(s - max) / T} is 0.

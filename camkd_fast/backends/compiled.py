@@ -33,7 +33,7 @@ _ROW_SUMS = _in_order(
     cross=contract.CROSS,
     plogp=contract.PLOGP,
     label=contract.LABEL,
-    slope=contract.SLOPE,
+    center=contract.CENTER,
 )
 _ROW_STATS = _in_order(  # for one teacher
     loss=contract.LOSS,

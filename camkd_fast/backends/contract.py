@@ -28,7 +28,7 @@ DIVERGENCE_BLOCK, TEACHER_CE_BLOCK, WEIGHT_BLOCK = 0, 1, 2
 
 # The sums of a row of one model, (7, N), which processes that share its classes exchange: `row_sums` says of what.
 # RowSums of csrc/contract.h, as `compiled` asserts.
-MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, SLOPE = range(7)
+MAX, SUM_T, SUM_1, CROSS, PLOGP, LABEL, CENTER = range(7)
 ROW_SUMS = 7
 
 
@@ -241,7 +241,7 @@ class ShardBackend(Protocol):
 
         Args:
             whole: the sums of whole rows. Then those over the mixtures of jsd and skew are computed, `cross` and
-                `slope` of the teachers; the other ones are those of `whole`.
+                `center` of the teachers; the other ones are those of `whole`.
         """
         ...
 

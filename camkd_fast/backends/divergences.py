@@ -57,8 +57,8 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence, ce
         center: sum_j q_j g_j (N, 1) of whole rows, if these columns are some of theirs.
     """
     q, g = divergence_slopes(log_p, log_q, divergence)
-    mean = (q * g).sum(-1, keepdim=True) if center is None else center
-    return q * (g - mean.masked_fill(mean.isinf(), float("nan")))
+    center = (q * g).sum(-1, keepdim=True) if center is None else center
+    return q * (g - center.masked_fill(center.isinf(), float("nan")))
 
 
 def divergence_slopes(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ With d = x - max and exponentials e = e^{d / T}, of student s and teacher k:
     cross    forward_kl: sum_c e_kc (d_kc - d_sc); reverse_kl: sum_c e_sc (d_sc - d_kc); a mixture: its D
     plogp    of a teacher sum_c e^{d_c} d_c, of the student sum_c e_c d_c
     label    d at the label, NaN where that is not here
-    slope    of a mixture sum_c q_c g_c, see `divergences`
+    center   of a mixture sum_c q_c g_c, see `divergences`
 
-A student has neither cross nor slope; `losses.vocabulary` uses their places.
+A student has neither cross nor center; `losses.vocabulary` uses their places.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..losses.divergence import FORWARD_KL, REVERSE_KL
 from ..losses.formula import Formula
-from .contract import CROSS, LABEL, MAX, PLOGP, ROW_SUMS, SLOPE, SUM_1, SUM_T, RowLossResult
+from .contract import CENTER, CROSS, LABEL, MAX, PLOGP, ROW_SUMS, SUM_1, SUM_T, RowLossResult
 from .divergences import divergence_gradient, divergence_of, divergence_slopes
 from .reference import RowTerms, logits_of, map_gradient, row_stats_of, weighted_sum_of
 
@@ -48,7 +48,7 @@ def row_sums(
         kind, result = formula.divergence_kind(), whole.clone()
         for k, log_p in enumerate(log_ps, 1):
             q, g = divergence_slopes(log_p, log_q, kind)
-            result[k, CROSS], result[k, SLOPE] = divergence_of(log_p, log_q, kind), (q * g).sum(-1)
+            result[k, CROSS], result[k, CENTER] = divergence_of(log_p, log_q, kind), (q * g).sum(-1)
         return result
     result = streams[0].new_zeros((len(streams), ROW_SUMS, len(target)))
     here = (target >= 0) & (target < student.shape[-1])
@@ -168,7 +168,7 @@ def _soft_gradient(
         ratios = (((distances[0] - d) / T).masked_fill(q == 0, 0.0) for d in distances[1:])
         return weighted_sum_of(weights, [q * (g - center) for g, center in zip(ratios, centers, strict=True)])
     log_q, *log_ps = _log_probabilities(streams, sums, T)
-    pairs = zip(log_ps, sums[1:, SLOPE].unsqueeze(-1), strict=True)
+    pairs = zip(log_ps, sums[1:, CENTER].unsqueeze(-1), strict=True)
     return weighted_sum_of(weights, [divergence_gradient(log_p, log_q, kind, center) for log_p, center in pairs])
 
 

@@ -89,8 +89,8 @@ def infinite_gradient(centers, weights, K: tl.constexpr):
 
 
 @triton.jit
-def soft_gradient(q, slope, infinite, formula, DIVERGENCE: tl.constexpr):
+def soft_gradient(q, mixed, infinite, formula, DIVERGENCE: tl.constexpr):
     """The part of the gradient that `grad_student_terms` scales, from q and sum_k w_k (x_k - center_k)."""
     if DIVERGENCE == "reverse_kl":
-        slope = slope * (1.0 / formula.temperature)
-    return q * slope + infinite
+        mixed = mixed * (1.0 / formula.temperature)
+    return q * mixed + infinite

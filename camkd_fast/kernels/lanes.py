@@ -164,8 +164,8 @@ def mixture_sums(
                     z = in_lanes(z, R, VEC, ALIGN) - z_top[k]
                     p = tl.exp2(z * formula.exp2_scale) * (1.0 / z_sumT[k])
                     term, g = mixture_terms(q, p, formula, DIVERGENCE)
-                    of_terms, of_slopes = sums[k - first]
-                    updated += ((of_terms + tl.sum(term, axis=1), of_slopes + tl.sum(q * g, axis=1)),)
+                    of_terms, of_centers = sums[k - first]
+                    updated += ((of_terms + tl.sum(term, axis=1), of_centers + tl.sum(q * g, axis=1)),)
             sums = updated
         for k in tl.static_range(first, first + GROUP):
             if k < K:

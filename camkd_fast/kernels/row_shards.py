@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Rows of the sums of a stream, (ROW_SUMS, N).
 MAX, SUM_T, SUM_1 = tl.constexpr(contract.MAX), tl.constexpr(contract.SUM_T), tl.constexpr(contract.SUM_1)
 CROSS, PLOGP, LABEL = tl.constexpr(contract.CROSS), tl.constexpr(contract.PLOGP), tl.constexpr(contract.LABEL)
-SLOPE, ROW_SUMS = tl.constexpr(contract.SLOPE), tl.constexpr(contract.ROW_SUMS)
+CENTER, ROW_SUMS = tl.constexpr(contract.CENTER), tl.constexpr(contract.ROW_SUMS)
 
 
 def row_sums(
@@ -171,7 +171,7 @@ def row_sums_kernel(
         )  # fmt: skip
         for k in tl.static_range(K):
             tl.store(at(sums, k + 1, CROSS, N, n), divergence[k])
-            tl.store(at(sums, k + 1, SLOPE, N, n), centers[k])
+            tl.store(at(sums, k + 1, CENTER, N, n), centers[k])
     else:
         for first in tl.static_range(0, K, GROUP):
             s_lanes, lanes = group_lanes(
@@ -202,7 +202,7 @@ def store_sums(sums, k, N, n, top, totalT, total1, cross, plogp, label):
     tl.store(at(sums, k, CROSS, N, n), cross)
     tl.store(at(sums, k, PLOGP, N, n), plogp)
     tl.store(at(sums, k, LABEL, N, n), label)
-    tl.store(at(sums, k, SLOPE, N, n), 0.0)
+    tl.store(at(sums, k, CENTER, N, n), 0.0)
 
 
 @triton.jit(
@@ -256,7 +256,7 @@ def row_results_kernel(
             centers += (cross / s_totalT,)
         else:
             divergence += (cross,)
-            centers += (tl.load(at(sums, k + 1, SLOPE, N, n)),)
+            centers += (tl.load(at(sums, k + 1, CENTER, N, n)),)
         store_teacher(row_stats, k, N, n, divergence[k], ce, kept, n < N, K)
         if WEIGHTING == "entropy":
             scores += (log_sum - tl.load(at(sums, k + 1, PLOGP, N, n)) / total1,)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.contract import CROSS, SLOPE, RowLossResult, ShardBackend
+from ..backends.contract import CENTER, CROSS, RowLossResult, ShardBackend
 from ..backends.row_sums import is_mixture, merged
 from .formula import Formula
 
@@ -66,9 +66,9 @@ class VocabularyShard(NamedTuple):
         if is_mixture(formula):
             here = backend.row_sums(student, teachers, local, formula, sums)
             # One by one: a list of indices would be copied to the device, which waits.
-            of_mixtures = torch.stack([here[1:, CROSS], here[1:, SLOPE]])
+            of_mixtures = torch.stack([here[1:, CROSS], here[1:, CENTER]])
             self.all_reduce(of_mixtures)
-            sums[1:, CROSS], sums[1:, SLOPE] = of_mixtures.unbind()
+            sums[1:, CROSS], sums[1:, CENTER] = of_mixtures.unbind()
         return backend.row_results(
             student, teachers, local, formula, sums, needs_grad=needs_grad, grad_scale=grad_scale, out=out
         )
@@ -84,7 +84,7 @@ class VocabularyShard(NamedTuple):
         would have to be in the same call on all processes, but a range may change on a few of them.
         """
         sums[0, CROSS, :1].fill_(self.start)
-        sums[0, SLOPE, :1].fill_(self.stop)
+        sums[0, CENTER, :1].fill_(self.stop)
         every = sums.new_empty((dist.get_world_size(self._group()), *sums.shape))
         dist.all_gather(list(every.unbind()), sums, group=self._group())
         return every
@@ -97,7 +97,7 @@ class VocabularyShard(NamedTuple):
         fitting = _fitting.setdefault(self._group(), set())
         if parts.is_cuda and ((self.start, self.stop) in fitting or torch.cuda.is_current_stream_capturing()):
             return
-        check_ranges([(int(start), int(stop)) for start, stop in parts[:, 0, [CROSS, SLOPE], 0].tolist()])
+        check_ranges([(int(start), int(stop)) for start, stop in parts[:, 0, [CROSS, CENTER], 0].tolist()])
         fitting.add((self.start, self.stop))
 
     def _group(self) -> dist.ProcessGroup:

@@ -11,11 +11,11 @@ namespace camkd::cpu {
 namespace {
 
 struct MixedSums {
-    double divergence = 0, slope = 0;  // sum of D's terms, sum q g
+    double divergence = 0, center = 0;  // sum of D's terms, sum q g
 
     void add(const MixedSums& other) {
         divergence += other.divergence;
-        slope += other.slope;
+        center += other.center;
     }
 };
 
@@ -27,7 +27,7 @@ void mixed_block(const float* e_s, float student, float teacher, const Formula& 
     constexpr int W = Vec::width;
     const Vec of_p = Vec::set(formula.share), of_q = Vec::set(formula.other_share);
     const Vec least = Vec::set(FLT_MIN), one = Vec::set(1.0f);
-    Vec divergence = Vec::zero(), slope = Vec::zero();
+    Vec divergence = Vec::zero(), center = Vec::zero();
     auto log_of = [&](Vec ratio) { return LaneMath::log(Vec::max(least, ratio)); };
     // x log x - x + 1
     auto excess = [&](Vec ratio, Vec log) { return Vec::fma(ratio, log, one - ratio); };
@@ -44,14 +44,14 @@ void mixed_block(const float* e_s, float student, float teacher, const Formula& 
         }
         g.store(e_z + i);
         divergence = divergence + counts(m * term);
-        slope = slope + counts(q * g);
+        center = center + counts(q * g);
     };
     int i = 0;
     for (; i + W <= n; i += W) step(i, [](Vec v) { return v; });
     // Beyond the end of a row its scratch is padding
     if (i < n) step(i, [mask = first_lanes(n - i)](Vec v) { return Vec::bit_and(v, mask); });
     sums.divergence += divergence.sum();
-    sums.slope += slope.sum();
+    sums.center += center.sum();
 }
 
 // out = studentT e_s sum_k coefficient_k (x_k - center_k) + student1 e1_s, for n columns; x_k is the term's array, or
@@ -65,12 +65,12 @@ void product_grad_block(const float* e_s, const float* e1_s, const float* d_s, f
     const Vec a = Vec::set(studentT), b = Vec::set(student1);
     auto value = [&](int i) {
         const Vec e = Vec::load(e_s + i), d = d_s ? Vec::load(d_s + i) : Vec::zero();
-        Vec slope = Vec::zero();
+        Vec soft = Vec::zero();
         for (int k = 0; k < n_terms; ++k) {
             const Vec x = Vec::load(terms[k].e + i);
-            slope = Vec::fma(Vec::set(terms[k].coefficient), (d_s ? d - x : x) - Vec::set(terms[k].center), slope);
+            soft = Vec::fma(Vec::set(terms[k].coefficient), (d_s ? d - x : x) - Vec::set(terms[k].center), soft);
         }
-        return Vec::fma(b, Power == 0 ? Vec::load(e1_s + i) : power<Power>(e), Vec::zero_where_zero(a * e * slope, e));
+        return Vec::fma(b, Power == 0 ? Vec::load(e1_s + i) : power<Power>(e), Vec::zero_where_zero(a * e * soft, e));
     };
     int i = 0;
     for (; i + W <= n; i += W) store(out + i, value(i));

@@ -95,11 +95,11 @@ struct GradientBlock {
             for (int k = 0; k < count; ++k) value -= terms[k].coefficient * terms[k].e[y];
             return value;
         }
-        float slope = 0;
+        float soft = 0;
         for (int k = 0; k < count; ++k)
-            slope +=
+            soft +=
                 terms[k].coefficient * ((distances ? distances[y] - terms[k].e[y] : terms[k].e[y]) - terms[k].center);
-        return e[y] == 0 ? 0.0f : studentT * e[y] * slope;
+        return e[y] == 0 ? 0.0f : studentT * e[y] * soft;
     }
 };
 

@@ -25,7 +25,7 @@ class LaneRows {
         std::fill_n(label_nan, W, 0.0f);
         for (int k = 0; k <= K; ++k) {
             Stream& stream = streams[k];
-            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label, stream.slope})
+            for (float* zeros : {stream.max, stream.cross, stream.plogp, stream.label, stream.center})
                 std::fill_n(zeros, W, 0.0f);
             for (float* ones : {stream.sumT, stream.sum1}) std::fill_n(ones, W, 1.0f);
         }
@@ -66,7 +66,7 @@ class LaneRows {
             sums[k].cross = Vec::load(s.cross);
             sums[k].plogp = Vec::load(s.plogp);
             sums[k].label = Vec::load(s.label);
-            sums[k].slope = Vec::load(s.slope);
+            sums[k].center = Vec::load(s.center);
         }
         if (args.formula.weighting == Weighting::given) {
             for (int k = 0; k < K; ++k) {

@@ -208,7 +208,7 @@ struct RowPasses {
         if (args.shard == Shard::results) return;  // those of the whole row are given
         for (int k = 0; k < args.K; ++k) {
             rows.streams[k + 1].cross[lane] = float(sums[k].divergence);
-            rows.streams[k + 1].slope[lane] = float(sums[k].slope);
+            rows.streams[k + 1].center[lane] = float(sums[k].center);
         }
     }
 

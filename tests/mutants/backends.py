@@ -17,7 +17,7 @@ CHANGES = (
         Change("the reverse KL's slope has the other sign", "g = log_q - log_p", "g = log_p - log_q"),
         Change("skew without the student's share", "g = -(1.0 - share) * (log_p", "g = -(log_p"),
         Change("columns without probability", "return q, g.masked_fill(q == 0, 0.0)", "return q, g"),
-        Change("an infinite reverse KL", 'mean.masked_fill(mean.isinf(), float("nan"))', "mean"),
+        Change("an infinite reverse KL", 'center.masked_fill(center.isinf(), float("nan"))', "center"),
         Change(
             "the mixture's shares exchanged",
             "log_p + math.log(share), log_q + math.log1p(-share)",

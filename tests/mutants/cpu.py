@@ -221,7 +221,7 @@ CHANGES = (
         ),
         Change(
             "the label's soft part is that of the forward KL",
-            "return e[y] == 0 ? 0.0f : studentT * e[y] * slope;",
+            "return e[y] == 0 ? 0.0f : studentT * e[y] * soft;",
             "return studentT * e[y];",
             tests=DIVERGENCES,
         ),
@@ -239,14 +239,14 @@ CHANGES = (
         Change("the slope of jsd without its factor", "g = of_q * log_q;", "g = log_q;"),
         Change("skew's mixture the wrong way round", "Vec::fma(of_p, p, of_q * q)", "Vec::fma(of_q, p, of_p * q)"),
         Change("columns beyond the end are mixed", "first_lanes(n - i)](Vec v)", "first_lanes(W)](Vec v)"),
-        Change("the mean slope is left out", "- Vec::set(terms[k].center), slope);", ", slope);"),
-        Change("columns without probability", "Vec::zero_where_zero(a * e * slope, e)", "a * e * slope"),
+        Change("the center is left out", "- Vec::set(terms[k].center), soft);", ", soft);"),
+        Change("columns without probability", "Vec::zero_where_zero(a * e * soft, e)", "a * e * soft"),
         Change(
             "entropies do not follow the maximum",
             "if (formula.entropy) move_entropy(states[0], maxima[0], inverseT);",
             "",
         ),
-        Change("sums over mixtures of the first thread", "slope += other.slope;", ""),
+        Change("sums over mixtures of the first thread", "center += other.center;", ""),
     ),
     *changes(
         "csrc/cpu/row_maps.h",

@@ -85,7 +85,7 @@ CHANGES = (
         ),
         Change("labels that nobody has are valid", "std::isnan(streams[0].label[lane]) ? NAN : 0.0f", "0.0f"),
         Change(
-            "no slopes",
+            "no centers",
             "for (int i = 0; i < kRowSums; ++i) numbers(k, i)[lane]",
             "for (int i = 0; i < kRowSums - 1; ++i) numbers(k, i)[lane]",
         ),
@@ -136,7 +136,7 @@ CHANGES = (
         Change("Triton: labels that nobody has are valid", "valid = s_label == s_label", "valid = kept"),
         Change(
             "the center of a mixture is its divergence",
-            "centers += (tl.load(at(sums, k + 1, SLOPE, N, n)),)",
+            "centers += (tl.load(at(sums, k + 1, CENTER, N, n)),)",
             "centers += (cross,)",
         ),
         Change(
@@ -178,8 +178,8 @@ CHANGES = (
         Change("the first class is any", "if ranges[order[0]][0] != 0:", "if False:"),
         Change(
             "divergences of these classes",
-            "sums[1:, CROSS], sums[1:, SLOPE] = of_mixtures.unbind()",
-            "sums[1:, SLOPE] = of_mixtures[1]",
+            "sums[1:, CROSS], sums[1:, CENTER] = of_mixtures.unbind()",
+            "sums[1:, CENTER] = of_mixtures[1]",
         ),
     ),
     *changes(

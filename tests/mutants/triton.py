@@ -207,7 +207,7 @@ CHANGES = (
             "x * log_x",
             tests="tests/losses/test_divergences.py::test_nearly_certain_rows",
         ),
-        Change("slopes are not centered", "x - center[:, None], 0.0)", "x, 0.0)"),
+        Change("without the center", "x - center[:, None], 0.0)", "x, 0.0)"),
         Change(
             "an infinite reverse KL spoils all teachers",
             "(center - center == 0)[:, None]",
@@ -220,7 +220,7 @@ CHANGES = (
             "0.0",
             tests=f"{BEYOND}::test_masked_columns",
         ),
-        Change("the reverse KL's gradient without T", "slope = slope * (1.0 / formula.temperature)", "pass"),
+        Change("the reverse KL's gradient without T", "mixed = mixed * (1.0 / formula.temperature)", "pass"),
     ),
     *changes(
         "camkd_fast/kernels/logit_map.py",

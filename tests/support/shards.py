@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkd_fast.backends.contract import CROSS, SLOPE, RowLossResult, ShardBackend
+from camkd_fast.backends.contract import CENTER, CROSS, RowLossResult, ShardBackend
 from camkd_fast.backends.row_sums import is_mixture, merged
 from tests.support.cases import make_case
 from tests.support.row_contract import RowFunction, assert_agrees
@@ -40,7 +40,7 @@ def in_shards(backend: ShardBackend, bounds: Sequence[int]) -> RowFunction:
         assert torch.equal(owners[~ignored], ((target >= 0) & (target < C))[~ignored].long())
         if is_mixture(formula):
             of_mixtures = [backend.row_sums(*shard, sums) for shard in shards]
-            for i in (CROSS, SLOPE):
+            for i in (CROSS, CENTER):
                 sums[1:, i] = torch.stack([part[1:, i] for part in of_mixtures]).sum(0)
         found = [backend.row_results(*shard, sums, **options) for shard in shards]
         for one in found[1:]:

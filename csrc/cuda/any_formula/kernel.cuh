@@ -159,12 +159,12 @@ class FormulaKernel {
         const int K = launch_.args.K, k = group_.member;
         for (int i = 1; i <= K; ++i) {
             send(i, 0, own_sums().at(i, OwnSums::kDivergence));
-            send(i, 1, own_sums().at(i, OwnSums::kSlope));
+            send(i, 1, own_sums().at(i, OwnSums::kCenter));
         }
         group_.barrier();
         if (k >= 1 && k <= K) {
             row().numbers.sums[k].cross = sum_of_row(k, 0);
-            row().numbers.sums[k].slope = sum_of_row(k, 1);
+            row().numbers.sums[k].center = sum_of_row(k, 1);
         }
         group_.barrier();
     }

@@ -14,7 +14,7 @@ using State = StreamState<float>;
 // Those of neighbouring threads lie side by side.
 struct OwnSums {
     enum { kMax, kSumT, kSum1, kCross, kPlogp, kNumbers };
-    enum { kDivergence, kSlope };  // of a mixture, after the others have been merged
+    enum { kDivergence, kCenter };  // of a mixture, after the others have been merged
     float* first;
 
     CAMKD_DEVICE float& at(int k, int i) const { return first[((k - 1) * kNumbers + i) * block_threads()]; }
@@ -165,7 +165,7 @@ CAMKD_DEVICE void mix(const FormulaLaunch& launch, const ThreadGroup& group, Row
                       const RowNumbers& row) {
     constexpr int V = kVector<T>;
     const float scale = launch.temperature.scale;
-    for (int k = 1; k <= launch.args.K; ++k) own.at(k, OwnSums::kDivergence) = own.at(k, OwnSums::kSlope) = 0;
+    for (int k = 1; k <= launch.args.K; ++k) own.at(k, OwnSums::kDivergence) = own.at(k, OwnSums::kCenter) = 0;
 #pragma unroll 1
     for (int v = group.member; v < reader.columns().vectors; v += group.members) {
         float q[V];
@@ -175,39 +175,39 @@ CAMKD_DEVICE void mix(const FormulaLaunch& launch, const ThreadGroup& group, Row
         for (int j = 0; j < V; ++j) q[j] = exp2_fast(q[j] * scale) * row.inverse[0];
 #pragma unroll 1
         for (int k = 1; k <= launch.args.K; ++k) {
-            float z[V], divergence = own.at(k, OwnSums::kDivergence), slope = own.at(k, OwnSums::kSlope);
+            float z[V], divergence = own.at(k, OwnSums::kDivergence), center = own.at(k, OwnSums::kCenter);
             reader.take_logits(k, v, z);
             subtract(row.sums[k].max, z);
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const MixedTerm term = mixed_term(launch.args.formula, q[j], exp2_fast(z[j] * scale) * row.inverse[k]);
                 divergence += term.divergence;
-                slope = fmaf(q[j], term.g, slope);
+                center = fmaf(q[j], term.g, center);
             }
             own.at(k, OwnSums::kDivergence) = divergence;
-            own.at(k, OwnSums::kSlope) = slope;
+            own.at(k, OwnSums::kCenter) = center;
         }
     }
 }
 
 // Adds a teacher's part of the soft gradient of a vector, of which GradCoefficients says what it is.
 template <int V>
-CAMKD_DEVICE void add_slope(const FormulaLaunch& launch, const RowNumbers& row, int k, const float (&d)[V],
-                            const float (&e)[V], const float (&z)[V], float (&slope)[V]) {
+CAMKD_DEVICE void add_soft_part(const FormulaLaunch& launch, const RowNumbers& row, int k, const float (&d)[V],
+                                const float (&e)[V], const float (&z)[V], float (&soft)[V]) {
     const Formula& formula = launch.args.formula;
     const float coefficient = row.coefficients.teacher[k - 1], center = row.coefficients.center[k - 1];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         if (formula.divergence == Divergence::reverse_kl) {
-            slope[j] = fmaf(coefficient, (d[j] - z[j]) - center, slope[j]);
+            soft[j] = fmaf(coefficient, (d[j] - z[j]) - center, soft[j]);
             continue;
         }
         const float e_z = exp2_fast(z[j] * launch.temperature.scale);
         if (formula.divergence == Divergence::forward_kl)
-            slope[j] = fmaf(-coefficient, e_z, slope[j]);
+            soft[j] = fmaf(-coefficient, e_z, soft[j]);
         else
-            slope[j] = fmaf(coefficient, mixed_term(formula, e[j] * row.inverse[0], e_z * row.inverse[k]).g - center,
-                            slope[j]);
+            soft[j] =
+                fmaf(coefficient, mixed_term(formula, e[j] * row.inverse[0], e_z * row.inverse[k]).g - center, soft[j]);
     }
 }
 
@@ -239,7 +239,7 @@ CAMKD_DEVICE void write_gradient(const FormulaLaunch& launch, const ThreadGroup&
             if (row.coefficients.teacher[k - 1] == 0) continue;
             reader.logits(teacher, k, v, z);
             subtract(row.sums[k].max, z);
-            add_slope(launch, row, k, d, e, z, x);
+            add_soft_part(launch, row, k, d, e, z, x);
         }
         // Hard part, added at last: to the label's 1 each of K small terms would be rounded to its scale
         const int64_t first = int64_t(v) * V - to.phase;
