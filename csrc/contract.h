@@ -51,8 +51,8 @@ struct Formula {
     Weighting weighting;
     int64_t ignore_index;
     Divergence divergence;
-    // Of teacher and student in the mixture: beta and 1 - beta of jsd, alpha and 1 - alpha of skew.
-    float share, other_share;
+    // The parts of teacher and student in the mixture: beta and 1 - beta of jsd, alpha and 1 - alpha of skew.
+    float mixture_share, mixture_other;
     bool scale_by_t2;
     float z_loss_weight;
     bool maps;          // whether `logit_maps` are other than the identity

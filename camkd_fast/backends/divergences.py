@@ -39,15 +39,15 @@ from ..losses.divergence import Divergence
 
 def divergence_of(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """D (N,) from log-probabilities (N, C). Differentiable."""
-    kind, share = divergence
+    kind, mixture_share = divergence
     if kind == "forward_kl":
         return _expected_ratio(log_p, log_q)
     if kind == "reverse_kl":
         return _expected_ratio(log_q, log_p)
-    log_m = _log_mixture(log_p, log_q, share)
+    log_m = _log_mixture(log_p, log_q, mixture_share)
     if kind == "skew":
         return _expected_ratio(log_p, log_m)
-    return share * _expected_ratio(log_p, log_m) + (1.0 - share) * _expected_ratio(log_q, log_m)
+    return mixture_share * _expected_ratio(log_p, log_m) + (1.0 - mixture_share) * _expected_ratio(log_q, log_m)
 
 
 def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence, center: Tensor | None = None) -> Tensor:
@@ -63,15 +63,15 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence, ce
 
 def divergence_slopes(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """q and g (N, C), the latter 0 where q is."""
-    kind, share = divergence
+    kind, mixture_share = divergence
     q = log_q.exp()
     if kind == "reverse_kl":
         g = log_q - log_p
     elif kind == "jsd":
-        g = (1.0 - share) * (log_q - _log_mixture(log_p, log_q, share))
+        g = (1.0 - mixture_share) * (log_q - _log_mixture(log_p, log_q, mixture_share))
     else:
         assert kind == "skew", f"no gradient of {kind}"
-        g = -(1.0 - share) * (log_p - _log_mixture(log_p, log_q, share)).exp()
+        g = -(1.0 - mixture_share) * (log_p - _log_mixture(log_p, log_q, mixture_share)).exp()
     return q, g.masked_fill(q == 0, 0.0)
 
 
@@ -81,8 +81,8 @@ def _expected_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q); where both are 0 any finite number will do."""
-    a, b = log_p + math.log(share), log_q + math.log1p(-share)
+def _log_mixture(log_p: Tensor, log_q: Tensor, mixture_share: float) -> Tensor:
+    """log(mixture_share p + (1 - mixture_share) q); where both are 0 any finite number will do."""
+    a, b = log_p + math.log(mixture_share), log_q + math.log1p(-mixture_share)
     dead = a.isneginf() & b.isneginf()
     return torch.logaddexp(a.masked_fill(dead, 0.0), b)

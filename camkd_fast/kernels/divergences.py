@@ -31,16 +31,16 @@ def distances(e_s, s, z):
 
 @triton.jit
 def mixture_terms(q, p, formula, DIVERGENCE: tl.constexpr):
-    """The term of D that does not cancel, and g, of every column, for M = share p + (1 - share) q."""
-    m = formula.share * p + formula.other_share * q
+    """The term of D that does not cancel, and g, of every column, for M = mixture_share p + mixture_other q."""
+    m = formula.mixture_share * p + formula.mixture_other * q
     # Comparisons rather than maxima, which would drop a NaN.
     inverse = 1.0 / tl.where(m < LEAST, LEAST, m)
     p_excess, _ = excess(p * inverse)
     if DIVERGENCE == "jsd":
         q_excess, log_q = excess(q * inverse)
-        return m * (formula.share * p_excess + formula.other_share * q_excess), formula.other_share * log_q
+        return m * (formula.mixture_share * p_excess + formula.mixture_other * q_excess), formula.mixture_other * log_q
     else:
-        return m * p_excess, -formula.other_share * (p * inverse)
+        return m * p_excess, -formula.mixture_other * (p * inverse)
 
 
 @triton.jit

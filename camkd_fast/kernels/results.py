@@ -33,15 +33,15 @@ class KernelFormula(NamedTuple):
     exp2_scale: float  # log2(e) / T
     hard_weight: float
     soft_weight: float
-    share: float  # of the teacher in the mixture of its divergence, and of the student
-    other_share: float
+    mixture_share: float  # of the teacher in the mixture of its divergence
+    mixture_other: float  # of the student
     z_loss_weight: float
     maps: tuple[KernelMap, ...]  # of the student and K teachers; empty without any
 
 
 def kernel_formula(formula: Formula, K: int) -> KernelFormula:
     T, hard_weight, soft_weight = map(float, formula[:3])
-    share, z_loss_weight = float(formula.divergence_kind().share), float(formula.z_loss_weight)
+    share, z_loss_weight = float(formula.divergence_kind().mixture_share), float(formula.z_loss_weight)
     maps = tuple(_kernel_map(of) for of in _logit_maps(formula, K))
     return KernelFormula(T, math.log2(math.e) / T, hard_weight, soft_weight, share, 1.0 - share, z_loss_weight, maps)
 

@@ -14,7 +14,7 @@ from .softmax import (
     label_shares,
     load_labels,
     lower,
-    relative_share,
+    relative_mass,
     row_offset,
     stride,
     weights_from_scores,
@@ -26,11 +26,11 @@ from .softmax import (
 def mix_in(mixed, unweighted, total, top, part, inverse, score, WEIGHTING: tl.constexpr):
     """The tiles and totals of the kernel's docstring with those of one more teacher, `part` * `inverse`."""
     new_top = tl.maximum(top, score)
-    decay = relative_share(top, new_top, WEIGHTING)
-    share = relative_share(score, new_top, WEIGHTING)
-    mixed = mixed * decay[:, None] + unweighted * share[:, None] + part * (total * decay * inverse)[:, None]
+    decay = relative_mass(top, new_top, WEIGHTING)
+    mass = relative_mass(score, new_top, WEIGHTING)
+    mixed = mixed * decay[:, None] + unweighted * mass[:, None] + part * (total * decay * inverse)[:, None]
     unweighted += part * inverse[:, None]
-    return mixed, unweighted, total * decay + share, new_top
+    return mixed, unweighted, total * decay + mass, new_top
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def row_loss_onchip_fwd_kernel(
     """BLOCK_N whole rows of all K + 1 tensors per program.
 
     The weights depend on every teacher's statistics, and K tiles of exponentials kept until then would cost K tiles of
-    registers. Two are enough: let e_k be the rescaled shares of `relative_share`; then w_k is proportional to
+    registers. Two are enough: let e_k be the rescaled masses of `relative_mass`; then w_k is proportional to
     sum_{j != k} e_j, so `mixed` = sum_k p_k sum_{j != k} e_j can be accumulated teacher by teacher from `mixed`,
     `unweighted` = sum_k p_k, and the running total of the e_k. All terms are positive, so nothing cancels. For other
     divergences than the forward KL the tile x_k - center_k of `divergences` takes the place of p_k, and for "min_ce"

@@ -125,10 +125,10 @@ def finite_max(x):
 
 
 @triton.jit
-def relative_share(score, top, WEIGHTING: tl.constexpr):
-    """A teacher's unnormalised share of the mass over teachers; 1 for the `top` score.
+def relative_mass(score, top, WEIGHTING: tl.constexpr):
+    """A teacher's unnormalised mass among the teachers; 1 for the `top` score.
 
-    "confidence": e^{CE_k}, equal shares for infinite ones; "entropy": H_k, equal shares if all are 0.
+    "confidence": e^{CE_k}, equal masses for infinite ones; "entropy": H_k, equal masses if all are 0.
     """
     if WEIGHTING == "confidence":
         return tl.where(score == top, 1.0, tl.exp(score - top))
@@ -138,22 +138,22 @@ def relative_share(score, top, WEIGHTING: tl.constexpr):
 
 @triton.jit
 def weights_from_scores(scores, K: tl.constexpr, WEIGHTING: tl.constexpr):
-    """K weights from K scores, K >= 2: what the others have of all shares, over K - 1 for "confidence"."""
+    """K weights from K scores, K >= 2: what the others have of all mass, over K - 1 for "confidence"."""
     top = scores[0]
     for k in tl.static_range(1, K):
         top = tl.maximum(top, scores[k])
     total = tl.zeros_like(top)
-    shares = ()
+    masses = ()
     for k in tl.static_range(K):
-        shares += (relative_share(scores[k], top, WEIGHTING),)
-        total += shares[k]
+        masses += (relative_mass(scores[k], top, WEIGHTING),)
+        total += masses[k]
     weights = ()
     for k in tl.static_range(K):
-        # 1 - share would cancel for a teacher that has nearly all of it
+        # 1 - mass / total would cancel for a teacher that has nearly all of it
         others = tl.zeros_like(top)
         for j in tl.static_range(K):
             if j != k:
-                others += shares[j]
+                others += masses[j]
         weight = others / total
         if WEIGHTING == "confidence":
             weight = weight / (K - 1)

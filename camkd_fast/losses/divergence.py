@@ -11,7 +11,8 @@ _RANGES = {"jsd": "[0, 1]", "skew": "[0, 1)"}
 
 
 class Divergence(NamedTuple):
-    """A divergence as backends take it: `share` of p in M is beta of "jsd" or alpha of "skew", inside (0, 1), else 0.
+    """A divergence as backends take it. `mixture_share`, that of p in M, is beta of "jsd" or alpha of "skew", inside
+    (0, 1), else 0.
 
     forward_kl    KL(p || q)
     reverse_kl    KL(q || p)
@@ -22,7 +23,7 @@ class Divergence(NamedTuple):
     """
 
     kind: str
-    share: float = 0.0
+    mixture_share: float = 0.0
 
 
 FORWARD_KL = Divergence("forward_kl")

@@ -25,7 +25,7 @@ template <bool Jsd>
 void mixed_block(const float* e_s, float student, float teacher, const Formula& formula, int n, float* e_z,
                  MixedSums& sums) {
     constexpr int W = Vec::width;
-    const Vec of_p = Vec::set(formula.share), of_q = Vec::set(formula.other_share);
+    const Vec of_p = Vec::set(formula.mixture_share), of_q = Vec::set(formula.mixture_other);
     const Vec least = Vec::set(FLT_MIN), one = Vec::set(1.0f);
     Vec divergence = Vec::zero(), center = Vec::zero();
     auto log_of = [&](Vec ratio) { return LaneMath::log(Vec::max(least, ratio)); };

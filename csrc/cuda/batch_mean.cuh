@@ -52,15 +52,16 @@ CAMKD_DEVICE float count_labels(const RowLossArgs& args, int64_t first, int64_t 
     return warp_sum(float(kept));
 }
 
-// By one warp of every block: counts the block's share of the labels, `share` of them, for count_of_all.
-CAMKD_DEVICE void count_share(const RowLossArgs& args, int64_t share, BatchCounters* counters) {
-    const int64_t first = block_id() * share, left = args.N - first;
-    const float mine = count_labels(args, first, left < share ? left : share);  // none for a negative number
+// By one warp of every block: counts the block's part of the labels, for count_of_all.
+CAMKD_DEVICE void count_labels_of_block(const RowLossArgs& args, int64_t labels_per_block, BatchCounters* counters) {
+    const int64_t first = block_id() * labels_per_block, left = args.N - first;
+    // None for a negative number
+    const float mine = count_labels(args, first, left < labels_per_block ? left : labels_per_block);
     if (thread_id() % kWarp == 0) add_device(&counters->counted, (1ull << kCountBits) + (unsigned long long)(mine));
 }
 
-// By one warp, after count_share: the number of labels that are not ignored. A block that has to wait too long, because
-// others have not started yet, counts all of them itself; so nothing can hang.
+// By one warp, after count_labels_of_block: the number of labels that are not ignored. A block that has to wait too
+// long, because others have not started yet, counts all of them itself; so nothing can hang.
 CAMKD_DEVICE float count_of_all(const RowLossArgs& args, const BatchCounters* counters) {
     constexpr int polls = 1000;  // half a microsecond each
     const unsigned long long mask = (1ull << kCountBits) - 1;
@@ -87,7 +88,7 @@ struct alignas(Pack) BatchScalars {
     float grad_scale;  // of the gradient, this factor included
 };
 
-// The factor, by one warp. The labels have been counted by all blocks (count_share), or by an earlier launch.
+// The factor, by one warp. The labels have been counted by all blocks (count_labels_of_block), or by an earlier launch.
 CAMKD_DEVICE float batch_factor(const RowLossArgs& args, const BatchCounters* counters) {
     if (!args.batch.counts) return args.batch.factor;
     return counters ? inverse_of(count_of_all(args, counters)) : args.batch.others[2];

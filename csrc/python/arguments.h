@@ -81,7 +81,7 @@ inline bool read_items(PyObject* object, PyObject**& items, Py_ssize_t& count) {
     return true;
 }
 
-// A divergence: the name of one without a share, or a pair of name and share.
+// A divergence: the name of one without a mixture, or a pair of name and mixture share.
 inline bool read_divergence(PyObject* object, Formula& out) {
     PyObject **pair = nullptr, *name = object;
     Py_ssize_t count;
@@ -91,7 +91,7 @@ inline bool read_divergence(PyObject* object, Formula& out) {
         name = pair[0];
     }
     if (!PyUnicode_CheckExact(name)) return false;
-    out.share = float(share), out.other_share = float(1 - share);
+    out.mixture_share = float(share), out.mixture_other = float(1 - share);
     for (int code = 0; code < int(std::size(kDivergenceNames)); ++code) {
         if (PyUnicode_CompareWithASCIIString(name, kDivergenceNames[code]) != 0) continue;
         out.divergence = static_cast<Divergence>(code);

@@ -15,13 +15,13 @@ CHANGES = (
             "KL the wrong way round", "return _expected_ratio(log_p, log_q)", "return _expected_ratio(log_q, log_p)"
         ),
         Change("the reverse KL's slope has the other sign", "g = log_q - log_p", "g = log_p - log_q"),
-        Change("skew without the student's share", "g = -(1.0 - share) * (log_p", "g = -(log_p"),
+        Change("skew without the student's share", "g = -(1.0 - mixture_share) * (log_p", "g = -(log_p"),
         Change("columns without probability", "return q, g.masked_fill(q == 0, 0.0)", "return q, g"),
         Change("an infinite reverse KL", 'center.masked_fill(center.isinf(), float("nan"))', "center"),
         Change(
             "the mixture's shares exchanged",
-            "log_p + math.log(share), log_q + math.log1p(-share)",
-            "log_q + math.log(share), log_p + math.log1p(-share)",
+            "log_p + math.log(mixture_share), log_q + math.log1p(-mixture_share)",
+            "log_q + math.log(mixture_share), log_p + math.log1p(-mixture_share)",
         ),
     ),
     *changes(

@@ -379,7 +379,7 @@ CHANGES = (
     *changes(
         "csrc/python/arguments.h",
         "tests/losses/test_divergences.py::test_shares_near_the_ends_of_their_range",
-        Change("1 minus a share in float32", "float(1 - share)", "1.0f - out.share"),
+        Change("1 minus a share in float32", "float(1 - share)", "1.0f - out.mixture_share"),
     ),
     *changes(
         "csrc/cpu/output_memory.cpp",

@@ -417,8 +417,12 @@ CHANGES = (
             equivalent="slower: every block waits in vain and counts all labels itself",
         ),
         Change("an arrival counts twice", "(1ull << kCountBits) + (", "(2ull << kCountBits) + ("),
-        Change("labels of the first block only", "first = block_id() * share, left", "first = 0, left"),
-        Change("the last share is a whole one", "left < share ? left : share", "share"),
+        Change("labels of the first block only", "first = block_id() * labels_per_block, left", "first = 0, left"),
+        Change(
+            "the last block counts as many labels as others",
+            "left < labels_per_block ? left : labels_per_block",
+            "labels_per_block",
+        ),
         Change(
             "one label for all",
             "return all < 0 ? count_labels(args, 0, args.N) : all;",

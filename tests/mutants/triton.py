@@ -190,10 +190,12 @@ CHANGES = (
         "camkd_fast/kernels/divergences.py",
         BEYOND,
         Change("distances of columns without probability", "return tl.where(e_s > 0, s - z, 0.0)", "return s - z"),
-        Change("the mixture has equal shares", "m = formula.share * p", "m = formula.other_share * p"),
-        Change("jsd without the student's part", "p_excess + formula.other_share * q_excess", "p_excess"),
+        Change("the mixture has equal shares", "m = formula.mixture_share * p", "m = formula.mixture_other * p"),
+        Change("jsd without the student's part", "p_excess + formula.mixture_other * q_excess", "p_excess"),
         Change(
-            "the slope of skew has the other sign", "p_excess, -formula.other_share", "p_excess, formula.other_share"
+            "the slope of skew has the other sign",
+            "p_excess, -formula.mixture_other",
+            "p_excess, formula.mixture_other",
         ),
         Change(
             "a NaN teacher drops out of a mixture",

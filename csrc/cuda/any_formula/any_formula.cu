@@ -13,7 +13,7 @@ void launch_any_formula(FormulaLaunch& launch, const LaunchOptions& options) {
     LaunchConfig config{g.blocks, g.threads, 1, FormulaShared::bytes(g.threads, g.warp_per_row, args.K)};
     // Blocks wait for each other's labels, so no more than run at once
     config.blocks = std::clamp<int64_t>(resident_blocks(&any_formula_kernel<T>, config), 1, g.blocks);
-    launch.share = ceil_div(args.N, config.blocks);
+    launch.labels_per_block = ceil_div(args.N, config.blocks);
     launch.counters = args.batch.loss ? counters_for(options) : nullptr;
     const bool separate_kernels = args.batch.loss && !launch.counters;
     if (separate_kernels) count_rows(args, options);

@@ -51,7 +51,8 @@ class FormulaKernel {
         if (is_last())
             for (float& sum : row().batch_sums) sum = 0;
         if (thread_id() / kWarp == 0) {
-            if (launch_.counters && args.batch.counts) count_share(args, launch_.share, launch_.counters);
+            if (launch_.counters && args.batch.counts)
+                count_labels_of_block(args, launch_.labels_per_block, launch_.counters);
             write_batch_scalars(args, batch_factor(args, launch_.counters), batch_scalars());
         }
         block_barrier();

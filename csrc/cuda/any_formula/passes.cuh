@@ -144,7 +144,7 @@ CAMKD_DEVICE MixedTerm mixed_term(const Formula& formula, float q, float p) {
     const auto log_of = [](float ratio) { return std::log(ScalarMath::max(FLT_MIN, ratio)); };
     // x log x - x + 1
     const auto excess = [](float ratio, float log) { return fmaf(ratio, log, 1.0f - ratio); };
-    const float of_p = formula.share, of_q = formula.other_share, m = fmaf(of_p, p, of_q * q);
+    const float of_p = formula.mixture_share, of_q = formula.mixture_other, m = fmaf(of_p, p, of_q * q);
     const float inverse = reciprocal(ScalarMath::max(FLT_MIN, m)), p_ratio = p * inverse;
     const float p_excess = excess(p_ratio, log_of(p_ratio));
     if (formula.divergence == Divergence::skew) return {m * p_excess, -of_q * p_ratio};

@@ -14,9 +14,9 @@ struct FormulaLaunch {
     bool debug;  // assert that labels are valid
     Temperature temperature;
     bool warp_per_row;
-    bool wide_in, wide_out;   // as in RowAccess
-    BatchCounters* counters;  // for the numbers of a minibatch; null: by other launches, or not at all
-    int64_t share;            // labels that a block counts
+    bool wide_in, wide_out;    // as in RowAccess
+    BatchCounters* counters;   // for the numbers of a minibatch; null: by other launches, or not at all
+    int64_t labels_per_block;  // with counters, how many labels each block counts
 };
 
 // A LogitMap with one multiplication before the tanh.

@@ -16,12 +16,12 @@ struct RowLaunch {
     bool debug;  // assert that labels are valid
     RowGeometry geometry;
     Temperature temperature;
-    bool single_cluster;      // the grid is one cluster, which also counts the labels and adds up the rows
-    BatchCounters* counters;  // for the same in a larger grid; null: by other launches, or not at all
-    int64_t share;            // labels that a block counts then
-    bool wide_in;             // all inputs have the same alignment, so rows are read in 16-byte vectors
-    bool wide_out;            // the gradient has that alignment too
-    bool even;                // wide_in, and every row begins and ends at a 16-byte boundary
+    bool single_cluster;       // the grid is one cluster, which also counts the labels and adds up the rows
+    BatchCounters* counters;   // for the same in a larger grid; null: by other launches, or not at all
+    int64_t labels_per_block;  // with counters, how many labels each block counts
+    bool wide_in;              // all inputs have the same alignment, so rows are read in 16-byte vectors
+    bool wide_out;             // the gradient has that alignment too
+    bool even;                 // wide_in, and every row begins and ends at a 16-byte boundary
     // Derived from the fields above; a kernel reads them from constant memory instead of holding them in registers.
     int groups;                // of the grid
     int members;               // threads of a group

@@ -93,7 +93,7 @@ class RowKernel {
     }
 
   private:
-    // Fetches the first rows, and counts this block's share of the labels.
+    // Fetches the first rows, and counts this block's part of the labels.
     CAMKD_DEVICE void start() {
         if (group_.is_lookahead_warp()) {
             const int64_t first = int64_t(group_.index()) * group_.rows_per_group();

@@ -69,7 +69,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options, const RowT
     RowShared::lay_out(launch, problem);
     launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
     launch.counters = problem.needs_mean && !launch.single_cluster ? counters_for(options) : nullptr;
-    launch.share = ceil_div(args.N, g.blocks);
+    launch.labels_per_block = ceil_div(args.N, g.blocks);
     const bool separate_kernels = problem.needs_mean && !launch.single_cluster && !launch.counters;
     if (separate_kernels) count_rows(args, options);
     launch_kernel(kernel, config_of(g), launch, options);

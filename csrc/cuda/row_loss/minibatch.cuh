@@ -14,10 +14,10 @@ class RowMinibatch {
   public:
     CAMKD_DEVICE RowMinibatch(const Group& group) : group_(group) {}
 
-    // Counts this block's share of the labels, by one warp.
+    // Counts this block's part of the labels, by one warp.
     CAMKD_DEVICE void start() const {
         if (group_.launch.counters && group_.launch.args.batch.counts)
-            count_share(group_.launch.args, group_.launch.share, group_.launch.counters);
+            count_labels_of_block(group_.launch.args, group_.launch.labels_per_block, group_.launch.counters);
     }
 
     // The factors of the minibatch's numbers and of the gradient, by one warp. The labels are counted here, by all

@@ -33,9 +33,9 @@ class RowResults {
             weight = confidence(ScalarMath::exp(ScalarMath::difference(ce, top)));
         } else if (args.formula.weighting == Weighting::entropy && group_.teachers() > 1) {
             const float teachers = float(group_.teachers());
-            const Share entropy = share_of(std::log(sum1) - sums.plogp / sum1);
+            const Totals entropy = totals_of(std::log(sum1) - sums.plogp / sum1);
             weight =
-                ScalarMath::where_positive(entropy.total, entropy.others / entropy.total, (teachers - 1.0f) / teachers);
+                ScalarMath::where_positive(entropy.all, entropy.others / entropy.all, (teachers - 1.0f) / teachers);
         } else if (args.formula.weighting == Weighting::given) {
             weight = group_.lane() < group_.teachers() ? given_weight(info.row, group_.lane()) : 0.0f;
         }
@@ -322,23 +322,23 @@ class RowResults {
 
     // Sums of one number per teacher, in their order: over all, and over the others than this lane's, because a
     // difference would cancel for a teacher that has nearly all of it.
-    struct Share {
-        float total, others;
+    struct Totals {
+        float all, others;
     };
-    CAMKD_DEVICE Share share_of(float x) const {
-        Share sums{};
+    CAMKD_DEVICE Totals totals_of(float x) const {
+        Totals totals{};
         for (int k = 0; k < group_.teachers(); ++k) {
             const float of_teacher = shuffle(x, k);
-            sums.total += of_teacher;
-            if (k != group_.lane()) sums.others += of_teacher;
+            totals.all += of_teacher;
+            if (k != group_.lane()) totals.others += of_teacher;
         }
-        return sums;
+        return totals;
     }
 
     // The confidence weight of this lane's teacher from numbers proportional to e^CE.
     CAMKD_DEVICE float confidence(float mass) const {
-        const Share share = share_of(mass);
-        return share.others * (1.0f / (share.total * float(group_.teachers() - 1)));
+        const Totals masses = totals_of(mass);
+        return masses.others * (1.0f / (masses.all * float(group_.teachers() - 1)));
     }
 
     // The sum of one number per teacher, in their order.

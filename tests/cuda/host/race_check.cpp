@@ -161,7 +161,7 @@ bool run_formula(const char* what, int64_t N, int C, int K, Divergence divergenc
     host::limits = {2, 96 * 1024, 300 * 1024, 1 << 20, 1, 64, 0, 0};
     Formula formula = papers_formula(Weighting::entropy);
     formula.divergence = divergence;
-    formula.share = formula.other_share = 0.5;
+    formula.mixture_share = formula.mixture_other = 0.5;
     formula.z_loss_weight = 0.1f;
     formula.entropy = true;
     return Rows(N, C, K, false, true).run(what, formula);
