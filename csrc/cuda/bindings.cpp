@@ -75,8 +75,8 @@ void add_bindings(pybind11::module_& m) {
           [](int warps, int slots, int rows, int gradients) { try_geometry({warps, slots, rows, gradients}); });
     m.def("cuda_tried_geometry", [] {
         const RowGeometry g = tried_geometry();
-        return pybind11::make_tuple(g.warp_per_row, g.pipelined, g.threads / kWarpThreads, g.slots, g.cluster, g.rows,
-                                    g.gradients);
+        return pybind11::make_tuple(g.warp_per_row, g.pipelined, g.threads / kWarpThreads, g.slots, g.blocks_per_group,
+                                    g.rows, g.gradients);
     });
     m.def("cuda_scale_rows", &py_scale_rows);
     m.def("cuda_confidence_forward", &py_confidence_forward);

@@ -67,11 +67,13 @@ constexpr int kRowsPerWarpBytes = 8 * 1024;  // bytes of row buffers per warp, f
 // computes the whole minibatch and its means: idle multiprocessors cost less than a second launch, about 3 us.
 constexpr int64_t kOneClusterElements = 8 * 1024;
 
-// How row_loss runs. The threads of a group share a row: a warp, a block or a cluster of blocks.
+// How row_loss runs. The threads of a group share a row: a warp, a block or several blocks.
 struct RowGeometry {
-    int threads;        // of a block
-    int64_t blocks;     // of the grid; with fewer groups than rows, groups loop
-    int cluster;        // blocks of a cluster, or of a cooperative group
+    int threads;     // of a block
+    int64_t blocks;  // of the grid; with fewer groups than rows, groups loop
+    // How many blocks share a row, as a cluster or as a cooperative group. With a warp per row, how many blocks finish
+    // the minibatch together, as the only cluster of the grid. 1 if every block is by itself.
+    int blocks_per_group;
     bool cooperative;   // blocks that share a row exchange through memory
     bool pipelined;     // by the kernel in pipeline.cuh; blocks have kHelperWarps besides
     bool warp_per_row;  // a group is a warp
@@ -103,8 +105,8 @@ struct RowProblem {
     int fixed_k;  // K if the kernel is compiled for it, 0 for the general kernel
     bool needs_mean;
     // Bytes of shared memory besides the row buffers: per row in flight (two infos, one state), warp and block; per
-    // block of a cluster, and there again per rank.
-    int info_bytes, state_bytes, warp_bytes, block_bytes, cluster_bytes, rank_bytes, label_sums_bytes;
+    // block of a group of several, and there again per rank.
+    int info_bytes, state_bytes, warp_bytes, block_bytes, group_bytes, rank_bytes, label_sums_bytes;
     int second_info_bytes, second_state_bytes;  // of the first two: for rows of two labels
     int group_words;                            // of a block's message to its cooperative group
 };
@@ -113,12 +115,13 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Shared memory of a block, in bytes, whose threads buffer `slots` vectors each of `rows` rows. `cluster` is 1 with a
-// warp per row.
-inline int64_t row_shared(const RowProblem& p, int threads, int slots, int rows, bool warp_per_row, int cluster) {
+// Shared memory of a block, in bytes, whose threads buffer `slots` vectors each of `rows` rows. `blocks_per_group` is
+// 1 with a warp per row.
+inline int64_t row_shared(const RowProblem& p, int threads, int slots, int rows, bool warp_per_row,
+                          int blocks_per_group) {
     const int warps = threads / kWarpThreads;
     const int64_t buffer = int64_t(p.K + 1) * rows * slots * threads * 16;
-    const int64_t exchange = cluster > 1 ? p.cluster_bytes + int64_t(cluster) * p.rank_bytes : 0;
+    const int64_t exchange = blocks_per_group > 1 ? p.group_bytes + int64_t(blocks_per_group) * p.rank_bytes : 0;
     return buffer + int64_t(warp_per_row ? warps * rows : 1) * (2 * p.info_bytes + p.state_bytes) +
            int64_t(warps) * p.warp_bytes + p.block_bytes + exchange;
 }
@@ -151,7 +154,7 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, const RowTr
     if (per_lane > kWarpVectors || warp_buffer > kWarpBufferBytes) return false;
     g.warp_per_row = true;
     g.slots = per_lane;
-    g.cluster = g.chunks = 1;
+    g.blocks_per_group = g.chunks = 1;
     const int64_t rows = std::min<int64_t>(kRowsPerWarp, kRowsPerWarpBytes / warp_buffer);
     // More rows per warp must not leave multiprocessors idle.
     const int64_t warps =
@@ -173,9 +176,9 @@ inline bool warp_geometry(const RowProblem& p, const Limits& limits, const RowTr
     g.blocks = ceil_div(p.N, int64_t(g.rows) * (g.threads / kWarpThreads));
     const int blocks = std::min(limits.cluster, kPortableCluster);
     if (p.needs_mean && p.N * p.C * (p.K + 1) <= kOneClusterElements * blocks) {
-        g.cluster = int(std::min<int64_t>(g.blocks, blocks));
-        while (g.cluster & (g.cluster - 1)) ++g.cluster;  // cluster sizes are powers of two
-        g.blocks = g.cluster;
+        g.blocks_per_group = int(std::min<int64_t>(g.blocks, blocks));
+        while (g.blocks_per_group & (g.blocks_per_group - 1)) ++g.blocks_per_group;  // cluster sizes are powers of two
+        g.blocks = g.blocks_per_group;
     }
     return true;
 }
@@ -191,8 +194,8 @@ inline int64_t group_blocks(const RowProblem& p) {
 }
 
 inline double used_places(const RowGeometry& g, int64_t places) {
-    if (g.cooperative) return double(places / g.cluster * g.cluster) / double(places);
-    return g.cluster > kPortableCluster ? 0.85 : 1.0;
+    if (g.cooperative) return double(places / g.blocks_per_group * g.blocks_per_group) / double(places);
+    return g.blocks_per_group > kPortableCluster ? 0.85 : 1.0;
 }
 
 // Blocks of the pipelined kernel: warps that hold rows, and two that help them. The largest are a multiple of four
@@ -254,7 +257,7 @@ inline bool pipeline_geometry(const RowProblem& p, const Limits& limits, const R
             best = {};
             best.threads = warps * kWarpThreads;
             best.blocks = p.N * blocks;
-            best.cluster = int(blocks);
+            best.blocks_per_group = int(blocks);
             best.cooperative = blocks > 1;
             best.pipelined = true;
             best.rows = rows;
@@ -278,8 +281,9 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
         if (shared > limits.shared_per_block || g.slots > kMaxSlots) return;
         const int resident = resident_warps(p, limits, g.threads, shared), of_block = g.threads / kWarpThreads;
         const int64_t places = int64_t(limits.multiprocessors) * resident / of_block;
-        if (g.cooperative && std::min(places, group_blocks(p)) < g.cluster) return;
-        const double cost = row_cost(p, of_block * g.cluster, slots, g.chunks, resident) / used_places(g, places);
+        if (g.cooperative && std::min(places, group_blocks(p)) < g.blocks_per_group) return;
+        const double cost =
+            row_cost(p, of_block * g.blocks_per_group, slots, g.chunks, resident) / used_places(g, places);
         if (cost >= 0.95 * least) return;  // earlier candidates are simpler: large blocks, small clusters, one read
         least = cost;
         best = g;
@@ -290,26 +294,27 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
     // One read: the row fits a block or a cluster. In smaller blocks fewer warps take part in the reductions.
     const int least_threads = std::min(limits.block_threads, kBlockThreads / 2);
     for (g.threads = limits.block_threads; g.threads >= least_threads; g.threads /= 2) {
-        for (g.cluster = 1; g.cluster <= limits.cluster; g.cluster *= 2) {
-            g.slots = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.cluster), 1 << 16));
-            g.blocks = p.N * g.cluster;
-            consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
+        for (g.blocks_per_group = 1; g.blocks_per_group <= limits.cluster; g.blocks_per_group *= 2) {
+            g.slots = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.blocks_per_group), 1 << 16));
+            g.blocks = p.N * g.blocks_per_group;
+            consider(g, row_shared(p, g.threads, g.slots, 1, false, g.blocks_per_group), g.slots);
         }
     }
     // One read by a cooperative group.
     g.cooperative = true;
     g.threads = limits.block_threads;
     for (g.slots = 1; limits.least_cooperative > 0 && g.slots <= kMaxSlots; ++g.slots) {
-        g.cluster = int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.slots), kLargestCooperative + 1));
-        g.blocks = p.N * g.cluster;
-        if (g.cluster < limits.least_cooperative || g.cluster > kLargestCooperative) continue;
-        consider(g, row_shared(p, g.threads, g.slots, 1, false, g.cluster), g.slots);
+        g.blocks_per_group =
+            int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.slots), kLargestCooperative + 1));
+        g.blocks = p.N * g.blocks_per_group;
+        if (g.blocks_per_group < limits.least_cooperative || g.blocks_per_group > kLargestCooperative) continue;
+        consider(g, row_shared(p, g.threads, g.slots, 1, false, g.blocks_per_group), g.slots);
     }
     g.cooperative = false;
     // Two reads: the row passes through the buffers in chunks. The last chunk stays there for the gradient and is
     // not read again.
     g.threads = limits.block_threads;
-    g.cluster = 1;
+    g.blocks_per_group = 1;
     const int64_t slots = ceil_div(p.vectors, g.threads);
     const int64_t fixed = row_shared(p, g.threads, 0, 1, false, 1);
     const int64_t per_slot = row_shared(p, g.threads, 1, 1, false, 1) - fixed;
@@ -331,10 +336,11 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
     return best;
 }
 
-// No more blocks than are resident at once (a multiple of the cluster). Rows are distributed evenly, so a second wave
+// No more blocks than are resident at once (a multiple of a group's). Rows are distributed evenly, so a second wave
 // would double the time.
 inline void limit_grid(RowGeometry& g, int64_t resident) {
-    g.blocks = std::max<int64_t>(g.cluster, std::min(g.blocks, resident / g.cluster * g.cluster));
+    g.blocks =
+        std::max<int64_t>(g.blocks_per_group, std::min(g.blocks, resident / g.blocks_per_group * g.blocks_per_group));
 }
 
 // Numbers that a launch for N rows may write to BatchOutput::others: three, and three for each of its blocks, of which

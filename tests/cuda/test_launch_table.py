@@ -55,16 +55,16 @@ def test_a_device_with_too_little_shared_memory_is_refused(emulated: ModuleType,
 
 def regime(geometry: tuple[int, ...]) -> str:
     """A geometry in the words of docs/performance.md."""
-    warp, _, _, chunks, cluster, threads, *_, cooperative, pipelined = geometry
+    warp, _, _, chunks, blocks, threads, *_, cooperative, pipelined = geometry
     if warp:
         return "a warp"
     if chunks > 1:
         return f"{threads} threads, two reads"
     if pipelined:
-        return f"{cluster} pipelined blocks of {threads}" if cluster > 1 else f"a pipelined block of {threads}"
+        return f"{blocks} pipelined blocks of {threads}" if blocks > 1 else f"a pipelined block of {threads}"
     if cooperative:
-        return f"{cluster} cooperative blocks of {threads}"
-    return f"{cluster} blocks of {threads}" if cluster > 1 else f"{threads} threads"
+        return f"{blocks} cooperative blocks of {threads}"
+    return f"{blocks} blocks of {threads}" if blocks > 1 else f"{threads} threads"
 
 
 def test_the_table_in_the_documentation(emulated: ModuleType) -> None:
@@ -84,9 +84,9 @@ def test_every_launch_fits(emulated: ModuleType, device: tuple[int, ...], vector
         for K in (1, 2, 3, 5, 16):
             for N in (1, 7, 24, 40, 289, 4096, 10**6):
                 geometry = emulated.row_geometry(N, C, K, vector)
-                _, rows, slots, chunks, cluster, threads, blocks, shared, cooperative, _ = geometry
-                assert shared <= device[1] and threads % 32 == 0 and blocks % cluster == 0
-                assert cooperative or cluster & (cluster - 1) == 0, "no cluster size of a device"
+                _, rows, slots, chunks, per_group, threads, blocks, shared, cooperative, _ = geometry
+                assert shared <= device[1] and threads % 32 == 0 and blocks % per_group == 0
+                assert cooperative or per_group & (per_group - 1) == 0, "no cluster size of a device"
                 # The blocks of a launch, before those that cannot be resident are left out, write three sums each.
                 assert min(blocks, device[0] * 32) * 3 + 3 <= emulated.cuda_batch_floats(N)
-                assert slots * chunks * threads * cluster * vector >= C and rows >= 1
+                assert slots * chunks * threads * per_group * vector >= C and rows >= 1

@@ -35,7 +35,7 @@ from tests.cuda.host.on_host import cuda_on_the_host, emulated, enter
 __all__ = ["cuda_on_the_host", "emulated"]
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks of a cluster, cooperative,
+# Widths on the reduced device of `enter`, by geometry: (warp per row, chunks, blocks per group, cooperative,
 # pipelined).
 GEOMETRIES = {
     "warp": ("table", 200, (True, 1, 1, False, False)),

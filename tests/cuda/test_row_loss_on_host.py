@@ -41,9 +41,9 @@ WIDE = 1000  # columns of four blocks on the reduced device: one read by a clust
 def regime(request: pytest.FixtureRequest, emulated: ModuleType) -> Iterator[str]:
     """Checks after the test that it ran in this regime: the launch table might have chosen another."""
     yield str(request.param)
-    _, chunks, cluster, cooperative, pipelined = emulated.last_rows()
+    _, chunks, blocks, cooperative, pipelined = emulated.last_rows()
     if request.param != "table":
-        found = "chunks" if chunks > 1 else "cooperative" if cooperative else "cluster" if cluster > 1 else "block"
+        found = "chunks" if chunks > 1 else "cooperative" if cooperative else "cluster" if blocks > 1 else "block"
         # The pipelined kernel has only the formulas of the fast path
         if request.param == "pipelined":
             assert pipelined or found in ("cooperative", "block")

@@ -21,7 +21,7 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/group.cuh",
         RACES,
-        Change("one inbox instead of two", "int(exchange & 1) * cluster() + rank", "rank"),
+        Change("one inbox instead of two", "int(exchange & 1) * blocks() + rank", "rank"),
         Change(
             "lanes beyond the end of the row have its last vector",
             "(first + (end - begin - 1) * kWarp >= columns.vectors ? 1 : 0)",
@@ -44,7 +44,7 @@ CHANGES = (
     *changes(
         "csrc/cuda/row_loss/label_statistics.cuh",
         SOME,
-        Change("sums of the first block only", "rank < group_.cluster(); ++rank", "rank < 1; ++rank"),
+        Change("sums of the first block only", "rank < group_.blocks(); ++rank", "rank < 1; ++rank"),
         Change("sums of the first warp only", "if (warp < group_.warps()) sum +=", "if (warp < 1) sum +="),
         Change(
             "no sums at T = 1",
@@ -106,7 +106,7 @@ CHANGES = (
         f"{ROWS}::test_long_pipelines",
         Change(
             "every block records a row",
-            "if (n % group_.cluster() == group_rank()) results_",
+            "if (n % group_.blocks() == group_rank()) results_",
             "results_",
             tests=f"{SUMS}::test_long_pipelines",
         ),
@@ -584,7 +584,7 @@ CHANGES = (
         ),
         Change(
             "clusters that are no power of two",
-            "while (g.cluster & (g.cluster - 1)) ++g.cluster;",
+            "while (g.blocks_per_group & (g.blocks_per_group - 1)) ++g.blocks_per_group;",
             "",
             tests=f"{TABLE} {ROWS}::test_means_of_narrow_rows",
         ),

@@ -254,7 +254,7 @@ def evaluate(spec: Spec, backend: str, emulated: ModuleType | None = None) -> Re
         }
         results = special.get(spec.entry, _logit_loss)(spec, backend)
         if emulated is not None and spec.regime != "table":
-            _, batches, cluster, *_ = emulated.last_rows()
-            reached = (batches > 1, cluster > 1)
+            _, batches, blocks, *_ = emulated.last_rows()
+            reached = (batches > 1, blocks > 1)
             assert reached == (spec.regime == "batches", spec.regime == "cluster"), f"{spec.name} ran as {reached}"
         return results

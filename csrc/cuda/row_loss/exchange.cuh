@@ -23,8 +23,8 @@ class RowExchange {
             through_memory(exchange, packs);
             return exchange;
         }
-        if (group_.lane() == 0) mailbox_expect(group_.box(exchange), group_.cluster() * packs * RowShared::pack_bytes);
-        for (int i = group_.lane(); i < group_.cluster() * packs; i += kWarp)
+        if (group_.lane() == 0) mailbox_expect(group_.box(exchange), group_.blocks() * packs * RowShared::pack_bytes);
+        for (int i = group_.lane(); i < group_.blocks() * packs; i += kWarp)
             mailbox_send(group_.box(exchange), i / packs, group_.inbox(exchange, group_rank(), 0) + i % packs,
                          group_.outgoing(0)[i % packs]);
         mailbox_wait(group_.box(exchange), int(exchange / 2));
@@ -52,7 +52,7 @@ class RowExchange {
   private:
     CAMKD_DEVICE void through_memory(uint32_t exchange, int packs) {
         const int of_pack = int(sizeof(Pack) / sizeof(float)), stride = group_.message_floats();
-        const int blocks = group_.cluster(), box = group_id() * 2 + int(exchange & 1);
+        const int blocks = group_.blocks(), box = group_id() * 2 + int(exchange & 1);
         const uint32_t number = exchange + 1;
         GroupWord* const words = group_.launch.memory->words + int64_t(box) * blocks * stride;
         const float* const mine = reinterpret_cast<const float*>(group_.outgoing(0));

@@ -126,7 +126,7 @@ struct RowShared {
         });
         problem.warp_bytes = int(2 * (K + 1) * sizeof(State));
         problem.block_bytes = int(sizeof(BatchScalars));
-        problem.cluster_bytes = streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
+        problem.group_bytes = streams_bytes(K, fixed_k) + 2 * int(sizeof(Mailbox));
         problem.rank_bytes = 2 * streams_bytes(K, fixed_k);
         problem.group_words = streams_bytes(K, fixed_k) / int(sizeof(float));
     }
@@ -135,17 +135,17 @@ struct RowShared {
     static void lay_out(RowLaunch& launch, const RowProblem& problem) {
         const RowGeometry& g = launch.geometry;
         const int K = problem.K, warps = g.threads / kWarpThreads, groups = g.warp_per_row ? warps : 1;
-        launch.groups = int(g.warp_per_row ? g.blocks * warps : g.blocks / g.cluster);
+        launch.groups = int(g.warp_per_row ? g.blocks * warps : g.blocks / g.blocks_per_group);
         launch.rows_reciprocal = g.pipelined ? uint32_t(((uint64_t(1) << 32) + g.rows - 1) / g.rows) : 0;
-        launch.members = g.warp_per_row ? kWarpThreads : g.threads * g.cluster;
+        launch.members = g.warp_per_row ? kWarpThreads : g.threads * g.blocks_per_group;
         int at = (K + 1) * g.rows * g.slots * g.threads * pack_bytes;
         const auto take = [&](int& offset, int bytes) {
             offset = at;
             at += bytes;
         };
         take(launch.batch, sizeof(BatchScalars));
-        if (!g.warp_per_row && g.cluster > 1) {
-            take(launch.inbox, g.cluster * problem.rank_bytes);
+        if (!g.warp_per_row && g.blocks_per_group > 1) {
+            take(launch.inbox, g.blocks_per_group * problem.rank_bytes);
             take(launch.outgoing, streams_bytes(K, problem.fixed_k > 0));
             take(launch.boxes, 2 * int(sizeof(Mailbox)));
         }
@@ -178,9 +178,10 @@ struct RowGroup {
     CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
     // Those that hold rows.
     CAMKD_DEVICE int warps() const { return launch.geometry.threads / kWarp; }
-    // Blocks per group. With a warp per row the blocks of a cluster share only the end of the whole minibatch.
-    CAMKD_DEVICE int cluster() const { return has_clusters() && !WarpPerRow ? launch.geometry.cluster : 1; }
-    // Its blocks are no cluster.
+    // How many blocks share a row, as a cluster or a cooperative group. 1 with a warp per row, whose
+    // RowGeometry::blocks_per_group share only the end of the minibatch.
+    CAMKD_DEVICE int blocks() const { return has_clusters() && !WarpPerRow ? launch.geometry.blocks_per_group : 1; }
+    // Whether these blocks are a cooperative group, which exchanges through memory, and no cluster.
     CAMKD_DEVICE bool cooperative() const { return has_clusters() && !WarpPerRow && launch.geometry.cooperative; }
     CAMKD_DEVICE int members() const { return WarpPerRow ? kWarp : launch.members; }
     CAMKD_DEVICE int member() const {
@@ -252,7 +253,7 @@ struct RowGroup {
         return reinterpret_cast<Pack*>(shared_memory() + launch.outgoing) + k * packs();
     }
     CAMKD_DEVICE Pack* inbox(uint32_t exchange, int rank, int k) const {
-        const int i = (int(exchange & 1) * cluster() + rank) * (teachers() + 1) + k;
+        const int i = (int(exchange & 1) * blocks() + rank) * (teachers() + 1) + k;
         return reinterpret_cast<Pack*>(shared_memory() + launch.inbox) + i * packs();
     }
     CAMKD_DEVICE Mailbox* box(uint32_t exchange) const {

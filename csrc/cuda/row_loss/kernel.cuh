@@ -62,7 +62,7 @@ class RowKernel {
             group_.barrier();
             // Prepare the next rows, in a warp that has nothing to merge
             if (group_.is_lookahead_warp()) prepare_rows(next, parity ^ 1);
-            // Reduce across the block and the cluster, and compute the weights
+            // Reduce across the block and the group, and compute the weights
 #pragma unroll 1
             for (int r = 0; r < group_.rows_per_group(); ++r)
                 if (group_.is_merging_warp()) merge(infos[r], r);
@@ -77,8 +77,8 @@ class RowKernel {
                 for (int r = 0; r < group_.rows_per_group(); ++r) results_.write_row_stats(infos[r], r);
             }
             // Write row_stats, by the look-ahead warp: the merging warp is on the critical path. The blocks of a
-            // cluster alternate.
-            if (!WarpPerRow && group_.is_lookahead_warp() && iteration % group_.cluster() == group_rank())
+            // group alternate.
+            if (!WarpPerRow && group_.is_lookahead_warp() && iteration % group_.blocks() == group_rank())
                 results_.write_row_stats(infos[0], 0);
             // Write the gradient and load the next rows
             for (int c = group_.launch.args.grad_student ? group_.chunks() - 1 : 0; c >= 0; --c) {
@@ -103,7 +103,7 @@ class RowKernel {
             prepare_rows(first, 0);
         }
         if (group_.is_merging_warp()) exchange_.start();
-        if (group_.cluster() > 1 && !group_.cooperative()) {
+        if (group_.blocks() > 1 && !group_.cooperative()) {
             if (thread_id() < 2) mailbox_open(group_.box(thread_id()));
             cluster_barrier(true);
         }

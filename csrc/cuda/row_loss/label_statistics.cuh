@@ -30,14 +30,14 @@ class LabelStatistics {
         sum_chunks(info, r, more, [&](auto add) { add(chunk); });
     }
 
-    // Adds the sums of row r of this block's warps, and then those of the cluster's blocks. Every block adds in order
+    // Adds the sums of row r of this block's warps, and then those of the group's blocks. Every block adds in order
     // of the ranks, so all get the same bits.
     template <class Exchange>
     CAMKD_DEVICE void merge(Exchange& exchange, int r) const {
         constexpr int packs = (count + 3) / 4;
         static_assert(packs <= K + 1, "one pack per stream");
         float* const row = group_.rows()[r].label_sums.of;
-        float* const of_block = group_.cluster() > 1 ? reinterpret_cast<float*>(group_.outgoing(0)) : row;
+        float* const of_block = group_.blocks() > 1 ? reinterpret_cast<float*>(group_.outgoing(0)) : row;
         // The other lanes repeat the last number, which takes no branch.
         const bool adds = group_.lane() < count;
         const int mine = adds ? group_.lane() : count - 1;
@@ -49,12 +49,12 @@ class LabelStatistics {
                 if (warp < group_.warps()) sum += group_.label_sums(warp, r)[mine];
         }
         if (adds) of_block[mine] = sum;
-        if (group_.cluster() > 1) {
+        if (group_.blocks() > 1) {
             const uint32_t which = exchange.run(packs);
             const float* const inbox = reinterpret_cast<const float*>(group_.inbox(which, 0, 0)) + mine;
             sum = 0;
 #pragma unroll 4
-            for (int rank = 0; rank < group_.cluster(); ++rank) sum += inbox[rank * group_.message_floats()];
+            for (int rank = 0; rank < group_.blocks(); ++rank) sum += inbox[rank * group_.message_floats()];
             if (adds) row[mine] = sum;
         }
         warp_barrier();

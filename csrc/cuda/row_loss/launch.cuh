@@ -27,7 +27,12 @@ GroupMemory* group_memory_for(const LaunchOptions&);
 
 inline LaunchConfig config_of(const RowGeometry& g) {
     const int threads = g.threads + (g.pipelined ? kHelperWarps * kWarpThreads : 0);
-    return {g.blocks, threads, g.cooperative ? 1 : g.cluster, g.shared, g.warp_per_row ? 0 : g.cluster, g.cooperative};
+    return {g.blocks,
+            threads,
+            g.cooperative ? 1 : g.blocks_per_group,
+            g.shared,
+            g.warp_per_row ? 0 : g.blocks_per_group,
+            g.cooperative};
 }
 
 template <class T>
@@ -57,9 +62,9 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options, const RowT
         const int64_t resident = resident_blocks(kernel, config_of(g));
         // A device may have no room for its largest clusters and cooperative groups: parts of it can be disabled or
         // assigned to others
-        if (g.cooperative && (!launch.memory || resident < g.cluster)) {
+        if (g.cooperative && (!launch.memory || resident < g.blocks_per_group)) {
             limits.least_cooperative = 0;
-        } else if (g.cluster > 1 && resident == 0) {
+        } else if (g.blocks_per_group > 1 && resident == 0) {
             limits.cluster /= 2;
         } else {
             limit_grid(g, g.cooperative ? std::min(resident, group_blocks(problem)) : resident);
@@ -67,7 +72,7 @@ void launch_row_loss(RowLaunch& launch, const LaunchOptions& options, const RowT
         }
     }
     RowShared::lay_out(launch, problem);
-    launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.cluster;
+    launch.single_cluster = problem.needs_mean && g.warp_per_row && g.blocks == g.blocks_per_group;
     launch.counters = problem.needs_mean && !launch.single_cluster ? counters_for(options) : nullptr;
     launch.labels_per_block = ceil_div(args.N, g.blocks);
     const bool separate_kernels = problem.needs_mean && !launch.single_cluster && !launch.counters;

@@ -162,7 +162,7 @@ class PipelinedKernel {
             phase_wait(&phases()->weighted[r], round(n));
             if (is_out_of_range(n)) wait_again(phases()->weighted_again, n, again);
             // The blocks of a group alternate
-            if (n % group_.cluster() == group_rank()) results_.write_row_stats(info(n), r);
+            if (n % group_.blocks() == group_rank()) results_.write_row_stats(info(n), r);
             arrive(&phases()->recorded[r]);
             if (n % kRowsAtOnce == kRowsAtOnce - 1) {
                 prepare(n + 1 + kRowsAtOnce);

@@ -60,7 +60,7 @@ class RowResults {
 
     // The same on the fast path, without a logarithm or an exponential. Every lane computes all of it: with the numbers
     // spread over lanes, the row would wait for shuffles. Sets `out_of_range` if the row needs the general passes; all
-    // blocks of a cluster have the same sums and decide alike.
+    // blocks of a group have the same sums and decide alike.
     CAMKD_DEVICE void compute_label_weights(const Info& info, int r) const {
         if (group_.launch.debug) check_label(!info.kept || info.label_valid);
         if (!info.kept) return;

@@ -1,5 +1,5 @@
 // The statistics of a row for any logits (StreamState per stream), in three levels: each warp sums over its part of the
-// row buffers, then one warp merges the warps of its block, then every block merges the blocks of its cluster.
+// row buffers, then one warp merges the warps of its block, then every block merges the blocks of its group.
 #pragma once
 
 #include "exchange.cuh"
@@ -35,21 +35,21 @@ class RowStatistics {
         }
     }
 
-    // Merges the states of this block's warps, and then those of the cluster's blocks, into the sums of row r. Every
+    // Merges the states of this block's warps, and then those of the group's blocks, into the sums of row r. Every
     // block merges in order of the ranks, so all get the same bits.
     template <class Exchange>
     CAMKD_DEVICE void merge(Exchange& exchange, int r) const {
         State* const row = group_.rows()[r].sums;
         const auto store = [&](int k, const State& state) { row[k] = state; };
         const auto of_warp = [&](int lane, int k) { return group_.states(lane, 0)[k]; };
-        if (group_.cluster() == 1) {
+        if (group_.blocks() == 1) {
             general_merge(group_.lane(), group_.warps(), group_.teachers(), group_.inverseT(), of_warp, store);
         } else {
             general_merge(group_.lane(), group_.warps(), group_.teachers(), group_.inverseT(), of_warp,
                           [&](int k, const State& state) { write_message(state, group_.outgoing(k)); });
             const uint32_t which = exchange.run((group_.teachers() + 1) * group_.packs());
             general_merge(
-                group_.lane(), group_.cluster(), group_.teachers(), group_.inverseT(),
+                group_.lane(), group_.blocks(), group_.teachers(), group_.inverseT(),
                 [&](int rank, int k) { return read_message(group_.inbox(which, rank, k)); }, store);
         }
         warp_barrier();

@@ -24,10 +24,10 @@ PYBIND11_MODULE(emulated_cuda, m) {
         camkd::cuda::host::limits = {multiprocessors, shared,  of_all_blocks,     l2,
                                      cluster,         threads, least_cooperative, pipeline_warps};
     });
-    // The geometry of the last row_loss: (warp per row, chunks, cluster, cooperative group, pipelined).
+    // The geometry of the last row_loss: (warp per row, chunks, blocks per group, cooperative, pipelined).
     m.def("last_rows", [] {
         const auto& g = camkd::cuda::host::last_rows;
-        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.cluster, g.cooperative, g.pipelined);
+        return pybind11::make_tuple(g.warp_per_row, g.chunks, g.blocks_per_group, g.cooperative, g.pipelined);
     });
     // A block that runs much slower than the others; -1 for none.
     m.def("set_lagging", [](int64_t block) { camkd::cuda::host::lagging = block; });
@@ -46,7 +46,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
         p.needs_mean = true;
         camkd::cuda::RowShared::measure(p, false);
         const auto g = camkd::cuda::row_geometry(p, camkd::cuda::device_limits());
-        return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.cluster, g.threads, g.blocks, g.shared,
-                                    g.cooperative, g.pipelined);
+        return pybind11::make_tuple(g.warp_per_row, g.rows, g.slots, g.chunks, g.blocks_per_group, g.threads, g.blocks,
+                                    g.shared, g.cooperative, g.pipelined);
     });
 }

@@ -133,11 +133,11 @@ Formula papers_formula(Weighting weighting) {
     return formula;
 }
 
-// Runs row_loss, after checking that the launch table picks the regime: `cluster` blocks per row, or `chunks` of it.
+// Runs row_loss, after checking that the launch table picks the regime: `blocks` of them per row, or `chunks` of it.
 // The limits decide between clusters, cooperative groups and the pipelined kernel. With `far`, the fixed-K kernels sum
 // up every other row twice. With `two`, rows have two labels. `trial`: rows in flight and gradients at once of the
 // pipelined kernel.
-bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int cluster, bool chunks,
+bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int blocks, bool chunks,
               Weighting weighting = Weighting::confidence, bool far = false, bool two = false, RowTrial trial = {}) {
     host::limits = limits;
     const int fixed_k = weighting == Weighting::entropy ? 0 : K;
@@ -148,9 +148,9 @@ bool run_rows(const char* what, int64_t N, int C, int K, Limits limits, int clus
     RowShared::measure(problem, two);
     try_geometry(trial);
     const RowGeometry g = row_geometry(problem, limits, trial);
-    if ((g.warp_per_row ? 1 : g.cluster) != cluster || (g.chunks > 1) != chunks ||
+    if ((g.warp_per_row ? 1 : g.blocks_per_group) != blocks || (g.chunks > 1) != chunks ||
         g.pipelined != (limits.pipeline_warps > 0)) {
-        std::printf("%s: %d blocks to a row, %d chunks\n", what, g.cluster, g.chunks);
+        std::printf("%s: %d blocks to a row, %d chunks\n", what, g.blocks_per_group, g.chunks);
         return false;
     }
     return Rows(N, C, K, far, two).run(what, papers_formula(weighting));
