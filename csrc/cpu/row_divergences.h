@@ -91,8 +91,8 @@ inline void move_states(const Formula& formula, State* states, const float* maxi
     }
 }
 
-// Adds to `a` the sums `b` of other columns of the same row, like merge_states.
-inline void merge_rows(const Formula& formula, State* a, State* b, int K, double inverseT) {
+// merge_states of row_math.h for every formula: adds to `a` the sums `b` of other columns of the same row.
+inline void merge_states(const Formula& formula, State* a, State* b, int K, double inverseT) {
     float maxima[kMaxStreams];
     for (int k = 0; k <= K; ++k) maxima[k] = std::max(a[k].max, b[k].max);
     for (State* states : {a, b}) move_states(formula, states, maxima, K, inverseT);

@@ -132,7 +132,7 @@ inline void columns_in_parallel(const RowLossArgs& args, const RowFunctions& fun
                 // Reduce across the threads
                 shared.reset(args.K);
                 for (int t = 1; !ignored && t < num_threads; ++t)
-                    merge_rows(args.formula, partial.get(), partial.get() + t * kMaxStreams, args.K, inverseT);
+                    merge_states(args.formula, partial.get(), partial.get() + t * kMaxStreams, args.K, inverseT);
                 if (!ignored) row.store_sums(partial.get(), shared, 0);
             }
             // For jsd and skew, mix this thread's blocks with the sums of the row
