@@ -49,11 +49,18 @@ def kernel_formula(formula: Formula, K: int) -> KernelFormula:
 def formula_constants(formula: Formula, K: int) -> dict[str, Any]:
     """What kernels are compiled for."""
     return {
+        **sums_constants(formula, K),
+        "SCALE_BY_T2": formula.scale_by_t2,
+        "Z_LOSS": formula.z_loss_weight != 0.0,
+    }
+
+
+def sums_constants(formula: Formula, K: int) -> dict[str, Any]:
+    """What kernels that only sum up rows are compiled for."""
+    return {
         "WEIGHTING": _weighting_kind(formula, K),
         "T_POWER": _temperature_power(formula),
         "DIVERGENCE": formula.divergence_kind().kind,
-        "SCALE_BY_T2": formula.scale_by_t2,
-        "Z_LOSS": formula.z_loss_weight != 0.0,
         "ENTROPY": formula.entropy,
         # A letter per tensor: "c" softcap, "s" scale only, "-" neither
         "MAPS": "".join("c" if of.softcap else "s" if of.scale != 1.0 else "-" for of in _logit_maps(formula, K)),

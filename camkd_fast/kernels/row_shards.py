@@ -6,7 +6,7 @@ Contracts: `camkd_fast.backends.contract.ShardBackend`; what is summed up: `camk
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -21,7 +21,7 @@ from .launch_table import streaming_launch
 from .launcher import Launcher
 from .layout import Layout, alignment, layouts, row_shape, stride_units, unspecialised
 from .logit_map import mapped_label_distance
-from .results import formula_constants, kernel_formula, store_entropy, store_loss, store_teacher
+from .results import formula_constants, kernel_formula, store_entropy, store_loss, store_teacher, sums_constants
 from .row_loss_streaming import column_gradient
 from .softmax import load_labels, row_offset, row_weights, stride
 
@@ -41,7 +41,7 @@ def row_sums(
     K, N = len(teachers), target.shape[0]
     sums = contract.new_row_sums(whole, K, target)
     if N > 0:
-        launch = sums_launcher(layouts([student, *teachers]), _named(formula), whole is not None)
+        launch = sums_launcher(layouts([student, *teachers]), _summed(formula), whole is not None)
         launch(student, tuple(teachers), target, sums)
     return sums
 
@@ -73,28 +73,41 @@ def _named(formula: Formula) -> Formula:
     return formula.replaced(weighting=formula.weighting_name())
 
 
+def _summed(formula: Formula) -> Formula:
+    """With the defaults of what the sums do not depend on, so that formulas that differ only in it share a launcher."""
+    weighting = "entropy" if formula.weighting_name() == "entropy" else "uniform"
+    return formula.replaced(weighting=weighting, hard_weight=1.0, soft_weight=1.0, scale_by_t2=True, z_loss_weight=0.0)
+
+
 @functools.lru_cache(maxsize=1024)
 def sums_launcher(tensors: tuple[Any, ...], formula: Formula, of_mixtures: bool) -> Launcher:
     """
     Args:
         tensors: `layouts` of student and teachers.
-        formula: with a name for its weighting.
+        formula: `_summed`.
     """
-    return _launcher(row_sums_kernel, tensors, (), formula, OF_MIXTURES=of_mixtures)
+    constants = sums_constants(formula, len(tensors) - 1)
+    return _launcher(row_sums_kernel, tensors, (), formula, {**constants, "OF_MIXTURES": of_mixtures})
 
 
 @functools.lru_cache(maxsize=1024)
 def results_launcher(
     tensors: tuple[Any, ...], given_strides: tuple[int, ...], formula: Formula, scale_on_device: bool
 ) -> Launcher:
-    """Likewise; `given_strides` are those of given weights, or zeros."""
-    return _launcher(row_results_kernel, tensors, given_strides, formula, SCALE_ON_DEVICE=scale_on_device)
+    """Likewise, for a formula with a name for its weighting; `given_strides` are those of given weights, or zeros."""
+    constants = formula_constants(formula, len(tensors) - 1)
+    constants["SCALE_ON_DEVICE"] = scale_on_device
+    return _launcher(row_results_kernel, tensors, given_strides, formula, constants)
 
 
 def _launcher(
-    kernel: Any, tensors: tuple[Any, ...], given_strides: tuple[int, ...], formula: Formula, **flags: bool
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    given_strides: tuple[int, ...],
+    formula: Formula,
+    constants: Mapping[str, Any],
 ) -> Launcher:
-    """A program per row."""
+    """A program per row. `constants`: those of the kernel besides the sizes."""
     tensors = tuple(Layout(*x) for x in tensors)
     N, S, C = row_shape(tensors[0].shape)
     K, ALIGN = len(tensors) - 1, alignment(tensors)
@@ -107,17 +120,15 @@ def _launcher(
     )
     itemsize = max(x.dtype.itemsize for x in tensors)
     BLOCK_C, VEC, GROUP, num_warps, maxnreg = streaming_launch(K, C, itemsize, ALIGN, beyond=True)
-    constants = {
+    sizes = {
         "K": K,
-        **formula_constants(formula, K),
         "TWO_LEVEL": len(tensors[0].shape) == 3,
         "ALIGN": ALIGN,
         "BLOCK_C": BLOCK_C,
         "VEC": VEC,
         "GROUP": GROUP,
-        **flags,
     }
-    return Launcher(kernel, N, numbers, constants, num_warps=num_warps, maxnreg=maxnreg)
+    return Launcher(kernel, N, numbers, {**sizes, **constants}, num_warps=num_warps, maxnreg=maxnreg)
 
 
 @triton.jit
@@ -148,7 +159,7 @@ def row_sums_kernel(
     N, S, C_units, ignore_index,
     formula,  # KernelFormula
     K: tl.constexpr, WEIGHTING: tl.constexpr, T_POWER: tl.constexpr, DIVERGENCE: tl.constexpr,
-    SCALE_BY_T2: tl.constexpr, Z_LOSS: tl.constexpr, ENTROPY: tl.constexpr, MAPS: tl.constexpr,
+    ENTROPY: tl.constexpr, MAPS: tl.constexpr,
     TWO_LEVEL: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,  # StreamingLaunch
     OF_MIXTURES: tl.constexpr,

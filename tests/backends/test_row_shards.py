@@ -66,6 +66,27 @@ def test_masked_shards(name: str, divergence: Any) -> None:
     shards.check_masked_shards(backend_of(name), divergence)
 
 
+def test_formulas_of_the_same_sums_share_a_launcher() -> None:
+    """The sums do not depend on the weights of the losses, and of the weightings on that by entropies only."""
+    backend_of("triton")
+    from camkd_fast.kernels.row_shards import row_sums, sums_launcher
+
+    case = make_case(3, 40, 2)
+    formula = Formula().checked(2)
+
+    def sums(**changes: Any) -> torch.Tensor:
+        return row_sums(case.student, list(case.teachers), case.target, formula.replaced(**changes))
+
+    sums_launcher.cache_clear()
+    first = sums()
+    for changes in ({"hard_weight": 0.0, "soft_weight": 3.0}, {"scale_by_t2": False}, {"z_loss_weight": 0.1}):
+        assert torch.equal(sums(**changes), first)
+    assert torch.equal(sums(weighting="min_ce"), first)
+    assert sums_launcher.cache_info().misses == 1
+    sums(weighting="entropy")
+    assert sums_launcher.cache_info().misses == 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_of_no_shard(name: str) -> None:
     shards.check_labels_of_no_shard(backend_of(name))

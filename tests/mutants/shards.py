@@ -151,6 +151,12 @@ CHANGES = (
             "(k * ROW_SUMS + i) * tl.cast(N, tl.int64)",
         ),
         Change("the factor of the gradient is lost", "tl.where(valid, out * scale,", "tl.where(valid, out,"),
+        Change(
+            "sums of every weight have a launcher",
+            "hard_weight=1.0, soft_weight=1.0, scale_by_t2=True",
+            "scale_by_t2=True",
+            tests=f"{SHARDS}::test_formulas_of_the_same_sums_share_a_launcher",
+        ),
     ),
     *changes(
         "camkd_fast/backends/contract.py",
