@@ -37,7 +37,7 @@ struct __attribute__((visibility("hidden"))) LogitCall {
     Items teachers_;
 };
 
-// The result of a call: WholeLoss of camkd_fast/backends/contract.py.
+// The result of a call: WholeLoss of camkd_fast/backends/whole_losses.py.
 inline PyObject* whole_loss(const pybind11::object& loss, const pybind11::object& row_stats,
                             const pybind11::object& grad_student, const pybind11::object& sums,
                             const pybind11::object& means, const pybind11::object& inverse_divisor) {

@@ -1,8 +1,8 @@
 // The fast path: one thread's passes with the number of teachers and the power as compile-time constants, and with the
 // logit at the label as the reference of every stream. The label's own term of each sum is then 1, so no maximum is
 // needed first, the sums of parts of a row merge by addition, and those at T = 1 are e^CE. All of a thread's data is in
-// registers, and within a row there are branches only for rare cases. RowResults::compute_weights decides which rows
-// need the general passes instead.
+// registers, and within a row there are branches only for rare cases. RowResults::compute_label_weights decides which
+// rows need the general passes instead; in WarpRows::run_fast the row itself does, by RowResults::in_range.
 #pragma once
 
 #include "passes.cuh"
