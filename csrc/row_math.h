@@ -6,6 +6,17 @@
 // Formulas over the K teachers are written for a number `F`: a float, or a vector that holds one row per lane. Its
 // `Math` policy supplies set(x), max(a, b) (b where one is NaN), exp(x), log(x), difference(a, b) (0 where a == b,
 // infinities included), zero_where_zero(x, where) and where_positive(x, a, b) (a where x > 0 or x is NaN, else b).
+//
+// The sums of a stream have a struct for each level, on the way from columns to rows (csrc/cuda/row_loss/ ends with a
+// StreamState of the whole row):
+//
+//   LaneSums            a block of columns, a sum per vector lane; LaneSums::reduced makes BlockSums of it
+//   BlockSums           a block of columns; BlockSums::add_to adds it to a StreamState
+//   StreamState         what a thread, warp or block has read of a row; merge_states and general_merge add them up
+//   LaneRows::Stream    a whole row per vector lane; RowPasses::store_sums fills a lane from the row's StreamState, or
+//                       from the BlockSums of its only block
+//   RowSums             a whole row, or a vector of rows, for compute_weights; made of a Stream by
+//                       LaneRows::write_row_stats, on CUDA of StreamStates by FormulaKernel::merge
 #pragma once
 
 #include <cmath>
