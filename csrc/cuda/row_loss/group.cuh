@@ -104,8 +104,32 @@ struct RowState {
     float batch_sums[row_stats::per_teacher];  // in a group's first one: loss, hard and soft over its rows so far
 };
 
-// Shared memory: row buffers, messages between the blocks of a cluster, rows in flight (current and next), states of
-// the warps.
+// The layout of a block's shared memory. W: warps that hold rows. G: groups of the block, W with a warp per row, else
+// 1. R: rows in flight of a group (RowGeometry::rows). B: blocks that share a row.
+//
+//   part           count                  struct        written by                 read by
+//   row buffers    (K + 1) W R slots 32   Pack          the threads of the row     the same thread
+//   batch          1                      BatchScalars  first or merging warp      all
+//   inbox          2 B (K + 1) packs()    Pack          merging warps of B blocks  merging warp
+//   outgoing       (K + 1) packs()        Pack          merging warp               merging warp, which sends it
+//   boxes          2                      Mailbox       merging warps of B blocks  merging warp
+//   infos          2 G R                  RowInfo       look-ahead warp            all
+//   second_infos   2 G R                  SecondInfo    look-ahead warp            all
+//   rows           G R                    RowState      merging, look-ahead warp   all, for the gradient
+//   second_states  G R                    SecondState   merging, look-ahead warp   all, for the gradient
+//   states         2 W (K + 1)            State         each warp its own          merging warp
+//   label_sums     W                      LabelSums     each warp its own          merging warp
+//   phases         1                      RowPhases     all                        all
+//
+// With a warp per row, a row's warp merges and looks ahead. In the pipelined kernel the recording warp looks ahead.
+// There is an inbox, an outgoing message and boxes for B > 1, and second_infos and second_states for rows of two
+// labels.
+//
+// row_loss_kernel uses all but the phases. label_sums lie in the place of states: a row needs only one of them at once.
+// warp_rows_kernel uses the row buffers, batch and the place of rows, for SharedSums. Rows that take the general passes
+// also need infos, states and rows themselves.
+// pipelined_kernel uses all but the boxes, as blocks that share a row are cooperative. It has kPreparedRows infos, and
+// W R label_sums in a place of their own, because one row's are written while another row may need states.
 struct RowShared {
     static constexpr int pack_bytes = int(sizeof(Pack));
     static int streams_bytes(int K, bool fixed_k) { return (K + 1) * packs(fixed_k) * pack_bytes; }

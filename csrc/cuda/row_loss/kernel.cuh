@@ -1,7 +1,14 @@
-// The logit loss, one kernel for all widths. A group of threads (a warp, a block or a cluster of blocks) reads the K +
-// 1 rows of a sample once into shared memory, merges its statistics, and writes the row's statistics and gradient.
-// While it writes a gradient it already fetches the next row into the slots that become free. Rows too wide for shared
-// memory pass through it in chunks: in order for the statistics, in reverse order for the gradient.
+// The logit loss has three kernels, of which kernel_for (launch.cuh) picks one:
+//   warp_rows_kernel (warp_rows.cuh): a warp per row on the fast path, if all rows are alike (rows_alike)
+//   pipelined_kernel (pipeline.cuh): wider rows on the fast path, if enough of them fill the pipelines
+//   (pipeline_geometry)
+//   row_loss_kernel (this file): all other rows, such as narrow ones of two labels, a few wide ones, those in chunks,
+//   and every row for which there is no fast path (problem.fixed_k is 0)
+//
+// In this one a group of threads (a warp, a block or several blocks) reads the K + 1 rows of a sample once into shared
+// memory, merges its statistics, and writes the row's statistics and gradient. While it writes a gradient it already
+// fetches the next row into the slots that become free. Rows too wide for shared memory pass through it in chunks: in
+// order for the statistics, in reverse order for the gradient.
 //
 // With a fixed number of teachers the statistics are relative to the logits at the label, which need no maximum. Where
 // that leaves the safe range, the group sums the row up once more, relative to its maxima, as the general kernels do.
