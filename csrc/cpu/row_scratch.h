@@ -30,7 +30,7 @@ struct RowScratch {
           at_one(keeps_at_one(functions) ? args.K + 1 : -1),
           distances(keeps_distances(args) ? args.K + 1 + keeps_at_one(functions) : -1) {}
     float* stream(int k) const { return numbers + k * padded; }
-    // That of another row of the call, so many floats further on.
+    // The scratch of another row of the call, which lies so many floats further on.
     RowScratch moved(int64_t floats) const {
         RowScratch other = *this;
         other.numbers += floats;

@@ -94,7 +94,7 @@ CAMKD_DEVICE float batch_factor(const RowLossArgs& args, const BatchCounters* co
     return counters ? inverse_of(count_of_all(args, counters)) : args.batch.others[2];
 }
 
-// By one warp of the block.
+// Writes the block's factors, by one of its warps.
 CAMKD_DEVICE void write_batch_scalars(const RowLossArgs& args, float factor, BatchScalars* scalars) {
     if (thread_id() % kWarp != 0) return;
     scalars->factor = factor;

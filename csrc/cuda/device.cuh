@@ -131,14 +131,14 @@ CAMKD_DEVICE uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// By one thread. A cluster barrier must come before the first message.
+// Prepares a mailbox, by one thread. A cluster barrier must come before the first message.
 CAMKD_DEVICE void mailbox_open(Mailbox* box) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// By one thread, once per phase: announces the bytes of the phase.
+// Announces the bytes of a phase, by one thread and once per phase.
 CAMKD_DEVICE void mailbox_expect(Mailbox* box, int bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
@@ -177,7 +177,7 @@ struct Phase {
     uint64_t barrier;
 };
 
-// By one thread, before a block barrier.
+// Prepares a phase that so many arrivals end, by one thread and before a block barrier.
 CAMKD_DEVICE void phase_open(Phase* phase, int arrivals) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(phase)), "r"(arrivals) : "memory");

@@ -222,7 +222,7 @@ inline int64_t pipeline_shared(const RowProblem& p, int warps, int slots, int ro
            int64_t(rows) * warps * p.label_sums_bytes + kPhasesBytes;
 }
 
-// What the helping warps of a block cost a row, in the units of row_cost. Fitted to measurements on an H200.
+// The helping warps of a block cost a row this much, in the units of row_cost. Fitted to measurements on an H200.
 constexpr double kHelperCost = 3;
 
 // The pipelined kernel: blocks of different sizes, of which several may share a row or a multiprocessor. Returns false

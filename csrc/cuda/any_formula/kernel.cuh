@@ -243,7 +243,7 @@ class FormulaKernel {
             store_vector<T>(out, args.streams[0].dtype, columns, v, zeros);
     }
 
-    // By the group's last thread, like everything that reads batch_sums.
+    // Writes a row's results, by the group's last thread, like everything that reads batch_sums.
     CAMKD_DEVICE void write_row_stats(int64_t n, const RowResult<float>& result) const {
         const RowLossArgs& args = launch_.args;
         const int K = args.K;
@@ -277,7 +277,7 @@ class FormulaKernel {
 
     CAMKD_DEVICE int groups() const { return FormulaShared::groups(block_threads(), group_.is_warp); }
     CAMKD_DEVICE BatchScalars* batch_scalars() const { return reinterpret_cast<BatchScalars*>(shared_memory()); }
-    // Of the group's warps.
+    // Each warp of the group has WarpSums of its own here.
     CAMKD_DEVICE WarpSums* warps() const {
         return reinterpret_cast<WarpSums*>(batch_scalars() + 1) + (group_.is_warp ? thread_id() / kWarp : 0);
     }

@@ -159,7 +159,7 @@ struct RowNumbers {
     GradCoefficients<float> coefficients;
 };
 
-// Of jsd and skew: this thread's sums over the mixtures.
+// Computes this thread's sums over the mixtures of jsd and skew.
 template <class T>
 CAMKD_DEVICE void mix(const FormulaLaunch& launch, const ThreadGroup& group, RowReader<T> reader, const OwnSums& own,
                       const RowNumbers& row) {

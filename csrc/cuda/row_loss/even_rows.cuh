@@ -84,7 +84,7 @@ class EvenRows {
                                            gradient_of(row) + lane_bytes());
     }
 
-    // That of an ignored row.
+    // Writes the gradient of an ignored row.
     CAMKD_DEVICE void write_zeros(int row) const {
         char* const to = gradient_of(row) + lane_bytes();
         for (int i = 0; i < held(); ++i) store_pack(to + i * kVectorStride, Pack{});

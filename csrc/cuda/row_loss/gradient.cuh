@@ -52,8 +52,8 @@ class RowGradient {
         if (c == 0) group_.fetch_chunk(after, next);
     }
 
-    // The same for a row on the fast path that is its only chunk, where all rows are even and so is the gradient.
-    // `next_row` has the same chunk.
+    // Writes the gradient of a row on the fast path that is its only chunk, where all rows are even and so is the
+    // gradient. `next_row` has the same chunk.
     CAMKD_DEVICE void write_even(const Info& info, const Info& next_row, int r, const Chunk& chunk) const {
         const RowLossArgs& args = group_.launch.args;
         char* const out = static_cast<char*>(args.grad_student) + info.row * group_.launch.C * int64_t(sizeof(T));
@@ -72,7 +72,7 @@ class RowGradient {
             store_at(info.second_vector, group_.second(info).element, chunk, out, group_.second_state(state).gradient);
     }
 
-    // By the general passes.
+    // Writes chunk `chunk` of a row by the general passes, and fetches chunk `next` of row `after` into its slots.
     CAMKD_DEVICE void general_grad(const Info& info, const RowState& state, const Chunk& chunk, char* out,
                                    const Info& after, const Chunk& next) const {
         const Columns columns = columns_out(chunk);

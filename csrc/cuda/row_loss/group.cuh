@@ -57,7 +57,7 @@ struct alignas(Pack) RowInfo {
     bool near;                        // fast path: no reference is far (Reference::far)
 };
 
-// What a row of two labels has besides.
+// A row of two labels has this besides its RowInfo.
 template <int FixedK>
 struct alignas(Pack) SecondInfo {
     float logits[2][kTeachers<FixedK> + 1];  // of all streams at both labels
@@ -70,7 +70,7 @@ struct alignas(Pack) SecondInfo {
     }
 };
 
-// What it has between its statistics and its gradient.
+// A row of two labels has this besides its RowState.
 struct alignas(Pack) SecondState {
     int64_t next_label;  // as RowState::next_label
     float next_mix;      // with it
@@ -200,7 +200,7 @@ struct RowGroup {
 
     CAMKD_DEVICE int lane() const { return thread_id() % kWarp; }
     CAMKD_DEVICE int warp() const { return thread_id() / kWarp; }
-    // Those that hold rows.
+    // This many warps of the block hold rows.
     CAMKD_DEVICE int warps() const { return launch.geometry.threads / kWarp; }
     // How many blocks share a row, as a cluster or a cooperative group. 1 with a warp per row, whose
     // RowGeometry::blocks_per_group share only the end of the minibatch.
@@ -211,8 +211,8 @@ struct RowGroup {
     CAMKD_DEVICE int member() const {
         return WarpPerRow ? lane() : group_rank() * launch.geometry.threads + thread_id();
     }
-    // Of the groups of the grid. Warps are numbered across the blocks, so that the rows that are left for a last round
-    // are spread over all multiprocessors.
+    // The group's number in the grid. Warps are numbered across the blocks, so that the rows that are left for a last
+    // round are spread over all multiprocessors.
     CAMKD_DEVICE int index() const {
         return WarpPerRow ? warp() * int(launch.geometry.blocks) + int(block_id()) : group_id();
     }
@@ -239,7 +239,7 @@ struct RowGroup {
     // Whether rows may have two labels.
     CAMKD_DEVICE bool two_labels() const { return launch.args.second.target != nullptr; }
     CAMKD_DEVICE bool has_two_labels(const Info& info) const { return two_labels() && info.second_vector >= 0; }
-    // Of a row that has.
+    // A row for which has_two_labels is true has this SecondInfo.
     CAMKD_DEVICE SecondInfo<FixedK>& second(const Info& info) const {
         const int64_t index = &info - reinterpret_cast<const Info*>(shared_memory() + launch.infos);
         return reinterpret_cast<SecondInfo<FixedK>*>(shared_memory() + launch.second_infos)[index];
@@ -257,7 +257,7 @@ struct RowGroup {
                (WarpPerRow ? warp() * rows_per_group() : 0);
     }
     CAMKD_DEVICE float* batch_sums() const { return rows()->batch_sums; }
-    // Those of any group of the block.
+    // Each group of the block has batch_sums of its own.
     CAMKD_DEVICE const float* batch_sums(int group) const {
         return reinterpret_cast<RowState*>(shared_memory() + launch.rows)[group * rows_per_group()].batch_sums;
     }
@@ -299,7 +299,7 @@ struct RowGroup {
         const Columns columns = launch.even ? even_columns() : columns_of<T>(launch.C, launch.wide_in, info.address[0]);
         return chunk_of(columns, r, c);
     }
-    // Of every row, if rows are even.
+    // Every row has these columns, if rows are even.
     CAMKD_DEVICE Columns even_columns() const { return {launch.C, 0, launch.C / V, 0, launch.C / V}; }
     CAMKD_DEVICE Chunk chunk_of(const Columns& columns, int r, int c) const {
         const int slots = launch.geometry.slots;

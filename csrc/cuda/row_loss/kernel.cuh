@@ -129,7 +129,7 @@ class RowKernel {
             statistics_.sum_up(info, r);
     }
 
-    // By the merging warp.
+    // The merging warp makes the row's sums of its warps', and computes the weights.
     CAMKD_DEVICE void merge(const Info& info, int r) {
         if constexpr (FixedK > 0) {
             if (!WarpPerRow && info.kept) label_statistics_.merge(exchange_, r);
@@ -182,7 +182,7 @@ class RowKernel {
         float share;
     };
 
-    // With a lane per row: the labels that have been fetched.
+    // The labels that have been fetched, with a lane per row.
     CAMKD_DEVICE Labels labels_of_lane() const {
         if (group_.lane() >= group_.rows_per_group()) return {kIgnored, -1, 1.0f};
         const int64_t label = group_.rows()[group_.lane()].next_label;
@@ -285,8 +285,7 @@ class RowKernel {
     const RowResults<T, WarpPerRow, FixedK> results_;
     const RowGradient<T, WarpPerRow, FixedK> gradient_;
     const RowMinibatch<T, WarpPerRow, FixedK> minibatch_;
-    // Of the rows to be prepared next: logits of this lane's stream.
-    uint32_t logits_[kRows];
+    uint32_t logits_[kRows];  // of this lane's stream, at the labels of the rows to be prepared next
 };
 
 template <class T, bool WarpPerRow, int FixedK>

@@ -25,7 +25,8 @@ class LabelStatistics {
         });
     }
 
-    // The same where this chunk is the whole part. `more`: the last group of copies is that of another row, or empty.
+    // Sums row r over this warp's part where it is a single chunk. `more`: the last group of copies is that of another
+    // row, or empty.
     CAMKD_DEVICE void sum_up(const Info& info, int r, const Chunk& chunk, bool more) const {
         sum_chunks(info, r, more, [&](auto add) { add(chunk); });
     }

@@ -238,13 +238,14 @@ class PipelinedKernel {
         phase_open(&all->prepared, 1);
     }
 
-    // By a warp.
+    // A warp arrives at a phase once for all its lanes.
     CAMKD_DEVICE void arrive(Phase* phase) const {
         warp_barrier();
         if (group_.lane() == 0) phase_arrive(phase);
     }
 
-    // For a row that is out of range. Bit r of `again`: whether an odd number of such rows came before in its place.
+    // Waits for one of the phases of a row that is out of range. Bit r of `again` says whether an odd number of such
+    // rows came before in its place.
     CAMKD_DEVICE void wait_again(Phase* phases, int n, unsigned& again) const {
         phase_wait(&phases[place(n)], int(again >> place(n) & 1));
         again ^= 1u << place(n);
@@ -256,8 +257,9 @@ class PipelinedKernel {
         const int64_t after = args().N - group_id(), groups = group_.launch.groups;
         return after > 0 ? int((after + groups - 1) / groups) : 0;
     }
-    // In flight. A row's place among them, and how many had it before.
+    // The group has this many rows in flight.
     CAMKD_DEVICE int rows() const { return group_.launch.geometry.rows; }
+    // Row n takes this place among them, which round(n) rows had before.
     CAMKD_DEVICE int place(int n) const { return n - round(n) * rows(); }
     CAMKD_DEVICE int round(int n) const { return int(uint64_t(uint32_t(n)) * group_.launch.rows_reciprocal >> 32); }
     static_assert((kPreparedRows & (kPreparedRows - 1)) == 0);

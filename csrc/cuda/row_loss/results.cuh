@@ -58,9 +58,9 @@ class RowResults {
         if (group_.has_two_labels(info)) write_second_gradient(info, r);
     }
 
-    // The same on the fast path, without a logarithm or an exponential. Every lane computes all of it: with the numbers
-    // spread over lanes, the row would wait for shuffles. Sets `out_of_range` if the row needs the general passes; all
-    // blocks of a group have the same sums and decide alike.
+    // Computes weights and coefficients on the fast path, without a logarithm or an exponential. Every lane computes
+    // all of it: with the numbers spread over lanes, the row would wait for shuffles. Sets `out_of_range` if the row
+    // needs the general passes; all blocks of a group have the same sums and decide alike.
     CAMKD_DEVICE void compute_label_weights(const Info& info, int r) const {
         if (group_.launch.debug) check_label(!info.kept || info.label_valid);
         if (!info.kept) return;
@@ -311,7 +311,7 @@ class RowResults {
 
     CAMKD_DEVICE int stream() const { return group_.lane() < group_.teachers() ? group_.lane() + 1 : 0; }
 
-    // Of this lane's stream, whose sums these are.
+    // The cross-entropy of this lane's stream, whose sums these are.
     CAMKD_DEVICE float cross_entropy(const Info& info, const State& sums) const {
         if (group_.has_two_labels(info)) return std::log(sums.sum1) + group_.second(info).below(sums.max, stream());
         return std::log(sums.sum1) - (info.logits.at[stream()] - sums.max);
