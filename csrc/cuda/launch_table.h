@@ -282,8 +282,8 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
         const int resident = resident_warps(p, limits, g.threads, shared), of_block = g.threads / kWarpThreads;
         const int64_t places = int64_t(limits.multiprocessors) * resident / of_block;
         if (g.cooperative && std::min(places, group_blocks(p)) < g.blocks_per_group) return;
-        const double cost =
-            row_cost(p, of_block * g.blocks_per_group, slots, g.chunks, resident) / used_places(g, places);
+        const int warps = of_block * g.blocks_per_group;
+        const double cost = row_cost(p, warps, slots, g.chunks, resident) / used_places(g, places);
         if (cost >= 0.95 * least) return;  // earlier candidates are simpler: large blocks, small clusters, one read
         least = cost;
         best = g;
@@ -304,16 +304,14 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
     g.cooperative = true;
     g.threads = limits.block_threads;
     for (g.slots = 1; limits.least_cooperative > 0 && g.slots <= kMaxSlots; ++g.slots) {
-        g.blocks_per_group =
-            int(std::min<int64_t>(ceil_div(p.vectors, int64_t(g.threads) * g.slots), kLargestCooperative + 1));
+        const int64_t wanted = ceil_div(p.vectors, int64_t(g.threads) * g.slots);
+        g.blocks_per_group = int(std::min<int64_t>(wanted, kLargestCooperative + 1));
         g.blocks = p.N * g.blocks_per_group;
         if (g.blocks_per_group < limits.least_cooperative || g.blocks_per_group > kLargestCooperative) continue;
         consider(g, row_shared(p, g.threads, g.slots, 1, false, g.blocks_per_group), g.slots);
     }
     g.cooperative = false;
-    // Two reads: the row passes through the buffers in chunks. The last chunk stays there for the gradient and is
-    // not read again.
-    g.threads = limits.block_threads;
+    // Two reads: the row passes through the buffers in chunks. The last one stays there and is not read again.
     g.blocks_per_group = 1;
     const int64_t slots = ceil_div(p.vectors, g.threads);
     const int64_t fixed = row_shared(p, g.threads, 0, 1, false, 1);
@@ -331,8 +329,8 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
     }
     if (best.threads == 0)
         throw std::runtime_error("camkd_fast: a row of " + std::to_string(p.K) +
-                                 " teachers needs a block with more shared memory than the device's " +
-                                 std::to_string(limits.shared_per_block) + " bytes");
+                                 " teachers does not fit the device's " + std::to_string(limits.shared_per_block) +
+                                 " bytes of shared memory per block");
     return best;
 }
 

@@ -40,6 +40,9 @@ KERNELS = {
     "scale_rows_kernel": 3,
 }
 THREADS = 256  # of a block, as in launch_table.h
+# Bytes of stack that a kernel may use. For sm_120 the compiler keeps two of the logits that a warp looks up ahead, four
+# in all per round of rows, in local memory; no loop over columns reads it.
+STACK = {("sm_120", f"row_loss_kernelINS0_4bf16ELb1ELi{K}E"): 8 for K in (1, 2)}
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
@@ -101,7 +104,9 @@ def check_resources(report: str, arch: str) -> None:
     for kernel, count in KERNELS.items():
         assert sum(kernel in name for name, *_ in usage) == count, f"{arch}: {kernel} is missing"
     for name, registers, stack, local in usage:
-        assert (stack, local) == ("0", "0"), f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
+        allowed = sum(count for (of, kernel), count in STACK.items() if of == arch and kernel in name)
+        used = f"{arch} {name}: {stack} bytes of stack, {local} of local memory"
+        assert int(stack) <= allowed and local == "0", used
         if adds_up_rows(name):
             # Threads of a multiprocessor, as in blocks_per_multiprocessor() and pipeline_threads() of launch_table.h.
             few = re.search(r"Li[123]E", name) is not None
@@ -215,7 +220,9 @@ def test_sources_compile_without_a_warning(arch: str, tmp_path: Path) -> None:
     for source in SOURCES:
         cubin = tmp_path / f"{source.stem}.cubin"
         virtual = arch.replace("sm", "compute")
-        flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+        flags = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
+        if not any(of == arch for of, _ in STACK):
+            flags += ["-Xptxas", "-warn-spills,-warn-lmem-usage"]
         run("nvcc", *flags, "-gencode", f"arch={virtual},code={arch}", "-cubin", source, "-o", cubin)
         report += run(cuobjdump(), "-res-usage", cubin)
     check_resources(report, arch)
