@@ -328,9 +328,9 @@ inline RowGeometry row_geometry(const RowProblem& p, const Limits& limits, const
         consider(g, row_shared(p, g.threads, g.slots, 1, false, 1), slots);
     }
     if (best.threads == 0)
-        throw std::runtime_error("camkd_fast: a row of " + std::to_string(p.K) +
-                                 " teachers does not fit the device's " + std::to_string(limits.shared_per_block) +
-                                 " bytes of shared memory per block");
+        throw std::runtime_error("camkd_fast: a row of " + std::to_string(p.K) + " teachers needs a block with more " +
+                                 "shared memory than the device's " + std::to_string(limits.shared_per_block) +
+                                 " bytes");
     return best;
 }
 
