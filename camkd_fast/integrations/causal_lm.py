@@ -8,39 +8,22 @@ compiled as a whole computes logits, so its code is not used: compile the backbo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ..losses.linear import LinearLossOutput, camkd_linear_loss
+from .output_head import OutputHead, head_parameters, output_head, own_head
+from .placement import can_run
+from .wrappers import before_compilation, call_inside, unwrapped
 
 # Inputs of a model that its backbone does not take.
 NOT_FOR_THE_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # the same factor in various configs
-
-
-class OutputHead(NamedTuple):
-    """logits = softcap * tanh(logit_scale * (hidden @ weight^T + bias) / softcap), without a softcap its argument."""
-
-    weight: Tensor  # (C, H)
-    bias: Tensor | None = None  # (C,)
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., C) of hidden states (..., H)."""
-        z = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def detached(self, like: Tensor) -> OutputHead:
-        """The head without gradients, on the device of the hidden states `like`."""
-        bias = None if self.bias is None else self.bias.detach().to(like.device)
-        return self._replace(weight=self.weight.detach().to(like.device), bias=bias)
+# Largest logits of the two tokens of `check_logits`: softcaps show in large ones only, and could hide a scale there.
+CHECKED_LOGITS = (1.0, 100.0)
 
 
 class Teacher(NamedTuple):
@@ -57,48 +40,6 @@ class Hidden(NamedTuple):
     head: OutputHead
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside DDP and torch.compile. FSDP2 changes a model's class and wraps nothing."""
-    while (inner := _inside(model)) is not None:
-        model = inner
-    return model
-
-
-def _inside(model: Any) -> nn.Module | None:
-    children = model._modules
-    if "_orig_mod" in children:
-        return children["_orig_mod"]  # type: ignore[no-any-return]
-    return None if hasattr(model, "get_output_embeddings") else children.get("module")
-
-
-def call_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) as the forward of `inner`, called through `wrapper`, so that the hooks of both run."""
-    # Compiled code would not see the other forward
-    wrapper, inner = (_before_compilation(module) for module in (wrapper, inner))
-    own = vars(inner).get("forward")  # accelerate and TRL set one at the instance
-
-    def restore() -> None:
-        vars(inner).pop("forward", None)
-        if own is not None:
-            vars(inner)["forward"] = own
-
-    def forward(*given: Any) -> Any:
-        restore()
-        return function(*given)
-
-    vars(inner)["forward"] = forward
-    try:
-        return wrapper(*arguments)
-    finally:
-        restore()
-
-
-def _before_compilation(module: nn.Module) -> nn.Module:
-    while "_orig_mod" in module._modules:
-        module = module._modules["_orig_mod"]  # type: ignore[assignment]
-    return module
-
-
 def backbone(model: Any) -> nn.Module:
     """The part of an unwrapped model that ends with the hidden states that its head takes.
 
@@ -106,14 +47,17 @@ def backbone(model: Any) -> nn.Module:
         ValueError: the model has no such part, or adapters outside of it.
     """
     inner = _without_adapters_outside(model)
-    _own_head(inner)
+    own_head(inner)
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is an encoder and a decoder: expected a causal language model")
     # `base_model` of a model of text and images takes both; `get_decoder()` would be its text part only.
-    found = inner.base_model if inner.base_model is not inner else inner.get_decoder()
-    if found is inner:
-        raise ValueError(f"{type(inner).__name__} does not name its backbone: base_model is the model itself")
-    return found  # type: ignore[no-any-return]
+    for found in (inner.base_model, inner.get_decoder(), getattr(inner, "model", inner)):
+        # The text part of a model of text and images may be a causal language model itself, without the images.
+        if getattr(found, "get_output_embeddings", lambda: None)() is None:
+            return found  # type: ignore[no-any-return]
+    raise ValueError(
+        f"{type(inner).__name__} does not name its backbone: base_model, get_decoder() and `model` have output heads"
+    )
 
 
 def _without_adapters_outside(model: Any) -> Any:
@@ -137,95 +81,102 @@ def hidden_states(model: Any, inputs: Mapping[str, Any]) -> Tensor:
         inputs: of the model; labels and the like are left out.
     """
     taken = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_BACKBONE}
-    states: Tensor = backbone(model)(**{**taken, "use_cache": False}).last_hidden_state
+    states: Tensor = backbone(model)(**{**taken, "use_cache": False, "return_dict": True}).last_hidden_state
     return states
-
-
-def _own_head(model: Any) -> Any:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output head: expected a causal language model")
-    return head
 
 
 def classes_of_head(model: Any) -> int:
     """Number of classes of the head of a `Teacher` or a causal language model, which may be wrapped."""
-    head = model.head if isinstance(model, Teacher) else _own_head(unwrapped(model))
-    return int(head.weight.shape[0])
-
-
-def output_head(model: Any) -> OutputHead:
-    """The head of an unwrapped model as its parameters, which may be tied, frozen or a copy that PEFT trains.
-
-    Raises:
-        ValueError: there is none, or an adapter changes what the head computes.
-    """
-    head = _own_head(model)
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # loaded wherever there is such a head
-    if tuners is not None and isinstance(head, tuners.BaseTunerLayer):
-        if not head.merged:
-            raise ValueError(
-                f"PEFT adapts the output head with {type(head).__name__}, but the linear loss takes one weight: name "
-                "the head in modules_to_save instead of target_modules, or merge_and_unload() a teacher"
-            )
-        head = head.get_base_layer()
-    text = model.config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return OutputHead(whole(head.weight), whole(getattr(head, "bias", None)), logit_scale(text), softcap)
-
-
-def logit_scale(config: Any) -> float:
-    """The factor of the logits by a text model's config, as TRL 1.16 reads it."""
-    for name in SCALES:
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor if config.model_type == "hyperclovax" else 1.0 / divisor)
-
-
-def whole(parameter: Any) -> Any:
-    """A DTensor gathered, once for all chunks of the loss; anything else as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def is_sharded(teacher: Any) -> bool:
-    """Whether other processes wait for this one in the teacher's forward."""
-    return isinstance(teacher, nn.Module) and any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
-
-
-def is_in_place(model: Any) -> bool:
-    """Whether a model lies on one device of this process in full, so that it may be moved and run."""
-    if getattr(unwrapped(model), "hf_device_map", None) is not None or is_sharded(model):
-        return False
-    return all(parameter.numel() > 0 and not parameter.is_meta for parameter in model.parameters())
+    weight = model.head.weight if isinstance(model, Teacher) else head_parameters(unwrapped(model))[0]
+    return int(weight.shape[0])
 
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """Two tokens of a model, by its head and config, and by its own forward.
+    """Compares two tokens' logits by a model's head and config with those of its own forward.
+
+    The head's inputs are scaled for both, so that the result does not depend on the size of the logits. If the model
+    does not call its head, they are compared at the size that they have. A model that this process cannot run, since
+    other processes have parts of it, is not checked.
 
     Raises:
         ValueError: they differ, as where a model does something of its own between backbone and head.
     """
     inner = unwrapped(model)
+    if not can_run(inner):
+        return
     training = [module for module in inner.modules() if module.training]
     inner.eval()
     try:
-        head = output_head(inner)
-        inputs = {"input_ids": torch.arange(2, device=head.weight.device).unsqueeze(0)}
-        found = head.logits(hidden_states(inner, inputs)).float()
-        expected = inner(**inputs, use_cache=False).logits.float()
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see hooks come and go
+            _compare_logits(inner)
     finally:
         for module in training:
             module.training = True
-    error, size = float((found - expected).norm()), float(expected.norm())
-    if not error <= 0.05 * size:  # half precision rounds
+
+
+def _compare_logits(inner: Any) -> None:
+    name = type(inner).__name__
+    device = next((p.device for p in inner.parameters() if not p.is_meta), torch.device("cpu"))
+    inputs = {"input_ids": torch.arange(2, device=device).unsqueeze(0)}
+    states, head = teacher_hidden(inner, inputs)
+    if head.weight.shape[1] != states.shape[-1]:
         raise ValueError(
-            f"the logits of {type(inner).__name__} are not those of its output head and config: norm {size:.3g}, "
-            f"difference {error:.3g}"
+            f"the output head of {name} takes {head.weight.shape[1]} numbers per token, but its backbone returns "
+            f"{states.shape[-1]}: expected a head that follows the backbone directly"
         )
+    dtypes = [states.dtype, head.weight.dtype]
+    head = OutputHead(*_of_one_dtype(states, head.weight, head.bias), *head[2:])
+    factors = _factors_of_check(states, head)
+    logits, called = _own_logits(inner, inputs, factors)
+    found, expected = head.logits(states * factors if called else states).float(), logits.to(states.device).float()
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"the logits of {name} have shape {tuple(expected.shape)}, but by its output head they have "
+            f"{tuple(found.shape)}: expected one class per row of the head"
+        )
+    errors, sizes = (found - expected).norm(dim=-1), expected.norm(dim=-1)
+    rounding = max(torch.finfo(dtype).eps for dtype in (*dtypes, logits.dtype))
+    if not bool((errors <= max(1e-3, 6 * rounding) * sizes).all()):
+        error, size = float(errors.norm()), float(sizes.norm())
+        raise ValueError(
+            f"the logits of {name} are not those of its output head and config (logit scale {head.logit_scale:g}, "
+            f"softcap {head.softcap}): norm {size:.3g}, difference {error:.3g}. Remove a constant from the config that "
+            "the model does not apply, or give a teacher as a `Teacher` with hidden states and head"
+        )
+
+
+def _factors_of_check(states: Tensor, head: OutputHead) -> Tensor:
+    """(2, 1) for hidden states (1, 2, H), with which the logits are as large as `CHECKED_LOGITS`."""
+    largest = nn.functional.linear(states[0], head.weight).abs().amax(-1, keepdim=True).float() * abs(head.logit_scale)
+    factors = largest.new_tensor(CHECKED_LOGITS).unsqueeze(-1) / largest
+    # Room for what a model adds up in half precision
+    most = torch.finfo(states.dtype).max / 16 / states[0].abs().amax(-1, keepdim=True).float()
+    return torch.where(largest > 0, factors.minimum(most), 1.0).to(states.dtype)
+
+
+def _own_logits(inner: Any, inputs: Mapping[str, Any], factors: Tensor) -> tuple[Tensor, bool]:
+    """By the model's forward with its head's inputs multiplied, and whether it called its head, so that they were."""
+    called = []
+
+    def multiply(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(map(multiplied, args)), {name: multiplied(value) for name, value in kwargs.items()}
+
+    def multiplied(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[-2:-1] != (len(factors),):  # heads of other tokens
+            return value
+        called.append(True)
+        return value * factors.to(value)
+
+    hook = before_compilation(own_head(inner)).register_forward_pre_hook(multiply, with_kwargs=True)
+    # By the config, since transformers 5 does not pass the argument on to the backbone
+    own, inner.config.return_dict = inner.config.return_dict, True
+    try:
+        logits: Tensor = inner(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+        inner.config.return_dict = own
+    return logits, bool(called)
 
 
 @torch.no_grad()
@@ -236,23 +187,38 @@ def teacher_hidden(teacher: Any, inputs: Mapping[str, Any]) -> Hidden:
         states = teacher.hidden_states(**taken)
         return Hidden(states, teacher.head.detached(states))
     inner = unwrapped(teacher)
-    found: list[OutputHead] = []
+    heads: list[OutputHead] = []
 
     def inside(inputs: Mapping[str, Any]) -> Tensor:
-        states, head = hidden_states(inner, inputs), output_head(inner)
-        # FSDP2 takes the memory of a gathered weight when the forward ends.
-        found.append(head._replace(weight=head.weight.clone()) if isinstance(inner, FSDPModule) else head)
+        states = hidden_states(inner, inputs)
+        heads.append(_kept_head(inner, states))
         return states
 
     states = call_inside(teacher, inner, inside, inputs)
-    return Hidden(states, found[0].detached(states))
+    return Hidden(states, heads[0].detached(states))
+
+
+def _kept_head(model: Any, states: Tensor) -> OutputHead:
+    """The head of an unwrapped model, read in its forward, whose hooks gather it or load it from elsewhere."""
+    heads: list[OutputHead] = []
+
+    def keep(states: Tensor, head: OutputHead) -> Tensor:
+        # FSDP2 takes the memory of a gathered weight when the forward ends; accelerate leaves it to whoever holds it.
+        gathered = any(isinstance(module, FSDPModule) for module in (model, own_head(model)))
+        heads.append(head.cloned() if gathered else head)
+        return states
+
+    at_head(model, states, keep)
+    return heads[0]
 
 
 @torch.no_grad()
 def unused_hidden(teacher: Any, inputs: Mapping[str, Any]) -> Hidden:
     """Zeros, which the loss does not read: for a batch without samples of the teacher."""
-    head = teacher.head if isinstance(teacher, Teacher) else output_head(unwrapped(teacher))
-    states = head.weight.new_zeros((*inputs["input_ids"].shape, head.weight.shape[1]))
+    ids = inputs["input_ids"]
+    weight = teacher.head.weight if isinstance(teacher, Teacher) else head_parameters(unwrapped(teacher))[0]
+    states = torch.zeros((*ids.shape, weight.shape[1]), dtype=weight.dtype, device=ids.device)
+    head = teacher.head if isinstance(teacher, Teacher) else _kept_head(unwrapped(teacher), states)
     return Hidden(states, head.detached(states))
 
 

@@ -10,16 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import (
-    Hidden,
-    Teacher,
-    check_logits,
-    classes_of_head,
-    is_in_place,
-    is_sharded,
-    teacher_hidden,
-    unused_hidden,
-)
+from .causal_lm import Hidden, Teacher, check_logits, classes_of_head, teacher_hidden, unused_hidden
+from .placement import can_move, is_sharded
 
 MOST_PADDING = 1024  # classes by which heads of one tokenizer differ
 # Inputs with a row (B, S) of tokens per sample. Others may have as many rows by chance.
@@ -124,8 +116,9 @@ class TeacherMix:
                         "give a copy made before"
                     )
                 teacher.eval()
-                if is_in_place(teacher):
-                    check_logits(teacher.to(device))
+                if can_move(teacher):
+                    teacher.to(device)
+                check_logits(teacher)
 
     def of_batch(
         self, batch: Mapping[str, Any], inputs: Mapping[str, Any], positions: int

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..losses.linear import CAMKDLinearLoss
-from .causal_lm import OutputHead, backbone, check_logits, is_in_place, linear_loss, student_loss, unwrapped
+from .causal_lm import backbone, check_logits, linear_loss, student_loss
+from .output_head import OutputHead
 from .signatures import check_signature
 from .teacher_mix import TeacherMix
 from .trainer_parts import CollatorWithColumn, TrainerParts
+from .wrappers import unwrapped
 
 COMPUTE_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
 GIVEN = ("reduction", "shift", "ignore_index")  # settings of the loss that the trainer decides
@@ -81,8 +83,7 @@ class MultiTeacherDistillationMixin(TrainerParts):
                 f"nn.DataParallel over {self.args.n_gpu} GPUs is not supported, one GPU per process is: start the "
                 "script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
             )
-        if is_in_place(self.model):
-            check_logits(self.model)
+        check_logits(self.model)
         if self.model_init is None:
             self._compile(self.model)
         if self.teachers:

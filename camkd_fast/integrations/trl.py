@@ -14,7 +14,8 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from ..losses.linear import CAMKDLinearLoss, LinearLossOutput
-from .causal_lm import Hidden, OutputHead, at_head, check_logits, hidden_states, is_in_place, linear_loss, whole
+from .causal_lm import Hidden, at_head, check_logits, hidden_states, linear_loss
+from .output_head import OutputHead, whole
 from .signatures import check_signature
 from .teacher_mix import TeacherMix
 from .trainer_parts import TrainerParts
@@ -118,8 +119,7 @@ class MultiTeacherDistillationTrainer(TrainerParts, DistillationTrainer):  # typ
             check_signature(DistillationTrainer, method, expected, "trl")
         self._mix, self.teacher_column = TeacherMix(teachers, teacher_weights, teacher_column), teacher_column
         super().__init__(model, None, *args, **kwargs)
-        if is_in_place(self.model):
-            check_logits(self.model)
+        check_logits(self.model)
         self._mix.place(self.accelerator.device, self.model)
         self.distillation_loss = CAMKDLinearLoss(
             weighting,

@@ -12,19 +12,14 @@ import transformers
 from torch import Tensor, nn
 
 from camkd_fast.integrations.causal_lm import (
-    OutputHead,
     Teacher,
-    call_inside,
-    check_logits,
     hidden_states,
-    is_in_place,
     linear_loss,
-    logit_scale,
-    output_head,
     student_loss,
     teacher_hidden,
-    unwrapped,
 )
+from camkd_fast.integrations.output_head import OutputHead, logit_scale, output_head, softcap
+from camkd_fast.integrations.wrappers import call_inside, unwrapped
 from tests.support.language_models import (
     KINDS,
     VOCABULARY,
@@ -258,11 +253,18 @@ def test_a_head_takes_the_dtype_of_its_hidden_states() -> None:
         ({"lm_head_multiplier": 0.5}, 0.5),
         ({"logits_scaling": 4.0}, 0.25),
         ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0),
+        ({"logits_mup_width_multiplier": 4.0}, 0.25),
         ({}, 1.0),
     ],
 )
 def test_scales_of_configs(config: dict[str, Any], factor: float) -> None:
     assert logit_scale(SimpleNamespace(**{"model_type": "x", **config})) == factor
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
+def test_softcaps_of_configs(name: str) -> None:
+    assert softcap(SimpleNamespace(**{name: 30})) == 30.0
+    assert softcap(SimpleNamespace(**{name: None})) is None
 
 
 def test_other_models_are_refused() -> None:
@@ -272,20 +274,3 @@ def test_other_models_are_refused() -> None:
     both = transformers.T5Config(vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder and a decoder"):
         hidden_states(transformers.T5ForConditionalGeneration(both), token_batch())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_head_and_config(kind: str) -> None:
-    model = causal_lm(kind)
-    frozen = next(module for module in model.modules() if isinstance(module, nn.Embedding)).eval()
-    check_logits(model)
-    assert model.training and not frozen.training and is_in_place(model)
-
-
-def test_a_model_with_logits_of_its_own_is_refused() -> None:
-    model = causal_lm().eval()
-    inside = model.forward
-    model.forward = lambda **inputs: SimpleNamespace(logits=1.2 * inside(**inputs).logits)
-    with pytest.raises(ValueError, match="LlamaForCausalLM are not those of its output head and config: norm"):
-        check_logits(model)
-    assert not model.training and not is_in_place(causal_lm().to("meta"))

@@ -33,6 +33,9 @@ mesh, whole = init_device_mesh("cpu", (2,)), lm.token_batch(8)
 parts = [{name: value[rows] for name, value in whole.items()} for rows in torch.arange(8).chunk(2)[rank].chunk(2)]
 items = (whole["labels"][:, 1:] != -100).sum()
 
+def three():
+    return [*lm.teachers(), lm.causal_lm("phi", 24, seed=3).eval()]  # a head with a bias
+
 def loss_of(model, batch, teachers, num_items):
     hidden = [teacher_hidden(teacher, batch) for teacher in teachers]
     return student_loss(model, batch, lambda states, head: linear_loss(
@@ -44,11 +47,11 @@ def gradients(model):
 
 for kind in ("llama", "qwen2"):
     single = lm.causal_lm(kind)
-    loss_of(single, whole, lm.teachers(), items).backward()
+    loss_of(single, whole, three(), items).backward()
     expected = lm.gradients(single)
     ways = ["ddp", "ddp and sharded teachers", "fsdp2", "fsdp2 of layers"]
     for way in [*ways, "fsdp2 of the head"] if kind == "llama" else ways:
-        model, teachers = lm.causal_lm(kind), lm.teachers()
+        model, teachers = lm.causal_lm(kind), three()
         if way.startswith("ddp"):
             model = DistributedDataParallel(model)
         else:
