@@ -45,12 +45,13 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add means over the tokens since the last log: hard_loss, soft_loss, entropy if the loss has it, and of
         teacher k teacher_k_weight and teacher_k_ce; in evaluation with its prefix."""
-        # Only to logs that every process writes: those have a loss.
-        names = ["loss"] if self._mode == "train" else [name for name in logs if name.endswith("_loss")]
-        if names and names[0] in logs:
-            prefix = names[0].removesuffix("loss")
-            means = self._loss_metrics[self._mode].means(self.accelerator)
-            logs.update({prefix + name: value for name, value in means.items()})
+        # Only to logs that every process writes: those have a loss. The model's mode does not say whose log it is,
+        # since an evaluation may come before a log of training.
+        name = "loss" if "loss" in logs else _loss_of_evaluation(logs)
+        if name is not None:
+            means = self._loss_metrics["train" if name == "loss" else "eval"].means(self.accelerator)
+            prefix = name.removesuffix("loss")
+            logs.update({prefix + key: value for key, value in means.items()})
         super().log(logs, start_time)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,6 +60,12 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
             return super().predict(*args, **kwargs)
         finally:
             self._loss_metrics["eval"].clear()
+
+
+def _loss_of_evaluation(logs: Mapping[str, float]) -> str | None:
+    """The name of an evaluation's loss, such as "eval_loss". Metrics of the user may end alike, with longer names."""
+    names = [name for name in logs if name.endswith("_loss") and name != "train_loss"]  # the last log of a run
+    return min(names, key=len, default=None)
 
 
 class CollatorWithColumn:

@@ -392,6 +392,25 @@ def test_evaluation_and_prediction(make: Any) -> None:
     assert trainer._loss_metrics["eval"].means(trainer.accelerator) == {}
 
 
+def test_a_log_of_training_after_an_evaluation(make: Any) -> None:
+    """The model is in evaluation mode then. The last log of a run has a loss of its own."""
+    logs: list[list[dict[str, float]]] = []
+    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 2}):
+        settings |= {"max_steps": 4, "logging_strategy": "epoch"}
+        trainer = make(settings=settings, compute_metrics=lambda _: {"aux_loss": 1.0})
+        trainer.train()
+        logs.append(trainer.state.log_history)
+    expected, found = ([log for log in history if "loss" in log] for history in logs)
+    assert found == expected and len(found) == 2
+    assert {"hard_loss", "teacher_1_weight", "teacher_1_ce"} <= found[0].keys()
+    evaluations = [log for log in logs[1] if "eval_loss" in log]
+    assert len(evaluations) == 2
+    for log in evaluations:
+        assert {"eval_hard_loss", "eval_teacher_1_ce"} <= log.keys() and "hard_loss" not in log
+        assert "eval_aux_teacher_1_ce" not in log
+    assert [name for name in logs[1][-1] if "loss" in name or "teacher" in name] == ["train_loss"]
+
+
 def test_mixed_precision_is_the_trainers(make: Any) -> None:
     trainer, dtypes = make(settings={"bf16": True}), []
     trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))

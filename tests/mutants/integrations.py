@@ -56,6 +56,15 @@ CHANGES = (
                'name = "forward"', tests=CHECK),
     ),
     *changes(
+        "camkd_fast/integrations/trainer_parts.py",
+        TRAINER,
+        Change("the model's mode says whose log it is", 'name = "loss" if "loss" in logs else',
+               'name = "loss" if "loss" in logs and self.model.training else'),
+        Change("any metric gives the prefix", "return min(names, key=len, default=None)", "return next(iter(names), None)"),
+        Change("the last log is an evaluation's", ' and name != "train_loss"]', "]",
+               equivalent="an evaluation leaves no means behind, and its log is written before"),
+    ),
+    *changes(
         "camkd_fast/integrations/teacher_mix.py",
         TRAINER,
         Change("a model passes for a list of teachers", "(list, tuple, nn.ModuleList, type(None))", "object"),
