@@ -22,8 +22,9 @@ from .wrappers import before_compilation, call_inside, unwrapped
 
 # Inputs of a model that its backbone does not take.
 NOT_FOR_THE_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
-# Largest logits of the two tokens of `check_logits`: softcaps show in large ones only, and could hide a scale there.
-CHECKED_LOGITS = (1.0, 100.0)
+# Largest logits of the tokens of `check_logits`: softcaps show in large ones only, and could hide a scale there. Each
+# twice, since the states of a padding token may be 0.
+CHECKED_LOGITS = (1.0, 100.0, 1.0, 100.0)
 
 
 class Teacher(NamedTuple):
@@ -93,7 +94,7 @@ def classes_of_head(model: Any) -> int:
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """Compares two tokens' logits by a model's head and config with those of its own forward.
+    """Compares logits of a few tokens by a model's head and config with those of its own forward.
 
     The head's inputs are scaled for both, so that the result does not depend on the size of the logits. If the model
     does not call its head, they are compared at the size that they have. A model that this process cannot run, since
@@ -118,7 +119,7 @@ def check_logits(model: Any) -> None:
 def _compare_logits(inner: Any) -> None:
     name = type(inner).__name__
     device = next((p.device for p in inner.parameters() if not p.is_meta), torch.device("cpu"))
-    inputs = {"input_ids": torch.arange(2, device=device).unsqueeze(0)}
+    inputs = {"input_ids": torch.arange(len(CHECKED_LOGITS), device=device).unsqueeze(0)}
     states, head = teacher_hidden(inner, inputs)
     if head.weight.shape[1] != states.shape[-1]:
         raise ValueError(
@@ -147,7 +148,7 @@ def _compare_logits(inner: Any) -> None:
 
 
 def _factors_of_check(states: Tensor, head: OutputHead) -> Tensor:
-    """(2, 1) for hidden states (1, 2, H), with which the logits are as large as `CHECKED_LOGITS`."""
+    """(S, 1) for hidden states (1, S, H), with which the logits are as large as `CHECKED_LOGITS`."""
     largest = nn.functional.linear(states[0], head.weight).abs().amax(-1, keepdim=True).float() * abs(head.logit_scale)
     factors = largest.new_tensor(CHECKED_LOGITS).unsqueeze(-1) / largest
     # Room for what a model adds up in half precision

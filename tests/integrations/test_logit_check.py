@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,13 +107,11 @@ def test_a_softcap_of_small_logits_is_seen(monkeypatch: pytest.MonkeyPatch, dtyp
 
 
 def test_a_scale_behind_a_softcap_is_seen() -> None:
-    """Where all logits are the softcap or its negative."""
-    model = causal_lm("gemma2")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1000.0)
+    """Where nearly all logits are the softcap or its negative, and the others do not outweigh half precision."""
+    model = causal_lm("gemma2", final_logit_softcapping=0.5).to(torch.bfloat16)
     check_logits(model)
     model.config.logit_scale = 2.0
-    with pytest.raises(ValueError, match=rf"{REFUSED} \(logit scale 2, softcap 3.0\)"):
+    with pytest.raises(ValueError, match=rf"{REFUSED} \(logit scale 2, softcap 0.5\)"):
         check_logits(model)
 
 
@@ -177,17 +176,24 @@ def test_a_head_that_the_model_does_not_call() -> None:
 
 
 @pytest.mark.parametrize("part", ["head", "model"])
-def test_compiled_models_are_checked_without_their_code(part: str) -> None:
-    """A hook that was there while a graph was made would stay in it."""
-    model, batch = causal_lm(initializer_range=0.02).eval(), token_batch(B=1, S=2)
-    expected = teacher_logits([model], batch)[0]
-    if part == "head":
-        model.lm_head = torch.compile(model.lm_head, backend="eager")
-    else:
-        model.compile(backend="eager")
-    check_logits(model)
-    assert torch.equal(teacher_logits([model], batch)[0], expected)
-    check_logits(model)
+@pytest.mark.parametrize("called", [False, True])
+def test_compiled_models_are_checked_without_their_code(part: str, called: bool) -> None:
+    """Code that was compiled before does not call the check's hook, and code compiled now would go on to."""
+    for ignored in (False, True):
+        torch._dynamo.reset()
+        model = causal_lm(initializer_range=0.02, final_logit_softcapping=30.0 if ignored else None).eval()
+        inputs = {"input_ids": torch.arange(4).unsqueeze(0), "use_cache": False}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            if part == "head":
+                model.lm_head = torch.compile(model.lm_head, backend="eager")
+            else:
+                model.compile(backend="eager")
+            if called:
+                model(**inputs)
+            with pytest.raises(ValueError, match=REFUSED) if ignored else nullcontext():
+                check_logits(model)
+            assert torch.equal(model(**inputs).logits, expected)
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
@@ -280,7 +286,7 @@ def truncated() -> Any:
             lambda: made("RemBertForCausalLM", **SMALL, num_attention_heads=4, num_hidden_layers=1, is_decoder=True),
             "head of RemBertForCausalLM takes 1664 numbers per token, but its backbone returns 32",
         ),
-        (truncated, r"logits of Truncated have shape \(1, 2, 50\), but by its output head they have \(1, 2, 60\)"),
+        (truncated, r"logits of Truncated have shape \(1, 4, 50\), but by its output head they have \(1, 4, 60\)"),
     ],
     ids=["learned scale", "dynamic", "int8", "electra", "rembert", "padded"],
 )  # fmt: skip

@@ -63,6 +63,8 @@ for kind in ("llama", "qwen2"):
             fully_shard(model, mesh=mesh)
         if way != "ddp":
             for teacher in teachers:
+                if way == "fsdp2 of the head" and not teacher.config.tie_word_embeddings:
+                    fully_shard(teacher.lm_head, mesh=mesh)
                 fully_shard(teacher, mesh=mesh)
         for last, part in zip((False, True), parts):
             if not way.startswith("ddp"):

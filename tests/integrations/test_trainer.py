@@ -397,7 +397,7 @@ def test_a_log_of_training_after_an_evaluation(make: Any) -> None:
     logs: list[list[dict[str, float]]] = []
     for settings in ({}, {"eval_strategy": "steps", "eval_steps": 2}):
         settings |= {"max_steps": 4, "logging_strategy": "epoch"}
-        trainer = make(settings=settings, compute_metrics=lambda _: {"aux_loss": 1.0})
+        trainer = make(settings=settings, compute_metrics=lambda _: {"eval_aux_loss": 1.0})
         trainer.train()
         logs.append(trainer.state.log_history)
     expected, found = ([log for log in history if "loss" in log] for history in logs)
