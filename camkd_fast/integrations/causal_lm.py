@@ -94,14 +94,15 @@ def classes_of_head(model: Any) -> int:
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """Compares logits of a few tokens by a model's head and config with those of its own forward.
+    """Compare logits of a few tokens by a model's head and config with those of its own forward.
 
     The head's inputs are scaled for both, so that the result does not depend on the size of the logits. If the model
     does not call its head, they are compared at the size that they have. A model that this process cannot run, since
     other processes have parts of it, is not checked.
 
     Raises:
-        ValueError: they differ, as where a model does something of its own between backbone and head.
+        ValueError: they differ, as where a model does something of its own between backbone and head, or the model has
+            no backbone or head that the linear loss takes.
     """
     inner = unwrapped(model)
     if not can_run(inner):
@@ -148,7 +149,7 @@ def _compare_logits(inner: Any) -> None:
 
 
 def _factors_of_check(states: Tensor, head: OutputHead) -> Tensor:
-    """(S, 1) for hidden states (1, S, H), with which the logits are as large as `CHECKED_LOGITS`."""
+    """Factors (S, 1) of hidden states (1, S, H) with which the logits are as large as `CHECKED_LOGITS`."""
     largest = nn.functional.linear(states[0], head.weight).abs().amax(-1, keepdim=True).float() * abs(head.logit_scale)
     factors = largest.new_tensor(CHECKED_LOGITS).unsqueeze(-1) / largest
     # Room for what a model adds up in half precision
@@ -157,7 +158,7 @@ def _factors_of_check(states: Tensor, head: OutputHead) -> Tensor:
 
 
 def _own_logits(inner: Any, inputs: Mapping[str, Any], factors: Tensor) -> tuple[Tensor, bool]:
-    """By the model's forward with its head's inputs multiplied, and whether it called its head, so that they were."""
+    """Logits of the model's forward with the inputs of its head multiplied, and whether it called its head at all."""
     called = []
 
     def multiply(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -200,7 +201,7 @@ def teacher_hidden(teacher: Any, inputs: Mapping[str, Any]) -> Hidden:
 
 
 def _kept_head(model: Any, states: Tensor) -> OutputHead:
-    """The head of an unwrapped model, read in its forward, whose hooks gather it or load it from elsewhere."""
+    """The head of an unwrapped model, read inside the head's forward, whose hooks gather it or load it."""
     heads: list[OutputHead] = []
 
     def keep(states: Tensor, head: OutputHead) -> Tensor:

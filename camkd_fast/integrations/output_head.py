@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .wrappers import before_compilation
 
-# Names of one constant in various configs. TRL 1.16 reads the first of each line but the last two.
+# Names of the same constant in various configs.
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -36,7 +36,7 @@ class OutputHead(NamedTuple):
         return self._replace(weight=self.weight.detach().to(like.device), bias=bias)
 
     def cloned(self) -> OutputHead:
-        """With parameters in memory of their own."""
+        """The head with copies of its parameters."""
         return self._replace(weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
 
@@ -53,7 +53,7 @@ def own_head(model: Any) -> Any:
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (C, H) and bias (C,) of an unwrapped model's head, as they lie there: tied, frozen, shards, or on meta.
+    """Weight (C, H) and bias (C,) of an unwrapped model's head, which may be tied, frozen, shards, or on meta.
 
     Raises:
         ValueError: there is no head, or what it computes is not its weight and bias: an adapter, another class than
@@ -87,7 +87,7 @@ def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _classes_of_peft(module: str, name: str) -> tuple[Any, ...]:
-    """Empty unless PEFT is loaded, as it is wherever a model has one of its modules."""
+    """A class of PEFT in a tuple, which is empty where PEFT is not loaded: no model has such a module then."""
     loaded = sys.modules.get(f"peft.{module}")
     return () if loaded is None else (getattr(loaded, name),)
 
