@@ -60,11 +60,17 @@ class RowLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int, more: bool = False) -> RowLaunch:
-    """Row loss with rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types."""
-    BLOCK_C = _power_of_2(max(C, 16))
+def onchip_launch(
+    K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False, beyond: bool = False
+) -> RowLaunch:
+    """Row loss with rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types.
+
+    Args:
+        beyond: the formula is beyond the paper's. At most 8 warps, since a thread of 16 has 128 registers: JSD spills.
+    """
+    BLOCK_C, more = _power_of_2(max(C, 16)), two_labels or beyond
     if BLOCK_C > 1024:
-        num_warps = BLOCK_C // 256
+        num_warps = min(BLOCK_C // 256, 8) if beyond else BLOCK_C // 256
         return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps, more))
     # Up to 256 columns a warp owns whole rows, so reductions are shuffles without a barrier. Narrow rows share a warp;
     # a thread works on at most 2 of them, since a row takes 3 registers per teacher.

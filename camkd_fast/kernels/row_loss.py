@@ -122,7 +122,7 @@ def row_launcher(
     }
     itemsize, beyond = max(x.dtype.itemsize for x in tensors), not formula.is_basic()
     if on_chip(K, C):
-        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels or beyond)
+        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels, beyond)
         constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
         kernel, grid = row_loss_onchip_fwd_kernel, -(-N // BLOCK_N)
     else:
