@@ -32,9 +32,14 @@ def _power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def on_chip(K: int, C: int) -> bool:
-    """Whether the row loss of K teachers keeps whole rows on chip."""
-    return K <= ON_CHIP_TEACHERS and (K + 1) * _power_of_2(C) <= ON_CHIP_ELEMENTS
+def on_chip(K: int, C: int, beyond: bool = False) -> bool:
+    """Whether the row loss of K teachers keeps whole rows on chip.
+
+    Args:
+        beyond: the formula is beyond the paper's. With 16 elements of a tensor per thread JSD just fits its registers.
+    """
+    fits = K <= ON_CHIP_TEACHERS and (K + 1) * _power_of_2(C) <= ON_CHIP_ELEMENTS
+    return fits and not (beyond and C > 4096)
 
 
 def access_width(itemsize: int, ALIGN: int) -> int:
@@ -60,17 +65,16 @@ class RowLaunch(NamedTuple):
     maxnreg: int | None
 
 
-def onchip_launch(
-    K: int, C: int, itemsize: int, ALIGN: int, two_labels: bool = False, beyond: bool = False
-) -> RowLaunch:
+def onchip_launch(K: int, C: int, itemsize: int, ALIGN: int, more: bool = False) -> RowLaunch:
     """Row loss with rows on chip: 8 elements of each tensor per thread, one 128-bit load in 16-bit types.
 
     Args:
-        beyond: the formula is beyond the paper's. At most 8 warps, since a thread of 16 has 128 registers: JSD spills.
+        more: two labels, or a formula beyond the paper's. Beyond 2048 columns a thread has twice the elements then, and
+            twice the registers: with half of them JSD spills.
     """
-    BLOCK_C, more = _power_of_2(max(C, 16)), two_labels or beyond
+    BLOCK_C = _power_of_2(max(C, 16))
     if BLOCK_C > 1024:
-        num_warps = min(BLOCK_C // 256, 8) if beyond else BLOCK_C // 256
+        num_warps = BLOCK_C // (512 if more and BLOCK_C > 2048 else 256)
         return RowLaunch(1, BLOCK_C, num_warps, _register_limit(K, num_warps, more))
     # Up to 256 columns a warp owns whole rows, so reductions are shuffles without a barrier. Narrow rows share a warp;
     # a thread works on at most 2 of them, since a row takes 3 registers per teacher.

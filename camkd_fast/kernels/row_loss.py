@@ -121,8 +121,9 @@ def row_launcher(
         "DEBUG": DEBUG,
     }
     itemsize, beyond = max(x.dtype.itemsize for x in tensors), not formula.is_basic()
-    if on_chip(K, C):
-        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels, beyond)
+    whole = on_chip(K, C, beyond)
+    if whole:
+        BLOCK_N, BLOCK_C, num_warps, maxnreg = onchip_launch(K, C, itemsize, ALIGN, two_labels or beyond)
         constants = {**flags, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
         kernel, grid = row_loss_onchip_fwd_kernel, -(-N // BLOCK_N)
     else:
@@ -130,7 +131,7 @@ def row_launcher(
         constants = {**flags, "BLOCK_C": BLOCK_C, "VEC": VEC, "GROUP": GROUP}
         kernel, grid = row_loss_streaming_fwd_kernel, N
     batch = batch_launch(N, grid, num_warps)
-    if ALIGN == 1 and not on_chip(K, C):
+    if ALIGN == 1 and not whole:
         # Streamed element by element, the kernel has no registers left for the labels and the sums, and would spill.
         batch = batch._replace(INVERSE="before", ADDS_UP=False)
     if not mean:
