@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +12,7 @@ from ..report.page import rate
 from ..torchrun import rank
 from ..train import run as jobs
 from ..train.config import DistillConfig
+from ..train.distributed import processes
 from ..train.folder_lock import locked
 from ..train.run import RunResult
 from . import study
@@ -122,7 +123,9 @@ def _compare(command: Compare) -> None:
     config = compare.CompareConfig(command.strategies, command.seeds, shared)
     cells = list(config.cells())
     compare.check_teachers(config)
-    with locked(config.out) if rank() == 0 else nullcontext():
+    with ExitStack() as stack:
+        with processes("cpu") as world:  # ends before the first cell, which has a group of its own
+            world.on_main(lambda: stack.enter_context(locked(config.out)))
         for number, cell in enumerate(cells, 1):
             _print(f"{cell.strategy}, seed {cell.seed} ({number} of {len(cells)})")
             kept = compare.kept(config, number - 1, command.overwrite)

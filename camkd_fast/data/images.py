@@ -25,7 +25,7 @@ def normalised(levels: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
 
     It multiplies by 1 / std instead of dividing, which matches DALI bit for bit.
     """
-    return levels.float().sub_(mean).mul_(factor)
+    return levels.to(torch.float32, copy=True).sub_(mean).mul_(factor)
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,10 @@ def _own_logits(inner: Any, inputs: Mapping[str, Any], factors: Tensor) -> tuple
         called.append(True)
         return value * factors.to(value)
 
-    hook = before_compilation(own_head(inner)).register_forward_pre_hook(multiply, with_kwargs=True)
+    head, own = before_compilation(own_head(inner)), inner.config.return_dict
+    hook = head.register_forward_pre_hook(multiply, with_kwargs=True)
     # By the config, since transformers 5 does not pass the argument on to the backbone
-    own, inner.config.return_dict = inner.config.return_dict, True
+    inner.config.return_dict = True
     try:
         logits: Tensor = inner(**inputs, use_cache=False).logits
     finally:

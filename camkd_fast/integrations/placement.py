@@ -16,14 +16,23 @@ def is_sharded(teacher: Any) -> bool:
 
 
 def can_move(model: nn.Module) -> bool:
-    """Whether a model lies in full where it was put, so that it may be moved to one device."""
-    return _is_whole(model) and getattr(unwrapped(model), "hf_device_map", None) is None
+    """Whether a model lies in full where it was put, so that it may be moved to one device.
+
+    accelerate gives a model on a single device no hooks, which would move its inputs. bitsandbytes refuses to move one
+    that it has quantized and placed.
+    """
+    bare = unwrapped(model)
+    fixed = getattr(bare, "is_quantized", False) and getattr(bare, "hf_device_map", None) is not None
+    return _is_whole(model) and not _is_hooked(model) and not fixed
 
 
 def can_run(model: nn.Module) -> bool:
     """Whether this process has all parameters of a model, or accelerate's hooks load them when it runs."""
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return _is_whole(model) or (hooked and not is_sharded(model))
+    return _is_whole(model) or (_is_hooked(model) and not is_sharded(model))
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _is_whole(model: nn.Module) -> bool:

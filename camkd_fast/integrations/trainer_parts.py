@@ -64,8 +64,9 @@ class TrainerParts(_Trainer):  # type: ignore[misc]
 
 def _loss_of_evaluation(logs: Mapping[str, float]) -> str | None:
     """The name of an evaluation's loss, such as "eval_loss". Metrics of the user may end alike, with longer names."""
-    names = [name for name in logs if name.endswith("_loss") and name != "train_loss"]  # the last log of a run
-    return min(names, key=len, default=None)
+    if "total_flos" in logs:  # the last log of a run, whose train_loss is no evaluation's
+        return None
+    return min((name for name in logs if name.endswith("_loss")), key=len, default=None)
 
 
 class CollatorWithColumn:

@@ -13,6 +13,8 @@ ACCESS_BYTES = 16
 # Most elements in a row of all K + 1 tensors, padded, for rows to stay on chip. Beyond it the live tiles leave room
 # for one program per SM, which idles while it loads; a second read, served by L2, is cheaper.
 ON_CHIP_ELEMENTS = 16384
+# Most columns of such rows for formulas beyond the paper's. JSD spills at 8192, with 8 warps as with 16.
+ON_CHIP_BEYOND = 4096
 # An explicit limit: without one ptxas may spill rather than use another register, to keep occupancy.
 MOST_REGISTERS = 255
 # With more teachers the compiler, which issues their loads together, runs out of registers and spills.
@@ -36,10 +38,10 @@ def on_chip(K: int, C: int, beyond: bool = False) -> bool:
     """Whether the row loss of K teachers keeps whole rows on chip.
 
     Args:
-        beyond: the formula is beyond the paper's. With 16 elements of a tensor per thread JSD just fits its registers.
+        beyond: the formula is beyond the paper's.
     """
     fits = K <= ON_CHIP_TEACHERS and (K + 1) * _power_of_2(C) <= ON_CHIP_ELEMENTS
-    return fits and not (beyond and C > 4096)
+    return fits and not (beyond and C > ON_CHIP_BEYOND)
 
 
 def access_width(itemsize: int, ALIGN: int) -> int:

@@ -264,7 +264,11 @@ def confidence_and_divisor(
     way: Way,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Weights and cross-entropies (K, N) without a graph, and 1 / divisor, a number or (1,) in `dtype`."""
+    """Weights and cross-entropies (K, N) without a graph, and 1 / divisor, a number or (1,).
+
+    Args:
+        dtype: of a divisor that is not counted by a kernel.
+    """
     logits = [z.detach() for z in logits]
     if way is Way.KERNEL and divisor.counts():
         weights, ce, _, inverse = _forward(logits, target, second, divisor.ignore_index, backend, counted=True)

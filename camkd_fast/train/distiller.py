@@ -155,14 +155,17 @@ class Distiller(nn.Module):
         is initialised anew if it was on meta: a state dict of the student lacks them. Teachers keep their weights,
         which are in no state dict.
         """
-        device = _emptied_on(fn)
-        if device is None:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        else:
+        move = fn
+        if _loses_values(fn):
+            where = fn(torch.empty(1, device="meta")).device  # meta if every tensor stays on its device
+            device = None if where.type == "meta" else where
             self.student._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.strategy.to_device(device)
+            move = lambda tensor: tensor.to(device=device)  # noqa: E731
+        else:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for teachers in self._teachers:
-            teachers.move(fn if device is None else lambda tensor: tensor.to(device))
+            teachers.move(move)
         return self
 
     def forward(
@@ -305,11 +308,12 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _emptied_on(fn: Callable[[Tensor], Tensor]) -> torch.device | None:
-    """The device on which `fn` makes tensors without the values of its argument, as that of `nn.Module.to_empty` does.
+def _loses_values(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether `fn` makes tensors without the values of its argument, as that of `nn.Module.to_empty` does.
 
-    None for a function that keeps values. On meta no tensor has any.
+    On meta no tensor has any.
     """
-    probe = torch.tensor(list(os.urandom(16)), dtype=torch.float32, device="cpu")  # bytes are exact in every dtype
+    bits = int.from_bytes(os.urandom(16), "little")
+    probe = torch.tensor([float(bits >> i & 1) for i in range(128)], device="cpu")  # 0 and 1 are exact in every dtype
     made = fn(probe)
-    return None if made.is_meta or torch.equal(made.to(probe), probe) else made.device
+    return not made.is_meta and not torch.equal(made.to(probe), probe)

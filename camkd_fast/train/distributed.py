@@ -68,6 +68,7 @@ class World:
         if self.is_main:
             try:
                 outcome = [task(), None]
+                pickle.dumps(outcome)
             except Exception as error:
                 if self.size > 1:
                     dist.broadcast_object_list([None, _picklable(error)], src=0, device=self.device)

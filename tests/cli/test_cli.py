@@ -413,3 +413,20 @@ def test_torchrun_prints_once_and_leaves_one_run(here: Path) -> None:
     assert done.returncode != 0
     for start in ("camkd-fast: ", "camkd-fast: process 1: "):
         assert f"{start}runs/two is being written by process" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_compares(here: Path) -> None:
+    """Every cell has a process group; both processes see that another command writes the folder."""
+    assert cli.main(f"teach {SMALL} --model resnet8 --device cpu --out runs/teacher".split()) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    line = f"compare {SMALL} --student resnet8 --teachers runs/teacher --device cpu --out runs/both"
+    command = [*torchrun, "camkd_fast", *line.split(), "--strategies", "ce", "aver", "--seeds", "0", "1"]
+    with locked(here / "runs/both"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode != 0
+    for start in ("camkd-fast: ", "camkd-fast: process 1: "):
+        assert f"{start}runs/both is being written by process" in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(list((here / "runs/both").glob("*/seed-*/model.safetensors"))) == 4

@@ -411,6 +411,14 @@ def test_a_log_of_training_after_an_evaluation(make: Any) -> None:
     assert [name for name in logs[1][-1] if "loss" in name or "teacher" in name] == ["train_loss"]
 
 
+def test_an_evaluation_of_any_prefix_has_its_means(make: Any) -> None:
+    trainer = make()
+    for prefix in ("train", "eval", "test"):
+        trainer.evaluate(metric_key_prefix=prefix)
+        assert {f"{prefix}_hard_loss", f"{prefix}_teacher_1_ce"} <= trainer.state.log_history[-1].keys()
+        assert trainer._loss_metrics["eval"].means(trainer.accelerator) == {}
+
+
 def test_mixed_precision_is_the_trainers(make: Any) -> None:
     trainer, dtypes = make(settings={"bf16": True}), []
     trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from camkd_fast import Distiller, camkd_loss, models
 from camkd_fast.models.preprocessing import Preprocessing
 from camkd_fast.models.protocol import Source
-from camkd_fast.train.strategies import names
+from camkd_fast.train.strategies import Strategy, names
 from tests.support.training import CHANNELS, CLASSES, SIDE, SmallNet, batch, gradients, relative, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,6 +220,22 @@ def test_teachers_stay_when_the_student_is_emptied(holder: Any, strategy: str) -
     made.load_state_dict(weights)
     assert torch.equal(made(DATA.images, DATA.target).loss, expected)
     assert made.to_empty(device="meta").teachers._modules[0].conv1.weight.is_meta
+
+
+def test_emptied_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """device=None of `nn.Module.to_empty` keeps the device of every tensor."""
+    devices: list[Any] = []
+    monkeypatch.setattr(Strategy, "to_device", lambda self, device: devices.append(device))
+    made = distiller()
+    made.to_empty(device=None)
+    made.to_empty(device="cpu")
+    assert devices == [None, torch.device("cpu")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
+def test_a_cast_is_not_taken_for_emptying(dtype: torch.dtype) -> None:
+    made = distiller("aver").to(dtype)
+    assert {p.dtype for model in made.teachers._modules for p in model.parameters()} == {dtype}
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
