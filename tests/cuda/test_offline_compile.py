@@ -40,9 +40,10 @@ KERNELS = {
     "scale_rows_kernel": 3,
 }
 THREADS = 256  # of a block, as in launch_table.h
-# Bytes of stack that a kernel may use. For sm_120 the compiler keeps two of the logits that a warp looks up ahead, four
-# in all per round of rows, in local memory; no loop over columns reads it.
-STACK = {("sm_120", f"row_loss_kernelINS0_4bf16ELb1ELi{K}E"): 8 for K in (1, 2)}
+# Bytes of stack that a kernel may use. For sm_120 the compiler keeps one or two registers of these in local memory; in
+# the 16-bit ones they are logits that a warp looks up ahead, which no loop over columns reads.
+STACK = {("sm_120", f"row_loss_kernelINS0_{T}ELb1ELi{K}E"): 8 for T in ("4bf16", "3f16") for K in (1, 2)}
+STACK["sm_120", "row_loss_kernelIfLb0ELi1E"] = 8
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)

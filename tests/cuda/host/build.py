@@ -124,7 +124,7 @@ def race_check(*dropped: str, **environment: str) -> subprocess.CompletedProcess
     # This sanitizer cannot handle the address space randomisation of some Linux kernels.
     command = ["setarch", "-R", str(program)]
     variables = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
 
 
 def barrier_sites() -> list[tuple[str, str, str]]:
